@@ -33,7 +33,7 @@ def command(
         print("medvlthinker: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/00_config.ipynb #cfe596e4
+# %% ../nbs/00_config.ipynb #3aefebbf
 @dataclass(frozen=True)
 class Profile:
     "How much to run, and on what hardware."
@@ -41,7 +41,7 @@ class Profile:
     data: str = "phantom"  # where questions come from: `phantom` (drawn here) or `hub` (the published sets)
     data_dir: str = ""  # a folder with local copies of the sources; when set, it is read instead of `data`
     benchmark: str = ""  # which test sets, comma-separated; empty for all six
-    limit: int = 0  # questions per set at most; 0 for all
+    limit: int = 0  # questions per set at most; 0 for all, as where data_dir is set and limit is not
     rollouts: int = 16  # completions per question where difficulty is measured
     models: tuple[str, ...] = ("tiny",)  # each a recipe name, a hub id, a folder, or `tiny`
     engine: str = "transformers"  # what generates: `transformers` or `vllm`
@@ -91,7 +91,7 @@ def project_root() -> Path:
             return folder
     raise UserError(f"No settings.ini at or above {here}; work inside a checkout of the project, or copy its settings.ini here.")
 
-# %% ../nbs/00_config.ipynb #841f4f0c
+# %% ../nbs/00_config.ipynb #31df24ae
 def load_profile(
     name: str = "smoke",  # a section of settings.ini
     **overrides,  # keys of `Profile` that differ for this run
@@ -106,7 +106,8 @@ def load_profile(
     if name not in ini:
         raise UserError(f"No profile {name!r} in {path.name}; known are {', '.join(ini.sections())}.")
     known = [f.name for f in dataclasses.fields(Profile) if f.name != "name"]
-    given = {**ini[name], **overrides}
+    whole = {"limit": 0} if overrides.get("data_dir") else {}  # whoever names a folder means all of it
+    given = {**ini[name], **whole, **overrides}
     if unknown := [key for key in given if key not in known]:
         raise UserError(f"Unknown profile key {', '.join(unknown)}; known are {', '.join(known)}.")
     profile = Profile(name=name, **{key: _cast(key, value) for key, value in given.items()})

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# MedVLThinker, reproduced. Two commands do everything:
+#
+#   ./reproduce.sh [PROFILE] [key=value ...]   run the paper's notebooks (PROFILE: smoke, mini or paper; default smoke)
+#   ./reproduce.sh test [all]                  run the tests; `all` adds those that need vLLM, verl, Ray or a browser
+#
+# and the others:
+#
+#   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
+#   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
+#   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
+#   ./reproduce.sh docs                        build the documentation site in _docs/
+#   ./reproduce.sh clean                       remove what the runs wrote (_runs, _docs); the environment stays
+#   ./reproduce.sh --help                      this text
+#
+# Any key of a profile in settings.ini can be set for one run: ./reproduce.sh smoke limit=20
+# Everything that a run writes lands in _runs/ (MEDVLTHINKER_HOME moves it). A second run does only what is missing or stale.
+# Settings from outside: PYTHON (3.11 or 3.12), TORCH_INDEX (where to take torch from, if not from the configured registry).
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+TORCH="torch==2.13.0"
+VENV=.venv
+say()  { printf '%s\n' "$*"; }
+stop() { printf 'reproduce.sh: %s\n' "$*" >&2; exit 2; }
+
+# --- setting up ------------------------------------------------------------------------------------------------------------
+
+has_gpu() { command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2> /dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    stop "no Python 3.11 or 3.12 was found; install one, or name it: PYTHON=/path/to/python3.11 ./reproduce.sh"
+}
+
+make_venv() {
+    local python=$1
+    rm -rf "$VENV"
+    if "$python" -m venv "$VENV" > /dev/null 2>&1; then return; fi
+    rm -rf "$VENV"
+    if command -v uv > /dev/null && uv venv --quiet --seed --python "$python" "$VENV"; then return; fi
+    stop "$python cannot make a virtual environment; install Debian's package python3-venv, or uv, and call again"
+}
+
+install() {  # uv where it is present, pip otherwise; both obey the registry that this machine is configured for
+    local log=$VENV/set-up.log links=() place
+    if command -v uv > /dev/null; then
+        # uv reads neither pip.conf nor PIP_FIND_LINKS: a folder of wheels that was configured for pip is passed on
+        for place in ${PIP_FIND_LINKS:-} $("$VENV/bin/python" -m pip config get global.find-links 2> /dev/null); do
+            links+=(--find-links "$place")
+        done
+        set -- uv pip install --python "$VENV/bin/python" "${links[@]}" "$@"
+    else
+        set -- "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$@"
+    fi
+    "$@" >> "$log" 2>&1 && return
+    tail -n 5 "$log" >&2
+    stop "the installation failed (above: its last words; all of them: $log); mend what it names and call again, it goes on from here"
+}
+
+# full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM.
+wanted_set() {
+    if has_gpu; then echo full-gpu
+    elif [ "${1:-}" = full ] || [ "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" = full-cpu ]; then echo full-cpu
+    else echo default; fi
+}
+
+setup() {
+    local set lock state
+    set=$(wanted_set "${1:-}")
+    lock=requirements-$set.lock
+    [ "$set" = default ] && lock=requirements.lock
+    state="$set $(cat "$lock" pyproject.toml compat/*/*.* "$0" | sha256sum | cut -c1-16) $PWD"
+    [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$state" ] && return
+
+    say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB)."
+    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2> /dev/null || make_venv "$(find_python)"
+    rm -f "$VENV/.set-up"
+    install --no-deps --require-hashes -r "$lock"
+    # Torch is not in the locks: its build depends on the machine. An exact version lets a CPU build win where one is offered.
+    install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
+    local local_packages=()
+    [ "$set" != full-gpu ] && local_packages+=(./compat/torchvision-cpu-shim)
+    [ "$set" = full-cpu ] && local_packages+=(./compat/vllm-metadata)
+    install --no-deps --no-build-isolation "${local_packages[@]}" --editable .
+    "$VENV/bin/python" -c 'import torch, transformers
+print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else "CPU", f"· transformers {transformers.__version__}")'
+    printf '%s\n' "$state" > "$VENV/.set-up"
+}
+
+# --- the verbs -------------------------------------------------------------------------------------------------------------
+
+run() { "$VENV/bin/python" -m "$@"; }
+
+need_browser() {
+    if command -v chromium > /dev/null; then return; fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        say "Installing chromium for the browser tests."
+        { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 ||
+            say "chromium could not be installed: the browser tests will be skipped."
+    else
+        say "chromium is not installed: the browser tests will be skipped."
+    fi
+}
+
+run_tests() {
+    # two workers, one thread each: more threads than cores make everything slower
+    export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+    if [ "${1:-}" = all ]; then
+        need_browser
+        run pytest -n 2 --dist loadgroup -m "heavy or not heavy"
+    else
+        run pytest -n 2 --dist loadgroup -m "not heavy" "$@"
+    fi
+}
+
+case "${1:-}" in
+    -h | --help | help)
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$0" ;;
+    setup)
+        setup "${2:-}"; say "Ready: $VENV" ;;
+    test)
+        shift
+        if [ "${1:-}" = all ]; then setup full; else setup; fi
+        run_tests "$@" ;;
+    bench)
+        shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
+    lab)
+        shift; setup; exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb "$@" ;;
+    docs)
+        shift; setup; run medvlthinker.site build "$@" ;;
+    clean)
+        rm -rf _runs _docs _site_src; say "Removed _runs and _docs."
+        # a folder that somebody named may hold more than ours: it is theirs to delete
+        [ -n "${MEDVLTHINKER_HOME:-}" ] && say "Left alone: MEDVLTHINKER_HOME, $MEDVLTHINKER_HOME." || true ;;
+    *)
+        setup; run medvlthinker.pipeline run "$@" ;;
+esac
