@@ -130,10 +130,11 @@ def image_bytes(
         return bytes(value)
     raise ValueError(f"an image cannot come from a {type(value).__name__}")
 
-# %% ../nbs/01_sample.ipynb #6609c9d4
+# %% ../nbs/01_sample.ipynb #888cca88
 def from_row(
     row: dict,  # columns of the unified format; unknown columns are ignored
     where: str = "row",  # how to name this row in a message
+    look: bool = True,  # decode the images, to find those that cannot be
 ) -> Sample:
     "A checked `Sample`; `BadRow` names the field and the reason."
     def check(condition, name, reason):
@@ -152,7 +153,7 @@ def from_row(
     answer = options[label] if row.get("answer") is None else row["answer"]
     check(str(answer).strip() == options[label].strip(), "answer", f"{answer!r} is not the text of option {label}, {options[label]!r}")
     images = attempt("images", lambda values: tuple(image_bytes(value) for value in (values if values is not None else ())))
-    for data in images:
+    for data in images if look else ():
         check(not (problem := image_problem(data)), "images", problem)
     misc = attempt("misc", lambda value: json.loads(value) if isinstance(value, str) else value)
     index = attempt("dataset_index", lambda value: int(value or 0))
@@ -187,9 +188,10 @@ def write_samples(
         while batch := list(itertools.islice(rows, 256)):  # a row group: small enough to hold, large enough to compress
             out.write_table(pyarrow.Table.from_pylist([to_row(sample) for sample in batch], schema=schema))
 
-# %% ../nbs/01_sample.ipynb #0e161d97
+# %% ../nbs/01_sample.ipynb #5d02807d
 def read_samples(
     path,  # a parquet file in the unified format, ours or the hub's
+    look: bool = True,  # decode the images, to find those that cannot be
 ) -> list[Sample]:
     "Read and check samples; `UserError` names the file, the row and the field."
     import pyarrow.parquet
@@ -197,13 +199,13 @@ def read_samples(
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
-            return [from_row(row, f"{Path(path).name} row {number}") for number, row in enumerate(rows)]
+            return [from_row(row, f"{Path(path).name} row {number}", look) for number, row in enumerate(rows)]
     except FileNotFoundError:
         raise UserError(f"No samples at {path}; run the data notebook (paper/1_data) first.") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({' '.join(str(error).split())[:80]}); delete it and run the data notebook again.") from None
 
-# %% ../nbs/01_sample.ipynb #988df608
+# %% ../nbs/01_sample.ipynb #ba5f5c34
 def store(
     path,  # the parquet file of the samples; `.rejected.jsonl` lies beside it
     rows: Callable[[], Iterable],  # called only when the file is stale; yields Samples and BadRows
@@ -234,4 +236,4 @@ def _accepted(path: Path, max_rejected: int) -> list[Sample]:
                         f"{path.with_suffix('.rejected.jsonl')}. Mend them, or allow them with max_rejected={facts['broken']}.")
     if not facts["samples"]:
         raise UserError(f"{facts['artefact']} holds no sample: {facts['left_out']} rows were left out by rule, see {path.with_suffix('.rejected.jsonl')}.")
-    return read_samples(path)
+    return read_samples(path, look=False)  # they were looked at when the file was made
