@@ -1,0 +1,58 @@
+"""What the tests share: where the real data lies, and a home for runs that is not the user's."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    "The folder with real questions and images; tests that need it are skipped where it is absent."
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data (../shared/data) is not on this machine; everything else is tested without it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm_tiny(tmp_path_factory) -> Path:
+    "The embedded model, fully warmed up as in `smoke`: about a minute, once per test worker."
+    from medvlthinker import tiny
+
+    return tiny.make(tmp_path_factory.mktemp("warm") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    "An empty MEDVLTHINKER_HOME."
+    monkeypatch.setenv("MEDVLTHINKER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def warm_home(home, warm_tiny) -> Path:
+    "A MEDVLTHINKER_HOME in which the embedded model is ready."
+    shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
+    return home
+
+
+def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    "Run the environment's Python with these words."
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, **{key: str(value) for key, value in environment.items()}})
+
+
+def says(done: subprocess.CompletedProcess, *parts: str) -> None:
+    "The command failed with one sentence that holds these parts, and without a traceback."
+    assert done.returncode not in (0, 1), done.stderr  # 1 is Python's own exit code for a traceback
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in done.stderr and len(lines) == 1, done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]

@@ -1,0 +1,409 @@
+"""Test sets from folders and from the hub: what is broken is named, what is good is kept, and every answer grades as right."""
+import collections
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import struct
+import threading
+import time
+import urllib.parse
+import zlib
+from pathlib import Path
+
+import pytest
+from conftest import python, says
+from medvlthinker import benchmark as b
+from medvlthinker.config import UserError, Workspace, load_profile
+from medvlthinker.grade import RULES, grade
+from medvlthinker.options import closed_options
+from medvlthinker.prompt import sft_target
+from medvlthinker.sample import BadRow, Sample
+from PIL import Image
+
+
+def encoded(width: int = 60, height: int = 40, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(file, kind)
+    return file.getvalue()
+
+
+def huge(side: int) -> bytes:
+    "A PNG whose header promises side x side pixels."
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def row(question="Is there a nodule?", answer="Yes", image="good.png", **changes) -> dict:
+    return {"qid": 1, "image_name": image, "image_organ": "CHEST", "question": question, "answer": answer, "answer_type": "CLOSED",
+            "question_type": "PRES", "phrase_type": "test_freeform", **changes}
+
+
+PHOTO = encoded(90, 60, "JPEG")
+GOOD = [row(), row("Is the lesion on the left or right side?", "Right side"), row()]  # the third asks the first again
+
+
+def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images: bytes) -> Path:
+    "A local copy: rows as given (bytes stay bytes), and images by name (`good.png` is always there)."
+    path.mkdir(parents=True, exist_ok=True)
+    (path / layout[1]).mkdir(exist_ok=True)
+    for name, data in {"good.png": encoded(), **images}.items():
+        (path / layout[1] / name).write_bytes(data)
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in rows]
+    text = b"\n".join(lines) + b"\n" if layout[0].endswith("jsonl") else b"[" + b",\n".join(lines) + b"]"
+    (path / layout[0]).write_bytes(text)
+    return path
+
+
+def split(rows) -> tuple[list[Sample], list[BadRow]]:
+    rows = list(rows)
+    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
+
+
+def grades_right(sample: Sample) -> bool:
+    "Is the sample's own answer right under every rule, as a letter and as a text?"
+    letter, text = (sft_target(words, "It is seen.") for words in (sample.answer_label, sample.answer))
+    return all(grade(completion, sample.options, sample.answer_label, rule).correct for completion in (letter, text) for rule in RULES)
+
+
+# ---- a local folder
+
+
+BROKEN = {
+    "an image that is gone": (row(image="gone.png"), "image_name: gone.png is not in images_dev/"),
+    "a truncated image": (row(image="torn.jpg"), "image_name: torn.jpg is not a readable image"),
+    "an image of one pixel": (row(image="dot.png"), "image_name: dot.png is 1x1 pixels"),
+    "a giant image": (row(image="giant.png"), "image_name: giant.png is far more pixels"),
+    "no image but a text": (row(image="text.png"), "image_name: text.png is not a readable image"),
+    "an empty image": (row(image="empty.png"), "image_name: empty.png is an empty file"),
+    "a path that leaves the folder": (row(image="../dev.jsonl"), "image_name: ../dev.jsonl leaves the folder images_dev/"),
+    "an absolute path": (row(image="/etc/hostname"), "image_name: /etc/hostname leaves the folder"),
+    "a folder for an image": (row(image="."), "image_name: . is not in images_dev/"),
+    "a null byte in a name": (row(image="a\0b.png"), "image_name: "),
+    "a name that is no text": (row(image=["good.png"]), "image_name: "),
+    "no answer": (row(answer=None), "answer: empty (None)"),
+    "a blank question": (row("  "), "question: empty ('  ')"),
+    "a missing column": ({key: value for key, value in row().items() if key != "answer_type"}, "answer_type: there is no such column"),
+    "a line that is not JSON": (b'{"question": "Is', "JSON: Unterminated string"),
+    "a line that is no object": (b'["Is there a nodule?", "Yes"]', "row: a list, not an object"),
+    "a line that is not UTF-8": ('{"question": "Schädel?"}'.encode("latin-1"), "encoding: the byte 0xe4 is not UTF-8"),
+    "a line that nests without end": (b"[" * 100_000, "JSON: "),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_images() -> dict:
+    return {"torn.jpg": encoded(300, 300, "JPEG")[:-900], "dot.png": encoded(1, 1), "giant.png": huge(20_000), "text.png": b"no image", "empty.png": b""}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_row_is_named_and_the_others_are_kept(tmp_path, odd_images, what):
+    bad, sentence = BROKEN[what]
+    good, broken = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [*GOOD[:2], bad, GOOD[2]], **odd_images)))
+    assert [sample.question for sample in good] == [item["question"] for item in GOOD]
+    assert [sample.dataset_index for sample in good] == [0, 1, 3]  # a row's place does not depend on the rows before it
+    assert len(broken) == 1 and not broken[0].by_rule
+    assert str(broken[0]).startswith(f"dev.jsonl line 3, {sentence}"), broken[0]
+    assert "\n" not in str(broken[0])
+
+
+LEFT_OUT = {
+    "an open question": (row(answer="A nodule", answer_type=" open"), "answer_type: open, and only closed questions are asked"),
+    "an answer that is no option": (row("Was oral or IV contrast used?", "Both"), "answer: 'Both' is not one of the alternatives that the question names: oral or IV contrast"),
+    "a question without options": (row("Where is it?", "Left"), "answer: the question names no alternatives to 'Left'"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
+    aside, sentence = LEFT_OUT[what]
+    good, left_out = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [aside, *GOOD])))
+    assert len(good) == 3 and [item.by_rule for item in left_out] == [True]
+    assert str(left_out[0]).startswith(f"dev.jsonl line 1, {sentence}"), left_out[0]
+
+
+@pytest.mark.parametrize("layout, content, sentence", [
+    ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json line 2, JSON: Expecting ':' delimiter at column 11"),
+    ("testset.json", '[{"question":\n "Schädel?"}]'.encode("latin-1"), "testset.json line 2, encoding: the byte 0xe4 is not UTF-8"),
+    ("testset.json", b'{"question": "Is it?"}', "testset.json holds no list of rows"),
+    ("testset.json", b'[{"question": "Is it?", "Answer": "Yes"}]', "testset.json: no row has the column answer, answer_type, image_name; there are question, Answer"),
+    ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
+])
+def test_a_file_that_is_no_use_is_one_sentence(tmp_path, layout, content, sentence):
+    where = folder(tmp_path / "vqa_rad", [], (layout, "images" if layout.startswith("test") else "images_dev"))
+    (where / layout).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        list(b.vqa_rad_rows(where))
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_three_layouts_give_the_same_samples(tmp_path):
+    same = {"good.png": PHOTO}
+    plain, _ = split(b.vqa_rad_rows(folder(tmp_path / "a", GOOD, **same)))
+    assert len(plain) == 3
+    assert list(b.vqa_rad_rows(folder(tmp_path / "b", GOOD, ("testset.json", "images"), **same))) == plain
+    release = folder(tmp_path / "c", [row("Is it old?", phrase_type="freeform"), *GOOD], ("VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"), **same)
+    good, left_out = split(b.vqa_rad_rows(release))
+    assert [dataclasses.replace(sample, dataset_index=sample.dataset_index - 1) for sample in good] == plain
+    assert str(left_out[0]) == "VQA_RAD Dataset Public.json row 0, phrase_type: freeform, which is training text" and left_out[0].by_rule
+    (tmp_path / "b" / "trainset.json").write_text("not JSON, and never read")
+    assert len(list(b.vqa_rad_rows(tmp_path / "b"))) == 3
+
+
+def test_images_keep_their_bytes_and_hashes_are_the_papers(tmp_path):
+    photo = encoded(200, 100, "JPEG")
+    good, _ = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [row(answer="yes", image="photo.jpg")], **{"photo.jpg": photo})))
+    assert good[0].images == (photo,) and good[0].answer == "Yes"
+    assert good[0].hash == hashlib.sha256(b"Is there a nodule?yes").hexdigest()[:16]
+    assert good[0].misc["image_name"] == "photo.jpg"
+
+
+# ---- the hub's layout
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    "A folder as the published combined set is laid out, with the features that are recorded of it; three rows are broken."
+    import datasets
+
+    path, picture = tmp_path_factory.mktemp("hub"), PHOTO
+    base = {"images": [{"bytes": picture, "path": "a.jpg"}], "question": "Is there a nodule?", "options": '{"A": "Yes", "B": "No"}', "answer_label": "B",
+            "answer": "No", "reasoning": None, "dataset_name": "vqa_rad_closed", "hash": "0123456789abcdef", "misc": None}
+    changes = [{"dataset_name": "pmc_vqa", "hash": None, "options": '{"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}', "answer": "MRI"}, {},
+               {"options": "{'A': 'Yes', 'B': 'No'}"}, {"answer": "Maybe"}, {"question": "Is it large?", "answer_label": "A", "answer": "Yes"},
+               {"images": [{"bytes": picture[:-300], "path": None}]},
+               {"dataset_name": "MMMU-medical", "images": base["images"] * 2, "hash": None, "misc": '{"subfield": "Pharmacy"}'}]
+    text = {name: datasets.Value("string") for name in ("question", "options", "answer_label", "answer", "reasoning", "dataset_name")}
+    features = datasets.Features({"images": datasets.List(datasets.Image()), **text, "dataset_index": datasets.Value("int64"),
+                                  "hash": datasets.Value("string"), "misc": datasets.Value("string")})
+    rows = [{**base, **change, "dataset_index": 5778 + i} for i, change in enumerate(changes)]
+    (path / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "data" / "test-00000-of-00001.parquet")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    "What `datasets` copies while it reads goes away with the test."
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
+    good, broken = split(b.hub_rows("vqa_rad_closed", hub, limit=5))
+    assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
+    assert all(sample.images == (PHOTO,) for sample in good)
+    starts = [f"{hub} row 2, options: not JSON", f"{hub} row 3, answer: 'Maybe' is not the text of option B", f"{hub} row 5, images: not a readable image"]
+    assert len(broken) == 3 and not any(bad.by_rule for bad in broken)
+    assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
+    pair, = b.hub_rows("MMMU-medical", hub, limit=1)
+    assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
+    assert all(map(grades_right, [*good, pair, *b.hub_rows("pmc_vqa", hub, limit=1)]))
+
+
+def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
+    with pytest.raises(UserError, match="has 5 rows of vqa_rad_closed, and the published set 272; to measure these all the same, set limit=5"):
+        b.load_benchmark("vqa_rad", load_profile("paper"), Workspace("paper"), repo=hub)
+    with pytest.raises(UserError, match="3 rows of vqa_rad_closed.parquet are broken, first .* row 2, options: not JSON"):
+        b.load_benchmark("vqa_rad", load_profile("paper", limit=5), Workspace("paper"), repo=hub)
+    allowed = b.load_benchmark("vqa_rad", load_profile("paper", limit=5, max_rejected=3), Workspace("paper"), repo=hub)
+    assert [sample.dataset_index for sample in allowed] == [5779, 5782]
+
+
+def test_a_table_without_a_column_or_a_set_says_what_it_has(hub, tmp_path):
+    import pyarrow.parquet
+
+    with pytest.raises(UserError, match="has no rows of slake_closed; it has pmc_vqa, vqa_rad_closed, MMMU-medical"):
+        list(b.hub_rows("slake_closed", hub, limit=1))
+    table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), tmp_path / "data" / "test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="split test, has no column answer_label; there are images, question"):
+        list(b.hub_rows("vqa_rad_closed", tmp_path, limit=1))
+    (tmp_path / "data" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read .*; without a network, name a folder with local copies by data_dir="):
+        list(b.hub_rows("vqa_rad_closed", tmp_path, limit=1))
+
+
+def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
+    import datasets
+
+    local = folder(tmp_path / "vqa_rad", [*GOOD, row(answer_type="OPEN"), row("Where is it?", "Left")])
+    picture = {"bytes": (local / "images_dev" / "good.png").read_bytes(), "path": None}
+    rows = [{"image": picture, "input": item["question"], "label": item["answer"], "answer_type": item["answer_type"]} for _, item in b.read_rows(local / "dev.jsonl", ())]
+    rows[2]["image"] = {"bytes": b"torn", "path": None}
+    path = tmp_path / "source"
+    (path / "VQA_RAD").mkdir(parents=True)
+    (path / "README.md").write_text("---\nconfigs:\n- config_name: VQA_RAD\n  data_files:\n  - split: test\n    path: VQA_RAD/test-*\n---\n")
+    features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "VQA_RAD" / "test-00000-of-00001.parquet")
+    good, others = split(b.vqa_rad_hub_rows(path))
+    expected = split(b.vqa_rad_rows(local))[0][:2]
+    assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
+        (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
+    assert [(bad.field, bad.by_rule) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
+    with pytest.raises(UserError, match="cannot be read"):
+        list(b.vqa_rad_hub_rows(local))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "As much of the hub's interface as reading one data set takes."
+    root, repo, sha = None, "UCSC-VLAA/MedVLThinker-Eval", "a" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def give(self, body, code=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def known(self, path: Path) -> dict:
+        return {"type": "file", "path": str(path.relative_to(self.root)), "size": path.stat().st_size, "oid": hashlib.sha1(path.read_bytes()).hexdigest()}
+
+    def do_GET(self):
+        path, files = urllib.parse.unquote(self.path.split("?")[0]), [path for path in self.root.rglob("*") if path.is_file()]
+        if path.startswith(f"/api/datasets/{self.repo}/tree/"):
+            return self.give([self.known(file) for file in files])
+        if path.startswith(f"/api/datasets/{self.repo}"):
+            return self.give({"id": self.repo, "sha": self.sha, "siblings": [{"rfilename": self.known(file)["path"]} for file in files]})
+        file = self.root / path.removeprefix(f"/datasets/{self.repo}/resolve/").partition("/")[2]
+        if file.is_file():
+            return self.give(file.read_bytes(), ETag=f'"{self.known(file)["oid"]}"', X_Repo_Commit=self.sha)
+        return self.give(b"", 404, X_Error_Code="EntryNotFound" if self.repo in path else "RepoNotFound", X_Repo_Commit=self.sha)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        asked = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self.give([self.known(self.root / name) if (self.root / name).is_file() else {"type": "directory", "path": name, "oid": "0" * 40} for name in asked])
+
+
+READ = """
+import datasets, huggingface_hub, sys, time
+from medvlthinker.benchmark import hub_rows
+from medvlthinker.config import UserError
+for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
+    start = time.monotonic()
+    try:
+        print([row.dataset_index for row in hub_rows(name, repo, limit=1)], end=" ")
+    except UserError as error:
+        print(error, end=" ")
+    print("in time" if time.monotonic() - start < 15 else "late")
+"""
+
+
+def test_over_http_and_afterwards_without_a_network(hub, tmp_path):
+    "The hub's id through the libraries' own clients: read once, then again from what was downloaded, though nobody answers any more."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OneSet", (Hub,), {"root": hub}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path, "HF_DATASETS_CACHE": tmp_path / "datasets",
+            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    online = python("-c", READ, "pmc_vqa", b.HUB, "pmc_vqa", "nobody/none", **here).stdout.splitlines()
+    assert online == ["[5778] in time", "The data set nobody/none cannot be read (the hub knows no such id); "
+                      "without a network, name a folder with local copies by data_dir=. in time"]
+    server.shutdown()
+    server.server_close()
+    offline = python("-c", READ, "MMMU-medical", b.HUB, "pmc_vqa", "nobody/none", **here).stdout.splitlines()
+    assert offline[0] == "[5784] in time"  # from what was downloaded
+    assert offline[1].startswith("The data set nobody/none cannot be read (") and offline[1].endswith("by data_dir=. in time")
+
+
+def test_no_network_by_choice_is_one_sentence_at_once():
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"The data set {b.HUB} cannot be read .*; without a network, name a folder with local copies by data_dir="):
+        list(b.hub_rows("pmc_vqa"))
+    assert time.monotonic() - start < 15
+
+
+# ---- the one entry
+
+
+def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
+    folder(tmp_path / "vqa_rad", GOOD)
+    for change, sentence in [({"data_dir": "no/where"}, "No folder no/where (data_dir)"),
+                             ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; local copies can be read of vqa_rad_closed"),
+                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad; known are")]:
+        with pytest.raises(UserError) as raised:
+            b.available(load_profile("smoke", **change))
+        assert sentence in str(raised.value)
+    with pytest.raises(UserError, match="holds no copy of MMMU-medical"):
+        b.load_benchmark("mmmu", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
+    done = python("-c", "from medvlthinker import benchmark, config; config.command(lambda words: benchmark.available(config.load_profile(data_dir=words[0])))", "no/where")
+    says(done, "No folder no/where (data_dir)")
+
+
+def test_no_name_means_what_is_there_and_says_what_is_not(tmp_path, capsys):
+    folder(tmp_path / "vqa_rad", GOOD)
+    assert b.available(load_profile("smoke", data_dir=str(tmp_path))) == ["vqa_rad_closed"]
+    assert "holds no copy of pmc_vqa, pathvqa_closed, slake_closed, MMMU-medical, MedXpertQA-MM that can be read" in capsys.readouterr().out
+
+
+def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, home, monkeypatch):
+    copy, profile = folder(tmp_path / "vqa_rad", GOOD), load_profile("smoke", data_dir=str(tmp_path), limit=0)
+    first = b.load_benchmark("vqa_rad", profile, Workspace("smoke"))
+    stored = home / "smoke" / "samples" / "local" / "vqa_rad_closed.parquet"
+    before = stored.read_bytes()
+
+    def fails(*_):
+        raise AssertionError("the copy was read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(b, "closed_sample", fails)
+        assert b.load_benchmark("vqa_rad", profile, Workspace("smoke")) == first
+    folder(tmp_path / "vqa_rad", [*GOOD, row("Is it round?", "no")], **{"good.png": first[0].images[0]})
+    assert [sample.answer for sample in b.load_benchmark("vqa_rad", profile, Workspace("smoke"))] == ["Yes", "right side", "Yes", "No"]
+    folder(tmp_path / "vqa_rad", GOOD, **{"good.png": first[0].images[0]})
+    assert b.load_benchmark("vqa_rad", profile, Workspace("smoke")) == first and stored.read_bytes() == before
+    (copy / "images_dev" / "good.png").write_bytes(encoded(64, 64))
+    assert b.load_benchmark("vqa_rad", profile, Workspace("smoke"))[0].images != first[0].images
+
+
+def test_a_limit_draws_from_the_samples_keeps_their_order_and_reports_all_damage(tmp_path, home):
+    rows = [row(f"Is there a nodule in slice {i}?", ["Yes", "No"][i % 2], image="gone.png" if i == 7 else "good.png") for i in range(40)]
+    folder(tmp_path / "vqa_rad", rows)
+    draws = {}
+    for limit in (5, 20, 39, 99):
+        profile = load_profile("smoke", data_dir=str(tmp_path), limit=limit, max_rejected=1)
+        draws[limit] = [sample.dataset_index for sample in b.load_benchmark("vqa_rad", profile, Workspace("smoke"))]
+        assert draws[limit] == sorted(draws[limit]) and len(draws[limit]) == min(limit, 39)
+    assert set(draws[5]) < set(draws[20]) < set(draws[39]) and draws[39] == draws[99]
+    assert draws[5] != draws[39][:5]
+    other = load_profile("smoke", data_dir=str(tmp_path), limit=5, max_rejected=1, seed=1)
+    assert [sample.dataset_index for sample in b.load_benchmark("vqa_rad", other, Workspace("smoke"))] != draws[5]
+    with pytest.raises(UserError, match="1 rows of vqa_rad_closed.parquet are broken, first dev.jsonl line 8, image_name: gone.png"):
+        b.load_benchmark("vqa_rad", load_profile("smoke", data_dir=str(tmp_path), limit=5), Workspace("smoke"))
+
+
+@pytest.mark.parametrize("name", b.BENCHMARKS)
+def test_drawn_sets_come_through_the_same_door(home, name):
+    samples = b.load_benchmark(name, load_profile("smoke", limit=12), Workspace("smoke"))
+    assert len(samples) == 12 and {sample.dataset_name for sample in samples} == {name} and all(map(grades_right, samples))
+
+
+# ---- the real images
+
+
+def test_every_closed_question_of_the_real_images_is_used_or_accounted_for(real_data, home):
+    profile = load_profile("smoke", data_dir=str(real_data), benchmark="vqa_rad", limit=0)
+    samples = b.load_benchmark("vqa_rad", profile, Workspace("smoke"))
+    source = [json.loads(line) for line in (real_data / "vqa_rad" / "dev.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (home / "smoke" / "samples" / "local" / "vqa_rad_closed.rejected.jsonl").read_text().splitlines()]
+    assert all(bad["by_rule"] for bad in rejected) and len(samples) + len(rejected) == len(source) == 594
+    assert collections.Counter(bad["field"] for bad in rejected) == {"answer_type": 248, "answer": 8}
+    yes_no = [sample for sample in samples if sample.options == {"A": "Yes", "B": "No"}]
+    assert (len(samples), len(yes_no)) == (338, 321)
+    for sample in samples:
+        origin = source[sample.dataset_index]
+        assert sample.question == origin["question"] and (sample.options, sample.answer_label) == closed_options(origin["question"], origin["answer"])
+        assert sample.images == ((real_data / "vqa_rad" / "images_dev" / origin["image_name"]).read_bytes(),)
+        assert grades_right(sample), sample
