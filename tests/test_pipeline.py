@@ -1,0 +1,156 @@
+"""The paper at laptop scale, end to end: a second run does nothing, an edit re-runs what depends on it, a kill loses nothing, bad input gets a sentence."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, says
+from medvlthinker.sample import read_samples
+
+# one worker runs this file, so that the embedded model is warmed up once
+pytestmark = pytest.mark.xdist_group("smoke")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    "A copy of the project, in which modules can be edited."
+    files = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def env(tree, warm_tiny, tmp_path_factory) -> dict:
+    home = tmp_path_factory.mktemp("runs")
+    shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
+    return {"MEDVLTHINKER_HOME": home, "PYTHONPATH": tree}
+
+
+def run(tree, env, *words):
+    done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", *words, cwd=tree, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split()[0] for line in done.stdout.splitlines() if " runs: " in line], done.stdout
+
+
+def test_first_run_and_what_makes_it_run_again(tree, env):
+    ran, out = run(tree, env)
+    assert ran == ["1_data", "4_evaluate-tiny", "5_results"]
+    assert "tiny" in out and "nothing medical" in out and "7B" in out, "the table is printed, with its warning, beside the paper's rows"
+    home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
+    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == ["1_data", "4_evaluate-tiny", "5_results"]
+
+    ran, out = run(tree, env)
+    assert ran == [] and "nothing ran" in out
+
+    os.utime(tree / "medvlthinker" / "report.py")
+    os.utime(tree / "nbs" / "paper" / "5_results.ipynb")
+    assert run(tree, env)[0] == [], "a touched file is the same file"
+
+    shards = {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")}
+    with open(tree / "medvlthinker" / "report.py", "a") as module:
+        module.write("\n# edited\n")
+    assert run(tree, env)[0] == ["5_results"], "only what imports the edited module"
+    with open(tree / "medvlthinker" / "grade.py", "a") as module:
+        module.write("\n# edited\n")
+    assert "4_evaluate-tiny" in run(tree, env)[0]
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")} == shards, "grading anew asks no model"
+
+    (home / "results" / "table.txt").unlink()
+    assert run(tree, env)[0] == ["5_results"], "a lost table is made again"
+
+
+def test_killed_and_called_again(tree, env, tmp_path):
+    "SIGKILL to the whole process group while it runs; the next call finishes, and the results are those of a run without a kill."
+    home = tmp_path / "killed"
+    shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
+    environment = {**os.environ, **{key: str(value) for key, value in env.items()}, "MEDVLTHINKER_HOME": str(home)}
+    for wait in (4, 12):
+        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6"], cwd=tree, env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(tree, {**env, "MEDVLTHINKER_HOME": home})
+    counts = [json.loads(next(path.rglob("evaluation.json")).read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
+    assert counts[0] == counts[1]
+
+
+def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path):
+    source = tree / "nbs" / "paper" / "1_data.ipynb"
+    before = source.read_text()
+    notebook = json.loads(before)
+    notebook["cells"].insert(4, {"cell_type": "code", "id": "broken", "metadata": {}, "outputs": [], "execution_count": None, "source": "1 / 0"})
+    try:
+        source.write_text(json.dumps(notebook))
+        done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
+        says(done, "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
+        assert (tmp_path / "smoke" / "notebooks" / "1_data.running.ipynb").is_file()
+        assert not (tmp_path / "smoke" / "notebooks" / "5_results.ipynb").exists(), "what waits for a failed step does not run"
+    finally:
+        source.write_text(before)
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["smke"], ["No profile 'smke'", "known are smoke, mini, paper"]),
+    (["smoke", "gpu=1"], ["Unknown profile key gpu", "gpus"]),
+    (["smoke", "limit=many"], ["limit wants a whole number, not 'many'"]),
+    (["smoke", "benchmark=vqa_red"], ["vqa_red", "vqa_rad"]),
+    (["smoke", "mini"], ["One profile at a time"]),
+    (["smoke", "data_dir=no/such/folder"], ["no/such/folder"]),
+])
+def test_bad_words(words, parts, home):
+    says(python("-m", "medvlthinker.pipeline", "run", *words), *parts)
+
+
+def test_bad_words_through_the_script(home):
+    done = subprocess.run(["./reproduce.sh", "smoke", "gpu=1"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
+    says(done, "Unknown profile key gpu")
+
+
+def test_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
+
+
+def test_full_disk(tmp_path):
+    "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
+    (tmp_path / "disk").mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root); the full disk is not tested")
+    try:
+        says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
+        for path in (tmp_path / "disk").rglob("*.parquet"):
+            assert read_samples(path), "what is there is whole"
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_real_radiographs(real_data, warm_home, tmp_path):
+    "The issue's own command: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question."
+    out = tmp_path / "out.ipynb"
+    papermill = Path(sys.executable).with_name("papermill")
+    done = subprocess.run([papermill, "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(warm_home)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = "".join("".join(o.get("text", "")) for c in json.loads(out.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"])
+    line = next(line for line in text.splitlines() if line.startswith("vqa_rad_closed: n = "))
+    n = int(line.split("n = ")[1].split(",")[0])
+    assert n > 321 and "95 % interval" in line, line
+    record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
+    assert record["source"] == "local" and record["counts"]["vqa_rad_closed"][1] == n
+
+
+def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
+    papermill = Path(sys.executable).with_name("papermill")
+    done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
+    assert done.returncode and "Unknown profile key gpu; known are data, data_dir" in done.stderr
