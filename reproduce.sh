@@ -77,7 +77,7 @@ setup() {
     set=$(wanted_set "${1:-}")
     lock=requirements-$set.lock
     [ "$set" = default ] && lock=requirements.lock
-    state="$set $(cat "$lock" pyproject.toml compat/*/*.* "$0" | sha256sum | cut -c1-16) $PWD"
+    state="$set $(cat "$lock" pyproject.toml compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16) $PWD"
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$state" ] && return
 
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB)."
