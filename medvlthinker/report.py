@@ -321,12 +321,13 @@ def _series(
                       dict(symbol=_OURS[i % len(_OURS)], color="#D55E00", size=11)))
     return found
 
-# %% ../nbs/51_report.ipynb #8106a634
+# %% ../nbs/51_report.ipynb #b46d1d0b
 def _lay_out(figure, table, lane: int, dark: bool):
     "Axes, legend, and the notes below."
     ticks = [heading + "".join(f"<br><span style='font-size:10px'>{line}</span>" for line in _sizes(table, column))
              for column, heading in HEADINGS.items()]
-    lines = [line for note in notes(table.assign(best=False)) for line in textwrap.wrap(note, 64, break_on_hyphens=False)]
+    said = [note for note in notes(table)[:1] if note == PHANTOM_NOTE] + [f"Points: {SOURCE}. Bars: 95 % intervals of this run."]
+    lines = [line for note in said for line in textwrap.wrap(note, 64, break_on_hyphens=False)]
     figure.add_annotation(text="<br>".join(html.escape(line, quote=False) for line in lines), align="left", font_size=10,
                           showarrow=False, xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-48, xshift=-90)
     figure.update_xaxes(title_text="Accuracy (%)", range=[0, 100], dtick=20, zeroline=False)
