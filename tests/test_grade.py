@@ -3,7 +3,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -166,30 +165,7 @@ def test_a_letter_tells_apart_what_a_text_cannot(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Time. Ratios and not wall times: these machines are shared.
-
-HOSTILE = ["<answer>", "</answer>", "<answer>A</answer>", "<answer>\n", "<think>", "</think>", "<think></think>", "</think> ", "(", "answer is ", "answer:\n", "is: ", "\n", " ",
-           "A B C D ", "A. ", "\\", r"\boxed{", "{", "<", "<a", "a", "ſ", '"answer":', '"answer":[', "most likely ", "i choose ", "Option A: ", "\u0301\u0323"]
-
-
-def least(text: str, rule: str, times: int = 3) -> float:
-    "Processor time of one grading: the least of a few, for the others were disturbed."
-    taken = []
-    for _ in range(times):
-        began = time.process_time()
-        grade(text, {"A": "liver", "B": "spleen, or (left) lung", "C": "no"}, "B", rule)
-        taken.append(time.process_time() - began)
-    return min(taken)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_time_grows_at_most_linearly(rule):
-    "Eight times the text may take eight times as long, and up to twice that for caches and noise. What is quadratic takes 64 times as long."
-    for unit in HOSTILE:
-        for before, after in (("", ""), ("<think>x</think><answer>", "</answer>")):
-            short, long = (before + unit * (size // len(unit)) + after for size in (100_000, 800_000))
-            taken = least(long, rule)
-            assert taken < 0.02 or taken < 16 * least(short, rule), (rule, unit)
+# Time is measured by tests/bench.py. Here stands only what does not end at all where a rule backtracks.
 
 
 def test_a_loop_that_the_plain_expression_cannot_survive():
