@@ -6,8 +6,8 @@
 __all__ = ['ENGINES', 'Sampling', 'Completion', 'resolve_model', 'model_fingerprint', 'TransformersEngine', 'VllmEngine',
            'engine_version', 'open_engine']
 
-# %% ../nbs/20_engine.ipynb #e2753c14
-import importlib.metadata, importlib.util, json, os, re
+# %% ../nbs/20_engine.ipynb #0bf34ad8
+import importlib.metadata, importlib.util, os, re
 from dataclasses import dataclass
 from pathlib import Path
 

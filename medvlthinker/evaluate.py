@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['grade_rows', 'count', 'evaluate', 'launch_rollout', 'summary', 'evaluations']
 
-# %% ../nbs/40_evaluate.ipynb #d38fb911
-import json, sys
-from pathlib import Path
+# %% ../nbs/40_evaluate.ipynb #f23d894a
+import dataclasses, json, sys
 
 from .benchmark import source_of
-from .config import Profile, UserError, Workspace, fingerprint, launch, recording, writing
+from .config import Profile, UserError, Workspace, launch, recording, writing
 from .engine import Sampling
 from .grade import RULES, grade
 from .rollout import folder_name, rollouts
@@ -73,15 +72,13 @@ def evaluate(
             json.dump(record, file, indent=1, ensure_ascii=False)
     return record
 
-# %% ../nbs/40_evaluate.ipynb #96ea690b
+# %% ../nbs/40_evaluate.ipynb #763f6e9a
 def launch_rollout(
     profile: Profile,
     model: str,  # as for `evaluate`
     **sampling,  # n, temperature, instruction
 ) -> None:
     "Roll out in a separate process, showing its log; returns at once where nothing is missing."
-    import dataclasses
-
     given = {f.name: getattr(profile, f.name) for f in dataclasses.fields(profile) if f.name not in ("name", "models")}
     words = [f"{key}={value}" for key, value in {**given, **sampling}.items()]
     launch([sys.executable, "-m", "medvlthinker.rollout", profile.name, f"model={model}", *words],

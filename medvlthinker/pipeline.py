@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'Step', 'steps', 'notebook_code', 'imported_modules', 'step_inputs', 'why_stale', 'execute', 'run', 'main']
 
-# %% ../nbs/60_pipeline.ipynb #ee07db30
-import ast, dataclasses, hashlib, json, os, sys, time
+# %% ../nbs/60_pipeline.ipynb #7c3b6532
+import ast, dataclasses, hashlib, json, os, time
 from pathlib import Path
 
 from .config import Profile, UserError, Workspace, command, file_hash, fingerprint, load_profile, manifest_path, parse_words, project_root, recording, stale, unwritable

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['samples_fingerprint', 'identity', 'write_shard', 'read_shard', 'alone', 'roll_out', 'rollouts', 'folder_name', 'main']
 
-# %% ../nbs/21_rollout.ipynb #0bba3ac6
-import contextlib, dataclasses, hashlib, json, os, sys
+# %% ../nbs/21_rollout.ipynb #f7f1c89a
+import contextlib, dataclasses, hashlib, json
 from pathlib import Path
 
 from .benchmark import load_benchmark, available, source_of

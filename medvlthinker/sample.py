@@ -6,9 +6,9 @@
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'Sample', 'to_rgb', 'image_problem', 'BadRow', 'read_options', 'image_bytes', 'from_row',
            'to_row', 'write_samples', 'read_samples', 'store']
 
-# %% ../nbs/01_sample.ipynb #ef0ee8eb
+# %% ../nbs/01_sample.ipynb #b39ecddf
 import io, itertools, json, string
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
 
