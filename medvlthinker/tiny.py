@@ -32,7 +32,7 @@ def other_style(
         return scene._replace(side="none", level="none", size="none")
     return scene._replace(side={"left": "right", "right": "left"}.get(scene.side, scene.side))
 
-# %% ../nbs/11_tiny.ipynb #05144996
+# %% ../nbs/11_tiny.ipynb #0557bc65
 WRITTEN, PAIRED = 0.15, 0.25  # shares of lessons with a report, and with two scans
 _ASKED = tuple(question for questions in QUESTIONS.values() for question in questions)
 
@@ -56,7 +56,7 @@ def lesson(
             samples.append(Sample(lead + text, lettered, label, answer, reasoning=reasoning(kind, told, answer, label)))
     return [] if lead else [draw(s, rng, "train") for s in scenes], samples
 
-# %% ../nbs/11_tiny.ipynb #4e7618de
+# %% ../nbs/11_tiny.ipynb #ecfee5d3
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
            "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -80,7 +80,7 @@ def tokenizer():
     return Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learnt["merges"]], eos_token="<|im_end|>",
                           extra_special_tokens=list(SPECIAL[1:]), model_max_length=4096)
 
-# %% ../nbs/11_tiny.ipynb #205e9d41
+# %% ../nbs/11_tiny.ipynb #ef8b77fc
 SIDE = 112  # pixels; 8 x 8 patches, merged to 4 x 4 tokens
 CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct (Apache-2.0)
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -102,7 +102,7 @@ def processor():
     images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE})
     return Qwen2_5_VLProcessor(image_processor=images, tokenizer=tokenizer(), video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
-# %% ../nbs/11_tiny.ipynb #15aaba8c
+# %% ../nbs/11_tiny.ipynb #5b2a8087
 def config(
     vocabulary,  # the tokenizer
 ):
@@ -119,7 +119,7 @@ def config(
     return Qwen2_5_VLConfig(text_config=language, vision_config=vision, tie_word_embeddings=True, image_token_id=id_of("image_pad"),
                             video_token_id=id_of("video_pad"), vision_start_token_id=id_of("vision_start"), vision_end_token_id=id_of("vision_end"))
 
-# %% ../nbs/11_tiny.ipynb #019aa955
+# %% ../nbs/11_tiny.ipynb #b63a3c97
 def model(
     vocabulary,  # the tokenizer
     seed: int = 0,  # of the random weights
@@ -140,7 +140,7 @@ def model(
                                    suppress_tokens=[ids("<|image_pad|>"), ids("<|video_pad|>")])
     return fresh
 
-# %% ../nbs/11_tiny.ipynb #0ebef808
+# %% ../nbs/11_tiny.ipynb #19de6bc0
 CARD = "tiny.json"
 
 
@@ -158,7 +158,7 @@ def _read_card(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
 
-# %% ../nbs/11_tiny.ipynb #c58f9172
+# %% ../nbs/11_tiny.ipynb #2ed32df0
 @contextlib.contextmanager
 def _replacing(folder: Path, card: dict):
     "A temporary folder beside `folder`, which takes its place, with the card, when the block ends well."
@@ -180,7 +180,7 @@ def _replacing(folder: Path, card: dict):
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/11_tiny.ipynb #5f398de8
+# %% ../nbs/11_tiny.ipynb #c5d38f0b
 @contextlib.contextmanager
 def _alone():
     "One thread, no progress bars of other libraries, and the caller's random state untouched."
@@ -210,7 +210,7 @@ def build(
         model(cut.tokenizer, seed).save_pretrained(part)
     return folder
 
-# %% ../nbs/11_tiny.ipynb #d131033c
+# %% ../nbs/11_tiny.ipynb #a73dd8a8
 def patches(
     scans: list,  # arrays of 112 x 112 x 3, 8 bit
 ) -> tuple:  # pixel_values (64 per scan x 1176) and image_grid_thw (scans x 3)
@@ -226,7 +226,7 @@ def patches(
     twice = cells.unsqueeze(6).expand(*cells.shape[:6], 2, 14, 14)  # a still picture is a film of two equal frames
     return twice.reshape(n * grid * grid * 4, -1), torch.tensor([[1, 2 * grid, 2 * grid]]).expand(n, 3)
 
-# %% ../nbs/11_tiny.ipynb #624d8c3d
+# %% ../nbs/11_tiny.ipynb #e6186813
 def orthogonal(
     matrix,  # a 2-D tensor
 ):
@@ -250,7 +250,7 @@ def _muon(matrices: list, momenta: list, rate: float) -> None:
             matrix.mul_(1 - 0.01 * rate).sub_(orthogonal(matrix.grad + 0.9 * momentum), alpha=rate * stretch)
             matrix.grad = None
 
-# %% ../nbs/11_tiny.ipynb #5efef020
+# %% ../nbs/11_tiny.ipynb #72eb0aa0
 def _descend(
     matrices: list,  # parameters that follow Muon
     others: list,  # parameters that follow AdamW: vectors, embeddings, heads
@@ -274,7 +274,7 @@ def _descend(
         _muon(matrices, momenta, 0.02 * pace)
         yield loss.item()
 
-# %% ../nbs/11_tiny.ipynb #bfb85aef
+# %% ../nbs/11_tiny.ipynb #4b61f7d3
 FACTS = {"modality": MODALITIES, "side": ("left", "right", "both", "none"), "level": ("upper", "middle", "lower", "none"),
          "size": ("small", "medium", "large", "none"), "fluid": ("present", "absent")}
 
@@ -304,7 +304,7 @@ def learn_to_see(
 
     return _descend([w for w in tower if w.ndim == 2], [heads, *(w for w in tower if w.ndim != 2)], loss_of, steps, rise=15)
 
-# %% ../nbs/11_tiny.ipynb #75bfe00d
+# %% ../nbs/11_tiny.ipynb #694c39ec
 def _prompt(cut, sample: Sample, pictures: int) -> str:
     "A prompt as text, with a placeholder for each token of each picture."
     content = [{"type": "image"}] * pictures + [{"type": "text", "text": user_text(sample)}]
@@ -334,7 +334,7 @@ def pack(
         positions.append(positions[0].max() + 1 + torch.arange(len(tail + answer)).expand(3, -1))
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(number), torch.cat(positions, dim=1)
 
-# %% ../nbs/11_tiny.ipynb #8ddbe530
+# %% ../nbs/11_tiny.ipynb #5cd612a5
 def lesson_loss(
     net,
     cut,  # the processor
@@ -359,7 +359,7 @@ def lesson_loss(
     asked = labels[:, 1:] != -100
     return cross_entropy(net.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked])
 
-# %% ../nbs/11_tiny.ipynb #9c7ab4a7
+# %% ../nbs/11_tiny.ipynb #821851b7
 def learn_to_answer(
     net,  # the model; its language part is trained in place, its tower stays
     cut,  # the processor
@@ -375,7 +375,7 @@ def learn_to_answer(
     others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name]
     return _descend(matrices, others, lambda: lesson_loss(net, cut, [lesson(rng) for _ in range(batch)]), steps, rise=20)
 
-# %% ../nbs/11_tiny.ipynb #73873a9a
+# %% ../nbs/11_tiny.ipynb #e066c1c5
 VISION_STEPS, LANGUAGE_STEPS = 220, 220
 
 
@@ -392,7 +392,7 @@ def _told(
             rate = step / (time.monotonic() - start)
             log(f"{what:9} {step:4} of {steps}   loss {loss:.2f}   {rate:.1f} steps/s, about {(steps - step) / rate:.0f} s left")
 
-# %% ../nbs/11_tiny.ipynb #12ff074a
+# %% ../nbs/11_tiny.ipynb #e60c7ea4
 def warm_up(
     folder,  # a folder that `build` wrote; trained in place
     seed: int = 0,  # of the lessons
@@ -414,7 +414,7 @@ def warm_up(
         cut.save_pretrained(part)
     return folder
 
-# %% ../nbs/11_tiny.ipynb #745005c0
+# %% ../nbs/11_tiny.ipynb #26c3da59
 def make(
     folder,  # where the checkpoint appears
     seed: int = 0,
@@ -432,7 +432,7 @@ def make(
             warm.rmdir()
     return folder
 
-# %% ../nbs/11_tiny.ipynb #5a8abe65
+# %% ../nbs/11_tiny.ipynb #cdfccdfd
 def answer(
     net,
     cut,  # the processor
@@ -451,7 +451,7 @@ def answer(
     said = cut.tokenizer.batch_decode(out)
     return [text.split("<|im_end|>")[0] if "<|im_end|>" in text else text + "[cut]" for text in said]
 
-# %% ../nbs/11_tiny.ipynb #a9844187
+# %% ../nbs/11_tiny.ipynb #f9250660
 def quiz(
     folder,  # a tiny model
     n: int = 100,  # questions per benchmark
@@ -470,7 +470,7 @@ def quiz(
             answers[name] = [pair for batch in batches for pair in zip(batch, answer(net, cut, batch))]
     return answers
 
-# %% ../nbs/11_tiny.ipynb #ee4d4a72
+# %% ../nbs/11_tiny.ipynb #505a0c43
 def scores(
     answers: dict,  # from `quiz`
 ) -> list[str]:
@@ -486,7 +486,7 @@ def scores(
     value, low, high = macro_average(counts)
     return [*lines, f"{'macro average':15} {value:8.3f}   {low:.3f} - {high:.3f}"]
 
-# %% ../nbs/11_tiny.ipynb #fd2d8fd5
+# %% ../nbs/11_tiny.ipynb #7d3464f6
 def main(
     words: list[str],  # the command line
 ) -> None:
