@@ -115,9 +115,9 @@ run_tests() {
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
     if [ "${1:-}" = all ]; then
         need_browser
-        run pytest -n 2 --dist loadgroup -m "heavy or not heavy"
+        run pytest -n 2 --dist loadfile -m "heavy or not heavy"
     else
-        run pytest -n 2 --dist loadgroup -m "not heavy" "$@"
+        run pytest -n 2 --dist loadfile -m "not heavy" "$@"
     fi
 }
 

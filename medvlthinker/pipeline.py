@@ -102,7 +102,7 @@ def why_stale(
     reason = stale(notebook, step_inputs(step, profile))
     return reason or next((f"{name} is gone" for name in _manifest(notebook)["outputs"] if not (workspace.root / name).exists()), "")
 
-# %% ../nbs/60_pipeline.ipynb #07680dfa
+# %% ../nbs/60_pipeline.ipynb #3ec54288
 class _Echo:
     "Passes on the log lines that a running notebook shows (config.launch marks them), so that a long step can be watched."
 
@@ -131,7 +131,7 @@ def execute(
     with recording(target, step_inputs(step, profile)) as facts:
         try:
             papermill.execute_notebook(root / "nbs" / "paper" / f"{step.notebook}.ipynb", wreck, given, kernel_name="python3", cwd=root,
-                                       progress_bar=False, log_output=False, stdout_file=_Echo(), extra_arguments=["--log-level=ERROR"])
+                                       progress_bar=False, log_output=False, stdout_file=_Echo(), extra_arguments=["--log-level=CRITICAL"])
         except PapermillExecutionError as error:
             message = error.evalue.removesuffix(".") if error.ename in ("UserError", "BadRow") else f"{error.ename}: {error.evalue}"
             raise UserError(f"{message}. ({step.name} stopped there; the notebook as far as it came: {wreck})") from None

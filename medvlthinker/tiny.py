@@ -180,10 +180,11 @@ def _replacing(folder: Path, card: dict):
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/11_tiny.ipynb #c5d38f0b
+# %% ../nbs/11_tiny.ipynb #3f6247cc
 @contextlib.contextmanager
 def _alone():
     "One thread, no progress bars of other libraries, and the caller's random state untouched."
+    state = random.getstate()  # before the next lines: importing transformers draws from it
     import torch
     from transformers.utils import logging
 
@@ -194,10 +195,11 @@ def _alone():
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        random.setstate(state)
         torch.set_num_threads(threads)
         bars and logging.enable_progress_bar()
 
-
+# %% ../nbs/11_tiny.ipynb #1752aa41
 def build(
     folder,  # where the checkpoint appears
     seed: int = 0,  # of the random weights
@@ -210,7 +212,7 @@ def build(
         model(cut.tokenizer, seed).save_pretrained(part)
     return folder
 
-# %% ../nbs/11_tiny.ipynb #a73dd8a8
+# %% ../nbs/11_tiny.ipynb #3130109a
 def patches(
     scans: list,  # arrays of 112 x 112 x 3, 8 bit
 ) -> tuple:  # pixel_values (64 per scan x 1176) and image_grid_thw (scans x 3)
@@ -226,7 +228,7 @@ def patches(
     twice = cells.unsqueeze(6).expand(*cells.shape[:6], 2, 14, 14)  # a still picture is a film of two equal frames
     return twice.reshape(n * grid * grid * 4, -1), torch.tensor([[1, 2 * grid, 2 * grid]]).expand(n, 3)
 
-# %% ../nbs/11_tiny.ipynb #e6186813
+# %% ../nbs/11_tiny.ipynb #70d49d22
 def orthogonal(
     matrix,  # a 2-D tensor
 ):
@@ -250,7 +252,7 @@ def _muon(matrices: list, momenta: list, rate: float) -> None:
             matrix.mul_(1 - 0.01 * rate).sub_(orthogonal(matrix.grad + 0.9 * momentum), alpha=rate * stretch)
             matrix.grad = None
 
-# %% ../nbs/11_tiny.ipynb #72eb0aa0
+# %% ../nbs/11_tiny.ipynb #007bb619
 def _descend(
     matrices: list,  # parameters that follow Muon
     others: list,  # parameters that follow AdamW: vectors, embeddings, heads
@@ -274,7 +276,7 @@ def _descend(
         _muon(matrices, momenta, 0.02 * pace)
         yield loss.item()
 
-# %% ../nbs/11_tiny.ipynb #4b61f7d3
+# %% ../nbs/11_tiny.ipynb #03649146
 FACTS = {"modality": MODALITIES, "side": ("left", "right", "both", "none"), "level": ("upper", "middle", "lower", "none"),
          "size": ("small", "medium", "large", "none"), "fluid": ("present", "absent")}
 
@@ -304,7 +306,7 @@ def learn_to_see(
 
     return _descend([w for w in tower if w.ndim == 2], [heads, *(w for w in tower if w.ndim != 2)], loss_of, steps, rise=15)
 
-# %% ../nbs/11_tiny.ipynb #694c39ec
+# %% ../nbs/11_tiny.ipynb #5e5631f7
 def _prompt(cut, sample: Sample, pictures: int) -> str:
     "A prompt as text, with a placeholder for each token of each picture."
     content = [{"type": "image"}] * pictures + [{"type": "text", "text": user_text(sample)}]
@@ -334,7 +336,7 @@ def pack(
         positions.append(positions[0].max() + 1 + torch.arange(len(tail + answer)).expand(3, -1))
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(number), torch.cat(positions, dim=1)
 
-# %% ../nbs/11_tiny.ipynb #5cd612a5
+# %% ../nbs/11_tiny.ipynb #4ee266e3
 def lesson_loss(
     net,
     cut,  # the processor
@@ -359,7 +361,7 @@ def lesson_loss(
     asked = labels[:, 1:] != -100
     return cross_entropy(net.lm_head(hidden[:, :-1][asked]), labels[:, 1:][asked])
 
-# %% ../nbs/11_tiny.ipynb #821851b7
+# %% ../nbs/11_tiny.ipynb #f967748c
 def learn_to_answer(
     net,  # the model; its language part is trained in place, its tower stays
     cut,  # the processor
@@ -375,7 +377,7 @@ def learn_to_answer(
     others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name]
     return _descend(matrices, others, lambda: lesson_loss(net, cut, [lesson(rng) for _ in range(batch)]), steps, rise=20)
 
-# %% ../nbs/11_tiny.ipynb #e066c1c5
+# %% ../nbs/11_tiny.ipynb #c6192554
 VISION_STEPS, LANGUAGE_STEPS = 220, 220
 
 
@@ -392,7 +394,7 @@ def _told(
             rate = step / (time.monotonic() - start)
             log(f"{what:9} {step:4} of {steps}   loss {loss:.2f}   {rate:.1f} steps/s, about {(steps - step) / rate:.0f} s left")
 
-# %% ../nbs/11_tiny.ipynb #e60c7ea4
+# %% ../nbs/11_tiny.ipynb #dd536ced
 def warm_up(
     folder,  # a folder that `build` wrote; trained in place
     seed: int = 0,  # of the lessons
@@ -401,12 +403,12 @@ def warm_up(
     log: Callable = print,  # gets progress, one line at a time
 ) -> Path:
     "Train a tiny model until it can answer; the folder changes when all is done."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = Path(folder)
     if not _read_card(folder):
         raise UserError(f"{folder} is no tiny model; make one first (medvlthinker.tiny.build).")
     with _alone(), _replacing(folder, _card(seed, vision_steps, language_steps)) as part:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         net, cut = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
         _told(learn_to_see(net, seed, vision_steps), vision_steps, "vision", log)
         _told(learn_to_answer(net, cut, seed, language_steps), language_steps, "language", log)
@@ -414,7 +416,7 @@ def warm_up(
         cut.save_pretrained(part)
     return folder
 
-# %% ../nbs/11_tiny.ipynb #26c3da59
+# %% ../nbs/11_tiny.ipynb #e969260c
 def make(
     folder,  # where the checkpoint appears
     seed: int = 0,
@@ -432,7 +434,7 @@ def make(
             warm.rmdir()
     return folder
 
-# %% ../nbs/11_tiny.ipynb #cdfccdfd
+# %% ../nbs/11_tiny.ipynb #e9a4d54c
 def answer(
     net,
     cut,  # the processor
@@ -451,16 +453,16 @@ def answer(
     said = cut.tokenizer.batch_decode(out)
     return [text.split("<|im_end|>")[0] if "<|im_end|>" in text else text + "[cut]" for text in said]
 
-# %% ../nbs/11_tiny.ipynb #f9250660
+# %% ../nbs/11_tiny.ipynb #ad7e7281
 def quiz(
     folder,  # a tiny model
     n: int = 100,  # questions per benchmark
     seed: int = 0,  # of the questions
 ) -> dict[str, list[tuple[Sample, str]]]:
     "For each miniature benchmark, its questions with the model's greedy answers."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     with _alone():
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         net, cut = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
         answers = {}
         for name in BENCHMARKS:
@@ -470,7 +472,7 @@ def quiz(
             answers[name] = [pair for batch in batches for pair in zip(batch, answer(net, cut, batch))]
     return answers
 
-# %% ../nbs/11_tiny.ipynb #505a0c43
+# %% ../nbs/11_tiny.ipynb #f21889c7
 def scores(
     answers: dict,  # from `quiz`
 ) -> list[str]:
@@ -486,7 +488,7 @@ def scores(
     value, low, high = macro_average(counts)
     return [*lines, f"{'macro average':15} {value:8.3f}   {low:.3f} - {high:.3f}"]
 
-# %% ../nbs/11_tiny.ipynb #7d3464f6
+# %% ../nbs/11_tiny.ipynb #3695bed8
 def main(
     words: list[str],  # the command line
 ) -> None:

@@ -23,10 +23,14 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def warm_tiny(tmp_path_factory) -> Path:
-    "The embedded model, fully warmed up as in `smoke`: about a minute, once per test worker."
+    "The embedded model, fully warmed up as in `smoke`: about a minute, once for all test workers."
     from medvlthinker import tiny
+    from medvlthinker.rollout import alone
 
-    return tiny.make(tmp_path_factory.mktemp("warm") / "tiny")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm"
+    with alone(folder):  # one worker works, the others wait and find it done
+        return tiny.make(folder / "tiny")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python
 
-pytestmark = [pytest.mark.heavy, pytest.mark.xdist_group("smoke")]
+pytestmark = pytest.mark.heavy
 
 
 def need(module: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, python, says
 from medvlthinker.sample import read_samples
 
-# one worker runs this file, so that the embedded model is warmed up once
-pytestmark = pytest.mark.xdist_group("smoke")
+
+
 
 
 @pytest.fixture(scope="module")
