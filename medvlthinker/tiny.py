@@ -472,7 +472,7 @@ def quiz(
             answers[name] = [pair for batch in batches for pair in zip(batch, answer(net, cut, batch))]
     return answers
 
-# %% ../nbs/11_tiny.ipynb #f21889c7
+# %% ../nbs/11_tiny.ipynb #505a0c43
 def scores(
     answers: dict,  # from `quiz`
 ) -> list[str]:
@@ -488,7 +488,7 @@ def scores(
     value, low, high = macro_average(counts)
     return [*lines, f"{'macro average':15} {value:8.3f}   {low:.3f} - {high:.3f}"]
 
-# %% ../nbs/11_tiny.ipynb #3695bed8
+# %% ../nbs/11_tiny.ipynb #7d3464f6
 def main(
     words: list[str],  # the command line
 ) -> None:

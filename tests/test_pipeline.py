@@ -13,9 +13,6 @@ from conftest import ROOT, python, says
 from medvlthinker.sample import read_samples
 
 
-
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     "A copy of the project, in which modules can be edited."
@@ -135,7 +132,7 @@ def test_full_disk(tmp_path):
 
 
 def test_real_radiographs(real_data, warm_home, tmp_path):
-    "The issue's own command: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question."
+    "The README's command for real images: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question."
     out = tmp_path / "out.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
     done = subprocess.run([papermill, "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data],

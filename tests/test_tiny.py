@@ -1,6 +1,5 @@
 """The tiny model where a notebook cannot test it: several processes, TRL, vLLM, verl."""
 import importlib.util
-import json
 import subprocess
 import sys
 import textwrap
@@ -129,37 +128,6 @@ def test_it_answers_in_the_format_and_above_chance(warm_tiny):
     assert not any(text.endswith("[cut]") for text in texts)
     macro = float(tiny.scores(answers)[-1].split()[2])
     assert 0.5 < macro < 0.9  # blind guessing 0.342; 120 questions, so give or take 0.08
-
-
-@pytest.mark.heavy
-def test_vllm_says_what_transformers_says(warm_tiny, tmp_path):
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed; ./reproduce.sh test all installs it")
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    samples = [phantom.benchmark(name, 4, seed=2)[index] for name in ("pmc_vqa", "slake_closed") for index in range(4)]
-    net, cut = AutoModelForImageTextToText.from_pretrained(warm_tiny, dtype="float32").eval(), AutoProcessor.from_pretrained(warm_tiny)
-    code = f"""
-        import json
-        from vllm import LLM, SamplingParams
-        from medvlthinker import phantom
-        from medvlthinker.prompt import messages
-
-        if __name__ == "__main__":
-            samples = [phantom.benchmark(name, 4, seed=2)[index] for name in ("pmc_vqa", "slake_closed") for index in range(4)]
-            chats = [messages(sample) for sample in samples]
-            for chat in chats:
-                chat[0]["content"] = [dict(type="image_pil", image_pil=part["image"]) if part["type"] == "image" else part for part in chat[0]["content"]]
-            llm = LLM(model={str(warm_tiny)!r}, dtype="float32", enforce_eager=True, max_model_len=1024, limit_mm_per_prompt=dict(image=2, video=0), seed=0)
-            said = llm.chat(chats, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
-            print("SAID", json.dumps([[out.outputs[0].text, out.outputs[0].finish_reason] for out in said]))
-    """
-    script = tmp_path / "ask.py"
-    script.write_text(textwrap.dedent(code))
-    done = python(script, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SAID"))[5:])
-    assert said == [[text, "stop"] for text in tiny.answer(net, cut, samples)]
 
 
 @pytest.mark.heavy
