@@ -8,10 +8,12 @@ __all__ = ['OTHER_STYLE', 'WRITTEN', 'PAIRED', 'SPECIAL', 'SIDE', 'CHAT_TEMPLATE
            'orthogonal', 'learn_to_see', 'pack', 'lesson_loss', 'learn_to_answer', 'warm_up', 'make', 'answer', 'quiz',
            'scores', 'main']
 
-# %% ../nbs/11_tiny.ipynb #814f8d69
+# %% ../nbs/11_tiny.ipynb #199486b6
 import argparse, contextlib, importlib.metadata, importlib.util, itertools, json, math, os, random, re, shutil, string, time
 from pathlib import Path
 from typing import Callable, Iterator
+
+from safetensors import SafetensorError
 
 from .config import UserError, command, file_hash
 from .grade import grade
@@ -158,7 +160,7 @@ def _read_card(folder: Path) -> dict:
     except (OSError, ValueError):
         return {}
 
-# %% ../nbs/11_tiny.ipynb #2ed32df0
+# %% ../nbs/11_tiny.ipynb #ec389215
 @contextlib.contextmanager
 def _replacing(folder: Path, card: dict):
     "A temporary folder beside `folder`, which takes its place, with the card, when the block ends well."
@@ -174,8 +176,9 @@ def _replacing(folder: Path, card: dict):
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room or name another folder.") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
+        raise UserError(f"{folder} cannot be written ({reason}); make room or name another folder.") from None
     finally:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
