@@ -56,6 +56,7 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
         for place in ${PIP_FIND_LINKS:-} $("$VENV/bin/python" -m pip config get global.find-links 2> /dev/null); do
             links+=(--find-links "$place")
         done
+        export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1  # the same by its new and its old name: trust the certificates that this machine trusts
         set -- uv pip install --python "$VENV/bin/python" "${links[@]}" "$@"
     else
         set -- "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$@"
