@@ -7,8 +7,8 @@ __all__ = ['UserError', 'unwritable', 'command', 'Profile', 'project_root', 'loa
            'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'manifest_path', 'recording', 'stale',
            'launch']
 
-# %% ../nbs/00_config.ipynb #026509e9
-import configparser, contextlib, dataclasses, datetime, errno, functools, hashlib, importlib.metadata, json, os, platform, subprocess, sys, time
+# %% ../nbs/00_config.ipynb #b423dcc8
+import configparser, contextlib, dataclasses, datetime, errno, functools, glob, hashlib, importlib.metadata, json, os, platform, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +48,15 @@ def command(
         print("medvlthinker: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/00_config.ipynb #3aefebbf
+# %% ../nbs/00_config.ipynb #5b16ed11
 @dataclass(frozen=True)
 class Profile:
     "How much to run, and on what hardware."
     name: str = "smoke"
-    data: str = "phantom"  # where questions come from: `phantom` (drawn here) or `hub` (the published sets)
+    data: str = "phantom"  # where questions come from: `phantom` (drawn here), `hub` (the published sets) or `source` (what these were made from)
     data_dir: str = ""  # a folder with local copies of the sources; when set, it is read instead of `data`
     benchmark: str = ""  # which test sets, comma-separated; empty for all six
+    corpus: str = ""  # which training corpora, comma-separated; empty for both
     limit: int = 0  # questions per set at most; 0 for all, as where data_dir is set and limit is not
     rollouts: int = 16  # completions per question where difficulty is measured
     models: tuple[str, ...] = ("tiny",)  # each a recipe name, a hub id, a folder, or `tiny`
@@ -72,8 +73,8 @@ class Profile:
     max_rejected: int = 0  # broken rows that a source may hold before the run stops
     seed: int = 42
 
-# %% ../nbs/00_config.ipynb #eabebcd3
-_CHOICES = {"data": ("phantom", "hub"), "engine": ("transformers", "vllm"), "dtype": ("float32", "bfloat16", "float16")}
+# %% ../nbs/00_config.ipynb #8d846476
+_CHOICES = {"data": ("phantom", "hub", "source"), "engine": ("transformers", "vllm"), "dtype": ("float32", "bfloat16", "float16")}
 
 
 def _cast(
@@ -179,7 +180,18 @@ class Workspace:
             raise UserError(f"The folder {self.root / name} cannot be made ({error.strerror}); set MEDVLTHINKER_HOME to one that can.") from None
         return folder
 
-# %% ../nbs/00_config.ipynb #e9998b3c
+# %% ../nbs/00_config.ipynb #f24cd555
+def _tidy(path: Path) -> None:
+    "Remove what killed processes of this machine began to write under this name; another machine's are left alone."
+    for torn in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.part"):
+        try:
+            os.kill(int(torn.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            torn.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # alive, and somebody else's
+
+
 @contextlib.contextmanager
 def writing(
     path,  # where the file appears once it is whole; parent folders are made
@@ -188,7 +200,8 @@ def writing(
     "A file to write, which gets its name only when the block ends well; a full disk is a `UserError`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    _tidy(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as file:
             yield file
