@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import struct
 import threading
@@ -20,6 +21,7 @@ from medvlthinker.grade import RULES, grade
 from medvlthinker.options import closed_options
 from medvlthinker.prompt import sft_target
 from medvlthinker.sample import BadRow, Sample
+from medvlthinker.source import read_rows
 from PIL import Image
 
 
@@ -37,8 +39,11 @@ def huge(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+NUMBER = itertools.count(1)
+
+
 def row(question="Is there a nodule?", answer="Yes", image="good.png", **changes) -> dict:
-    return {"qid": 1, "image_name": image, "image_organ": "CHEST", "question": question, "answer": answer, "answer_type": "CLOSED",
+    return {"qid": next(NUMBER), "image_name": image, "image_organ": "CHEST", "question": question, "answer": answer, "answer_type": "CLOSED",
             "question_type": "PRES", "phrase_type": "test_freeform", **changes}
 
 
@@ -61,6 +66,11 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
 def split(rows) -> tuple[list[Sample], list[BadRow]]:
     rows = list(rows)
     return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
+
+
+def rad(path: Path):
+    "The samples of a local copy of VQA-RAD, and what became none."
+    return b.local_rows("vqa_rad_closed", path, next(way for way in b.LOCAL["vqa_rad_closed"][1] if way.found(path)))
 
 
 def grades_right(sample: Sample) -> bool:
@@ -102,7 +112,7 @@ def odd_images() -> dict:
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_row_is_named_and_the_others_are_kept(tmp_path, odd_images, what):
     bad, sentence = BROKEN[what]
-    good, broken = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [*GOOD[:2], bad, GOOD[2]], **odd_images)))
+    good, broken = split(rad(folder(tmp_path / "vqa_rad", [*GOOD[:2], bad, GOOD[2]], **odd_images)))
     assert [sample.question for sample in good] == [item["question"] for item in GOOD]
     assert [sample.dataset_index for sample in good] == [0, 1, 3]  # a row's place does not depend on the rows before it
     assert len(broken) == 1 and not broken[0].by_rule
@@ -120,7 +130,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
     aside, sentence = LEFT_OUT[what]
-    good, left_out = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [aside, *GOOD])))
+    good, left_out = split(rad(folder(tmp_path / "vqa_rad", [aside, *GOOD])))
     assert len(good) == 3 and [item.by_rule for item in left_out] == [True]
     assert str(left_out[0]).startswith(f"dev.jsonl line 1, {sentence}"), left_out[0]
 
@@ -128,7 +138,8 @@ def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
 @pytest.mark.parametrize("layout, content, sentence", [
     ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json line 2, JSON: Expecting ':' delimiter at column 11"),
     ("testset.json", '[{"question":\n "Schädel?"}]'.encode("latin-1"), "testset.json line 2, encoding: the byte 0xe4 is not UTF-8"),
-    ("testset.json", b'{"question": "Is it?"}', "testset.json holds no list of rows"),
+    ("testset.json", b'"Is it?"', "testset.json holds no list of rows"),
+    ("testset.json", b'[]', "testset.json holds no list of rows"),
     ("testset.json", b'[{"question": "Is it?", "Answer": "Yes"}]', "testset.json: no row has the column answer, answer_type, image_name; there are question, Answer"),
     ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
 ])
@@ -136,26 +147,26 @@ def test_a_file_that_is_no_use_is_one_sentence(tmp_path, layout, content, senten
     where = folder(tmp_path / "vqa_rad", [], (layout, "images" if layout.startswith("test") else "images_dev"))
     (where / layout).write_bytes(content)
     with pytest.raises(UserError) as raised:
-        list(b.vqa_rad_rows(where))
+        list(rad(where))
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_the_three_layouts_give_the_same_samples(tmp_path):
     same = {"good.png": PHOTO}
-    plain, _ = split(b.vqa_rad_rows(folder(tmp_path / "a", GOOD, **same)))
+    plain, _ = split(rad(folder(tmp_path / "a", GOOD, **same)))
     assert len(plain) == 3
-    assert list(b.vqa_rad_rows(folder(tmp_path / "b", GOOD, ("testset.json", "images"), **same))) == plain
+    assert list(rad(folder(tmp_path / "b", GOOD, ("testset.json", "images"), **same))) == plain
     release = folder(tmp_path / "c", [row("Is it old?", phrase_type="freeform"), *GOOD], ("VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"), **same)
-    good, left_out = split(b.vqa_rad_rows(release))
+    good, left_out = split(rad(release))
     assert [dataclasses.replace(sample, dataset_index=sample.dataset_index - 1) for sample in good] == plain
     assert str(left_out[0]) == "VQA_RAD Dataset Public.json row 0, phrase_type: freeform, which is training text" and left_out[0].by_rule
     (tmp_path / "b" / "trainset.json").write_text("not JSON, and never read")
-    assert len(list(b.vqa_rad_rows(tmp_path / "b"))) == 3
+    assert len(list(rad(tmp_path / "b"))) == 3
 
 
 def test_images_keep_their_bytes_and_hashes_are_the_papers(tmp_path):
     photo = encoded(200, 100, "JPEG")
-    good, _ = split(b.vqa_rad_rows(folder(tmp_path / "vqa_rad", [row(answer="yes", image="photo.jpg")], **{"photo.jpg": photo})))
+    good, _ = split(rad(folder(tmp_path / "vqa_rad", [row(answer="yes", image="photo.jpg")], **{"photo.jpg": photo})))
     assert good[0].images == (photo,) and good[0].answer == "Yes"
     assert good[0].hash == hashlib.sha256(b"Is there a nodule?yes").hexdigest()[:16]
     assert good[0].misc["image_name"] == "photo.jpg"
@@ -195,15 +206,15 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
-    good, broken = split(b.hub_rows("vqa_rad_closed", hub, limit=5))
+    good, broken = split(b.published_rows("vqa_rad_closed", hub, limit=5))
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
     assert all(sample.images == (PHOTO,) for sample in good)
     starts = [f"{hub} row 2, options: not JSON", f"{hub} row 3, answer: 'Maybe' is not the text of option B", f"{hub} row 5, images: not a readable image"]
     assert len(broken) == 3 and not any(bad.by_rule for bad in broken)
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
-    pair, = b.hub_rows("MMMU-medical", hub, limit=1)
+    pair, = b.published_rows("MMMU-medical", hub, limit=1)
     assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
-    assert all(map(grades_right, [*good, pair, *b.hub_rows("pmc_vqa", hub, limit=1)]))
+    assert all(map(grades_right, [*good, pair, *b.published_rows("pmc_vqa", hub, limit=1)]))
 
 
 def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
@@ -219,15 +230,15 @@ def test_a_table_without_a_column_or_a_set_says_what_it_has(hub, tmp_path):
     import pyarrow.parquet
 
     with pytest.raises(UserError, match="has no rows of slake_closed; it has pmc_vqa, vqa_rad_closed, MMMU-medical"):
-        list(b.hub_rows("slake_closed", hub, limit=1))
+        list(b.published_rows("slake_closed", hub, limit=1))
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), tmp_path / "data" / "test-00000-of-00001.parquet")
     with pytest.raises(UserError, match="split test, has no column answer_label; there are images, question"):
-        list(b.hub_rows("vqa_rad_closed", tmp_path, limit=1))
+        list(b.published_rows("vqa_rad_closed", tmp_path, limit=1))
     (tmp_path / "data" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.hub_rows("vqa_rad_closed", tmp_path, limit=1))
+        list(b.published_rows("vqa_rad_closed", tmp_path, limit=1))
 
 
 def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
@@ -235,20 +246,20 @@ def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
 
     local = folder(tmp_path / "vqa_rad", [*GOOD, row(answer_type="OPEN"), row("Where is it?", "Left")])
     picture = {"bytes": (local / "images_dev" / "good.png").read_bytes(), "path": None}
-    rows = [{"image": picture, "input": item["question"], "label": item["answer"], "answer_type": item["answer_type"]} for _, item in b.read_rows(local / "dev.jsonl", ())]
+    rows = [{"image": picture, "input": item["question"], "label": item["answer"], "answer_type": item["answer_type"]} for _, item in read_rows(local / "dev.jsonl")]
     rows[2]["image"] = {"bytes": b"torn", "path": None}
     path = tmp_path / "source"
     (path / "VQA_RAD").mkdir(parents=True)
     (path / "README.md").write_text("---\nconfigs:\n- config_name: VQA_RAD\n  data_files:\n  - split: test\n    path: VQA_RAD/test-*\n---\n")
     features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
     datasets.Dataset.from_list(rows, features=features).to_parquet(path / "VQA_RAD" / "test-00000-of-00001.parquet")
-    good, others = split(b.vqa_rad_hub_rows(path))
-    expected = split(b.vqa_rad_rows(local))[0][:2]
+    good, others = split(b.source_rows("vqa_rad_closed", repo=path))
+    expected = split(rad(local))[0][:2]
     assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
         (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
     assert [(bad.field, bad.by_rule) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
     with pytest.raises(UserError, match="cannot be read"):
-        list(b.vqa_rad_hub_rows(local))
+        list(b.source_rows("vqa_rad_closed", repo=local))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -290,7 +301,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 READ = """
 import datasets, huggingface_hub, sys, time
-from medvlthinker.benchmark import hub_rows
+from medvlthinker.benchmark import published_rows as hub_rows
 from medvlthinker.config import UserError
 for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
     start = time.monotonic()
@@ -321,7 +332,7 @@ def test_over_http_and_afterwards_without_a_network(hub, tmp_path):
 def test_no_network_by_choice_is_one_sentence_at_once():
     start = time.monotonic()
     with pytest.raises(UserError, match=f"The data set {b.HUB} cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.hub_rows("pmc_vqa"))
+        list(b.published_rows("pmc_vqa"))
     assert time.monotonic() - start < 15
 
 
@@ -331,7 +342,7 @@ def test_no_network_by_choice_is_one_sentence_at_once():
 def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
     folder(tmp_path / "vqa_rad", GOOD)
     for change, sentence in [({"data_dir": "no/where"}, "No folder no/where (data_dir)"),
-                             ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; local copies can be read of vqa_rad_closed"),
+                             ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; it is looked for as slake_closed as a folder SLAKE/ with test.json"),
                              ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad; known are")]:
         with pytest.raises(UserError) as raised:
             b.available(load_profile("smoke", **change))
@@ -358,7 +369,7 @@ def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, ho
         raise AssertionError("the copy was read again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(b, "closed_sample", fails)
+        patched.setattr(b, "local_rows", fails)
         assert b.load_benchmark("vqa_rad", profile, Workspace("smoke")) == first
     folder(tmp_path / "vqa_rad", [*GOOD, row("Is it round?", "no")], **{"good.png": first[0].images[0]})
     assert [sample.answer for sample in b.load_benchmark("vqa_rad", profile, Workspace("smoke"))] == ["Yes", "right side", "Yes", "No"]
@@ -368,7 +379,7 @@ def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, ho
     assert b.load_benchmark("vqa_rad", profile, Workspace("smoke"))[0].images != first[0].images
 
 
-def test_a_limit_draws_from_the_samples_keeps_their_order_and_reports_all_damage(tmp_path, home):
+def test_a_limit_draws_samples_keeps_their_order_and_reports_the_damage_that_it_met(tmp_path, home):
     rows = [row(f"Is there a nodule in slice {i}?", ["Yes", "No"][i % 2], image="gone.png" if i == 7 else "good.png") for i in range(40)]
     folder(tmp_path / "vqa_rad", rows)
     draws = {}
@@ -381,7 +392,7 @@ def test_a_limit_draws_from_the_samples_keeps_their_order_and_reports_all_damage
     other = load_profile("smoke", data_dir=str(tmp_path), limit=5, max_rejected=1, seed=1)
     assert [sample.dataset_index for sample in b.load_benchmark("vqa_rad", other, Workspace("smoke"))] != draws[5]
     with pytest.raises(UserError, match="1 rows of vqa_rad_closed.parquet are broken, first dev.jsonl line 8, image_name: gone.png"):
-        b.load_benchmark("vqa_rad", load_profile("smoke", data_dir=str(tmp_path), limit=5), Workspace("smoke"))
+        b.load_benchmark("vqa_rad", load_profile("smoke", data_dir=str(tmp_path), limit=40), Workspace("smoke"))  # so many that the broken one is drawn
 
 
 @pytest.mark.parametrize("name", b.BENCHMARKS)

@@ -1,0 +1,376 @@
+"""Every source in its own layout, on the disk and as the hub holds it: expected rows, named damage, keys that grade as right."""
+import collections
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from medvlthinker import benchmark as b
+from medvlthinker import corpus as c
+from medvlthinker import layout
+from medvlthinker.config import UserError, Workspace, load_profile
+from medvlthinker.grade import RULES, grade
+from medvlthinker.sample import BadRow, Sample
+from medvlthinker.source import json_list, read_rows, samples_from
+from PIL import Image
+
+
+def figure(width=60, height=40, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(file, kind)
+    return file.getvalue()
+
+
+PHOTO = figure(90, 60, "JPEG")
+
+
+def split(rows) -> tuple[list[Sample], list[BadRow]]:
+    rows = list(rows)
+    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
+
+
+def key_opens(sample: Sample, as_text: bool = True) -> bool:
+    "Is the sample's own answer right under every rule, as a letter and as a text?"
+    texts = [f"<think> It is seen. </think>\n<answer> {words} </answer>" for words in (sample.answer_label, sample.answer)[:1 + as_text]]
+    return all(grade(text, sample.options, sample.answer_label, rule).correct for text in texts for rule in RULES)
+
+
+# ---- the real rows
+
+
+EXPECTED = {  # set: (rows, samples, left out by rule, broken, {field of a broken row: how many})
+    "pmc_vqa": (1, 1, 0, 0), "slake_closed": (400, 0, 324, 76), "vqa_rad_closed": (594, 338, 256, 0), "MMMU-medical": (4, 4, 0, 0), "MedQA": (150, 150, 0, 0),
+    "MedMCQA": (150, 150, 0, 0), "HeadQA": (150, 148, 2, 0), "PubMedQA": (100, 100, 0, 0), "MMLU-medical": (150, 150, 0, 0), "MedXpertQA-Text": (60, 60, 0, 0)}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_real_layout_yields_the_expected_rows(real_data, name):
+    good, others = split(b.local_rows(name, *b.local_copy(name, str(real_data))))
+    assert (len(good) + len(others), len(good), sum(bad.by_rule for bad in others), sum(not bad.by_rule for bad in others)) == EXPECTED[name]
+    assert all(map(key_opens, good)) and {sample.dataset_name for sample in good} <= {name}
+    assert {bad.field for bad in others if not bad.by_rule} <= {"img_name"}  # only the images that the excerpt lacks
+
+
+def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
+    good, others = split(c.local_samples("pmc_vqa", *c.local_copy("pmc_vqa", str(real_data))))
+    assert [(s.dataset_index, s.answer) for s in good] == [(0, "Focal uptake pattern")]
+    assert [(bad.row.split()[-1], bad.field, bad.by_rule) for bad in others] == [
+        ("3", "Answer_label", True), ("4", "Figure_path", False), ("5", "Figure_path", False), ("6", "Choice B", True), ("7", "Figure_path", False),
+        ("8", "Answer_label", True), ("9", "Choice B", True), ("10", "Answer", True)]
+    words = {where: layout.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train.csv") if where.split()[-1] in ("4", "5", "7")}
+    assert [(item["options"][item["answer_label"]], item["answer_label"]) for item in words.values()] == [
+        ("N/A", "A"), ("Solitary level expression of signal S", "D"), ("The photomicrograph does not provide enough information to determine the type of tumor.", "A")]
+    second, = [layout.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train_2.csv")]
+    assert (second["answer_label"], second["options"]["B"]) == ("B", "Red")
+    printed = json.loads((real_data / "medvlthinker_peer_facts" / "hf_rows_as_printed.json").read_text())[0]["row"]  # the published row of the one test question
+    ours, = split(b.local_rows("pmc_vqa", *b.local_copy("pmc_vqa", str(real_data))))[0]
+    assert (ours.question, json.dumps(ours.options), ours.answer_label, ours.answer) == tuple(printed[name] for name in ("question", "options", "answer_label", "answer"))
+
+
+def test_the_real_rows_of_m23k(real_data):
+    good, others = split(c.local_samples("m23k", *c.local_copy("m23k", str(real_data))))
+    assert len(good) == 3 and not others and all(map(key_opens, good))
+    source = [json.loads(line) for line in (real_data / "m1_m23k_peer_facts" / "rows_as_printed.jsonl").read_text().splitlines()]
+    for sample, row in zip(good, source):
+        assert (sample.dataset_name, sample.answer, sample.reasoning) == (row["source"], row["answer_string"].strip(), row.get("reasoning"))
+        assert row["prompt"] == sample.question + "".join(f"\n{letter}. {text}" for letter, text in sample.options.items())
+
+
+def test_nested_and_headerless_files(real_data, tmp_path):
+    head = [(where, row) for where, row in layout.headqa_nested(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
+    good, others = split(samples_from(lambda: head, layout.headqa, "HeadQA"))
+    assert good and not [bad for bad in others if not bad.by_rule] and all(map(key_opens, good))
+    genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), layout.mmlu, "MMLU-medical"))
+    assert len(genetics) == 100 and not others and {sample.misc["subject"] for sample in genetics} == {"medical_genetics"} and all(map(key_opens, genetics))
+
+
+def test_medmcqa_counts_from_one_here_and_the_explanations_agree(real_data):
+    rows = [row for _, row in b.medmcqa_rows(real_data / "text_medmcqa" / "dev.jsonl")]
+    assert {row["base"] for row in rows} == {1}
+    said = [(row, row["exp"].lstrip()[5:].strip()[:1].upper()) for row in rows if (row["exp"] or "").lstrip().lower().startswith("ans:")]
+    agree = sum(b.medmcqa(row, "row")["answer_label"] == letter for row, letter in said if letter in "ABCD")
+    assert len(said) >= 5 and agree >= 0.9 * len(said)
+
+
+def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
+    "MedXpertQA, PathVQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
+    import shutil
+
+    for name, source, place in (("MedXpertQA-MM", "vqa_medxpertqa_mm", "images"), ("pathvqa_closed", "vqa_path", "images"), ("slake_closed", "vqa_slake", "images")):
+        copy = tmp_path / source
+        shutil.copytree(real_data / source, copy)
+        (copy / place).mkdir(exist_ok=True)
+        for _, row in [pair for path in sorted(copy.glob("*.json*")) if path.name != "META.json" for pair in json_rows(path)]:
+            for image in wanted(row):
+                (copy / place / image).parent.mkdir(parents=True, exist_ok=True)
+                (copy / place / image).write_bytes(PHOTO)
+        good, others = split(b.local_rows(name, *b.local_copy(name, str(tmp_path))))
+        assert good and all(bad.by_rule for bad in others), (name, [str(bad) for bad in others if not bad.by_rule][:3])
+        assert all(key_opens(sample, as_text=False) for sample in good) and all(sample.images for sample in good)
+        # three rows of MedXpertQA have tables for options, of which the paper's rules read one line, and in two an option's text is another option's letter
+        assert [sample.dataset_index for sample in good if not key_opens(sample)] == ([10, 51, 70, 71, 79] if name == "MedXpertQA-MM" else [])
+        if name == "MedXpertQA-MM":
+            assert (len(good), collections.Counter(len(s.images) for s in good)) == (80, {1: 60, 2: 15, 5: 2, 6: 1, 4: 1, 3: 1}) and not any("Answer Choices" in s.question for s in good)
+        if name == "slake_closed":
+            assert all(sample.question.isascii() for sample in good)
+
+
+def json_rows(path):
+    rows = json_list(path) if path.suffix == ".json" else read_rows(path)
+    return list(layout.path_vqa_nested(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
+
+
+def wanted(row) -> list[str]:
+    if not isinstance(row, dict):
+        return []
+    named = [image["image_path"] if isinstance(image, dict) else image for image in row.get("images") or ()]
+    return [*named, row["img_name"]] if "img_name" in row else [*named, f"{row['img_id']}.jpg"] if "img_id" in row else named
+
+
+# ---- what the hub holds, with the features that are recorded of it
+
+
+def put(folder: Path, config: str | None, split_name: str, rows: list[dict], images: tuple[str, ...] = ()) -> None:
+    "One split as parquet, as the hub's own viewer would store it."
+    import datasets
+
+    features = datasets.Dataset.from_list([{key: value for key, value in row.items() if key not in images} for row in rows]).features
+    features = datasets.Features({**features, **{name: datasets.Image() for name in images}})
+    where = folder / (config or "data")
+    where.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(where / f"{split_name}-00000-of-00001.parquet")
+
+
+def declare(folder: Path, tables: list[tuple[str | None, str]]) -> None:
+    "The card that tells which files belong to which configuration."
+    lines = ["---", "configs:"]
+    for config in dict.fromkeys(config for config, _ in tables):
+        lines += [f"- config_name: {config or 'default'}", "  data_files:"]
+        lines += [f"  - split: {name}\n    path: {config or 'data'}/{name}-*" for other, name in tables if other == config]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+IMAGE = {"bytes": PHOTO, "path": None}
+ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
+MMMU_ROW = {"question": "Refer to the <image 1> below. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
+            "question_type": "multiple-choice", "subfield": "Radiology", "image_1": IMAGE, **{f"image_{n}": None for n in range(3, 8)}, "image_2": IMAGE}
+HUB = {  # set: rows as on the hub, and what one sample must be
+    "pmc_vqa": ([{"image": IMAGE, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}], ("What is it?", "MRI", 1)),
+    "pathvqa_closed": ([{"image": IMAGE, "input": "Is it a nest?", "label": "yes", "answer_type": "CLOSED"}, {"image": IMAGE, "input": "What?", "label": "a nest", "answer_type": "OPEN"}], ("Is it a nest?", "Yes", 1)),
+    "slake_closed": ([{"image": IMAGE, "input": "Is this CT or MRI?", "label": "CT", "answer_type": "CLOSED"}], ("Is this CT or MRI?", "CT", 1)),
+    "vqa_rad_closed": ([{"image": IMAGE, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}], ("Is it old?", "No", 1)),
+    "MMMU-medical": ([{"id": "validation_X_1", **MMMU_ROW}, {"id": "validation_X_2", **MMMU_ROW, "question_type": "open"}], ("Refer to the below. Which?", "MRI", 2)),
+    "MedXpertQA-Text": ([{"id": "Text-1", "question": "Which?\nAnswer Choices: (A) x (B) y", "options": {"A": "x", "B": "y"}, "label": "B", "medical_task": "", "body_system": "", "question_type": "Reasoning"}], ("Which?", "y", 0)),
+    "MedQA": ([{"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B", "metamap_phrases": ["x"]}], ("Which?", "y", 0)),
+    "MedMCQA": ([{"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None}], ("Which?", "z", 0)),
+    "HeadQA": ([{"qid": 1, "qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}], "image": "", "name": "Cuaderno", "year": "2013", "category": "biology"}], ("Which?", "y", 0)),
+    "PubMedQA": ([{"pubid": 7, "question": "Does it?", "context": {"contexts": ["Background."], "labels": ["B"], "meshes": ["M"]}, "long_answer": "", "final_decision": "maybe"}], ("Background.\n\nDoes it?", "Maybe", 0)),
+    "MMLU-medical": ([{"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}], ("Which?", "y", 0)),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_each_source_as_the_hub_holds_it(tmp_path, name):
+    rows, (question, answer, images) = HUB[name]
+    tables = [(config, split_name) for _, config, split_name in b.SOURCES[name][2]]
+    for number, (config, split_name) in enumerate(tables):
+        own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
+        put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image") and name not in ("HeadQA",)))
+    declare(tmp_path, tables)
+    good, others = split(b.source_rows(name, repo=str(tmp_path)))
+    assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.by_rule for bad in others), [str(bad) for bad in others]
+    assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
+    assert all(data == PHOTO for sample in good for data in sample.images)
+    if name == "MMMU-medical":
+        glued, _ = split(b.source_rows(name, repo=str(tmp_path), wording="glued"))
+        assert {sample.question for sample in glued} == {"Refer to thebelow. Which?"}
+
+
+def test_a_hub_table_that_lacks_a_column_says_so(tmp_path):
+    put(tmp_path, None, "test", [{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "y"}])
+    with pytest.raises(UserError, match="split test, has no column answer_idx; there are question, options, answer"):
+        list(b.source_rows("MedQA", repo=str(tmp_path)))
+
+
+def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
+    folder = tmp_path / "MedXpertQA"
+    (folder / "MM").mkdir(parents=True)
+    rows = [{"id": f"MM-{n}", "question": "Which?\nAnswer Choices: (A) x (B) y", "options": {"A": "x", "B": "y"}, "label": "A", "images": [f"MM-{n}-a.jpeg"], "medical_task": "", "body_system": "",
+             "question_type": "Reasoning"} for n in range(3)]
+    (folder / "MM" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("images/MM-0-a.jpeg", PHOTO)
+        archive.writestr("../../MM-1-a.jpeg", PHOTO)  # a member that would leave the folder: it is read by name and never unpacked
+    good, others = split(b.local_rows("MedXpertQA-MM", *b.local_copy("MedXpertQA-MM", str(tmp_path))))
+    assert [sample.dataset_index for sample in good] == [0, 1] and str(others[0]) == "test.jsonl line 3, images: MM-2-a.jpeg is not in images.zip"
+    assert not (tmp_path.parent / "MM-1-a.jpeg").exists()
+
+
+def test_omnimedvqa_in_its_own_folders(tmp_path):
+    folder = tmp_path / "OmniMedVQA" / "QA_information" / "Open-access"
+    folder.mkdir(parents=True)
+    image = tmp_path / "OmniMedVQA" / "Images" / "Chest" / "1.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(figure())
+    row = {"dataset": "Chest", "question_id": "c_1", "question_type": "Modality", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "Images/Chest/1.png"}
+    (folder / "Chest CT Scan.json").write_text(json.dumps([{**row, "modality": "X-Ray"}, {**row, "question_id": "c_2", "image_path": "../../../secret.png"}]))
+    (folder / "Other.json").write_text(json.dumps([{**row, "question_id": "o_1", "modality_type": "MR", "option_B": "MRI", "gt_answer": "MRI"}, {**row, "question_id": "c_1"}]))
+    good, others = split(b.local_rows("OmniMedVQA", *b.local_copy("OmniMedVQA", str(tmp_path))))
+    assert [(sample.answer, sample.misc["modality"]) for sample in good] == [("X-Ray", "X-Ray"), ("MRI", "MR")]
+    assert [str(bad).split(", ", 1)[1] for bad in others] == ["image_path: ../../../secret.png leaves the folder OmniMedVQA/", "id: 'c_1' was given to Chest CT Scan.json row 0 already"]
+
+
+def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch):
+    base = {"question": "Which?", "options": json.dumps(ABCD), "answer_label": "B", "answer": "MRI", "dataset_name": "pmc_vqa", "hash": None, "dataset_index": 0}
+    put(tmp_path, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
+    monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(tmp_path))
+    samples = c.load_corpus("pmc_vqa", load_profile("mini", limit=2, max_rejected=1), Workspace("mini"))
+    assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
+    copy = c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))  # the same files as a local copy
+    assert list(copy) == list(samples)
+
+
+# ---- PMC-VQA in bulk: bad files and bad rows
+
+
+COLUMNS = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"]
+
+
+def pmc_line(figure_path="a.jpg", question="What is shown?", answer="MRI", label="B") -> list[str]:
+    return [figure_path, question, answer, *(f" {letter}:{text} " for letter, text in ABCD.items()), label]
+
+
+def pmc(path: Path, lines: list, columns=COLUMNS, encoding="utf-8", **images: bytes) -> Path:
+    folder = path / "PMC-VQA"
+    (folder / "images").mkdir(parents=True)
+    for name, data in {"a.jpg": PHOTO, **images}.items():
+        (folder / "images" / name).write_bytes(data)
+    with open(folder / "train.csv", "w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows([columns, *lines])
+    return path
+
+
+@pytest.mark.parametrize("lines, sentence", [
+    ([pmc_line(), pmc_line("gone.jpg")], "train.csv line 3, Figure_path: gone.jpg is not in images/"),
+    ([pmc_line(), pmc_line("torn.jpg")], "train.csv line 3, Figure_path: torn.jpg is not a readable image (image file is truncated"),
+    ([pmc_line(), pmc_line("text.jpg")], "train.csv line 3, Figure_path: text.jpg is not a readable image"),
+    ([pmc_line(), pmc_line("../train.csv")], "train.csv line 3, Figure_path: ../train.csv leaves the folder images/"),
+    ([pmc_line(), pmc_line("/etc/hostname")], "train.csv line 3, Figure_path: /etc/hostname leaves the folder images/"),
+    ([pmc_line(), pmc_line("strip.png")], "train.csv line 3, Figure_path: strip.png is 4000x30 pixels, a strip that fits no size"),
+    ([pmc_line(), pmc_line()[:-1]], "train.csv line 3, row: 7 cells, where the header has 8"),
+    ([pmc_line(), pmc_line(question=" ")], "train.csv line 3, Question: empty (' ')"),
+])
+def test_a_broken_row_of_a_corpus_is_one_sentence_and_the_good_are_kept(tmp_path, home, lines, sentence):
+    pmc(tmp_path, lines, **{"torn.jpg": figure(300, 300, "JPEG")[:-900], "text.jpg": b"no image", "strip.png": figure(4000, 30)})
+    with pytest.raises(UserError) as raised:
+        c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
+    assert f"1 rows of pmc_vqa.parquet are broken, first {sentence}" in str(raised.value) and "\n" not in str(raised.value)
+    assert [s.answer for s in c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))] == ["MRI"]
+
+
+def test_a_corpus_file_that_is_no_use_is_one_sentence(tmp_path, home):
+    def refused(where, sentence, **profile):
+        with pytest.raises(UserError, match=sentence):
+            c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(where), **profile), Workspace("smoke"))
+
+    refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "no row has the column Answer_label; there are Figure_path, Question")
+    refused(pmc(tmp_path / "b", []), "train.csv holds no list of rows")
+    latin = pmc(tmp_path / "c", [pmc_line(question="Wo ist der Schädel?")], encoding="latin-1")
+    refused(latin, "first train.csv line 2, encoding: the byte 0xe4 is not UTF-8")
+    m23k = tmp_path / "e" / "m23k"
+    m23k.mkdir(parents=True)
+    (m23k / "m23k.jsonl").write_text("")
+    with pytest.raises(UserError, match="m23k.jsonl holds no list of rows"):
+        c.load_corpus("m23k", load_profile("smoke", data_dir=str(tmp_path / "e")), Workspace("smoke"))
+
+
+# ---- images: what is mended and what is set aside
+
+
+def test_odd_images_are_mended_or_set_aside_with_the_reason(tmp_path, home):
+    def saved(picture, kind, **how):
+        file = io.BytesIO()
+        picture.save(file, kind, **how)
+        return file.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb = Image.effect_noise((60, 40), 60).convert("RGB")
+    images = {"turned.jpg": saved(rgb, "JPEG", exif=exif), "ink.jpg": saved(rgb.convert("CMYK"), "JPEG"), "deep.png": saved(Image.new("I;16", (60, 40), 40000), "PNG"),
+              "moves.gif": saved(rgb.convert("P"), "GIF", save_all=True, append_images=[rgb.convert("P").rotate(180)]), "dot.png": saved(Image.new("RGB", (1, 1)), "PNG"),
+              "large.png": saved(Image.effect_noise((1500, 900), 9), "PNG"), "small.png": saved(Image.new("L", (14, 20)), "PNG"), "drawn.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+    pmc(tmp_path, [pmc_line(name) for name in images], **images)
+    samples = list(c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=2), Workspace("smoke")))
+    by_name = {sample.misc["figure"]: sample for sample in samples}
+    words = {name: sample.misc.get("mended") for name, sample in by_name.items()}
+    assert words == {"turned.jpg": ["turned by its EXIF flag"], "ink.jpg": ["mode CMYK"], "deep.png": ["mode I;16"], "moves.gif": ["animated, its first frame"], "large.png": None, "small.png": None}
+    assert {name: sample.pictures()[0].size for name, sample in by_name.items()} == {
+        "turned.jpg": (40, 60), "ink.jpg": (60, 40), "deep.png": (60, 40), "moves.gif": (60, 40), "large.png": (1024, 614), "small.png": (28, 40)}
+    rejected = [json.loads(line) for line in (home / "smoke" / "samples" / "local" / "corpus" / "pmc_vqa.rejected.jsonl").read_text().splitlines()]
+    assert [(item["row"], item["reason"][:23]) for item in rejected] == [("train.csv line 6", "dot.png is 1x1 pixels, "), ("train.csv line 9", "drawn.svg is not a read")]
+    manifest = json.loads((home / "smoke" / "samples" / "local" / "corpus" / "pmc_vqa.parquet.manifest.json").read_text())
+    assert manifest["mended"] == {"turned by its EXIF flag": 1, "mode CMYK": 1, "mode I;16": 1, "animated, its first frame": 1}
+
+
+def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
+    pmc(tmp_path, [pmc_line("large.png")], **{"large.png": figure(1500, 900)})
+    profile = load_profile("smoke", data_dir=str(tmp_path))
+    sizes = {rule: c.load_corpus("pmc_vqa", profile, Workspace("smoke"), resize=rule)[0].pictures()[0].size for rule in c.RULES}
+    assert sizes == {"both": (1024, 614), "paper": (1024, 614), "none": (1500, 900)}
+    with pytest.raises(UserError, match="No rule 'largest' for the size of figures; known are both, paper, none"):
+        c.load_corpus("pmc_vqa", profile, Workspace("smoke"), resize="largest")
+
+
+# ---- SIGKILL
+
+
+CONVERT = """
+import sys
+from medvlthinker import corpus
+from medvlthinker.config import Workspace, load_profile
+corpus.load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
+"""
+
+
+def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    import os
+    import random
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    source = pmc(tmp_path / "data", [pmc_line(question=f"What is shown in slice {n}?", figure_path=f"{n % 40}.jpg") for n in range(1500)],
+                 **{f"{n}.jpg": figure(300, 200, "JPEG") for n in range(40)})
+
+    def start(home):
+        return subprocess.Popen([sys.executable, "-c", CONVERT, str(source)], env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
+
+    assert start(tmp_path / "whole").wait() == 0
+    stored, rng, halfway = "smoke/samples/local/corpus/pmc_vqa", random.Random(0), 0
+    manifest = tmp_path / "killed" / f"{stored}.parquet.manifest.json"
+    for _ in range(6):
+        manifest.unlink(missing_ok=True)  # should the last one have come to its end
+        process = start(tmp_path / "killed")
+        while process.poll() is None and not list((tmp_path / "killed").rglob("*.part")):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        halfway += bool(list((tmp_path / "killed").rglob("*.part")))
+        assert not manifest.exists() or (tmp_path / "killed" / f"{stored}.parquet").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    assert halfway, "no kill met a half-written file"
+    for name in (".parquet", ".rejected.jsonl"):
+        assert (tmp_path / "killed" / f"{stored}{name}").read_bytes() == (tmp_path / "whole" / f"{stored}{name}").read_bytes()
+    assert not list((tmp_path / "killed").rglob("*.part"))
