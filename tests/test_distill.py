@@ -1,0 +1,51 @@
+"""The embedded model as a teacher: its first correct chain becomes the reasoning, and every question is accounted for."""
+import json
+import re
+from collections import Counter
+
+from medvlthinker import phantom
+from medvlthinker.config import load_profile, manifest_path
+from medvlthinker.distill import OUTCOMES, distill, distilled, summary
+from medvlthinker.engine import Sampling, engine_version, model_fingerprint, open_engine
+from medvlthinker.grade import grade
+from medvlthinker.rollout import identity, roll_out
+from medvlthinker.sample import read_samples
+
+
+def test_tiny_teaches(warm_tiny, tmp_path):
+    import torch
+
+    torch.set_num_threads(1)
+    samples, model = phantom.corpus("pmc_vqa", 60), str(warm_tiny)
+    profile, sampling = load_profile("smoke", batch_size=30), Sampling(n=4, temperature=1.0, max_tokens=64)
+    who = identity(samples, model, profile, sampling)
+    rolled = roll_out(samples, lambda: open_engine(profile, model), tmp_path / "rollout", who, engine_version("transformers"), show=lambda line: None)
+    rows = list(rolled)
+    missing = rows.pop(7)
+
+    counts, path = Counter(), tmp_path / "pmc_vqa.parquet"
+    kept = list(distill(samples, rows, counts=counts))
+    sources = {"samples": who["samples"], "rollout": model_fingerprint(model)}
+    assert Counter(distilled(path, iter(samples), iter(rows), "tiny", sources)) == counts
+    assert read_samples(path) == kept
+    manifest = json.loads(manifest_path(path).read_text())
+    assert manifest["inputs"] == {"teacher": "tiny", "rule": "strict", **sources} and set(manifest["counts"]) == set(OUTCOMES)
+
+    print(summary(counts))
+    assert sum(counts.values()) == 60 and counts["no rollout"] == 1 and counts["kept"] == len(kept)
+    assert 10 <= len(kept) < 60, summary(counts)  # seed 42: better than nothing, worse than the key
+    by_index = {row["dataset_index"]: row for row in rows}
+    expected = {}
+    for sample in samples:  # said again, without the module
+        for completion in by_index.get(sample.dataset_index, {"completions": []})["completions"]:
+            if grade(completion["text"], sample.options, sample.answer_label, "strict").correct:
+                inside = re.findall(r"(?s)<think>(.*?)</think>", completion["text"])
+                if inside and inside[0].strip():
+                    expected[sample.dataset_index] = inside[0].strip()
+                break
+    assert {sample.dataset_index: sample.reasoning for sample in kept} == expected
+    assert missing["dataset_index"] not in expected
+    keys = {sample.dataset_index: sample.reasoning for sample in samples}
+    assert any(sample.reasoning != keys[sample.dataset_index] for sample in kept)  # the teacher's words, not the key's
+    for sample in kept:
+        assert sample.images == samples[sample.dataset_index].images and sample.question == samples[sample.dataset_index].question

@@ -1,0 +1,139 @@
+"""Preflight's counts are the real processor's: 500 random pictures, with the embedded processor and with one limited like Qwen2.5-VL's."""
+import io
+import random
+from dataclasses import replace
+
+import pandas
+import pytest
+from conftest import python, says
+from medvlthinker import phantom, tiny
+from medvlthinker.config import UserError
+from medvlthinker.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
+from medvlthinker.prompt import messages
+from medvlthinker.sample import image_problem, to_rgb
+from PIL import Image
+
+LIMITS = {"embedded": (3136, 12544), "like Qwen2.5-VL": (3136, 12845056)}
+EXTREME = [(17, 17), (8, 8), (8, 1600), (14, 2800), (28, 5600), (5600, 28), (1, 1), (3, 40), (42, 70), (4096, 40), (3584, 3584), (3585, 3585), (4200, 3100)]
+
+
+@pytest.fixture(scope="module", params=LIMITS)
+def processor(request):
+    from transformers import Qwen2VLImageProcessor
+
+    shortest, longest = LIMITS[request.param]
+    made = tiny.processor()
+    made.image_processor = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": shortest, "longest_edge": longest})
+    return made
+
+
+def encoded(width: int, height: int, format: str = "PNG", turn: int = 1) -> bytes:
+    file, flag = io.BytesIO(), Image.Exif()
+    flag[0x0112] = turn
+    Image.new("RGB", (width, height), (90, 120, 30)).save(file, format, exif=flag)
+    return file.getvalue()
+
+
+def drawn(n: int, seed: int) -> list:
+    "Questions with one to three pictures, of n sizes between 28 and 2,000 pixels a side and the extreme ones; some lie on their side."
+    rng = random.Random(seed)
+    sizes = [(rng.randint(28, 2000), rng.randint(28, 2000)) for _ in range(n - len(EXTREME))] + EXTREME
+    files = [encoded(w, h, rng.choice(("PNG", "JPEG", "WEBP")), rng.choice((1, 1, 3, 6, 8))) for w, h in sizes]
+    questions, samples = phantom.corpus("pmc_vqa", 40) + phantom.benchmark("MMMU-medical", 40), []
+    while files:
+        count = rng.choice((1, 1, 2, 3))
+        samples.append(replace(rng.choice(questions), images=tuple(files[:count]), dataset_index=len(samples)))
+        del files[:count]
+    return samples
+
+
+def test_500_sizes(processor):
+    samples = drawn(500, seed=42)
+    table = lengths(samples, processor)
+    assert table.images.sum() == 500 and (table.problem == "").all()
+    for sample, line in zip(samples, table.itertuples()):
+        chat = messages(sample)
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        pictures = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+        ids = processor(text=[text], images=pictures)["input_ids"][0]
+        sizes = [picture.size for picture in pictures]
+        assert [picture_size(data) for data in sample.images] == sizes
+        assert (line.prompt_tokens, line.image_tokens) == (len(ids), list(ids).count(processor.image_token_id)), sizes
+        assert line.text_tokens == line.prompt_tokens - line.image_tokens and line.largest_side == max(map(max, sizes)), sizes
+
+
+def test_text_only_and_every_instruction(processor):
+    samples = phantom.corpus("m23k", 20) + [replace(phantom.corpus("m23k", 1)[0], question="Größe 5 µm ≥ 3 <b>?</b>\n\t" + "δ" * 3000)]
+    for instruction in ("trained", "newline", "none"):
+        for sample, line in zip(samples, lengths(samples, processor, instruction).itertuples()):
+            text = processor.apply_chat_template(messages(sample, instruction), tokenize=False, add_generation_prompt=True)
+            assert (line.prompt_tokens, line.image_tokens) == (len(processor(text=[text])["input_ids"][0]), 0)
+
+
+def test_what_the_processor_refuses(processor):
+    for size in ((8, 1601), (4030, 20), (2000, 9)):
+        with pytest.raises(ValueError):
+            visual_tokens(processor, *size)
+        with pytest.raises(ValueError):
+            processor.image_processor(images=[Image.new("RGB", size)])
+    sample = phantom.corpus("pmc_vqa", 1)[0]
+    assert list(lengths([replace(sample, images=(encoded(8, 1601),))], processor).problem) == ["aspect ratio over 200: 8x1601 pixels"]
+    marked = replace(sample, question="<|image_pad|>?")
+    text = processor.apply_chat_template(messages(marked), tokenize=False, add_generation_prompt=True)
+    with pytest.raises((StopIteration, ValueError)):
+        processor(text=[text], images=marked.pictures())
+    assert lengths([marked], processor).problem[0].startswith("image placeholder in the text")
+
+
+def test_limits_are_those_of_a_stored_model(tmp_path):
+    folder = tiny.build(tmp_path / "tiny")
+    processor, limits = open_processor(str(folder))
+    assert limits == {"max_model_len": 4096, "min_pixels": 3136, "max_pixels": 12544}
+    assert lengths(phantom.corpus("pmc_vqa", 3), processor).image_tokens.tolist() == [16] * 3
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_processor(str(tmp_path))
+
+
+def test_edges_of_the_limits():
+    samples = phantom.corpus("m23k", 30)
+    table = lengths(samples, tiny.processor())
+    longest = int(table.prompt_tokens.max())
+    limits = {"max_model_len": 4096, "max_tokens": 64, "max_prompt_length": longest, "min_pixels": 3136, "max_pixels": 12544}
+
+    def found(**changed):
+        return set(findings(table, "m23k", limits | changed).finding) - {"measured"}
+
+    assert found() == set() == found(max_prompt_length=0)
+    assert found(max_prompt_length=longest - 1) == {"over max_prompt_length"}
+    assert found(max_model_len=longest + 64) == set()
+    assert found(max_model_len=longest + 63) == {"completion cut"}
+    assert "over max_model_len" in found(max_model_len=longest) and "over max_model_len" not in found(max_model_len=longest + 1)
+
+
+def test_command_line(home, tmp_path):
+    folder = tiny.build(tmp_path / "tiny")
+    words = ("-m", "medvlthinker.preflight", "smoke", f"model={folder}", "limit=20")
+    done = python(*words, MEDVLTHINKER_HOME=home)
+    assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
+    report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
+    assert set(report.finding) == {"measured"} and not report.refused.any() and (report["count"] == 20).all()
+    assert list(report.name) == [*phantom.CORPORA, *phantom.BENCHMARKS]
+    assert all(sentence in done.stdout for sentence in report.sentence)
+
+    longest = int(report.worst[report.name == "m23k"].iloc[0])
+    says(python(*words, f"max_prompt_length={longest - 1}", MEDVLTHINKER_HOME=home), "A run would stop", f"max_prompt_length={longest - 1}")
+    report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
+    assert set(report.kind[report.refused]) <= {"corpus"} and "longer than in training" in set(report.finding)
+    says(python(*words, "max_model_len=60", MEDVLTHINKER_HOME=home), "vLLM refuses them")
+    with pytest.raises(UserError, match="whole number"):
+        main(["smoke", "max_prompt_length=-1"])
+
+
+def test_real_files_have_the_size_their_header_says(real_data):
+    files = [path for path in sorted(real_data.glob("*/images*/**/*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".gif")]
+    assert files
+    for path in files:
+        data = path.read_bytes()
+        if not image_problem(data):
+            assert picture_size(data) == to_rgb(data).size, path.name
+    print(f"{len(files)} files")
