@@ -7,6 +7,7 @@
 # and the others:
 #
 #   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
+#   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
 #   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs                        build the documentation site in _docs/
@@ -131,6 +132,8 @@ case "${1:-}" in
         shift
         if [ "${1:-}" = all ]; then setup full; else setup; fi
         run_tests "$@" ;;
+    preflight)
+        shift; setup; run medvlthinker.preflight "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UserError', 'unwritable', 'command', 'Profile', 'project_root', 'load_profile', 'parse_words', 'notebook_profile',
            'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'manifest_path', 'recording', 'stale',
-           'launch']
+           'launch', 'write_figure']
 
 # %% ../nbs/00_config.ipynb #b423dcc8
 import configparser, contextlib, dataclasses, datetime, errno, functools, glob, hashlib, importlib.metadata, json, os, platform, subprocess, sys, time
@@ -316,3 +316,19 @@ def launch(
             raise
     if process.returncode:
         raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: {last.removeprefix('medvlthinker: ')} (log: {log})")
+
+# %% ../nbs/00_config.ipynb #4e02032e
+def write_figure(
+    name: str,  # the file's name without ending
+    figure,  # a plotly figure
+    folder,  # where it goes, such as Workspace("smoke").figures
+) -> Path:  # NAME.html, with plotly.min.js beside it
+    "Write a figure as a page that opens without a network."
+    from plotly.offline import get_plotlyjs
+
+    path = Path(folder) / f"{name}.html"
+    with writing(path.with_name("plotly.min.js")) as file:
+        file.write(get_plotlyjs())
+    with writing(path) as file:
+        file.write(figure.to_html(include_plotlyjs="directory", div_id=name))
+    return path

@@ -12,9 +12,10 @@ from pathlib import Path
 from .config import Profile, UserError, Workspace, command, file_hash, fingerprint, load_profile, manifest_path, parse_words, project_root, recording, stale, unwritable
 from .rollout import folder_name
 
-# %% ../nbs/60_pipeline.ipynb #61dce15c
+# %% ../nbs/60_pipeline.ipynb #32d90dee
 STEPS = {  # notebook: (what it waits for, does it run per model?)
     "1_data": ((), False),
+    "2_difficulty": (("1_data",), False),
     "4_evaluate": (("1_data",), True),
     "5_results": (("4_evaluate",), False),
 }
@@ -102,7 +103,7 @@ def why_stale(
     reason = stale(notebook, step_inputs(step, profile))
     return reason or next((f"{name} is gone" for name in _manifest(notebook)["outputs"] if not (workspace.root / name).exists()), "")
 
-# %% ../nbs/60_pipeline.ipynb #3ec54288
+# %% ../nbs/60_pipeline.ipynb #3819df10
 class _Echo:
     "Passes on the log lines that a running notebook shows (config.launch marks them), so that a long step can be watched."
 
@@ -138,7 +139,7 @@ def execute(
         except OSError as error:
             raise unwritable(error, wreck) from None
         os.replace(wreck, target)
-        made = [p for folder in ("results", "figures", "samples") for p in (workspace.root / folder).rglob("*") if p.is_file()]
+        made = [p for folder in ("results", "figures", "samples", "curated") for p in (workspace.root / folder).rglob("*") if p.is_file()]
         facts["outputs"] = sorted(str(p.relative_to(workspace.root)) for p in made if p.stat().st_mtime >= began - 1)
 
 

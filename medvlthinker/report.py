@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'results_table', 'notes', 'to_html', 'to_latex', 'to_csv', 'to_text',
-           'write_table', 'accuracy_figure', 'write_figure']
+           'write_table', 'accuracy_figure']
 
 # %% ../nbs/51_report.ipynb #055781a7
 import csv, html, io, itertools, math, re, textwrap
@@ -358,19 +358,3 @@ def accuracy_figure(
             error_x=dict(array=(cells["high"] - cells["percent"]).round(2).tolist(), thickness=2, width=5,
                          arrayminus=(cells["percent"] - cells["low"]).round(2).tolist()) if own else None)
     return _lay_out(figure, table, 24 + 13 * len(series), dark)
-
-# %% ../nbs/51_report.ipynb #42c33f8c
-def write_figure(
-    name: str,  # the file's name without ending
-    figure,  # a plotly figure
-    folder,  # where it goes, such as Workspace("smoke").figures
-) -> Path:  # NAME.html, with plotly.min.js beside it
-    "Write a figure as a page that opens without a network."
-    from plotly.offline import get_plotlyjs
-
-    path = Path(folder) / f"{name}.html"
-    with writing(path.with_name("plotly.min.js")) as file:
-        file.write(get_plotlyjs())
-    with writing(path) as file:
-        file.write(figure.to_html(include_plotlyjs="directory", div_id=name))
-    return path

@@ -137,6 +137,62 @@ def rollout_overhead():
     yield "rollout, our own cost per question (decode, template, processor, files)", 1000 * (whole - alone) / len(samples), "ms", 10, "at most"
 
 
+CONVERT = """
+import json, resource, sys, time
+from medvlthinker.config import Workspace, load_profile
+from medvlthinker.corpus import load_corpus
+began = time.perf_counter()
+samples = load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
+print(json.dumps([len(samples), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+"""
+
+
+def pmc_copy(folder: Path, rows: int, figures: list[bytes]) -> Path:
+    "A local copy of PMC-VQA with so many rows, each with a figure file of its own name."
+    images = folder / "PMC-VQA" / "images"
+    images.mkdir(parents=True)
+    for number, data in enumerate(figures):
+        (images / f"figure{number}.jpg").write_bytes(data)
+    with open(folder / "PMC-VQA" / "train.csv", "w", encoding="utf-8") as file:
+        file.write("Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n")
+        for n in range(rows):
+            os.link(images / f"figure{n % len(figures)}.jpg", images / f"{n}.jpg")
+            file.write(f"{n}.jpg, What does the arrow in panel {n} point at? ,a nodule, A:a vessel , B:a nodule , C:an artefact , D:the heart ,B\n")
+    return folder
+
+
+@bench
+def conversion():
+    "PMC-VQA from a CSV and 600x598 JPEGs of about 60 kB to stored samples, each image looked at: 17,700 rows, then 177,000 (10 GB)."
+    import io
+    import shutil
+
+    import numpy as np
+    from PIL import Image
+
+    rng, figures = np.random.default_rng(0), []
+    for _ in range(64):  # large smooth shapes and a little grain, as in a photograph of a slide
+        smooth = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize((600, 598), Image.Resampling.BICUBIC)
+        grain, file = rng.normal(0, 2.2, (598, 600, 1)), io.BytesIO()
+        Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+        figures.append(file.getvalue())
+    print(f"    figures of {sum(map(len, figures)) / len(figures) / 1000:.0f} kB")
+    room = shutil.disk_usage(tempfile.gettempdir()).free
+    sizes = (17_700, 177_000) if room > 14e9 else (1_770, 17_700)
+    if sizes[1] < 177_000:
+        print(f"    a tenth of the rows only: {room / 1e9:.0f} GB of disk are free, and all take 14")
+    taken = {}
+    for rows in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            source = pmc_copy(Path(folder) / "data", rows, figures)
+            done = subprocess.run([sys.executable, "-c", CONVERT, str(source)], cwd=ROOT, check=True, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": f"{folder}/home"})
+            count, taken[rows], memory = json.loads(done.stdout.splitlines()[-1])
+            assert count == rows
+    yield f"conversion of {sizes[1]:,} rows with 600x598 JPEGs", sizes[1] / taken[sizes[1]], "rows/s", 1500, "at least"
+    yield f"conversion of {sizes[1]:,} rows, peak memory", memory, "GiB", 1.5e9 / 2**30, "at most"
+    yield "conversion, seconds for ten times the rows", taken[sizes[1]] / taken[sizes[0]], "x", 11, "at most"
+
+
 @bench
 def second_run():
     "./reproduce.sh smoke when everything is done already."
@@ -145,6 +201,63 @@ def second_run():
 
     call()  # does whatever is missing
     yield "second ./reproduce.sh", seconds(call, times=3), "s", 10, "at most"
+
+
+@bench
+def overlap():
+    "200,000 training items against 8,220 test items, each with a question of 15 words and an image, all of it: decoding, hashing, matching."
+    import io
+    import random
+    from itertools import islice
+
+    import numpy as np
+    from PIL import Image
+    from medvlthinker import overlap as module
+    from medvlthinker.sample import Sample
+
+    rng, letters = np.random.default_rng(0), random.Random(0)
+    words = ["".join(letters.choice("bcdfghlmnprstvxz") + letters.choice("aeiouy") for _ in range(letters.randint(1, 5))) for _ in range(20_000)]
+    grain = rng.integers(-14, 15, (1198, 1200, 3))
+
+    def drawn(width, height):  # blotches under grain; about 60 kB at 600 x 598
+        blotches = Image.fromarray(rng.integers(0, 256, (10, 10, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        y, x = rng.integers(0, 598), rng.integers(0, 600)
+        picture = Image.fromarray(np.clip(np.asarray(blotches) + grain[y:y + height, x:x + width], 0, 255).astype(np.uint8))
+        picture.save(file := io.BytesIO(), "JPEG", quality=80)
+        return file.getvalue()
+
+    def item(name, number, data):
+        question = " ".join(random.Random(f"{name}{number}").choices(words, k=15))
+        return Sample(question, {"A": "yes", "B": "no"}, "A", "yes", (data,), dataset_name=name, dataset_index=number)
+
+    test = [item("test", number, drawn(300, 300)) for number in range(8220)]
+    pool = [drawn(600, 598) for _ in range(2000)]
+    copies = [Image.open(io.BytesIO(sample.images[0])).crop((20, 10, 290, 280)).resize((600, 598)) for sample in test[:100]]
+    planted = {}
+    for number, copy in enumerate(copies):
+        copy.save(file := io.BytesIO(), "JPEG", quality=80)
+        planted[1999 * number] = file.getvalue()
+
+    def train():  # bytes after the end of a JPEG make another file of the same picture, which is decoded all the same
+        return (item("train", number, planted.get(number) or pool[number % 2000] + number.to_bytes(4, "big")) for number in range(200_000))
+
+    print(f"    {statistics.mean(map(len, pool)) / 1000:.0f} kB an image, {len(set(words))} words; two processes")
+    print(f"    the test side alone, two processes: {seconds(lambda: module.index(test, 2)):.0f} s")
+    index, some = module.index(test[:1000]), list(islice(train(), 1, 501))
+    views = [module.view(module.thumbnail(sample.images[0], 'L'), module.WHOLE) for sample in some]
+    reductions = module.reduce(views)
+    every = index._replace(bits=rng.integers(0, 2**63, 8220 * len(module.WINDOWS), np.uint64), spectra=np.zeros((8220 * len(module.WINDOWS), 64), np.float32))
+    for part, act in (("decoding", lambda: [module.thumbnail(sample.images[0], "L") for sample in some]), ("reducing one view", lambda: module.reduce(views)),
+                      ("139,740 comparisons of one view", lambda: [module.candidates(reduced, every) for reduced in reductions]),
+                      ("a question", lambda: [list(module._same_questions(module.normalise(sample.question), index.questions)) for sample in some])):
+        print(f"    {part}, one process: {1000 * seconds(act) / len(some):.2f} ms an item")
+    pairs = []
+    taken = seconds(lambda: pairs.append(module.overlap(train(), test, workers=2)))
+    found = {(row.train_index, row.test_index) for row in pairs[0].itertuples() if row.level == "image"}
+    hit = len(found & {(1999 * number, number) for number in range(100)})
+    print(f"    planted crops found: {hit} of 100; other pairs at an image level: {len(found) - hit}")
+    yield "overlap of 200,000 training and 8,220 test items, in full", taken, "s", 300, "at most"
+    yield "planted crops found among them", hit, "of 100", 95, "at least"
 
 
 def main(words: list[str]) -> int:

@@ -218,3 +218,31 @@ def test_two_models_compare(answered):
     assert table.to_numpy().sum() == found["questions"] == 150
     counts, _ = move(strict, lenient, by="correct")
     assert counts.to_numpy().sum() == 150
+
+
+def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
+    "From pass counts to a trained model: curated, with the teacher's own chains, through TRL, and the weights move towards the answers."
+    pytest.importorskip("trl", reason="TRL is not installed; ./reproduce.sh setup installs it")
+    import torch
+    from datasets import Dataset
+    from medvlthinker.distill import distilled
+    from medvlthinker.prompt import sft_target, user_text
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from trl import SFTConfig, SFTTrainer
+
+    samples, rows, _, _ = answered
+    write_samples(samples, tmp_path / "pmc_vqa.parquet")
+    path = curate(tmp_path / "pmc_vqa.parquet", decide(pass_counts(samples, rows), 1, 12), tmp_path / "curated", by="tiny")
+    kept = list(SampleFile(path, look=False))
+    lessons = list(SampleFile(distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"}), look=False))
+    assert 16 <= len(lessons) <= len(kept) < 150 and all(sample.reasoning and sample.images for sample in lessons)
+    data = [{"images": sample.pictures(), "prompt": [{"role": "user", "content": user_text(sample)}],
+             "completion": [{"role": "assistant", "content": sft_target(sample.answer_label, sample.reasoning)}]} for sample in lessons[:32]]
+    net, cut = AutoModelForImageTextToText.from_pretrained(warm_tiny, dtype="float32"), AutoProcessor.from_pretrained(warm_tiny)
+    how = SFTConfig(output_dir=str(tmp_path / "sft"), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-3, max_length=None, completion_only_loss=True, report_to="none",
+                    use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no", dataloader_pin_memory=False, disable_tqdm=True, seed=0)
+    trainer = SFTTrainer(model=net, args=how, train_dataset=Dataset.from_list(data), processing_class=cut)
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and np.isfinite(losses).all() and np.mean(losses[-2:]) < np.mean(losses[:2]), losses
+    assert all(torch.isfinite(weight).all() for weight in net.parameters())

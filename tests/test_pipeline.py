@@ -40,10 +40,10 @@ def run(tree, env, *words):
 
 def test_first_run_and_what_makes_it_run_again(tree, env):
     ran, out = run(tree, env)
-    assert ran == ["1_data", "4_evaluate-tiny", "5_results"]
+    assert ran == ["1_data", "2_difficulty", "4_evaluate-tiny", "5_results"]
     assert "tiny" in out and "nothing medical" in out and "7B" in out, "the table is printed, with its warning, beside the paper's rows"
     home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
-    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == ["1_data", "4_evaluate-tiny", "5_results"]
+    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == ["1_data", "2_difficulty", "4_evaluate-tiny", "5_results"]
 
     ran, out = run(tree, env)
     assert ran == [] and "nothing ran" in out

@@ -1,0 +1,169 @@
+"""Planted duplicates, on phantoms and real radiographs; two processes; odd input. What a notebook is too small for."""
+import dataclasses
+import io
+import json
+import random
+import weakref
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvlthinker import phantom
+from medvlthinker.overlap import COLUMNS, IMAGE_LEVELS, SAME_QUESTION, index, jaccard, normalise, overlap, same_pictures, shingles, touched
+from medvlthinker.sample import Sample
+from medvlthinker.stats import wilson
+
+KINDS = {"compressed": "q", "resized": "s", "cropped": "c", "cropped and compressed": "cq", "resized and compressed": "sq", "all three": "csq"}
+
+
+def altered(data: bytes, how: str, rng: random.Random) -> bytes:
+    "A copy: c crops up to a tenth a side, s resizes by a half to two, q saves as JPEG of quality 30 to 95 (PNG without it)."
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    if "c" in how:
+        left, top, right, bottom = (rng.uniform(0, 0.1) for _ in range(4))
+        picture = picture.crop((int(left * picture.width), int(top * picture.height), int((1 - right) * picture.width), int((1 - bottom) * picture.height)))
+    if "s" in how:
+        factor = 2 ** rng.uniform(-1, 1)
+        picture = picture.resize((int(factor * picture.width), int(factor * picture.height)), rng.choice((Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)))
+    file = io.BytesIO()
+    picture.save(file, *(("JPEG",) if "q" in how else ("PNG",)), **({"quality": rng.randint(30, 95)} if "q" in how else {}))
+    return file.getvalue()
+
+
+def one_each(images, question="What is shown?", name="set") -> list[Sample]:
+    return [Sample(question, {"A": "yes", "B": "no"}, "A", "yes", (data,), dataset_name=name, dataset_index=number) for number, data in enumerate(images)]
+
+
+def planted(originals, looks, copies=1):
+    "Hits by kind, both ways, and false pairs and falsely matched copies, each as (k, n); equal looks set a pair aside."
+    rng = random.Random(14)
+    cases = [(kind, i, altered(data, how, rng)) for kind, how in KINDS.items() for i, data in enumerate(originals) for _ in range(copies)]
+    whole, back = index(one_each(originals)), index(one_each([data for _, _, data in cases]))
+    there = [same_pictures(data, whole, {}) for _, _, data in cases]
+    again = [same_pictures(data, back, {}) for data in originals]
+    hits = {kind: [(i in found, number in again[i]) for number, ((k, i, _), found) in enumerate(zip(cases, there)) if k == kind] for kind in KINDS}
+    wrong = [[j for j in found if looks[j] != looks[i]] for (_, i, _), found in zip(cases, there)]
+    negatives = sum(looks[j] != looks[i] for _, i, _ in cases for j in range(len(originals)))
+    return hits, (sum(map(len, wrong)), negatives), (sum(map(bool, wrong)), len(cases))
+
+
+def holds(title, hits, pairs, copies):
+    "At least 95 % found, both ways, at less than 1 % false pairs; prints the counts with their intervals."
+    def say(what, k, n):
+        print(f"{title}: {what}: {k} of {n}, {100 * k / n:.2f} % [{100 * wilson(k, n)[0]:.2f}, {100 * wilson(k, n)[1]:.2f}]")
+
+    for side, where in enumerate(("copy in train", "copy in test")):
+        for kind in KINDS:
+            say(f"{where}, {kind}", sum(pair[side] for pair in hits[kind]), len(hits[kind]))
+        every = [pair[side] for pairs_ in hits.values() for pair in pairs_]
+        say(f"{where}, all", sum(every), len(every))
+        assert sum(every) >= 0.95 * len(every)
+    say("false pairs", *pairs)
+    say("copies with a false partner", *copies)
+    assert wilson(*pairs)[1] < 0.01 and copies[0] <= 0.01 * copies[1]
+
+
+def test_planted_phantoms():
+    "Look-alikes, which agree in modality, side, level and size, count neither way; a crop can take the fluid away."
+    scans = [(data, tuple(facts[name] for name in ("modality", "side", "level", "size")))
+             for name in phantom.BENCHMARKS for sample in phantom.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
+    holds("phantoms", *planted([data for data, _ in scans], [facts for _, facts in scans]))
+
+
+def test_planted_radiographs(real_data):
+    files = sorted((real_data / "vqa_rad" / "images_dev").glob("*.jpg"))
+    assert len(files) == 60
+    holds("radiographs", *planted([file.read_bytes() for file in files], range(60)))
+
+
+def exam_questions(folder) -> list[str]:
+    rows = (json.loads(line) for name in ("medqa", "medmcqa", "headqa", "mmlu_med", "medxpertqa") for line in open(folder / f"text_{name}" / "dev.jsonl", encoding="utf-8"))
+    return list({normalise(text): text for row in rows if (text := row.get("question") or row.get("qtext"))}.values())
+
+
+def edited(text: str, rng: random.Random) -> str:
+    "Another case, other punctuation, and one letter typed twice."
+    place = rng.randrange(len(text))
+    return rng.choice((str.upper, str.lower, str.title))(text[:place + 1] + text[place] + text[place + 1:]).replace(" ", rng.choice((" ", "  ", "\u00a0"))) + rng.choice(("", "?", " ."))
+
+
+def test_planted_questions(real_data):
+    "Edited, with options in another order, among real exam questions; then the three-word ones of VQA-RAD."
+    rng, texts = random.Random(0), exam_questions(real_data)
+    test = [Sample(text, {"A": "one", "B": "two"}, "A", "one", dataset_name="exam", dataset_index=n) for n, text in enumerate(texts[::2])]
+    train = [dataclasses.replace(s, question=edited(s.question, rng), options={"A": "two", "B": "one"}, answer_label="B") for s in test]
+    others = [dataclasses.replace(test[0], question=text, dataset_index=10_000 + n) for n, text in enumerate(texts[1::2])]
+    pairs = overlap([*train, *others], test)
+    hit = (pairs.train_index == pairs.test_index).sum()
+    false, negatives = len(pairs) - hit, len(test) * (len(train) + len(others)) - len(test)
+    print(f"questions: {hit} of {len(test)} edited ones found, {wilson(int(hit), len(test))}; {false} of {negatives} false pairs")
+    assert set(pairs.level) == {"question"} and hit >= 0.95 * len(test) and wilson(int(false), negatives)[1] < 0.01
+    short = {normalise(text): text for text in (json.loads(line)["question"] for line in open(real_data / "vqa_rad" / "dev.jsonl", encoding="utf-8"))}
+    short = [text for words, text in short.items() if len(words.split()) <= 4]
+    alike = [jaccard(shingles(normalise(text)), shingles(normalise(edited(text, rng)))) >= SAME_QUESTION for text in short]
+    print(f"questions of at most four words: {sum(alike)} of {len(alike)} edited ones above {SAME_QUESTION}")
+    assert len(alike) >= 30 and sum(alike) >= 0.95 * len(alike)
+
+
+def test_question_and_image_need_both():
+    scan, other = (phantom.benchmark("vqa_rad_closed", 2)[n].images[0] for n in (0, 1))
+    test = one_each([scan], "Is fluid seen?", "test")
+    train = [*one_each([scan], "IS  FLUID SEEN", "train"), dataclasses.replace(one_each([scan], "Which organ is this?", "train")[0], dataset_index=1),
+             dataclasses.replace(one_each([other], "Is fluid seen?", "train")[0], dataset_index=2)]
+    pairs = overlap(train, test)
+    assert list(pairs.columns) == COLUMNS
+    assert {(row.train_index, row.level) for row in pairs.itertuples()} == {(0, "question and image"), (0, "image bytes"), (1, "image bytes")}
+    assert touched(pairs) == {0, 1} and touched(pairs, ["question and image"]) == {0}
+
+
+def test_two_processes_give_the_same():
+    test = phantom.benchmark("vqa_rad_closed", 30)
+    train = phantom.corpus("pmc_vqa", 270) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
+    alone, together = overlap(iter(train), iter(test)), overlap(iter(train), iter(test), workers=2)
+    assert len(alone) >= 30 and alone.equals(together)
+
+
+def test_a_corpus_is_never_held():
+    "At most two batches of training samples are alive at a time."
+    living, most = weakref.WeakSet(), 0
+
+    def train():
+        nonlocal most
+        for number in range(1000):
+            sample = Sample(f"question {number}", {"A": "x", "B": "y"}, "A", "x", dataset_name="t", dataset_index=number, misc={"id": [number]})
+            living.add(token := Token())
+            sample.misc["token"] = token
+            most = max(most, len(living))
+            yield sample
+
+    class Token:
+        pass
+
+    overlap(train(), one_each([phantom.benchmark("pmc_vqa", 1)[0].images[0]]))
+    assert 128 <= most <= 257
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0broken", phantom.png(np.full((40, 40, 3), 90, np.uint8))])
+def test_an_image_without_a_picture_matches_by_its_file_only(data):
+    scans = [sample.images[0] for sample in phantom.benchmark("slake_closed", 3)]
+    pairs = overlap(one_each([data, scans[0]], name="train"), one_each([*scans, data], name="test"))
+    assert {(row.train_index, row.test_index, row.level) for row in pairs[pairs.level.isin(IMAGE_LEVELS)].itertuples()} == {(0, 3, "image bytes"), (1, 0, "image bytes")}
+
+
+@pytest.mark.parametrize("size", [(600, 9), (9, 600), (8, 8), (2000, 1500)])
+def test_odd_sizes_and_modes_match_themselves(size):
+    noise = Image.blend(Image.radial_gradient("L").resize(size), Image.effect_noise(size, 60), 0.4)
+    for mode, form in (("L", "PNG"), ("CMYK", "JPEG"), ("P", "GIF"), ("I;16", "PNG"), ("LA", "PNG")):
+        picture = noise if mode == "I;16" else noise.convert(mode)
+        (picture.convert("I").point(lambda v: v * 200).convert("I;16") if mode == "I;16" else picture).save(file := io.BytesIO(), form)
+        pairs = overlap(one_each([file.getvalue() + b"\0"], name="train"), one_each([file.getvalue()], name="test"))
+        assert "image pixels" in set(pairs.level), (mode, form)
+
+
+def test_questions_of_any_text():
+    texts = ["", " ", "?", "a", "ab", "是否有积液?", "Ist Flüssigkeit zu sehen?", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "x" * 100_000, "\0\u202e"]
+    test = [Sample(text, {"A": "x", "B": "y"}, "A", "x", dataset_name="t", dataset_index=n) for n, text in enumerate(texts)]
+    pairs = overlap(test, test)
+    same = set(pairs[pairs.train_index == pairs.test_index].test_index)
+    assert same == {n for n, text in enumerate(texts) if normalise(text)} and {3, 4, 5, 6, 8} <= same
