@@ -6,13 +6,12 @@
 __all__ = ['DECISIONS', 'PUBLISHED_7B', 'PUBLISHED_KEPT', 'ADDED', 'OVERLAPS', 'pass_counts', 'decide', 'histogram',
            'difficulty_figure', 'order', 'curate', 'move', 'halves']
 
-# %% ../nbs/22_curate.ipynb #9c8ffd36
+# %% ../nbs/22_curate.ipynb #7b545214
 import json, mmap, tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from .config import UserError, file_hash, fingerprint, recording, stale, unwritable, writing
 from .grade import RULES, grade
@@ -41,12 +40,12 @@ def _correct(row: dict, gold: dict, rule: str) -> int:
         raise UserError(f"Question {row['dataset_index']} is of {name!r} in the samples and of {row['dataset_name']!r} in the rollout; these are two sets.")
     return sum(grade(completion["text"], options, label, rule).correct for completion in row["completions"])
 
-# %% ../nbs/22_curate.ipynb #03bc90f3
+# %% ../nbs/22_curate.ipynb #a88d4d57
 def pass_counts(
     samples: Iterable[Sample],  # may be a stream
     rows: Iterable[dict],  # of a rollout over these samples, in any order; may be a stream
     rule: str = "strict",  # one of grade.RULES
-) -> pd.DataFrame:  # dataset_index, n, correct, rate_low, rate_high; in the samples' order
+) -> "pd.DataFrame":  # dataset_index, n, correct, rate_low, rate_high; in the samples' order
     "Right completions per question with the 95 % interval of the rate; n is 0 and correct -1 where there is no rollout."
     gold, found = _gold(samples, rule), {}
     for row in rows:
@@ -56,8 +55,9 @@ def pass_counts(
     return _table(gold, found)
 
 
-def _table(gold: dict, found: dict) -> pd.DataFrame:
+def _table(gold: dict, found: dict) -> "pd.DataFrame":
     "The counts (n, correct) by dataset_index as a table, with intervals."
+    import pandas as pd
     from statsmodels.stats.proportion import proportion_confint
 
     n, correct = np.array([found.get(index, (0, -1)) for index in gold], dtype=np.int64).reshape(-1, 2).T
@@ -89,15 +89,15 @@ def _again(n: int, low: int, high: int) -> np.ndarray:
     below, within = (betabinom.cdf(end, n, count + .5, n - count + .5) for end in (low - 1, high))
     return np.select([count < low, count > high], [below, 1 - within], within - below)
 
-# %% ../nbs/22_curate.ipynb #d20e30b3
+# %% ../nbs/22_curate.ipynb #feba4990
 PUBLISHED_7B = (8123, 4604, 3012, 2174, 1593, 1109, 811, 616, 455, 333, 218, 160, 109, 80, 39, 17, 3)  # questions of m23k with 0, 1, ... 16 right answers of the 7B model
 
 
 def decide(
-    counts: pd.DataFrame,  # what `pass_counts` returned
+    counts: "pd.DataFrame",  # what `pass_counts` returned
     low: int = 1,  # fewest right answers of a question that stays
     high: int = 7,  # most right answers of a question that stays
-) -> pd.DataFrame:  # with decision, again (probability of the same decision from n new samples) and level
+) -> "pd.DataFrame":  # with decision, again (probability of the same decision from n new samples) and level
     "Keep, too hard, too easy or no rollout, for each question."
     asked = counts.n > 0
     if not asked.any():
@@ -111,9 +111,9 @@ def decide(
     decided.attrs = {"low": int(low), "high": int(high), "n": n}
     return decided
 
-# %% ../nbs/22_curate.ipynb #dd9130e5
+# %% ../nbs/22_curate.ipynb #d195419e
 def histogram(
-    counts: pd.DataFrame,  # what `pass_counts` or `decide` returned
+    counts: "pd.DataFrame",  # what `pass_counts` or `decide` returned
 ) -> np.ndarray:  # n + 1 numbers
     "How many questions have 0, 1, ... n right answers; those without a rollout are not in it."
     asked = counts[counts.n > 0]
@@ -145,18 +145,18 @@ PUBLISHED_KEPT = [
     {"model": "7B", "corpus": "m23k", "asked": sum(PUBLISHED_7B), "kept": f"{sum(PUBLISHED_7B[1:8]):,}", "source": "the stored histogram; not used for training"},
 ]
 
-# %% ../nbs/22_curate.ipynb #74e976d2
+# %% ../nbs/22_curate.ipynb #23c218a0
 def order(
-    decisions: pd.DataFrame,  # what `decide` or `sample_until_decided` returned
+    decisions: "pd.DataFrame",  # what `decide` or `sample_until_decided` returned
     seed: int = 42,
     hard_first: bool = False,  # the other way round
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "The kept questions, shuffled and then sorted by level, easy to hard; equals stay shuffled."
     kept = decisions[decisions.decision == "keep"]
     kept = kept.iloc[np.random.default_rng(seed).permutation(len(kept))]
     return kept.sort_values("level", ascending=hard_first, kind="stable")
 
-# %% ../nbs/22_curate.ipynb #bc9a72ca
+# %% ../nbs/22_curate.ipynb #91a6df65
 ADDED = ("pass_count", "pass_of")  # right answers, of how many completions
 
 
@@ -180,7 +180,7 @@ def _mapped(samples: Path, wanted: set, scratch) -> tuple[list, dict]:
 
 def _write_ordered(
     samples: Path,  # a parquet file in the unified format
-    chosen: pd.DataFrame,  # dataset_index, correct and n, in the order to write
+    chosen: "pd.DataFrame",  # dataset_index, correct and n, in the order to write
     path: Path,
 ) -> None:
     "Write the chosen samples in this order, with their pass counts; the file appears when it is whole."
@@ -200,14 +200,14 @@ def _write_ordered(
                     table = table.append_column(name, pyarrow.array(values.to_numpy(), pyarrow.int64()))
                 out.write_table(table.cast(schema))
 
-# %% ../nbs/22_curate.ipynb #7d692874
+# %% ../nbs/22_curate.ipynb #dccef2c7
 OVERLAPS = "overlaps a test set"
 
 
 def _reasons(
-    decisions: pd.DataFrame,
+    decisions: "pd.DataFrame",
     without: Iterable[int],  # dataset_index of questions that stand in a test set
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "The decisions, with those questions marked that overlap."
     without = set(without)
     if unknown := without - set(decisions.dataset_index):
@@ -215,15 +215,15 @@ def _reasons(
     return decisions.assign(decision=decisions.decision.where(~decisions.dataset_index.isin(without), OVERLAPS))
 
 
-def _write_dropped(marked: pd.DataFrame, path: Path) -> dict:
+def _write_dropped(marked: "pd.DataFrame", path: Path) -> dict:
     "One line per reason with the questions it left out; returns how many."
     dropped = {reason: group.dataset_index.tolist() for reason, group in marked[marked.decision != "keep"].groupby("decision")}
     with writing(path) as file:
         file.writelines(json.dumps({"reason": reason, "questions": len(which), "dataset_index": which}) + "\n" for reason, which in dropped.items())
     return {reason: len(which) for reason, which in dropped.items()}
 
-# %% ../nbs/22_curate.ipynb #caa8ccd1
-def _check_same(samples: Path, decisions: pd.DataFrame) -> None:
+# %% ../nbs/22_curate.ipynb #77d66fcf
+def _check_same(samples: Path, decisions: "pd.DataFrame") -> None:
     "`UserError` where the decisions are not about the questions of this file, or name no band."
     import pyarrow, pyarrow.parquet
 
@@ -239,7 +239,7 @@ def _check_same(samples: Path, decisions: pd.DataFrame) -> None:
         raise UserError("The decisions name no band; hand over what decide, or stopping.sample_until_decided, returned.")
 
 
-def _make(samples: Path, marked: pd.DataFrame, path: Path, seed: int, hard_first: bool) -> dict:
+def _make(samples: Path, marked: "pd.DataFrame", path: Path, seed: int, hard_first: bool) -> dict:
     "Write the list of what was dropped, then the curated file; returns the numbers for the manifest."
     chosen = order(marked, seed, hard_first)
     for torn in path.parent.glob(f".{path.stem}.*.part"):  # a killed process could not tidy up
@@ -257,7 +257,7 @@ def _make(samples: Path, marked: pd.DataFrame, path: Path, seed: int, hard_first
 
 def curate(
     samples,  # a parquet file in the unified format
-    decisions: pd.DataFrame,  # what `decide` or `sample_until_decided` returned, for all of these samples
+    decisions: "pd.DataFrame",  # what `decide` or `sample_until_decided` returned, for all of these samples
     folder,  # where the curated file goes
     by: str,  # the model whose completions were counted; in all of the paper's runs the 3B model, whatever is trained
     without: Iterable[int] = (),  # dataset_index of questions to leave out because they overlap a test set
@@ -278,13 +278,14 @@ def curate(
                 facts.update(_make(samples, _reasons(decisions, without), path, seed, hard_first))
     return path
 
-# %% ../nbs/22_curate.ipynb #d05c27f2
+# %% ../nbs/22_curate.ipynb #05abc231
 def move(
-    a: pd.DataFrame,  # decisions of one model
-    b: pd.DataFrame,  # decisions of another, about the same questions
+    a: "pd.DataFrame",  # decisions of one model
+    b: "pd.DataFrame",  # decisions of another, about the same questions
     by: str = "decision",  # or "correct", for the table of counts
-) -> tuple[pd.DataFrame, dict]:  # questions per pair (rows: a, columns: b); rank correlation of the rates with its 95 % interval
+) -> "tuple[pd.DataFrame, dict]":  # questions per pair (rows: a, columns: b); rank correlation of the rates with its 95 % interval
     "How difficulty moves between two models, over the questions that both have answered."
+    import pandas as pd
     from scipy.stats import spearmanr
 
     both = a.merge(b, on="dataset_index", how="outer", suffixes=("_a", "_b")).fillna({"n_a": 0, "n_b": 0})
@@ -300,12 +301,12 @@ def move(
     interval = float(np.tanh(centre - half)), float(np.tanh(centre + half))
     return table, {"spearman": rho, "interval": interval, "questions": len(asked), "left_out": len(both) - len(asked)}
 
-# %% ../nbs/22_curate.ipynb #d2f69851
+# %% ../nbs/22_curate.ipynb #24ec4312
 def halves(
     samples: Iterable[Sample],  # read twice, so no stream
     rows: Iterable[dict],  # of a rollout; read twice
     rule: str = "strict",  # one of grade.RULES
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> "tuple[pd.DataFrame, pd.DataFrame]":
     "Decisions by the first half of each question's completions, and by the second: kept are those neither never nor always right."
     n = max(len(row["completions"]) for row in rows) // 2
     _check_band(n, 1, n - 1)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['expected', 'stopping_rule', 'smoothed', 'replay', 'sample_until_decided']
 
-# %% ../nbs/25_stopping.ipynb #ffb747cb
+# %% ../nbs/25_stopping.ipynb #4d1511aa
 import functools, itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from .config import UserError, fingerprint
 from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
@@ -36,7 +35,7 @@ def _earlier(k: int, later: int) -> np.ndarray:
 
     return hypergeom.pmf(np.arange(k + 1)[:, None], later, np.arange(later + 1), k)
 
-# %% ../nbs/25_stopping.ipynb #01d13b0a
+# %% ../nbs/25_stopping.ipynb #3fd343a3
 def _sides(joint: np.ndarray, low: int, high: int) -> np.ndarray:
     "3 x (k + 1): the probability of c right so far and, in the end, of too hard, keep and too easy."
     return np.stack([part.sum(1) for part in np.split(joint, [low, high + 1], axis=1)])
@@ -59,8 +58,10 @@ def _goes_on(
     return goes
 
 
-def _rule(joint: dict, low: int, high: int, price: float) -> pd.DataFrame:
+def _rule(joint: dict, low: int, high: int, price: float) -> "pd.DataFrame":
     "The cheapest rule at this price as a table; see `stopping_rule`."
+    import pandas as pd
+
     goes, steps, n = _goes_on(joint, low, high, price), list(joint), max(joint)
     lines, arrives = [], np.ones(1)  # of all questions that could be in a state, the share that was not stopped on the way
     for k, later in zip(steps, [*steps[1:], None]):
@@ -73,13 +74,13 @@ def _rule(joint: dict, low: int, high: int, price: float) -> pd.DataFrame:
 
 
 def expected(
-    rule: pd.DataFrame,  # what `stopping_rule` returned
+    rule: "pd.DataFrame",  # what `stopping_rule` returned
 ) -> dict[str, float]:  # agreement with the full decision, and share of the completions
     "What a rule promises for questions that follow its histogram."
     stops = rule[rule.action != "go on"]
     return {"agreement": float(stops.reach @ stops.right), "share": float(stops.reach @ stops.asked) / int(rule.asked.max())}
 
-# %% ../nbs/25_stopping.ipynb #43bb63ef
+# %% ../nbs/25_stopping.ipynb #6174ba0e
 def _check_plan(n: int, low: int, high: int, agreement: float, per_round: int) -> None:
     "`UserError` for a rule that cannot be."
     _check_band(n, low, high)
@@ -93,7 +94,7 @@ def stopping_rule(
     high: int = 7,
     agreement: float = 0.97,  # expected, with the decisions of all n completions
     per_round: int = 1,  # completions per question between two looks; divides n
-) -> pd.DataFrame:  # asked, correct, action, reach, right (probability that the action is right), level (expected count of n)
+) -> "pd.DataFrame":  # asked, correct, action, reach, right (probability that the action is right), level (expected count of n)
     "When to stop asking, and with which decision: the rule with the fewest expected completions that reaches the agreement."
     n = len(histogram) - 1
     _check_plan(n, low, high, agreement, per_round)
@@ -122,9 +123,9 @@ def smoothed(
         weights = weights * (made.T @ (seen / (made @ weights))) / seen.sum()
     return made @ weights * seen.sum()
 
-# %% ../nbs/25_stopping.ipynb #5dc782a2
+# %% ../nbs/25_stopping.ipynb #6eb75457
 def replay(
-    rule: pd.DataFrame,  # what `stopping_rule` returned
+    rule: "pd.DataFrame",  # what `stopping_rule` returned
     records,  # questions x n, 1 where the completion was right, in the order sampled
 ) -> dict:  # questions; agreement and share of completions, each with its 95 % interval
     "What a rule would have decided on stored records, and what it would have cost."
@@ -142,7 +143,7 @@ def replay(
     return {"questions": len(records), "agreement": same / len(records), "agreement_interval": wilson(same, len(records)),
             "share": float(share), "share_interval": (float(share - half), float(share + half))}
 
-# %% ../nbs/25_stopping.ipynb #b15916f1
+# %% ../nbs/25_stopping.ipynb #161ede83
 class _Some(Sequence):
     "Some of the samples, by ascending position; read when asked for, a window at a time."
 
@@ -179,14 +180,16 @@ def _add(rows: Iterable[dict], merged: dict, tally: dict, gold: dict, rule: str)
         merged[index] = {**row, "completions": before["completions"] + row["completions"]}
 
 
-def _judge(gold: dict, tally: dict, plan: pd.DataFrame) -> pd.DataFrame:
+def _judge(gold: dict, tally: dict, plan: "pd.DataFrame") -> "pd.DataFrame":
     "The counts so far, each with the plan's action for it."
+    import pandas as pd
+
     counts = _table(gold, tally)
     states = pd.DataFrame({"asked": counts.n, "correct": counts.correct.clip(lower=0)})
     found = states.merge(plan, how="left")
     return counts.assign(decision=found.action.fillna("go on"), level=found.level)
 
-# %% ../nbs/25_stopping.ipynb #a5620ce0
+# %% ../nbs/25_stopping.ipynb #f7b53929
 def sample_until_decided(
     samples: Sequence[Sample],
     engine,  # called once at most, and only when something is missing; returns an engine
@@ -197,7 +200,7 @@ def sample_until_decided(
     pilot: int = 500,  # questions sampled in full, from which the rule is made
     rule: str = "strict",  # one of grade.RULES
     show=print,
-) -> tuple[pd.DataFrame, list[dict]]:  # decisions, with n differing from question to question; and the rows with all completions
+) -> "tuple[pd.DataFrame, list[dict]]":  # decisions, with n differing from question to question; and the rows with all completions
     "Decisions with no more completions per question than its decision needs."
     _check_plan(n := who["n"], low, high, agreement, per_round)  # before a pilot is paid for
     gold, merged, tally = _gold(samples, rule), {}, {}

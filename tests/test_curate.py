@@ -234,7 +234,8 @@ def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
     write_samples(samples, tmp_path / "pmc_vqa.parquet")
     path = curate(tmp_path / "pmc_vqa.parquet", decide(pass_counts(samples, rows), 1, 12), tmp_path / "curated", by="tiny")
     kept = list(SampleFile(path, look=False))
-    lessons = list(SampleFile(distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"}), look=False))
+    distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"})
+    lessons = list(SampleFile(tmp_path / "lessons.parquet", look=False))
     assert 16 <= len(lessons) <= len(kept) < 150 and all(sample.reasoning and sample.images for sample in lessons)
     data = [{"images": sample.pictures(), "prompt": [{"role": "user", "content": user_text(sample)}],
              "completion": [{"role": "assistant", "content": sft_target(sample.answer_label, sample.reasoning)}]} for sample in lessons[:32]]
