@@ -111,7 +111,7 @@ def decide(
     decided.attrs = {"low": int(low), "high": int(high), "n": n}
     return decided
 
-# %% ../nbs/22_curate.ipynb #d195419e
+# %% ../nbs/22_curate.ipynb #001ed540
 def histogram(
     counts: "pd.DataFrame",  # what `pass_counts` or `decide` returned
 ) -> np.ndarray:  # n + 1 numbers
@@ -129,7 +129,7 @@ def difficulty_figure(
     "The share of questions, in percent, over the share of right answers: a line a histogram."
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=10, b=50), legend=dict(x=0.98, xanchor="right", y=0.98)))
+    figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
     for name, seen in histograms.items():
         n, seen = len(seen) - 1, np.asarray(seen)
         figure.add_scatter(name=f"{name}, n={seen.sum():,}", x=[k / n for k in range(n + 1)], y=(100 * seen / seen.sum()).round(2).tolist(), mode="lines+markers",

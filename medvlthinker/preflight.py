@@ -163,7 +163,7 @@ def _measured(name: str, fine) -> dict:
         f"{fine.image_tokens.mean():,.1f} of them for images, whose longest side is {fine.largest_side.max():,} pixels")
     return _finding(name, "measured", fine, "prompt_tokens", least=fine.prompt_tokens.min(), mean=fine.prompt_tokens.mean(), pictures=pictures)
 
-# %% ../nbs/24_preflight.ipynb #d5b2244c
+# %% ../nbs/24_preflight.ipynb #419a2236
 def length_figure(
     tables: dict,  # a name -> what `lengths` returned
     limit: int = 0,  # a line at this many tokens; 0 for none
@@ -171,7 +171,7 @@ def length_figure(
     "The share of prompts, in percent, that are at most so long: a curve a set, of at most 200 points."
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=10, b=50), legend=dict(x=0.98, xanchor="right", y=0.02, yanchor="bottom")))
+    figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
     for name, table in tables.items():
         tokens = sorted(table.prompt_tokens)
         places = sorted({round(i * (len(tokens) - 1) / 199) for i in range(200)})
