@@ -7,7 +7,7 @@ __all__ = ['COUNTS', 'BENCHMARKS', 'EXTRA', 'LOCAL', 'ADAPTLLM', 'MMMU', 'MEDXPE
            'medmcqa', 'pubmedqa_rows', 'mmlu_rows', 'local_copy', 'local_rows', 'published_rows', 'source_rows',
            'available', 'load_benchmark']
 
-# %% ../nbs/13_benchmark.ipynb #5c9a121b
+# %% ../nbs/13_benchmark.ipynb #b2334597
 import functools, itertools
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator
 from . import layout, phantom
 from .config import Profile, UserError, Workspace
 from .sample import BadRow, Sample, from_row, store
-from .source import (Local, attempt, code_of, content_of, csv_rows, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, parse_json,
+from .source import (Local, attempt, code_of, content_of, csv_rows, embedded, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, parse_json,
                                  samples_from, source_of, spread)
 
 # %% ../nbs/13_benchmark.ipynb #349a0421
@@ -68,7 +68,7 @@ def mmlu_rows(path) -> Iterator[tuple[str, dict | BadRow]]:
     subject = Path(path).stem.removeprefix("raw_").removesuffix("_test")
     return ((where, {**row, "subject": subject} if isinstance(row, dict) else row) for where, row in csv_rows(path, ("question", *"ABCD", "answer")))
 
-# %% ../nbs/13_benchmark.ipynb #a21b18ae
+# %% ../nbs/13_benchmark.ipynb #36308be8
 _CLOSED, _ADAPT, _MED = ("question", "answer", "answer_type"), ("input", "label", "image"), ("question", "options", "label")
 _PMC = ("Figure_path", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "Answer_label")
 _MMLU = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine")
@@ -80,8 +80,14 @@ def _adapted(name: str, convert: Callable, *columns: str) -> Local:
     return Local(f"{name}/test-*.parquet", "", convert, _ADAPT + columns)
 
 
-def _figures(files: str, convert: Callable, columns: tuple, *places: str, reader: Callable | None = None) -> tuple[Local, ...]:
-    return tuple(Local(files, place, convert, columns, reader) for place in places)
+def _figures(names: str, convert: Callable, columns: tuple, *places: str, reader: Callable | None = None) -> tuple[Local, ...]:
+    "A way for each name of the file (separated by spaces) and each place of the images."
+    return tuple(Local(files, place, convert, columns, reader) for files in names.split() for place in places)
+
+
+def _texts(names: str, convert: Callable, columns: tuple, reader: Callable | None = None, beside: str = "") -> tuple[Local, ...]:
+    "A way for each name of the file."
+    return tuple(Local(files, "", convert, columns, reader, beside) for files in names.split())
 
 
 LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders, ways)
@@ -103,12 +109,12 @@ LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders
     "MedXpertQA-MM": (("MedXpertQA", "medxpertqa_mm", "vqa_medxpertqa_mm"),
                       (*_figures("MM/test.jsonl", layout.medxpertqa, (*_MED, "images"), "images", "images.zip"),
                        *_figures("medxpertqa_mm_input.jsonl dev.jsonl", layout.medxpertqa, (*_MED, "images"), "images"))),
-    "MedQA": (("MedQA", "medqa", "text_medqa"), (Local("phrases_no_exclude_test.jsonl test.jsonl dev.jsonl", "", layout.medqa, ("question", "options", "answer_idx", "answer")),)),
-    "MedMCQA": (("MedMCQA", "medmcqa", "text_medmcqa"), (Local("dev.json dev.jsonl", "", medmcqa, ("question", "opa", "opd", "cop"), medmcqa_rows),)),
+    "MedQA": (("MedQA", "medqa", "text_medqa"), _texts("phrases_no_exclude_test.jsonl test.jsonl dev.jsonl", layout.medqa, ("question", "options", "answer_idx", "answer"))),
+    "MedMCQA": (("MedMCQA", "medmcqa", "text_medmcqa"), _texts("dev.json dev.jsonl", medmcqa, ("question", "opa", "opd", "cop"), medmcqa_rows)),
     "HeadQA": (("HeadQA", "HEAD_EN", "headqa", "text_headqa"), (Local("test_HEAD_EN.json", "", layout.headqa, ("qtext", "ra", "answers"), lambda path: layout.headqa_nested(json_list(path))),
                                                                Local("dev.jsonl", "", layout.headqa, ("qtext", "ra", "answers")))),
-    "PubMedQA": (("PubMedQA", "pubmedqa", "text_pubmedqa"), (Local("ori_pqal.json dev.json", "", layout.pubmedqa, ("QUESTION", "final_decision"), pubmedqa_rows),)),
-    "MMLU-medical": (("MMLU", "mmlu", "text_mmlu_med"), (Local(" ".join(f"{subject}_test.csv test/{subject}_test.csv" for subject in _MMLU), "", layout.mmlu, (), mmlu_rows),
+    "PubMedQA": (("PubMedQA", "pubmedqa", "text_pubmedqa"), _texts("ori_pqal.json dev.json", layout.pubmedqa, ("QUESTION", "final_decision"), pubmedqa_rows, "test_ground_truth.json")),
+    "MMLU-medical": (("MMLU", "mmlu", "text_mmlu_med"), (*(Local(" ".join(f"{folder}{subject}_test.csv" for subject in _MMLU), "", layout.mmlu, (), mmlu_rows) for folder in ("", "test/")),
                                                         Local("dev.jsonl", "", layout.mmlu, ("question", "A", "D", "answer")))),
     "MedXpertQA-Text": (("MedXpertQA", "medxpertqa_text", "text_medxpertqa"), (Local("Text/test.jsonl", "", layout.medxpertqa, _MED), Local("dev.jsonl", "", layout.medxpertqa, (*_MED, "body_system")))),
     "OmniMedVQA": (("OmniMedVQA", "omnimedvqa"), (Local("QA_information/Open-access/*.json", "Images", lambda row, where: layout.omnimedvqa(row, where), ("question", "gt_answer", "image_path", "option_A")),)),
@@ -130,7 +136,7 @@ SOURCES: dict[str, tuple[Callable, tuple[str, ...], tuple[tuple, ...]]] = {  # s
 }
 _EXACT = ("pmc_vqa", "MMMU-medical", "MedXpertQA-MM")  # our conversion keeps the rows that the paper's keeps; of the closed sets fewer
 
-# %% ../nbs/13_benchmark.ipynb #d883c963
+# %% ../nbs/13_benchmark.ipynb #9fe7288a
 def local_copy(
     name: str,  # of the test set
     data_dir: str,
@@ -153,7 +159,7 @@ def local_rows(
 ) -> Iterator[Sample | BadRow]:
     "The samples of a local copy in the order of its files, and a `BadRow` for each row that became none."
     place = folder if name == "OmniMedVQA" else folder / way.images  # OmniMedVQA's paths begin at its root
-    read = image_reader(place) if way.images else lambda value: value
+    read = image_reader(place) if way.images else embedded
     return samples_from(lambda: way.rows(folder), _reads(way.convert, wording), name, read, limit=limit, seed=seed)
 
 # %% ../nbs/13_benchmark.ipynb #343a69a7

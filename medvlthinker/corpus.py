@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_EDGE', 'MAX_EDGE', 'RULES', 'COUNTS', 'CORPORA', 'PUBLISHED', 'SOURCES', 'fitted', 'fit_by', 'corpora',
-           'local_copy', 'local_samples', 'available_corpora', 'load_corpus']
+           'local_copy', 'local_samples', 'has_corpora', 'available_corpora', 'load_corpus']
 
-# %% ../nbs/12_corpus.ipynb #902a1d50
+# %% ../nbs/12_corpus.ipynb #6106c2d7
 import functools
 from pathlib import Path
 from typing import Callable, Iterable
@@ -14,7 +14,7 @@ from typing import Callable, Iterable
 from . import layout, phantom
 from .config import Profile, UserError, Workspace
 from .sample import SampleFile, store
-from .source import Local, code_of, find_local, given_folder, hub_files, hub_rows, image_reader, samples_from, source_of
+from .source import Local, code_of, embedded, find_local, given_folder, hub_files, hub_rows, image_reader, samples_from, source_of
 
 # %% ../nbs/12_corpus.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024
@@ -52,7 +52,7 @@ def fit_by(
         raise UserError(f"No rule {rule!r} for the size of figures; known are {', '.join(RULES)}.")
     return None if rule == "none" else functools.partial(fitted, rule=rule)
 
-# %% ../nbs/12_corpus.ipynb #60c73a99
+# %% ../nbs/12_corpus.ipynb #e1e36392
 COUNTS = {"m23k": 23460, "pmc_vqa": 176917}
 CORPORA = tuple(COUNTS)
 _UNIFIED = ("question", "options", "answer_label", "answer", "dataset_name")
@@ -62,10 +62,10 @@ PUBLISHED = {"m23k": "UCSC-VLAA/MedVLThinker-m23k-tokenized", "pmc_vqa": "UCSC-V
 SOURCES = {"m23k": "UCSC-VLAA/m23k-tokenized", "pmc_vqa": "RadGenome/PMC-VQA"}
 _FOLDERS = {"m23k": ("m23k", "m1_m23k_peer_facts", "MedVLThinker-m23k-tokenized"), "pmc_vqa": ("PMC-VQA", "pmc_vqa", "vqa_pmc", "MedVLThinker-pmc_vqa")}
 _WAYS = {
-    "m23k": (Local("m23k.jsonl train.jsonl rows_as_printed.jsonl", "", layout.m23k, _M23K), Local("m23k*.parquet", "", layout.m23k, _M23K),
-             Local("data/train-*.parquet train-*.parquet", "", layout.unified, _UNIFIED)),
+    "m23k": (*(Local(files, "", layout.m23k, _M23K) for files in ("m23k.jsonl", "train.jsonl", "rows_as_printed.jsonl", "m23k*.parquet")),
+             *(Local(files, "", layout.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
     "pmc_vqa": (*(Local("train.csv", images, layout.pmc_vqa, _PMC) for images in ("images/images", "images", "images.zip")),
-                Local("data/train-*.parquet train-*.parquet", "", layout.unified, _UNIFIED)),
+                *(Local(files, "", layout.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
 }
 
 
@@ -78,7 +78,7 @@ def corpora(
         raise UserError(f"Unknown corpus {', '.join(unknown)}; known are {', '.join(CORPORA)}.")
     return [name for name in CORPORA if name in given or not given]
 
-# %% ../nbs/12_corpus.ipynb #a89e6967
+# %% ../nbs/12_corpus.ipynb #60ac4786
 def local_copy(
     name: str,  # of a corpus
     data_dir: str,
@@ -96,11 +96,18 @@ def local_samples(
     resize: str = "both",  # the rule for the figures' sizes
 ) -> Iterable:
     "The samples of a local copy, and a `BadRow` for each row that became none."
-    read = image_reader(folder / way.images) if way.images else (lambda value: value)
+    read = image_reader(folder / way.images) if way.images else embedded
     # the paper numbers PMC-VQA's kept rows, and m23k's rows as they stand in m1's table
     return samples_from(lambda: way.rows(folder), way.convert, name, read, fit_by(resize), limit, seed, kept_count=name == "pmc_vqa")
 
-# %% ../nbs/12_corpus.ipynb #9793c490
+# %% ../nbs/12_corpus.ipynb #caae376d
+def has_corpora(
+    profile: Profile,
+) -> bool:
+    "Is there a corpus at all? A folder of test sets alone is enough to evaluate."
+    return bool(profile.corpus) or source_of(profile) != "local" or any(local_copy(name, profile.data_dir) for name in CORPORA)
+
+
 def available_corpora(
     profile: Profile,
 ) -> list[str]:

@@ -6,10 +6,11 @@
 __all__ = ['DECISIONS', 'PUBLISHED_7B', 'PUBLISHED_KEPT', 'ADDED', 'OVERLAPS', 'pass_counts', 'decide', 'histogram',
            'difficulty_figure', 'order', 'curate', 'move', 'halves']
 
-# %% ../nbs/22_curate.ipynb #7b545214
+# %% ../nbs/22_curate.ipynb #5b6561ba
 import json, mmap, tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .config import UserError, file_hash, fingerprint, recording, stale, unwrita
 from .grade import RULES, grade
 from .rollout import alone, folder_name
 from .sample import Sample
+
+if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
+    import pandas as pd
 
 # %% ../nbs/22_curate.ipynb #37087e48
 def _gold(samples: Iterable[Sample], rule: str = "strict") -> dict:
@@ -222,7 +226,7 @@ def _write_dropped(marked: "pd.DataFrame", path: Path) -> dict:
         file.writelines(json.dumps({"reason": reason, "questions": len(which), "dataset_index": which}) + "\n" for reason, which in dropped.items())
     return {reason: len(which) for reason, which in dropped.items()}
 
-# %% ../nbs/22_curate.ipynb #77d66fcf
+# %% ../nbs/22_curate.ipynb #1407ffd6
 def _check_same(samples: Path, decisions: "pd.DataFrame") -> None:
     "`UserError` where the decisions are not about the questions of this file, or name no band."
     import pyarrow, pyarrow.parquet
@@ -242,8 +246,6 @@ def _check_same(samples: Path, decisions: "pd.DataFrame") -> None:
 def _make(samples: Path, marked: "pd.DataFrame", path: Path, seed: int, hard_first: bool) -> dict:
     "Write the list of what was dropped, then the curated file; returns the numbers for the manifest."
     chosen = order(marked, seed, hard_first)
-    for torn in path.parent.glob(f".{path.stem}.*.part"):  # a killed process could not tidy up
-        torn.unlink()
     dropped = _write_dropped(marked, path.with_suffix(".dropped.jsonl"))
     if chosen.empty:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())

@@ -8,8 +8,8 @@ __all__ = ['MMMU_SUBJECTS', 'WORDINGS', 'said', 'lettered', 'chosen', 'pmc_vqa',
            'medxpertqa', 'medqa', 'medmcqa', 'mmlu', 'pubmedqa', 'headqa', 'headqa_nested', 'omnimedvqa',
            'split_prompt', 'm23k', 'unified']
 
-# %% ../nbs/07_layout.ipynb #7a4fcfde
-import ast, hashlib, re, string
+# %% ../nbs/07_layout.ipynb #85fb13f8
+import ast, hashlib, json, re, string
 from typing import Iterable, Iterator
 
 from .options import closed_options
@@ -49,7 +49,7 @@ def chosen(
         raise BadRow(where, column, f"{labels[0]!r} is not among the letters {', '.join(options)}")
     return labels[0]
 
-# %% ../nbs/07_layout.ipynb #24917956
+# %% ../nbs/07_layout.ipynb #7c775772
 _PMC_EDGES = string.whitespace + "'\"\u00a0\u200a"
 
 
@@ -57,7 +57,9 @@ def pmc_vqa(row: dict, where: str) -> dict:
     "A row of train.csv, test_clean.csv (version 1) or train_2.csv (version 2)."
     options = {}
     for letter in "ABCD":
-        own, colon, text = said(row, f"Choice {letter}", where).strip(_PMC_EDGES).partition(":")
+        if row.get(f"Choice {letter}") is None:
+            said(row, f"Choice {letter}", where)
+        own, colon, text = row[f"Choice {letter}"].strip(_PMC_EDGES).partition(":")
         if not colon or own.strip(_PMC_EDGES) != letter:
             raise BadRow(where, f"Choice {letter}", f"{row[f'Choice {letter}'].strip()[:40]!r} does not begin with {letter}:", by_rule=True)
         options[letter] = text.strip(_PMC_EDGES)
@@ -163,7 +165,7 @@ def adaptllm_pmc(row: dict, where: str) -> dict:
     question = said(row, "input", where).replace("Question: ", "", 1).split("\nThe choices are:")[0].strip()
     return {"question": question, "options": options, "answer_label": chosen(options, row.get("label"), where, "label"), "images": [row.get("image")], "image_field": "image"}
 
-# %% ../nbs/07_layout.ipynb #c71ff4a2
+# %% ../nbs/07_layout.ipynb #a5d49047
 MMMU_SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health")
 WORDINGS = {"spaced": " ", "glued": ""}
 
@@ -189,7 +191,7 @@ def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
         options = lettered(ast.literal_eval(listed) if isinstance(row["options"], str) else row["options"])
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise BadRow(where, "options", f"no list: {listed[:40]!r}") from None
-    marks = dict.fromkeys(re.findall(r"<image (\d+)>", question + listed))
+    marks = sorted(set(re.findall(r"<image (\d+)>", question + listed)), key=int)
     images = [row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}")] or [f"{said(row, 'id', where)}_{n}.png" for n in marks]
     misc = {name: row.get(name) for name in ("id", "explanation", "img_type", "question_type", "subfield", "topic_difficulty")}
     return {"question": without_marks(question, wording), "options": options, "answer_label": chosen(options, row.get("answer"), where, "answer"), "images": images,
@@ -315,7 +317,15 @@ def m23k(row: dict, where: str) -> dict:
         raise BadRow(where, "answer_string", f"{answer[:60]!r} is not option {label}, {options[label][:60]!r}")
     return {"question": question, "options": options, "answer_label": label, "images": [], "reasoning": row.get("reasoning"), "dataset_name": source}
 
-# %% ../nbs/07_layout.ipynb #7a83760b
+# %% ../nbs/07_layout.ipynb #71f8ae98
 def unified(row: dict, where: str) -> dict:
-    "A row of a published set, as it is."
-    return row
+    "A row of a published set, as it is, with `misc` read."
+    if not isinstance(row.get("misc"), str):
+        return row
+    try:
+        misc = json.loads(row["misc"])
+    except ValueError:
+        misc = None
+    if not isinstance(misc, dict):
+        raise BadRow(where, "misc", f"no JSON object: {row['misc'][:40]!r}")
+    return {**row, "misc": misc}

@@ -7,16 +7,19 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'LEAKS', 'COLUMNS', 'SAME_QUESTION', 'SPECI
            'WINDOWS', 'SAME_DETAIL', 'SAME_TILE', 'FIGURE_KEYS', 'PATIENT_KEYS', 'NEAR_BITS', 'NEAR_COSINE',
            'normalise', 'shingles', 'jaccard', 'specific', 'thumbnail', 'view', 'reduce', 'align', 'compare',
            'identifiers', 'Picture', 'pixel_hash', 'picture', 'Index', 'index', 'candidates', 'views', 'same_pictures',
-           'overlap', 'matrix', 'touched', 'clean', 'clean_scores', 'side_by_side']
+           'overlap', 'store_pairs', 'stored_pairs', 'matrix', 'touched', 'clean', 'clean_scores', 'side_by_side']
 
-# %% ../nbs/14_overlap.ipynb #b5ad7024
-import base64, collections, functools, hashlib, html, io, itertools, re, unicodedata, zlib
+# %% ../nbs/14_overlap.ipynb #663a54b7
+import base64, collections, functools, hashlib, html, io, itertools, json, re, unicodedata, zlib
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from .config import UserError
+from .benchmark import select
+from .config import Profile, UserError, Workspace, fingerprint, manifest_path, recording, writing
+from .corpus import corpora
 from .sample import Sample, to_rgb
+from .source import source_of
 from .stats import wilson
 
 # %% ../nbs/14_overlap.ipynb #e2c93916
@@ -435,7 +438,42 @@ def overlap(
     pairs = pandas.DataFrame(list(_spread(_match, train, (held, by_sha), workers)), columns=COLUMNS)
     return pairs.iloc[np.lexsort((-pairs["similarity"].astype(float), pairs["level"].map(LEVELS.index).astype(int)))].reset_index(drop=True)
 
-# %% ../nbs/14_overlap.ipynb #a9793b78
+# %% ../nbs/14_overlap.ipynb #f603c84e
+def _searched(profile: Profile) -> dict:
+    "What the stored sets of a profile were made from, by name."
+    folder = Workspace(profile.name).samples / source_of(profile)
+    files = [f"{name}.parquet" for name in select(profile.benchmark)] + [f"corpus/{name}.parquet" for name in corpora(profile.corpus)]
+    manifests = {name: manifest_path(folder / name) for name in files}
+    return {name: fingerprint(json.loads(path.read_text(encoding="utf-8"))["inputs"]) for name, path in manifests.items() if path.is_file()}
+
+
+def store_pairs(
+    profile: Profile,
+    pairs,  # of `overlap`, over all sets of the profile
+) -> None:
+    "Keep the pairs of a profile's samples, in results/."
+    path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
+    with recording(path, _searched(profile)), writing(path) as file:
+        pairs.to_csv(file, index=False)
+
+
+def stored_pairs(
+    profile: Profile,
+    show=print,  # told why there are none
+):  # -> pandas.DataFrame, or None
+    "The pairs that were found among the very samples that are stored now."
+    import pandas
+
+    path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
+    try:
+        then = json.loads(manifest_path(path).read_text(encoding="utf-8"))["inputs"]
+    except (OSError, ValueError, KeyError):
+        return show("No pairs of training and test questions are known; paper/1_data looks for them.")
+    if other := [name for name, inputs in _searched(profile).items() if then.get(name) != inputs]:
+        return show(f"The pairs that are stored were found before {other[0]} was as it is; paper/1_data looks again.")
+    return pandas.read_csv(path)
+
+# %% ../nbs/14_overlap.ipynb #9f539955
 def _leaks(pairs, levels: Sequence[str]):
     "The pairs of these levels; `UserError` for a level that does not exist."
     if unknown := set(levels) - set(LEVELS):
@@ -464,7 +502,7 @@ def matrix(
         table["of"] = [sizes[name] for _, name in table.index]
     return table.fillna(0).astype(int)
 
-# %% ../nbs/14_overlap.ipynb #cbf9e286
+# %% ../nbs/14_overlap.ipynb #30c629e1
 def touched(
     pairs,  # of `overlap`
     levels: Sequence[str] = LEAKS,
@@ -486,7 +524,7 @@ def clean(
     leaked = _items(_leaks(pairs, levels), "test")
     return (sample for sample in samples if (sample.dataset_name, sample.dataset_index) not in leaked)
 
-# %% ../nbs/14_overlap.ipynb #49944475
+# %% ../nbs/14_overlap.ipynb #4fb15bce
 def clean_scores(
     correct: dict,  # (dataset_name, dataset_index) -> right or wrong
     pairs,  # of `overlap`
@@ -503,7 +541,7 @@ def clean_scores(
             rows.append((name, items, len(of), *((sum(of) / len(of), *wilson(sum(of), len(of))) if of else (None,) * 3)))
     return pandas.DataFrame(rows, columns=["benchmark", "items", "n", "accuracy", "low", "high"])
 
-# %% ../nbs/14_overlap.ipynb #868fcc3e
+# %% ../nbs/14_overlap.ipynb #732cbe58
 def _cell(sample: Sample, title: str) -> str:
     "A sample as a table cell: its first two pictures, small, as data URIs, then the question."
     shown = []

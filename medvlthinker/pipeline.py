@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['STEPS', 'Step', 'steps', 'notebook_code', 'imported_modules', 'step_inputs', 'why_stale', 'execute', 'run', 'main']
 
-# %% ../nbs/60_pipeline.ipynb #7c3b6532
-import ast, dataclasses, hashlib, json, os, time
+# %% ../nbs/60_pipeline.ipynb #a96a129a
+import ast, contextlib, dataclasses, hashlib, json, os, time
 from pathlib import Path
 
 from .config import Profile, UserError, Workspace, command, file_hash, fingerprint, load_profile, manifest_path, parse_words, project_root, recording, stale, unwritable
+from .corpus import has_corpora
 from .rollout import folder_name
 
-# %% ../nbs/60_pipeline.ipynb #32d90dee
+# %% ../nbs/60_pipeline.ipynb #0d7d2e76
 STEPS = {  # notebook: (what it waits for, does it run per model?)
     "1_data": ((), False),
     "2_difficulty": (("1_data",), False),
@@ -39,6 +40,8 @@ def steps(
     "The steps of a profile, in an order that respects what each waits for."
     result: list[Step] = []
     for notebook, (after, per_model) in STEPS.items():
+        if notebook == "2_difficulty" and not has_corpora(profile):
+            continue  # a folder of test sets alone is enough to evaluate
         before = tuple(step.name for step in result if step.notebook in after)
         result += [Step(notebook, before, model) for model in (profile.models if per_model else ("",))]
     return result
@@ -103,7 +106,7 @@ def why_stale(
     reason = stale(notebook, step_inputs(step, profile))
     return reason or next((f"{name} is gone" for name in _manifest(notebook)["outputs"] if not (workspace.root / name).exists()), "")
 
-# %% ../nbs/60_pipeline.ipynb #3819df10
+# %% ../nbs/60_pipeline.ipynb #89f71e5b
 class _Echo:
     "Passes on the log lines that a running notebook shows (config.launch marks them), so that a long step can be watched."
 
@@ -113,6 +116,19 @@ class _Echo:
                 print(f"    {line[2:]}", flush=True)
 
     def flush(self): ...
+
+
+@contextlib.contextmanager
+def _apart(log: Path):
+    "What a kernel's process says on stderr goes into a log: when it ends it may speak of its sockets, which concerns nobody."
+    kept = os.dup(2)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def execute(
@@ -131,8 +147,9 @@ def execute(
     began = time.time()
     with recording(target, step_inputs(step, profile)) as facts:
         try:
-            papermill.execute_notebook(root / "nbs" / "paper" / f"{step.notebook}.ipynb", wreck, given, kernel_name="python3", cwd=root,
-                                       progress_bar=False, log_output=False, stdout_file=_Echo(), extra_arguments=["--log-level=CRITICAL"])
+            with _apart(workspace.logs / "kernel.log"):
+                papermill.execute_notebook(root / "nbs" / "paper" / f"{step.notebook}.ipynb", wreck, given, kernel_name="python3", cwd=root,
+                                           progress_bar=False, log_output=False, stdout_file=_Echo(), extra_arguments=["--log-level=CRITICAL"])
         except PapermillExecutionError as error:
             message = error.evalue.removesuffix(".") if error.ename in ("UserError", "BadRow") else f"{error.ename}: {error.evalue}"
             raise UserError(f"{message}. ({step.name} stopped there; the notebook as far as it came: {wreck})") from None

@@ -149,11 +149,9 @@ def roll_out(
                     write_shard(path, part, answers, {"shard": number, "shards": len(shards), "seed": seed, "engine": version})
     return Rows(shards)
 
-# %% ../nbs/21_rollout.ipynb #366c51a3
+# %% ../nbs/21_rollout.ipynb #ef0a0a26
 def _finished(folder: Path, shards: dict, version: str) -> set:
     "The paths of the whole shards; `UserError` where another version of an engine made one."
-    for torn in folder.glob(".*.part"):  # a killed process could not tidy up
-        torn.unlink()
     engines = {path: shard[0]["engine"] for path in shards if (shard := read_shard(path))}
     if others := set(engines.values()) - {version}:
         raise UserError(f"{folder} was begun with {', '.join(others)}, this is {version}; go on with that version, or delete the folder to start anew.")
@@ -234,30 +232,32 @@ def main(
     for each in [model] if model else profile.models:
         rollouts(profile, each, Sampling(n=n, temperature=temperature, max_tokens=profile.max_tokens), instruction, kind=kind)
 
-# %% ../nbs/21_rollout.ipynb #ca894e42
+# %% ../nbs/21_rollout.ipynb #a96387c2
 def read_eval_results(
     path,  # eval_results.jsonl, gzipped or not
     samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
-) -> list[dict]:
-    "The rows of a rollout in the published layout; `UserError` names the file, the line and the field."
-    rows, seen, gold = [], {}, {sample.dataset_index: sample.answer_label for sample in samples}
+) -> Iterator[dict]:
+    "The rows of a rollout in the published layout, one by one; `UserError` names the file, the line and the field."
+    seen, gold = {}, {sample.dataset_index: sample.answer_label for sample in samples}
     for where, line in json_lines(path):
         try:
             if isinstance(line, BadRow):
                 raise line
-            index, completions = line["dataset_index"], [{"text": out["output_text"], "finish_reason": "unknown", "tokens": 0} for out in line["parsed_outputs"]]
+            if not isinstance(line, dict):
+                raise BadRow(where, "line", f"a {type(line).__name__}, not an object")
+            index, completions = line["dataset_index"], [{"text": out["output_text"] or "", "finish_reason": "unknown", "tokens": 0} for out in line["parsed_outputs"]]
             if seen.setdefault(index, where) != where:
                 raise BadRow(where, "dataset_index", f"{index} stands in {seen[index]} already; keep one of them")
             if gold and gold.get(index) != line["answer_label"]:
                 raise BadRow(where, "answer_label", f"{line['answer_label']}, where the samples say {gold.get(index)}: these are results of other questions")
-            rows.append({"dataset_name": line["dataset_name"], "dataset_index": index, "completions": completions})
+            row = {"dataset_name": line["dataset_name"], "dataset_index": index, "completions": completions}
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: {where} is no line of eval_results.jsonl, it lacks {error}.") from None
         except BadRow as bad:
             raise UserError(f"{path}: {bad}.") from None
-    if not rows:
+        yield row
+    if not seen:
         raise UserError(f"{path} holds no results.")
-    return rows
 
 
 def write_eval_results(

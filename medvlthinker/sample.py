@@ -6,8 +6,8 @@
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'Sample', 'to_rgb', 'image_problem', 'looked_at', 'BadRow', 'read_options', 'image_bytes',
            'from_row', 'to_row', 'write_samples', 'SampleFile', 'read_samples', 'store']
 
-# %% ../nbs/01_sample.ipynb #f9c48b42
-import contextlib, io, itertools, json, re, string
+# %% ../nbs/01_sample.ipynb #7023f017
+import contextlib, functools, io, itertools, json, re, string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,21 +50,27 @@ def to_rgb(
         picture = Image.fromarray(((values - low) * (255 / (high - low or 1))).astype(np.uint8))
     return picture.convert("RGB")
 
-# %% ../nbs/01_sample.ipynb #9e75dd9d
+# %% ../nbs/01_sample.ipynb #32012641
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000
+
+
+@functools.cache
+def _pillow():
+    "Pillow's Image, without its warning about large images, for ours is stricter; set once, because filters of warnings belong to all threads."
+    import warnings
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    return Image
 
 
 def _header(data: bytes):
     "The picture before it is decoded; ValueError says why these bytes cannot be one."
-    import warnings
-    from PIL import Image
-
+    Image = _pillow()
     if not data:
         raise ValueError("an empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own warning about large images; ours is stricter
-            picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise ValueError("far more pixels than a picture has") from None
     except Exception as error:  # Pillow's readers raise nearly everything: OSError, SyntaxError, ValueError, struct.error ...
@@ -102,13 +108,19 @@ def image_problem(
         return str(problem)
     return ""
 
-# %% ../nbs/01_sample.ipynb #776b1d3a
+# %% ../nbs/01_sample.ipynb #ebe6d26b
 def _odd(picture) -> str:
     "What other programs may misread in a picture, in words; empty where nothing is."
+    def asked(question, otherwise):
+        try:
+            return question()
+        except Exception:  # damaged EXIF, or a torn animation: of the first nothing depends, and of the second decoding will tell
+            return otherwise
+
     early = picture.format != "PNG" or "exif" in picture.info  # asking a PNG for EXIF decodes it, and almost none has any
-    odd = {"turned by its EXIF flag": early and picture.getexif().get(0x0112, 1) != 1,
+    odd = {"turned by its EXIF flag": early and asked(lambda: picture.getexif().get(0x0112, 1), 1) != 1,
            f"mode {picture.mode}": picture.mode == "CMYK" or picture.mode.startswith(("I", "F")),
-           "animated, its first frame": picture.format != "MPO" and getattr(picture, "is_animated", False)}
+           "animated, its first frame": picture.format != "MPO" and asked(lambda: picture.is_animated, False)}
     return " and ".join(word for word, true in odd.items() if true)
 
 
@@ -177,13 +189,15 @@ def read_options(
         raise ValueError(f"option {bad[0]} is {options[bad[0]]!r}, not a text")
     return options
 
-# %% ../nbs/01_sample.ipynb #ec7cfc37
+# %% ../nbs/01_sample.ipynb #82520ddc
 def image_bytes(
-    value,  # bytes, {"bytes", "path"}, a PIL image or a path
+    value,  # bytes, the {"bytes", "path"} of a data file, a PIL image, or a path given in code
 ) -> bytes:
-    "The encoded image; ValueError where there is none."
+    "The encoded image; ValueError where there is none. A path inside a data file is not followed: it could name any file of this machine."
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        if not value.get("bytes"):
+            raise ValueError(f"the data file holds no bytes of it, only the path {value.get('path')!r}, which is not followed")
+        value = value["bytes"]
     if hasattr(value, "save"):
         file = io.BytesIO()
         value.save(file, "PNG")
@@ -197,7 +211,7 @@ def image_bytes(
         return bytes(value)
     raise ValueError(f"an image cannot come from a {type(value).__name__}")
 
-# %% ../nbs/01_sample.ipynb #2dffadc1
+# %% ../nbs/01_sample.ipynb #9780e20a
 def from_row(
     row: dict,  # columns of the unified format; unknown columns are ignored
     where: str = "row",  # how to name this row in a message
@@ -214,7 +228,15 @@ def from_row(
         except (ValueError, TypeError) as error:
             raise BadRow(where, name, str(error)) from None
 
+    def written(name, text):
+        try:
+            str(text).encode()
+        except UnicodeEncodeError:
+            raise BadRow(where, name, "holds half a character (a lone surrogate), which no file can store") from None
+
     check(isinstance(row.get("question"), str) and row["question"].strip(), "question", f"{row.get('question')!r} is not a text")
+    for name in ("question", "options", "reasoning", "misc"):
+        written(name, row.get(name))
     options, label = attempt("options", read_options), row.get("answer_label")
     check(label in options, "answer_label", f"{label!r} is not among the letters {', '.join(options)}")
     answer = options[label] if row.get("answer") is None else row["answer"]
@@ -328,7 +350,7 @@ def read_samples(
     "All samples of a file at once."
     return list(SampleFile(path, look))
 
-# %% ../nbs/01_sample.ipynb #f2444ade
+# %% ../nbs/01_sample.ipynb #189fbe39
 def store(
     path,  # the parquet file of the samples; `.rejected.jsonl` lies beside it
     rows: Callable[[], Iterable],  # called only when the file is stale; yields Samples and BadRows
@@ -351,7 +373,7 @@ def store(
                         yield item
                         continue
                     first = first or (str(item) if kind == "broken" else None)
-                    aside.write(json.dumps(vars(item), ensure_ascii=False) + "\n")
+                    aside.write(json.dumps(vars(item)) + "\n")  # in ASCII, for what is broken may hold anything
 
             write_samples(good(), path)
             facts.update({kind: tally[kind] for kind in ("samples", "left_out", "broken")}, first_broken=first, mended=dict(mended))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['READERS', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_list', 'csv_rows', 'read_rows', 'image_inside',
            'image_reader', 'Local', 'find_local', 'hub_table', 'hub_rows', 'content_of', 'code_of', 'source_of',
-           'given_folder', 'hub_files', 'spread', 'in_order', 'samples_from']
+           'given_folder', 'hub_files', 'spread', 'in_order', 'embedded', 'samples_from']
 
-# %% ../nbs/06_source.ipynb #d89de50b
-import contextlib, csv, functools, gzip, io, itertools, json, os, random, zipfile, zlib
+# %% ../nbs/06_source.ipynb #e2843bbc
+import collections, contextlib, csv, functools, gzip, io, itertools, json, os, random, zipfile, zlib
 from collections import deque
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -90,7 +90,7 @@ def json_list(path) -> Iterator[tuple[str, object]]:
     for number, row in enumerate(listed if isinstance(listed, list) else ()):
         yield f"{Path(path).name} row {number}", row
 
-# %% ../nbs/06_source.ipynb #99093411
+# %% ../nbs/06_source.ipynb #50ce887c
 def csv_rows(
     path,
     header: tuple[str, ...] = (),  # the columns, where the file's first line does not say them
@@ -102,6 +102,8 @@ def csv_rows(
         reader = csv.reader(text, strict=True)
         try:
             columns = list(header) or next(reader, [])
+            if twice := [column for column in columns if columns.count(column) > 1]:
+                raise UserError(f"{path}: two columns are called {twice[0]!r}.")
             for cells in reader:
                 where = f"{name} line {reader.line_num}"
                 strange = next((c for c in "".join(cells) if "\udc80" <= c <= "\udcff"), None)
@@ -114,7 +116,7 @@ def csv_rows(
         except csv.Error as error:
             raise UserError(f"{path} is no CSV file from line {reader.line_num} on ({error}).") from None
 
-# %% ../nbs/06_source.ipynb #369a42d1
+# %% ../nbs/06_source.ipynb #624a23ea
 def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
     import pyarrow.parquet
 
@@ -145,17 +147,19 @@ def read_rows(
     if known and (missing := [column for column in columns if column not in known]):
         raise UserError(f"{path}: no row has the column {', '.join(missing)}; there are {', '.join(known)}.")
     yield from first
+    del first  # a thousand rows may hold a thousand images
     yield from checked
 
-# %% ../nbs/06_source.ipynb #f7c1b742
+# %% ../nbs/06_source.ipynb #206e464f
 def image_inside(
     folder: Path,
     name: str,  # as the source gives it, relative to the folder
 ) -> bytes:
     "The bytes of an image; ValueError where the name leaves the folder or there is no such file."
-    path = os.path.normpath(os.path.join(folder, name))
-    if not path.startswith(os.path.join(os.path.normpath(folder), "")):
-        raise ValueError(f"{name} leaves the folder {folder.name}/" if path != os.path.normpath(folder) else f"{name} is not in {folder.name}/")
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if not path.startswith(os.path.join(root, "")):
+        raise ValueError(f"{name} leaves the folder {folder.name}/" if path != root else f"{name} is not in {folder.name}/")
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -164,7 +168,7 @@ def image_inside(
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ValueError(f"{name!r} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
-# %% ../nbs/06_source.ipynb #f64676f1
+# %% ../nbs/06_source.ipynb #8c46b675
 def image_reader(
     place: Path,  # a folder of images, or a zip of them
 ) -> Callable[[str], bytes]:
@@ -175,26 +179,30 @@ def image_reader(
         archive = zipfile.ZipFile(place)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{place} is no readable zip file ({error}).") from None
-    members = {os.path.basename(name): name for name in archive.namelist()}
+    members = collections.defaultdict(list)  # SLAKE calls every image source.jpg, in folders of their own: the last part of a name only narrows the search
+    for member in archive.namelist():
+        members[os.path.basename(member)].append(member)
 
     def read(name):
+        fitting = [member for member in members[os.path.basename(name)] if f"/{member}".endswith(f"/{name}")]
+        if len(fitting) != 1:
+            raise ValueError(f"{name} is not in {place.name}" if not fitting else f"{name} is {len(fitting)} times in {place.name}")
         try:
-            return archive.read(members[os.path.basename(name)])
-        except KeyError:
-            raise ValueError(f"{name} is not in {place.name}") from None
+            return archive.read(fitting[0])
         except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{name} cannot be read from {place.name} ({error})") from None
 
     return read
 
-# %% ../nbs/06_source.ipynb #c8d27d44
+# %% ../nbs/06_source.ipynb #ebc8fcfc
 class Local(NamedTuple):
     "One way in which a set lies on a disk."
-    files: str  # a glob pattern, or several separated by spaces, whose files are read in that order
+    files: str  # a glob pattern, or several separated by spaces that belong together, whose files are read in that order
     images: str  # the folder or zip with the images; empty for text
     convert: Callable  # a layout
     columns: tuple[str, ...] = ()  # that some row must have
     reader: Callable | None = None  # where the name's ending does not say how to read
+    beside: str = ""  # a file that the reader looks at too
 
     def found(self, folder: Path) -> list[Path]:
         "The files of questions, if this is how the set lies here."
@@ -207,7 +215,8 @@ class Local(NamedTuple):
 
     def content(self, folder: Path) -> dict:
         "What the samples of this copy depend on: the questions by their bytes, the images (and parquet files, which hold images) by name and size."
-        hashes = {path.name: content_of(path) if path.suffix == ".parquet" else file_hash(path) for path in self.found(folder)}
+        files = self.found(folder) + [path for path in [folder / self.beside] if self.beside and path.is_file()]
+        hashes = {str(path.relative_to(folder)): content_of(path) if path.suffix == ".parquet" else file_hash(path) for path in files}
         return {"questions": hashes, "images": content_of(folder / self.images) if self.images else None}
 
 
@@ -217,14 +226,10 @@ def find_local(
     ways: Iterable[Local],
 ) -> tuple[Path, Local] | None:
     "Where the set lies, and how; None where it does not."
-    ways = list(ways)
-    for folder in (base / name for name in folders):
+    folders, ways = list(folders), list(ways)
+    for folder in [base / name for name in folders] + [base] * (base.resolve().name in folders):
         if way := next((way for way in ways if way.found(folder)), None):
             return folder, way
-    for way in ways:  # the folder itself
-        with contextlib.suppress(UserError):
-            if way.found(base) and way.columns and any(isinstance(row, dict) for _, row in itertools.islice(way.rows(base), 3)):
-                return base, way
 
 # %% ../nbs/06_source.ipynb #bce0beb2
 def _refusal(repo) -> Exception | None:
@@ -350,23 +355,33 @@ def in_order(
         while waiting:
             yield from waiting.popleft().result()
 
-# %% ../nbs/06_source.ipynb #7337e510
+# %% ../nbs/06_source.ipynb #9ad7e501
 def _converted(rows: Iterable, convert: Callable) -> Iterator[tuple[int, str, dict | BadRow]]:
     "Place, name and words of each row, or why it has none."
     seen: dict = {}
     for place, (where, row) in enumerate(rows):
-        item = row if isinstance(row, BadRow) else attempt(convert, row, where)
-        key = item.get("id") if isinstance(item, dict) else None
+        try:
+            item = row if isinstance(row, BadRow) else attempt(convert, row, where)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a list where a text should be, and the like
+            item = BadRow(where, "row", f"not what its source promises ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
+        key = str(item["id"]) if isinstance(item, dict) and item.get("id") is not None else None
         if key is not None and seen.setdefault(key, where) != where:
             item = BadRow(where, "id", f"{key!r} was given to {seen[key]} already")
         yield place, where, item
+
+
+def embedded(value):
+    "The image of a source that has no folder of images: its bytes. A name is refused, for it could be that of any file of this machine."
+    if isinstance(value, (bytes, dict)) or hasattr(value, "save"):
+        return value
+    raise ValueError(f"{str(value)[:80]!r} names a file, and this source has no folder of images")
 
 
 def samples_from(
     rows: Callable[[], Iterable],  # gives pairs of a name and a row (or BadRow), as `read_rows` does
     convert: Callable[[dict, str], dict],  # a layout: row and name to words and names of images
     dataset_name: str,
-    images: Callable = lambda value: value,  # from what the row says to an image's bytes; ValueError where that fails
+    images: Callable = embedded,  # from what the row says to an image's bytes; ValueError where that fails
     fit: Callable | None = None,  # from an image's width and height to the size wanted; ValueError where there is none
     limit: int = 0,  # how many at most; 0 for all
     seed: int = 42,
@@ -401,6 +416,6 @@ def _finished(index: int, where: str, item, dataset_name: str, images: Callable,
     names = list(item.get("images") or ())
     try:
         looked, misc = looked_at([image_bytes(images(name)) for name in names], item.get("misc"), names, fit)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return BadRow(where, item.get("image_field", "images"), str(error))
     return attempt(from_row, {"dataset_index": index, "dataset_name": dataset_name, **item, "images": looked, "misc": misc}, where, look=False)

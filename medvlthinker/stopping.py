@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['expected', 'stopping_rule', 'smoothed', 'replay', 'sample_until_decided']
 
-# %% ../nbs/25_stopping.ipynb #4d1511aa
+# %% ../nbs/25_stopping.ipynb #5110801e
 import functools, itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
 from .rollout import roll_out
 from .sample import Sample
 from .stats import wilson
+
+if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
+    import pandas as pd
 
 # %% ../nbs/25_stopping.ipynb #7fb5a3d8
 def _joint(histogram, asked: Iterable[int]) -> dict:

@@ -216,6 +216,91 @@ def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
     assert not (tmp_path.parent / "MM-1-a.jpeg").exists()
 
 
+def test_slakes_zip_has_one_source_jpg_for_each_scan(tmp_path):
+    folder = tmp_path / "SLAKE"
+    folder.mkdir()
+    rows = [{"qid": n, "img_name": f"xmlab{n}/source.jpg", "question": "Is it a lung?", "answer": "Yes", "answer_type": "CLOSED", "q_lang": "en"} for n in range(3)]
+    (folder / "test.json").write_text(json.dumps(rows))
+    photos = [figure(40 + n, 30) for n in range(3)]
+    with zipfile.ZipFile(folder / "imgs.zip", "w") as archive:
+        for n, photo in enumerate(photos):
+            archive.writestr(f"imgs/xmlab{n}/source.jpg", photo)
+    good, others = split(b.local_rows("slake_closed", *b.local_copy("slake_closed", str(tmp_path))))
+    assert [sample.images for sample in good] == [(photo,) for photo in photos] and not others
+
+
+def test_one_way_at_a_time(tmp_path):
+    "A folder with the test file and the development file gives the test file; a folder of another name is nobody's."
+    folder = tmp_path / "MedQA"
+    folder.mkdir()
+    row = {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}
+    for name in ("test", "dev"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({**row, "question": name}))
+    assert [sample.question for sample in b.local_rows("MedQA", *b.local_copy("MedQA", str(tmp_path)))] == ["test"]
+    assert b.local_copy("MedQA", str(folder))[0] == folder and b.local_copy("MedXpertQA-Text", str(folder)) is None
+    (folder / "test.jsonl").rename(tmp_path / "test.jsonl")
+    assert b.local_copy("MedQA", str(tmp_path))[1].files == "dev.jsonl"
+
+
+def test_a_changed_part_of_a_set_is_noticed(tmp_path):
+    folder = tmp_path / "MMMU"
+    for number, subject in enumerate(layout.MMMU_SUBJECTS):
+        put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
+    place, way = b.local_copy("MMMU-medical", str(tmp_path))
+    before = way.content(place)
+    put(folder, "Pharmacy", "validation", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
+    assert len(before["questions"]) == 5 and way.content(place) != before
+
+
+ODD = [(layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [{"file": "a.png"}]}),
+       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [5]}),
+       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": {"l": "A"}}),
+       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": [["A"]]}),
+       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": ["/etc/hostname"]}),
+       (layout.headqa, {"qtext": "Which?", "ra": 1, "answers": ["a", "b"]}), (layout.pubmedqa, {"question": "Does it?", "context": "text", "final_decision": "yes"}),
+       (layout.mmlu, {"question": "Which?", "choices": None, "answer": 1}), (layout.medqa, {"question": "Half \ud83d", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}),
+       (layout.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": "[]"}),
+       (layout.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": None, "path": "/etc/hostname"}]})]
+
+
+@pytest.mark.parametrize("convert, row", ODD)
+def test_odd_types_are_broken_rows_and_no_file_is_read(convert, row):
+    item, = samples_from(lambda: [("line 1", row)], convert, "odd")
+    assert isinstance(item, BadRow) and not item.by_rule and str(item).startswith("line 1, ") and "\n" not in str(item), item
+
+
+def test_an_unusual_misc_and_a_mended_image_go_together():
+    ink = io.BytesIO()
+    Image.new("CMYK", (40, 30)).save(ink, "JPEG")
+    row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": '{"a": 1}', "images": [{"bytes": ink.getvalue(), "path": None}]}
+    sample, = samples_from(lambda: [("row 0", row)], layout.unified, "odd")
+    assert sample.misc == {"a": 1, "mended": ["mode CMYK"]}
+
+
+def test_damaged_images_never_end_in_a_traceback():
+    "Every prefix and many flipped bytes of small images: a sample or a broken row."
+    import random
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [io.BytesIO() for _ in range(4)]
+    rgb = Image.effect_noise((24, 16), 60).convert("RGB")
+    rgb.save(files[0], "PNG", exif=exif)
+    rgb.save(files[1], "JPEG", exif=exif)
+    rgb.save(files[2], "WEBP", exif=exif)
+    rgb.convert("P").save(files[3], "GIF", save_all=True, append_images=[rgb.convert("P").rotate(180)])
+    rng, seen = random.Random(0), collections.Counter()
+    for file in files:
+        data = file.getvalue()
+        broken = [data[:cut] for cut in range(0, len(data), max(1, len(data) // 60))]
+        broken += [bytes(byte ^ (rng.randrange(256) if rng.random() < 0.01 else 0) for byte in data) for _ in range(150)]
+        for each in broken:
+            row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": each, "path": None}]}
+            item, = samples_from(lambda: [("row 0", row)], layout.unified, "odd")
+            seen[type(item).__name__] += 1
+    assert min(seen["Sample"], seen["BadRow"]) > 50
+
+
 def test_omnimedvqa_in_its_own_folders(tmp_path):
     folder = tmp_path / "OmniMedVQA" / "QA_information" / "Open-access"
     folder.mkdir(parents=True)
@@ -232,12 +317,14 @@ def test_omnimedvqa_in_its_own_folders(tmp_path):
 
 def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch):
     base = {"question": "Which?", "options": json.dumps(ABCD), "answer_label": "B", "answer": "MRI", "dataset_name": "pmc_vqa", "hash": None, "dataset_index": 0}
-    put(tmp_path, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
-    monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(tmp_path))
+    copy = tmp_path / "MedVLThinker-pmc_vqa"
+    put(copy, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
+    monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
     samples = c.load_corpus("pmc_vqa", load_profile("mini", limit=2, max_rejected=1), Workspace("mini"))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))  # the same files as a local copy
     assert list(copy) == list(samples)
+    assert c.local_copy("m23k", str(tmp_path / "MedVLThinker-pmc_vqa")) is None  # the same layout, another corpus
 
 
 # ---- PMC-VQA in bulk: bad files and bad rows

@@ -151,3 +151,13 @@ def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
     done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
     assert done.returncode and "Unknown profile key gpu; known are data, data_dir" in done.stderr
+
+
+def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
+    "Without a training corpus there is no difficulty to measure, and the rest runs; whoever names a corpus is told that it is not there."
+    from medvlthinker.config import load_profile
+    from medvlthinker.pipeline import steps
+
+    (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
+    assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results"]
+    assert "2_difficulty" in [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path), corpus="m23k"))]
