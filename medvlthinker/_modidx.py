@@ -31,6 +31,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medvlthinker.config.Workspace.__getattr__': ( 'config.html#workspace.__getattr__',
                                                                                     'medvlthinker/config.py'),
                                      'medvlthinker.config.Workspace.__init__': ('config.html#workspace.__init__', 'medvlthinker/config.py'),
+                                     'medvlthinker.config._alive': ('config.html#_alive', 'medvlthinker/config.py'),
                                      'medvlthinker.config._cast': ('config.html#_cast', 'medvlthinker/config.py'),
                                      'medvlthinker.config._checked': ('config.html#_checked', 'medvlthinker/config.py'),
                                      'medvlthinker.config._tidy': ('config.html#_tidy', 'medvlthinker/config.py'),

@@ -180,16 +180,25 @@ class Workspace:
             raise UserError(f"The folder {self.root / name} cannot be made ({error.strerror}); set MEDVLTHINKER_HOME to one that can.") from None
         return folder
 
-# %% ../nbs/00_config.ipynb #f24cd555
+# %% ../nbs/00_config.ipynb #a660137b
+def _alive(pid: str) -> bool:
+    "Does a process of this number run on this machine? One that is dead and only not yet waited for does not."
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # alive, and somebody else's
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return True
+
+
 def _tidy(path: Path) -> None:
     "Remove what killed processes of this machine began to write under this name; another machine's are left alone."
     for torn in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.part"):
-        try:
-            os.kill(int(torn.name.split(".")[-2]), 0)
-        except (ProcessLookupError, ValueError):
+        if not _alive(torn.name.split(".")[-2]):
             torn.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # alive, and somebody else's
 
 
 @contextlib.contextmanager

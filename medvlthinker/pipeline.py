@@ -165,7 +165,7 @@ def _overrides(profile: Profile) -> dict:
     plain = dataclasses.asdict(load_profile(profile.name))
     return {key: ",".join(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(profile).items() if value != plain[key]}
 
-# %% ../nbs/60_pipeline.ipynb #3ba83101
+# %% ../nbs/60_pipeline.ipynb #4663d756
 def run(
     profile: Profile,
 ) -> list[str]:
@@ -173,6 +173,7 @@ def run(
     from doit.cmd_base import NamespaceTaskLoader
     from doit.doit_cmd import DoitMain
 
+    plan = steps(profile)  # before doit, which would turn a user's mistake into a traceback
     reasons, ran, failed = {}, [], []
 
     def done(step):
@@ -191,7 +192,7 @@ def run(
         print(f"{step.name:24}done in {time.monotonic() - began:.0f} s", flush=True)
 
     def task_paper():
-        for step in steps(profile):
+        for step in plan:
             yield {"name": step.name, "actions": [(act, (step,))], "task_dep": [f"paper:{name}" for name in step.after],
                    "uptodate": [(done, (step,))], "verbosity": 2}
 
