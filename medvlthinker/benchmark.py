@@ -68,9 +68,8 @@ def mmlu_rows(path) -> Iterator[tuple[str, dict | BadRow]]:
     subject = Path(path).stem.removeprefix("raw_").removesuffix("_test")
     return ((where, {**row, "subject": subject} if isinstance(row, dict) else row) for where, row in csv_rows(path, ("question", *"ABCD", "answer")))
 
-# %% ../nbs/13_benchmark.ipynb #36308be8
+# %% ../nbs/13_benchmark.ipynb #434bdf07
 _CLOSED, _ADAPT, _MED = ("question", "answer", "answer_type"), ("input", "label", "image"), ("question", "options", "label")
-_PMC = ("Figure_path", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "Answer_label")
 _MMLU = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine")
 _MMMU_FILES = " ".join(f"{subject}/{split}-*.parquet" for subject in layout.MMMU_SUBJECTS for split in ("validation", "dev"))
 _ORIGINAL = ("question", "options", "answer")
@@ -92,7 +91,7 @@ def _texts(names: str, convert: Callable, columns: tuple, reader: Callable | Non
 
 LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders, ways)
     "pmc_vqa": (("PMC-VQA", "pmc_vqa", "vqa_pmc", "biomed-VQA-benchmark"),
-                (*_figures("test_clean.csv", layout.pmc_vqa, _PMC, "images/images", "images", "images.zip"), _adapted("PMC-VQA", layout.adaptllm_pmc))),
+                (*_figures("test_clean.csv", layout.pmc_vqa, layout.PMC_COLUMNS, "images/images", "images", "images.zip"), _adapted("PMC-VQA", layout.adaptllm_pmc))),
     "pathvqa_closed": (("PathVQA", "pathvqa", "vqa_path", "biomed-VQA-benchmark"),
                        (*_figures("pvqa_test.json raw_layout_pvqa_test*.json", layout.path_vqa, ("img_id", "question", "answer"), "images/test", "images",
                                   reader=lambda path: layout.path_vqa_nested(json_list(path))),
@@ -117,7 +116,7 @@ LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders
     "MMLU-medical": (("MMLU", "mmlu", "text_mmlu_med"), (*(Local(" ".join(f"{folder}{subject}_test.csv" for subject in _MMLU), "", layout.mmlu, (), mmlu_rows) for folder in ("", "test/")),
                                                         Local("dev.jsonl", "", layout.mmlu, ("question", "A", "D", "answer")))),
     "MedXpertQA-Text": (("MedXpertQA", "medxpertqa_text", "text_medxpertqa"), (Local("Text/test.jsonl", "", layout.medxpertqa, _MED), Local("dev.jsonl", "", layout.medxpertqa, (*_MED, "body_system")))),
-    "OmniMedVQA": (("OmniMedVQA", "omnimedvqa"), (Local("QA_information/Open-access/*.json", "Images", lambda row, where: layout.omnimedvqa(row, where), ("question", "gt_answer", "image_path", "option_A")),)),
+    "OmniMedVQA": (("OmniMedVQA", "omnimedvqa"), (Local("QA_information/Open-access/*.json", "Images", layout.omnimedvqa, ("question", "gt_answer", "image_path", "option_A")),)),
 }
 
 # %% ../nbs/13_benchmark.ipynb #ed7414b0

@@ -52,19 +52,18 @@ def fit_by(
         raise UserError(f"No rule {rule!r} for the size of figures; known are {', '.join(RULES)}.")
     return None if rule == "none" else functools.partial(fitted, rule=rule)
 
-# %% ../nbs/12_corpus.ipynb #e1e36392
+# %% ../nbs/12_corpus.ipynb #1d69dd73
 COUNTS = {"m23k": 23460, "pmc_vqa": 176917}
 CORPORA = tuple(COUNTS)
 _UNIFIED = ("question", "options", "answer_label", "answer", "dataset_name")
 _M23K = ("prompt", "answer_letter", "answer_string", "source")
-_PMC = ("Figure_path", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "Answer_label")
 PUBLISHED = {"m23k": "UCSC-VLAA/MedVLThinker-m23k-tokenized", "pmc_vqa": "UCSC-VLAA/MedVLThinker-pmc_vqa"}
 SOURCES = {"m23k": "UCSC-VLAA/m23k-tokenized", "pmc_vqa": "RadGenome/PMC-VQA"}
 _FOLDERS = {"m23k": ("m23k", "m1_m23k_peer_facts", "MedVLThinker-m23k-tokenized"), "pmc_vqa": ("PMC-VQA", "pmc_vqa", "vqa_pmc", "MedVLThinker-pmc_vqa")}
 _WAYS = {
     "m23k": (*(Local(files, "", layout.m23k, _M23K) for files in ("m23k.jsonl", "train.jsonl", "rows_as_printed.jsonl", "m23k*.parquet")),
              *(Local(files, "", layout.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
-    "pmc_vqa": (*(Local("train.csv", images, layout.pmc_vqa, _PMC) for images in ("images/images", "images", "images.zip")),
+    "pmc_vqa": (*(Local("train.csv", images, layout.pmc_vqa, layout.PMC_COLUMNS) for images in ("images/images", "images", "images.zip")),
                 *(Local(files, "", layout.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
 }
 

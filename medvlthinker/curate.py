@@ -6,7 +6,7 @@
 __all__ = ['DECISIONS', 'PUBLISHED_7B', 'PUBLISHED_KEPT', 'ADDED', 'OVERLAPS', 'pass_counts', 'decide', 'histogram',
            'difficulty_figure', 'order', 'curate', 'move', 'halves']
 
-# %% ../nbs/22_curate.ipynb #5b6561ba
+# %% ../nbs/22_curate.ipynb #5a8d128f
 import json, mmap, tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from .config import UserError, file_hash, fingerprint, recording, stale, unwritable, writing
 from .grade import RULES, grade
 from .rollout import alone, folder_name
-from .sample import Sample
+from .sample import Sample, SampleFile, parquet_options
 
 if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
     import pandas as pd
@@ -160,16 +160,16 @@ def order(
     kept = kept.iloc[np.random.default_rng(seed).permutation(len(kept))]
     return kept.sort_values("level", ascending=hard_first, kind="stable")
 
-# %% ../nbs/22_curate.ipynb #91a6df65
+# %% ../nbs/22_curate.ipynb #818ce2d2
 ADDED = ("pass_count", "pass_of")  # right answers, of how many completions
 
 
 def _mapped(samples: Path, wanted: set, scratch) -> tuple[list, dict]:
     "The wanted rows as record batches in a mapped file, and for each dataset_index its batch and row."
-    import pyarrow, pyarrow.parquet
+    import pyarrow
 
     where = {}
-    with pyarrow.parquet.ParquetFile(samples, pre_buffer=False) as source:  # pre-buffering would read the whole file into memory
+    with SampleFile(samples).opened() as source:
         schema = source.schema_arrow
         schema = pyarrow.schema([field for field in schema if field.name not in ADDED], schema.metadata)
         with pyarrow.ipc.new_file(scratch, schema) as out:
@@ -195,7 +195,7 @@ def _write_ordered(
         schema = batches[0].schema
         for name in ADDED:
             schema = schema.append(pyarrow.field(name, pyarrow.int64()))
-        with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as out:
+        with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
             for start in range(0, len(chosen), 256):
                 part = chosen.iloc[start:start + 256]
                 rows = [batches[number].slice(row, 1) for number, row in map(where.get, part.dataset_index)]
@@ -226,17 +226,11 @@ def _write_dropped(marked: "pd.DataFrame", path: Path) -> dict:
         file.writelines(json.dumps({"reason": reason, "questions": len(which), "dataset_index": which}) + "\n" for reason, which in dropped.items())
     return {reason: len(which) for reason, which in dropped.items()}
 
-# %% ../nbs/22_curate.ipynb #1407ffd6
+# %% ../nbs/22_curate.ipynb #9a378183
 def _check_same(samples: Path, decisions: "pd.DataFrame") -> None:
     "`UserError` where the decisions are not about the questions of this file, or name no band."
-    import pyarrow, pyarrow.parquet
-
-    try:
-        stored = pyarrow.parquet.read_table(samples, columns=["dataset_index"])["dataset_index"].to_pylist()
-    except FileNotFoundError:
-        raise UserError(f"No samples at {samples}; run the data notebook (paper/1_data) first.") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{samples} is not a readable parquet file ({' '.join(str(error).split())[:80]}).") from None
+    with SampleFile(samples).opened() as file:
+        stored = file.read(columns=["dataset_index"])["dataset_index"].to_pylist()
     if stored != decisions.dataset_index.tolist():
         raise UserError(f"{samples.name} holds {len(stored)} questions, the decisions are about {len(decisions)}, and not the same ones in the same order; count again.")
     if "decision" not in decisions or "low" not in decisions.attrs:

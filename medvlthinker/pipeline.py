@@ -13,12 +13,12 @@ from .config import Profile, UserError, Workspace, command, file_hash, fingerpri
 from .corpus import has_corpora
 from .rollout import folder_name
 
-# %% ../nbs/60_pipeline.ipynb #0d7d2e76
-STEPS = {  # notebook: (what it waits for, does it run per model?)
-    "1_data": ((), False),
-    "2_difficulty": (("1_data",), False),
-    "4_evaluate": (("1_data",), True),
-    "5_results": (("4_evaluate",), False),
+# %% ../nbs/60_pipeline.ipynb #8d814566
+STEPS = {  # notebook: (what it waits for, does it run per model?, does it need a training corpus?)
+    "1_data": ((), False, False),
+    "2_difficulty": (("1_data",), False, True),
+    "4_evaluate": (("1_data",), True, False),
+    "5_results": (("4_evaluate",), False, False),
 }
 
 
@@ -39,8 +39,8 @@ def steps(
 ) -> list[Step]:
     "The steps of a profile, in an order that respects what each waits for."
     result: list[Step] = []
-    for notebook, (after, per_model) in STEPS.items():
-        if notebook == "2_difficulty" and not has_corpora(profile):
+    for notebook, (after, per_model, trains) in STEPS.items():
+        if trains and not has_corpora(profile):
             continue  # a folder of test sets alone is enough to evaluate
         before = tuple(step.name for step in result if step.notebook in after)
         result += [Step(notebook, before, model) for model in (profile.models if per_model else ("",))]

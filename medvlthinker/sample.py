@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'Sample', 'to_rgb', 'image_problem', 'looked_at', 'BadRow', 'read_options', 'image_bytes',
-           'from_row', 'to_row', 'write_samples', 'SampleFile', 'read_samples', 'store']
+           'from_row', 'to_row', 'parquet_options', 'write_samples', 'SampleFile', 'read_samples', 'store']
 
 # %% ../nbs/01_sample.ipynb #7023f017
 import contextlib, functools, io, itertools, json, re, string
@@ -211,11 +211,14 @@ def image_bytes(
         return bytes(value)
     raise ValueError(f"an image cannot come from a {type(value).__name__}")
 
-# %% ../nbs/01_sample.ipynb #9780e20a
+# %% ../nbs/01_sample.ipynb #7560b552
 def from_row(
     row: dict,  # columns of the unified format; unknown columns are ignored
     where: str = "row",  # how to name this row in a message
     look: bool = True,  # decode the images, to find those that cannot be
+    names: Iterable = (),  # of the images, and
+    fit: Callable | None = None,  # the rule for their size: as for `looked_at`
+    field: str = "images",  # what the source calls its images, for the message
 ) -> Sample:
     "A checked `Sample`; `BadRow` names the field and the reason."
     def check(condition, name, reason):
@@ -243,8 +246,9 @@ def from_row(
     check(str(answer).strip() == options[label].strip(), "answer", f"{answer!r} is not the text of option {label}, {options[label]!r}")
     images = attempt("images", lambda values: tuple(image_bytes(value) for value in (values if values is not None else ())))
     misc = attempt("misc", lambda value: json.loads(value) if isinstance(value, str) else value)
+    check(misc is None or isinstance(misc, dict), "misc", f"no JSON object: {str(misc)[:40]!r}")
     if look:
-        images, misc = attempt("images", lambda _: looked_at(images, misc))
+        images, misc = attempt(field, lambda _: looked_at(images, misc, names, fit))
     index = attempt("dataset_index", lambda value: int(value or 0))
     plain = {name: row.get(name) for name in ("reasoning", "hash")}
     return Sample(row["question"], options, label, answer, images, dataset_name=row.get("dataset_name") or "", dataset_index=index, misc=misc, **plain)
@@ -264,7 +268,13 @@ def to_row(sample: Sample) -> dict:
     return {**vars(sample), "images": [{"bytes": data, "path": None} for data in sample.images] or None,
             "options": as_json(sample.options), "misc": as_json(sample.misc)}
 
-# %% ../nbs/01_sample.ipynb #00f5c682
+# %% ../nbs/01_sample.ipynb #54dda6af
+def parquet_options(schema) -> dict:
+    "How files of samples are written: images are compressed already, and keep out of dictionaries and statistics; texts are squeezed."
+    squeeze = {name: "zstd" for name in schema.names if name != "images"} | {f"images.list.element.{part}": "none" for part in ("bytes", "path")}
+    return {"compression": squeeze, "use_dictionary": ["dataset_name", "answer_label"], "write_statistics": ["dataset_name", "dataset_index"]}
+
+
 def _table(samples: list[Sample], schema):
     "Samples as an Arrow table. The images' bytes go straight into one buffer; as a list of rows they would cost more time than being looked at."
     import pyarrow
@@ -286,13 +296,11 @@ def write_samples(
     import pyarrow.parquet
 
     rows, schema = iter(samples), _schema()
-    squeeze = {name: "zstd" for name in schema.names if name != "images"} | {f"images.list.element.{part}": "none" for part in ("bytes", "path")}  # images are compressed already
-    how = {"compression": squeeze, "use_dictionary": ["dataset_name", "answer_label"], "write_statistics": ["dataset_name", "dataset_index"]}
-    with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **how) as out:
+    with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
         while batch := list(itertools.islice(rows, 256)):  # a row group: small enough to hold, large enough to compress
             out.write_table(_table(batch, schema))
 
-# %% ../nbs/01_sample.ipynb #0971a287
+# %% ../nbs/01_sample.ipynb #c48c58c7
 class SampleFile(Sequence):
     "The samples of a parquet file in the unified format, ours or the hub's, read when they are asked for; `UserError` names file, row and field."
 
@@ -302,7 +310,7 @@ class SampleFile(Sequence):
         look: bool = True,  # decode the images, to find those that cannot be
     ):
         self.path, self.look = Path(path), look
-        with self._opened() as file:
+        with self.opened() as file:
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         self.starts = [0, *itertools.accumulate(sizes)]  # of the row groups; the last entry is the number of rows
 
@@ -320,7 +328,8 @@ class SampleFile(Sequence):
         return next(self._between(place, place + 1))
 
     @contextlib.contextmanager
-    def _opened(self):
+    def opened(self):
+        "The file itself, for whoever wants its columns; read as it is asked for, with the sentences of this class."
         import pyarrow.parquet
 
         try:
@@ -334,7 +343,7 @@ class SampleFile(Sequence):
 
     def _between(self, start: int, stop: int) -> Iterator[Sample]:
         groups = [number for number, first in enumerate(self.starts[:-1]) if first < stop and self.starts[number + 1] > start]
-        with self._opened() as file:
+        with self.opened() as file:
             place = self.starts[groups[0]] if groups else 0
             for batch in file.iter_batches(64, row_groups=groups) if groups else ():
                 skip, end = max(0, start - place), min(len(batch), stop - place)

@@ -7,7 +7,7 @@ __all__ = ['READERS', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_lis
            'image_reader', 'Local', 'find_local', 'hub_table', 'hub_rows', 'content_of', 'code_of', 'source_of',
            'given_folder', 'hub_files', 'spread', 'in_order', 'embedded', 'samples_from']
 
-# %% ../nbs/06_source.ipynb #e2843bbc
+# %% ../nbs/06_source.ipynb #73fa33ea
 import collections, contextlib, csv, functools, gzip, io, itertools, json, os, random, zipfile, zlib
 from collections import deque
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 
 import medvlthinker
 from .config import Profile, UserError, file_hash, fingerprint, project_root
-from .sample import BadRow, Sample, from_row, image_bytes, looked_at
+from .sample import BadRow, Sample, from_row, image_bytes
 
 # %% ../nbs/06_source.ipynb #0d7176fc
 def attempt(
@@ -355,7 +355,7 @@ def in_order(
         while waiting:
             yield from waiting.popleft().result()
 
-# %% ../nbs/06_source.ipynb #9ad7e501
+# %% ../nbs/06_source.ipynb #06722e03
 def _converted(rows: Iterable, convert: Callable) -> Iterator[tuple[int, str, dict | BadRow]]:
     "Place, name and words of each row, or why it has none."
     seen: dict = {}
@@ -414,8 +414,9 @@ def _finished(index: int, where: str, item, dataset_name: str, images: Callable,
     if isinstance(item, BadRow):
         return item
     names = list(item.get("images") or ())
+    field = item.get("image_field", "images")
     try:
-        looked, misc = looked_at([image_bytes(images(name)) for name in names], item.get("misc"), names, fit)
+        loaded = [image_bytes(images(name)) for name in names]
     except (TypeError, ValueError) as error:
-        return BadRow(where, item.get("image_field", "images"), str(error))
-    return attempt(from_row, {"dataset_index": index, "dataset_name": dataset_name, **item, "images": looked, "misc": misc}, where, look=False)
+        return BadRow(where, field, str(error))
+    return attempt(from_row, {"dataset_index": index, "dataset_name": dataset_name, **item, "images": loaded}, where, names=names, fit=fit, field=field)

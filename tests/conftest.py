@@ -1,4 +1,5 @@
 """What the tests share: where the real data lies, and a home for runs that is not the user's."""
+import io
 import os
 import shutil
 import subprocess
@@ -6,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from medvlthinker.grade import RULES, grade
+from medvlthinker.sample import BadRow, Sample
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,3 +64,29 @@ def says(done: subprocess.CompletedProcess, *parts: str) -> None:
     assert "Traceback" not in done.stderr and len(lines) == 1, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    "What `datasets` copies while it reads goes away with the test."
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def encoded(width: int = 60, height: int = 40, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(file, kind)
+    return file.getvalue()
+
+
+def split(rows) -> tuple[list[Sample], list[BadRow]]:
+    rows = list(rows)
+    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
+
+
+def key_opens(sample: Sample, as_text: bool = True) -> bool:
+    "Is the sample's own answer right under every rule, as a letter and as a text?"
+    texts = [f"<think> It is seen. </think>\n<answer> {words} </answer>" for words in (sample.answer_label, sample.answer)[:1 + as_text]]
+    return all(grade(text, sample.options, sample.answer_label, rule).correct for text in texts for rule in RULES)

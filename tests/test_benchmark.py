@@ -3,7 +3,6 @@ import collections
 import dataclasses
 import hashlib
 import http.server
-import io
 import itertools
 import json
 import struct
@@ -14,21 +13,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import python, says
+from conftest import encoded, key_opens, python, says, split
 from medvlthinker import benchmark as b
 from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.grade import RULES, grade
 from medvlthinker.options import closed_options
-from medvlthinker.prompt import sft_target
-from medvlthinker.sample import BadRow, Sample
 from medvlthinker.source import read_rows
-from PIL import Image
 
-
-def encoded(width: int = 60, height: int = 40, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.effect_noise((width, height), 60).save(file, kind)
-    return file.getvalue()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def huge(side: int) -> bytes:
@@ -63,20 +54,9 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
     return path
 
 
-def split(rows) -> tuple[list[Sample], list[BadRow]]:
-    rows = list(rows)
-    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
-
-
 def rad(path: Path):
     "The samples of a local copy of VQA-RAD, and what became none."
     return b.local_rows("vqa_rad_closed", path, next(way for way in b.LOCAL["vqa_rad_closed"][1] if way.found(path)))
-
-
-def grades_right(sample: Sample) -> bool:
-    "Is the sample's own answer right under every rule, as a letter and as a text?"
-    letter, text = (sft_target(words, "It is seen.") for words in (sample.answer_label, sample.answer))
-    return all(grade(completion, sample.options, sample.answer_label, rule).correct for completion in (letter, text) for rule in RULES)
 
 
 # ---- a local folder
@@ -196,15 +176,6 @@ def hub(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    "What `datasets` copies while it reads goes away with the test."
-    import datasets
-
-    datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
     good, broken = split(b.published_rows("vqa_rad_closed", hub, limit=5))
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
@@ -214,7 +185,7 @@ def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
     pair, = b.published_rows("MMMU-medical", hub, limit=1)
     assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
-    assert all(map(grades_right, [*good, pair, *b.published_rows("pmc_vqa", hub, limit=1)]))
+    assert all(map(key_opens, [*good, pair, *b.published_rows("pmc_vqa", hub, limit=1)]))
 
 
 def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
@@ -398,7 +369,7 @@ def test_a_limit_draws_samples_keeps_their_order_and_reports_the_damage_that_it_
 @pytest.mark.parametrize("name", b.BENCHMARKS)
 def test_drawn_sets_come_through_the_same_door(home, name):
     samples = b.load_benchmark(name, load_profile("smoke", limit=12), Workspace("smoke"))
-    assert len(samples) == 12 and {sample.dataset_name for sample in samples} == {name} and all(map(grades_right, samples))
+    assert len(samples) == 12 and {sample.dataset_name for sample in samples} == {name} and all(map(key_opens, samples))
 
 
 # ---- the real images
@@ -417,4 +388,4 @@ def test_every_closed_question_of_the_real_images_is_used_or_accounted_for(real_
         origin = source[sample.dataset_index]
         assert sample.question == origin["question"] and (sample.options, sample.answer_label) == closed_options(origin["question"], origin["answer"])
         assert sample.images == ((real_data / "vqa_rad" / "images_dev" / origin["image_name"]).read_bytes(),)
-        assert grades_right(sample), sample
+        assert key_opens(sample), sample

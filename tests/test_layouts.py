@@ -7,34 +7,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import encoded, key_opens, split
 from medvlthinker import benchmark as b
 from medvlthinker import corpus as c
 from medvlthinker import layout
 from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.grade import RULES, grade
-from medvlthinker.sample import BadRow, Sample
+from medvlthinker.sample import BadRow
 from medvlthinker.source import json_list, read_rows, samples_from
 from PIL import Image
 
 
-def figure(width=60, height=40, kind="PNG") -> bytes:
-    file = io.BytesIO()
-    Image.effect_noise((width, height), 60).save(file, kind)
-    return file.getvalue()
-
-
-PHOTO = figure(90, 60, "JPEG")
-
-
-def split(rows) -> tuple[list[Sample], list[BadRow]]:
-    rows = list(rows)
-    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
-
-
-def key_opens(sample: Sample, as_text: bool = True) -> bool:
-    "Is the sample's own answer right under every rule, as a letter and as a text?"
-    texts = [f"<think> It is seen. </think>\n<answer> {words} </answer>" for words in (sample.answer_label, sample.answer)[:1 + as_text]]
-    return all(grade(text, sample.options, sample.answer_label, rule).correct for text in texts for rule in RULES)
+pytestmark = pytest.mark.usefixtures("own_cache")
+PHOTO = encoded(90, 60, "JPEG")
 
 
 # ---- the real rows
@@ -152,14 +136,6 @@ def declare(folder: Path, tables: list[tuple[str | None, str]]) -> None:
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    datasets.disable_progress_bars()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 IMAGE = {"bytes": PHOTO, "path": None}
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 MMMU_ROW = {"question": "Refer to the <image 1> below. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
@@ -221,7 +197,7 @@ def test_slakes_zip_has_one_source_jpg_for_each_scan(tmp_path):
     folder.mkdir()
     rows = [{"qid": n, "img_name": f"xmlab{n}/source.jpg", "question": "Is it a lung?", "answer": "Yes", "answer_type": "CLOSED", "q_lang": "en"} for n in range(3)]
     (folder / "test.json").write_text(json.dumps(rows))
-    photos = [figure(40 + n, 30) for n in range(3)]
+    photos = [encoded(40 + n, 30) for n in range(3)]
     with zipfile.ZipFile(folder / "imgs.zip", "w") as archive:
         for n, photo in enumerate(photos):
             archive.writestr(f"imgs/xmlab{n}/source.jpg", photo)
@@ -306,7 +282,7 @@ def test_omnimedvqa_in_its_own_folders(tmp_path):
     folder.mkdir(parents=True)
     image = tmp_path / "OmniMedVQA" / "Images" / "Chest" / "1.png"
     image.parent.mkdir(parents=True)
-    image.write_bytes(figure())
+    image.write_bytes(encoded())
     row = {"dataset": "Chest", "question_id": "c_1", "question_type": "Modality", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "Images/Chest/1.png"}
     (folder / "Chest CT Scan.json").write_text(json.dumps([{**row, "modality": "X-Ray"}, {**row, "question_id": "c_2", "image_path": "../../../secret.png"}]))
     (folder / "Other.json").write_text(json.dumps([{**row, "question_id": "o_1", "modality_type": "MR", "option_B": "MRI", "gt_answer": "MRI"}, {**row, "question_id": "c_1"}]))
@@ -358,7 +334,7 @@ def pmc(path: Path, lines: list, columns=COLUMNS, encoding="utf-8", **images: by
     ([pmc_line(), pmc_line(question=" ")], "train.csv line 3, Question: empty (' ')"),
 ])
 def test_a_broken_row_of_a_corpus_is_one_sentence_and_the_good_are_kept(tmp_path, home, lines, sentence):
-    pmc(tmp_path, lines, **{"torn.jpg": figure(300, 300, "JPEG")[:-900], "text.jpg": b"no image", "strip.png": figure(4000, 30)})
+    pmc(tmp_path, lines, **{"torn.jpg": encoded(300, 300, "JPEG")[:-900], "text.jpg": b"no image", "strip.png": encoded(4000, 30)})
     with pytest.raises(UserError) as raised:
         c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
     assert f"1 rows of pmc_vqa.parquet are broken, first {sentence}" in str(raised.value) and "\n" not in str(raised.value)
@@ -410,7 +386,7 @@ def test_odd_images_are_mended_or_set_aside_with_the_reason(tmp_path, home):
 
 
 def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
-    pmc(tmp_path, [pmc_line("large.png")], **{"large.png": figure(1500, 900)})
+    pmc(tmp_path, [pmc_line("large.png")], **{"large.png": encoded(1500, 900)})
     profile = load_profile("smoke", data_dir=str(tmp_path))
     sizes = {rule: c.load_corpus("pmc_vqa", profile, Workspace("smoke"), resize=rule)[0].pictures()[0].size for rule in c.RULES}
     assert sizes == {"both": (1024, 614), "paper": (1024, 614), "none": (1500, 900)}
@@ -438,7 +414,7 @@ def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path, mon
     import time
 
     source = pmc(tmp_path / "data", [pmc_line(question=f"What is shown in slice {n}?", figure_path=f"{n % 40}.jpg") for n in range(1500)],
-                 **{f"{n}.jpg": figure(300, 200, "JPEG") for n in range(40)})
+                 **{f"{n}.jpg": encoded(300, 200, "JPEG") for n in range(40)})
 
     def start(home):
         return subprocess.Popen([sys.executable, "-c", CONVERT, str(source)], env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
