@@ -48,7 +48,7 @@ def command(
         print("medvlthinker: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/00_config.ipynb #5b16ed11
+# %% ../nbs/00_config.ipynb #e1a0fd4c
 @dataclass(frozen=True)
 class Profile:
     "How much to run, and on what hardware."
@@ -57,24 +57,29 @@ class Profile:
     data_dir: str = ""  # a folder with local copies of the sources; when set, it is read instead of `data`
     benchmark: str = ""  # which test sets, comma-separated; empty for all six
     corpus: str = ""  # which training corpora, comma-separated; empty for both
-    limit: int = 0  # questions per set at most; 0 for all, as where data_dir is set and limit is not
+    limit: int = 0  # questions per test set at most; 0 for all, as where data_dir is set and limit is not
+    train_limit: int = 0  # questions per training corpus at most; 0 for all. Whoever sets `limit` for one run sets both
     rollouts: int = 16  # completions per question where difficulty is measured
     models: tuple[str, ...] = ("tiny",)  # each a recipe name, a hub id, a folder, or `tiny`
     engine: str = "transformers"  # what generates: `transformers` or `vllm`
     gpus: int = 0  # per node; 0 runs on the CPU
     tensor_parallel: int = 1  # GPUs that share one copy of the model
     data_parallel: int = 1  # copies of the model that share the questions
-    nodes: int = 1
+    nodes: int = 0  # 0 for as many as a recipe asks for, and 1 for everything else
     dtype: str = "float32"  # of the weights: `float32`, `bfloat16` or `float16`
     gpu_memory_utilization: float = 0.9  # the share of each GPU's memory that vLLM takes
     max_tokens: int = 4096  # per completion
     batch_size: int = 32  # prompts per forward pass of the transformers engine
+    recipes: tuple[str, ...] = ()  # what is trained: names of recipes, or `published`
+    trainer: str = "trl"  # what runs GRPO: `trl` on one machine, `verl` on any number of nodes
     max_steps: int = 0  # training steps at most; 0 for what the recipe says
+    lora_rank: int = 0  # 0 trains all weights, as the paper did; else adapters of this rank
+    report_to: str = ""  # where training curves go beside the local file: wandb, trackio, tensorboard, comma-separated
     max_rejected: int = 0  # broken rows that a source may hold before the run stops
     seed: int = 42
 
-# %% ../nbs/00_config.ipynb #8d846476
-_CHOICES = {"data": ("phantom", "hub", "source"), "engine": ("transformers", "vllm"), "dtype": ("float32", "bfloat16", "float16")}
+# %% ../nbs/00_config.ipynb #fdd89042
+_CHOICES = {"data": ("phantom", "hub", "source"), "engine": ("transformers", "vllm"), "dtype": ("float32", "bfloat16", "float16"), "trainer": ("trl", "verl")}
 
 
 def _cast(
@@ -107,7 +112,7 @@ def project_root() -> Path:
             return folder
     raise UserError(f"No settings.ini at or above {here}; work inside a checkout of the project, or copy its settings.ini here.")
 
-# %% ../nbs/00_config.ipynb #31df24ae
+# %% ../nbs/00_config.ipynb #7d59fa0f
 def load_profile(
     name: str = "smoke",  # a section of settings.ini
     **overrides,  # keys of `Profile` that differ for this run
@@ -124,6 +129,8 @@ def load_profile(
     known = [f.name for f in dataclasses.fields(Profile) if f.name != "name"]
     whole = {"limit": 0} if overrides.get("data_dir") else {}  # whoever names a folder means all of it
     given = {**ini[name], **whole, **overrides}
+    if "train_limit" not in overrides and "limit" in {**whole, **overrides}:
+        given["train_limit"] = given["limit"]
     if unknown := [key for key in given if key not in known]:
         raise UserError(f"Unknown profile key {', '.join(unknown)}; known are {', '.join(known)}.")
     profile = Profile(name=name, **{key: _cast(key, value) for key, value in given.items()})
@@ -132,8 +139,8 @@ def load_profile(
 
 def _checked(profile: Profile) -> Profile:
     "The profile, if its hardware adds up."
-    if (needed := profile.tensor_parallel * profile.data_parallel) > max(1, profile.gpus * profile.nodes):
-        raise UserError(f"tensor_parallel x data_parallel = {needed} needs {needed} GPUs, but gpus x nodes = {profile.gpus * profile.nodes}.")
+    if (needed := profile.tensor_parallel * profile.data_parallel) > max(1, profile.gpus * max(1, profile.nodes)):
+        raise UserError(f"tensor_parallel x data_parallel = {needed} needs {needed} GPUs, but gpus x nodes = {profile.gpus * max(1, profile.nodes)}.")
     return profile
 
 # %% ../nbs/00_config.ipynb #4dc24867

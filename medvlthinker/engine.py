@@ -30,7 +30,7 @@ class Completion:
     finish_reason: str  # "stop": it ended by itself; "length": it was cut at `max_tokens`
     tokens: int  # generated tokens, the end token included
 
-# %% ../nbs/20_engine.ipynb #8ac17039
+# %% ../nbs/20_engine.ipynb #26f01480
 def resolve_model(
     model: str,  # `tiny`, a recipe's name, a folder, or a hub id
     workspace: Workspace,
@@ -49,7 +49,7 @@ def resolve_model(
             raise UserError(f"The folder {model} holds no config.json, so no model; name a folder written by save_pretrained.")
         return model
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"No model {model!r}: it is no folder, no recipe (such as 3B-RL_m23k), no hub id (owner/name), and not `tiny`.")
+        raise UserError(f"No model {model!r}: it is no folder, no recipe that was trained here or published (such as 3B-RL_m23k), no hub id (owner/name), and not `tiny`.")
     return model
 
 # %% ../nbs/20_engine.ipynb #ac097db0
