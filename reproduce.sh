@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # MedVLThinker, reproduced. Two commands do everything:
 #
-#   ./reproduce.sh [PROFILE] [key=value ...]   run the paper's notebooks (PROFILE: smoke, mini or paper; default smoke)
-#   ./reproduce.sh test [all]                  run the tests; `all` adds those that need vLLM, verl, Ray or a browser
+#   ./reproduce.sh [PROFILE] [key=value ...]   run the paper's notebooks (PROFILE: smoke, mini or paper; default smoke);
+#                                              --dry-run prints every command and what it needs, -n 1 runs one step at a time
+#   ./reproduce.sh test [all | heavy]          run the tests; `all` adds those that need vLLM, verl, Ray or a browser, `heavy` runs only these
 #
 # and the others:
 #
 #   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
 #   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
+#   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
 #   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs                        build the documentation site in _docs/
@@ -115,12 +117,15 @@ need_browser() {
 run_tests() {
     # two workers, one thread each: more threads than cores make everything slower
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-    if [ "${1:-}" = all ]; then
-        need_browser
-        run pytest -n 2 --dist loadfile -m "heavy or not heavy"
-    else
-        run pytest -n 2 --dist loadfile -m "not heavy" "$@"
-    fi
+    case "${1:-}" in
+        all)
+            run_tests; run_tests heavy ;;
+        heavy)  # one after the other: a run of verl is ten processes
+            need_browser
+            run pytest -n 0 -m heavy ;;
+        *)
+            run pytest -n 2 --dist loadfile -m "not heavy" "$@" ;;
+    esac
 }
 
 case "${1:-}" in
@@ -130,10 +135,12 @@ case "${1:-}" in
         setup "${2:-}"; say "Ready: $VENV" ;;
     test)
         shift
-        if [ "${1:-}" = all ]; then setup full; else setup; fi
+        if [ "${1:-}" = all ] || [ "${1:-}" = heavy ]; then setup full; else setup; fi
         run_tests "$@" ;;
     preflight)
         shift; setup; run medvlthinker.preflight "$@" ;;
+    train)
+        shift; setup; run medvlthinker.train "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)

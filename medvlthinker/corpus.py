@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_EDGE', 'MAX_EDGE', 'RULES', 'COUNTS', 'CORPORA', 'PUBLISHED', 'SOURCES', 'REASONED', 'fitted', 'fit_by',
-           'corpora', 'local_copy', 'local_samples', 'has_corpora', 'available_corpora', 'load_corpus', 'load_reasoned']
+           'corpora', 'local_copy', 'local_samples', 'has_corpora', 'available_corpora', 'load_corpus', 'reasoned_file',
+           'load_reasoned']
 
 # %% ../nbs/12_corpus.ipynb #6106c2d7
 import functools
@@ -161,8 +162,20 @@ def load_corpus(
         print(f"{name} has {len(samples):,} samples here and {COUNTS[name]:,} in the published corpus.")
     return samples
 
-# %% ../nbs/12_corpus.ipynb #787da439
+# %% ../nbs/12_corpus.ipynb #a293a32d
 REASONED = {"pmc_vqa": "UCSC-VLAA/MedVLThinker-pmc_vqa-gpt_4o_reasoning-tokenized"}
+
+
+def reasoned_file(
+    name: str,  # one of `CORPORA`
+    profile: Profile,
+    workspace: Workspace,
+) -> Path:
+    "Where the corpus with chains of thought lies, or will lie."
+    name, = corpora(name)
+    folder = workspace.samples / source_of(profile) / "corpus"
+    own = folder / f"{name}-distilled.parquet"
+    return own if own.is_file() else folder / (f"{name}-reasoned.parquet" if source_of(profile) == "hub" and name in REASONED else f"{name}.parquet")
 
 
 def load_reasoned(
@@ -171,16 +184,15 @@ def load_reasoned(
     workspace: Workspace,
 ) -> SampleFile:
     "The samples of a corpus with chains of thought: one's own distilled file, the published ones, or the corpus itself; some may have none."
-    name, = corpora(name)
-    source, folder = source_of(profile), workspace.samples / source_of(profile) / "corpus"
-    if (own := folder / f"{name}-distilled.parquet").is_file():
-        return SampleFile(own)
+    source, path = source_of(profile), reasoned_file(name, profile, workspace)
+    if path.stem.endswith("-distilled"):
+        return SampleFile(path)
     if source == "hub" and name in REASONED:
         rows = lambda: samples_from(lambda: hub_rows(REASONED[name], (*_UNIFIED, "reasoning"), split="train"), layout.unified, name,
                                     fit=fit_by("both"), limit=profile.train_limit, seed=profile.seed)
         inputs = {"repo": REASONED[name], "limit": profile.train_limit, "seed": profile.seed, "code": code_of("corpus", "layout", "source", "sample")}
-        return store(folder / f"{name}-reasoned.parquet", rows, inputs, profile.max_rejected)
+        return store(path, rows, inputs, profile.max_rejected)
     samples = load_corpus(name, profile, workspace)
     if not any(sample.reasoning for sample in samples[:1000]):
-        raise UserError(f"{name} from {source} has no chains of thought to imitate; make them with a teacher (23_distill) as {own}, or take data=hub.")
+        raise UserError(f"{name} from {source} has no chains of thought to imitate; make them with a teacher (23_distill) as {path.with_stem(name + '-distilled')}, or take data=hub.")
     return samples

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['grade_rows', 'count', 'evaluate', 'launch_rollout', 'summary', 'evaluations']
 
-# %% ../nbs/40_evaluate.ipynb #f23d894a
+# %% ../nbs/40_evaluate.ipynb #e21b1ac6
 import dataclasses, json, sys
 
 from .benchmark import source_of
-from .config import Profile, UserError, Workspace, launch, recording, writing
+from .config import Profile, UserError, Workspace, changed, launch, recording, writing
 from .engine import Sampling
 from .grade import RULES, grade
+from .recipe import wanted
 from .rollout import folder_name, rollouts
 from .sample import Sample
 from .stats import macro_average, micro_average, wilson
@@ -72,15 +73,14 @@ def evaluate(
             json.dump(record, file, indent=1, ensure_ascii=False)
     return record
 
-# %% ../nbs/40_evaluate.ipynb #763f6e9a
+# %% ../nbs/40_evaluate.ipynb #45569f85
 def launch_rollout(
     profile: Profile,
     model: str,  # as for `evaluate`
     **sampling,  # n, temperature, instruction
 ) -> None:
     "Roll out in a separate process, showing its log; returns at once where nothing is missing."
-    given = {f.name: getattr(profile, f.name) for f in dataclasses.fields(profile) if f.name not in ("name", "models")}
-    words = [f"{key}={value}" for key, value in {**given, **sampling}.items()]
+    words = [f"{key}={value}" for key, value in {**changed(profile), **sampling}.items() if key != "models"]
     launch([sys.executable, "-m", "medvlthinker.rollout", profile.name, f"model={model}", *words],
            Workspace(profile.name).logs / f"rollout-{folder_name(model)}.log")
 
@@ -100,11 +100,11 @@ def summary(
     table = pd.DataFrame(lines, columns=["benchmark", "right", "n", "accuracy", "low", "high"]).set_index("benchmark")
     return table.assign(**{name: (100 * table[name]).round(2) for name in ("accuracy", "low", "high")})
 
-# %% ../nbs/40_evaluate.ipynb #35d802c4
+# %% ../nbs/40_evaluate.ipynb #9d51e8cc
 def evaluations(
     profile: Profile,
 ) -> list[dict]:
-    "The stored records of a profile's models, in the profile's order; models without one are left out."
+    "The stored records of a profile's models and of the recipes that it trains, in this order; what has none is left out."
     folder = Workspace(profile.name).results / source_of(profile)
-    paths = [folder / folder_name(model) / "evaluation.json" for model in profile.models]
+    paths = [folder / folder_name(model) / "evaluation.json" for model in [*profile.models, *(recipe.name for recipe in wanted(profile))]]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]

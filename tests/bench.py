@@ -260,6 +260,123 @@ def overlap():
     yield "planted crops found among them", hit, "of 100", 95, "at least"
 
 
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # dense bfloat16 operations a second, from the makers' data sheets
+
+
+def random_model(folder: Path, shape) -> Path:
+    "A model of a given shape with random weights, under the embedded tokenizer and processor."
+    import torch
+    from medvlthinker import tiny
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    cut = tiny.processor()
+    config = tiny.config(cut.tokenizer)
+    half = shape.hidden // shape.heads // 2
+    sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
+    text = {"hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+            "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied, "layer_types": ["full_attention"] * shape.layers,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}}
+    config.text_config.update(text)
+    config.tie_word_embeddings, config.vision_config.out_hidden_size = shape.tied, shape.hidden
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        net = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    net.save_pretrained(folder)
+    cut.save_pretrained(folder)
+    return folder
+
+
+def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: int = 512):
+    "Tokens a second of SFT, of GRPO and of the engine alone, for a shape; yields (what, tokens a second, operations a token and parameter)."
+    from dataclasses import replace
+
+    from medvlthinker import phantom
+    from medvlthinker.engine import Sampling, open_engine
+    from medvlthinker.grpo import train_grpo
+    from medvlthinker.prompt import messages
+    from medvlthinker.recipe import find
+    from medvlthinker.sample import write_samples
+    from medvlthinker.sft import plan, train_sft
+    from medvlthinker.train import curves
+
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["MEDVLTHINKER_HOME"] = home
+        workspace, folder = Workspace("smoke"), random_model(Path(home) / "model", shape)
+        profile = load_profile("smoke", gpus=gpus, dtype="bfloat16" if gpus else "float32", max_steps=8, max_tokens=answer)
+        drawn = phantom.corpus("m23k", rows)
+        write_samples([replace(sample, reasoning=(sample.reasoning + " ") * (chain // 12)) for sample in drawn], workspace.samples / "phantom" / "corpus" / "m23k-distilled.parquet")
+        write_samples(drawn, workspace.curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
+        for name, change, act, work in (("3B-SFT_m23k", {}, train_sft, 6), ("3B-RL_m23k", {"batch": 8, "mini_batch": 8, "max_response_length": answer, "kl_coef": 0.0}, train_grpo, 8)):
+            recipe = find(name)
+            act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))
+            late = curves(recipe, workspace).iloc[3:]  # the first steps warm up
+            yield name, (late.tokens.iloc[-1] - late.tokens.iloc[0]) / (late.seconds.iloc[-1] - late.seconds.iloc[0]), work
+        engine = open_engine(replace(profile, gpus=gpus), str(folder))
+        chats, made = [messages(sample) for sample in drawn], []
+        taken = seconds(lambda: made.extend(completion for each in engine.generate(chats, Sampling(n=8, temperature=1.0, max_tokens=answer), 0) for completion in each))
+        yield f"the engine alone ({profile.engine}), answers", sum(completion.tokens for completion in made) / taken, 2
+
+
+@bench
+def gpu_training():
+    "Tokens a second, and the share of the GPU's arithmetic, in SFT and GRPO of a model of the shape of Qwen2.5-VL-3B with random weights; measured where there is a GPU."
+    import torch
+    from medvlthinker.fit import SHAPES, parameters
+
+    if not torch.cuda.is_available():
+        print("    no GPU on this machine: tokens a second and FLOP/s utilisation of training are not measured")
+        return
+    name, shape = torch.cuda.get_device_name(), SHAPES["Qwen/Qwen2.5-VL-3B-Instruct"]
+    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    for what, rate, work in training_rates(shape, 1):
+        used = f", {100 * work * parameters(shape)['layers'] * rate / peak:.1f} % of its bfloat16 arithmetic" if peak else ""
+        print(f"    {what} on one {name}: {rate:,.0f} tokens/s{used}")
+        yield f"{what}: tokens a second on one {name}", rate, "1/s", 0, "at least"
+
+
+@bench
+def three_seeds():
+    "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
+    import shutil
+
+    import numpy as np
+    from medvlthinker import tiny
+    from medvlthinker.config import changed
+    from medvlthinker.curate import curate, decide, pass_counts
+    from medvlthinker.engine import Sampling
+    from medvlthinker.grade import grade
+    from medvlthinker.rollout import rollouts
+
+    def right(profile, model):  # by test set, in the sets' order
+        rolled = rollouts(profile, model, Sampling(max_tokens=profile.max_tokens), show=lambda line: None)
+        return [np.array([grade(row["completions"][0]["text"], s.options, s.answer_label, "regrade").correct for s, row in zip(samples, rows)], float)
+                for samples, rows, _ in rolled.values()]
+
+    gains = {"tiny-SFT_PMC": [], "tiny-RL_PMC": []}
+    os.environ["MEDVLTHINKER_HOME"] = str(Workspace("bench").root / "three_seeds")
+    for seed in range(3):
+        workspace = Workspace("smoke")
+        shutil.rmtree(workspace.root, ignore_errors=True)  # a recipe's name stands for one seed at a time
+        base = tiny.make(workspace.home / f"seed-{seed}", seed=seed, log=lambda line: None)
+        profile = load_profile("smoke", seed=seed, limit=200, models=str(base), corpus="pmc_vqa")
+        samples, rows, _ = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
+        curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "phantom", by=str(base))
+        before = right(profile, str(base))
+        for name, found in gains.items():
+            words = [f"{key}={value}" for key, value in changed(profile).items()]
+            subprocess.run([sys.executable, "-m", "medvlthinker.train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            after = right(profile, name)
+            differences = [new - old for new, old in zip(after, before)]
+            error = sum(each.var(ddof=1) / len(each) for each in differences) ** 0.5 / len(differences)
+            found.append((np.mean([each.mean() for each in differences]), error))
+            macro = [100 * np.mean([each.mean() for each in sets]) for sets in (before, after)]
+            print(f"    seed {seed}, {name}: {macro[0]:.1f} -> {macro[1]:.1f} %, paired difference {100 * found[-1][0]:+.1f}, standard error {100 * error:.1f} points, n={sum(map(len, after))}", flush=True)
+    for name, found in gains.items():
+        mean, error = np.mean([gain for gain, _ in found]), sum(error**2 for _, error in found) ** 0.5 / len(found)
+        print(f"    {name}: {100 * mean:+.1f} points over three seeds, standard error of the questions {100 * error:.1f}, spread over seeds {100 * np.std([gain for gain, _ in found], ddof=1):.1f}")
+        yield f"{name} above its base, over three seeds", mean / error, "standard errors", 3, "at least"
+
+
 def main(words: list[str]) -> int:
     "Run the named measurements, or all."
     if unknown := [word for word in words if word not in BENCHES]:

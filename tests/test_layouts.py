@@ -296,7 +296,7 @@ def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch
     copy = tmp_path / "MedVLThinker-pmc_vqa"
     put(copy, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
     monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
-    samples = c.load_corpus("pmc_vqa", load_profile("mini", limit=2, max_rejected=1), Workspace("mini"))
+    samples = c.load_corpus("pmc_vqa", load_profile("mini", train_limit=2, max_rejected=1), Workspace("mini"))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))  # the same files as a local copy
     assert list(copy) == list(samples)

@@ -33,20 +33,27 @@ def env(tree, warm_tiny, tmp_path_factory) -> dict:
 
 
 def run(tree, env, *words):
-    done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", *words, cwd=tree, **env)
+    done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", *words, cwd=tree, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[0] for line in done.stdout.splitlines() if " runs: " in line], done.stdout
 
 
 def test_first_run_and_what_makes_it_run_again(tree, env):
-    ran, out = run(tree, env)
-    assert ran == ["1_data", "2_difficulty", "4_evaluate-tiny", "5_results"]
-    assert "tiny" in out and "nothing medical" in out and "7B" in out, "the table is printed, with its warning, beside the paper's rows"
+    words = ("train_limit=32", "recipes=tiny-SFT_m23k", "max_steps=2")
+    ran, out = run(tree, env, *words)
+    assert ran[0] == "1_data" and ran[-1] == "5_results", ran
+    assert set(ran[1:-1]) == {"2_difficulty", "3_train-tiny-SFT_m23k", "4_evaluate-tiny", "4_evaluate-tiny-SFT_m23k"} and ran.index("3_train-tiny-SFT_m23k") < ran.index("4_evaluate-tiny-SFT_m23k")
+    assert "tiny-SFT_m23k: step 2 of 2" in out and "nothing medical" in out and "7B" in out, "the training can be watched, and the table is printed, with its warning, beside the paper's rows"
     home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
-    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == ["1_data", "2_difficulty", "4_evaluate-tiny", "5_results"]
+    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == sorted(ran)
 
-    ran, out = run(tree, env)
+    ran, out = run(tree, env, *words)
     assert ran == [] and "nothing ran" in out
+    with open(tree / "medvlthinker" / "fit.py", "a") as module:
+        module.write("\n# edited\n")
+    ran, out = run(tree, env, *words)
+    assert "3_train-tiny-SFT_m23k" in ran and "step 2 of 2" not in out, "the notebook is run again, the training is not"
+    run(tree, env)
 
     os.utime(tree / "medvlthinker" / "report.py")
     os.utime(tree / "nbs" / "paper" / "5_results.ipynb")
@@ -71,7 +78,7 @@ def test_killed_and_called_again(tree, env, tmp_path):
     shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
     environment = {**os.environ, **{key: str(value) for key, value in env.items()}, "MEDVLTHINKER_HOME": str(home)}
     for wait in (4, 12):
-        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6"], cwd=tree, env=environment,
+        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env=environment,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         time.sleep(wait)
         os.killpg(process.pid, signal.SIGKILL)
@@ -88,7 +95,7 @@ def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path)
     notebook["cells"].insert(4, {"cell_type": "code", "id": "broken", "metadata": {}, "outputs": [], "execution_count": None, "source": "1 / 0"})
     try:
         source.write_text(json.dumps(notebook))
-        done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
+        done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
         says(done, "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
         assert (tmp_path / "smoke" / "notebooks" / "1_data.running.ipynb").is_file()
         assert not (tmp_path / "smoke" / "notebooks" / "5_results.ipynb").exists(), "what waits for a failed step does not run"
@@ -102,10 +109,34 @@ def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path)
     (["smoke", "limit=many"], ["limit wants a whole number, not 'many'"]),
     (["smoke", "benchmark=vqa_red"], ["vqa_red", "vqa_rad"]),
     (["smoke", "mini"], ["One profile at a time"]),
+    (["smoke", "recipes=3B-RL"], ["No recipe '3B-RL'", "3B-RL_m23k"]),
+    (["smoke", "--dryrun"], ["Unknown option --dryrun", "--dry-run"]),
     (["smoke", "data_dir=no/such/folder"], ["no/such/folder"]),
 ])
 def test_bad_words(words, parts, home):
     says(python("-m", "medvlthinker.pipeline", "run", *words), *parts)
+
+
+@pytest.mark.parametrize("words, gpus, per_node", [(["gpus=1", "tensor_parallel=1", "recipes=3B-RL_m23k"], "1 node of 1 GPU", 1), (["gpus=8"], "1 node of 8 GPUs", 8), (["gpus=4", "nodes=4"], "4 nodes of 4 GPUs", 4)])
+def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
+    "Every command of the paper, in order, with its hardware, what it reads and writes; nothing is touched."
+    done = python("-m", "medvlthinker.pipeline", "run", "paper", "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    steps = dict(part.split("\n", 1) for part in done.stdout.split("\n\n") if part.strip())
+    trained = [name for name in steps if name.startswith("3_train")]
+    assert len(trained) == (1 if any("recipes" in word for word in words) else 13)
+    written = set()
+    for name, text in steps.items():
+        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:5])
+        assert {"hardware", "reads", "writes", "notebook"} <= lines.keys(), name
+        written.update(lines["writes"].split(", "))
+        for read in lines["reads"].split(", "):  # what is read comes from the hub or from an earlier step
+            assert read.startswith(("Qwen/", "the sources", "results/")) or any(read.startswith(place.split("*")[0]) for place in written), f"{name} reads {read}"
+        if name.startswith("3_train") and "32B" not in name:
+            assert lines["hardware"] == gpus
+        if "RL" in name.split("-")[-1] and name.startswith("3_train"):
+            assert f"trainer.n_gpus_per_node={per_node}" in text and f"trainer.nnodes={4 if 'nodes=4' in words or '32B' in name else 1}" in text, name
+    assert not [path for path in home.rglob("*") if path.is_file()]
 
 
 def test_bad_words_through_the_script(home):

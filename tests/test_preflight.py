@@ -112,7 +112,7 @@ def test_edges_of_the_limits():
 
 def test_command_line(home, tmp_path):
     folder = tiny.build(tmp_path / "tiny")
-    words = ("-m", "medvlthinker.preflight", "smoke", f"model={folder}", "limit=20")
+    words = ("-m", "medvlthinker.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
     done = python(*words, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
     report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")

@@ -1,0 +1,354 @@
+"""Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills, a hub that listens, memory measured against the estimate."""
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import python, says
+from medvlthinker import tiny
+from medvlthinker.checkpoint import merge
+from medvlthinker.config import UserError, manifest_path
+
+
+def prompt(base) -> dict:
+    "A prompt with a picture, as tensors."
+    from medvlthinker.phantom import corpus
+    from medvlthinker.prompt import messages
+    from transformers import AutoProcessor
+
+    cut, chat = AutoProcessor.from_pretrained(base), messages(corpus("pmc_vqa", 1, seed=5)[0])
+    images = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+    return cut(text=[cut.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)], images=images, return_tensors="pt")
+
+
+def logits_of(folder, batch) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.inference_mode():
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()(**batch).logits.numpy()
+
+
+def train_sharded(base: str, folder: str, lora: str, how: str) -> None:
+    "One of the processes of an FSDP2 run: two steps, the checkpoint that accelerate (or verl) writes, and the logits of the sharded model."
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils.fsdp_utils import save_fsdp_model
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForImageTextToText
+
+    state = PartialState(cpu=True)
+    torch.manual_seed(0)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    net = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")
+    if lora != "full":
+        from peft import LoraConfig, get_peft_model
+
+        net = get_peft_model(net, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]))
+    for layer in (net.model if lora == "full" else net.base_model.model.model).language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    batch, rate = prompt(base), 0.05 if lora != "full" else 1e-3
+    stepper = torch.optim.AdamW([weight for weight in net.parameters() if weight.requires_grad], lr=rate)
+    for _ in range(2):
+        net(**batch, labels=batch["input_ids"]).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    if how == "verl":
+        torch.save(net.state_dict(), Path(folder, f"model_world_size_2_rank_{state.process_index}.pt"))
+    else:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", auto_wrap_policy="transformer_based_wrap")
+        save_fsdp_model(plugin, SimpleNamespace(process_index=state.process_index, num_processes=2), net, folder, adapter_only=lora == "adapter")
+    with torch.no_grad():
+        logits = net.eval()(**batch).logits.numpy()
+    if state.is_main_process:
+        np.save(Path(folder).parent / "logits.npy", logits)
+        if lora != "full":
+            net.peft_config["default"].save_pretrained(Path(folder).parent)
+    state.destroy_process_group()
+
+
+def sharded_run(tmp_path, lora: str = "full", how: str = "accelerate"):
+    "A base model, and the training folder that two processes left."
+    import socket
+
+    base, own = tiny.build(tmp_path / "base", seed=3), tmp_path / "r.training"
+    checkpoint = own / ("global_step_2/actor" if how == "verl" else "checkpoint-2")
+    checkpoint.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, str(base), str(checkpoint), lora, how]
+    ranks = [subprocess.Popen(words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)[-3000:]
+    return base, own, checkpoint
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    "A run of two processes with all weights trained, once for several tests."
+    return sharded_run(tmp_path_factory.mktemp("full"))
+
+
+@pytest.mark.parametrize("lora", ["full", "adapter", "both"])
+def test_two_ranks_merge_to_the_same_logits(tmp_path, lora, full_run):
+    base, own, checkpoint = full_run if lora == "full" else sharded_run(tmp_path, lora)
+    assert len(list(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))) == 2
+    final = merge(checkpoint, str(base), tmp_path / "final", own=own)
+    expected = np.load(checkpoint.parent / "logits.npy")
+    found = logits_of(final, prompt(base))
+    assert abs(found - logits_of(base, prompt(base))).max() > 0.01  # the steps changed it
+    assert abs(found - expected).max() <= 1e-6 if lora == "full" else abs(found - expected).max() <= 2e-5
+    assert not [path for path in final.iterdir() if path.suffix in (".bin", ".pt")]
+    assert {path.name for path in base.iterdir()} - {path.name for path in final.iterdir()} == {"tiny.json"}
+    assert (final / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_a_shard_of_the_other_rank_is_missing_or_cut(tmp_path, full_run):
+    base, own = full_run[0], shutil.copytree(full_run[1], tmp_path / "own")
+    checkpoint = own / "checkpoint-2"
+    second = sorted(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))[1]
+    whole = second.read_bytes()
+    for damage, word in ((whole[: len(whole) // 2], "cut"), (b"", "missing"), (whole[:2000] + bytes(len(whole) - 2000), "cannot be read")):
+        second.write_bytes(damage)
+        with pytest.raises(UserError, match=word):
+            merge(checkpoint, str(base), tmp_path / "final", own=own)
+    second.unlink()
+    with pytest.raises(UserError, match="missing"):
+        merge(checkpoint, str(base), tmp_path / "final", own=own)
+    assert not (tmp_path / "final").exists() and not list(tmp_path.glob(".*"))
+    second.write_bytes(whole)
+    assert (merge(checkpoint, str(base), tmp_path / "final", own=own) / "model.safetensors").is_file()
+
+
+@pytest.mark.heavy
+def test_verl_merges_two_ranks(tmp_path):
+    if not importlib.util.find_spec("verl"):
+        pytest.skip("verl is not installed; ./reproduce.sh setup full installs it")
+    base, own, checkpoint = sharded_run(tmp_path, how="verl")
+    (checkpoint / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
+    shutil.copytree(base, checkpoint / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
+    final = merge(checkpoint, str(base), tmp_path / "final", own=own, log=tmp_path / "log")
+    expected, found = np.load(checkpoint.parent / "logits.npy"), logits_of(final, prompt(base))
+    assert abs(found - logits_of(base, prompt(base))).max() > 0.01
+    assert abs(found - expected).max() < 0.05  # verl stores bfloat16
+
+
+def test_without_verl_its_checkpoints_are_refused(tmp_path):
+    if importlib.util.find_spec("verl"):
+        pytest.skip("verl is installed here")
+    base, own, checkpoint = sharded_run(tmp_path, how="verl")
+    with pytest.raises(UserError, match="only verl can merge it"):
+        merge(checkpoint, str(base), tmp_path / "final", own=own)
+    with pytest.raises(UserError, match="is a pickle"):
+        merge(checkpoint, str(base), tmp_path / "final")
+    os.truncate(checkpoint / "model_world_size_2_rank_1.pt", 3000)
+    with pytest.raises(UserError, match="rank_1.pt is cut"):
+        merge(checkpoint, str(base), tmp_path / "final", own=own)
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_kill_leaves_no_half_model(tmp_path, full_run):
+    "Killed while it writes, a merge leaves no folder or the whole one; the next call removes what was left and ends well."
+    base, own, checkpoint = full_run
+    final = tmp_path / "final"
+    words = [sys.executable, "-c", f"from medvlthinker.checkpoint import merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
+    torn = 0
+    for _ in range(3):
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout.readline() == "begin\n"
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end and not list(tmp_path.glob(".final.*.part/*")):
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if final.exists():
+            assert (final / "model.safetensors").is_file() and {path.name for path in base.iterdir()} - {path.name for path in final.iterdir()} == {"tiny.json"}
+            shutil.rmtree(final)
+        torn += bool(list(tmp_path.glob(".final.*.part")))
+        manifest_path(final).unlink(missing_ok=True)
+    assert torn, "no kill came in the middle"
+    merge(checkpoint, str(base), final, own=own)
+    assert (final / "model.safetensors").is_file() and not list(tmp_path.glob(".final.*"))
+
+
+# A hub that listens
+class Hub(http.server.BaseHTTPRequestHandler):
+    "Takes what the hub's library sends; every request is noted."
+
+    def _answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        url = f"http://{self.headers['Host']}/someone/thing"
+        self.server.seen.append((self.command, self.path, dict(self.headers), body))
+        said = {"/api/repos/create": {"url": url, "name": "someone/thing"}, "/api/validate-yaml": {"warnings": [], "errors": []}}.get(self.path, {})
+        if "/preupload/" in self.path:
+            said = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]}
+        if "/commit/" in self.path:
+            said = {"commitUrl": f"{url}/commit/{'1' * 40}", "commitOid": "1" * 40, "pullRequestUrl": None}
+        if self.path.startswith("/api/models/"):
+            said = {"id": "someone/thing", "sha": "0" * 40, "siblings": []} | said
+        data = json.dumps(said).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_HEAD = do_PUT = _answer
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    "A server on this machine, the environment in which the hub's library talks to it, and a model to be pushed."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen, server.status = [], 200
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    model = tiny.build(tmp_path / "model", seed=2)
+    from medvlthinker.checkpoint import model_card
+    from medvlthinker.recipe import find
+
+    (model / "README.md").write_text(model_card(find("tiny-RL_m23k")))
+    server.model = model
+    server.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": 0, "HF_TOKEN": "", "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": 1}
+    yield server
+    server.shutdown()
+
+
+def test_push_asks_nobody_without_yes(hub):
+    done = python("-m", "medvlthinker.checkpoint", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
+    assert done.returncode == 0, done.stderr
+    assert "Would upload" in done.stdout and "model.safetensors" in done.stdout and "Nothing was done" in done.stdout
+    assert hub.seen == []
+
+
+def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
+    words = ("-m", "medvlthinker.checkpoint", "push", hub.model, "someone/thing", "--yes")
+    says(python(*words, **hub.environment), "There is no token")
+    assert hub.seen == []
+    done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
+    assert done.returncode == 0, done.stderr
+    assert "hf_secret" not in done.stdout + done.stderr
+    created = next(json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create")
+    assert created.get("private") is True or created.get("visibility") == "private", created
+    commit = next(body for _, path, _, body in hub.seen if "/commit/" in path)
+    sent = {json.loads(line)["value"]["path"] for line in commit.splitlines() if json.loads(line)["key"] == "file"}
+    assert sent == {path.name for path in hub.model.iterdir()} and "hf_secret" not in commit
+    hub.status = 401
+    failed = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
+    says(failed, "The upload to someone/thing failed")
+    assert "hf_secret" not in failed.stdout + failed.stderr
+
+
+def test_bad_command_lines_are_one_sentence(home, tmp_path):
+    says(python("-m", "medvlthinker.checkpoint", "merge", "8B-RL"), "No recipe '8B-RL'")
+    says(python("-m", "medvlthinker.checkpoint", "merge", "tiny-SFT_m23k"), "No checkpoint in")
+    says(python("-m", "medvlthinker.checkpoint", "card", "tiny-SFT_m23k"), "train and merge it first")
+    says(python("-m", "medvlthinker.checkpoint", "push", tmp_path, "a/b"), "holds no model")
+
+
+# The estimate of memory against memory: a text model wide and long enough that tensors outweigh Python, without images
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}}
+TOWER = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 512}
+SETTINGS = {"full": {}, "checkpointing": {"gradient_checkpointing": True}, "lora": {"lora_rank": 16}, "more_rows": {"micro_batch": 8}, "grpo": {"method": "RL"}}
+
+
+def wide_model(vocabulary: int = 8192):
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=WIDE | {"vocab_size": vocabulary}, vision_config=TOWER, tie_word_embeddings=True,
+                                                               image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4))
+
+
+def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpointing=False, vocabulary=8192, prompt=64) -> None:
+    "Two updates in a plain loop: cross-entropy over all tokens, or GRPO's loss with a reference model as TRL computes it."
+    import torch
+
+    net = wide_model(vocabulary)
+    reference = wide_model(vocabulary).requires_grad_(False) if method == "RL" else None
+    if gradient_checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        net = get_peft_model(net, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
+        net.enable_input_require_grads()
+    stepper = torch.optim.AdamW([weight for weight in net.parameters() if weight.requires_grad], lr=1e-4)
+    ids = torch.randint(5, vocabulary, (micro_batch, prompt + answer))
+    for _ in range(2):
+        if method == "SFT":
+            net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        else:
+            from trl.trainer.utils import selective_log_softmax
+
+            said = ids[:, -answer:]
+            known = lambda model: selective_log_softmax(model(input_ids=ids, logits_to_keep=answer + 1, use_cache=False).logits[:, :-1] / 0.9, said)
+            with torch.no_grad():
+                old, start = known(net), known(reference)
+            now = known(net)
+            loss = -torch.exp(now - old).clamp(0.8, 1.2) + 0.01 * (torch.exp(start - now) - (start - now) - 1)
+            loss.mean().backward()
+        stepper.step()
+        stepper.zero_grad()
+
+
+def measure(setting: str) -> None:
+    "Print by how many bytes the resident memory grows at most during the steps of a setting."
+    import ctypes
+    import gc
+
+    import torch
+
+    torch.set_num_threads(1)
+    given = SETTINGS[setting]
+    steps(**given | {"micro_batch": 1, "answer": 8, "vocabulary": 512})  # loads what is loaded late
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    here = lambda key: next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    before = here("VmRSS")
+    steps(**given)
+    print(here("VmHWM") - before)
+
+
+def estimated(setting: str) -> float:
+    "Bytes that the estimate gives for a setting, without the constant for Python and libraries."
+    from medvlthinker.fit import Machine, Plan, Row, Shape, estimate
+
+    given = SETTINGS[setting]
+    shape = Shape(512, 1408, 8, 8, 2, 8192, True, v_hidden=64, v_inner=128, v_layers=2)
+    rows, method = given.get("micro_batch", 4), given.get("method", "SFT")
+    plan = Plan(setting, method, "trl", Row(64, 0, given.get("answer", 448)), batch=1, micro_batch=rows, lora_rank=given.get("lora_rank", 0),
+                gradient_checkpointing=given.get("gradient_checkpointing", False), reference=method == "RL", whole_logits=True)
+    return sum(size for what, _, size in estimate(shape, plan, Machine(0, 64.0)) if "libraries" not in what)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_estimate_of_memory_is_within_a_quarter(setting):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from Linux's /proc; this machine has none")
+    done = python(Path(__file__), "measure", setting, OMP_NUM_THREADS=1, MALLOC_MMAP_THRESHOLD_=1 << 20)
+    measured, expected = int(done.stdout.split()[-1]), estimated(setting)
+    print(f"{setting:20} measured {measured / 2**20:7.0f} MiB, estimated {expected / 2**20:7.0f} MiB, {100 * (expected / measured - 1):+.1f} %")
+    assert abs(expected / measured - 1) <= 0.25
+
+
+if __name__ == "__main__":
+    measure(sys.argv[2]) if sys.argv[1] == "measure" else train_sharded(*sys.argv[1:])

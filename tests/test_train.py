@@ -1,0 +1,165 @@
+"""Training as processes: killed and called again it ends with the same weights, two processes share a run, adapters become a model, and mistakes are sentences."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, says
+from medvlthinker import phantom, tiny, train
+from medvlthinker.checkpoint import merge
+from medvlthinker.config import UserError, Workspace, load_profile
+from medvlthinker.recipe import find
+from medvlthinker.sample import write_samples
+from medvlthinker.sft import WHOLE, accelerate_config, accelerate_file, last_whole
+from medvlthinker.train import curves
+from safetensors.numpy import load_file
+
+SFT = ("medvlthinker.sft", "smoke", "recipe=tiny-SFT_PMC", "train_limit=64", "max_steps=10")
+GRPO = ("medvlthinker.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=8")
+
+
+@pytest.fixture
+def ready(warm_home) -> Path:
+    "A home with the warm model and a curated corpus."
+    write_samples(phantom.corpus("pmc_vqa", 40), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    return warm_home
+
+
+def weights(home: Path, recipe: str, update: int) -> dict:
+    path, = (home / "smoke" / "checkpoints" / f"{recipe}.training").glob(f"*/checkpoint-{update}")
+    assert (path / WHOLE).is_file()
+    return load_file(path / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def killed_at(words, home: Path, recipe: str, step: int) -> None:
+    "Start a run, and end it with SIGKILL once its curves have come to a step."
+    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env={**os.environ, "MEDVLTHINKER_HOME": str(home)}, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and len(curves(find(recipe), Workspace("smoke"))) < step:
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("words, recipe, steps, at", [(SFT, "tiny-SFT_PMC", 10, 6), (GRPO, "tiny-RL_PMC", 8, 7)])
+def test_killed_and_called_again(ready, tmp_path, monkeypatch, words, recipe, steps, at):
+    "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
+    whole = tmp_path / "whole"
+    shutil.copytree(ready, whole)
+    done = python("-m", *words, MEDVLTHINKER_HOME=whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed_at(words, ready, recipe, at)
+    torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    done = python("-m", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from a checkpoint" in done.stdout and not torn.exists(), done.stdout
+    mine = curves(find(recipe), Workspace("smoke"))
+    assert mine.tokens.is_monotonic_increasing
+    assert list(mine.index) == list(range(1, steps + 1)), "every step once"
+    monkeypatch.setenv("MEDVLTHINKER_HOME", str(whole))
+    theirs = curves(find(recipe), Workspace("smoke"))
+    assert (mine.drop(columns="seconds") == theirs.drop(columns="seconds")).all().all()
+    assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
+    start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
+    assert not same(weights(ready, recipe, steps), start), "and they have moved"
+    began = time.monotonic()
+    assert python("-m", *words, MEDVLTHINKER_HOME=ready).returncode == 0 and time.monotonic() - began < 120
+    assert len(curves(find(recipe), Workspace("smoke"))) == steps, "a run that has ended is not run again"
+
+
+def test_two_processes_share_a_run(ready):
+    "The same rows, the same number of steps, one set of curves: two processes over gloo, started as accelerate starts GPUs."
+    profile, workspace = load_profile("smoke", gpus=0), Workspace("smoke")
+    config = {**accelerate_config(find("tiny-SFT_PMC"), profile), "num_processes": 2}
+    path = accelerate_file(find("tiny-SFT_PMC"), workspace)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(config))
+    done = python("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(curves(find("tiny-SFT_PMC"), workspace).index) == [1, 2, 3, 4]
+    assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
+    folder, = (workspace.checkpoints / "tiny-SFT_PMC.training").iterdir()
+    assert last_whole(folder)[1] == 4
+
+
+def test_adapters_become_a_model(ready):
+    "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
+    done = python("-m", "medvlthinker.train", *SFT[1:-1], "max_steps=4", "lora_rank=4")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    home = ready / "smoke" / "checkpoints"
+    model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
+    assert model.keys() == start.keys()
+    moved = {name for name in model if not (model[name] == start[name]).all()}
+    assert moved == {name for name in model if "visual" not in name and name.split(".")[-2].endswith("_proj")}
+    checkpoint = next(home.glob("tiny-SFT_PMC.training/*/checkpoint-4"))
+    merge(checkpoint, str(home / "tiny"), ready / "again", checkpoint.parent.parent)
+    assert same(load_file(ready / "again" / "model.safetensors"), model)
+
+
+@pytest.fixture
+def blank(home, tmp_path) -> Path:
+    "A home without models, and beside it an embedded one that was not warmed up."
+    return tiny.build(tmp_path / "blank")
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["recipe=3B-RL_m32k"], ["No recipe '3B-RL_m32k'; known are", "3B-RL_m23k"]),
+    (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
+    (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors)"]),
+    (["recipe=tiny-SFT_PMC", "init=nowhere"], ["No model 'nowhere'"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no chains of thought to imitate", "23_distill"]),
+    (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
+    (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
+    (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
+    (["recipe=tiny-RL_m23k", "init=BLANK", "max_rejected=1"], ["No row of m23k-tiny-easy_to_hard.parquet can be used for tiny-RL_m23k", "longer than 512 tokens"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=wandb"], ["report_to=wandb needs the package wandb"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "train_limit=40", "max_steps=2", "seed=x"], ["seed wants a whole number"]),
+])
+def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
+    (tmp_path / "hollow").mkdir()
+    shutil.copy(blank / "config.json", tmp_path / "hollow")
+    (tmp_path / "pictures" / "PMC-VQA" / "images").mkdir(parents=True)
+    (tmp_path / "pictures" / "PMC-VQA" / "images" / "a.png").write_bytes(phantom.corpus("pmc_vqa", 1)[0].images[0])
+    columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
+    (tmp_path / "pictures" / "PMC-VQA" / "train.csv").write_text(columns + "a.png,What is it?,lung,A:lung,B:liver,C:knee,D:skull,A\n")
+    long = phantom.corpus("m23k", 1)[0]
+    write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
+    write_samples(phantom.corpus("pmc_vqa", 3), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as said:
+        train.main(["smoke", *(word.replace("BLANK", str(blank)) for word in words)])
+    for part in parts:
+        assert part in str(said.value)
+    assert not [path for path in Workspace("smoke").checkpoints.iterdir() if (path / "config.json").exists()], "nothing stands under a final name"
+
+
+def test_a_mistake_ends_the_command_with_one_sentence(home):
+    says(python("-m", "medvlthinker.train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
+    says(python("-m", "medvlthinker.sft", "smoke", "recipe=tiny-RL_PMC"), "this module trains SFT")
+
+
+def test_what_a_trainer_says_last_is_the_sentence(ready):
+    "The process that trains dies; its last words are in the message, and its log is kept."
+    curated = Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
+    assert python("-m", *GRPO[:-1], "max_steps=1").returncode == 0
+    shutil.rmtree(next(Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/checkpoint-1")))
+    arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")
+    shutil.rmtree(arrow)
+    arrow.write_text("a file where a folder should be")
+    done = python("-m", "medvlthinker.train", *GRPO[1:-1], "max_steps=1")
+    assert curated.is_file()
+    says(done, "medvlthinker.grpo smoke ended with exit code", "train.log")

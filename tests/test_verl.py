@@ -1,0 +1,331 @@
+"""What needs verl: its configuration takes our commands, its dataset reads our rows, and it trains, saves, is killed, goes on and merges for real, on the CPU."""
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, split
+from medvlthinker import phantom
+from medvlthinker.config import Workspace, load_profile
+from medvlthinker.recipe import RECIPES, find
+from medvlthinker.sample import write_samples
+from medvlthinker.verl_backend import latest_checkpoint, overrides, parquet, rows_of, validation_parquet, verl_row, write_rows
+
+pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh test all installs it")]
+
+# --- (a) the configuration -------------------------------------------------------------------------------------------------
+
+# As published, written down by hand from the paper's launch scripts, not from medvlthinker.recipe:
+# shuffle, batch, mini batch, micro batch per GPU, tensor parallel, nodes, epochs, save and test frequency, checkpoints kept, validation before training
+PUBLISHED = {
+    "3B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None, True),
+    "7B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None, True),
+    "3B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None, True),
+    "7B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None, True),
+    "3B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None, True),
+    "7B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None, True),
+    "3B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None, True),
+    "7B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None, True),
+    "3B-RL_PMC-easy_to_hard": (False, 256, 128, 16, 2, 1, 1, 100, 2, True),
+    "7B-RL_PMC-easy_to_hard": (False, 256, 128, 32, 2, 1, 1, 100, None, True),
+    "32B-RL_m23k": (True, 128, 64, 16, 4, 4, 5, 50, 2, False),
+    "3B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3, True),
+    "7B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3, True),
+    "3B-SFT_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, None, True),
+    "7B-SFT_m23k-RL_PMC": (True, 64, 32, 4, 2, 1, 1, 50, None, True),
+    "7B-SFT_m23k-RL_PMC-sft_epoch_5": (True, 64, 32, 4, 2, 1, 1, 50, None, True),
+}
+PLACES = ("data.shuffle", "data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+          "actor_rollout_ref.rollout.tensor_model_parallel_size", "trainer.nnodes", "trainer.total_epochs", "trainer.save_freq", "trainer.max_actor_ckpt_to_keep",
+          "trainer.val_before_train")
+SHARED = {  # the same in all of the paper's runs: first what its scripts set, then what they left at the default of the verl of their time
+    "algorithm.adv_estimator": "grpo", "algorithm.use_kl_in_reward": False, "data.max_prompt_length": 2048, "data.max_response_length": 4096,
+    "data.filter_overlong_prompts": False, "data.truncation": "error", "data.image_key": "images", "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.model.use_remove_padding": True, "actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_coef": 0.01,
+    "actor_rollout_ref.actor.kl_loss_type": "low_var_kl", "actor_rollout_ref.actor.entropy_coeff": 0, "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+    "actor_rollout_ref.actor.fsdp_config.param_offload": False, "actor_rollout_ref.actor.fsdp_config.optimizer_offload": False,
+    "actor_rollout_ref.ref.fsdp_config.param_offload": True, "actor_rollout_ref.rollout.name": "vllm", "actor_rollout_ref.rollout.n": 8,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6, "actor_rollout_ref.rollout.enable_chunked_prefill": False,
+    "actor_rollout_ref.rollout.enforce_eager": False, "actor_rollout_ref.rollout.free_cache_engine": False, "trainer.critic_warmup": 0, "trainer.n_gpus_per_node": 8,
+    "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
+    "reward.custom_reward_function.reward_kwargs.rule": "reward",
+    "actor_rollout_ref.actor.clip_ratio": 0.2, "actor_rollout_ref.actor.clip_ratio_low": 0.2, "actor_rollout_ref.actor.clip_ratio_high": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_c": 3.0, "actor_rollout_ref.actor.loss_agg_mode": "token-mean", "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0, "actor_rollout_ref.actor.optim.weight_decay": 0.01, "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant", "actor_rollout_ref.actor.optim.lr_warmup_steps": 0, "actor_rollout_ref.actor.strategy": "fsdp",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla", "actor_rollout_ref.actor.shuffle": False,
+    "algorithm.norm_adv_by_std_in_grpo": True, "algorithm.gamma": 1.0, "algorithm.lam": 1.0, "algorithm.filter_groups.enable": False,
+    "algorithm.rollout_correction.rollout_is": None, "algorithm.rollout_correction.rollout_rs": None,  # a default that would change the loss if it were on
+    "actor_rollout_ref.rollout.temperature": 1.0, "actor_rollout_ref.rollout.top_p": 1.0, "actor_rollout_ref.rollout.top_k": -1,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": False, "actor_rollout_ref.rollout.val_kwargs.temperature": 0, "actor_rollout_ref.rollout.max_model_len": 6144,
+    "trainer.balance_batch": True, "trainer.resume_mode": "auto", "reward.reward_manager.name": "naive", "reward.reward_model.enable": False,
+    "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"], "actor_rollout_ref.model.lora_rank": 0, "trainer.device": "cuda",
+    "trainer.v1.trainer_mode": "sync", "data.val_files": "/data/validation.parquet",
+}
+
+
+def words(name: str) -> list[str]:
+    return overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet", "/checkpoints/here", "/data/validation.parquet")
+
+
+def published(name: str) -> dict:
+    stopped = {"3B-SFT_m23k-RL_PMC": 1150}.get(name)  # by hand: 64 % of an epoch; all others ran to their end
+    return SHARED | dict(zip(PLACES, PUBLISHED[name])) | {"trainer.test_freq": PUBLISHED[name][7], "trainer.total_training_steps": stopped}
+
+
+def different(composed, name: str) -> dict:
+    "The keys whose composed value is not the published one."
+    from omegaconf import OmegaConf
+
+    plain = lambda value: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    found = {key: plain(OmegaConf.select(composed, key, throw_on_missing=True)) for key in published(name)}
+    return {key: (found[key], value) for key, value in published(name).items() if found[key] != value}
+
+
+def test_every_recipe_is_composed_as_published():
+    "verl's own configuration takes every word of every command, passes verl's own check, and ends with the published values."
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    assert set(PUBLISHED) == {name for name, recipe in RECIPES.items() if recipe.method == "RL" and recipe.size != "tiny"}
+    with initialize_config_dir(str(Path(importlib.util.find_spec("verl").origin).parent / "trainer" / "config"), version_base=None):
+        for name in PUBLISHED:
+            composed = compose("ppo_trainer", words(name))
+            assert different(composed, name) == {}, name
+            assert need_reference_policy(composed) and not need_critic(composed)
+            validate_config(composed, use_reference_policy=True, use_critic=False)
+        with pytest.raises(Exception, match="no_such_key"):
+            compose("ppo_trainer", [*words(name), "trainer.no_such_key=1"])
+
+
+def test_the_command_itself_is_composed():
+    "The program as it is started, up to the composed configuration, for the run on four nodes."
+    from omegaconf import OmegaConf
+
+    done = python("-m", "verl.trainer.main_ppo", *words("32B-RL_m23k"), "--cfg", "job", "--resolve", cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert different(OmegaConf.create(done.stdout[done.stdout.index("actor_rollout_ref:"):]), "32B-RL_m23k") == {}
+
+
+# --- (b) the data ----------------------------------------------------------------------------------------------------------
+
+
+def verl_dataset(path, model: Path, most: int, filtered: bool = False):
+    from omegaconf import OmegaConf
+    from transformers import AutoProcessor
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    processor = AutoProcessor.from_pretrained(model)
+    config = OmegaConf.create({"max_prompt_length": most, "filter_overlong_prompts": filtered, "filter_overlong_prompts_workers": 1, "truncation": "error",
+                               "cache_dir": str(Path(path).parent / "verl_cache"), "image_key": "images", "return_raw_chat": True})
+    return RLHFDataset(str(path), processor.tokenizer, config, processor)
+
+
+@pytest.fixture(scope="module")
+def blank_tiny(tmp_path_factory) -> Path:
+    from medvlthinker import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
+    "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
+    samples = phantom.corpus("pmc_vqa", 150, 0)
+    samples.insert(1, next(sample for sample in phantom.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
+    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "scans.parquet")
+    read = verl_dataset(tmp_path / "scans.parquet", blank_tiny, 512)
+    assert len(read) == 151
+    for place in (0, 1, 64, 150):
+        sample, row = samples[place], read[place]
+        content = row["raw_prompt"][0]["content"]
+        assert [part["type"] for part in content] == ["image"] * len(sample.images) + ["text"]
+        assert all(part["image"].tobytes() == picture.tobytes() for part, picture in zip(content, sample.pictures()))
+        assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
+        assert json.loads(row["extra_info"]["options"]) == sample.options
+    texts = phantom.corpus("m23k", 10, 0)
+    write_rows((verl_row(sample, place) for place, sample in enumerate(texts)), tmp_path / "texts.parquet")
+    assert [row["raw_prompt"][0]["content"] for row in verl_dataset(tmp_path / "texts.parquet", blank_tiny, 512)] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
+
+
+@pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
+def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
+    "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
+    from medvlthinker.preflight import lengths
+    from transformers import AutoProcessor
+
+    samples = phantom.corpus(corpus, 60, 1)
+    most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
+    ours = parquet(samples, tmp_path / "ours.parquet", str(blank_tiny), most, {})
+    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
+    assert 0 < rows_of(ours) < 60
+    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == rows_of(ours) == len(verl_dataset(tmp_path / "all.parquet", blank_tiny, most, filtered=True))
+
+
+def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_tiny, real_data):
+    "The same with pictures of real sizes under the limits of Qwen2.5-VL's processor, at five limits that cut through them."
+    from medvlthinker import benchmark
+    from medvlthinker.preflight import lengths
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(blank_tiny)
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
+    shutil.copytree(blank_tiny, tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    samples = []
+    for name in ("vqa_rad_closed", "MMMU-medical", "pmc_vqa"):
+        samples += split(benchmark.local_rows(name, *benchmark.local_copy(name, str(real_data))))[0][:36]
+    counted = sorted(lengths(samples, AutoProcessor.from_pretrained(tmp_path / "model")).prompt_tokens)
+    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
+    assert len(samples) >= 20 and counted[-1] > 2 * counted[0]
+    for most in counted[2::len(counted) // 5]:
+        assert len(verl_dataset(tmp_path / "all.parquet", tmp_path / "model", int(most), filtered=True)) == sum(count <= most for count in counted)
+
+
+def test_the_validation_set(home, own_cache, blank_tiny):
+    "All six test sets in one file, as verl reads it; made once."
+    recipe, profile, workspace = find("tiny-RL_PMC"), load_profile("smoke", limit=5), Workspace("smoke")
+    path = validation_parquet(recipe, profile, workspace, str(blank_tiny))
+    made = path.stat().st_mtime_ns
+    assert validation_parquet(recipe, profile, workspace, str(blank_tiny)).stat().st_mtime_ns == made
+    read = verl_dataset(path, blank_tiny, 512)
+    assert len(read) == 30 and len({read[place]["extra_info"]["dataset_name"] for place in range(30)}) == 6 and read[7]["extra_info"]["split"] == "test"
+
+
+# --- (c), (d), (e) the run -------------------------------------------------------------------------------------------------
+
+RUN = """
+from dataclasses import replace
+from medvlthinker.config import Workspace, load_profile
+from medvlthinker.recipe import find
+from medvlthinker.verl_backend import train
+from medvlthinker.verl_cpu import cpu_environment, cpu_overrides
+
+recipe = find("tiny-RL_PMC")
+recipe = replace(recipe, how=replace(recipe.how, kl_coef=0.01, warmup_steps=0, save_every=1, keep=0))
+train(recipe, load_profile("smoke", max_steps=2), Workspace("smoke"), cpu_overrides(), cpu_environment())
+"""
+
+
+def begin(log: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN], stdout=open(log, "w"), stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
+
+
+def slow(log: Path) -> bool:
+    "Ray gives its own processes 30 seconds to start, and no setting for more; a machine busy with other things may need them."
+    return "The current node timed out during startup" in log.read_text()
+
+
+def not_in_time(log: Path, code: int | None) -> None:
+    if code and slow(log):
+        pytest.skip("Ray's own processes did not start within its 30 seconds, in several attempts; this machine is too busy for the run of verl")
+
+
+def processes_of(home: Path) -> list[int]:
+    "Processes whose environment names this home, zombies left aside."
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.fsencode(home) in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
+    "Two steps of GRPO with images through verl itself, SIGKILL after the first; the same command goes on, and the merged model is the trained one."
+    write_samples(phantom.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    folder, logs = warm_home / "smoke" / "checkpoints" / "tiny-RL_PMC.training", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
+    first, begun = begin(tmp_path / "first.log"), 1
+    try:
+        until = time.monotonic() + 1800
+        while not lines(logs / "metrics.jsonl") and time.monotonic() < until and (first.poll() is None or slow(tmp_path / "first.log") and begun < 4):
+            if first.poll() is not None:
+                first, begun = begin(tmp_path / "first.log"), begun + 1
+            time.sleep(0.2)
+        not_in_time(tmp_path / "first.log", first.poll())
+        assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    until = time.monotonic() + 60
+    while processes_of(warm_home) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not processes_of(warm_home)  # Ray's processes ended with the one that started them
+    assert latest_checkpoint(folder)[0] == 1 and [row["step"] for row in lines(logs / "metrics.jsonl")] == [1]
+    torn = folder / "global_step_2" / "actor"  # as if the kill had come a second later: a folder begun, a number emptied
+    torn.mkdir(parents=True, exist_ok=True)
+    (torn / "model_world_size_1_rank_0.pt").write_bytes(b"PK\x03\x04 torn")
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+
+    starts = len(list(logs.glob("verl-*.sh")))
+    second = begin(tmp_path / "second.log")
+    while second.wait(1800) and slow(tmp_path / "second.log") and starts < 5:
+        second, starts = begin(tmp_path / "second.log"), starts + 1
+    not_in_time(tmp_path / "second.log", second.returncode)
+    assert second.returncode == 0, (tmp_path / "second.log").read_text()[-3000:]
+    assert "step 1 of 2" in (tmp_path / "second.log").read_text()
+    step, last = latest_checkpoint(folder)
+    assert step == 2 and (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
+    rows = lines(logs / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and [row["step"] for row in lines(logs / f"verl-{starts + 1:03}.jsonl")] == [2]
+    assert all(0 < row["reward"] < 1 and 1 < row["length"] <= 48 and row["learning_rate"] > 0 and row["seconds"] > 0 and row["tokens"] > 0 for row in rows)
+    assert {"kl", "entropy", "loss", "grad_norm"} <= set(rows[0]) and rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 0
+    merged_is_trained(warm_home, last, tmp_path / "merged")
+
+    third = begin(tmp_path / "third.log")  # nothing is left to do
+    assert third.wait(300) == 0 and len(list(logs.glob("verl-*.sh"))) == starts + 1
+
+
+def merged_is_trained(home: Path, last: Path, merged: Path) -> None:
+    "verl's merger makes safetensors that transformers loads; they give the logits of the sharded weights, and not those of the start."
+    import torch
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from medvlthinker.prompt import messages
+
+    done = python("-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", last / "actor", "--target_dir", merged)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (merged / "model.safetensors").is_file() and not list(merged.glob("*.bin"))
+    start = home / "smoke" / "checkpoints" / "tiny"
+    processor = AutoProcessor.from_pretrained(start)
+    inputs = processor.apply_chat_template(messages(phantom.corpus("pmc_vqa", 1, 9)[0]), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+    def logits(folder, weights=None):
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        if weights:
+            model.load_state_dict(weights)
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    shard = torch.load(last / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)  # a pickle that this test has just had written
+    weights = {name: getattr(value, "_local_tensor", value).bfloat16().float() for name, value in shard.items()}  # one rank holds all; the merger writes bfloat16
+    ours, trained = logits(merged), logits(start, weights)
+    assert (ours - logits(start)).abs().max() > 1e-3
+    torch.testing.assert_close(ours, trained, rtol=0, atol=1e-5)
+
+
+def test_bad_commands_say_why(tmp_path):
+    "On a machine without GPUs a paper recipe is refused in one sentence, before anything is written."
+    import torch
+    from medvlthinker.config import UserError
+    from medvlthinker.verl_backend import ready
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    with pytest.raises(UserError, match="wants 8 GPUs, and this machine has 0"):
+        ready(find("3B-RL_PMC"), load_profile("paper"))
+    with pytest.raises(UserError, match="gpus=0"):
+        ready(find("3B-RL_PMC"), load_profile("smoke"))
+    with pytest.raises(UserError, match="ray start --head"):
+        ready(find("32B-RL_m23k"), load_profile("paper"))
