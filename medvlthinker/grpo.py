@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['rewards', 'grpo_chat', 'grpo_settings', 'train_grpo', 'main']
 
-# %% ../nbs/32_grpo.ipynb #ef3a5e0c
+# %% ../nbs/32_grpo.ipynb #ff44a61a
 import contextlib
 from pathlib import Path
 
 from .config import UserError, command
 from .grade import compute_score
 from .prompt import user_text
+from .recipe import steps_per_epoch
 from .rollout import alone
-from .sft import Run, callbacks, chats, checkpoint, ended, go, open_model, opened, processes, shared_settings
+from .sft import Run, callbacks, chats, checkpoint, ended, go, last_whole, open_model, opened, processes, shared_settings
 
 # %% ../nbs/32_grpo.ipynb #a2dea907
 def rewards(
@@ -52,17 +53,26 @@ def grpo_settings(run: Run, processor) -> dict:
             "scale_rewards": "group", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": how.warmup_steps * updates, "logging_steps": updates,
             "save_total_limit": max(2, how.keep) if how.keep else None, "generation_kwargs": {} if vllm else {"suppress_tokens": unseen}, **vllm}
 
-# %% ../nbs/32_grpo.ipynb #3473df2e
+# %% ../nbs/32_grpo.ipynb #1bb9febc
 def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
     from trl import GRPOConfig, GRPOTrainer
 
     how = run.recipe.how
     updates = how.batch // how.mini_batch
+    passes = last_whole(run.folder)[1] // updates // steps_per_epoch(run.recipe, len(run.rows))
+
+    class Trainer(GRPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            sampler = super()._get_train_sampler(dataset)
+            for _ in range(passes):  # each pass draws its order from the one before; after a kill TRL would begin with the first again
+                next(iter(sampler))
+            return sampler
+
     if not ended(run, updates):
         model, processor, lora = open_model(run)
-        go(run, GRPOTrainer(model=model, args=GRPOConfig(**grpo_settings(run, processor)), train_dataset=chats(run, grpo_chat), processing_class=processor,
-                            reward_funcs=rewards(how.rule), peft_config=lora, callbacks=callbacks(run, updates)), updates)
+        go(run, Trainer(model=model, args=GRPOConfig(**grpo_settings(run, processor)), train_dataset=chats(run, grpo_chat), processing_class=processor,
+                        reward_funcs=rewards(how.rule), peft_config=lora, callbacks=callbacks(run, updates)), updates)
     return checkpoint(run, run.takes, updates)
 
 # %% ../nbs/32_grpo.ipynb #26ef943c

@@ -177,7 +177,7 @@ def execute(
         made += [workspace.checkpoints / step.value / "config.json"] * (step.parameter == "recipe")
         facts["outputs"] = sorted({str(p.relative_to(workspace.root)) for p in made if p.stat().st_mtime >= began - 1 or p.parent.parent == workspace.checkpoints})
 
-# %% ../nbs/60_pipeline.ipynb #1215c38e
+# %% ../nbs/60_pipeline.ipynb #6d260701
 def run(
     profile: Profile,
     at_once: int = 0,  # steps that run side by side; 0 for two on a CPU and one on GPUs
@@ -187,6 +187,7 @@ def run(
     from doit.doit_cmd import DoitMain
 
     plan = steps(profile)  # before doit, which would turn a user's mistake into a traceback
+    os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:
         os.environ["OMP_NUM_THREADS"] = "1"
     reasons, ran, failed = {}, [], []

@@ -202,7 +202,7 @@ def cut_metrics(
     with writing(path) as file:
         file.writelines(line + "\n" for line in kept)
 
-# %% ../nbs/31_sft.ipynb #af3cbb35
+# %% ../nbs/31_sft.ipynb #63be94ab
 def last_whole(
     folder: Path,  # of a run
 ) -> tuple[str | None, int]:  # the checkpoint's path (None where there is none) and its step
@@ -212,11 +212,11 @@ def last_whole(
         if (path / WHOLE).is_file():
             found[int(path.name.split("-")[1])] = path
         elif path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # of several processes each may be at it
     step = max(found, default=0)
     return (str(found[step]), step) if step else (None, 0)
 
-# %% ../nbs/31_sft.ipynb #53f9f965
+# %% ../nbs/31_sft.ipynb #d940372e
 def callbacks(
     run: Run,
     per_step: int = 1,  # the trainer's updates in one step of the recipe
@@ -236,8 +236,10 @@ def callbacks(
                 return
             step, seconds = state.global_step // per_step, time.monotonic() - self.began
             values = {"step": step, **{name: float(logs[key]) for key, name in NAMES.items() if key in logs}, "seconds": round(seconds, 1)}
-            if values.get("tokens", 0) < self.before:  # the trainer counts anew after a kill
-                values["tokens"] += self.before
+            if "tokens" in values:
+                if self.before is not None:  # the first line since the start: after a kill the trainer counts anew
+                    self.offset, self.before = self.before if values["tokens"] <= self.before else 0, None
+                values["tokens"] += self.offset
             with open(run.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
             if step % max(1, run.steps // 10) == 0 or seconds - self.told > 60:

@@ -150,7 +150,7 @@ def curve_figure(
     rows = -(-len(names) // 3)
     return figure.update_layout(template="plotly_white", showlegend=False, height=90 + 210 * rows, title=title, margin=dict(l=50, r=10, t=70, b=40)).update_xaxes(title="step", row=rows)
 
-# %% ../nbs/37_train.ipynb #50a02a37
+# %% ../nbs/37_train.ipynb #7d7e1c5b
 def watch(
     recipe: Recipe,
     workspace: Workspace,
@@ -159,10 +159,11 @@ def watch(
     "A `show` for `train` that prints each line, as the pipeline passes it on, and keeps a figure of the curves up to date."
     from IPython.display import display
 
-    handle, drawn = display(curve_figure(curves(recipe, workspace), recipe.name), display_id=True), [time.monotonic()]
+    batch = "MEDVLTHINKER_BATCH" in os.environ  # the pipeline's executed copies would keep every drawing
+    handle, drawn = None if batch else display(curve_figure(curves(recipe, workspace), recipe.name), display_id=True), [time.monotonic()]
 
-    def show(line: str = "", now: bool = False):
-        if line:
+    def show(text: str = "", now: bool = False):
+        for line in text.splitlines():
             print("|", line)
         if handle and (now or time.monotonic() - drawn[0] > every):
             handle.update(curve_figure(curves(recipe, workspace), recipe.name))
