@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'medvlthinker.checkpoint._is_weights': ( 'checkpoint.html#_is_weights',
                                                                                   'medvlthinker/checkpoint.py'),
                                          'medvlthinker.checkpoint._made_by': ('checkpoint.html#_made_by', 'medvlthinker/checkpoint.py'),
+                                         'medvlthinker.checkpoint._member': ('checkpoint.html#_member', 'medvlthinker/checkpoint.py'),
                                          'medvlthinker.checkpoint._merge_sharded_adapter': ( 'checkpoint.html#_merge_sharded_adapter',
                                                                                              'medvlthinker/checkpoint.py'),
                                          'medvlthinker.checkpoint._read': ('checkpoint.html#_read', 'medvlthinker/checkpoint.py'),

@@ -7,8 +7,8 @@ __all__ = ['FROM_BASE', 'checkpoint_at', 'layout_of', 'refuse_pickles', 'check_s
            'merge_adapter', 'base_folder', 'merge', 'finish', 'card_data', 'model_card', 'check_card', 'write_card',
            'push', 'main']
 
-# %% ../nbs/33_checkpoint.ipynb #e1c3de6e
-import argparse, contextlib, datetime, importlib.util, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
+# %% ../nbs/33_checkpoint.ipynb #5dec28ef
+import argparse, contextlib, datetime, enum, importlib.util, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def refuse_pickles(
             if not inside or not path.resolve().is_relative_to(Path(own).resolve()):
                 raise UserError(f"{path} is a pickle, which can run code when it is loaded, and {checkpoint} is not the training folder of this run; only safetensors are read from elsewhere.")
 
-# %% ../nbs/33_checkpoint.ipynb #862161d9
+# %% ../nbs/33_checkpoint.ipynb #c2553b20
 _IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {"Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
                                               "TensorProperties", "_MEM_FORMAT_ENCODING"},
@@ -74,12 +74,21 @@ _IN_METADATA = {
 }
 
 
+def _member(kind, name):
+    "What Python 3.11 before 3.11.4 writes for a member of an enumeration, `getattr(class, name)`; nothing else is looked up."
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError("it looks up an attribute")
+    return kind[name]
+
+
 class _Metadata(pickle.Unpickler):
     "Reads the `.metadata` of a distributed checkpoint and refuses any other class."
 
     def find_class(self, module: str, name: str):
         import torch
 
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in _IN_METADATA.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")

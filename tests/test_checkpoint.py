@@ -133,6 +133,15 @@ def test_a_shard_of_the_other_rank_is_missing_or_cut(tmp_path, full_run):
     assert (merge(checkpoint, str(base), tmp_path / "final", own=own) / "model.safetensors").is_file()
 
 
+def test_metadata_may_name_a_member_and_nothing_else(tmp_path):
+    "An older Python writes a member of an enumeration as a look-up of an attribute; a look-up on anything else is refused."
+    from medvlthinker.checkpoint import check_shards
+
+    (tmp_path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(cpathlib\nPath\nX\x03\x00\x00\x00cwdtR.")
+    with pytest.raises(UserError, match="it looks up an attribute"):
+        check_shards(tmp_path)
+
+
 @pytest.mark.heavy
 def test_verl_merges_two_ranks(tmp_path):
     if not importlib.util.find_spec("verl"):
