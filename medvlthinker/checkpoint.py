@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FROM_BASE', 'checkpoint_at', 'layout_of', 'refuse_pickles', 'check_shards', 'skeleton', 'to_vlm_keys',
-           'merge_adapter', 'base_folder', 'merge', 'finish', 'card_data', 'model_card', 'check_card', 'write_card',
-           'push', 'main']
+           'merge_adapter', 'replacing', 'base_folder', 'merge', 'finish', 'card_data', 'model_card', 'check_card',
+           'write_card', 'push', 'main']
 
-# %% ../nbs/33_checkpoint.ipynb #5dec28ef
-import argparse, contextlib, datetime, enum, importlib.util, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
+# %% ../nbs/33_checkpoint.ipynb #4ad6ad44
+import argparse, contextlib, enum, importlib.util, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,19 +16,19 @@ from .benchmark import HUB
 from .config import Profile, UserError, Workspace, _alive, command, file_hash, launch, load_profile, manifest_path, parse_words, recording, stale, unwritable, writing
 from .corpus import PUBLISHED, REASONED
 from .engine import model_fingerprint
-from .recipe import BASES, RECIPES, Recipe, chain, find, starting_point, training_data, training_folder
+from .recipe import Recipe, chain, find, model_folder, starting_point, training_data, training_folder
 from .rollout import folder_name
 from .source import source_of
 from .stats import wilson
 
-# %% ../nbs/33_checkpoint.ipynb #50b0ac15
+# %% ../nbs/33_checkpoint.ipynb #9121ff9c
 def checkpoint_at(
     training,  # the folder in which a run keeps its checkpoints
     step: int = 0,  # 0 for the last one
 ) -> Path:
     "The folder of a run's checkpoint; `UserError` where there is none."
     found = {}
-    for path in Path(training).glob("*"):
+    for path in sorted([*Path(training).glob("*"), *Path(training).glob("*/*")], key=lambda path: path.stat().st_mtime):  # TRL's runs have a folder each; the newest counts
         if path.is_dir() and (match := re.fullmatch(r"(?:checkpoint-|global_step_)(\d+)", path.name)):
             found[int(match[1])] = path / "actor" if (path / "actor").is_dir() else path
     if not found:
@@ -243,9 +243,9 @@ def _merge_sharded_adapter(base: Path, folder: Path, weights: dict, spare: Path)
     save_file({name.replace(".default.", "."): weight.contiguous() for name, weight in weights.items() if "lora_" in name}, spare / "adapter_model.safetensors")
     return merge_adapter(base, spare)
 
-# %% ../nbs/33_checkpoint.ipynb #77cd6625
+# %% ../nbs/33_checkpoint.ipynb #e92c830c
 @contextlib.contextmanager
-def _whole(folder: Path):
+def replacing(folder: Path):
     "A folder to fill, which takes the name of `folder` when the block ends well."
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something that is not a model; name another folder, or empty this one.")
@@ -286,7 +286,7 @@ def base_folder(
     except Exception as error:  # the hub's errors are many
         raise UserError(f"The base model {base} cannot be fetched: {' '.join(str(error).split())[:160]}") from None
 
-# %% ../nbs/33_checkpoint.ipynb #6bf7e7b4
+# %% ../nbs/33_checkpoint.ipynb #c133d8d4
 def _weights_of(layout: str, checkpoint: Path, base: str, spare: Path, log) -> dict:
     "The weights of a checkpoint of any layout; adapters are merged."
     if layout == "adapter":
@@ -337,7 +337,7 @@ def merge(
         return folder
     logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with recording(folder, inputs) as facts, _whole(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merge-") as spare:
+    with recording(folder, inputs) as facts, replacing(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merge-") as spare:
         weights = _completed(_weights_of(layout, checkpoint, base, Path(spare), log or Path(spare, "log")), net, base, getattr(torch, inputs["dtype"]))
         net.save_pretrained(part, state_dict=weights, max_shard_size="5GB")
         for name in FROM_BASE:
@@ -351,7 +351,7 @@ def _is_weights(path: Path, checkpoint: Path) -> bool:
     "Is a file one that the merged model is made from? Optimizer states and random states are not."
     return "pytorch_model_fsdp_0" in path.relative_to(checkpoint).parts or re.match(r"model.*\.(pt|safetensors)$|adapter_|fsdp_config|lora_train", path.name) is not None
 
-# %% ../nbs/33_checkpoint.ipynb #16717103
+# %% ../nbs/33_checkpoint.ipynb #e71ca97f
 def finish(
     recipe: Recipe,
     workspace: Workspace,
@@ -360,7 +360,7 @@ def finish(
 ) -> Path:
     "The model of a recipe's run, merged into its place in the workspace."
     own = training_folder(recipe, workspace)
-    folder = workspace.checkpoints / (f"{recipe.name}.steps/{step}" if step else recipe.name)
+    folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, workspace)
     return merge(checkpoint_at(own, step), starting_point(recipe, workspace), folder, own, dtype, workspace.logs / recipe.name / "merge.log")
 
 # %% ../nbs/33_checkpoint.ipynb #7e462c99

@@ -7,14 +7,13 @@ __all__ = ['SHAPES', 'ROWS', 'TIGHT', 'SETTINGS', 'Shape', 'shape_of', 'paramete
            'row_of', 'tokens_per_step', 'Machine', 'Plan', 'plan_of', 'layer_bytes', 'activations', 'logits_bytes',
            'states', 'cache_tokens', 'estimate', 'table', 'verdict', 'ways_out', 'machine_of', 'refuse_unless_fits']
 
-# %% ../nbs/34_fit.ipynb #3b5afb77
+# %% ../nbs/34_fit.ipynb #5cf163b1
 import dataclasses, itertools, os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from .config import Profile, UserError
-from .recipe import BASES, Recipe, chain, find
+from .recipe import BASES, Recipe, chain
 
 # %% ../nbs/34_fit.ipynb #ecca4f05
 @dataclass(frozen=True)

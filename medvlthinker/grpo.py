@@ -36,11 +36,11 @@ def grpo_chat(
     pictures = {"images": sample.pictures()} if sample.images else {}
     return {"prompt": [{"role": "user", "content": user_text(sample)}], "answer": sample.answer, "extra_info": info, **pictures}
 
-# %% ../nbs/32_grpo.ipynb #d2a317d3
+# %% ../nbs/32_grpo.ipynb #ed8b1833
 def grpo_settings(run: Run, processor) -> dict:
     "The recipe in the words of `trl.GRPOConfig`."
     how, share, gpu = run.recipe.how, processes(run.profile, run.recipe), bool(run.profile.gpus)
-    update, updates = how.mini_batch * how.rollouts, how.batch // how.mini_batch
+    update, updates = how.mini_batch * how.rollouts, run.updates
     at_once = min(how.micro_batch, update // share)
     if update % (share * at_once):
         raise UserError(f"{run.recipe.name} updates on {update} answers, which {share} GPUs with {at_once} at once cannot share; take a number of GPUs that divides it.")
@@ -53,14 +53,12 @@ def grpo_settings(run: Run, processor) -> dict:
             "scale_rewards": "group", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": how.warmup_steps * updates, "logging_steps": updates,
             "save_total_limit": max(2, how.keep) if how.keep else None, "generation_kwargs": {} if vllm else {"suppress_tokens": unseen}, **vllm}
 
-# %% ../nbs/32_grpo.ipynb #1bb9febc
+# %% ../nbs/32_grpo.ipynb #2ea80042
 def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
     from trl import GRPOConfig, GRPOTrainer
 
-    how = run.recipe.how
-    updates = how.batch // how.mini_batch
-    passes = last_whole(run.folder)[1] // updates // steps_per_epoch(run.recipe, len(run.rows))
+    passes = last_whole(run.folder)[1] // run.updates // steps_per_epoch(run.recipe, len(run.rows))
 
     class Trainer(GRPOTrainer):
         def _get_train_sampler(self, dataset=None):
@@ -69,11 +67,11 @@ def train_grpo(run: Run) -> Path:
                 next(iter(sampler))
             return sampler
 
-    if not ended(run, updates):
+    if not ended(run):
         model, processor, lora = open_model(run)
         go(run, Trainer(model=model, args=GRPOConfig(**grpo_settings(run, processor)), train_dataset=chats(run, grpo_chat), processing_class=processor,
-                        reward_funcs=rewards(how.rule), peft_config=lora, callbacks=callbacks(run, updates)), updates)
-    return checkpoint(run, run.takes, updates)
+                        reward_funcs=rewards(run.recipe.how.rule), peft_config=lora, callbacks=callbacks(run)))
+    return checkpoint(run, run.takes)
 
 # %% ../nbs/32_grpo.ipynb #26ef943c
 def main(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'Recipe', 'find', 'steps_per_epoch', 'total_steps', 'steps_to_train',
-           'chain', 'table', 'wanted', 'training_folder', 'starting_point', 'data_file', 'training_data']
+           'chain', 'table', 'wanted', 'training_folder', 'model_folder', 'starting_point', 'data_file',
+           'training_data']
 
 # %% ../nbs/30_recipe.ipynb #16fe0e77
 import math
@@ -223,13 +224,22 @@ def wanted(
         names += [name for name, recipe in RECIPES.items() if recipe.published_step] if word == "published" else [word]
     return list({step.name: step for name in names for step in chain(find(name))}.values())
 
-# %% ../nbs/30_recipe.ipynb #26a685f3
+# %% ../nbs/30_recipe.ipynb #0245851e
 def training_folder(
     recipe: Recipe,
     workspace: Workspace,
 ) -> Path:
     "Where a run keeps its checkpoints on the way; the finished model is `checkpoints/<recipe>`."
     return workspace.checkpoints / f"{recipe.name}.training"
+
+
+def model_folder(
+    init: str,  # a recipe's name, `@STEP` behind it for a checkpoint on the way
+    workspace: Workspace,
+) -> Path:
+    "Where the model of a recipe lies, or will lie."
+    name, _, step = init.partition("@")
+    return workspace.checkpoints / (f"{name}.steps/{step}" if step else name)
 
 
 def starting_point(
@@ -241,11 +251,12 @@ def starting_point(
     name, _, step = recipe.init.partition("@")
     if name not in RECIPES:
         return resolve_model(name, workspace)
-    here = workspace.checkpoints / (f"{name}.steps/{step}" if step else name)
+    here = model_folder(recipe.init, workspace)
     if (here / "config.json").is_file():
         return str(here)
     if step or not find(name).published_step:
-        raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {workspace.checkpoints}; train {name} first (recipe={name}).")
+        raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {workspace.checkpoints}; train {name} first (recipe={name})"
+                        + (f", then `python -m medvlthinker.checkpoint merge {name} --step {step}`." if step else "."))
     show(f"{name} is not in {workspace.checkpoints}; {recipe.name} starts from the published one.")
     return resolve_model(name, workspace)
 

@@ -7,7 +7,7 @@ __all__ = ['CURVES', 'verl_row', 'write_rows', 'usable', 'parquet', 'rows_of', '
            'validation_parquet', 'settings', 'differences', 'overrides', 'command', 'printable', 'environment',
            'common', 'collect', 'whole', 'latest_checkpoint', 'mend', 'agree', 'ready', 'start', 'train']
 
-# %% ../nbs/35_verl_backend.ipynb #82720344
+# %% ../nbs/35_verl_backend.ipynb #a0361a52
 import itertools, json, math, os, re, shlex, subprocess, sys, time, zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,6 +20,7 @@ from .prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
 from .rollout import alone, question_sets, samples_fingerprint
 from .sample import Sample, SampleFile
+from .sft import loggers
 from .source import source_of
 
 # %% ../nbs/35_verl_backend.ipynb #f5dd8372
@@ -206,17 +207,12 @@ def _rollout(how: Grpo, gpus: int, seed: int) -> dict:
             "val_kwargs.do_sample": False, "val_kwargs.temperature": 0, "val_kwargs.n": 1}
     return {f"rollout.{key}": value for key, value in part.items()}
 
-# %% ../nbs/35_verl_backend.ipynb #8e416259
-_REPORTS = ("wandb", "trackio", "tensorboard")
-
-
+# %% ../nbs/35_verl_backend.ipynb #6fcb952a
 def _trainer(recipe: Recipe, profile: Profile, folder: Path, validation) -> dict:
     "Settings of the run as a whole."
-    how, reports = recipe.how, [word.strip() for word in profile.report_to.split(",") if word.strip()]
-    if unknown := [word for word in reports if word not in _REPORTS]:
-        raise UserError(f"report_to names {', '.join(unknown)}; curves can go to {', '.join(_REPORTS)}.")
+    how = recipe.how
     early = recipe.published_step if recipe.published_step < total_steps(recipe, ROWS["RL", recipe.corpus][0]) else 0  # one run was stopped by hand
-    part = {"project_name": "medvlthinker", "experiment_name": recipe.name, "logger": ["console", "file", *reports], "device": "cuda",
+    part = {"project_name": "medvlthinker", "experiment_name": recipe.name, "logger": ["console", "file", *loggers(profile)], "device": "cuda",
             "n_gpus_per_node": max(1, profile.gpus), "nnodes": profile.nodes or recipe.nodes, "critic_warmup": 0, "balance_batch": True,
             "total_epochs": how.epochs, "total_training_steps": profile.max_steps or early or None, "save_freq": how.save_every, "resume_mode": "auto",
             "test_freq": how.save_every if validation else -1, "val_before_train": bool(validation) and how.validate_first,
