@@ -48,7 +48,7 @@ def command(
         print("medvlthinker: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/00_config.ipynb #71c11fae
+# %% ../nbs/00_config.ipynb #8002fa59
 @dataclass(frozen=True)
 class Profile:
     "How much to run, and on what hardware."
@@ -68,6 +68,8 @@ class Profile:
     nodes: int = 0  # 0 for as many as a recipe asks for, and 1 for everything else
     dtype: str = "float32"  # of the weights: `float32`, `bfloat16` or `float16`
     gpu_memory_utilization: float = 0.9  # the share of each GPU's memory that vLLM takes
+    repeats: int = 0  # answers at a temperature of 0.5 to each test question by the models of the pass@k curves; 0 for none
+    repeats_others: int = 0  # the same by every other model, for averages and majorities
     max_tokens: int = 4096  # per completion
     batch_size: int = 32  # prompts per forward pass of the transformers engine
     recipes: tuple[str, ...] = ()  # what is trained: names of recipes, or `published`

@@ -67,7 +67,16 @@ def _our_cells(
     return [facts | {"column": name, "percent": 100 * value, "low": 100 * low, "high": 100 * high}
             | dict(zip(("correct", "n"), counts.get(name, ()))) for name, (value, low, high) in estimates.items()]
 
-# %% ../nbs/51_report.ipynb #74a12410
+# %% ../nbs/51_report.ipynb #6583d22d
+def _difference_cells(
+    less: dict,  # model, source, about, and differences: column -> (value, low, high, n), as fractions
+) -> list[dict]:
+    "The cells of a row of differences, in points."
+    facts = {"block": "Differences of this run, in points", "origin": "difference", "group": "this run", "source": less["source"], "model": less["model"], "about": less.get("about", "")}
+    return [facts | {"column": column, "percent": 100 * value, "low": 100 * low, "high": 100 * high, "n": n}
+            for column, (value, low, high, n) in less["differences"].items() if column in HEADINGS]
+
+
 BRIEF = ("Qwen2.5-VL-3B-Instruct", "3B-RL_m23k", "Qwen2.5-VL-7B-Instruct", "7B-RL_m23k")
 
 
@@ -75,6 +84,7 @@ def results_table(
     ours=(),  # one record or a list of them
     table: str = "recipes",  # which of the paper's tables: "recipes" or "comparison"
     only: tuple[str, ...] | None = None,  # published rows to keep, by any of their names; None for all
+    less=(),  # rows of differences, each {"model", "source", "differences": column -> (value, low, high, n)}
 ):  # a pandas DataFrame, one line per cell
     "The paper's rows in their order and blocks, then ours."
     import pandas as pd
@@ -83,13 +93,14 @@ def results_table(
     published = [row for row in rows(table) if only is None or row.model in keep]
     cells = [_paper_cells(row, table) for row in published]
     cells += [_our_cells(result) for result in ([ours] if isinstance(ours, dict) else ours)]
+    cells += [_difference_cells(row) for row in less]
     frame = pd.DataFrame([{"table": table, "row": i} | cell for i, row in enumerate(cells) for cell in row],
                          columns=["table", "row", "block", "model", "origin", "source", "group", "about",
                                   "column", "percent", "low", "high", "correct", "n"])
     values = frame.groupby(["block", "column"])["percent"]
-    return frame.assign(best=(frame["percent"] == values.transform("max")) & (values.transform("count") > 1))
+    return frame.assign(best=(frame["percent"] == values.transform("max")) & (values.transform("count") > 1) & (frame["origin"] != "difference"))
 
-# %% ../nbs/51_report.ipynb #6ec8c211
+# %% ../nbs/51_report.ipynb #e0192383
 def _blocks(table) -> list[tuple]:
     "Per block its title and its rows; per row its first cell, which holds what the row is, and its cells by column."
     found = [(cells.iloc[0], {cell.column: cell for cell in cells.itertuples()}) for _, cells in table.groupby("row", sort=False)]
@@ -97,8 +108,13 @@ def _blocks(table) -> list[tuple]:
 
 
 def _value(cell) -> str:
-    "A percentage as text: the paper's two digits, or one of ours."
-    return f"{cell.percent:.{2 if cell.origin == 'paper' else 1}f}"
+    "A percentage as text: the paper's two digits, or one of ours; a difference with its sign."
+    return f"{cell.percent:{'+' if cell.origin == 'difference' else ''}.{2 if cell.origin == 'paper' else 1}f}"
+
+
+def _interval(cell) -> str:
+    "Its bounds as text."
+    return f"{cell.low:+.1f} to {cell.high:+.1f}" if cell.origin == "difference" else f"{cell.low:.1f}–{cell.high:.1f}"
 
 
 def _asked(
@@ -115,7 +131,7 @@ def _sizes(table, column: str) -> list[str]:
     "The lines under a column's heading: questions in the paper, and in ours."
     return [f"{who} {n}" for who, origin in (("n", "paper"), ("ours", "ours")) if (n := _asked(table, column, origin))]
 
-# %% ../nbs/51_report.ipynb #f32cafc4
+# %% ../nbs/51_report.ipynb #b05aff19
 def notes(
     table,  # from results_table
 ) -> list[str]:
@@ -129,11 +145,13 @@ def notes(
                     "no average where a benchmark is missing.")
         for (source, about), models in ours[ours["about"] != ""].groupby(["source", "about"], sort=False)["model"]:
             said.append(f"{', '.join(dict.fromkeys(models))} ({source}): {about}.")
+    if (table["origin"] == "difference").any():
+        said.append("Differences are paired, question by question, with 95 % bootstrap intervals: benchmarks apart, questions of one image together.")
     if table["best"].any():
         said.append("The highest value of a block is marked; neighbours may differ by chance.")
     return said
 
-# %% ../nbs/51_report.ipynb #0bd3b864
+# %% ../nbs/51_report.ipynb #0a40cca7
 _STYLE = """<style>
 .mvt-report {container-type: inline-size; font-size: .875rem; line-height: 1.35}
 .mvt-report table.mvt {border-collapse: collapse; table-layout: auto; width: 100%; max-width: 68rem; margin: 0;
@@ -158,7 +176,7 @@ _STYLE = """<style>
 }
 </style>"""
 
-# %% ../nbs/51_report.ipynb #87010bd0
+# %% ../nbs/51_report.ipynb #c5a12dc9
 def _html_row(
     first,  # what the row is
     cells: dict,  # its cells by column
@@ -168,12 +186,12 @@ def _html_row(
     for column in HEADINGS:
         if cell := cells.get(column):
             text = f"<b>{_value(cell)}</b>" if cell.best else _value(cell)
-            line += f"<td>{text}" + (f" <small>{cell.low:.1f}–{cell.high:.1f}</small>" if cell.origin == "ours" else "") + "</td>"
+            line += f"<td>{text}" + ("" if cell.origin == "paper" else f" <small>{_interval(cell)}</small>") + "</td>"
         else:
             line += "<td>–</td>"
     return line + "</tr>"
 
-# %% ../nbs/51_report.ipynb #8ca7d3b2
+# %% ../nbs/51_report.ipynb #7470bf57
 def to_html(
     table,  # from results_table
 ) -> str:
@@ -188,7 +206,7 @@ def to_html(
                 *(_html_row(*row) for row in group), "</tbody>"]
     return "\n".join([*out, "</table>", *(f"<p>{html.escape(note)}</p>" for note in notes(table)), "</div>"])
 
-# %% ../nbs/51_report.ipynb #c766407a
+# %% ../nbs/51_report.ipynb #f820290a
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
         "|": r"\textbar{}", '"': r"\textquotedbl{}", "–": "--", **{c: "\\" + c for c in "&%$#_{}"}}
 
@@ -205,7 +223,7 @@ def _tex_cell(cell) -> str:
     text = rf"\textbf{{{_value(cell)}}}" if cell.best else _value(cell)
     return text if cell.origin == "paper" else f"{text}$_{{-{cell.percent - cell.low:.1f}}}^{{+{cell.high - cell.percent:.1f}}}$"
 
-# %% ../nbs/51_report.ipynb #c861448c
+# %% ../nbs/51_report.ipynb #6b557e65
 def to_latex(
     table,  # from results_table
 ) -> str:
@@ -222,7 +240,7 @@ def to_latex(
             lines.append(" & ".join([_tex(first.model), *(_tex_cell(cells.get(column)) for column in HEADINGS)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
-# %% ../nbs/51_report.ipynb #c609fa29
+# %% ../nbs/51_report.ipynb #96ab052e
 def _csv_text(text: str) -> str:
     "Text that no spreadsheet takes for a formula."
     return "'" + text if re.match(r"[=+\-@\t\r\n＝＋－＠]", text) else text
@@ -245,7 +263,7 @@ def to_csv(
                         PHANTOM_NOTE if first.source == "phantom" else ""])
     return out.getvalue()
 
-# %% ../nbs/51_report.ipynb #a68ef784
+# %% ../nbs/51_report.ipynb #25cb2abf
 def _text_lines(
     first,
     cells: dict,
@@ -254,13 +272,13 @@ def _text_lines(
     "The lines of one row: its values, and for ours the interval and the number of questions."
     shown = [cells.get(column) for column in columns]
     lines = [(f"  {first.model}", [_value(cell) + "*" * cell.best if cell else "-" for cell in shown])]
-    if first.origin == "ours":
+    if first.origin != "paper":
         lines += [("    95 % from", [f"{cell.low:.1f}" if cell else "" for cell in shown]),
                   ("    to", [f"{cell.high:.1f}" if cell else "" for cell in shown]),
                   ("    n", [f"{cell.n:.0f}" if cell and not math.isnan(cell.n) else "" for cell in shown])]
     return lines
 
-# %% ../nbs/51_report.ipynb #d83e5c1b
+# %% ../nbs/51_report.ipynb #3d5a8dd0
 def to_text(
     table,  # from results_table
     width: int = 80,  # characters a line, 24 at least
@@ -282,7 +300,7 @@ def to_text(
     out += [line for note in notes(table) for line in textwrap.wrap(note, width, break_on_hyphens=False)]
     return "\n".join(line.rstrip() for line in out)
 
-# %% ../nbs/51_report.ipynb #ce1d0e00
+# %% ../nbs/51_report.ipynb #bbf4e867
 def write_table(
     name: str,  # the files' name without ending
     table,  # from results_table
@@ -301,7 +319,7 @@ def write_table(
             file.write(text)
     return paths
 
-# %% ../nbs/51_report.ipynb #640b4be4
+# %% ../nbs/51_report.ipynb #5fff6795
 _CIRCLE, _SQUARE, _TRIANGLE = ("circle-open", "#7F7F7F"), ("square-open", "#0072B2"), ("triangle-up-open", "#009E73")
 _MARKS = {"base": _CIRCLE, "SFT": _SQUARE, "RL": _TRIANGLE, "two stages": ("x-thin-open", "#B8609A"),
           "General LMM": _CIRCLE, "Medical LMM": _SQUARE, "MedVLThinker": _TRIANGLE}
@@ -321,7 +339,7 @@ def _series(
                       dict(symbol=_OURS[i % len(_OURS)], color="#D55E00", size=11)))
     return found
 
-# %% ../nbs/51_report.ipynb #b46d1d0b
+# %% ../nbs/51_report.ipynb #41e7a693
 def _lay_out(figure, table, lane: int, dark: bool):
     "Axes, legend, and the notes below."
     ticks = [heading + "".join(f"<br><span style='font-size:10px'>{line}</span>" for line in _sizes(table, column))
@@ -339,7 +357,7 @@ def _lay_out(figure, table, lane: int, dark: bool):
     return figure.update_layout(template="plotly_dark" if dark else "plotly_white", height=lane * len(ticks) + bottom + 60,
                                 margin=dict(l=104, r=16, t=16, b=bottom), legend=dict(orientation="h", x=0, y=1.01, yanchor="bottom"))
 
-# %% ../nbs/51_report.ipynb #366b3915
+# %% ../nbs/51_report.ipynb #5921970a
 def accuracy_figure(
     table,  # from results_table
     dark: bool = False,  # light text on a dark ground

@@ -217,20 +217,20 @@ def folder_name(
     "A model's name as the name of a folder."
     return model.strip("./~").replace("/", "--")
 
-# %% ../nbs/21_rollout.ipynb #f5ff1180
+# %% ../nbs/21_rollout.ipynb #17b77911
 def main(
-    words: list[str],  # [profile] model=NAME [key=value ...]; n, temperature, instruction and kind too
+    words: list[str],  # [profile] model=NAME [key=value ...]; n, temperature, top_p, instruction and kind too
 ):
     "The command line of a rollout."
     name, given = parse_words(words)
     model, instruction, kind = given.pop("model", None), given.pop("instruction", "trained"), given.pop("kind", "benchmark")
     try:
-        n, temperature = int(given.pop("n", 1)), float(given.pop("temperature", 0))
+        n, temperature, top_p = int(given.pop("n", 1)), float(given.pop("temperature", 0)), float(given.pop("top_p", 1))
     except ValueError as error:
-        raise UserError(f"n wants a whole number and temperature a number: {error}.") from None
+        raise UserError(f"n wants a whole number, temperature and top_p a number: {error}.") from None
     profile = load_profile(name, **given)
     for each in [model] if model else profile.models:
-        rollouts(profile, each, Sampling(n=n, temperature=temperature, max_tokens=profile.max_tokens), instruction, kind=kind)
+        rollouts(profile, each, Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=profile.max_tokens), instruction, kind=kind)
 
 # %% ../nbs/21_rollout.ipynb #a96387c2
 def read_eval_results(
