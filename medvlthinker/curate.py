@@ -6,7 +6,7 @@
 __all__ = ['DECISIONS', 'PUBLISHED_7B', 'PUBLISHED_KEPT', 'ADDED', 'OVERLAPS', 'pass_counts', 'decide', 'histogram',
            'difficulty_figure', 'order', 'curate', 'move', 'halves']
 
-# %% ../nbs/22_curate.ipynb #5a8d128f
+# %% ../nbs/22_curate.ipynb #45a75b8e
 import json, mmap, tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import UserError, file_hash, fingerprint, recording, stale, unwritable, writing
+from .config import UserError, file_hash, fingerprint, look, recording, stale, unwritable, writing
 from .grade import RULES, grade
 from .rollout import alone, folder_name
 from .sample import Sample, SampleFile, parquet_options
@@ -115,7 +115,7 @@ def decide(
     decided.attrs = {"low": int(low), "high": int(high), "n": n}
     return decided
 
-# %% ../nbs/22_curate.ipynb #001ed540
+# %% ../nbs/22_curate.ipynb #f4a81a05
 def histogram(
     counts: "pd.DataFrame",  # what `pass_counts` or `decide` returned
 ) -> np.ndarray:  # n + 1 numbers
@@ -134,13 +134,13 @@ def difficulty_figure(
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
-    for name, seen in histograms.items():
-        n, seen = len(seen) - 1, np.asarray(seen)
-        figure.add_scatter(name=f"{name}, n={seen.sum():,}", x=[k / n for k in range(n + 1)], y=(100 * seen / seen.sum()).round(2).tolist(), mode="lines+markers",
+    for i, (name, seen) in enumerate(histograms.items()):
+        n, seen, (colour, symbol, dash) = len(seen) - 1, np.asarray(seen), look(i)
+        figure.add_scatter(name=f"{name}, n={seen.sum():,}", x=[k / n for k in range(n + 1)], y=(100 * seen / seen.sum()).round(2).tolist(), mode="lines+markers", line=dict(color=colour, dash=dash), marker=dict(symbol=symbol, size=8),
                            text=[f"{k} of {n} right: {count:,} questions" for k, count in enumerate(seen)], hovertemplate="%{text}, %{y} %<extra></extra>")
     if band:
         figure.add_vrect(*band, fillcolor="#888", opacity=0.15, line_width=0, annotation_text="kept", annotation_position="bottom left")
-    return figure.update_xaxes(title="share of right answers", tickformat=".0%").update_yaxes(title="questions, %", rangemode="tozero")
+    return figure.update_xaxes(title="Share of right answers", tickformat=".0%").update_yaxes(title="Questions (%)", rangemode="tozero")
 
 # %% ../nbs/22_curate.ipynb #712fc27c
 PUBLISHED_KEPT = [

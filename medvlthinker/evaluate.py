@@ -193,7 +193,7 @@ def repeated_counts(
             found.append(question | {"rule": rule, "right": sum(verdict.correct for verdict in verdicts), "majority": majority(votes, sample.answer_label)})
     return found
 
-# %% ../nbs/40_evaluate.ipynb #1f65ba61
+# %% ../nbs/40_evaluate.ipynb #6c543e3f
 def repeated_table(
     lines: list[dict],  # of one rule, from `repeated_counts`, of one or more benchmarks
 ) -> list[dict]:  # dataset_name, measure, k, percent, low, high, n, answers
@@ -210,8 +210,10 @@ def repeated_table(
         errors = [error for _, error in points.values()]
         points["average"] = sum(mean for mean, _ in points.values()) / len(names), sum(error**2 for error in errors) ** 0.5 / len(names)
         points["all"] = clustered_mean(list(map(value, lines)), [f"{line['dataset_name']} {line['image']}" for line in lines])
-        found += [{"dataset_name": name, "measure": measure, "k": k, "percent": 100 * mean, "low": 100 * max(0, mean - 1.96 * error),
-                   "high": 100 * min(1, mean + 1.96 * error), "n": len(parts.get(name, lines)), "answers": n} for name, (mean, error) in points.items()]
+        for name, (mean, error) in points.items():
+            asked = len(parts.get(name, lines))
+            low, high = (mean - 1.96 * error, mean + 1.96 * error) if error > 0 else wilson(round(mean * asked), asked)  # all alike: no reason to be certain
+            found.append({"dataset_name": name, "measure": measure, "k": k, "percent": 100 * mean, "low": 100 * max(0, low), "high": 100 * min(1, high), "n": asked, "answers": n})
     return found
 
 # %% ../nbs/40_evaluate.ipynb #b04b965d

@@ -6,11 +6,11 @@
 __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 'findings', 'length_figure', 'open_processor',
            'preflight', 'main']
 
-# %% ../nbs/24_preflight.ipynb #ac4ecbd0
+# %% ../nbs/24_preflight.ipynb #8a683d63
 import functools, io, itertools, re
 from collections.abc import Callable, Iterable
 
-from .config import Profile, UserError, Workspace, command, load_profile, parse_words, writing
+from .config import Profile, UserError, Workspace, command, load_profile, look, parse_words, writing
 from .engine import resolve_model
 from .prompt import user_text
 from .rollout import question_sets
@@ -163,7 +163,7 @@ def _measured(name: str, fine) -> dict:
         f"{fine.image_tokens.mean():,.1f} of them for images, whose longest side is {fine.largest_side.max():,} pixels")
     return _finding(name, "measured", fine, "prompt_tokens", least=fine.prompt_tokens.min(), mean=fine.prompt_tokens.mean(), pictures=pictures)
 
-# %% ../nbs/24_preflight.ipynb #419a2236
+# %% ../nbs/24_preflight.ipynb #3fbb3191
 def length_figure(
     tables: dict,  # a name -> what `lengths` returned
     limit: int = 0,  # a line at this many tokens; 0 for none
@@ -172,13 +172,13 @@ def length_figure(
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
-    for name, table in tables.items():
-        tokens = sorted(table.prompt_tokens)
+    for i, (name, table) in enumerate(tables.items()):
+        tokens, (colour, _, dash) = sorted(table.prompt_tokens), look(i)
         places = sorted({round(i * (len(tokens) - 1) / 199) for i in range(200)})
-        figure.add_scatter(name=f"{name}, n={len(tokens):,}", x=[tokens[i] for i in places], y=[round(100 * (i + 1) / len(tokens), 2) for i in places], mode="lines", line_shape="hv")
+        figure.add_scatter(name=f"{name}, n={len(tokens):,}", x=[tokens[i] for i in places], y=[round(100 * (i + 1) / len(tokens), 2) for i in places], mode="lines", line=dict(shape="hv", color=colour, dash=dash))
     if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
-    return figure.update_xaxes(title="tokens of the prompt, images included", type="log").update_yaxes(title="prompts, %", rangemode="tozero")
+    return figure.update_xaxes(title="Tokens of the prompt, images included", type="log").update_yaxes(title="Prompts (%)", rangemode="tozero")
 
 # %% ../nbs/24_preflight.ipynb #94e7ed1a
 def open_processor(

@@ -151,7 +151,7 @@ def notes(
         said.append("The highest value of a block is marked; neighbours may differ by chance.")
     return said
 
-# %% ../nbs/51_report.ipynb #0a40cca7
+# %% ../nbs/51_report.ipynb #3e262653
 _STYLE = """<style>
 .mvt-report {container-type: inline-size; font-size: .875rem; line-height: 1.35}
 .mvt-report table.mvt {border-collapse: collapse; table-layout: auto; width: 100%; max-width: 68rem; margin: 0;
@@ -164,6 +164,7 @@ _STYLE = """<style>
 .mvt-report table.mvt tr.block th {font-weight: 600; padding-top: .7rem}
 .mvt-report tbody {border-top: 1px solid rgba(128, 128, 128, .6)} .mvt-report tbody.ours {background: rgba(128, 128, 128, .12)}
 .mvt-report small {display: block; font-size: .7rem; font-weight: 400; white-space: nowrap; opacity: .85}
+.mvt-report tbody.difference small {white-space: normal}
 .mvt-report p {margin: .5rem 0 0; max-width: 68rem; font-size: .78rem}
 @container (max-width: 40rem) {
   .mvt-report table.mvt, .mvt-report table.mvt :is(thead, tbody) {display: block}
@@ -319,9 +320,9 @@ def write_table(
             file.write(text)
     return paths
 
-# %% ../nbs/51_report.ipynb #5fff6795
+# %% ../nbs/51_report.ipynb #fa232ee7
 _CIRCLE, _SQUARE, _TRIANGLE = ("circle-open", "#7F7F7F"), ("square-open", "#0072B2"), ("triangle-up-open", "#009E73")
-_MARKS = {"base": _CIRCLE, "SFT": _SQUARE, "RL": _TRIANGLE, "two stages": ("x-thin-open", "#B8609A"),
+_MARKS = {"base": _CIRCLE, "SFT": _SQUARE, "RL": _TRIANGLE, "two stages": ("x-thin-open", "#CC79A7"),
           "General LMM": _CIRCLE, "Medical LMM": _SQUARE, "MedVLThinker": _TRIANGLE}
 _OURS = ["diamond", "star", "hexagon2", "pentagon"]
 
