@@ -1,0 +1,201 @@
+"""Results and audit: verdicts follow from the data, statistics agree with independent calculations, and bad input is one sentence."""
+import ast
+import itertools
+import json
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from conftest import ROOT, python, says
+from medvlthinker import audit
+from medvlthinker.config import UserError
+from medvlthinker.contract import compare, counted, to_lines
+from medvlthinker.evaluate import difference
+from medvlthinker.published import COLUMNS, published
+from medvlthinker.stats import clustered_mean, detectable, exact, holm, macro_average, majority, mcnemar, paired_bootstrap, pass_at_k, pass_curve, possible
+
+PAPER = published()
+
+
+def rows(change, *models):
+    "A copy of the paper with changed scores in some rows; the averages follow."
+    def changed(row):
+        if models and row.model not in models:
+            return row
+        scores = {name: Decimal(change(name, score)) for name, score in row.scores.items()}
+        return replace(row, scores=scores, average=round(sum(scores.values()) / 6, 2))
+    return replace(PAPER, rows=tuple(map(changed, PAPER.rows)))
+
+
+def plus(points, *models, only=COLUMNS):
+    return rows(lambda name, score: score + points if name in only else score, *models)
+
+
+def bars(change):
+    return replace(PAPER, repeated=tuple(replace(bar, **change(bar)) for bar in PAPER.repeated))
+
+
+def own_row(bar):
+    return PAPER.row(bar.label).scores[bar.dataset_name]
+
+
+FLIPS = {
+    "rl_beats_sft": (plus(10, "MedVLThinker-3B RL(PMC)"), "holds"),
+    "text_beats_images": (plus(5, "MedVLThinker-3B RL(m23k)", "MedVLThinker-7B RL(m23k)"), "holds"),
+    "best_open_7b": (plus(-5, "HuatuoGPT-Vision-7B"), "holds"),
+    "tops_all_open": (plus(-10, "HuatuoGPT-Vision-34B"), "within noise"),
+    "new_records": (plus(-25, "MedGemma 4B", "MedGemma 27B", "HuatuoGPT-Vision-34B", "HuatuoGPT-Vision-7B", "Qwen2.5-VL-32B-Instruct", "Gemma 3 27B"), "holds"),
+    "on_par_with_gpt4o": (plus(-10, "MedVLThinker-32B RL(m23k)"), "does not hold"),
+    "three_runs": (rows(lambda name, score: "44.13" if name == "MMMU-medical" else score, "Qwen2.5-VL-3B-Instruct"), "does not hold"),
+    "text_beats_base": (plus(5, "MedVLThinker-7B RL(m23k)"), "yes"),
+    "second_stage_beats_base": (plus(20, *(f"MedVLThinker-{size} {stages}+RL(PMC)" for size in ("3B", "7B") for stages in ("SFT(m23k)", "RL(m23k)"))), "yes"),
+    "averages_recompute": (replace(PAPER, rows=(replace(PAPER.rows[0], average=Decimal("49.20")), *PAPER.rows[1:])), "no"),
+    "one_denominator": (rows(lambda name, score: "25.00" if name == "MedXpertQA-MM" else score), "yes"),
+    "cells_are_possible": (rows(lambda name, score: "53.40" if name == "pmc_vqa" else score, "HuatuoGPT-Vision-7B", "HuatuoGPT-Vision-34B"), "yes"),
+    "order_is_one": (rows(lambda name, score: "50.00", *[row.model for row in PAPER.rows if row.model != "GPT-4o"]), "yes"),
+    "above_chance": (plus(15), "yes"),
+    "gain_is_not_format": (replace(PAPER, curves=PAPER.curves | {(bar.model, bar.dataset_name): {1: bar.average} for bar in PAPER.repeated}), "yes"),
+    "greedy_shows_all": (bars(lambda bar: {"average": own_row(bar)}), "yes"),
+    "bars_show_their_label": (bars(lambda bar: {"average": own_row(bar)} if "@" in bar.model else {}), "yes"),
+    "answers_stay_diverse": (bars(lambda bar: {"passed": bar.average + 25}), "yes"),
+    "filter_fits_the_model": (replace(PAPER, histogram=(1000, *[3000] * 7, *[100] * 9)), "yes"),
+}
+
+
+@pytest.mark.parametrize("key", FLIPS)
+def test_a_verdict_changes_with_its_numbers(key):
+    before, changed = audit.audit(PAPER)[key], getattr(audit, key)
+    paper, expected = FLIPS[key]
+    after = audit._asked(key, changed, paper, changed(paper))
+    assert after.verdict == expected != before.verdict, after.because
+    assert after.because != before.because
+
+
+def test_every_claim_and_question_is_flipped_or_rests_on_code():
+    rest_on_code = {"one_grader", "last_checkpoints", "budgets_are_equal"}  # the graders and the recipes, which have their own tests
+    assert set(FLIPS) | rest_on_code == {question.__name__ for question in (*audit.CLAIMED, *audit.ASKED)}
+
+
+def test_all_averages_recompute():
+    verdict = audit.audit(PAPER)["averages_recompute"]
+    assert len(verdict.numbers) == 25 and verdict.verdict == "yes"
+
+
+def lines(right, rule="regrade", images=None):
+    return [{"dataset_name": name, "dataset_index": i, "image": images[i] if images else f"{name}/{i}", "gold": "A", f"{rule}_correct": bool(hit)}
+            for name, hits in right.items() for i, hit in enumerate(hits)]
+
+
+def test_difference_of_two_models_against_hand_and_scipy():
+    from scipy.stats import binomtest
+
+    rng = np.random.default_rng(1)
+    first, second = ({name: rng.random(200) < p for name in ("a", "b")} for p in (.6, .5))
+    made = difference(lines(first), lines(second))
+    for name in ("a", "b"):
+        gained, lost = (first[name] & ~second[name]).sum(), (second[name] & ~first[name]).sum()
+        assert made["benchmarks"][name]["p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue, abs=1e-12)
+    smaller = min(made["benchmarks"].values(), key=lambda each: each["p"])
+    assert smaller["holm"] == pytest.approx(min(1, 2 * smaller["p"]))
+    assert made["macro"][0] == pytest.approx(np.mean([first[name].mean() - second[name].mean() for name in ("a", "b")]), abs=1e-12)
+
+
+def test_shared_images_widen_the_interval():
+    rng = np.random.default_rng(0)
+    hits = np.repeat(rng.random(60) < .5, 5)  # a picture's five questions are right together
+    worse = np.zeros(300, bool)
+    alone = difference(lines({"a": hits}), lines({"a": worse}))["macro"]
+    images = [i // 5 for i in range(300)]
+    together = difference(lines({"a": hits}, images=images), lines({"a": worse}, images=images))["macro"]
+    assert together[2] - together[1] > 1.8 * (alone[2] - alone[1]), "five copies of an answer are one piece of evidence: the square root of five"
+
+
+def test_other_questions_are_not_compared():
+    with pytest.raises(UserError, match="same questions only"):
+        difference(lines({"a": [1, 0]}), lines({"a": [1]}))
+    changed = lines({"a": [1, 0]})
+    changed[1]["gold"] = "B"
+    with pytest.raises(UserError, match="same questions only"):
+        difference(lines({"a": [1, 0]}), changed)
+
+
+def test_statistics_against_exact_enumeration():
+    for n, right, k in itertools.product((1, 4, 7), range(8), range(1, 8)):
+        if right <= n and k <= n:
+            answers = [1] * right + [0] * (n - right)
+            assert pass_at_k(right, n, k) == pytest.approx(np.mean([any(each) for each in itertools.combinations(answers, k)]), abs=1e-9)
+    for votes in itertools.product("AB", repeat=4):
+        share = majority(votes, "A", ties="shared")
+        assert share == (1 if votes.count("A") > 2 else .5 if votes.count("A") == 2 else 0)
+    small = {"x": [1, 0, -1], "y": [1, 1, 0, 0]}
+    every = np.array([(np.mean(a) + np.mean(b)) / 2 for a in itertools.product(small["x"], repeat=3) for b in itertools.product(small["y"], repeat=4)])
+    _, low, high = paired_bootstrap(small, repeats=400_000)
+    assert (low, high) == pytest.approx(tuple(np.quantile(every, (.025, .975))), abs=1e-3)
+
+
+def test_statistics_against_statsmodels():
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.proportion import proportion_confint
+
+    for k, n in ((0, 7), (3, 170), (170, 170), (1020, 1996)):
+        assert exact(k, n) == pytest.approx(proportion_confint(k, n, method="beta"), abs=1e-9)
+    p = np.random.default_rng(0).random(6)
+    assert list(holm(dict(enumerate(p))).values()) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-12)
+    for gained, lost in ((0, 0), (5, 0), (12, 3)):
+        assert 0 < mcnemar([1] * gained + [0] * lost, [0] * gained + [1] * lost)[2] <= 1
+    values = np.random.default_rng(0).random(500)
+    mean, error = clustered_mean(values)
+    assert error == pytest.approx(values.std(ddof=1) / 500 ** .5, abs=1e-12) and mean == pytest.approx(values.mean())
+    assert detectable({"a": 100}) > detectable({"a": 1000}) > detectable({"a": 1000}, runs=3)
+    assert pass_curve([2, 0], 4, (1, 4))[4][0] == .5
+
+
+@pytest.mark.parametrize("call, part", [
+    (lambda: pass_at_k(3, 2, 1), "right <= n"), (lambda: pass_at_k(1, 2, 3), "k <= n"), (lambda: majority(["A"], "A", ties="coin"), "known are first and shared"),
+    (lambda: clustered_mean([]), "at least one question"), (lambda: paired_bootstrap({}), "at least one benchmark"), (lambda: mcnemar([1], []), "same questions"),
+    (lambda: macro_average({"a": (3, 2)}), "0 <= k <= n"), (lambda: exact(1.5, 2), "whole counts")])
+def test_impossible_numbers_are_one_sentence(call, part):
+    with pytest.raises(UserError, match=part):
+        call()
+
+
+def test_printed_cells_that_cannot_be():
+    assert possible("44.12", 170) and not possible("44.13", 170) and possible("44.31", 170, 3)
+    assert possible("0.00", 3) and possible("100.00", 3) and not possible("100.01", 3)
+
+
+def test_contract_names_every_number_once():
+    table = compare(PAPER, [])
+    assert set(table.status) == {"not run"} and not table.duplicated(["what", "model", "benchmark"]).any()
+    hidden = sum(bar.majority is None for bar in PAPER.repeated)
+    of_known = [bar for bar in PAPER.repeated if "@" not in bar.model]
+    assert len(table) == 25 * 7 + 3 * len(of_known) - sum(bar.majority is None for bar in of_known) + sum(map(len, PAPER.curves.values())) + len(PAPER.histogram) and hidden
+    assert to_lines(table)[-1].startswith("0 match, 0 inside, 0 outside")
+
+
+def test_contract_of_repeats_and_pass_counts():
+    line = lambda measure, k, value: {"dataset_name": "pmc_vqa", "measure": measure, "k": k, "percent": value, "low": value - 2, "high": value + 2, "n": 2000, "answers": 64}
+    record = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "source": "hub", "rules": {"regrade": [line("average", 1, 43.65), line("majority of 5", 0, 46.0), line("pass@5", 5, 90)],
+                                                                              "strict": [line("pass@64", 64, 92.4)]}}
+    table = compare(PAPER, [], [record])
+    found = {(each.what, each.status) for each in table[table.status != "not run"].itertuples()}
+    assert found == {("average of 5", "match"), ("majority of 5", "inside"), ("pass@5", "outside"), ("pass@64, strict", "match")}
+
+
+def test_no_number_is_typed_in_the_results_notebooks():
+    "Layout may have numbers; results may not: every literal is small, a width, or a tolerance."
+    for name in ("5_results", "6_audit"):
+        cells = json.loads((ROOT / "nbs" / "paper" / f"{name}.ipynb").read_text())["cells"]
+        tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+        numbers = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool)}
+        assert numbers <= {0, 1, 2, 3, 100, 0.0051}, (name, numbers)
+
+
+def test_commands_say_what_is_wrong_in_one_sentence(home):
+    says(python("-m", "medvlthinker.contract", "compare", "smke"), "No profile 'smke'")
+    says(python("-m", "medvlthinker.contract"), "compare [PROFILE]")
+    says(python("-m", "medvlthinker.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
+    done = python("-m", "medvlthinker.contract", "compare", "smoke")
+    assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
+    assert counted(__import__("medvlthinker.config", fromlist=["load_profile"]).load_profile("smoke")) == []
