@@ -10,6 +10,8 @@
 #   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
 #   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
 #   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
+#   ./reproduce.sh results [PROFILE]           draw every table and figure anew from the runs that there are; nothing is run or trained
+#   ./reproduce.sh compare [PROFILE]           hold each published number against the run: match, inside its interval, outside, not run
 #   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs                        build the documentation site in _docs/
@@ -141,6 +143,10 @@ case "${1:-}" in
         shift; setup; run medvlthinker.preflight "$@" ;;
     train)
         shift; setup; run medvlthinker.train "$@" ;;
+    results)
+        setup; run medvlthinker.pipeline "$@" ;;
+    compare)
+        setup; run medvlthinker.contract "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)

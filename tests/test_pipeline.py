@@ -41,8 +41,8 @@ def run(tree, env, *words):
 def test_first_run_and_what_makes_it_run_again(tree, env):
     words = ("train_limit=32", "recipes=tiny-SFT_m23k", "max_steps=2")
     ran, out = run(tree, env, *words)
-    assert ran[0] == "1_data" and ran[-1] == "5_results", ran
-    assert set(ran[1:-1]) == {"2_difficulty", "3_train-tiny-SFT_m23k", "4_evaluate-tiny", "4_evaluate-tiny-SFT_m23k"} and ran.index("3_train-tiny-SFT_m23k") < ran.index("4_evaluate-tiny-SFT_m23k")
+    assert ran[0] == "1_data" and set(ran[-2:]) == {"5_results", "6_audit"}, ran
+    assert set(ran[1:-2]) == {"2_difficulty", "3_train-tiny-SFT_m23k", "4_evaluate-tiny", "4_evaluate-tiny-SFT_m23k"} and ran.index("3_train-tiny-SFT_m23k") < ran.index("4_evaluate-tiny-SFT_m23k")
     assert "tiny-SFT_m23k: step 2 of 2" in out and "nothing medical" in out and "7B" in out, "the training can be watched, and the table is printed, with its warning, beside the paper's rows"
     home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
     assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == sorted(ran)
@@ -62,7 +62,7 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     shards = {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")}
     with open(tree / "medvlthinker" / "report.py", "a") as module:
         module.write("\n# edited\n")
-    assert run(tree, env)[0] == ["5_results"], "only what imports the edited module"
+    assert set(run(tree, env)[0]) == {"5_results", "6_audit"}, "only what imports the edited module"
     with open(tree / "medvlthinker" / "grade.py", "a") as module:
         module.write("\n# edited\n")
     assert "4_evaluate-tiny" in run(tree, env)[0]
@@ -190,5 +190,5 @@ def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     from medvlthinker.pipeline import steps
 
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
-    assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results"]
+    assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results", "6_audit"]
     assert "2_difficulty" in [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path), corpus="m23k"))]

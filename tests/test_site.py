@@ -168,6 +168,16 @@ def test_a_notebook_that_ran_for_two_models_gives_two_pages(tmp_path):
     assert "<h1>Evaluated · tiny</h1>" in read(made, "paper/evaluate-tiny.html")
 
 
+def test_the_viewer_that_a_run_left_is_a_page_of_the_site(tmp_path, built):
+    assert "viewer.html" not in read(built, "index.html"), "without a run there is none, and nothing links to it"
+    root = write_project(tmp_path)
+    done = root / "_runs" / "smoke" / "notebooks"
+    (done.parent / "results").mkdir()
+    (done.parent / "results" / "viewer.html").write_text("<!doctype html><html lang=en><title>Viewer</title></html>")
+    made = site.render_by_pandoc(site.stage(root, done))
+    assert 'href="../viewer.html"' in read(made, "paper/results.html") and (made / "viewer.html").is_file() and not site.audit(made)
+
+
 def test_quarto_renders_the_same_folder_where_it_is_installed(tmp_path, monkeypatch, capsys):
     root = write_project(tmp_path)
     stand_in = tmp_path / "bin" / "quarto"
