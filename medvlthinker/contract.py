@@ -18,7 +18,7 @@ from .report import results_table
 from .source import source_of
 from .stats import wilson
 
-# %% ../nbs/55_contract.ipynb #561127d7
+# %% ../nbs/55_contract.ipynb #3de40d17
 def _status(printed, ours: float, low: float, high: float) -> str:
     "Match, inside or outside."
     digits = -printed.as_tuple().exponent
@@ -28,8 +28,8 @@ def _status(printed, ours: float, low: float, high: float) -> str:
 def _measured(measured: list[dict], repeats: list[dict], difficulty: list[dict]) -> dict[tuple, tuple]:
     "(what, model, benchmark, k) -> ours, low, high, n; of runs on the real questions."
     found, name_of = {}, lambda model: (row := _row_of(model)) and row.model
-    for record in (each for each in measured if each["source"] != "phantom" and name_of(each["model"])):
-        six = {name: pair for name, pair in record["counts"].items() if name in COLUMNS}
+    for record in (each for each in measured if each["source"] != "phantom" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
+        six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}  # the rule of the paper's tables, whatever the record's own
         cells = results_table({**record, "counts": six})
         for cell in cells[cells.origin == "ours"].itertuples():
             asked = cell.n if cell.column in six else sum(n for _, n in six.values())

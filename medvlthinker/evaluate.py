@@ -7,15 +7,15 @@ __all__ = ['TEMPERATURE', 'TOP_P', 'VOTERS', 'picture_key', 'grade_rows', 'count
            'records', 'evaluations', 'question_lines', 'difference', 'repeats_of', 'repeated_counts', 'repeated_table',
            'evaluate_repeats']
 
-# %% ../nbs/40_evaluate.ipynb #4e47da7b
+# %% ../nbs/40_evaluate.ipynb #b8eabf16
 import hashlib, json, sys
 from collections import defaultdict
 
-from .benchmark import source_of
+from .benchmark import BENCHMARKS, source_of
 from .config import Profile, UserError, Workspace, changed, launch, recording, writing
 from .engine import Sampling
 from .grade import RULES, grade
-from .recipe import RECIPES, wanted
+from .recipe import BASES, RECIPES, wanted
 from .rollout import folder_name, rollouts
 from .sample import Sample
 from .stats import clustered_mean, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap, pass_at_k, wilson
@@ -141,16 +141,18 @@ def question_lines(
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
-# %% ../nbs/40_evaluate.ipynb #844ca2f4
+# %% ../nbs/40_evaluate.ipynb #04685712
 def difference(
     first: list[dict],  # lines as from `question_lines`, of greedy answers
     second: list[dict],  # of the other model
     rule: str = "regrade",  # one of grade.RULES
 ) -> dict:  # macro: [value, low, high]; benchmarks: name -> difference, low, high, n, gained, lost, p, holm
     "The first model's accuracy minus the second's, with intervals and tests."
+    if rule not in RULES:
+        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
     here, there = ({(line["dataset_name"], line["dataset_index"]): line for line in lines} for lines in (first, second))
     if here.keys() != there.keys() or any(here[key]["image"] != there[key]["image"] or here[key]["gold"] != there[key]["gold"] for key in here):
-        raise UserError("Two models can be compared on the same questions only, and these were asked others; evaluate both with the same limit and data.")
+        raise UserError(f"Two models can be compared on the same questions only, and these were asked others ({len(here)} and {len(there)} questions); evaluate both with the same limit and data.")
     sides = defaultdict(list)
     for key, line in here.items():
         sides[key[0]].append((line[f"{rule}_correct"], there[key][f"{rule}_correct"], line["image"]))
@@ -164,9 +166,9 @@ def difference(
         found[name]["holm"] = p
     return {"macro": list(paired_bootstrap(apart, images)), "n": len(here), "rule": rule, "benchmarks": found}
 
-# %% ../nbs/40_evaluate.ipynb #af0d76c5
+# %% ../nbs/40_evaluate.ipynb #89c1f11f
 TEMPERATURE, TOP_P, VOTERS = 0.5, 0.95, 5  # as in the paper's runs of sixty-four; its majorities are of five
-_CURVED = ("RL_m23k", "RL_PMC")  # beside the base models, what the paper's pass@k curves show
+_CURVED = ("RL_m23k", "RL_PMC")  # beside the base models, what the paper's pass@k curves show, at 3B and 7B
 
 
 def repeats_of(
@@ -174,8 +176,9 @@ def repeats_of(
     model: str,
 ) -> int:
     "How often a model is asked each question: by the profile, more often where the paper draws a pass@k curve."
-    recipe = RECIPES.get(model)
-    return profile.repeats if recipe is None or recipe.name.split("-", 1)[1] in _CURVED else profile.repeats_others
+    recipe = RECIPES.get(model.removeprefix("UCSC-VLAA/MedVLThinker-"))
+    curved = model != BASES["32B"] if recipe is None else recipe.size != "32B" and recipe.name.split("-", 1)[1] in _CURVED
+    return profile.repeats if curved else profile.repeats_others
 
 
 def repeated_counts(
@@ -193,27 +196,38 @@ def repeated_counts(
             found.append(question | {"rule": rule, "right": sum(verdict.correct for verdict in verdicts), "majority": majority(votes, sample.answer_label)})
     return found
 
-# %% ../nbs/40_evaluate.ipynb #6c543e3f
+# %% ../nbs/40_evaluate.ipynb #736346a3
+def _steady(values: list[float], images: list[str]) -> tuple[float, float]:
+    "Mean and clustered standard error; where all are alike, the error with two right and two wrong images more, since nothing is certain."
+    mean, error = clustered_mean(values, images)
+    if error > 0:
+        return mean, error
+    m = len(set(images)) + 4
+    p = (mean * (m - 4) + 2) / m
+    return mean, (p * (1 - p) / m) ** 0.5
+
+
 def repeated_table(
     lines: list[dict],  # of one rule, from `repeated_counts`, of one or more benchmarks
 ) -> list[dict]:  # dataset_name, measure, k, percent, low, high, n, answers
     "Average, majority and pass@k with 95 % intervals: per benchmark, as macro average, and over all questions."
-    names = list(dict.fromkeys(line["dataset_name"] for line in lines))
+    if not lines:
+        raise UserError("There is no question to make a table of; roll out first.")
+    parts = {name: [line for line in lines if line["dataset_name"] == name] for name in dict.fromkeys(line["dataset_name"] for line in lines)}
     n = min(line["n"] for line in lines)
     values = {("average", 1): lambda line: line["right"] / line["n"], (f"majority of {min(n, VOTERS)}", 0): lambda line: line["majority"]}
     for k in (k for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n):
         values[f"pass@{k}", k] = lambda line, k=k: pass_at_k(line["right"], line["n"], k)
     found = []
     for (measure, k), value in values.items():
-        parts = {name: [line for line in lines if line["dataset_name"] == name] for name in names}
-        points = {name: clustered_mean(list(map(value, part)), [line["image"] for line in part]) for name, part in parts.items()}
-        errors = [error for _, error in points.values()]
-        points["average"] = sum(mean for mean, _ in points.values()) / len(names), sum(error**2 for error in errors) ** 0.5 / len(names)
-        points["all"] = clustered_mean(list(map(value, lines)), [f"{line['dataset_name']} {line['image']}" for line in lines])
+        points = {name: _steady([value(line) for line in part], [line["image"] for line in part]) for name, part in parts.items()}
+        if points.keys() >= set(BENCHMARKS):
+            sizes = {name: len(parts[name]) for name in BENCHMARKS}
+            for name, weights in (("average", dict.fromkeys(sizes, 1 / len(sizes))), ("all", {each: size / sum(sizes.values()) for each, size in sizes.items()})):
+                points[name] = sum(weights[each] * points[each][0] for each in sizes), sum((weights[each] * points[each][1]) ** 2 for each in sizes) ** 0.5
         for name, (mean, error) in points.items():
-            asked = len(parts.get(name, lines))
-            low, high = (mean - 1.96 * error, mean + 1.96 * error) if error > 0 else wilson(round(mean * asked), asked)  # all alike: no reason to be certain
-            found.append({"dataset_name": name, "measure": measure, "k": k, "percent": 100 * mean, "low": 100 * max(0, low), "high": 100 * min(1, high), "n": asked, "answers": n})
+            found.append({"dataset_name": name, "measure": measure, "k": k, "percent": 100 * mean, "low": 100 * max(0, mean - 1.96 * error), "high": 100 * min(1, mean + 1.96 * error),
+                          "n": len(parts[name]) if name in parts else sum(sizes.values()), "answers": n})
     return found
 
 # %% ../nbs/40_evaluate.ipynb #b04b965d

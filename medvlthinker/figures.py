@@ -568,7 +568,7 @@ def dots_figure(
     said = "Bars: 95 % intervals, for our rows only." if frame["low"].notna().any() else ""
     return _lanes(drawn, "Accuracy (%)", "Benchmark", figure_notes(frame, said), dark=dark)
 
-# %% ../nbs/53_figures.ipynb #79a8baae
+# %% ../nbs/53_figures.ipynb #a832847d
 def sizes_frame(
     ours: dict[str, int] | None = None,  # dataset_name -> questions of ours
     source: str = "",  # of ours: "phantom", "hub", ...
@@ -592,7 +592,7 @@ def sizes_figure(
     text = [f" {low:,}" if low == high else f" {low:,} to {high:,}" for low, high in zip(frame["at_least"], frame["at_most"])]
     drawn = frame.assign(panel=frame["data"], lane=frame["stage"], series=frame["origin"].map({"paper": "paper", "ours": "this run"}), text=text,
                          middle=(frame["at_least"] + frame["at_most"]) / 2)
-    brief = frame.assign(source=frame["source"].where(~frame["source"].str.startswith("steps "), "steps of the published checkpoints"))
+    brief = frame.assign(source=frame["source"].where(~frame["source"].str.contains("steps "), "steps of the published checkpoints"))
     said = "A range is what the published number of training steps allows."
     figure = _lanes(drawn, "Rows (logarithmic scale)", "", figure_notes(brief, said), value="middle", width=20, dark=dark)
     low, high = log10(drawn["middle"].min()), log10(drawn["middle"].max())

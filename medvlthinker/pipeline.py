@@ -233,7 +233,7 @@ def run(
 def _shorten(reason: str, width: int = 100) -> str:
     return reason if len(reason) <= width else reason[:width - 4] + " ..."
 
-# %% ../nbs/60_pipeline.ipynb #356647bd
+# %% ../nbs/60_pipeline.ipynb #5535b911
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a step."
     source, gpus = source_of(profile), profile.tensor_parallel * profile.data_parallel
@@ -245,7 +245,7 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
             "2_difficulty": {"reads": f"samples/{source}/corpus/, {', '.join(map(place, profile.models))}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/", "hardware": hardware},
             "3_train": outline(RECIPES[step.value], profile, Workspace(profile.name)) if step.notebook == "3_train" else {},
             "4_evaluate": {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", "hardware": hardware},
-            "5_results": {"reads": f"results/{source}/*/, results/difficulty_{source}.csv, logs/*/metrics.jsonl", "writes": "results/, figures/", "hardware": "CPU"},
+            "5_results": {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
             "6_audit": {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook] | {"notebook": command}
 
 

@@ -262,7 +262,7 @@ def curves() -> dict[tuple[str, str], dict[int, Decimal]]:
         found[model, name] = dict(zip(map(int, source.split()), (Decimal(part.strip("~")) for part in cell.split()), strict=True))
     return found
 
-# %% ../nbs/50_published.ipynb #9f2e9b3e
+# %% ../nbs/50_published.ipynb #bd6b47cd
 _RAW = {"m23k": (23493, "m1's own notebooks"), "pmc_vqa": (176948, "PMC-VQA's train.csv: 176,917 usable and 31 not")}
 
 
@@ -274,7 +274,7 @@ def data_sizes() -> list[dict]:
         steps = {recipe.name: f"{total_steps(recipe, least):,}" for recipe in RECIPES.values()
                  if recipe.published_step and (recipe.method, recipe.corpus) == (method, corpus)}
         rows.append({"data": corpus, "stage": f"{said[method]}, for {method}", "at least": least, "at most": most,
-                     "source": "steps " + ", ".join(f"{name} {n}" for name, n in steps.items())})
+                     "source": ("m1's rows less 33 whose indices are missing from a stored file; " if least == most else "") + "steps " + ", ".join(f"{name} {n}" for name, n in steps.items())})
     rows.append({"data": "m23k", "stage": "kept by the 7B model's pass counts; not used", "at least": sum(PUBLISHED_7B[1:8]),
                  "at most": sum(PUBLISHED_7B[1:8]), "source": "the stored 7B histogram"})
     return rows
@@ -283,7 +283,7 @@ def data_sizes() -> list[dict]:
 LATER = [{"model": "MedVLSynther-3B", "average": Decimal("55.85"), "source": "arXiv 2510.25867, its abstract and hub pages"},
          {"model": "MedVLSynther-7B", "average": Decimal("57.56"), "source": "arXiv 2510.25867, its abstract and hub pages"}]
 
-# %% ../nbs/50_published.ipynb #af5febae
+# %% ../nbs/50_published.ipynb #c7e136f5
 @dataclass(frozen=True)
 class Claim:
     "One statement of the paper or its pages."
@@ -296,7 +296,7 @@ _ABSTRACT, _README, _PAGE = "abstract of arXiv 2508.02669", "README at a3163b1",
 CLAIMS = [
     Claim("rl_beats_sft", "RL with a verifiable reward is better than SFT, consistently and significantly.", _ABSTRACT),
     Claim("text_beats_images", "Under RL, text-only data helps more than image-text data.", _ABSTRACT),
-    Claim("best_open_7b", "The 7B model, by RL on text, is the new state of the art among open medical models.", _ABSTRACT),
+    Claim("best_open_7b", "The 7B model, by RL on text, is the new state of the art among open models.", _ABSTRACT),
     Claim("tops_all_open", "The 7B model tops all previous open medical models on the six benchmarks.", _README),
     Claim("new_records", "New records among open models on PMC-VQA, SLAKE and VQA-Rad.", _PAGE),
     Claim("on_par_with_gpt4o", "At 32B the recipe is on par with GPT-4o.", _ABSTRACT),

@@ -100,7 +100,7 @@ def clustered_mean(
     error = sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values) if len(sums) > 1 else float("nan")
     return float(values.mean()), error
 
-# %% ../nbs/04_stats.ipynb #823d230f
+# %% ../nbs/04_stats.ipynb #c7cb0ffa
 def paired_bootstrap(
     differences: dict,  # benchmark -> one number a question: first model's score minus the second's
     clusters: dict | None = None,  # benchmark -> names as for `clustered_mean`; None where every question stands alone
@@ -114,11 +114,14 @@ def paired_bootstrap(
         raise UserError("A difference needs at least one benchmark; none was given.")
     rng, drawn, value = np.random.default_rng(seed), np.zeros(repeats), 0.0
     for name, each in differences.items():
-        each = np.asarray(each, dtype=float)
+        if not len(each := np.asarray(each, dtype=float)):
+            raise UserError(f"A difference needs at least one question a benchmark; {name} has none.")
         names = list(clusters[name]) if clusters else range(len(each))
         groups = np.unique(np.asarray(names), return_inverse=True)[1]
         sums, sizes = np.bincount(groups, weights=each), np.bincount(groups)
         value += each.mean() / len(differences)
+        if len(sums) == 1 or not each.std():  # redraws of what is all alike are all alike: two more, one for either side, as Agresti and Caffo add them
+            sums, sizes = np.append(sums, (1, -1)), np.append(sizes, (1, 1))
         for start in range(0, repeats, 500):  # 500 redraws at once keep the memory small
             places = rng.integers(len(sums), size=(min(500, repeats - start), len(sums)))
             drawn[start:start + 500] += sums[places].sum(1) / sizes[places].sum(1) / len(differences)

@@ -29,7 +29,7 @@ def tree(tmp_path_factory) -> Path:
 def env(tree, warm_tiny, tmp_path_factory) -> dict:
     home = tmp_path_factory.mktemp("runs")
     shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
-    return {"MEDVLTHINKER_HOME": home, "PYTHONPATH": tree}
+    return {"MEDVLTHINKER_HOME": home, "PYTHONPATH": tree, "BROWSER_PATH": "none"}  # pictures have their own tests
 
 
 def run(tree, env, *words):
