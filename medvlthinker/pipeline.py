@@ -125,7 +125,7 @@ def why_stale(
     reason = stale(notebook, step_inputs(step, profile))
     return reason or next((f"{name} is gone" for name in _manifest(notebook)["outputs"] if not (workspace.root / name).exists()), "")
 
-# %% ../nbs/60_pipeline.ipynb #fdb1330c
+# %% ../nbs/60_pipeline.ipynb #a7d4803f
 class _Echo:
     "Passes on the log lines that a running notebook shows (config.launch marks them), so that a long step can be watched."
 
@@ -177,7 +177,7 @@ def execute(
         except OSError as error:
             raise unwritable(error, wreck) from None
         os.replace(wreck, target)
-        made = [p for folder in ("results", "figures", "samples", "curated") for p in (workspace.root / folder).rglob("*") if p.is_file()]
+        made = [p for folder in ("results", "figures", "samples", "curated") for p in (workspace.root / folder).rglob("*") if not p.name.startswith(".") and p.is_file()]  # not what another step is writing
         made += [workspace.checkpoints / step.value / "config.json"] * (step.parameter == "recipe")
         facts["outputs"] = sorted({str(p.relative_to(workspace.root)) for p in made if p.stat().st_mtime >= began - 1 or p.parent.parent == workspace.checkpoints})
 
