@@ -11,7 +11,7 @@ __all__ = ['PAIRS', 'CLOSED', 'CHANCE', 'WRITINGS', 'CLAIMED', 'ASKED', 'OPEN', 
            'filter_fits_the_model', 'audit', 'measured_models', 'run_gaps', 'base_pairs', 'difference_rows',
            'audit_runs', 'verdicts_html', 'calculation']
 
-# %% ../nbs/54_audit.ipynb #298b8339
+# %% ../nbs/54_audit.ipynb #8aae9f8d
 import functools, html, inspect, math, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,22 +19,23 @@ from dataclasses import dataclass
 from .config import Profile, UserError
 from .evaluate import difference, evaluations, question_lines
 from .grade import RULES, grade
-from .published import COLUMNS, Paper, Published, find, published, recipe_label
+from .published import COLUMNS, Paper, Published, published, recipe_label, row_of
 from .recipe import BASES, RECIPES, ROWS, total_steps
 from .source import source_of
 from .stats import holm, possible
 
-# %% ../nbs/54_audit.ipynb #c9c3a806
+# %% ../nbs/54_audit.ipynb #12eb0ba2
 def gap(
     first: Published,
     second: Published,
     by: str = "benchmark",  # every benchmark weighs the same, as in the paper's average; or "question"
+    names: tuple[str, ...] = tuple(COLUMNS),  # the benchmarks
 ) -> dict:  # in points of a percentage
     "The difference of two published averages with its 95 % interval for independent models."
     value = variance = least = 0.0
-    for name in COLUMNS:
-        (p, n, share), (q, m, other) = ((float(row.scores[name]) / 100, row.sizes[name], row.sizes[name] / sum(row.sizes.values())) for row in (first, second))
-        v, w = (1 / len(COLUMNS),) * 2 if by == "benchmark" else (share, other)
+    for name in names:
+        (p, n, share), (q, m, other) = ((float(row.scores[name]) / 100, row.sizes[name], row.sizes[name] / sum(map(row.sizes.get, names))) for row in (first, second))
+        v, w = (1 / len(names),) * 2 if by == "benchmark" else (share, other)
         value += v * p - w * q
         variance += v * v * p * (1 - p) / n + w * w * q * (1 - q) / m
         least += v * w * (abs(p - q) - (p - q) ** 2) / min(n, m)
@@ -145,7 +146,7 @@ def second_stage_beats_base(paper: Paper) -> tuple:
     "Is a model after two stages of training better than the base model?"
     return _compared(paper, "second_stage_beats_base")
 
-# %% ../nbs/54_audit.ipynb #a56e052d
+# %% ../nbs/54_audit.ipynb #ea02f956
 def _billions(row: Published) -> float:
     "The size in a model's name."
     return float(re.search(r"(\d+)B", row.model).group(1))
@@ -184,11 +185,8 @@ def new_records(paper: Paper) -> tuple:
     lines = []
     for name in ("pmc_vqa", "slake_closed", "vqa_rad_closed"):
         first, second = (max((row for row in paper.rows if bool(row.recipe) == own and row.model not in CLOSED), key=lambda row: row.scores[name]) for own in (True, False))
-        p, q = (float(row.scores[name]) / 100 for row in (first, second))
-        half = 196 * math.sqrt(p * (1 - p) / first.sizes[name] + q * (1 - q) / second.sizes[name])
-        value = 100 * (p - q)
-        lines.append({"benchmark": COLUMNS[name], "first": label(first), "second": label(second), "difference": value, "low": value - half, "high": value + half,
-                      "verdict": judge(value - half, value + half)})
+        line = gap(first, second, names=(name,))
+        lines.append({"benchmark": COLUMNS[name], **{key: line[key] for key in ("first", "second", "difference", "low", "high", "verdict")}})
     return together(line["verdict"] for line in lines), "; ".join(f"{line['benchmark']}: {_said([line])}" for line in lines), lines
 
 # %% ../nbs/54_audit.ipynb #8e02177d
@@ -384,7 +382,7 @@ def audit(
     "Every claim and question with its verdict on the published numbers."
     return {question.__name__: _asked(question.__name__, question, paper, question(paper)) for question in (*CLAIMED, *ASKED)}
 
-# %% ../nbs/54_audit.ipynb #9f5a86e8
+# %% ../nbs/54_audit.ipynb #1b46ed7c
 def _answers(profile: Profile, model: str) -> list[dict]:
     "A model's lines on the paper's six sets, or on what there is where none of them was asked."
     lines = question_lines(profile, model)
@@ -397,13 +395,23 @@ def measured_models(
     "The evaluated models: by recipe or base model, as the audit names them, the name under which each was evaluated."
     named = {}
     for record in evaluations(profile):
-        try:
-            row = find(record["model"])
-        except UserError:  # none of the paper's
-            named[record["model"]] = record["model"]
-        else:
-            named[row.recipe or row.hub_id or row.model] = record["model"]
+        row = row_of(record["model"])  # none for a model that the paper does not have
+        named[row.recipe or row.hub_id or row.model if row else record["model"]] = record["model"]
     return named
+
+
+def _paired(profile: Profile, wanted: Iterable[tuple[str, str]], rule: str) -> Iterator[tuple[str, str, dict | UserError]]:
+    "For each pair what `difference` says, or why the two cannot be compared; a model that was not evaluated is an error."
+    known = measured_models(profile)
+    answers = functools.cache(lambda model: _answers(profile, known.get(model, model)))
+    for first, second in wanted:
+        lines = answers(first), answers(second)
+        try:
+            yield first, second, difference(*lines, rule)
+        except UserError as error:
+            if rule not in RULES:
+                raise
+            yield first, second, error
 
 
 def run_gaps(
@@ -412,14 +420,10 @@ def run_gaps(
     rule: str = "regrade",  # one of grade.RULES
 ) -> list[dict]:
     "A line a pair: the paired difference of macro averages with its interval, and the benchmarks that differ by McNemar's test after Holm."
-    said, lines, known = functools.cache(lambda model: _answers(profile, model)), [], measured_models(profile)
-    for first, second in wanted:
-        try:
-            made = difference(said(known.get(first, first)), said(known.get(second, second)), rule)
-        except UserError as error:
-            if rule not in RULES or not {first, second} <= set(known):
-                raise
-            lines.append({"first": first, "second": second, "verdict": "open", "why": str(error)})
+    lines = []
+    for first, second, made in _paired(profile, wanted, rule):
+        if isinstance(made, UserError):
+            lines.append({"first": first, "second": second, "verdict": "open", "why": str(made)})
             continue
         value, low, high = (100 * x for x in made["macro"])
         apart = [f"{COLUMNS.get(name, name)} {100 * each['difference']:+.1f}" for name, each in made["benchmarks"].items() if each["holm"] < 0.05]
@@ -441,12 +445,10 @@ def difference_rows(
     rule: str = "regrade",
 ) -> list[dict]:
     "The same differences by benchmark, as `report.results_table` takes them."
-    rows, known = [], measured_models(profile)
-    for first, second in wanted:
-        lines = [_answers(profile, known.get(model, model)) for model in (first, second)]
-        if len({frozenset((line["dataset_name"], line["dataset_index"], line["image"]) for line in each) for each in lines}) > 1:
+    rows = []
+    for first, second, made in _paired(profile, wanted, rule):
+        if isinstance(made, UserError):
             continue  # they were asked other questions; the audit says so
-        made = difference(*lines, rule)
         cells = {name: (each["difference"], each["low"], each["high"], each["n"]) for name, each in made["benchmarks"].items()}
         average = {"average": (*made["macro"], made["n"])} if cells.keys() == COLUMNS.keys() else {}
         rows.append({"model": f"{first} less {second}", "source": source_of(profile), "differences": cells | average})

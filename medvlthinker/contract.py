@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['contract', 'compare', 'to_lines', 'counted', 'main']
 
-# %% ../nbs/55_contract.ipynb #d941015b
+# %% ../nbs/55_contract.ipynb #d1de9845
 import csv
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from decimal import Decimal
 
 from .config import Profile, UserError, Workspace, command, load_profile, parse_words
 from .evaluate import evaluations, records
-from .published import COLUMNS, Paper, Published, find, published
+from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table
 from .source import source_of
 from .stats import wilson
 
-# %% ../nbs/55_contract.ipynb #3de40d17
+# %% ../nbs/55_contract.ipynb #927534e6
 def _status(printed, ours: float, low: float, high: float) -> str:
     "Match, inside or outside."
     digits = -printed.as_tuple().exponent
@@ -27,7 +27,7 @@ def _status(printed, ours: float, low: float, high: float) -> str:
 
 def _measured(measured: list[dict], repeats: list[dict], difficulty: list[dict]) -> dict[tuple, tuple]:
     "(what, model, benchmark, k) -> ours, low, high, n; of runs on the real questions."
-    found, name_of = {}, lambda model: (row := _row_of(model)) and row.model
+    found, name_of = {}, lambda model: (row := row_of(model)) and row.model
     for record in (each for each in measured if each["source"] != "phantom" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
         six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}  # the rule of the paper's tables, whatever the record's own
         cells = results_table({**record, "counts": six})
@@ -45,14 +45,6 @@ def _measured(measured: list[dict], repeats: list[dict], difficulty: list[dict])
         n = asked[line["model"], line["corpus"]]
         found["right answers", name_of(line["model"]), line["corpus"], line["right"]] = *(100 * x for x in (line["questions"] / n, *wilson(line["questions"], n))), n
     return found
-
-
-def _row_of(model: str) -> Published | None:
-    "The published row of a model, if there is one."
-    try:
-        return find(model)
-    except UserError:
-        return None
 
 # %% ../nbs/55_contract.ipynb #219f9b78
 def contract(

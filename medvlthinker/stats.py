@@ -22,27 +22,29 @@ def _whole(
         raise UserError(f"An interval needs whole counts with 0 <= k <= n and n >= 1; these are k={k}, n={n}.")
     return int(k), int(n)
 
-# %% ../nbs/04_stats.ipynb #e3b0d80c
+# %% ../nbs/04_stats.ipynb #fcce3433
+def _interval(k: int, n: int, method: str) -> tuple[float, float]:
+    "SciPy's 95 % interval of the proportion k/n by one of its methods."
+    from scipy.stats import binomtest
+
+    low, high = binomtest(*_whole(k, n)).proportion_ci(confidence_level=0.95, method=method)
+    return float(low), float(high)
+
+
 def wilson(
     k: int,  # questions answered correctly
     n: int,  # questions asked, at least one
 ) -> tuple[float, float]:  # lower and upper bound, as fractions
     "95 % Wilson score interval of the proportion k/n."
-    from scipy.stats import binomtest
+    return _interval(k, n, "wilson")
 
-    low, high = binomtest(*_whole(k, n)).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(low), float(high)
-
-# %% ../nbs/04_stats.ipynb #6e6fe36d
+# %% ../nbs/04_stats.ipynb #7a4eb23c
 def exact(
     k: int,  # questions answered correctly
     n: int,  # questions asked, at least one
 ) -> tuple[float, float]:  # lower and upper bound, as fractions
     "95 % Clopper-Pearson interval of the proportion k/n: never covers less than 95 %."
-    from scipy.stats import binomtest
-
-    low, high = binomtest(*_whole(k, n)).proportion_ci(confidence_level=0.95, method="exact")
-    return float(low), float(high)
+    return _interval(k, n, "exact")
 
 # %% ../nbs/04_stats.ipynb #479bb3bb
 _Z = 1.959963984540054  # leaves 2.5 % on either side of a normal distribution
