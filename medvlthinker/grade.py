@@ -75,7 +75,7 @@ def _exact(
         if said in forms or substring and text in said: same.add(label)
     return same
 
-# %% ../nbs/03_grade.ipynb #c3ec13de
+# %% ../nbs/03_grade.ipynb #bda5a3a5
 _REACH = 16_384
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: "."}
 _TAG = re.compile(r"<[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)|\b(?:answer|think)>", re.I)   # also cut off, or without its first bracket
@@ -86,7 +86,8 @@ def _ends(items: list | str, most: int, between: list | str) -> list | str:
 
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
-    text = _ends(text, _REACH, "\n").translate(_WIDE)
+    text = _ends(text, _REACH, "\n")
+    text = text if text.isascii() else text.translate(_WIDE)  # most text has nothing to translate, and looking costs more
     *thoughts, rest = re.split("</think>", text, flags=re.I)
     if thoughts and "<think>" not in thoughts[0]: thoughts[0] = ""
     said = "\n".join([thought.partition("<think>")[0] for thought in thoughts] + [rest])
@@ -113,14 +114,14 @@ def _forms(text: str) -> list[str] | None:  # None where there is no form; empty
             text = "\n".join(forms)
     return forms
 
-# %% ../nbs/03_grade.ipynb #b7056eef
+# %% ../nbs/03_grade.ipynb #d5d796b5
 _NAME, _IS = r"(?:answer|choice|option)(?: choice| option| letter)?", r"(?:is|was|would be|should be|must be|will be)"
 _DECLARED = tuple(re.compile(pattern, re.I | re.M) for pattern in (
     # Final answer: ...   in Chinese, too, for Qwen falls into it
     rf"^[^\w\n]{{0,8}}(?:(?:(?:the|my) )?(?:(?:final|correct|best|right) )?{_NAME}(?: is)?|答案)[ \t*_]{{0,4}}(?::|$)",
     r"^[^\w\n]{0,8}答案是",
     # ... the answer to this question is most likely ...
-    r"(?:\bthe (?:(?:final|correct|best|right) )?)?(?<!if the )(?<!wrong )(?<!incorrect )"
+    r"\b(?=[tacbr])(?:\bthe (?:(?:final|correct|best|right) )?)?(?<!if the )(?<!wrong )(?<!incorrect )"
     r"\b(?:answer|(?:correct|best|right|appropriate) (?:option|choice))"
     rf"(?: choice| option| letter)?(?: to (?:this|the) question)?(?:'s| {_IS})"
     r"(?: (?:most likely|likely|probably|clearly|definitely|therefore|thus|indeed|simply|to be)){0,3}[ \t]*:?",
@@ -178,13 +179,13 @@ def extract(
             if said: yield _ends([*said], 16, []), whole
     elif (said := _published(text, rule)) is not None: yield [said], False
 
-# %% ../nbs/03_grade.ipynb #f97ccd0b
+# %% ../nbs/03_grade.ipynb #4bc15bcd
 _WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|boxed)\b|[\^*_`$\\\"“”‘’']")
 _TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\w+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
 
 def _clean(text: str) -> str:
     "Without markdown and LaTeX wrapping; one form for each character."
-    return _WRAP.sub("", unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-"))
+    return _WRAP.sub("", text if text.isascii() else unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-"))
 
 def _plain(text: str) -> str:
     "The words, numbers and signs of a cleaned text."
