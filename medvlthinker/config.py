@@ -48,7 +48,7 @@ def command(
         print("medvlthinker: interrupted; the same command goes on where this one stopped.", file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/00_config.ipynb #8002fa59
+# %% ../nbs/00_config.ipynb #41ac4f8d
 @dataclass(frozen=True)
 class Profile:
     "How much to run, and on what hardware."
@@ -61,17 +61,27 @@ class Profile:
     train_limit: int = 0  # questions per training corpus at most; 0 for all, as for limit
     rollouts: int = 16  # completions per question where difficulty is measured
     models: tuple[str, ...] = ("tiny",)  # each a recipe name, a hub id, a folder, or `tiny`
-    engine: str = "transformers"  # what generates: `transformers` or `vllm`
+    engine: str = "transformers"  # what generates: `transformers`, `vllm`, `openai` (any compatible server) or `ray` (a cluster)
     gpus: int = 0  # per node; 0 runs on the CPU
     tensor_parallel: int = 1  # GPUs that share one copy of the model
-    data_parallel: int = 1  # copies of the model that share the questions
+    data_parallel: int = 0  # copies of the model that share the questions; 0 for as many as the GPUs allow, see `copies`
     nodes: int = 0  # 0 for as many as a recipe asks for, and 1 for everything else
     dtype: str = "float32"  # of the weights: `float32`, `bfloat16` or `float16`
     gpu_memory_utilization: float = 0.9  # the share of each GPU's memory that vLLM takes
     repeats: int = 0  # answers at a temperature of 0.5 to each test question by the models of the pass@k curves; 0 for none
     repeats_others: int = 0  # the same by every other model, for averages and majorities
     max_tokens: int = 4096  # per completion
+    max_model_len: int = 0  # tokens of a prompt and its answer together; 0 for what the model allows
+    max_pixels: int = 0  # of an image: larger ones are scaled down; 0 for what the model's processor allows
     batch_size: int = 32  # prompts per forward pass of the transformers engine
+    base_url: str = ""  # of a server for the engine `openai`, such as http://127.0.0.1:8000/v1; empty for OpenAI's own
+    concurrency: int = 16  # requests to a server at once
+    request_timeout: float = 600.0  # seconds that a server has for one answer
+    max_requests: int = 0  # to a server, in one run; 0 for any number
+    max_spend: int = 0  # tokens of prompts and answers from a server, in one run; 0 for any number
+    mix_engines: int = 0  # 1 lets a rollout go on that another version of its engine began
+    ray_address: str = ""  # of a cluster, such as auto or ray://host:10001; empty starts one on this machine
+    ray_engine: str = "vllm"  # what each worker of the engine `ray` runs: `vllm` or `transformers`
     recipes: tuple[str, ...] = ()  # what is trained: names of recipes, or `published`
     trainer: str = "trl"  # what runs GRPO: `trl` on one machine, `verl` on any number of nodes
     max_steps: int = 0  # training steps at most; 0 for what the recipe says
@@ -80,8 +90,13 @@ class Profile:
     max_rejected: int = 0  # broken rows that a source may hold before the run stops
     seed: int = 42
 
-# %% ../nbs/00_config.ipynb #fdd89042
-_CHOICES = {"data": ("phantom", "hub", "source"), "engine": ("transformers", "vllm"), "dtype": ("float32", "bfloat16", "float16"), "trainer": ("trl", "verl")}
+    @property
+    def copies(self) -> int:
+        "Copies of the model that answer at once: `data_parallel`, or as many as the GPUs allow (of all nodes, where Ray runs them)."
+        return self.data_parallel or max(1, self.gpus * (max(1, self.nodes) if self.engine == "ray" else 1) // self.tensor_parallel)
+
+# %% ../nbs/00_config.ipynb #76f4d738
+_CHOICES = {"data": ("phantom", "hub", "source"), "engine": ("transformers", "vllm", "openai", "ray"), "ray_engine": ("vllm", "transformers"), "dtype": ("float32", "bfloat16", "float16"), "trainer": ("trl", "verl")}
 
 
 def _cast(
@@ -114,7 +129,7 @@ def project_root() -> Path:
             return folder
     raise UserError(f"No settings.ini at or above {here}; work inside a checkout of the project, or copy its settings.ini here.")
 
-# %% ../nbs/00_config.ipynb #af375c61
+# %% ../nbs/00_config.ipynb #c54982a3
 def load_profile(
     name: str = "smoke",  # a section of settings.ini
     **overrides,  # keys of `Profile` that differ for this run
@@ -139,8 +154,10 @@ def load_profile(
 
 def _checked(profile: Profile) -> Profile:
     "The profile, if its hardware adds up."
-    if (needed := profile.tensor_parallel * profile.data_parallel) > max(1, profile.gpus * max(1, profile.nodes)):
+    if profile.gpus and (needed := profile.tensor_parallel * profile.copies) > profile.gpus * max(1, profile.nodes):
         raise UserError(f"tensor_parallel x data_parallel = {needed} needs {needed} GPUs, but gpus x nodes = {profile.gpus * max(1, profile.nodes)}.")
+    if not profile.gpus and profile.tensor_parallel > 1:
+        raise UserError(f"tensor_parallel={profile.tensor_parallel} shares a model among GPUs, and gpus=0; set gpus, or use data_parallel for several copies on the CPU.")
     return profile
 
 # %% ../nbs/00_config.ipynb #33d1a55f
