@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['TEMPERATURE', 'TOP_P', 'VOTERS', 'picture_key', 'grade_rows', 'count', 'results_folder', 'evaluate', 'launch_rollout',
            'summary', 'records', 'evaluations', 'question_lines', 'difference', 'repeats_of', 'repeated_counts',
-           'repeated_table', 'evaluate_repeats']
+           'cores', 'over_shards', 'recount', 'repeated_table', 'evaluate_repeats']
 
-# %% ../nbs/40_evaluate.ipynb #1dbbd614
-import hashlib, json, sys
-from collections import defaultdict
+# %% ../nbs/40_evaluate.ipynb #ce4ea566
+import dataclasses, functools, hashlib, itertools, json, multiprocessing, os, sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from .benchmark import BENCHMARKS, source_of
+from .completion import Sampling
 from .config import Profile, UserError, Workspace, changed, launch, recording, writing
-from .engine import Sampling
+from .engine import answering
 from .grade import RULES, grade
 from .recipe import BASES, RECIPES, wanted
-from .rollout import folder_name, rollouts
+from .rollout import Rows, asked_as, folder_name, read_shard, rollouts
 from .sample import Sample
 from .stats import clustered_mean, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap, pass_at_k, wilson
 
@@ -63,7 +67,7 @@ def count(
 
     return {name: [right(questions), len(questions)] for name, questions in verdicts.items()}
 
-# %% ../nbs/40_evaluate.ipynb #4b5bb4a4
+# %% ../nbs/40_evaluate.ipynb #cad01571
 def results_folder(
     profile: Profile,
     model: str,
@@ -83,9 +87,9 @@ def evaluate(
     table = [line for samples, rows, _ in rolled.values() for line in grade_rows(samples, rows)]
     folder, root = results_folder(profile, model), Workspace(profile.name).root
     origin = {name: str(where.relative_to(root)) for name, (_, _, where) in rolled.items()}
-    record = {"model": model, "source": source_of(profile), "rule": rule, "instruction": instruction, "counts": count(table, rule),
+    record = {"model": model, "source": source_of(profile), "rule": rule, **dict(zip(("instruction", "dialect"), asked_as(model, instruction))), "counts": count(table, rule),
               "rules": {each: count(table, each) for each in RULES}, "truncated": sum(line["finish_reason"] == "length" for line in table),
-              "seed": profile.seed, "engine": profile.engine, "dtype": profile.dtype, "rollouts": origin}
+              "seed": profile.seed, "engine": answering(profile), "dtype": profile.dtype, "rollouts": origin}
     with recording(folder / "evaluation.json", {"rollouts": origin, "rule": rule}):
         with writing(folder / "questions.jsonl") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in table)
@@ -203,7 +207,86 @@ def repeated_counts(
             found.append(question | {"rule": rule, "right": sum(verdict.correct for verdict in verdicts), "majority": majority(votes, sample.answer_label)})
     return found
 
-# %% ../nbs/40_evaluate.ipynb #736346a3
+# %% ../nbs/40_evaluate.ipynb #4fe7ac0f
+def _parts(samples: Iterable[Sample], rows: Sequence) -> Iterator[tuple[list[Sample], object]]:
+    "The samples without their images, with the file or the list that holds their rows."
+    stream = iter(samples)
+    if isinstance(rows, Rows):
+        sizes = [stop - start for start, stop in itertools.pairwise([*rows.starts, len(rows)])]
+        parts = zip(sizes, rows.shards)
+    else:
+        parts = ((len(rows[at:at + 64]), rows[at:at + 64]) for at in range(0, len(rows), 64))
+    for size, part in parts:
+        yield [dataclasses.replace(sample, images=()) for sample in itertools.islice(stream, size)], part
+    if next(stream, None) is not None:
+        raise UserError(f"There are more questions than the {len(rows)} rows of answers; roll out first.")
+
+
+def _at(work: Callable, samples: list[Sample], part) -> object:
+    "Read a shard, see that it answers these questions, and work on it."
+    if isinstance(part, Path):
+        if (shard := read_shard(part)) is None:
+            raise UserError(f"{part} is missing or damaged; run the rollout again, which makes it anew.")
+        part = shard[1]
+    if [(row["dataset_name"], row["dataset_index"]) for row in part] != [(sample.dataset_name, sample.dataset_index) for sample in samples]:
+        raise UserError(f"The answers to {part[0]['dataset_name']} {part[0]['dataset_index']} and after are not those to these questions; give the data and the limit that they were made with.")
+    return work(samples, part)
+
+# %% ../nbs/40_evaluate.ipynb #d9ccc2ce
+_WORTHWHILE = 20_000  # answers; fewer are graded before a process has started
+
+
+def cores() -> int:
+    "How many processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/40_evaluate.ipynb #2ceccb5d
+def over_shards(
+    work: Callable,  # (samples, rows) of a shard -> something small; importable by name, if there is more than one worker
+    samples: Iterable[Sample],
+    rows: Sequence,  # `Rows` of a rollout, or a list, in the samples' order
+    workers: int = 0,  # processes; 0 for as many as cores where there is enough to do
+) -> Iterator:
+    "What the work makes of each shard, in order; on several cores."
+    if not workers:
+        workers = cores() if len(rows) and len(rows) * len(rows[0]["completions"]) >= _WORTHWHILE else 1
+    if workers == 1:
+        yield from (_at(work, *part) for part in _parts(samples, rows))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = deque()
+        try:
+            for part in _parts(samples, rows):
+                waiting.append(pool.submit(_at, work, *part))
+                if len(waiting) > 2 * workers:  # no more at once than keeps every worker busy
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("A process that graded was ended from outside, perhaps for want of memory; use fewer workers.") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../nbs/40_evaluate.ipynb #5bae127d
+def recount(
+    samples: Sequence[Sample],
+    rows: Sequence,  # of the rollout, in the same order
+    rules: tuple[str, ...] = RULES,
+    workers: int = 0,  # as for `over_shards`
+) -> list[dict]:
+    "The lines of `repeated_counts`, made on several cores."
+    images = []
+    lines = [*itertools.chain.from_iterable(over_shards(functools.partial(repeated_counts, rules=rules), _seen(samples, images), rows, workers))]
+    return [line | {"image": images[place // len(rules)]} for place, line in enumerate(lines)]
+
+
+def _seen(samples: Iterable[Sample], images: list[str]) -> Iterator[Sample]:
+    "The samples one by one; the names of their images, which the workers do not see, go to the list."
+    for sample in samples:
+        images.append(picture_key(sample))
+        yield sample
+
+# %% ../nbs/40_evaluate.ipynb #bdee343b
 def _steady(values: list[float], images: list[str]) -> tuple[float, float]:
     "Mean and clustered standard error; where all are alike, the error with two right and two wrong images more, since nothing is certain."
     mean, error = clustered_mean(values, images)
@@ -237,7 +320,7 @@ def repeated_table(
                           "n": len(parts[name]) if name in parts else sum(sizes.values()), "answers": n})
     return found
 
-# %% ../nbs/40_evaluate.ipynb #0153d6a1
+# %% ../nbs/40_evaluate.ipynb #b4a6b888
 def evaluate_repeats(
     profile: Profile,
     model: str,  # as for `evaluate`
@@ -248,7 +331,7 @@ def evaluate_repeats(
     rolled = rollouts(profile, model, Sampling(n=n, temperature=TEMPERATURE, top_p=TOP_P, max_tokens=profile.max_tokens))
     folder, root = results_folder(profile, model), Workspace(profile.name).root
     origin = {name: str(where.relative_to(root)) for name, (_, _, where) in rolled.items()}
-    lines = [line for samples, rows, _ in rolled.values() for line in repeated_counts(samples, rows)]
+    lines = [line for samples, rows, _ in rolled.values() for line in recount(samples, rows)]
     rules = {rule: repeated_table([line for line in lines if line["rule"] == rule]) for rule in RULES}
     record = {"model": model, "source": source_of(profile), "answers": n, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": profile.seed, "engine": profile.engine,
               "dtype": profile.dtype, "rules": rules, "rollouts": origin}
