@@ -12,6 +12,11 @@
 #   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
 #   ./reproduce.sh results [PROFILE]           draw every table and figure anew from the runs that there are; nothing is run or trained
 #   ./reproduce.sh compare [PROFILE]           hold each published number against the run: match, inside its interval, outside, not run
+#   ./reproduce.sh rollout [PROFILE] model=NAME [...]  ask a model the six test sets, by any engine: engine=vllm, openai base_url=..., ray
+#   ./reproduce.sh look [PROFILE] model=NAME   does the model look? the same questions with the image, a blank one, another, none
+#   ./reproduce.sh parity [PROFILE] model=NAME A -- B  the same questions in two settings: is it safe to compare their numbers?
+#   ./reproduce.sh regrade [PROFILE] old=RULE new=RULE  another rule over the stored answers: what flips, why, and each table cell
+#   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers in the log form of inspect_ai or lm-evaluation-harness
 #   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs                        build the documentation site in _docs/
@@ -147,6 +152,8 @@ case "${1:-}" in
         setup; run medvlthinker.pipeline "$@" ;;
     compare)
         setup; run medvlthinker.contract "$@" ;;
+    rollout | look | parity | regrade | exchange)
+        verb=$1; shift; setup; run "medvlthinker.$verb" "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)

@@ -233,10 +233,10 @@ def run(
 def _shorten(reason: str, width: int = 100) -> str:
     return reason if len(reason) <= width else reason[:width - 4] + " ..."
 
-# %% ../nbs/60_pipeline.ipynb #5535b911
+# %% ../nbs/60_pipeline.ipynb #e41f7e7a
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a step."
-    source, gpus = source_of(profile), profile.tensor_parallel * profile.data_parallel
+    source, gpus = source_of(profile), profile.tensor_parallel * profile.copies
     words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **changed(profile)}
     command = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
     hardware = f"1 node of {gpus} GPU{'s' * (gpus > 1)}" if profile.gpus else "CPU"

@@ -291,9 +291,9 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     from dataclasses import replace
 
     from medvlthinker import phantom
-    from medvlthinker.engine import Sampling, open_engine
+    from medvlthinker.completion import Sampling, Shard
+    from medvlthinker.engine import open_engine, shard_size
     from medvlthinker.grpo import train_grpo
-    from medvlthinker.prompt import messages
     from medvlthinker.recipe import find
     from medvlthinker.sample import write_samples
     from medvlthinker.sft import plan, train_sft
@@ -311,9 +311,10 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
             act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))
             late = curves(recipe, workspace).iloc[3:]  # the first steps warm up
             yield name, (late.tokens.iloc[-1] - late.tokens.iloc[0]) / (late.seconds.iloc[-1] - late.seconds.iloc[0]), work
-        engine = open_engine(replace(profile, gpus=gpus), str(folder))
-        chats, made = [messages(sample) for sample in drawn], []
-        taken = seconds(lambda: made.extend(completion for each in engine.generate(chats, Sampling(n=8, temperature=1.0, max_tokens=answer), 0) for completion in each))
+        engine, size = open_engine(replace(profile, gpus=gpus), str(folder)), shard_size(profile)
+        shards = [Shard(i, drawn[i * size:(i + 1) * size], i) for i in range(-(-len(drawn) // size))]
+        made = []
+        taken = seconds(lambda: made.extend(completion for _, answers in engine.stream(shards, Sampling(n=8, temperature=1.0, max_tokens=answer)) for each in answers for completion in each))
         yield f"the engine alone ({profile.engine}), answers", sum(completion.tokens for completion in made) / taken, 2
 
 
@@ -375,6 +376,208 @@ def three_seeds():
         mean, error = np.mean([gain for gain, _ in found]), sum(error**2 for _, error in found) ** 0.5 / len(found)
         print(f"    {name}: {100 * mean:+.1f} points over three seeds, standard error of the questions {100 * error:.1f}, spread over seeds {100 * np.std([gain for gain, _ in found], ddof=1):.1f}")
         yield f"{name} above its base, over three seeds", mean / error, "standard errors", 3, "at least"
+
+
+def asked(number: int):
+    "A rollout of image questions: (samples, profile, model, sampling, who), four sampled answers each."
+    from medvlthinker import phantom
+    from medvlthinker.completion import Sampling
+    from medvlthinker.engine import resolve_model
+    from medvlthinker.rollout import identity
+
+    profile = load_profile("smoke", engine="vllm")
+    samples, model = phantom.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke"))
+    sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
+    return samples, profile, model, sampling, identity(samples, model, profile, sampling)
+
+
+@bench
+def own_cost():
+    "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
+    from medvlthinker.completion import Completion
+    from medvlthinker.rollout import roll_out
+
+    samples, _, _, _, who = asked(2000)
+    text = "<think> " + "The lesion lies in the upper left of the picture. " * 20 + "</think>\n<answer> B </answer>"
+
+    class Instant:
+        def stream(self, shards, sampling):
+            for shard in shards:
+                yield shard, [[Completion(text, "stop", 250)] * sampling.n for _ in shard.chats()]
+
+    spent = []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.process_time()
+            roll_out(samples, Instant, Path(folder), who, "instant 1", show=lambda line: None)
+            spent.append(time.process_time() - began)
+    yield "our own processor time per question (n=4), image decoded, with an engine that answers at once", 1000 * statistics.median(spent) / len(samples), "ms", 1, "at most"
+
+
+@bench
+def vllm_overhead():
+    "A rollout through vLLM on the CPU over a bare LLM.chat call on the same prepared inputs: tiny model, 2,000 image questions, n=4, start-up aside, in turns."
+    import importlib.util
+
+    if not importlib.util.find_spec("vllm"):
+        print("    not measured: vLLM is not installed here (./reproduce.sh setup full)")
+        return
+    from medvlthinker.completion import Shard
+    from medvlthinker.engine import engine_version, open_engine
+    from medvlthinker.rollout import roll_out
+    from vllm import SamplingParams
+
+    samples, profile, model, sampling, who = asked(2000)
+    engine, size = open_engine(profile, model), who["shard_size"]
+    shards = [Shard(i, samples[i * size:(i + 1) * size], who["seed"] + i) for i in range(-(-len(samples) // size))]
+    chats = [[{"role": "user", "content": [{"type": "image_pil", "image_pil": part["image"]} if part["type"] == "image" else part for part in chat[0]["content"]]}]
+             for shard in shards for chat in shard.chats()]
+    how = [SamplingParams(n=sampling.n, temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=seed) for shard in shards for seed in shard.seeds()]
+
+    def fresh():
+        engine.llm.reset_prefix_cache()
+        engine.llm.reset_mm_cache()
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            roll_out(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None)
+
+    def bare():
+        engine.llm.chat(chats, how, use_tqdm=False)
+
+    turns = []
+    for turn in range(7):  # the first warms up; who comes first changes, because what runs later finds a warmer machine
+        taken = {}
+        for act in (bare, ours) if turn % 2 else (ours, bare):
+            fresh()
+            taken[act] = seconds(act)
+        turns.append((taken[bare], taken[ours]))
+        print(f"    turn {turn}: bare {turns[-1][0]:.1f} s, ours {turns[-1][1]:.1f} s", flush=True)
+    ratios = [whole / alone for alone, whole in turns[1:]]
+    print(f"    {len(ratios)} ratios from {min(ratios):.2f} to {max(ratios):.2f}")
+    yield "rollout through vLLM over bare LLM.chat (tiny model on the CPU, 2,000 image questions, n=4)", statistics.median(ratios), "x", 1.05, "at most"
+
+
+@bench
+def ray_overhead():
+    "The same rollout by one worker of Ray over vLLM in this process; start-up aside. There is no bound: it is stated."
+    import importlib.util
+
+    if not all(map(importlib.util.find_spec, ("vllm", "ray"))):
+        print("    not measured: vLLM and Ray are not installed here (./reproduce.sh setup full)")
+        return
+    from dataclasses import replace
+
+    from medvlthinker.engine import engine_version, open_engine
+    from medvlthinker.rollout import roll_out
+
+    samples, profile, model, _, who = asked(1000)
+    taken = {}
+    for name in ("vllm", "ray"):
+        engine = open_engine(replace(profile, engine=name), model)
+        for turn in range(3):  # the first warms up
+            with tempfile.TemporaryDirectory() as folder:
+                taken[name, turn] = seconds(lambda: roll_out(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None))
+    yield "rollout by one worker of Ray over vLLM in this process (1,000 image questions, n=4)", min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2)), "x", 2, "at most"
+
+
+SENTENCES = ("The {a} shows a {b} {c} in the {d} {e}.", "There is no {c} of the {e}, and the {d} margin is {b}.", "Option {x} would need a {b} {c}, which is not seen here.",
+             "On this view the {e} is {b}, so a {c} is the most likely finding.", "A {c} of the {d} {e} is {b} in most patients, but the {a} alone cannot prove it.",
+             "First, consider {x}: the {a} would then show a {b} {e}.", "This rules out ({x}), since the {d} {e} has no {c}.")
+FILL = {"a": ("radiograph", "axial CT image", "T2 weighted MRI", "slide", "photograph", "ultrasound image"), "b": ("dense", "faint", "round", "calcified", "well defined", "irregular"),
+        "c": ("lesion", "effusion", "nodule", "fracture", "haemorrhage", "thickening"), "d": ("left", "right", "upper", "lower", "medial", "posterior"),
+        "e": ("lobe", "ventricle", "cortex", "kidney", "artery", "pleura"), "x": ("A", "B", "C", "D")}
+ENDINGS = (("<think> {text} </think>\n<answer> {x} </answer>", 70), ("<think> {text} </think>\n<answer> {x}. {words} </answer>", 10), ("<think> {text} </think>\n<answer>\n{words}\n</answer>", 5),
+           ("{text}\n\nThe correct answer is ({x}).", 5), ("{text}\n\n**Answer: {x}**", 5), ("<think> {text}", 5))  # of a hundred; the last was cut off
+
+
+def written(rng, sentences: list[str], options: dict) -> str:
+    "A completion of about 1,000 characters that no other repeats, in one of the shapes that models write."
+    shape = rng.choices([shape for shape, _ in ENDINGS], [share for _, share in ENDINGS])[0]
+    letter = rng.choice("ABCD")
+    return shape.format(text=" ".join(rng.choices(sentences, k=15)), x=letter, words=options[letter])
+
+
+def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b""):
+    "A finished rollout in shards of so many questions, and the file of its samples."
+    import random
+
+    from medvlthinker.completion import Completion
+    from medvlthinker.rollout import write_shard
+    from medvlthinker.sample import Sample, write_samples
+
+    rng = random.Random(0)
+    sentences = [rng.choice(SENTENCES).format(**{key: rng.choice(values) for key, values in FILL.items()}) for _ in range(5000)]
+    names = [f"{b} {c}" for b in FILL["b"] for c in FILL["c"]]
+
+    def sample(i):
+        options = dict(zip("ABCD", rng.sample(names, 4)))
+        letter = rng.choice("ABCD")
+        return Sample(rng.choice(sentences), options, letter, options[letter], (image + i.to_bytes(4, "big"),) if image else (), dataset_name="pmc_vqa", dataset_index=i)
+
+    samples = [sample(i) for i in range(questions)]
+    write_samples(samples, folder / "samples.parquet")
+    starts, characters = range(0, questions, size), 0
+    for number, start in enumerate(starts):
+        part = samples[start:start + size]
+        answers = [[Completion(written(rng, sentences, each.options), "stop", 250) for _ in range(n)] for each in part]
+        characters += sum(len(completion.text) for each in answers for completion in each)
+        write_shard(folder / f"shard-{number:05}.jsonl", part, answers, {"shard": number, "shards": len(starts), "seed": 42 + number, "engine": "synthetic 1"})
+    (folder / "rollout.json").write_text(json.dumps({"shard_size": size}))
+    print(f"    {questions * n:,} completions of {characters / questions / n:.0f} characters on average", flush=True)
+
+
+REGRADE = """
+import json, resource, sys, time
+from pathlib import Path
+from medvlthinker.evaluate import cores, recount
+from medvlthinker.regrade import stored_rows
+from medvlthinker.sample import SampleFile
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    began = time.perf_counter()
+    lines = recount(SampleFile(folder / "samples.parquet", look=False), stored_rows(folder)[1])
+    taken = time.perf_counter() - began
+    own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    busy = sum(each.ru_utime + each.ru_stime for each in (own, others))
+    print(json.dumps([len(lines), taken, (own.ru_maxrss + cores() * others.ru_maxrss) / 2**20, cores(), busy]))
+"""
+
+
+@bench
+def regrading():
+    "8,220 questions with an image of 50 kB, 64 distinct answers to each, about 1,000 characters long: read from disk, checked, graded under all five rules, counted."
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic(Path(folder), 8220, 64, 128, os.urandom(50_000))  # as large as the shards of vLLM's rollouts
+        (script := Path(folder) / "regrade.py").write_text(REGRADE)
+        done = subprocess.run([sys.executable, str(script), folder], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines, taken, memory, workers, busy = json.loads(done.stdout.splitlines()[-1])
+    assert lines == 8220 * 5
+    print(f"    {workers} cores, {8220 * 64 / taken:,.0f} completions a second; {busy:.0f} s of processor time, start of the processes included")
+    yield "526,080 stored completions re-graded under all five rules", taken, "s", 60, "at most"
+    yield "re-grading, peak memory of all processes together", memory, "GiB", 1.5e9 / 2**30, "at most"
+
+
+@bench
+def resume():
+    "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
+    from medvlthinker.rollout import roll_out, samples_fingerprint
+    from medvlthinker.sample import SampleFile
+
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic(Path(folder), 100_000, 1, 512)
+        samples, said = SampleFile(Path(folder) / "samples.parquet", look=False), []
+        who = {"shard_size": 512, "seed": 42, "n": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "instruction": "trained"}
+
+        def engine():
+            raise AssertionError("the rollout is finished, and yet an engine was opened")
+
+        anew = seconds(lambda: samples_fingerprint(samples))  # which the run that made the rollout did, and noted
+        known = seconds(lambda: samples_fingerprint(samples), times=3)  # by which the rollout is found
+        taken = seconds(lambda: said.append(len(roll_out(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
+        assert said == [100_000] * 3
+    print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s for the shards")
+    yield "resuming a finished rollout of 100,000 rows, the samples' fingerprint included", known + taken, "s", 3, "at most"
 
 
 def main(words: list[str]) -> int:
