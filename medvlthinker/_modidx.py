@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medvlthinker.engine._copy': ('engine.html#_copy', 'medvlthinker/engine.py'),
                                      'medvlthinker.engine._for_vllm': ('engine.html#_for_vllm', 'medvlthinker/engine.py'),
                                      'medvlthinker.engine._part': ('engine.html#_part', 'medvlthinker/engine.py'),
+                                     'medvlthinker.engine._tell': ('engine.html#_tell', 'medvlthinker/engine.py'),
                                      'medvlthinker.engine.ahead': ('engine.html#ahead', 'medvlthinker/engine.py'),
                                      'medvlthinker.engine.answering': ('engine.html#answering', 'medvlthinker/engine.py'),
                                      'medvlthinker.engine.engine_version': ('engine.html#engine_version', 'medvlthinker/engine.py'),

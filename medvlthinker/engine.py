@@ -208,7 +208,7 @@ def ahead(
         while waiting:
             yield (first := waiting.popleft())[0], first[1].result()
 
-# %% ../nbs/20_engine.ipynb #6636348a
+# %% ../nbs/20_engine.ipynb #38c535ae
 class VllmEngine:
     "Generation by vLLM's offline engine: tensor parallel over the GPUs of one node, or on the CPU."
     shard_size = 128  # what is lost by a kill, and what copies of the model share out; the scheduler never sees it
@@ -237,7 +237,9 @@ class VllmEngine:
             self.llm = LLM(model=model, dtype=profile.dtype, seed=profile.seed, limit_mm_per_prompt={"image": 8, "video": 0}, **how)
         except (OSError, ValueError, RuntimeError) as error:
             raise unloadable(model, error) from None
-        guard(*(child.pid for child in multiprocessing.active_children()))
+        children = multiprocessing.active_children()
+        guard(*(child.pid for child in children))
+        threading.Thread(target=_tell, args=([child.sentinel for child in children], getattr(self.llm.llm_engine.engine_core, "outputs_queue", None)), daemon=True).start()
         multiprocessing.util.Finalize(self, self.llm.llm_engine.engine_core.shutdown, exitpriority=10)  # before Python waits for vLLM's process at its own end
 
     def stream(self, shards: Iterable[Shard], sampling: Sampling) -> Iterator[tuple[Shard, list[list[Completion]]]]:
@@ -284,6 +286,17 @@ class VllmEngine:
             sample = shard.samples[places[0]]
             raise UserError(f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: {' '.join(str(error).split())[:300]} "
                             "(max_model_len and max_pixels decide what fits; preflight finds all that do not).") from None
+
+
+def _tell(sentinels: list, outputs) -> None:
+    "When vLLM's process has ended, say so to whoever waits for its outputs: killed at a bad moment, it leaves its client waiting for ever (0.27)."
+    import multiprocessing.connection
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if sentinels and outputs is not None:
+        multiprocessing.connection.wait(sentinels)
+        outputs.put_nowait(EngineDeadError())
 
 
 def _for_vllm(chat: list[dict]) -> list[dict]:
