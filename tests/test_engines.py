@@ -140,6 +140,12 @@ def below(pid: int) -> list[int]:
     return [found for child in children for found in (child, *below(child))]
 
 
+def bystander(pid: int) -> bool:
+    "Our own guard, and Python's tracker of shared memory: neither answers questions."
+    words = Path(f"/proc/{pid}/cmdline").read_bytes() if Path(f"/proc/{pid}").exists() else b"getppid"
+    return b"getppid" in words or b"resource_tracker" in words
+
+
 def end(process) -> None:
     "Kill what is left of a process group, and wait until its shards are free."
     try:
@@ -175,7 +181,7 @@ def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, v
                 process.join(rng.uniform(0.1, 1) * seconds)
             if kills == MOMENTS or not process.is_alive():
                 break
-            prey = [process.pid] if victim == "driver" else below(process.pid)
+            prey = [process.pid] if victim == "driver" else [each for each in below(process.pid) if not bystander(each)]
             if prey:
                 os.kill(rng.choice(prey), signal.SIGKILL)
                 kills += 1
@@ -183,8 +189,8 @@ def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, v
             process.join(120)
             assert not process.is_alive(), "whoever loses its engine ends, and does not hang"
             if victim == "vllm" and prey:
-                assert process.exitcode == 2, process.exitcode
-                assert "what is finished is kept" in (log := (folder / "log").read_text()) or "cannot be loaded" in log, log[-2000:]
+                assert process.exitcode == 2 or shards(folder) == expected, process.exitcode  # killed when all was done, it is missed by nobody
+                assert process.exitcode == 0 or "what is finished is kept" in (log := (folder / "log").read_text()) or "cannot be loaded" in log, log[-2000:]
             end(process)
             assert shards(folder).items() <= expected.items(), "a shard that is there is whole and right"
         process.join()
