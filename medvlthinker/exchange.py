@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['FORMS', 'Told', 'inspect_sample', 'to_inspect', 'lm_eval_line', 'to_lm_eval', 'told', 'exchange', 'main']
 
-# %% ../nbs/44_exchange.ipynb #c8352c36
+# %% ../nbs/44_exchange.ipynb #29ec67df
 import base64, dataclasses, datetime, hashlib, json, re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .benchmark import select
 from .config import Profile, UserError, circumstances, command, fingerprint, load_profile, parse_words, writing
-from .evaluate import results_folder
+from .evaluate import recount, results_folder
 from .grade import RULES, grade
 from .prompt import user_text
-from .regrade import recount, stored_rollouts
+from .regrade import stored_rollouts
 from .rollout import write_eval_results
 from .sample import Sample
 from .stats import clustered_mean

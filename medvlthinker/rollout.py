@@ -22,12 +22,13 @@ from .prompt import DIALECTS, user_text
 from .sample import BadRow, Sample, to_row
 from .source import json_lines, source_of
 
-# %% ../nbs/21_rollout.ipynb #72d2a006
+# %% ../nbs/21_rollout.ipynb #426fcbf1
 def samples_fingerprint(
     samples: Sequence[Sample],
+    keep: bool = False,  # note it beside the file of the samples, so that a resumed run need not read 100,000 of them
 ) -> str:
     "Sixteen hexadecimal digits that change when any question, option, answer or image changes."
-    path = getattr(samples, "path", None)  # of a SampleFile, whose fingerprint is noted beside it, with the file's size and time
+    path = getattr(samples, "path", None)  # of a SampleFile; the note holds the file's size and time
     if path and path.is_file():
         note, state = path.with_name(f".{path.name}.fingerprint.json"), [path.stat().st_size, path.stat().st_mtime_ns]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -39,7 +40,7 @@ def samples_fingerprint(
         for data in sample.images:
             digest.update(hashlib.sha256(data).digest())
     found = digest.hexdigest()[:16]
-    if path and path.is_file():
+    if keep and path and path.is_file():
         with contextlib.suppress(UserError, OSError), writing(note) as file:
             json.dump({"file": state, "samples": found}, file)
     return found
@@ -56,7 +57,7 @@ def identity(
 ) -> dict:
     "Everything that decides what a rollout holds."
     unusual = {"dialect": dialect if dialect != "chat" else 0, "max_model_len": profile.max_model_len, "max_pixels": profile.max_pixels}
-    return {"weights": weights or model_fingerprint(model), "samples": samples_fingerprint(samples), "instruction": instruction, "seed": profile.seed,
+    return {"weights": weights or model_fingerprint(model), "samples": samples_fingerprint(samples, keep=True), "instruction": instruction, "seed": profile.seed,
             **dataclasses.asdict(sampling), "engine": answering(profile), "dtype": profile.dtype, "shard_size": shard_size(profile),
             **{key: value for key, value in unusual.items() if value}}
 

@@ -572,7 +572,7 @@ def resume():
         def engine():
             raise AssertionError("the rollout is finished, and yet an engine was opened")
 
-        anew = seconds(lambda: samples_fingerprint(samples))  # which the run that made the rollout did, and noted
+        anew = seconds(lambda: samples_fingerprint(samples, keep=True))  # which the run that made the rollout did, and noted
         known = seconds(lambda: samples_fingerprint(samples), times=3)  # by which the rollout is found
         taken = seconds(lambda: said.append(len(roll_out(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
         assert said == [100_000] * 3
