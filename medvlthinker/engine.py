@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'ENGINES', 'Baseline', 'resolve_model', 'model_fingerprint', 'TransformersEngine', 'pixels', 'unloadable',
-           'too_long', 'guard', 'ahead', 'VllmEngine', 'Copies', 'RayEngine', 'answering', 'shard_size',
+           'too_long', 'guard', 'ahead', 'VllmEngine', 'watched', 'Copies', 'RayEngine', 'answering', 'shard_size',
            'engine_version', 'open_engine']
 
-# %% ../nbs/20_engine.ipynb #1a815014
-import importlib.metadata, importlib.util, itertools, multiprocessing, multiprocessing.util, os, queue, re, subprocess, sys, threading
+# %% ../nbs/20_engine.ipynb #17dde8d4
+import contextlib, importlib.metadata, importlib.util, itertools, multiprocessing, multiprocessing.util, os, queue, re, signal, subprocess, sys, threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +208,7 @@ def ahead(
         while waiting:
             yield (first := waiting.popleft())[0], first[1].result()
 
-# %% ../nbs/20_engine.ipynb #38c535ae
+# %% ../nbs/20_engine.ipynb #ada1ed7e
 class VllmEngine:
     "Generation by vLLM's offline engine: tensor parallel over the GPUs of one node, or on the CPU."
     shard_size = 128  # what is lost by a kill, and what copies of the model share out; the scheduler never sees it
@@ -233,11 +233,13 @@ class VllmEngine:
             how["mm_processor_kwargs"] = pixels(profile)
         from vllm import LLM
 
+        before = set(multiprocessing.active_children())
         try:
-            self.llm = LLM(model=model, dtype=profile.dtype, seed=profile.seed, limit_mm_per_prompt={"image": 8, "video": 0}, **how)
+            with watched():
+                self.llm = LLM(model=model, dtype=profile.dtype, seed=profile.seed, limit_mm_per_prompt={"image": 8, "video": 0}, **how)
         except (OSError, ValueError, RuntimeError) as error:
             raise unloadable(model, error) from None
-        children = multiprocessing.active_children()
+        children = set(multiprocessing.active_children()) - before
         guard(*(child.pid for child in children))
         threading.Thread(target=_tell, args=([child.sentinel for child in children], getattr(self.llm.llm_engine.engine_core, "outputs_queue", None)), daemon=True).start()
         multiprocessing.util.Finalize(self, self.llm.llm_engine.engine_core.shutdown, exitpriority=10)  # before Python waits for vLLM's process at its own end
@@ -271,6 +273,7 @@ class VllmEngine:
     def _add(self, shard: Shard, places: Sequence[int], chats: list, sampling: Sampling) -> list[str]:
         "Queue some questions of a shard; the requests' names."
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         chats, seeds = [chats[place] for place in places], shard.seeds()
         how = [SamplingParams(n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seeds[place]) for place in places]
@@ -280,12 +283,39 @@ class VllmEngine:
             else:
                 names = self.llm.enqueue([{"prompt": chat["prompt"], **({"multi_modal_data": {"image": chat["images"]}} if chat["images"] else {})} for chat in chats], how, use_tqdm=False)
             return [name.partition("-")[0] for name in names]  # vLLM appends a random word to the names that its outputs carry
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             if len(places) > 1:  # which of them is it?
                 return [name for place, chat in zip(places, chats) for name in self._add(shard, [place], {place: chat}, sampling)]
             sample = shard.samples[places[0]]
             raise UserError(f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: {' '.join(str(error).split())[:300]} "
                             "(max_model_len and max_pixels decide what fits; preflight finds all that do not).") from None
+
+
+@contextlib.contextmanager
+def watched(
+    grace: float = 10.0,  # seconds that a starter has to notice by itself
+):
+    "A block in whose course processes are started; should one end before the block does, it is left with a `UserError` and not waited for."
+    before, over, died = set(multiprocessing.active_children()), threading.Event(), []
+
+    def watch():
+        seen = set()
+        while not over.wait(0.1):
+            seen |= set(multiprocessing.active_children()) - before
+            if any(child.exitcode is not None for child in seen) and not over.wait(grace):
+                died.append(True)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # a real signal, which also ends a wait
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if died:
+            raise UserError("A process of vLLM has died while it started (killed, or out of memory; its log stands above); what is finished is kept, run again to go on.") from None
+        raise
+    finally:
+        over.set()
 
 
 def _tell(sentinels: list, outputs) -> None:
@@ -303,7 +333,7 @@ def _for_vllm(chat: list[dict]) -> list[dict]:
     "Messages with the images as vLLM takes them in memory."
     return [{**turn, "content": [{"type": "image_pil", "image_pil": part["image"]} if part["type"] == "image" else part for part in turn["content"]]} for turn in chat]
 
-# %% ../nbs/20_engine.ipynb #3987ceaf
+# %% ../nbs/20_engine.ipynb #4361e66b
 def _copy(number: int, profile: Profile, model: str, jobs, results, starts) -> None:
     "The process of one copy: for each sampling that it is told, shards from `jobs` until None, answers to `results`."
     gpus = range(number * profile.tensor_parallel, (number + 1) * profile.tensor_parallel)
@@ -387,7 +417,7 @@ def _part(processes: list, starts: list) -> None:
         process.join(30)
         process.terminate()
 
-# %% ../nbs/20_engine.ipynb #bb4fc714
+# %% ../nbs/20_engine.ipynb #6543440d
 class _Worker:
     "One engine on a cluster."
 
@@ -406,7 +436,7 @@ class RayEngine:
     def __init__(
         self,
         model: str,  # a hub id, or a folder that every node sees
-        profile: Profile,  # its ray_address, ray_engine, data_parallel (workers), tensor_parallel (GPUs of each) are used
+        profile: Profile,  # its ray_address, ray_engine, copies (workers), tensor_parallel (GPUs of each) are used
     ):
         if not importlib.util.find_spec("ray"):
             raise UserError("The engine ray is not installed; ./reproduce.sh setup full installs it, or use engine=vllm.")
@@ -415,7 +445,7 @@ class RayEngine:
         from ray.util import ActorPool
 
         if not ray.is_initialized():
-            here = {} if profile.ray_address else {"num_cpus": max(profile.data_parallel, os.cpu_count())}
+            here = {} if profile.ray_address else {"num_cpus": max(profile.copies, os.cpu_count())}
             try:
                 ray.init(address=profile.ray_address or None, include_dashboard=False, logging_level="ERROR", **here)
             except (ConnectionError, ValueError, OSError, RuntimeError) as error:
@@ -424,7 +454,7 @@ class RayEngine:
         # what a shell sets for this process is not set on the workers
         environment = {key: value for key, value in os.environ.items() if key.startswith(("HF_", "VLLM_", "OMP_", "MEDVLTHINKER_"))}
         worker = ray.remote(num_cpus=1, num_gpus=profile.tensor_parallel if profile.gpus else 0, max_restarts=-1, max_task_retries=-1)(_Worker)
-        self.workers = [worker.remote(model, inner, environment) for _ in range(profile.data_parallel)]
+        self.workers = [worker.remote(model, inner, environment) for _ in range(profile.copies)]
         self.pool = ActorPool(self.workers)
 
     def stream(self, shards: Iterable[Shard], sampling: Sampling) -> Iterator[tuple[Shard, list[list[Completion]]]]:
@@ -444,7 +474,7 @@ class RayEngine:
         except ray.exceptions.RayActorError as error:  # raised where a worker cannot even start
             raise UserError(f"A worker of Ray cannot open the model: {' '.join(str(error).split())[-400:]}") from None
 
-# %% ../nbs/20_engine.ipynb #8537b7b1
+# %% ../nbs/20_engine.ipynb #0f7624e2
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine, "openai": ServerEngine, "ray": RayEngine}
 
 

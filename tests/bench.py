@@ -446,7 +446,7 @@ def vllm_overhead():
         engine.llm.chat(chats, how, use_tqdm=False)
 
     turns = []
-    for turn in range(7):  # the first warms up; who comes first changes, because what runs later finds a warmer machine
+    for turn in range(5):  # the first warms up; who comes first changes, because what runs later finds a warmer machine
         taken = {}
         for act in (bare, ours) if turn % 2 else (ours, bare):
             fresh()

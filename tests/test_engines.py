@@ -177,8 +177,11 @@ def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, v
         folder = tmp_path / f"{kills}"
         while True:  # until one start goes through
             (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), PROFILE))).start()
+            there = len(shards(folder))
+            while kills % 2 and kills < MOMENTS and process.is_alive() and len(shards(folder)) == there:  # every other one falls when something has been stored, the others at any time
+                process.join(0.02)
             if kills < MOMENTS:
-                process.join(rng.uniform(0.1, 1) * seconds)
+                process.join(rng.uniform(0, 1) * (0.5 if kills % 2 else seconds))
             if kills == MOMENTS or not process.is_alive():
                 break
             prey = [process.pid] if victim == "driver" else [each for each in below(process.pid) if not bystander(each)]
