@@ -208,7 +208,7 @@ def ahead(
         while waiting:
             yield (first := waiting.popleft())[0], first[1].result()
 
-# %% ../nbs/20_engine.ipynb #ada1ed7e
+# %% ../nbs/20_engine.ipynb #405cdee5
 class VllmEngine:
     "Generation by vLLM's offline engine: tensor parallel over the GPUs of one node, or on the CPU."
     shard_size = 128  # what is lost by a kill, and what copies of the model share out; the scheduler never sees it
@@ -239,9 +239,9 @@ class VllmEngine:
                 self.llm = LLM(model=model, dtype=profile.dtype, seed=profile.seed, limit_mm_per_prompt={"image": 8, "video": 0}, **how)
         except (OSError, ValueError, RuntimeError) as error:
             raise unloadable(model, error) from None
-        children = set(multiprocessing.active_children()) - before
-        guard(*(child.pid for child in children))
-        threading.Thread(target=_tell, args=([child.sentinel for child in children], getattr(self.llm.llm_engine.engine_core, "outputs_queue", None)), daemon=True).start()
+        self.children = set(multiprocessing.active_children()) - before
+        guard(*(child.pid for child in self.children))
+        threading.Thread(target=_tell, args=([child.sentinel for child in self.children], getattr(self.llm.llm_engine.engine_core, "outputs_queue", None)), daemon=True).start()
         multiprocessing.util.Finalize(self, self.llm.llm_engine.engine_core.shutdown, exitpriority=10)  # before Python waits for vLLM's process at its own end
 
     def stream(self, shards: Iterable[Shard], sampling: Sampling) -> Iterator[tuple[Shard, list[list[Completion]]]]:
@@ -265,10 +265,14 @@ class VllmEngine:
                         if len(whole := answers[shard.number]) == len(shard.samples):
                             del answers[shard.number]
                             yield shard, [whole[i] for i in range(len(whole))]
-        except EngineDeadError:
+        except Exception as error:
+            # its death shows as whatever failed first: a closed socket, a refused request, its own word for it
+            if not isinstance(error, EngineDeadError) and (isinstance(error, UserError) or all(child.exitcode is None for child in self.children)):
+                raise
             raise UserError("vLLM's own process has died (killed, or out of memory; its log stands above); what is finished is kept, run again to go on.") from None
         finally:
-            engine.abort_request(list(where))
+            if where and all(child.exitcode is None for child in self.children):
+                engine.abort_request(list(where))
 
     def _add(self, shard: Shard, places: Sequence[int], chats: list, sampling: Sampling) -> list[str]:
         "Queue some questions of a shard; the requests' names."

@@ -172,9 +172,9 @@ def undisturbed(processes, warm_tiny, tmp_path_factory):
 def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, victim):
     "The same rollout is killed again and again, each time at another moment, until it is whole: the bytes are those of one that nobody killed."
     expected, seconds = undisturbed
-    rng, kills, met_half = random.Random(7), 0, 0
+    rng, kills, met_half, runs = random.Random(7), 0, 0, 0
     while kills < MOMENTS:
-        folder = tmp_path / f"{kills}"
+        folder, runs = tmp_path / f"{runs}", runs + 1
         while True:  # until one start goes through
             (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), PROFILE))).start()
             there = len(shards(folder))
@@ -208,14 +208,14 @@ def test_a_worker_of_ray_killed_at_random_moments(processes, warm_tiny, tmp_path
     plain = load_profile("smoke", batch_size=16)
     (process := processes.Process(target=act, args=(tmp_path / "whole", roll, str(warm_tiny), plain))).start()
     process.join()
-    expected, rng, kills = shards(tmp_path / "whole"), random.Random(8), 0
+    expected, rng, kills, runs = shards(tmp_path / "whole"), random.Random(8), 0, 0
     assert len(expected) == 48
 
     def workers(pid):
         return [each for each in below(pid) if b"_Worker" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
     while kills < MOMENTS:
-        folder = tmp_path / f"{kills}"
+        folder, runs = tmp_path / f"{runs}", runs + 1
         (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), load_profile("smoke", batch_size=16, engine="ray", ray_engine="transformers")))).start()
         there = 0
         while process.is_alive() and kills < MOMENTS:

@@ -481,4 +481,4 @@ def test_served_limit_beyond_the_context(vllm_server, limit):
 @pytest.mark.heavy
 def test_served_wrong_model(vllm_server):
     found, reason = gather(engine(vllm_server, model="gpt-5").stream([Shard(0, phantoms(3), 42)], Sampling(max_tokens=48)))
-    assert reason.endswith("has no model 'gpt-5'; it has tiny.") and not found
+    assert reason.endswith("has no model 'gpt-5'; it has tiny, embedded.") and not found
