@@ -8,7 +8,7 @@ __all__ = ['BASELINES', 'ENGINES', 'Baseline', 'resolve_model', 'model_fingerpri
            'engine_version', 'open_engine']
 
 # %% ../nbs/20_engine.ipynb #17dde8d4
-import contextlib, importlib.metadata, importlib.util, itertools, multiprocessing, multiprocessing.util, os, queue, re, signal, subprocess, sys, threading
+import contextlib, importlib.metadata, importlib.util, itertools, multiprocessing, multiprocessing.util, os, queue, re, signal, socket, subprocess, sys, threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -449,6 +449,11 @@ class RayEngine:
         from ray.util import ActorPool
 
         if not ray.is_initialized():
+            if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", profile.ray_address):  # Ray itself would try for minutes
+                try:
+                    socket.create_connection((place[1], int(place[2])), 10).close()
+                except OSError as error:
+                    raise UserError(f"There is no Ray cluster at ray_address={profile.ray_address}: {error}") from None
             here = {} if profile.ray_address else {"num_cpus": max(profile.copies, os.cpu_count())}
             try:
                 ray.init(address=profile.ray_address or None, include_dashboard=False, logging_level="ERROR", **here)
