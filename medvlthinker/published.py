@@ -13,6 +13,7 @@ from decimal import Decimal
 
 from .config import UserError
 from .curate import PUBLISHED_7B
+from .engine import BASELINES
 from .recipe import RECIPES, ROWS, total_steps
 
 # %% ../nbs/50_published.ipynb #f683000d
@@ -81,8 +82,7 @@ def _lines(
     return found
 
 # %% ../nbs/50_published.ipynb #ba9c9a68
-_HUB = {"Gemma 3 4B": "google/gemma-3-4b-it", "Gemma 3 27B": "google/gemma-3-27b-it", "MedGemma 4B": "google/medgemma-4b-it",
-        "MedGemma 27B": "google/medgemma-27b-it", "LLaVA-Med v1.5 Mistral 7B": "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf",
+_HUB = {**{name: BASELINES[name].model for name in ("Gemma 3 4B", "Gemma 3 27B", "MedGemma 4B", "MedGemma 27B", "LLaVA-Med v1.5 Mistral 7B")},
         **{f"Qwen2.5-VL-{size}-Instruct": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B")}}
 
 # %% ../nbs/50_published.ipynb #7a9f520e
