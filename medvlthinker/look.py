@@ -7,13 +7,13 @@ __all__ = ['VIEWS', 'MEASURES', 'as_it_is', 'without', 'blank', 'partners', 'oth
            'verdict', 'accuracies', 'looks', 'look_table', 'look_figure', 'main']
 
 # %% ../nbs/41_look.ipynb #bbfcda21
-import dataclasses, functools, hashlib, io, json, random, re
+import dataclasses, functools, hashlib, io, random, re
 from collections import Counter
 from collections.abc import Sequence
 
 from .completion import Sampling
-from .config import Profile, UserError, Workspace, command, load_profile, look, parse_words, recording, writing
-from .evaluate import picture_key, results_folder
+from .config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words
+from .evaluate import picture_key, results_folder, store
 from .grade import RULES, grade
 from .rollout import asked_as, question_sets, rollouts
 from .sample import Sample, to_rgb
@@ -22,7 +22,7 @@ from .stats import macro_average, paired_bootstrap, wilson
 
 # %% ../nbs/41_look.ipynb #9b072c6a
 def as_it_is(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample],  # the questions
     seed: int = 0,  # not used; every view takes one
 ) -> list[Sample]:
     "The questions that have images, unchanged."
@@ -30,7 +30,7 @@ def as_it_is(
 
 
 def without(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample],  # the questions
     seed: int = 0,  # not used
 ) -> list[Sample]:
     "The same questions in the same words, without their images."
@@ -47,7 +47,7 @@ def _grey(size: tuple[int, int]) -> bytes:
 
 
 def blank(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample],  # the questions
     seed: int = 0,  # not used
 ) -> list[Sample]:
     "The same questions, each image grey all over and of its own size."
@@ -73,7 +73,7 @@ def _families(
 # %% ../nbs/41_look.ipynb #a08084c8
 def partners(
     samples: Sequence[Sample],  # of one set, all with images
-    seed: int = 0,
+    seed: int = 0,  # who gets whose
 ) -> list[int | None]:  # None where every other question shows the same picture
     "For each question the place of the one whose pictures it is to get."
     family, name = _families(samples), samples[0].dataset_name if samples else ""
@@ -85,8 +85,8 @@ def partners(
         order = {each: rng.random() for each in sizes}
         row, step = sorted(row, key=lambda i: (order[family[i]], i)), max(sizes.values())
         for place, i in enumerate(row):
-            found[i] = row[(place + step) % len(row)]
-            if family[found[i]] == family[i]:
+            found[i] = j = row[(place + step) % len(row)]
+            if family[j] == family[i]:
                 strangers = [j for j in range(len(samples)) if family[j] != family[i]]
                 alike = [j for j in strangers if len(samples[j].images) == images]
                 found[i] = rng.choice(alike or strangers) if strangers else None
@@ -109,7 +109,7 @@ _REFERS = re.compile(r"(?i:\b(?:all|any|both|either|neither|none) of the (?:abov
 
 
 def permuted(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample],  # the questions
     seed: int = 0,  # with the question's name and number it decides the order, which is never the old one
 ) -> list[Sample]:
     "The same questions with the texts of their options moved to other letters."
@@ -137,7 +137,7 @@ def answered(
     found = {}
     for sample, row in zip(samples, rows, strict=True):
         verdict = grade(row["completions"][0]["text"], sample.options, sample.answer_label, rule)
-        found[sample.dataset_name, sample.dataset_index] = sample.options.get(verdict.label), verdict.correct
+        found[sample.dataset_name, sample.dataset_index] = sample.options.get(verdict.label or ""), verdict.correct
     return found
 
 
@@ -212,19 +212,6 @@ def accuracies(
             counts[0], counts[1] = counts[0] + line[f"{view}_correct"], counts[1] + 1
     return found
 
-# %% ../nbs/41_look.ipynb #4e3b535a
-def _store(
-    record: dict,
-    lines: list[dict],
-    folder,  # where a model's results lie
-) -> None:
-    "Write look.jsonl and look.json."
-    with recording(folder / "look.json", {"rollouts": record["rollouts"], "rule": record["rule"]}):
-        with writing(folder / "look.jsonl") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with writing(folder / "look.json") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
-
 # %% ../nbs/41_look.ipynb #1d52b7fe
 def _with_images(
     profile: Profile,
@@ -237,7 +224,7 @@ def _with_images(
 
 # %% ../nbs/41_look.ipynb #a685bd2b
 def looks(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     model: str,  # `tiny`, a recipe's name, a folder, or a hub id
     views: tuple[str, ...] = tuple(VIEWS),  # which of them; `real` is always asked
     rule: str = "regrade",  # one of grade.RULES
@@ -258,7 +245,7 @@ def looks(
               "unanswered": {view: sum(line.get(f"{view}_answer", "") is None for line in lines) for view in rolled}, "measures": measures(lines),
               "seed": profile.seed, "engine": profile.engine, "dtype": profile.dtype, "rollouts": origin}
     record["verdict"] = verdict(record)
-    _store(record, lines, results_folder(profile, model))
+    store(results_folder(profile, model) / "look.json", record, lines, {"rollouts": origin, "rule": rule})
     return record
 
 # %% ../nbs/41_look.ipynb #9c46092c
@@ -281,6 +268,7 @@ def look_figure(
     record: dict,  # what `looks` returned
 ):  # -> a plotly Figure
     "Accuracy in percent with its 95 % interval under each view, for each set and as macro average."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom"), scattermode="group"))

@@ -4,32 +4,32 @@
 
 # %% auto #0
 __all__ = ['MUST_AGREE', 'ACCURACY', 'FLIPS', 'SAFE', 'UNSAFE', 'TOO_FEW', 'words_of', 'first_difference', 'what_differs',
-           'read_rollout', 'compared', 'counted', 'judged', 'sentence', 'parity', 'two_sides', 'stored_sides', 'main']
+           'compared', 'counted', 'judged', 'sentence', 'parity', 'two_sides', 'stored_sides', 'main']
 
 # %% ../nbs/42_parity.ipynb #5901689a
-import json, re, statistics
+import re, statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .config import Profile, UserError, Workspace, command, load_profile, parse_words, recording, writing
+from .config import Profile, UserError, Workspace, command, load_profile, parse_words
 from .engine import resolve_model
-from .evaluate import launch_rollout, picture_key, results_folder
+from .evaluate import launch_rollout, picture_key, results_folder, store
 from .grade import RULES, grade
-from .rollout import question_sets, read_shard, rollouts, samples_fingerprint
+from .rollout import question_sets, rollout_identity, rollouts, samples_fingerprint, stored_rollout
 from .sample import Sample
 from .stats import paired_bootstrap
 
 # %% ../nbs/42_parity.ipynb #7c8f5b10
 def words_of(
-    text: str,
+    text: str,  # anything
 ) -> list[str]:
     "The words of a text, each with the white space that follows it."
     return re.split(r"(?<=\s)(?=\S)", text)
 
 
 def first_difference(
-    first: Sequence,
-    second: Sequence,
+    first: Sequence,  # anything that has a length
+    second: Sequence,  # of the same kind
 ) -> int | None:
     "The place, from 0, of the first element in which two sequences differ; None where they are equal."
     if first == second:
@@ -44,27 +44,13 @@ _UNSAID = {"dialect": "chat", "max_pixels": 0}  # what a rollout means that does
 
 def what_differs(
     first: dict,  # what rollout.json holds
-    second: dict,
+    second: dict,  # of the other rollout
 ) -> str:
     "What keeps two rollouts from being compared, in words; empty where nothing does."
     served = "openai" in (first.get("engine"), second.get("engine"))  # a server tells no more of its weights than their name
     found = [(word, first.get(key, _UNSAID.get(key)), second.get(key, _UNSAID.get(key))) for key, word in MUST_AGREE.items() if not (served and key == "weights")]
     return ", ".join(f"{word} ({one} and {two})" for word, one, two in found if one != two)
 
-
-def read_rollout(
-    folder,  # of one rollout, from this machine or another
-) -> tuple[dict, list[dict]]:  # what rollout.json holds, and the rows
-    "A rollout as it lies on disk; `UserError` where it is none, or is damaged."
-    folder = Path(folder)
-    try:
-        who = json.loads((folder / "rollout.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a folder that holds rollout.json and shard-*.jsonl.") from None
-    shards = {path: read_shard(path) for path in sorted(folder.glob("shard-*.jsonl"))}
-    if broken := [path for path, shard in shards.items() if shard is None]:
-        raise UserError(f"{broken[0]} is damaged; delete it and run the rollout again, which makes what is missing.")
-    return who, [row for _, rows in shards.values() for row in rows]
 
 # %% ../nbs/42_parity.ipynb #888e272b
 def _by_question(
@@ -80,7 +66,7 @@ def _by_question(
 def compared(
     samples: Iterable[Sample],  # of one or more sets
     first: Iterable[dict],  # rows of a rollout of them
-    second: Iterable[dict],
+    second: Iterable[dict],  # rows of the other
     rule: str = "regrade",  # one of grade.RULES
     cut=words_of,  # from a text to its pieces
 ) -> list[dict]:
@@ -162,7 +148,7 @@ def _rows(
     "What is known of a side, and its rows."
     if not isinstance(side, (str, Path)):
         return {}, side
-    who, rows = read_rollout(side)
+    who, rows = stored_rollout(side)
     if who.get("samples", "") != samples_fingerprint(samples):
         raise UserError(f"{side} is a rollout of other questions than those it is to be compared on; take the profile and the limit that it was made with.")
     return who, rows
@@ -181,7 +167,7 @@ def _cutter(model: str):
 def parity(
     samples: Iterable[Sample],  # of one or more sets
     first,  # rows of a rollout of them, or its folder
-    second,
+    second,  # the other
     rule: str = "regrade",  # one of grade.RULES
     model: str = "",  # a folder or hub id whose tokenizer cuts the texts; words if empty
 ) -> tuple[dict, list[dict]]:  # a record with its verdict, and the lines of `compared`
@@ -217,10 +203,10 @@ def two_sides(
 
 def stored_sides(
     folder,  # of a rollout, or one above several
-    sets: dict[str, list[Sample]],
+    sets: dict[str, list[Sample]],  # the questions by the set's name
 ) -> dict[str, Path]:
     "For each set the folder of its only greedy rollout; `UserError` where there is none, or more than one."
-    identities = {path.parent: read_rollout(path.parent)[0] for path in sorted(Path(folder).glob("**/rollout.json"))}
+    identities = {path.parent: rollout_identity(path.parent) for path in sorted(Path(folder).glob("**/rollout.json"))}
     greedy, found = {place: who for place, who in identities.items() if not who.get("temperature") and who.get("n", 1) == 1}, {}
     for name, samples in sets.items():
         mark = samples_fingerprint(samples)
@@ -252,11 +238,7 @@ def _told(profile: Profile, model: str, record: dict, lines: list[dict]) -> None
     "Write parity.jsonl and parity.json, and print the verdict over all sets."
     record |= {"model": model, **(found := counted(lines)), "verdict": judged(found), "sentence": sentence(found)}
     folder = results_folder(profile, model)
-    with recording(folder / "parity.json", {"sides": record["sides"], "rule": record["rule"]}):
-        with writing(folder / "parity.jsonl") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with writing(folder / "parity.json") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
+    store(folder / "parity.json", record, lines, {"sides": record["sides"], "rule": record["rule"]})
     print(record["sentence"])
 
 # %% ../nbs/42_parity.ipynb #ec86bd82

@@ -5,6 +5,7 @@ These machines are shared and noisy: what is compared is measured in turns withi
 Exit code 1 when a bound does not hold.
 """
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -531,12 +532,12 @@ REGRADE = """
 import json, resource, sys, time
 from pathlib import Path
 from medvlthinker.evaluate import cores, recount
-from medvlthinker.regrade import stored_rows
+from medvlthinker.rollout import stored_rollout
 from medvlthinker.sample import SampleFile
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     began = time.perf_counter()
-    lines = recount(SampleFile(folder / "samples.parquet", look=False), stored_rows(folder)[1])
+    lines = recount(SampleFile(folder / "samples.parquet", look=False), stored_rollout(folder)[1])
     taken = time.perf_counter() - began
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     busy = sum(each.ru_utime + each.ru_stime for each in (own, others))
@@ -578,6 +579,28 @@ def resume():
         assert said == [100_000] * 3
     print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s for the shards")
     yield "resuming a finished rollout of 100,000 rows, the samples' fingerprint included", known + taken, "s", 3, "at most"
+
+
+@bench
+def notebooks():
+    "Run All of every library notebook in a fresh kernel, one thread, start of the kernel included; nothing was run before."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    taken, failed = {}, []
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        client = NotebookClient(nbformat.read(path, 4), kernel_name="python3", resources={"metadata": {"path": path.parent}})
+        with tempfile.TemporaryDirectory() as home:
+            try:
+                taken[path.stem] = seconds(functools.partial(client.execute, env={**os.environ, "MEDVLTHINKER_HOME": home, "OMP_NUM_THREADS": "1"}))
+            except CellExecutionError as error:
+                failed.append(path.stem)
+                print(f"    {path.stem} stops: {error.ename}: {error.evalue}", flush=True)
+    slowest = sorted(taken, key=taken.get, reverse=True)
+    print(f"    {len(taken)} notebooks in {sum(taken.values()):.0f} s; the slowest: {', '.join(f'{name} {taken[name]:.0f} s' for name in slowest[:5])}")
+    yield "notebooks that do not get through Run All", len(failed), "", 0, "at most"
+    yield "slowest Run All of a library notebook", taken[slowest[0]], "s", 60, "at most"
 
 
 def main(words: list[str]) -> int:

@@ -13,8 +13,8 @@ from medvlthinker.config import UserError, Workspace, load_profile
 from medvlthinker.evaluate import recount, count, grade_rows, repeated_counts
 from medvlthinker.exchange import Told, exchange, to_inspect, to_lm_eval
 from medvlthinker.grade import RULES, grade
-from medvlthinker.regrade import CAUSES, cells, find_rule, regrade, stored_rows, why
-from medvlthinker.rollout import samples_fingerprint, write_shard
+from medvlthinker.regrade import CAUSES, cells, find_rule, regrade, why
+from medvlthinker.rollout import samples_fingerprint, stored_rollout, write_shard
 from medvlthinker.sample import Sample, SampleFile, write_samples
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff")
@@ -63,14 +63,14 @@ def finished(tmp_path):
 
 
 def test_several_processes_count_as_one(finished):
-    samples, rows = SampleFile(finished / "samples.parquet"), stored_rows(finished)[1]
+    samples, rows = SampleFile(finished / "samples.parquet"), stored_rollout(finished)[1]
     alone = repeated_counts(samples, rows)
     assert len({line["image"] for line in alone}) > 30 and len({line["right"] for line in alone}) > 2
     assert recount(samples, rows, workers=2) == recount(samples, rows, workers=1) == recount(list(samples), list(rows), workers=2) == alone
 
 
 def test_the_diff_is_that_of_the_verdicts_and_the_same_in_several_processes(finished):
-    samples, rows = SampleFile(finished / "samples.parquet"), stored_rows(finished)[1]
+    samples, rows = SampleFile(finished / "samples.parquet"), stored_rollout(finished)[1]
     table = grade_rows(samples, rows)
     for old, new in (("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")):
         found = regrade(samples, rows, old, new, workers=2)
@@ -88,7 +88,7 @@ def test_the_diff_is_that_of_the_verdicts_and_the_same_in_several_processes(fini
 
 
 def test_a_rule_of_ones_own(finished):
-    samples, rows = SampleFile(finished / "samples.parquet"), stored_rows(finished)[1]
+    samples, rows = SampleFile(finished / "samples.parquet"), stored_rollout(finished)[1]
     path = f"{finished}/mine.py:first_capital"
     found = regrade(samples, rows, "strict", path, workers=2)
     here = regrade(samples, rows, "strict", find_rule(path), workers=2)
@@ -108,18 +108,18 @@ def test_a_rule_of_ones_own(finished):
 def test_a_rollout_that_is_not_whole_is_refused(finished):
     samples = SampleFile(finished / "samples.parquet")
     with pytest.raises(UserError, match="are not those to these questions"):
-        recount(samples[1:] + samples[:1], stored_rows(finished)[1])
+        recount(samples[1:] + samples[:1], stored_rollout(finished)[1])
     with pytest.raises(UserError, match="more questions than the 60 rows"):
-        recount([*samples, samples[0]], stored_rows(finished)[1])
+        recount([*samples, samples[0]], stored_rollout(finished)[1])
     shard = finished / "shard-00001.jsonl"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9] + b"\n")
     for workers in (1, 2):
         with pytest.raises(UserError, match="shard-00001.jsonl is missing or damaged"):
-            recount(samples, stored_rows(finished)[1], workers=workers)
+            recount(samples, stored_rollout(finished)[1], workers=workers)
     shard.unlink()
     with pytest.raises(UserError, match="has 3 of 4 shards"):
-        stored_rows(finished)
+        stored_rollout(finished)
 
 
 texts = st.lists(st.sampled_from(["<answer>", "</answer>", "<Answer>", "< /answer >", "<think>", "</think>", "A", "B", "(B)", "liver", "Lung.", "\n", " ", "the answer is", ":", "or", "é", "\u2028"]),
@@ -202,7 +202,7 @@ def test_exchange_from_the_command_line(planted, tmp_path):
 def told(folder, samples=None) -> Told:
     "The finished rollout, as the adapters want it; its last answer failed."
     samples = samples or list(SampleFile(folder / "samples.parquet"))
-    who, rows = stored_rows(folder)
+    who, rows = stored_rollout(folder)
     rows = [dict(row) for row in rows]
     rows[-1] = {**rows[-1], "completions": [*rows[-1]["completions"][:-1], {"text": "", "finish_reason": "failed", "tokens": 0, "error": "HTTP 500"}]}
     began = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.timezone.utc)
