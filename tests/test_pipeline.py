@@ -1,6 +1,7 @@
 """The paper at laptop scale, end to end: a second run does nothing, an edit re-runs what depends on it, a kill loses nothing, bad input gets a sentence."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, python, says
+from medvlthinker.config import UserError, load_profile, parse_words
+from medvlthinker.pipeline import dry_run
 from medvlthinker.sample import read_samples
 
 
@@ -38,6 +41,18 @@ def run(tree, env, *words):
     return [line.split()[0] for line in done.stdout.splitlines() if " runs: " in line], done.stdout
 
 
+def status(tree, env, *words, running=False):
+    "The state of each step, and the whole text; asking changes nothing."
+    home = Path(env["MEDVLTHINKER_HOME"])
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    done = python("-m", "medvlthinker.pipeline", "status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
+    assert done.returncode == 0, done.stderr
+    assert running or {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 120 for line in lines if not line.lstrip().startswith(str(home))) and "\033" not in done.stdout
+    return {line.split()[0]: line.split()[1] for line in lines[1:-2] if not line.startswith(" ")}, done.stdout
+
+
 def test_first_run_and_what_makes_it_run_again(tree, env):
     words = ("train_limit=32", "recipes=tiny-SFT_m23k", "max_steps=2")
     ran, out = run(tree, env, *words)
@@ -49,9 +64,16 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
 
     ran, out = run(tree, env, *words)
     assert ran == [] and "nothing ran" in out
+    states, out = status(tree, env, *words)
+    assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
+    assert re.search(r"3_train-tiny-SFT_m23k +done +\d+ (s|min) +[\d.]+ MB", out), out
     with open(tree / "medvlthinker" / "fit.py", "a") as module:
         module.write("\n# edited\n")
+    states, out = status(tree, env, *words)
+    coming = {name for name, state in states.items() if state == "stale"}
+    assert re.search(r"3_train-tiny-SFT_m23k +stale .* fit was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
     ran, out = run(tree, env, *words)
+    assert set(ran) == coming, "what status said would run"
     assert "3_train-tiny-SFT_m23k" in ran and "step 2 of 2" not in out, "the notebook is run again, the training is not"
     run(tree, env)
 
@@ -73,19 +95,54 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     assert {"5_results"} <= set(ran) <= {"5_results", "6_audit"}, "a lost table is made again"
 
 
-def test_killed_and_called_again(tree, env, tmp_path):
-    "SIGKILL to the whole process group while it runs; the next call finishes, and the results are those of a run without a kill."
+def at_work(home: Path) -> list[str]:
+    "What runs for this home, from /proc: a process has it in its environment, whoever its parent is."
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MEDVLTHINKER_HOME={home}\0".encode() in (place / "environ").read_bytes() and (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append((place / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_interrupted_and_called_again(tree, env, tmp_path):
+    "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call finishes, and the results are those of a run without either."
     home = tmp_path / "killed"
     shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
-    environment = {**os.environ, **{key: str(value) for key, value in env.items()}, "MEDVLTHINKER_HOME": str(home)}
-    for wait in (4, 12):
-        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(wait)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    run(tree, {**env, "MEDVLTHINKER_HOME": home})
-    counts = [json.loads(next(path.rglob("evaluation.json")).read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
+    here = {**env, "MEDVLTHINKER_HOME": home}
+
+    def begin(until: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env={**os.environ, **{key: str(value) for key, value in here.items()}},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for _ in range(1200):
+            if any(until in each for each in at_work(home)):
+                return process
+            time.sleep(0.1)
+        raise AssertionError(f"{until} has not begun within two minutes")
+
+    process = begin("ipykernel")
+    for _ in range(300):
+        if (home / "smoke" / "notebooks" / "1_data.running.ipynb").exists():
+            break
+        time.sleep(0.1)
+    states, _ = status(tree, here, "recipes=", running=True)
+    assert states["1_data"] == "running", states
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    states, out = status(tree, here, "recipes=")
+    assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
+
+    process = begin("medvlthinker.rollout")
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
+    assert at_work(home) == [], "neither a kernel nor what it had started is left"
+    assert "interrupted" in status(tree, here, "recipes=")[0].values()
+
+    run(tree, here)
+    counts = [json.loads((path / "smoke" / "results" / "phantom" / "tiny" / "evaluation.json").read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
     assert counts[0] == counts[1]
 
 
@@ -100,6 +157,9 @@ def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path)
         says(done, "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
         assert (tmp_path / "smoke" / "notebooks" / "1_data.running.ipynb").is_file()
         assert not (tmp_path / "smoke" / "notebooks" / "5_results.ipynb").exists(), "what waits for a failed step does not run"
+        states, out = status(tree, {**env, "MEDVLTHINKER_HOME": tmp_path}, "recipes=")
+        assert states == {"1_data": "failed", "2_difficulty": "missing", "4_evaluate-tiny": "missing", "5_results": "missing", "6_audit": "missing"}
+        assert "    ZeroDivisionError: division by zero\n" in out and f"    {tmp_path}/smoke/notebooks/1_data.running.ipynb\n" in out, out
     finally:
         source.write_text(before)
 
@@ -118,7 +178,7 @@ def test_bad_words(words, parts, home):
     says(python("-m", "medvlthinker.pipeline", "run", *words), *parts)
 
 
-@pytest.mark.parametrize("words, gpus, per_node", [(["gpus=1", "tensor_parallel=1", "recipes=3B-RL_m23k"], "1 node of 1 GPU", 1), (["gpus=8"], "1 node of 8 GPUs", 8), (["gpus=4", "nodes=4"], "4 nodes of 4 GPUs", 4)])
+@pytest.mark.parametrize("words, gpus, per_node", [(["gpus=1", "recipes=3B-RL_m23k"], "1 node of 1 GPU", 1), (["gpus=8"], "1 node of 8 GPUs", 8), (["gpus=4", "nodes=4", "engine=ray"], "4 nodes of 4 GPUs", 4)])
 def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
     "Every command of the paper, in order, with its hardware, what it reads and writes; nothing is touched."
     done = python("-m", "medvlthinker.pipeline", "run", "paper", "--dry-run", *words)
@@ -128,7 +188,7 @@ def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
     assert len(trained) == (1 if any("recipes" in word for word in words) else 13)
     written = set()
     for name, text in steps.items():
-        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:5])
+        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:6])
         assert {"hardware", "reads", "writes", "notebook"} <= lines.keys(), name
         written.update(lines["writes"].split(", "))
         for read in lines["reads"].split(", "):  # what is read comes from the hub or from an earlier step
@@ -138,6 +198,43 @@ def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
         if "RL" in name.split("-")[-1] and name.startswith("3_train"):
             assert f"trainer.n_gpus_per_node={per_node}" in text and f"trainer.nnodes={4 if 'nodes=4' in words or '32B' in name else 1}" in text, name
     assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+MACHINES = {  # words -> what reaches models that answer, verl, and TRL
+    "one GPU": (["gpus=1", "dtype=float16", "gpu_memory_utilization=0.5"],
+                ["1 node of 1 GPU, 1 copy of the model on 1 each", "dtype=float16", "tensor_parallel_size=1", "gpu_memory_utilization=0.5"],
+                ["trainer.n_gpus_per_node=1", "trainer.nnodes=1", "rollout.dtype=float16", "rollout.tensor_model_parallel_size=1", "rollout.gpu_memory_utilization=0.5", "param_dtype:fp16"],
+                ["num_machines=1", "num_processes=1", "mixed_precision=fp16"], ["vllm_tensor_parallel_size=1", "vllm_gpu_memory_utilization=0.5"]),
+    "eight GPUs": (["gpus=8", "tensor_parallel=2", "data_parallel=3"],
+                   ["1 node of 8 GPUs, 3 copies of the model on 2 each", "dtype=bfloat16", "tensor_parallel_size=2", "gpu_memory_utilization=0.9"],
+                   ["trainer.n_gpus_per_node=8", "trainer.nnodes=1", "rollout.dtype=bfloat16", "rollout.tensor_model_parallel_size=2", "rollout.gpu_memory_utilization=0.6"],
+                   ["num_machines=1", "num_processes=8", "mixed_precision=bf16"], ["vllm_tensor_parallel_size=2", "vllm_gpu_memory_utilization=0.3"]),
+    "four nodes": (["gpus=4", "nodes=4", "engine=ray", "tensor_parallel=4", "dtype=float32", "gpu_memory_utilization=0.7"],
+                   ["4 nodes of 4 GPUs, 4 copies of the model on 4 each", "vllm on Ray:", "dtype=float32", "tensor_parallel_size=4", "gpu_memory_utilization=0.7"],
+                   ["trainer.n_gpus_per_node=4", "trainer.nnodes=4", "rollout.dtype=float32", "rollout.tensor_model_parallel_size=4", "rollout.gpu_memory_utilization=0.7", "param_dtype:fp32"],
+                   ["num_machines=4", "num_processes=16", "mixed_precision=no"], []),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_hardware_reaches_every_command(machine, home):
+    "What --dry-run prints for a machine: its GPUs, their sharing, the numbers' format and the memory, in the words of each program."
+    words, asked, learnt, shared, beside = MACHINES[machine]
+    for trainer in ("verl", "trl"):
+        _, given = parse_words([*words, f"trainer={trainer}", "recipes=3B-SFT_m23k,3B-RL_m23k", "models=Qwen/Qwen2.5-VL-3B-Instruct"])
+        steps = dict(part.split("\n", 1) for part in dry_run(load_profile("paper", **given)))
+        passed = {key: value for key, value in given.items() if key not in ("trainer", "recipes", "models") and value != str(getattr(load_profile("paper"), key))}  # no word for what the profile says anyway
+        for name in ("2_difficulty", "4_evaluate-3B-RL_m23k", "4_evaluate-Qwen--Qwen2.5-VL-3B-Instruct"):
+            for part in [*asked, *(f" {key}={value}" for key, value in passed.items()), *(f"-p {key} {value}" for key, value in passed.items())]:
+                assert part in steps[name], f"{name} lacks {part}:\n{steps[name]}"
+        for part in [*shared, *(f"{key}={value}" for key, value in passed.items())]:
+            assert part in steps["3_train-3B-SFT_m23k"], f"SFT lacks {part}:\n{steps['3_train-3B-SFT_m23k']}"
+        for part in learnt if trainer == "verl" else shared + beside:
+            assert part in steps["3_train-3B-RL_m23k"], f"RL by {trainer} lacks {part}:\n{steps['3_train-3B-RL_m23k']}"
+
+
+def test_several_nodes_without_ray_are_refused_before_anything_runs(home):
+    says(python("-m", "medvlthinker.pipeline", "run", "paper", "--dry-run", "nodes=4"), "nodes=4 needs engine=ray")
 
 
 def test_bad_words_through_the_script(home):
@@ -182,12 +279,41 @@ def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
     papermill = Path(sys.executable).with_name("papermill")
     done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
-    assert done.returncode and "Unknown profile key gpu; known are data, data_dir" in done.stderr
+    assert done.returncode and "Unknown parameter gpu; this notebook knows profile, model, and the keys of a profile: data, data_dir" in done.stderr
+
+
+PAPER = ["1_data", "2_difficulty", "3_train", "4_evaluate", "5_results", "6_audit"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_are_explained_and_unknown_ones_refused(name):
+    "What `papermill --help-notebook` prints, and what the notebook's own first cells say to a parameter that nobody knows."
+    from papermill.inspection import inspect_notebook
+
+    path = ROOT / "nbs" / "paper" / f"{name}.ipynb"
+    found = inspect_notebook(str(path))
+    for key, each in found.items():
+        assert each["inferred_type_name"] in ("str", "int", "bool") and len(each["help"].split()) > 4, each
+    assert "any key of it is a parameter too" in found["profile"]["help"]
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert "parameters" in cells[0]["metadata"]["tags"] and "notebook_profile(globals()" in "".join(cells[1]["source"])
+    names: dict = {}
+    exec("".join(cells[0]["source"]), names)
+    names |= {"gpu": 1, "limit": 5}  # as papermill writes them into the notebook
+    with pytest.raises(UserError, match=rf"^Unknown parameter gpu; this notebook knows {', '.join(found)}, and the keys of a profile: data, "):
+        exec("".join(cells[1]["source"]), names)
+    del names["gpu"]
+    exec("".join(cells[1]["source"]), names)
+    assert names["run"].limit == 5
+
+
+def test_the_commands_help_explains_them():
+    done = subprocess.run([Path(sys.executable).with_name("papermill"), "--help-notebook", "nbs/paper/2_difficulty.ipynb"], cwd=ROOT, capture_output=True, text=True)
+    assert "low: int (default 1)" in done.stdout and "fewest right answers of a question that is kept" in done.stdout
 
 
 def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     "Without a training corpus there is no difficulty to measure, and the rest runs; whoever names a corpus is told that it is not there."
-    from medvlthinker.config import load_profile
     from medvlthinker.pipeline import steps
 
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
