@@ -1,0 +1,221 @@
+"""The package alone: what its wheel holds, that it works where nothing else is, that importing it is free, and which extra each absence names."""
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import medvlthinker
+import pytest
+from conftest import ROOT, says
+from medvlthinker.config import EXTRAS
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HEAVY = ("torch", "torchvision", "transformers", "datasets", "vllm", "verl", "ray", "trl", "peft", "accelerate", "openai", "plotly", "kaleido", "ipywidgets", "IPython", "nbdev", "papermill",
+         "doit", "jupyterlab", "pypandoc", "mlcroissant", "rocrate", "datasketch", "imagehash", "pandas", "pyarrow", "scipy", "statsmodels", "PIL", "huggingface_hub")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    "The project's wheel, built without a network from a copy."
+    tree = tmp_path_factory.mktemp("wheel") / "project"
+    shutil.copytree(ROOT / "medvlthinker", tree / "medvlthinker", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "settings.ini"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("nbs", "tests", "compat"):  # what must stay outside
+        (tree / name).symlink_to(ROOT / name)
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tree / "dist", tree], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next((tree / "dist").glob("*.whl"))
+
+
+def required(distribution: importlib.metadata.Distribution, extras=("",)) -> list[Requirement]:
+    "What a distribution asks for here, with these of its extras."
+    found = [Requirement(line) for line in distribution.requires or ()]
+    return [each for each in found if not each.marker or any(each.marker.evaluate({"extra": extra}) for extra in extras)]
+
+
+def closure(requirements: list[Requirement]) -> dict[str, importlib.metadata.Distribution]:
+    "All that these requirements bring, by name; what is not installed here is left out."
+    found, todo = {}, list(requirements)
+    while todo:
+        one = todo.pop()
+        name = canonicalize_name(one.name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name not in found or one.extras:
+            found[name] = distribution
+            todo += [each for each in required(distribution, ("", *one.extras)) if canonicalize_name(each.name) not in found]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Path:
+    "The Python of a new environment with the wheel and its base dependencies, and nothing else: those are linked from where they are installed."
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    bin_python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "pip", "--python", bin_python, "install", "--no-deps", "--no-index", "--quiet", wheel], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    [installed] = importlib.metadata.distributions(path=[str(site)])
+    for distribution in closure(required(installed)).values():
+        for top in {Path(file).parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return bin_python
+
+
+def alone(bare: Path, folder: Path, *words, **environment) -> subprocess.CompletedProcess:
+    "Run the bare Python in a folder, with nothing of this environment or of the checkout in sight."
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MEDVLTHINKER_HOME", "VIRTUAL_ENV")}
+    return subprocess.run([bare, *map(str, words)], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**kept, "HF_HUB_OFFLINE": "1", **{key: str(value) for key, value in environment.items()}})
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        [meta] = [name for name in names if name.endswith(".dist-info/METADATA")]
+        metadata, settings = file.read(meta).decode(), file.read("medvlthinker/settings.ini")
+    assert {name.split("/")[0] for name in names} == {"medvlthinker", meta.split("/")[0]}, "no tests, no notebooks"
+    assert not [name for name in names if name.endswith(".ipynb")] and "medvlthinker/py.typed" in names
+    assert settings == (ROOT / "settings.ini").read_bytes() and (ROOT / "medvlthinker" / "settings.ini").is_symlink(), "one source of the profiles"
+    assert re.search(r"^Version: (.*)$", metadata, re.M)[1] == medvlthinker.__version__
+    assert {"vllm", "train", "verl", "notebooks"} <= set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.M))
+    assert {Path(name).stem for name in names if name.endswith(".py")} == {path.stem for path in (ROOT / "medvlthinker").glob("*.py")}
+
+
+def test_importing_is_free(bare, tmp_path):
+    "Each module of the package, in an environment without the extras; none loads a heavy library."
+    code = f"""
+import importlib, json, pkgutil, sys
+import medvlthinker
+names = [each.name for each in pkgutil.iter_modules(medvlthinker.__path__)]
+for name in names: importlib.import_module("medvlthinker." + name)
+print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.modules))]))"""
+    done = alone(bare, tmp_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    where, names, loaded = json.loads(done.stdout)
+    assert Path(where).is_relative_to(bare.parent.parent) and {"grade", "engine", "pipeline", "verl_cpu"} <= set(names)
+    assert not loaded
+
+
+SCRIPT = """
+from medvlthinker import phantom
+from medvlthinker.benchmark import BENCHMARKS
+from medvlthinker.config import Workspace, load_profile
+from medvlthinker.grade import grade
+from medvlthinker.sample import read_samples, write_samples
+profile = load_profile("smoke", limit=5)
+write_samples(phantom.benchmark(BENCHMARKS[0], profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
+right = [grade(f"<answer> {sample.answer_label} </answer>", sample.options, sample.answer_label).correct for sample in read_samples("_runs/smoke/samples/some.parquet")]
+print(profile.limit, sum(right), len(right))
+"""
+
+
+def test_a_script_without_a_checkout(bare, tmp_path):
+    "Profiles come with the package; what is written goes to _runs in the working folder."
+    done = alone(bare, tmp_path, "-c", SCRIPT)
+    assert (done.returncode, done.stdout) == (0, "5 5 5\n"), done.stderr
+    (tmp_path / "settings.ini").write_text("[mine]\nlimit = 7\n")
+    assert alone(bare, tmp_path, "-c", "from medvlthinker.config import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
+
+
+ABSENT = {  # what a user calls -> the extra that the sentence names
+    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke', engine='vllm'), 'x/y')": "vllm",
+    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
+    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
+    "from medvlthinker import tiny; tiny.processor()": "torch",
+    "from medvlthinker.preflight import open_processor; open_processor('x/y')": "torch",
+    "from medvlthinker.checkpoint import merge; merge('a', 'b', 'c', 'd')": "torch",
+    "from medvlthinker.sft import train_sft; train_sft(None)": "train",
+    "from medvlthinker.grpo import train_grpo; train_grpo(None)": "train",
+    "from medvlthinker.sft import open_model; open_model(None)": "torch,train",
+    "from medvlthinker.verl_backend import ready; from medvlthinker.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
+    "from medvlthinker.pipeline import run; run(load_profile('smoke'))": "notebooks",
+    "from medvlthinker.viewer import browse; browse(None)": "notebooks",
+    "from medvlthinker.config import write_figure; write_figure('a', None, '.')": "notebooks",
+    "from medvlthinker.curate import difficulty_figure; difficulty_figure({})": "notebooks",
+    "from medvlthinker.figures import radar_figure; radar_figure(None)": "notebooks",
+    "from medvlthinker.look import look_figure; look_figure(None)": "notebooks",
+    "from medvlthinker.preflight import length_figure; length_figure({})": "notebooks",
+    "from medvlthinker.report import accuracy_figure; accuracy_figure(None)": "notebooks",
+    "from medvlthinker.train import curve_figure; curve_figure(None)": "notebooks",
+}
+
+
+def test_each_absent_extra_gives_its_sentence(bare, tmp_path):
+    code = """
+import json, sys
+from medvlthinker.config import UserError, load_profile
+for call in json.loads(sys.argv[1]):
+    try:
+        exec(call)
+        print("nothing was missed")
+    except Exception as error:
+        print("" if isinstance(error, UserError) else f"{type(error).__name__}:", *str(error).splitlines()[:1])
+"""
+    done = alone(bare, tmp_path, "-c", code, json.dumps(list(ABSENT)))
+    assert done.returncode == 0, done.stderr
+    for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
+        assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
+    says(alone(bare, tmp_path, "-m", "medvlthinker.rollout", "smoke", "model=tiny"), "PyTorch", "pip install 'medvlthinker[torch]'")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.pipeline", "status"), "needs a checkout of the project")
+    says(alone(bare, ROOT, "-m", "medvlthinker.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
+
+
+def test_each_extra_brings_what_it_is_said_to_bring(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        [meta] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = re.findall(r"^Requires-Dist: (.*)$", file.read(meta).decode(), re.M)
+    providers = importlib.metadata.packages_distributions()
+    for module, extra in EXTRAS.items():
+        direct = [each for each in map(Requirement, lines) if each.marker and each.marker.evaluate({"extra": extra})]
+        brought = {canonicalize_name(each.name) for each in direct} | set(closure(direct))
+        assert {canonicalize_name(name) for name in providers.get(module, [module])} & brought, f"the extra {extra} does not bring {module}"
+
+
+def test_every_heavy_import_is_asked_for_first():
+    "A public function that imports what an extra brings says so where it is absent; private ones are reached through those."
+    seen = 0
+    for path in (ROOT / "medvlthinker").glob("*.py"):
+        if path.stem in ("config", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        asked = {word.value.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" for word in node.args if isinstance(word, ast.Constant)}
+        for node in ast.walk(tree):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} & set(EXTRAS):
+                assert top in asked, f"{path.name}, line {node.lineno}: {top} comes with the extra {EXTRAS[top]}; call need({top!r}) before it is imported"
+                seen += 1
+    assert seen > 30
+
+
+EVALUATE = """
+import json, site, sys
+site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
+import medvlthinker
+from medvlthinker.config import load_profile
+from medvlthinker.evaluate import evaluate
+record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
+print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
+"""
+
+
+def test_evaluating_without_a_checkout(bare, warm_tiny, tmp_path):
+    "A model answers and is graded from the installed wheel, in a folder that knows no checkout."
+    shutil.copytree(warm_tiny, tmp_path / "_runs" / "smoke" / "checkpoints" / "tiny")
+    full = importlib.metadata.distribution("torch").locate_file("")
+    done = alone(bare, tmp_path, "-c", EVALUATE, full, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    where, source, counts = json.loads(done.stdout.splitlines()[-1])
+    [(name, (right, n))] = counts.items()
+    assert Path(where).is_relative_to(bare.parent.parent) and (source, name, n) == ("phantom", "vqa_rad_closed", 6) and 0 <= right <= 6
+    assert next((tmp_path / "_runs").rglob("evaluation.json"))
