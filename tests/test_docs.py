@@ -1,0 +1,357 @@
+"""Every code block and command of the documentation is executed as it stands, or is listed below with what is run in its place and why."""
+import ast
+import contextlib
+import doctest
+import importlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+from medvlthinker import benchmark, corpus, engine, phantom, prompt, recipe
+
+NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs" / "paper").glob("*.ipynb")])
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+# --- what is not run letter by letter, and why ----------------------------------------------------------------------------------
+
+PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
+    ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
+    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
+    "checkpoints/tiny": "{place}/checkpoints/tiny", "checkpoints/quizzed": "{place}/checkpoints/tiny", "--seed S": "--seed 0"}
+
+CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
+    "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
+    "./reproduce.sh test": "./reproduce.sh test",
+    "./reproduce.sh test heavy": "./reproduce.sh test heavy",
+    "./reproduce.sh setup": "./reproduce.sh setup",
+    ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
+    ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",
+    ".venv/bin/python -m medvlthinker.site readme": ".venv/bin/python -m medvlthinker.site readme",
+    "git diff --exit-code --stat": "git diff --exit-code --stat"}
+
+MORE = {  # the same command with words behind it: how it begins -> the words, and why
+    "./reproduce.sh mini": "--dry-run",  # a GPU and the hub
+    "./reproduce.sh paper": "--dry-run",  # eight GPUs and the hub
+    "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
+    ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
+    ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
+    "python -m medvlthinker.tiny checkpoints/quizzed": "--quiz 2",  # 1,200 questions; the model is there
+    "python -m medvlthinker.regrade smoke": "limit=6",  # the answers that the fixture has asked for
+    "python -m medvlthinker.exchange smoke": "limit=6"}
+
+REFUSED = {  # they need a GPU or somebody's server, and the hub: run offline as written, they come as far as that: how it begins -> the sentence
+    "python -m medvlthinker.rollout paper model=7B-RL_m23k": "cannot be read",
+    'python -m medvlthinker.rollout paper model="MedGemma 27B"': "cannot be read",
+    "python -m medvlthinker.rollout paper model=GPT-4o": "cannot be read",
+    "python -m medvlthinker.parity mini": "cannot be read"}
+
+ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order
+    ".venv/bin/papermill nbs/paper/4_evaluate.ipynb": ("test_pipeline.py", "test_real_radiographs", '"nbs/paper/4_evaluate.ipynb"', '"-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
+    "python -m medvlthinker.parity smoke": ("test_look.py", "test_parity_on_the_command_line", '"medvlthinker.parity", "smoke", "model=tiny"', "batch_size="),
+    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.site", "build"', "--serve"),
+    ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
+    "37_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
+    "33_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
+}
+
+UNRUN = {  # nothing runs them: why, and what is looked at instead
+    "locks/lock.sh": "solves three environments for minutes, from the registry, and writes the locks; it is read for its grammar",
+}
+
+GIVEN = {  # what a chapter's example takes as known
+    "18_completion": "from medvlthinker.engine import open_engine, resolve_model\n"
+                     "samples, engine = phantom.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
+    "22_curate": "write_samples(phantom.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
+                 "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
+                 "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
+    "25_stopping": "from medvlthinker.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.rollout import identity\n"
+                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), phantom.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
+                   "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
+    "32_grpo": "write_samples(phantom.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'phantom' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
+    "53_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
+}
+
+SMALLER = {  # a chapter's example with less to do: text -> what is run
+    "31_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
+    "32_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
+    "52_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
+    "13_benchmark": {'"copies"': "REAL"},  # the folder with real data; without it the example is skipped
+}
+
+
+# --- the blocks -----------------------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    file: str  # README.md, or a notebook's name
+    place: int  # its line, or the number of its cell
+    language: str
+    text: str
+    result: str = ""  # of a README's block: the block without a language that follows at once
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.place}"
+
+
+FENCE = re.compile(r"^(`{3,})([^\s`]*)[^\n]*\n(.*?)^\1 *$\n*(?:(?=`{3,}\n)`{3,}\n(.*?)^`{3,} *$)?", re.M | re.S)
+
+
+def blocks(text: str, file: str, place: int | None = None) -> list[Block]:
+    "The fenced blocks of a text; one without a language that follows at once belongs to the one before."
+    found = []
+    for match in FENCE.finditer(text):
+        at = text.count("\n", 0, match.start()) + 1 if place is None else place
+        found.append(Block(file, at, match[2], match[3], match[4] or ""))
+    return found
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [(number, "".join(cell["source"])) for number, cell in enumerate(cells) if cell["cell_type"] == "markdown"]
+
+
+README = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
+BLOCKS = [*README, *blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "CONTRIBUTING.md"),
+          *(block for path in NOTEBOOKS if path.stem != "index" for number, text in prose(path) for block in blocks(text, path.stem, number))]  # README is index
+
+
+def commands(block: Block) -> list[str]:
+    "The command lines of a block, without comments; a chain of them is taken apart."
+    lines = block.text.replace("\\\n", " ").splitlines()
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [re.sub(r"\s+", " ", part.strip()) for line in found for part in line.split(" && ")]
+
+
+def inline(path: Path) -> list[str]:
+    "Commands inside sentences."
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"`((?:\./reproduce\.sh|\.venv/bin/|python -m|locks/)[^`\n]*)`", text)
+
+
+_FOUND = [(block.file, command) for block in BLOCKS if block.language == "sh" for command in commands(block)] + [(path.name, command) for path in PAGES[:2] for command in inline(path)]
+SHELL = [*{command: (file, command) for file, command in reversed(_FOUND)}.values()][::-1]  # each once, where it stands first
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def first_of(table: dict, command: str):
+    "The entry of a table whose key begins the command, the longest first."
+    return next((table[key] for key in sorted(table, key=len, reverse=True) if command == key or command.startswith(f"{key} ")), None)
+
+
+# --- what they stand on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, warm_tiny):
+    "A folder with what the examples name, and a home in which the embedded model has answered six questions of each set."
+    place = tmp_path_factory.mktemp("docs")
+    folder, home = place / "copies", place / "home"
+    (folder / "images").mkdir(parents=True)
+    lines = ["file,ask,first,second,key,reasoning"]
+    for number, sample in enumerate(phantom.benchmark("vqa_rad_closed", 24)):
+        if list(sample.options) == ["A", "B"]:
+            (folder / "images" / f"{number}.png").write_bytes(sample.images[0])
+            lines.append(f"{number}.png,{sample.question.replace(',', ';')},{sample.options['A']},{sample.options['B']},{sample.answer_label},It is seen.")
+    for name in ("test.csv", "train.csv"):
+        (folder / name).write_text("\n".join(lines) + "\n")
+    values = {"place": place, "folder": folder, "model": warm_tiny}
+    for block in README:
+        if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)):
+            (place / name[1]).write_text(put_in(block.text, values))
+    (place / "my_rules.py").write_text("import re\nfrom medvlthinker.grade import Grade\n\n\ndef first_capital(text, options, label):\n"
+                                       "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
+    for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
+        shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
+    tables = [benchmark.OWN, corpus.OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    before, here = [dict(table) for table in tables], Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDVLTHINKER_HOME", str(home))
+        patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
+        from medvlthinker.config import load_profile
+        from medvlthinker.evaluate import evaluate
+
+        evaluate(load_profile("smoke", limit=6), "tiny")
+        os.chdir(place)
+        yield SimpleNamespace(path=place, values=values)
+    os.chdir(here)
+    for table, content in zip(tables, before):  # the examples add rows
+        table.clear()
+        table.update(content)
+
+
+def put_in(text: str, values: dict) -> str:
+    "The text with the words of `PLACES` replaced."
+    for word, meaning in PLACES.items():
+        text = re.sub(rf"(?<![\w/.]){re.escape(word)}(?![\w-])" if word[-1].isalnum() else rf"(?<![\w/]){re.escape(word)}", lambda _: meaning.format(**values), text)
+    return text
+
+
+# --- they are run ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file, command", SHELL, ids=[f"{file}: {command}" for file, command in SHELL])
+def test_command(file, command, request):
+    if line := CI.get(command):
+        assert re.search(rf"^{re.escape(line)}", (ROOT / ".ci" / "run").read_text(), re.M), f".ci/run does not run {line}"
+        return
+    if command in UNRUN:
+        assert subprocess.run(["bash", "-n", ROOT / command]).returncode == 0
+        return
+    if found := first_of(ELSEWHERE, command):
+        return stands_in(*found)
+    place = request.getfixturevalue("place")
+    more = first_of(MORE, command) if "--dry-run" not in command else None
+    line = put_in(command + (f" {more}" if more else ""), place.values)
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    if sentence := first_of(REFUSED, command):
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    else:
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def stands_in(file: str, name: str, *words: str) -> None:
+    "The words stand in a function of another file, in this order."
+    text = (ROOT / "tests" / file).read_text()
+    if name:
+        text = ast.get_source_segment(text, next(node for node in ast.parse(text).body if getattr(node, "name", "") == name))
+    assert re.search(".*?".join(map(re.escape, words)), text, re.S), f"{file} does not run it in {name}"
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[block.name for block in PYTHON])
+def test_python(block, request):
+    if block.file in ELSEWHERE:
+        return stands_in(*ELSEWHERE[block.file])
+    place = request.getfixturevalue("place")
+    text = put_in(block.text, place.values)
+    for old, new in SMALLER.get(block.file, {}).items():
+        text = text.replace(old, repr(str(request.getfixturevalue("real_data"))) if new == "REAL" else new)
+    if block.file == "README.md" and (name := re.match(r"# (\w+\.py)\n", block.text)):
+        assert any(name[1] in command and not CI.get(command) for _, command in SHELL), f"{name[1]} is a file that no command names"
+        compile(text, name[1], "exec")
+        return
+    names = known(block.file)
+    exec(GIVEN.get(block.file, ""), names)
+    if ">>>" in text:
+        return by_doctest(text, names, block.name)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(text, names)
+    assert not block.result or out.getvalue().strip() == block.result.strip()
+
+
+def known(file: str) -> dict:
+    "The names that a chapter's reader knows: those of its module, and of the ones that it stands on."
+    number = lambda path: int(match[1]) if (match := re.match(r"(\d\d)_", path.name)) else 99
+    names = {"os": os, "Path": Path}
+    for path in NOTEBOOKS:
+        if number(path) <= number(Path(file)) and file[:2].isdigit():
+            module = importlib.import_module(f"medvlthinker.{path.stem[3:]}")
+            names |= {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    return names
+
+
+def by_doctest(text: str, names: dict, name: str) -> None:
+    "Run lines that begin with >>> and compare what they show; ... stands for anything."
+    told = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    example = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
+    assert example.examples and not runner.run(example, out=told.write).failed, told.getvalue()
+
+
+def run(text: str, names: dict) -> None:
+    "Run a text statement by statement; a comment behind an expression that reads like a value is compared with it."
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.Expr):
+            exec(compile(ast.Module([node], []), "<block>", "exec"), names)
+            continue
+        value = eval(compile(ast.Expression(node.value), "<block>", "eval"), names)
+        if shown := re.match(r"\s*#\s*(.*)", lines[node.end_lineno - 1][node.end_col_offset:]):
+            if re.match(r"""['"(\[{\d-]|[A-Z]\w*\(""", shown[1]):
+                assert any(agrees(shown[1][:end].strip(), value) for end in ends(shown[1])), f"{ast.unparse(node)} is {value!r}, and the page says {shown[1]}"
+
+
+def ends(text: str) -> list[int]:
+    return [len(text), *(match.start() for match in re.finditer(r"[:,]", text))]
+
+
+def agrees(shown: str, value) -> bool:
+    "Is this the value? Numbers to the digits that are shown, ... for anything inside a text."
+    if "..." in shown:
+        return bool(re.fullmatch(re.escape(shown).replace(r"\.\.\.", ".*"), repr(value), re.S))
+    try:
+        said = eval(shown, {"Decimal": Decimal, "__builtins__": {}})
+    except (SyntaxError, NameError):
+        return False
+    return alike(said, value)
+
+
+def alike(said, value) -> bool:
+    if isinstance(said, dict):
+        return isinstance(value, dict) and said.keys() == value.keys() and all(alike(said[key], value[key]) for key in said)
+    if isinstance(said, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(said) == len(value) and all(map(alike, said, value))
+    if isinstance(said, float) and "e" not in repr(said):
+        return abs(said - float(value)) <= 0.501 * 10 ** -len(repr(said).partition(".")[2])
+    return math.isclose(said, value) if isinstance(said, float) else said == value
+
+
+# --- and nothing slips through --------------------------------------------------------------------------------------------------
+
+
+def test_every_block_has_a_class():
+    "A block is shell, Python, or (without a language) data or a result, and then no line of it is a command."
+    assert len(PYTHON) > 20 and len(SHELL) > 20, "the pattern finds what it looks for"
+    for block in BLOCKS:
+        assert block.language in ("sh", "python", ""), f"{block.name}: nothing runs blocks of {block.language!r}"
+        for line in (block.text if not block.language else block.result).splitlines():
+            assert not re.match(r"(\$ |\./|\.venv/|python |pip |papermill |>>> )", line), f"{block.name}: is {line!r} a command? Then it belongs into a block of sh or python."
+
+
+def test_every_exemption_is_used():
+    "An entry that no block or command needs any more hides nothing, and goes."
+    lines, files = [command for _, command in SHELL], {block.file for block in PYTHON}
+    for table in (CI, MORE, REFUSED, UNRUN):
+        assert not [key for key in table if not any(line == key or line.startswith(f"{key} ") for line in lines)]
+    assert not [key for key in ELSEWHERE if key not in files and not any(line.startswith(key) for line in lines)]
+    assert not [key for key in (*GIVEN, *SMALLER) if key not in files]
+
+
+def test_verbs_and_modules_that_the_chapters_name_exist():
+    known = subprocess.run(["bash", "reproduce.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    verbs = {*re.findall(r"^ *\./reproduce\.sh (\w+)", known, re.M), "smoke", "mini", "paper"}
+    for path in NOTEBOOKS:
+        for number, text in prose(path):
+            assert not {verb for verb in re.findall(r"\./reproduce\.sh (\w+)", text)} - verbs, (path.name, number)
+            assert not [module for module in re.findall(r"-m medvlthinker\.(\w+)", text) if not (ROOT / "medvlthinker" / f"{module}.py").is_file()], (path.name, number)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path):
+    texts = [text for _, text in prose(path)] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    for text in texts:
+        plain = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
+        for target in [a or b for a, b in re.findall(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""", plain)]:
+            if not re.match(r"[a-z]+:", target):
+                file, _, anchor = target.partition("#")
+                there = (path.parent / file).resolve() if file else path
+                assert there.exists(), f"{path.name} leads to {target}"
+                assert not anchor or anchor in anchors(there), f"{path.name} leads to {target}, where there is no such heading"
+
+
+def anchors(path: Path) -> set[str]:
+    "The names of the headings of a page, as they are made from their words."
+    text = "\n".join(text for _, text in prose(path)) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
