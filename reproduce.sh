@@ -10,6 +10,7 @@
 #   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
 #   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
 #   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
+#   ./reproduce.sh status [PROFILE] [...]      how far a run has come: done, stale and because of what, running, missing, failed; touches nothing
 #   ./reproduce.sh results [PROFILE]           draw every table and figure anew from the runs that there are; nothing is run or trained
 #   ./reproduce.sh compare [PROFILE]           hold each published number against the run: match, inside its interval, outside, not run
 #   ./reproduce.sh rollout [PROFILE] model=NAME [...]  ask a model the six test sets, by any engine: engine=vllm, openai base_url=..., ray
@@ -17,9 +18,10 @@
 #   ./reproduce.sh parity [PROFILE] model=NAME A -- B  the same questions in two settings: is it safe to compare their numbers?
 #   ./reproduce.sh regrade [PROFILE] old=RULE new=RULE  another rule over the stored answers: what flips, why, and each table cell
 #   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers in the log form of inspect_ai or lm-evaluation-harness
+#   ./reproduce.sh card [PROFILE]              write what describes a run: cards of data sets and models, Croissant, an RO-Crate of the whole
 #   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
-#   ./reproduce.sh docs                        build the documentation site in _docs/
+#   ./reproduce.sh docs [PROFILE] [--serve [PORT]]  build the documentation site in _docs/; --serve shows it on this machine only
 #   ./reproduce.sh clean                       remove what the runs wrote (_runs, _docs); the environment stays
 #   ./reproduce.sh --help                      this text
 #
@@ -114,7 +116,7 @@ need_browser() {
     if command -v chromium > /dev/null; then return; fi
     if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
         say "Installing chromium for the browser tests."
-        { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 ||
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } < /dev/null > /dev/null 2>&1 ||
             say "chromium could not be installed: the browser tests will be skipped."
     else
         say "chromium is not installed: the browser tests will be skipped."
@@ -148,16 +150,23 @@ case "${1:-}" in
         shift; setup; run medvlthinker.preflight "$@" ;;
     train)
         shift; setup; run medvlthinker.train "$@" ;;
-    results)
+    results | status)
         setup; run medvlthinker.pipeline "$@" ;;
     compare)
         setup; run medvlthinker.contract "$@" ;;
     rollout | look | parity | regrade | exchange)
         verb=$1; shift; setup; run "medvlthinker.$verb" "$@" ;;
+    card)
+        shift; setup; run medvlthinker.crate "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
-    lab)
-        shift; setup; exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb "$@" ;;
+    lab)  # whatever other kernel is called python3 on this machine, ours comes first; nobody is asked for news, updates or extensions
+        shift; setup
+        export JUPYTER_PATH="$PWD/$VENV/share/jupyter${JUPYTER_PATH:+:$JUPYTER_PATH}"
+        mkdir -p "$VENV/etc/jupyter/labconfig"
+        say '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > "$VENV/etc/jupyter/labconfig/page_config.json"
+        exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None \
+            --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly "$@" ;;
     docs)
         shift; setup; run medvlthinker.site build "$@" ;;
     clean)

@@ -1,0 +1,149 @@
+"""What is absent costs only the feature that needs it, and a sentence says so. Nothing is faked: the thing is out of the reach of the process that is tested.
+
+Without a browser figures are still written as pages and numbers: test_figures. Without Quarto pandoc renders the site: test_site.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python, says
+
+MODULES = sorted(path.stem for path in (ROOT / "medvlthinker").glob("*.py") if not path.stem.startswith("_"))
+
+# --- a network -------------------------------------------------------------------------------------------------------------
+
+LOOPBACK = """
+import fcntl, os, socket, struct, sys
+
+with socket.socket() as any:  # a machine without a network still speaks to itself: up goes lo (SIOCSIFFLAGS, IFF_UP | IFF_RUNNING)
+    fcntl.ioctl(any, 0x8914, struct.pack("16sh", b"lo", 0x41))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def cut_off():
+    "Runs this environment's Python where there is no network but the machine itself; nobody tells the libraries so."
+    kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+
+    def run(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run(["unshare", "--map-root-user", "--net", sys.executable, "-S", "-c", LOOPBACK, *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False,
+                              stdin=subprocess.DEVNULL, env={**kept, **{key: str(value) for key, value in environment.items()}})
+
+    if not shutil.which("unshare") or run("-c", "").returncode:
+        pytest.skip("no process can be cut off from the network here: unshare --net is not permitted")
+    assert "unreachable" in run("-c", "import socket; socket.create_connection(('192.0.2.1', 80), 5)").stderr
+    return run
+
+
+IMPORTED = """
+import importlib, sys
+
+for name in sys.argv.pop(1).split(","):
+    importlib.import_module(f"medvlthinker.{name}")
+from medvlthinker import config, rollout
+
+config.command(rollout.main)
+"""
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    "A folder that passes for a model until somebody loads it."
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").touch()
+    return tmp_path / "model"
+
+
+def test_without_a_network_everything_imports_and_the_data_of_the_hub_are_a_sentence(cut_off, model, tmp_path):
+    done = cut_off("-c", IMPORTED, ",".join(MODULES), "smoke", "data=hub", "limit=6", f"model={model}", MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path)
+    says(done, "The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "data_dir=")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("words, parts", [(["pipeline", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
+                                          (["rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["The hub cannot be reached", "Qwen2.5-VL-3B-Instruct has not been downloaded"])])
+def test_without_a_network_the_hub_is_a_sentence_and_soon(cut_off, tmp_path, words, parts):
+    began = time.monotonic()
+    says(cut_off("-m", f"medvlthinker.{words[0]}", *words[1:], MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path), *parts)
+    assert time.monotonic() - began < 90, "left to itself, the hub's client tries for three minutes"
+
+
+@pytest.mark.heavy
+def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_is_built(cut_off, warm_home, tmp_path):
+    pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
+    from test_site import write_project
+
+    done = cut_off("-m", "papermill", "nbs/paper/1_data.ipynb", tmp_path / "1_data.ipynb", "-k", "python3", "-p", "limit", 6, "-p", "train_limit", 6, "--no-progress-bar",
+                   MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cached = tmp_path / "hub" / "models--somebody--model"  # as a download leaves it
+    shutil.copytree(warm_home / "smoke" / "checkpoints" / "tiny", cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    done = cut_off("-m", "medvlthinker.rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
+    assert done.returncode == 0 and list(warm_home.rglob("rollouts/somebody*/**/shard-*")), done.stdout + done.stderr
+    done = cut_off("-m", "medvlthinker.site", "build", cwd=write_project(tmp_path / "toy"))
+    assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
+
+
+# --- a GPU -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, gpus", [(["rollout", "mini", "data=phantom", "limit=2", "model={}"], 1), (["train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
+def test_without_a_gpu_whatever_asks_for_one_says_so(home, model, words, gpus):
+    "An engine before the model is loaded, training before the data are read."
+    says(python("-m", f"medvlthinker.{words[0]}", *(word.format(model) for word in words[1:]), CUDA_VISIBLE_DEVICES=""), f"gpus={gpus}", "this machine shows none")
+
+
+# --- a browser -------------------------------------------------------------------------------------------------------------
+
+BROWSED = ["test_lab.py", "test_viewer.py"]
+
+
+@pytest.mark.heavy
+def test_without_chromium_the_tests_that_need_one_are_skipped_with_a_sentence():
+    done = python("-m", "pytest", "-n", 0, "-m", "heavy", *(Path("tests", name) for name in BROWSED), PATH=Path(sys.executable).parent, BROWSER_PATH="")
+    assert done.returncode == 0, done.stdout[-3000:]
+    skipped = re.findall(r"SKIPPED \[\d+\] tests/(\w+\.py):\d+: (.*)", done.stdout)
+    assert {name for name, _ in skipped} == set(BROWSED) and all(re.search("no chromium|chromium is not installed", why) for _, why in skipped), skipped
+
+
+def test_without_chromium_the_script_says_what_is_skipped(tmp_path):
+    function = re.search(r"(?ms)^need_browser\(\) \{.*?^\}$", (ROOT / "reproduce.sh").read_text())[0]
+    (tmp_path / "id").symlink_to(shutil.which("id"))
+    done = subprocess.run([shutil.which("bash"), "-euo", "pipefail", "-c", f"say() {{ echo \"$*\"; }}\n{function}\nneed_browser"], capture_output=True, text=True, check=False, env={"PATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "chromium is not installed: the browser tests will be skipped.\n", "")
+
+
+# --- pandoc ----------------------------------------------------------------------------------------------------------------
+
+
+def environment_without(folder: Path, *names: str) -> Path:
+    "The Python of an environment that is this one but for some packages."
+    packages = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+    (there := folder / packages.relative_to(sys.prefix)).mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    shutil.copy(Path(sys.prefix, "pyvenv.cfg"), folder)
+    left_out = [path.name for path in packages.iterdir() if re.match("|".join(names), path.name)]
+    for path in packages.iterdir():
+        if path.name not in left_out:
+            (there / path.name).symlink_to(path)
+    assert left_out, f"none of {names} is installed anyway"
+    return folder / "bin" / "python"
+
+
+def test_without_pandoc_the_site_is_a_sentence(tmp_path):
+    pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
+    from test_site import write_project
+
+    bare = environment_without(tmp_path / "bare", "pypandoc")
+    done = subprocess.run([bare, "-m", "medvlthinker.site", "build"], cwd=write_project(tmp_path / "toy"), capture_output=True, text=True, check=False, env={"PATH": str(bare.parent)})
+    says(done, "The site needs pandoc or Quarto", "pip install 'medvlthinker[notebooks]'")

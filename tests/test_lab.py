@@ -1,0 +1,230 @@
+"""JupyterLab as `./reproduce.sh lab` starts it: the map opens, notebooks run in the project's own kernel, widgets answer, and no other host hears of it."""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import ROOT, python
+
+pytestmark = pytest.mark.heavy
+TOKEN = "of-these-tests"
+
+WITNESS = """
+import os, sys
+
+def hear(event, given):
+    if event in ("socket.getaddrinfo", "socket.connect", "socket.sendto"):
+        address = given[0] if event == "socket.getaddrinfo" else given[1]
+        with open(os.environ["WITNESS"], "a") as log:
+            print(address[0] if isinstance(address, tuple) else address, *sys.orig_argv[1:4], sep="\\t", file=log)
+
+sys.addaudithook(hear)
+"""
+
+LOOK = ["import sys\nfrom medvlthinker.config import load_profile\nfrom medvlthinker.viewer import browse, stored\nprint(sys.prefix)",
+        "look = stored(load_profile())\nprint(len(look.entries), 'questions')", "browse(look, 'verdict=right')"]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not (path := shutil.which("chromium")):
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def project(chromium, tmp_path_factory) -> Path:
+    "A copy of what JupyterLab is started on, for it writes into notebooks; the environment is this one, under another name."
+    pytest.importorskip("jupyterlab", reason="JupyterLab comes with the extra `notebooks`")
+    from fastcore.nbio import mk_cell, new_nb, write_nb
+
+    folder = tmp_path_factory.mktemp("lab") / "project"
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "settings.ini", folder)
+    script, found = re.subn(r"(\n    lab\).*\n +shift; )setup\n", r"\1\n", (ROOT / "reproduce.sh").read_text())  # set up it is
+    assert found == 1
+    (folder / "reproduce.sh").write_text(script)
+    (folder / ".venv").symlink_to(sys.prefix)
+    look = new_nb([mk_cell(source) for source in LOOK])
+    look["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    write_nb(look, folder / "nbs" / "look.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(project, warm_tiny) -> Path:
+    "What 5_results reads, as 4_evaluate leaves it."
+    home = project.parent / "runs"
+    shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
+    execute("4_evaluate", project, home, "-p", "limit", "12", "-p", "repeats", "2")
+    return home
+
+
+def execute(name: str, project: Path, home: Path, *words: str) -> None:
+    "Run a paper notebook, as it stands where no parameter is given, in the folder in which JupyterLab would run it."
+    done = python("-m", "papermill", f"nbs/paper/{name}.ipynb", home / f"{name}.ipynb", "-k", "python3", "--cwd", "nbs/paper", "--no-progress-bar", *words,
+                  cwd=project, MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def foreign(folder: Path) -> None:
+    "A kernel called python3 that is not ours, and would not even start."
+    (folder / "kernels" / "python3").mkdir(parents=True)
+    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "Another", "language": "python"}))
+
+
+@pytest.fixture(scope="module")
+def lab(project, home):
+    "The script's own command, by a user who has another kernel of the same name in both places where Jupyter looks first."
+    user, witness = project.parent / "user", project.parent / "witness"
+    foreign(user / ".local" / "share" / "jupyter")
+    foreign(user / "elsewhere")
+    witness.mkdir()
+    (witness / "sitecustomize.py").write_text(WITNESS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "HF_HUB_OFFLINE", "XDG_"))}
+    environment = kept | {"HOME": str(user), "JUPYTER_PATH": str(user / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": str(witness), "WITNESS": str(witness / "log"),
+                          "MEDVLTHINKER_HOME": str(home), "BROWSER_PATH": "none"}  # pictures have their own tests
+    words = ["bash", "reproduce.sh", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
+    with open(project.parent / "server.log", "w") as log, subprocess.Popen(words, cwd=project, env=environment, stdout=log, stderr=log) as server:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=2).close()
+                break
+            except OSError:
+                assert server.poll() is None, (project.parent / "server.log").read_text()[-3000:]
+                time.sleep(0.25)
+        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs", environment=environment, shots=project.parent)
+        server.terminate()
+
+
+@pytest.fixture
+def page(chromium, lab):
+    "A page of its own; in the end nothing has failed in it and nothing was asked of another host."
+    context = chromium.new_context(viewport={"width": 1400, "height": 1400})
+    page, wrong, asked = context.new_page(), [], []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(f"{message.text} ({message.location})") if message.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda websocket: asked.append(websocket.url))
+    yield page
+    context.close()
+    assert wrong == []
+    assert any(url.startswith("ws://127.0.0.1:") for url in asked)
+    assert [url for url in asked if urlsplit(url).hostname != "127.0.0.1" and not url.startswith(("data:", "blob:http://127.0.0.1:"))] == []
+
+
+def run_all(page, path: Path, seconds: int = 300) -> list[dict]:
+    "Run All from the menu, and save; the code cells as they were saved."
+    page.locator("#jp-main-statusbar", has_text="Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # connected: a Run All before that is lost
+    page.locator(".jp-NotebookPanel:visible .jp-Cell").first.wait_for()
+    page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
+    page.locator("li[data-command='runmenu:run-all']").click()
+    cells = []
+    for _ in range(seconds):
+        page.wait_for_timeout(1000)
+        page.keyboard.press("Control+s")
+        try:
+            cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        except ValueError:  # it is being written
+            continue
+        assert not (failed := [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]), failed
+        if all(cell["execution_count"] for cell in cells):
+            return cells
+    raise AssertionError(f"{path.name}: {sum(not cell['execution_count'] for cell in cells)} of {len(cells)} cells have not run after {seconds} s")
+
+
+def printed(cell: dict) -> str:
+    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+
+
+def test_it_opens_at_the_map(lab, page):
+    page.goto(f"{lab.address}/?token={TOKEN}")
+    page.locator(".jp-NotebookPanel:visible h1", has_text="MedVLThinker, reproduced").wait_for(timeout=60_000)
+    assert urlsplit(page.url).path == "/lab/tree/index.ipynb"
+    cells = run_all(page, lab.nbs / "index.ipynb")
+    assert re.findall(r"(\w+) +(True|False)", printed(cells[0])) == [("reward", "False"), ("strict", "True"), ("regrade", "True"), ("lenient", "True")]
+    page.screenshot(path=lab.shots / "map.png")
+
+
+def test_results_are_drawn(lab, page):
+    page.goto(f"{lab.address}/lab/tree/paper/5_results.ipynb?token={TOKEN}&reset")
+    cells = run_all(page, lab.nbs / "paper" / "5_results.ipynb")
+    assert re.search(r"tiny on \d+ questions \(phantom\)", printed(cells[2]))
+    figures = sum("application/vnd.plotly.v1+json" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+    page.locator(".js-plotly-plot").last.scroll_into_view_if_needed(timeout=30_000)
+    page.locator(".js-plotly-plot").last.locator(".main-svg").first.wait_for(timeout=30_000)
+    assert page.locator(".js-plotly-plot:has(.main-svg)").count() == figures > 5
+    page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
+    page.screenshot(path=lab.shots / "results.png")
+
+
+def test_the_viewer_answers(lab, page, home, project, monkeypatch):
+    from playwright.sync_api import expect
+
+    from medvlthinker.config import load_profile
+    from medvlthinker.viewer import parse_state, stored
+
+    monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))
+    look = stored(load_profile())
+    wide, narrow = (look.hits(parse_state(view)) for view in ("verdict=right", "verdict=right&benchmark=pmc_vqa"))
+    assert 2 < len(narrow) < len(wide) < len(look.entries), "the test can tell these views apart"
+
+    page.goto(f"{lab.address}/lab/tree/look.ipynb?token={TOKEN}&reset")
+    cells = run_all(page, lab.nbs / "look.ipynb")
+    assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
+    assert printed(cells[1]) == f"{len(look.entries)} questions\n"
+    shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
+    count, view = shown.locator("[role=status]"), shown.locator("label:has-text('view') + input")
+
+    def sees(text: str, hits: list[int], at: int):
+        entry = look.entries[hits[at - 1]]
+        expect(count).to_have_text(f"{len(hits)} of {len(look.entries)} questions pass.", timeout=30_000)
+        expect(shown).to_contain_text(f"{entry.sample.dataset_name}, question {entry.sample.dataset_index}", timeout=30_000)
+        assert look.checked(parse_state(view.input_value())) == look.checked(parse_state(text))
+        for written in (entry.sample.question, entry.answers["tiny"][0]["text"]):
+            assert " ".join(written.split()) in " ".join(shown.inner_text().split())
+
+    sees("verdict=right", wide, 1)
+    shown.locator("label:has-text('questions') + select").select_option("pmc_vqa")
+    sees("verdict=right&benchmark=pmc_vqa", narrow, 1)
+    shown.locator(".noUi-handle").last.focus()
+    page.keyboard.press("ArrowRight")
+    sees("verdict=right&benchmark=pmc_vqa&at=2", narrow, 2)
+    page.screenshot(path=lab.shots / "viewer.png")
+
+
+def test_6_audit_runs_as_it_stands(project, home):
+    execute("6_audit", project, home)
+
+
+def test_only_this_machine_is_asked_and_only_it_may_ask(lab):
+    import psutil
+
+    server = psutil.Process(lab.pid)
+    family = [server, *server.children(recursive=True)]
+    assert len(family) > 1, "the server, and the kernels of the notebooks before"
+    assert {line.laddr.ip for each in family for line in each.net_connections("inet") if line.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{lab.address}/api/contents", timeout=10)
+    subprocess.run([sys.executable, "-c", "import socket; socket.socket().connect_ex(('127.9.9.9', 9))"], env=lab.environment, check=True)
+    heard = [line.split("\t") for line in Path(lab.environment["WITNESS"]).read_text().splitlines()]
+    assert [line for line in heard if line[0] == "127.9.9.9"], "the witness hears"
+    assert [line for line in heard if not line[0].startswith(("127.", "/"))] == []
