@@ -20,21 +20,21 @@ from .config import Profile, UserError
 from .evaluate import difference, evaluations, question_lines
 from .grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of
-from .recipe import BASES, RECIPES, ROWS, total_steps
+from .recipe import BASES, RECIPES, ROWS, Grpo, total_steps
 from .source import source_of
 from .stats import holm, possible
 
 # %% ../nbs/54_audit.ipynb #12eb0ba2
 def gap(
-    first: Published,
-    second: Published,
+    first: Published,  # the row that is claimed to be ahead
+    second: Published,  # the row it is held against
     by: str = "benchmark",  # every benchmark weighs the same, as in the paper's average; or "question"
     names: tuple[str, ...] = tuple(COLUMNS),  # the benchmarks
 ) -> dict:  # in points of a percentage
     "The difference of two published averages with its 95 % interval for independent models."
     value = variance = least = 0.0
     for name in names:
-        (p, n, share), (q, m, other) = ((float(row.scores[name]) / 100, row.sizes[name], row.sizes[name] / sum(map(row.sizes.get, names))) for row in (first, second))
+        (p, n, share), (q, m, other) = ((float(row.scores[name]) / 100, row.sizes[name], row.sizes[name] / sum(row.sizes[each] for each in names)) for row in (first, second))
         v, w = (1 / len(names),) * 2 if by == "benchmark" else (share, other)
         value += v * p - w * q
         variance += v * v * p * (1 - p) / n + w * w * q * (1 - q) / m
@@ -44,21 +44,23 @@ def gap(
             "± if paired, at best": 196 * math.sqrt(least), "verdict": judge(100 * value - half, 100 * value + half)}
 
 
-def label(row: Published) -> str:
+def label(
+    row: Published,  # a published row
+) -> str:
     "A model's name as the paper's first table has it."
     return recipe_label(row.recipe) if row.recipe else row.model
 
 
 def judge(
     low: float,  # of the interval of a difference that a claim says is positive
-    high: float,
+    high: float,  # its upper bound
 ) -> str:
     "What an interval says of a claim that the difference is positive."
     return "holds" if low > 1e-9 else "does not hold" if high < -1e-9 else "within noise"  # a bound at zero may be off by rounding
 
 
 def together(
-    verdicts: Iterable[str],
+    verdicts: Iterable[str],  # of the parts
 ) -> str:
     "The verdict on a claim of several parts."
     parts = set(verdicts)
@@ -88,10 +90,10 @@ _ANSWERS = {"holds": "yes", "holds in part": "in part", "does not hold": "no"}
 
 def _asked(key: str, function: Callable, paper: Paper, found: tuple, on: str = "the published numbers") -> Verdict:
     "A verdict with its question: the claim's text, or the function's own first line."
-    claim = next((claim for claim in paper.claims if claim.key == key), None)
+    claim, (verdict, because, lines) = next((claim for claim in paper.claims if claim.key == key), None), found
     if claim:
-        return Verdict(key, claim.text, claim.source, *found[:2], tuple(found[2]), on)
-    return Verdict(key, inspect.getdoc(function), "asked here", _ANSWERS.get(found[0], found[0]), found[1], tuple(found[2]), on)
+        return Verdict(key, claim.text, claim.source, verdict, because, tuple(lines), on)
+    return Verdict(key, inspect.getdoc(function) or key, "asked here", _ANSWERS.get(verdict, verdict), because, tuple(lines), on)
 
 # %% ../nbs/54_audit.ipynb #b4fb1ac4
 PAIRS = {"rl_beats_sft": [("RL_m23k", "SFT_m23k"), ("RL_PMC", "SFT_PMC")],
@@ -107,9 +109,9 @@ def pairs(
     "The models that a question sets against each other, at every size at which both are known."
     for size, base in BASES.items():
         for stages in PAIRS[key]:
-            names = tuple(base if stage == "base" else f"{size}-{stage}" for stage in stages)
-            if known.issuperset(names):
-                yield names
+            first, second = (base if stage == "base" else f"{size}-{stage}" for stage in stages)
+            if {first, second} <= known:
+                yield first, second
 
 
 def _named(paper: Paper) -> dict[str, Published]:
@@ -124,32 +126,42 @@ def _compared(paper: Paper, key: str) -> tuple:
     return together(line["verdict"] for line in lines), _said(lines), lines
 
 # %% ../nbs/54_audit.ipynb #a27adca2
-def rl_beats_sft(paper: Paper) -> tuple:
+def rl_beats_sft(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Is RL better than SFT on the same data?"
     verdict, because, lines = _compared(paper, "rl_beats_sft")
     rows = [(paper.row(line["first"]), paper.row(line["second"])) for line in lines]
     ahead = sum(first.scores[name] > second.scores[name] for first, second in rows for name in COLUMNS)
     return verdict, f"{because}. RL is ahead in {ahead} of {len(rows) * len(COLUMNS)} cells.", lines
 
 
-def text_beats_images(paper: Paper) -> tuple:
+def text_beats_images(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Does RL on text help more than RL on images?"
     verdict, because, lines = _compared(paper, "text_beats_images")
     micro = [gap(paper.row(line["first"]), paper.row(line["second"]), "question") for line in lines]
     return verdict, f"{because}. Weighing every question alike: {_said(micro)}.", [*lines, *micro]
 
 
-def text_beats_base(paper: Paper) -> tuple:
+def text_beats_base(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Does RL on text improve on the base model?"
     return _compared(paper, "text_beats_base")
 
 
-def second_stage_beats_base(paper: Paper) -> tuple:
+def second_stage_beats_base(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is a model after two stages of training better than the base model?"
     return _compared(paper, "second_stage_beats_base")
 
 # %% ../nbs/54_audit.ipynb #ea02f956
 def _billions(row: Published) -> float:
-    "The size in a model's name."
-    return float(re.search(r"(\d+)B", row.model).group(1))
+    "The size in a model's name; infinite where it tells none."
+    return float(found[1]) if (found := re.search(r"(\d+)B", row.model)) else math.inf
 
 
 def _against(model: Published, rivals: list[Published]) -> tuple:
@@ -171,18 +183,27 @@ def _medical(paper: Paper) -> list[Published]:
     return [row for row in _open_models(paper) if row.blocks.get("comparison") == "Medical LMM"]
 
 
-def best_open_7b(paper: Paper) -> tuple:
+def best_open_7b(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Is the 7B model, by RL on text, ahead of all open models of up to 7B?"
     verdict, because, lines = _against(paper.row("7B-RL_m23k"), [row for row in _open_models(paper) if _billions(row) <= 7])
     return verdict, f"Read as: of up to 7B. The strongest rival: {because}.", lines
 
 
-def tops_all_open(paper: Paper) -> tuple:
+def tops_all_open(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Is it ahead of all other open medical models?"
     verdict, because, lines = _against(paper.row("7B-RL_m23k"), _medical(paper))
     return verdict, f"The strongest rival: {because}.", lines
 
 
-def new_records(paper: Paper) -> tuple:
-    lines = []
+def new_records(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Is the best of the paper's models ahead of the best open rival on each of three sets?"
+    lines: list[dict] = []
     for name in ("pmc_vqa", "slake_closed", "vqa_rad_closed"):
         first, second = (max((row for row in paper.rows if bool(row.recipe) == own and row.model not in CLOSED), key=lambda row: row.scores[name]) for own in (True, False))
         line = gap(first, second, names=(name,))
@@ -190,7 +211,10 @@ def new_records(paper: Paper) -> tuple:
     return together(line["verdict"] for line in lines), "; ".join(f"{line['benchmark']}: {_said([line])}" for line in lines), lines
 
 # %% ../nbs/54_audit.ipynb #8e02177d
-def on_par_with_gpt4o(paper: Paper) -> tuple:
+def on_par_with_gpt4o(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Can the six sets tell the 32B model and GPT-4o apart?"
     first, second = paper.row("32B-RL_m23k"), paper.row("GPT-4o")
     lines = [gap(first, second, by) for by in ("benchmark", "question")]
     half = (lines[0]["high"] - lines[0]["difference"]) * 1.645 / 1.96
@@ -198,8 +222,11 @@ def on_par_with_gpt4o(paper: Paper) -> tuple:
                                  else f"{_said(lines[:1])}. ") + f"Weighing every question alike: {_said(lines[1:])}.", lines
 
 
-def three_runs(paper: Paper) -> tuple:
-    lines = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "possible from one run": possible(score, row.sizes[name], 1),
+def three_runs(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
+    "Can each number be the mean of three runs?"
+    lines: list[dict] = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "possible from one run": possible(score, row.sizes[name], 1),
               "from the mean of three": possible(score, row.sizes[name], 3)} for row in paper.rows if row.runs == 3 for name, score in row.scores.items()]
     fit, single = sum(line["from the mean of three"] for line in lines), sum(not line["possible from one run"] for line in lines)
     once = [label(row) for row in paper.rows if row.runs == 1]
@@ -208,16 +235,20 @@ def three_runs(paper: Paper) -> tuple:
         "of the arithmetic; neither the draw of questions nor another training run is in it."), lines
 
 # %% ../nbs/54_audit.ipynb #d1737196
-def averages_recompute(paper: Paper) -> tuple:
+def averages_recompute(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is every printed average the mean of its six cells?"
-    lines = [{"model": label(row), "printed": str(row.average), "recomputed": float(sum(row.scores.values()) / len(COLUMNS))} for row in paper.rows]
+    lines: list[dict] = [{"model": label(row), "printed": str(row.average), "recomputed": float(sum(row.scores.values()) / len(COLUMNS))} for row in paper.rows]
     off = [line["model"] for line in lines if abs(float(line["printed"]) - line["recomputed"]) > 0.00501]
     return "does not hold" if off else "holds", f"{len(lines) - len(off)} of {len(lines)} recompute to within rounding{': not ' + ', '.join(off) if off else ''}.", lines
 
 
-def one_denominator(paper: Paper) -> tuple:
+def one_denominator(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Are all MedX-M cells shares of the same number of questions?"
-    lines = []
+    lines: list[dict] = []
     for row in paper.rows:
         fits = [n for n in (1996, 2000) if possible(row.scores["MedXpertQA-MM"], n, row.runs)]
         lines.append({"model": label(row), "MedX-M": str(row.scores["MedXpertQA-MM"]), "runs": row.runs, "possible with": " or ".join(map(str, fits)) or "neither"})
@@ -226,7 +257,9 @@ def one_denominator(paper: Paper) -> tuple:
                                                                + ": in runs on eight processes the last four questions were lost." * all(only.values())), lines
 
 
-def cells_are_possible(paper: Paper) -> tuple:
+def cells_are_possible(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Can every cell come from whole questions of its set?"
     lines = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "n": row.sizes[name], "runs": row.runs}
              for row in paper.rows for name, score in row.scores.items() if not possible(score, row.sizes[name], row.runs)]
@@ -237,10 +270,12 @@ def cells_are_possible(paper: Paper) -> tuple:
 CHANCE = {"MedXpertQA-MM": 0.2, "pmc_vqa": 0.25, "pathvqa_closed": 0.5}  # the sets whose questions all have the same number of options
 
 
-def order_is_one(paper: Paper) -> tuple:
+def order_is_one(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Do the models stand in the same order when every question weighs the same?"
     ranked = sorted(paper.rows, key=lambda row: -row.average)
-    lines = [{"first": label(a), "second": label(b), "by benchmark": float(a.average - b.average), "by question": float(a.micro - b.micro)}
+    lines: list[dict] = [{"first": label(a), "second": label(b), "by benchmark": float(a.average - b.average), "by question": float(a.micro - b.micro)}
              for i, a in enumerate(ranked) for b in ranked[i + 1:] if a.micro < b.micro]
     lines.sort(key=lambda line: line["by question"])
     total = len(ranked) * (len(ranked) - 1) // 2
@@ -248,7 +283,9 @@ def order_is_one(paper: Paper) -> tuple:
     return "does not hold" if lines else "holds", f"{len(lines)} of {total} pairs change places{worst or ''}.", lines
 
 
-def above_chance(paper: Paper) -> tuple:
+def above_chance(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is every cell at least what guessing gives?"
     from scipy.stats import binomtest
 
@@ -268,17 +305,21 @@ WRITINGS = {"as trained": "<think> t </think>\n<answer> B </answer>", "newlines 
             "letter and dot": "<think> t </think>\n<answer> B. </answer>", "no tag": "The answer is: B", "tag not closed": "<think> t </think>\n<answer> B"}
 
 
-def one_grader(paper: Paper) -> tuple:
+def one_grader(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Do reward, inference and table agree on what a right answer is?"
-    lines = [{"writing": name, "text": text, **{rule: grade(text, {"A": "Yes", "B": "No"}, "B", rule).correct for rule in RULES}} for name, text in WRITINGS.items()]
+    lines: list[dict] = [{"writing": name, "text": text, **{rule: grade(text, {"A": "Yes", "B": "No"}, "B", rule).correct for rule in RULES}} for name, text in WRITINGS.items()]
     used = ("reward", "strict", "regrade")
     split = [line["writing"] for line in lines if len({line[rule] for rule in used}) > 1]
     return "does not hold" if split else "holds", f"Of {len(lines)} ways to write a right answer the paper's three rules part on {len(split)}: {', '.join(split)}.", lines
 
 # %% ../nbs/54_audit.ipynb #6da148de
-def gain_is_not_format(paper: Paper) -> tuple:
+def gain_is_not_format(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is RL's gain over the base model the same under the strict and the table's rule?"
-    averages, lines = {(bar.model, bar.dataset_name): float(bar.average) for bar in paper.repeated}, []
+    averages, lines = {(bar.model, bar.dataset_name): float(bar.average) for bar in paper.repeated}, list[dict]()
     for size in ("3B", "7B"):
         base, trained = f"Qwen2.5-VL-{size}-Instruct", f"{size}-RL_m23k"
         for name in COLUMNS:
@@ -290,9 +331,11 @@ def gain_is_not_format(paper: Paper) -> tuple:
         ". The strict values, and the 7B model's others, were read off pictures, to about a third of a point."), lines
 
 
-def greedy_shows_all(paper: Paper) -> tuple:
+def greedy_shows_all(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is a model's greedy accuracy what it reaches when it samples?"
-    lines = []
+    lines: list[dict] = []
     for model in dict.fromkeys(bar.model for bar in paper.repeated if "@" not in bar.model):
         sampled = [float(bar.average) for bar in paper.repeated if bar.model == model]
         lines.append({"model": model, "greedy": float(paper.row(model).average), "sampled, T=0.5": sum(sampled) / len(sampled)})
@@ -302,15 +345,17 @@ def greedy_shows_all(paper: Paper) -> tuple:
         ": after SFT on text greedy decoding loses answers, probably to thoughts that never end" * bool(lost)) + ".", lines
 
 # %% ../nbs/54_audit.ipynb #b6b0ca70
-def bars_show_their_label(paper: Paper) -> tuple:
+def bars_show_their_label(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Do the bars of the five-answer figure fit the table's row of their label (is no other row three times nearer)?"
-    lines = []
+    lines: list[dict] = []
     for label in dict.fromkeys(bar.label for bar in paper.repeated):
         bars = [bar for bar in paper.repeated if bar.label == label]
-        size = re.search(r"\d+B", label).group()
+        size = re.findall(r"\d+B", label)[0]
         far = {row.recipe or row.model: sum(abs(float(bar.average - row.scores[bar.dataset_name])) for bar in bars) / len(bars)
                for row in paper.rows if row.blocks.get("recipes") == size}
-        nearest = min(far, key=far.get)
+        nearest = min(far, key=far.__getitem__)
         lines.append({"label": label, "points from its own row": far[label], "nearest row": nearest, "points from that": far[nearest]})
     # three times nearer to another row: rows of related recipes lie close together, and after SFT models sample better than they decode greedily
     wrong = [line for line in lines if line["points from its own row"] > 3 * line["points from that"]]
@@ -319,9 +364,11 @@ def bars_show_their_label(paper: Paper) -> tuple:
                                                            for line in wrong) + ". (The notebook that draws them reads the folder of RL(m23k)+RL(PMC) at step 900.)" * bool(wrong) + f" Another row is nearer, but less clearly, to {' and '.join(near)}." * bool(near), lines
 
 
-def answers_stay_diverse(paper: Paper) -> tuple:
+def answers_stay_diverse(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Does a trained model keep finding other answers when it is asked again (pass@5 well above the average)?"
-    lines = []
+    lines: list[dict] = []
     for model in dict.fromkeys(bar.model for bar in paper.repeated):
         bars = [bar for bar in paper.repeated if bar.model == model]
         lines.append({"model": model, "average": sum(float(bar.average) for bar in bars) / len(bars), "pass@5": sum(float(bar.passed) for bar in bars) / len(bars)})
@@ -335,9 +382,11 @@ def answers_stay_diverse(paper: Paper) -> tuple:
             f"{what}: {', '.join(models)}" for what, models in (("at least a quarter of that", kept), ("less", collapsed)) if models) + "."), lines
 
 # %% ../nbs/54_audit.ipynb #e89ae8e3
-def last_checkpoints(paper: Paper) -> tuple:
+def last_checkpoints(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Is each published checkpoint the last of its run?"
-    lines = []
+    lines: list[dict] = []
     for recipe in (RECIPES[row.recipe] for row in paper.rows if row.recipe):
         last = total_steps(recipe, ROWS[recipe.method, recipe.corpus][0])
         lines.append({"recipe": recipe.name, "published step": recipe.published_step, "last step": last, "last": recipe.published_step == last})
@@ -346,12 +395,15 @@ def last_checkpoints(paper: Paper) -> tuple:
                                                   + ". RL was validated on test questions every 50 steps, SFT's third and fifth epoch were both scored on the test sets, and there is no split apart for choosing."), lines
 
 
-def budgets_are_equal(paper: Paper) -> tuple:
+def budgets_are_equal(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Did RL on text and RL on images spend the same number of answers and updates?"
-    lines = []
-    for recipe in (RECIPES[row.recipe] for row in paper.rows if row.recipe and RECIPES[row.recipe].method == "RL"):
+    lines: list[dict] = []
+    for recipe in (RECIPES[row.recipe] for row in paper.rows if row.recipe):
         steps, how = recipe.published_step, recipe.how
-        lines.append({"recipe": recipe.name, "steps": steps, "answers": steps * how.batch * how.rollouts, "updates": steps * (how.batch // how.mini_batch)})
+        if isinstance(how, Grpo):
+            lines.append({"recipe": recipe.name, "steps": steps, "answers": steps * how.batch * how.rollouts, "updates": steps * (how.batch // how.mini_batch)})
     spent = {line["recipe"]: line for line in lines}
     text, images = spent["3B-RL_m23k"], spent["3B-RL_PMC"]
     same = all(text[what] == images[what] for what in ("answers", "updates"))
@@ -359,7 +411,9 @@ def budgets_are_equal(paper: Paper) -> tuple:
                                                            for what, spent in (("Text", text), ("images", images))) + ".", lines
 
 
-def filter_fits_the_model(paper: Paper) -> tuple:
+def filter_fits_the_model(
+    paper: Paper,  # the published numbers and claims
+) -> tuple:
     "Are the questions that RL trains on of middle difficulty for the 7B model too?"
     seen, n = paper.histogram, len(paper.histogram) - 1
     total, kept = sum(seen), sum(seen[1:8])
@@ -390,7 +444,7 @@ def _answers(profile: Profile, model: str) -> list[dict]:
 
 
 def measured_models(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
 ) -> dict[str, str]:
     "The evaluated models: by recipe or base model, as the audit names them, the name under which each was evaluated."
     named = {}
@@ -403,7 +457,11 @@ def measured_models(
 def _paired(profile: Profile, wanted: Iterable[tuple[str, str]], rule: str) -> Iterator[tuple[str, str, dict | UserError]]:
     "For each pair what `difference` says, or why the two cannot be compared; a model that was not evaluated is an error."
     known = measured_models(profile)
-    answers = functools.cache(lambda model: _answers(profile, known.get(model, model)))
+
+    @functools.cache
+    def answers(model):
+        return _answers(profile, known.get(model, model))
+
     for first, second in wanted:
         lines = answers(first), answers(second)
         try:
@@ -415,12 +473,12 @@ def _paired(profile: Profile, wanted: Iterable[tuple[str, str]], rule: str) -> I
 
 
 def run_gaps(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     wanted: Iterable[tuple[str, str]],  # pairs of models that were evaluated in this profile
     rule: str = "regrade",  # one of grade.RULES
 ) -> list[dict]:
     "A line a pair: the paired difference of macro averages with its interval, and the benchmarks that differ by McNemar's test after Holm."
-    lines = []
+    lines: list[dict] = []
     for first, second, made in _paired(profile, wanted, rule):
         if isinstance(made, UserError):
             lines.append({"first": first, "second": second, "verdict": "open", "why": str(made)})
@@ -440,9 +498,9 @@ def base_pairs(
 
 
 def difference_rows(
-    profile: Profile,
-    wanted: Iterable[tuple[str, str]],
-    rule: str = "regrade",
+    profile: Profile,  # how much to run, and on what hardware
+    wanted: Iterable[tuple[str, str]],  # pairs of models that were evaluated in this profile
+    rule: str = "regrade",  # one of grade.RULES
 ) -> list[dict]:
     "The same differences by benchmark, as `report.results_table` takes them."
     rows = []
@@ -456,8 +514,8 @@ def difference_rows(
 
 
 def audit_runs(
-    profile: Profile,
-    rule: str = "regrade",
+    profile: Profile,  # how much to run, and on what hardware
+    rule: str = "regrade",  # one of grade.RULES
 ) -> dict[str, Verdict]:
     "The claims that compare recipes, on the models of a profile that have been evaluated; a claim without a pair is open."
     measured, found = set(measured_models(profile)), {}
@@ -499,7 +557,7 @@ def verdicts_html(
 
 
 def calculation(
-    verdicts: dict[str, Verdict],
+    verdicts: dict[str, Verdict],  # from `audit` or `audit_runs`
 ):  # a pandas DataFrame
     "Every verdict and every line of its calculation."
     import pandas as pd

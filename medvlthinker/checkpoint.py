@@ -8,15 +8,15 @@ __all__ = ['FROM_BASE', 'checkpoint_at', 'layout_of', 'refuse_pickles', 'check_s
            'write_card', 'push', 'main']
 
 # %% ../nbs/33_checkpoint.ipynb #4ad6ad44
-import argparse, contextlib, enum, importlib.util, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
+import argparse, contextlib, enum, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from .benchmark import HUB
-from .config import Profile, UserError, Workspace, _alive, command, file_hash, launch, load_profile, manifest_path, parse_words, recording, stale, unwritable, writing
+from .config import Profile, UserError, Workspace, _alive, command, file_hash, launch, load_profile, manifest_path, need, parse_words, recording, stale, unwritable, writing
 from .corpus import PUBLISHED, REASONED
 from .engine import model_fingerprint
-from .recipe import Recipe, chain, find, model_folder, starting_point, training_data, training_folder
+from .recipe import Grpo, Recipe, chain, find, model_folder, starting_point, training_data, training_folder
 from .rollout import folder_name
 from .source import source_of
 from .stats import wilson
@@ -133,6 +133,7 @@ def _read_safetensors(folder: Path) -> dict:
 
 def _read_fsdp(folder: Path, spare: Path) -> dict:
     "The weights of a distributed checkpoint, put together by accelerate."
+    need("accelerate")
     from accelerate.utils import merge_fsdp_weights
     from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
 
@@ -152,8 +153,7 @@ def _read_verl(folder: Path, spare: Path, log) -> dict:
     for path in (folder / f"model_world_size_{world}_rank_{rank}.pt" for rank in range(world)):
         if not zipfile.is_zipfile(path):  # torch's files are; the list at their end is written last
             raise UserError(f"The shard {path} is {'cut' if path.exists() else 'missing'}; take an earlier checkpoint.")
-    if not importlib.util.find_spec("verl"):
-        raise UserError(f"{folder} was written by verl, and only verl can merge it; ./reproduce.sh setup full installs it.")
+    need("verl")  # only verl can merge what it wrote
     launch([sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(folder), "--target_dir", str(spare)], log, show=lambda line: None)
     return _read_safetensors(spare)
 
@@ -173,7 +173,8 @@ def _vlm_name(name: str) -> str:
 def skeleton(
     base,  # a model's folder
 ):
-    "The model that a folder's config describes, without memory for its weights."
+    "The model that a folder's config describes, without memory for its weights; `UserError` where it is none of vision and language."
+    need("torch")
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -189,6 +190,7 @@ def to_vlm_keys(
     net,  # what `skeleton` returned
 ) -> dict:
     "The same weights under the model's own names; `UserError` with the first three that do not fit."
+    need("torch")
     import torch
 
     named = {_vlm_name(name): weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -212,7 +214,8 @@ def merge_adapter(
     adapter,  # a folder with adapter_config.json and adapter_model.safetensors
     weights: dict | None = None,  # the base model's weights, where they are not those in the folder
 ) -> dict:  # name -> tensor
-    "The base model's weights with an adapter merged into them."
+    "The base model's weights with an adapter merged into them; `UserError` where the adapter is damaged, or another model's."
+    need("peft", "torch")
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
@@ -245,8 +248,10 @@ def _merge_sharded_adapter(base: Path, folder: Path, weights: dict, spare: Path)
 
 # %% ../nbs/33_checkpoint.ipynb #e92c830c
 @contextlib.contextmanager
-def replacing(folder: Path):
-    "A folder to fill, which takes the name of `folder` when the block ends well."
+def replacing(
+    folder: Path,  # of a model, or empty, or not there yet
+):
+    "A folder to fill, which takes the name of `folder` when the block ends well; `UserError` where anything but a model has that name."
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something that is not a model; name another folder, or empty this one.")
     part, old = (folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.{word}") for word in ("part", "old"))
@@ -320,7 +325,8 @@ def merge(
     dtype: str = "",  # of the stored weights; empty for the base model's
     log=None,  # takes the output of verl's merger
 ) -> Path:
-    "One Hugging Face folder from a checkpoint; returns at once where its manifest still holds."
+    "One Hugging Face folder from a checkpoint; returns at once where its manifest still holds, `UserError` where a part is missing, cut, a stranger's pickle or not finite."
+    need("torch")
     import torch
     from transformers.utils import logging
 
@@ -331,7 +337,7 @@ def merge(
     if folder.resolve() in (checkpoint.resolve(), origin.resolve()) or checkpoint.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"The merged model cannot take the place of what it is made from: {folder}.")
     net, files = skeleton(origin), [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and _is_weights(path, checkpoint)]
-    inputs = {"layout": layout, "shards": {str(path.relative_to(checkpoint)): file_hash(path) for path in files},
+    inputs: dict = {"layout": layout, "shards": {str(path.relative_to(checkpoint)): file_hash(path) for path in files},
               "base": model_fingerprint(base), "dtype": dtype or str(net.config.dtype or torch.float32).removeprefix("torch.")}
     if not stale(folder, inputs):
         return folder
@@ -353,8 +359,8 @@ def _is_weights(path: Path, checkpoint: Path) -> bool:
 
 # %% ../nbs/33_checkpoint.ipynb #e71ca97f
 def finish(
-    recipe: Recipe,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
     step: int = 0,  # 0 for the last checkpoint, which becomes the finished model
     dtype: str = "",  # of the stored weights; empty for the base model's
 ) -> Path:
@@ -381,14 +387,15 @@ def _results(
 
 
 def card_data(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     records: Iterable[dict] = (),  # of evaluation.json, each with a date
 ):  # a huggingface_hub ModelCardData
     "The metadata of a model's card."
     from huggingface_hub import EvalResult, ModelCardData
 
     first, embedded = chain(recipe)[0], recipe.size == "tiny"
-    read = [REASONED.get(each.corpus, PUBLISHED[each.corpus]) if each.method == "SFT" else PUBLISHED[each.corpus] for each in chain(recipe)]
+    known = [(PUBLISHED | REASONED if each.method == "SFT" else PUBLISHED).get(each.corpus) for each in chain(recipe)]
+    read = [name for name in known if name]  # a corpus of one's own has no id on the hub
     measured = [EvalResult(task_type="image-text-to-text", dataset_type=HUB if line["source"] == "hub" else line["source"] or "unknown", dataset_name=line["benchmark"], dataset_split="test",
                            metric_type="accuracy", metric_name=f"accuracy, % (n={line['n']}, 95 % interval {line['low']} to {line['high']})", metric_value=line["accuracy"],
                            metric_args={key: line[key] for key in ("right", "n", "low", "high", "rule", "seed", "date")}) for line in _results(records)]
@@ -412,9 +419,9 @@ def _made_by(recipe: Recipe) -> str:
     "The settings of each stage, the last one last."
     rows = []
     for each in chain(recipe):
-        how, rl = each.how, each.method == "RL"
-        rows.append((each.name, each.init, f"GRPO, {how.rollouts} answers a question" if rl else "SFT", each.corpus, how.epochs, how.batch, how.learning_rate,
-                     f"{how.rule}; KL {how.kl_coef}" if rl else "loss on the answer only"))
+        how = each.how
+        method, aim = (f"GRPO, {how.rollouts} answers a question", f"{how.rule}; KL {how.kl_coef}") if isinstance(how, Grpo) else ("SFT", "loss on the answer only")
+        rows.append((each.name, each.init, method, each.corpus, how.epochs, how.batch, how.learning_rate, aim))
     return _table(("stage", "starts from", "method", "corpus", "epochs at most", "batch", "learning rate", "reward or loss"), rows)
 
 
@@ -435,7 +442,7 @@ def _sections(recipe: Recipe, records: list[dict], data: dict | None, facts: dic
 
 
 def model_card(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     records: Iterable[dict] = (),  # of evaluation.json, each with a `date`
     data: dict | None = None,  # the manifest of the training data
     facts: dict | None = None,  # how this copy was trained: steps, seed, trainer, lora_rank ...
@@ -478,12 +485,12 @@ def _read(path: Path) -> dict | None:
 
 
 def write_card(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     facts: dict | None = None,  # how this copy was trained
 ) -> Path:
-    "The README.md of a recipe's finished model, from what the workspace knows of it."
+    "The README.md of a recipe's finished model, from what the workspace knows of it; `UserError` where there is no such model yet."
     folder, where = workspace.checkpoints / recipe.name, workspace.results / source_of(profile) / folder_name(recipe.name) / "evaluation.json"
     if not (folder / "config.json").is_file():
         raise UserError(f"{recipe.name} is not in {workspace.checkpoints}; train and merge it first.")
@@ -501,7 +508,7 @@ def push(
     folder,  # a merged model
     repo: str,  # owner/name
     yes: bool = False,  # False says what would be done, and does nothing
-    show=print,
+    show=print,  # takes each line of what is done, or would be
 ) -> list[str]:  # the files
     "Upload a model's folder to the hub; `UserError` without a card, with anything but safetensors, and without a token."
     from huggingface_hub import HfApi, get_token
@@ -544,7 +551,7 @@ def _check_pushed(folder: Path, files: list[Path]) -> None:
 def main(
     words: list[str],  # the command line
 ) -> None:
-    "`python -m medvlthinker.checkpoint merge|card RECIPE [profile] [key=value ...]` and `push FOLDER REPO [--yes]`"
+    "The command line: `merge|card RECIPE [profile] [key=value ...]`, or `push FOLDER REPO [--yes]`."
     parser = argparse.ArgumentParser(prog="python -m medvlthinker.checkpoint", description="From a training's checkpoint to a model that can be loaded, and published.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, does in (("merge", "merge a recipe's checkpoint into one folder"), ("card", "write the card of a recipe's model")):

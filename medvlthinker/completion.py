@@ -32,7 +32,7 @@ class Completion:
 
 
 def stored(
-    completion: Completion,
+    completion: Completion,  # one answer
 ) -> dict:
     "A completion as a rollout's file holds it: without `error` where there is none."
     return {key: value for key, value in asdict(completion).items() if key != "error" or value}

@@ -8,7 +8,7 @@ __all__ = ['contract', 'compare', 'to_lines', 'counted', 'main']
 # %% ../nbs/55_contract.ipynb #d1de9845
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 
 from .config import Profile, UserError, Workspace, command, load_profile, parse_words
@@ -19,15 +19,16 @@ from .source import source_of
 from .stats import wilson
 
 # %% ../nbs/55_contract.ipynb #927534e6
-def _status(printed, ours: float, low: float, high: float) -> str:
+def _status(printed: Decimal, ours: float, low: float, high: float) -> str:
     "Match, inside or outside."
-    digits = -printed.as_tuple().exponent
+    digits = -int(printed.as_tuple().exponent)
     return "match" if round(ours, digits) == float(printed) else "inside" if low <= float(printed) <= high else "outside"
 
 
-def _measured(measured: list[dict], repeats: list[dict], difficulty: list[dict]) -> dict[tuple, tuple]:
+def _measured(measured: Iterable[dict], repeats: Iterable[dict], difficulty: Sequence[dict]) -> dict[tuple, tuple]:
     "(what, model, benchmark, k) -> ours, low, high, n; of runs on the real questions."
-    found, name_of = {}, lambda model: (row := row_of(model)) and row.model
+    found: dict[tuple, tuple] = {}
+    name_of = lambda model: (row := row_of(model)) and row.model
     for record in (each for each in measured if each["source"] != "phantom" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
         six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}  # the rule of the paper's tables, whatever the record's own
         cells = results_table({**record, "counts": six})
@@ -48,8 +49,8 @@ def _measured(measured: list[dict], repeats: list[dict], difficulty: list[dict])
 
 # %% ../nbs/55_contract.ipynb #219f9b78
 def contract(
-    paper: Paper,
-) -> Iterator[tuple[str, str, str, int, object, str]]:
+    paper: Paper,  # the published numbers and claims
+) -> Iterator[tuple[str, str, str, int, Decimal, str]]:
     "Every published number: what, model, dataset_name, k, the printed value, and the key of the measurement that it is held against."
     for row in paper.rows:
         for name, score in (row.scores | {"average": row.average}).items():
@@ -68,10 +69,10 @@ def contract(
 
 
 def compare(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
     measured: list[dict],  # from evaluate.evaluations
-    repeats: list[dict] = (),  # from evaluate.records(profile, "repeats.json")
-    difficulty: list[dict] = (),  # model, corpus, right, questions: the lines of paper/2_difficulty's table, of rollouts of sixteen on the real corpora
+    repeats: Iterable[dict] = (),  # from evaluate.records(profile, "repeats.json")
+    difficulty: Sequence[dict] = (),  # model, corpus, right, questions: the lines of paper/2_difficulty's table, of rollouts of sixteen on the real corpora
 ):  # a pandas DataFrame: what, model, benchmark, printed, ours, low, high, n, difference (ours less printed; its interval is low and high less printed), status
     "Each published number beside what a run measured."
     import pandas as pd
@@ -97,7 +98,7 @@ def to_lines(
 
 # %% ../nbs/55_contract.ipynb #9fcec9a5
 def counted(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
 ) -> list[dict]:
     "The pass counts that paper/2_difficulty left, where they are of the real corpora and of sixteen answers, as the published ones are."
     path = Workspace(profile.name).results / f"difficulty_{source_of(profile)}.csv"

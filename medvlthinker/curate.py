@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import UserError, file_hash, fingerprint, look, recording, stale, unwritable, writing
+from .config import UserError, file_hash, fingerprint, look, need, recording, stale, unwritable, writing
 from .grade import RULES, grade
 from .rollout import alone, folder_name
 from .sample import Sample, SampleFile, parquet_options
@@ -102,7 +102,7 @@ def decide(
     low: int = 1,  # fewest right answers of a question that stays
     high: int = 7,  # most right answers of a question that stays
 ) -> "pd.DataFrame":  # with decision, again (probability of the same decision from n new samples) and level
-    "Keep, too hard, too easy or no rollout, for each question."
+    "Keep, too hard, too easy or no rollout, for each question; `UserError` where the questions have different numbers of completions."
     asked = counts.n > 0
     if not asked.any():
         raise UserError("No question has a rollout, so nothing can be decided; roll out first.")
@@ -110,7 +110,7 @@ def decide(
     _check_band(n, low, high)
     if (odd := counts[asked & (counts.n != n)]).size:
         raise UserError(f"Question {odd.dataset_index.iloc[0]} has {odd.n.iloc[0]} completions, others have {n}; a band of counts needs one number for all.")
-    decided = counts.assign(decision=np.where(asked, _verdict(counts.correct, low, high), "no rollout"),
+    decided = counts.assign(decision=np.where(asked, _verdict(counts.correct.to_numpy(), low, high), "no rollout"),
                             again=np.where(asked, _again(n, low, high)[counts.correct], np.nan), level=counts.correct.astype(float))
     decided.attrs = {"low": int(low), "high": int(high), "n": n}
     return decided
@@ -131,6 +131,7 @@ def difficulty_figure(
     band: tuple[float, float] | None = None,  # shares of right answers between which questions are kept
 ):  # -> a plotly Figure
     "The share of questions, in percent, over the share of right answers: a line a histogram."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
@@ -152,7 +153,7 @@ PUBLISHED_KEPT = [
 # %% ../nbs/22_curate.ipynb #23c218a0
 def order(
     decisions: "pd.DataFrame",  # what `decide` or `sample_until_decided` returned
-    seed: int = 42,
+    seed: int = 42,  # of the shuffle
     hard_first: bool = False,  # the other way round
 ) -> "pd.DataFrame":
     "The kept questions, shuffled and then sorted by level, easy to hard; equals stay shuffled."
@@ -198,7 +199,7 @@ def _write_ordered(
         with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
             for start in range(0, len(chosen), 256):
                 part = chosen.iloc[start:start + 256]
-                rows = [batches[number].slice(row, 1) for number, row in map(where.get, part.dataset_index)]
+                rows = [batches[number].slice(row, 1) for number, row in map(where.__getitem__, part.dataset_index)]
                 table = pyarrow.Table.from_batches(rows).combine_chunks()
                 for name, values in zip(ADDED, (part.correct, part.n)):
                     table = table.append_column(name, pyarrow.array(values.to_numpy(), pyarrow.int64()))
@@ -259,7 +260,7 @@ def curate(
     without: Iterable[int] = (),  # dataset_index of questions to leave out because they overlap a test set
     overlap: str = "none",  # the name of the filter that found these, for the manifest
     seed: int = 42,  # of the shuffle
-    hard_first: bool = False,
+    hard_first: bool = False,  # the other way round
 ) -> Path:  # the curated parquet; `.dropped.jsonl` and the manifest lie beside it
     "Write the questions that are kept, in order, with a manifest of what was dropped and why."
     samples, without, direction = Path(samples), sorted(set(without)), "hard_to_easy" if hard_first else "easy_to_hard"
@@ -280,7 +281,7 @@ def move(
     b: "pd.DataFrame",  # decisions of another, about the same questions
     by: str = "decision",  # or "correct", for the table of counts
 ) -> "tuple[pd.DataFrame, dict]":  # questions per pair (rows: a, columns: b); rank correlation of the rates with its 95 % interval
-    "How difficulty moves between two models, over the questions that both have answered."
+    "How difficulty moves between two models, over the questions that both have answered; `UserError` where these are fewer than four."
     import pandas as pd
     from scipy.stats import spearmanr
 
@@ -306,4 +307,5 @@ def halves(
     "Decisions by the first half of each question's completions, and by the second: kept are those neither never nor always right."
     n = max(len(row["completions"]) for row in rows) // 2
     _check_band(n, 1, n - 1)
-    return tuple(decide(pass_counts(samples, ({**row, "completions": row["completions"][cut:cut + n]} for row in rows), rule), 1, n - 1) for cut in (0, n))
+    first, second = (decide(pass_counts(samples, ({**row, "completions": row["completions"][cut:cut + n]} for row in rows), rule), 1, n - 1) for cut in (0, n))
+    return first, second

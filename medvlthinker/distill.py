@@ -29,7 +29,7 @@ OUTCOMES = ("kept", "no rollout", "no correct completion", "no chain in tags", "
 
 
 def lesson(
-    sample: Sample,
+    sample: Sample,  # the question that the row answers
     row: dict | None,  # of the rollout; None where there is none
     rule: str = "strict",  # one of grade.RULES
 ) -> tuple[str | None, str]:  # the chain, and one of `OUTCOMES`
@@ -46,13 +46,13 @@ def lesson(
 
 # %% ../nbs/23_distill.ipynb #5003fefc
 def distill(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample],  # of one corpus, in any order
     rows: Iterable[dict],  # of the teacher's rollout; some may be missing
     rule: str = "strict",  # one of grade.RULES
     every: bool = False,  # yield the samples without a chain too, with `reasoning` None
     counts: Counter | None = None,  # filled on the way: questions by outcome
 ) -> Iterator[Sample]:
-    "The samples with the teacher's chain as their reasoning, in their own order."
+    "The samples with the teacher's chain as their reasoning, in their own order; `UserError` where rows and samples are not of one set."
     if rule not in RULES:
         raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
     waiting, seen, counts = _by_index(rows), set(), Counter() if counts is None else counts
@@ -94,7 +94,7 @@ def summary(
 # %% ../nbs/23_distill.ipynb #fbc3bd1d
 def distilled(
     path,  # the parquet file that appears, in the unified format
-    samples: Iterable[Sample],
+    samples: Iterable[Sample],  # of one corpus
     rows: Iterable[dict],  # of the teacher's rollout
     teacher: str,  # the model's name
     sources: dict,  # what names the samples and the rollout: hashes, or folders whose names are hashes

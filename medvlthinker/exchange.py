@@ -67,11 +67,11 @@ def _asked(sample: Sample, who: dict, images: bool) -> str | list[dict]:
 
 # %% ../nbs/44_exchange.ipynb #8472390c
 def inspect_sample(
-    told: Told,
-    sample: Sample,
+    told: Told,  # a finished rollout
+    sample: Sample,  # one of its questions
     completion: dict,  # text, finish_reason, tokens
     epoch: int,  # from 1
-    rules: tuple[str, ...] = RULES,
+    rules: tuple[str, ...] = RULES,  # of grade.RULES; each is a scorer
     images: bool = False,  # put the images into the log
 ) -> dict:
     "An answer as inspect_ai's EvalSample."
@@ -108,9 +108,9 @@ def _head(told: Told, rules: tuple[str, ...]) -> dict:
 
 # %% ../nbs/44_exchange.ipynb #a96c8c45
 def to_inspect(
-    told: Told,
+    told: Told,  # a finished rollout
     folder,  # where the log goes
-    rules: tuple[str, ...] = RULES,
+    rules: tuple[str, ...] = RULES,  # of grade.RULES; each is a scorer
     images: bool = False,  # put the images into the log
 ) -> Path:  # of the log
     "Write a rollout as a log of inspect_ai."
@@ -133,8 +133,8 @@ def _sha(text: str) -> str:
 
 
 def lm_eval_line(
-    told: Told,
-    sample: Sample,
+    told: Told,  # a finished rollout
+    sample: Sample,  # one of its questions
     row: dict,  # its answers
     number: int,  # of the question, from 0
     rule: str,  # one of grade.RULES
@@ -209,10 +209,10 @@ def to_lm_eval(
 # %% ../nbs/44_exchange.ipynb #f516e0a6
 def told(
     profile: Profile,  # its `benchmark` may narrow the sets down
-    model: str,
+    model: str,  # as for `evaluate`
     answers: str = "greedy",  # or "repeats"
 ) -> Iterator[Told]:
-    "The stored rollouts of a model."
+    "The stored rollouts of a model; `UserError` where it was not evaluated."
     known = {"greedy": "evaluation.json", "repeats": "repeats.json"}
     if answers not in known:
         raise UserError(f"No answers {answers!r}; known are {', '.join(known)}.")
@@ -233,7 +233,7 @@ FORMS = ("inspect", "lm-eval", "eval_results")
 def exchange(
     tolds: Iterable[Told],  # of one model
     to: str,  # one of FORMS
-    folder,
+    folder,  # where the files go
     rules: tuple[str, ...] = (),  # those to score with; empty for the form's own choice
     images: bool = False,  # inspect_ai only
 ) -> list[Path]:  # what was written, without lm-eval's samples

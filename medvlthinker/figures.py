@@ -14,7 +14,7 @@ import asyncio, atexit, csv, functools, html, io, os, re, shutil, textwrap, thre
 from pathlib import Path
 from zlib import crc32
 
-from .config import COLOURS, UserError, look, write_figure, writing
+from .config import COLOURS, UserError, look, need, write_figure, writing
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
 from .report import AVERAGE, HEADINGS, PHANTOM_NOTE, _csv_text, _tex
 from .stats import macro_average, wilson
@@ -149,7 +149,7 @@ def _panel(
     shown: set[str],  # series that the legend has already
     value: str,
     spread: bool,  # each series on a height of its own
-    n: str,  # "" for the first panel's axes, then "2", "3", ...
+    n: int | str,  # "" for the first panel's axes, then 2, 3, ...
 ):
     "The marks of one panel, and what joins or parts them."
     axes, lanes = dict(xaxis=f"x{n}", yaxis=f"y{n}"), list(dict.fromkeys(cells["lane"]))
@@ -180,6 +180,7 @@ def _lanes(
     dark: bool = False,
 ):  # a plotly Figure
     "Panels of lanes of marks."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure, series, groups = go.Figure(), list(dict.fromkeys(frame["series"])), list(frame.groupby("panel", sort=False))
@@ -220,7 +221,7 @@ _REPEATED = "origin model dataset_name measure percent low high n answers source
 
 
 def repeated_frame(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
 ):  # a pandas DataFrame: origin, model, dataset_name, measure, percent, low, high, n, answers, source, label
     "The paper's bars of five answers, one a row, those that can be seen."
     lines = []
@@ -240,8 +241,8 @@ def _named(frame) -> list[str]:
 
 def repeated_figure(
     frame,  # from `repeated_frame`, and rows of ours
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "A panel a model, a lane a benchmark: average, majority and pass@k."
     panel = [f"{name}; the paper's picture says {label}" if isinstance(label, str) and label != model else name
@@ -275,7 +276,7 @@ _CURVE = "origin model dataset_name k percent low high n answers source"
 
 
 def curve_frame(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
 ):  # a pandas DataFrame: origin, model, dataset_name (or "all"), k, percent, low, high, n, answers, source
     "The paper's pass@k, as read off its picture."
     lines = []
@@ -321,6 +322,7 @@ def _lines(
     dark: bool = False,
 ):  # a plotly Figure
     "Panels of curves over the same x axis."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure, series, shown = go.Figure(), list(dict.fromkeys(frame["series"])), set()
@@ -337,8 +339,8 @@ def _lines(
 # %% ../nbs/53_figures.ipynb #47af5937
 def curve_figure(
     frame,  # from `curve_frame`, and rows of ours
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "pass@k over k, a panel a benchmark."
     hover = [_hover(row, f"k = {row.k}", "percent") for row in frame.itertuples()]
@@ -366,7 +368,7 @@ def _average(frame):
 
 
 def rules_frame(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
 ):  # a pandas DataFrame: origin, model, dataset_name (or "average"), rule, percent, low, high, n, source
     "Models of which the paper shows both: strict pass@1 and regraded average."
     regraded = {(bar.model, bar.dataset_name): bar for bar in paper.repeated}
@@ -397,8 +399,8 @@ def our_rules_frame(
 # %% ../nbs/53_figures.ipynb #8460bc57
 def rules_figure(
     frame,  # from `rules_frame` or `our_rules_frame`
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "A panel a model, a lane a benchmark, a mark a rule."
     benchmarks = frame["dataset_name"].map(HEADINGS)
@@ -423,8 +425,8 @@ def gains_frame(
 
 def gains_figure(
     frame,  # from `gains_frame`
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "The gain over the base under each rule: what differs is format."
     panel = [f"{model} minus {base}" for model, base in zip(_named(frame), frame["base"])]
@@ -439,10 +441,10 @@ _PASSES = [(model, corpus) for model in ("3B", "7B", "32B") for corpus in ("m23k
 
 def counts_frame(
     histogram,  # questions with 0, 1, ... right answers: what curate.histogram returned
-    model: str,
-    corpus: str,
+    model: str,  # whose answers were counted
+    corpus: str,  # `m23k` or `pmc_vqa`
     source: str,  # "phantom", "hub", ...
-    origin: str = "ours",
+    origin: str = "ours",  # `ours` or `paper`
 ):  # as `pass_frame`
     "One histogram of pass counts as rows."
     return _frame([dict(origin=origin, model=model, corpus=corpus, right=right, of=len(histogram) - 1, questions=int(n), source=source)
@@ -450,7 +452,7 @@ def counts_frame(
 
 
 def pass_frame(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
 ):  # a pandas DataFrame: origin, model, corpus, right, of, questions, source
     "The paper's six histograms; what was not published is one row without numbers."
     import pandas as pd
@@ -484,10 +486,11 @@ def _bars(
 
 def pass_figure(
     frame,  # from `pass_frame`, and rows of ours from `counts_frame`
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "A panel for each model and corpus: the share of questions over the number of right answers."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure, titles, heights, shown = go.Figure(), [], [], set()
@@ -524,22 +527,25 @@ def normalised(
 
 
 def radar_frame(
-    paper: Paper,
+    paper: Paper,  # the published numbers and claims
     models: tuple[str, ...] | str = "7B",  # names of published rows, or a key of RADARS
 ):  # a pandas DataFrame: origin, model, dataset_name, percent, low, high, n, source, best, share
     "The rows of a radar."
-    if isinstance(models, str) and models not in RADARS:
-        raise UserError(f"No radar {models!r}; there are {' and '.join(RADARS)}, or name the models.")
-    rows = [paper.row(name) for name in RADARS.get(models, models)]
+    if isinstance(models, str):
+        if models not in RADARS:
+            raise UserError(f"No radar {models!r}; there are {' and '.join(RADARS)}, or name the models.")
+        models = RADARS[models]
+    rows = [paper.row(name) for name in models]
     return normalised(_frame([dict(origin="paper", model=row.model, dataset_name=name, percent=row.scores[name], n=row.sizes[name], source=row.source)
                               for row in rows for name in COLUMNS], "origin model dataset_name percent low high n source"))
 
 # %% ../nbs/53_figures.ipynb #1c5bd238
 def radar_figure(
     frame,  # from `radar_frame`
-    dark: bool = False,
+    dark: bool = False,  # light text on a dark ground
 ):  # a plotly Figure
     "Each model as a polygon, every axis in percent of the best."
+    need("plotly")
     import plotly.graph_objects as go
 
     frame, figure = normalised(frame).assign(series=_named(frame)), go.Figure()
@@ -561,7 +567,7 @@ def radar_figure(
 
 def dots_figure(
     frame,  # from `radar_frame`, or any rows with model, dataset_name and percent
-    dark: bool = False,
+    dark: bool = False,  # light text on a dark ground
 ):  # a plotly Figure
     "The same as dots on one scale."
     drawn = frame.assign(panel="", series=_named(frame), lane=frame["dataset_name"].map(HEADINGS))
@@ -584,7 +590,7 @@ def sizes_frame(
 
 def sizes_figure(
     frame,  # from `sizes_frame`
-    dark: bool = False,
+    dark: bool = False,  # light text on a dark ground
 ):  # a plotly Figure
     "Sizes on a logarithmic scale, each with its number."
     from math import log10
@@ -602,7 +608,7 @@ def sizes_figure(
 def training_frame(
     curves: dict,  # recipe -> what train.curves returned: index step, columns reward, length, ...
     source: str,  # "phantom", "hub", ...
-    origin: str = "ours",
+    origin: str = "ours",  # `ours` or `paper`
 ):  # a pandas DataFrame: origin, model, measure, step, value, source
     "Training curves as rows; measures that nobody reported are left out."
     lines = [dict(origin=origin, model=name, measure=measure, step=int(step), value=float(value), source=source)
@@ -612,8 +618,8 @@ def training_frame(
 
 def training_figure(
     frame,  # from `training_frame`
-    dark: bool = False,
-    columns: int = 1,
+    dark: bool = False,  # light text on a dark ground
+    columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "A panel a measure, a line a recipe."
     frame = frame.reset_index(drop=True)
@@ -628,8 +634,8 @@ def training_figure(
 # %% ../nbs/53_figures.ipynb #923562c3
 def forest_figure(
     frame,  # label, difference, low, high, group, source, n; origin where it is known
-    dark: bool = False,
-    x_title: str = "Difference (percentage points)",
+    dark: bool = False,  # light text on a dark ground
+    x_title: str = "Difference (percentage points)",  # with the unit
 ):  # a plotly Figure
     "Differences with intervals, a panel a group."
     drawn = frame.assign(panel=frame["group"], lane=frame["label"], series="difference", origin=frame["origin"] if "origin" in frame else "ours")
@@ -637,7 +643,9 @@ def forest_figure(
     return _lanes(drawn, x_title, "", said, value="difference", zero=True, width=22, dark=dark)
 
 # %% ../nbs/53_figures.ipynb #ca246aea
-def frame_csv(frame) -> str:
+def frame_csv(
+    frame,  # a pandas DataFrame
+) -> str:
     "The rows for a spreadsheet: no text that it takes for a formula, empty where a number is missing."
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
@@ -648,8 +656,8 @@ def frame_csv(frame) -> str:
 
 
 def frame_tex(
-    frame,
-    caption: str = "",
+    frame,  # a pandas DataFrame
+    caption: str = "",  # without the sources, which are added
 ) -> str:
     "The rows as a LaTeX table that may run over pages; it needs booktabs and longtable."
     kept = [column for column in frame.columns if column != "source" and frame[column].notna().any()]
@@ -682,6 +690,7 @@ def _say(sentence: str) -> None:
 @functools.cache
 def _drawing(browser: str):
     "A kaleido of this process, and a call that waits for it; closed at the end."
+    need("kaleido")
     from kaleido import Kaleido
 
     loop = asyncio.new_event_loop()  # of its own thread: a notebook's loop is already running
@@ -718,7 +727,7 @@ def write_figure_files(
     frame,  # what is drawn
     figure,  # drawn from it
     folder,  # such as Workspace("smoke").figures
-    formats: tuple[str, ...] = ("svg", "pdf", "png"),
+    formats: tuple[str, ...] = ("svg", "pdf", "png"),  # of the pictures; empty for none
     caption: str = "",  # of the LaTeX table
     width: int = 700,  # of the pictures, in pixels
 ) -> list[Path]:  # NAME.html, NAME.csv, NAME.tex, then the pictures

@@ -12,8 +12,8 @@ import dataclasses, itertools, os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .config import Profile, UserError
-from .recipe import BASES, Recipe, chain
+from .config import Profile, UserError, need
+from .recipe import BASES, Grpo, Recipe, Sft, chain
 
 # %% ../nbs/34_fit.ipynb #ecca4f05
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ SHAPES = {
 def shape_of(
     model: str,  # a folder, a hub id, or the name of a recipe
 ) -> Shape:
-    "The shape of a model, from the table or from its config."
+    "The shape of a model, from the table or from its config; `UserError` where that is not a Qwen2.5-VL's."
     from transformers import AutoConfig
 
     if model in SHAPES:
@@ -60,7 +60,9 @@ def shape_of(
                  config.tie_word_embeddings, vision.hidden_size, vision.intermediate_size, vision.depth)
 
 # %% ../nbs/34_fit.ipynb #be765141
-def parameters(shape: Shape) -> dict[str, int]:
+def parameters(
+    shape: Shape,  # the dimensions of the model
+) -> dict[str, int]:
     "Exact numbers of parameters: embedding, head, one layer, all layers, vision, and the whole."
     h, kv, v = shape.hidden, shape.kv, shape.v_hidden
     layer = h * h + h + 2 * (h * kv + kv) + h * h + 3 * h * shape.inner + 2 * h  # queries, keys and values with bias, output, feed-forward, two norms
@@ -71,8 +73,8 @@ def parameters(shape: Shape) -> dict[str, int]:
 
 
 def adapter_parameters(
-    shape: Shape,
-    rank: int,
+    shape: Shape,  # the dimensions of the model
+    rank: int,  # of LoRA
 ) -> int:
     "Parameters of LoRA on the seven matrices of each layer of the language model."
     h, kv, inner = shape.hidden, shape.kv, shape.inner
@@ -89,6 +91,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
+        "All of them together."
         return self.prompt + self.image + self.answer
 
 
@@ -100,9 +103,11 @@ ROWS = {  # (method, corpus): nine tenths for SFT, where the longest row of a ba
 }
 
 
-def usual_row(recipe: Recipe) -> Row:
+def usual_row(
+    recipe: Recipe,  # the training run
+) -> Row:
     "The row of a recipe's corpus; the embedded model's phantoms are shorter."
-    return Row(prompt=95, image=32, answer=30, longest=200) if recipe.size == "tiny" else ROWS[recipe.method, recipe.corpus]
+    return Row(prompt=95, image=32, answer=30, longest=200) if recipe.size == "tiny" else ROWS.get((recipe.method, recipe.corpus), ROWS[recipe.method, "pmc_vqa"])
 
 
 def row_of(
@@ -110,7 +115,7 @@ def row_of(
     answer: int,  # tokens of an answer
     share: float = 0.9,  # of the rows that are not longer
 ) -> Row:
-    "The row to reckon with, from measured prompts."
+    "The row to reckon with, from measured prompts; `UserError` where none of them can be used."
     fine = table[table.problem == ""]
     if not len(fine):
         raise UserError("No row of the corpus can be used, so there is nothing to reckon with.")
@@ -119,12 +124,12 @@ def row_of(
 
 # %% ../nbs/34_fit.ipynb #732d601c
 def tokens_per_step(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     row: Row | None = None,  # None for `usual_row(recipe)`
 ) -> dict[str, int]:
     "Rows, answers and tokens of one step of a recipe, over all GPUs."
     row, how = row or usual_row(recipe), recipe.how
-    answers = how.batch * (how.rollouts if recipe.method == "RL" else 1)
+    answers = how.batch * (how.rollouts if isinstance(how, Grpo) else 1)
     return {"questions": how.batch, "answers": answers, "tokens": answers * row.tokens, "image tokens": answers * row.image, "generated tokens": answers * row.answer if recipe.method == "RL" else 0}
 
 # %% ../nbs/34_fit.ipynb #963bb543
@@ -137,6 +142,7 @@ class Machine:
 
     @property
     def shards(self) -> int:
+        "Parts into which weights and gradients are cut: one a GPU."
         return max(1, self.gpus) * self.nodes
 
 
@@ -159,28 +165,28 @@ class Plan:
 
 
 def plan_of(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
     row: Row | None = None,  # None for `usual_row(recipe)`
 ) -> Plan:
     "The plan of a recipe under a profile."
     how, gpu, row = recipe.how, profile.gpus > 0, row or usual_row(recipe)
-    common = dict(name=recipe.name, method=recipe.method, row=row, lora_rank=profile.lora_rank, freeze_vision=how.freeze_vision)
-    if recipe.method == "SFT":
+    common: dict = dict(name=recipe.name, method=recipe.method, row=row, lora_rank=profile.lora_rank, freeze_vision=how.freeze_vision)
+    if isinstance(how, Sft):
         return Plan(trainer="trl", batch=how.batch, micro_batch=1 if gpu else how.batch, gradient_checkpointing=how.gradient_checkpointing, **common)
     verl = profile.trainer == "verl"
-    share = (0.6 if verl else 0.3 if profile.engine == "vllm" else 0.0) if gpu else 0.0
+    share = (profile.gpu_memory_utilization or (0.6 if verl else 0.3) if verl or profile.engine == "vllm" else 0.0) if gpu else 0.0
     answers = how.batch * how.rollouts
     return Plan(trainer=profile.trainer, batch=answers, micro_batch=min(how.micro_batch, max(1, how.mini_batch * how.rollouts // (max(1, profile.gpus) * max(1, profile.nodes)))), gradient_checkpointing=verl or gpu,
-                reference=how.kl_coef > 0 and not profile.lora_rank, gpu_memory_utilization=share, tensor_parallel=how.tensor_parallel if verl else 1, **common)
+                reference=how.kl_coef > 0 and not profile.lora_rank, gpu_memory_utilization=share, tensor_parallel=profile.tensor_parallel or (how.tensor_parallel if verl else 1), **common)
 
 # %% ../nbs/34_fit.ipynb #49e02390
 def layer_bytes(
-    hidden: int,
-    kv: int,
-    inner: int,
+    hidden: int,  # width of the layer
+    kv: int,  # width of the keys, and of the values
+    inner: int,  # width of the feed-forward part
     c: int,  # bytes a number
-    lora: bool = False,
+    lora: bool = False,  # whether only adapters are trained
 ) -> int:
     "Bytes that one layer keeps of one token for the backward pass."
     norms = 2 * hidden * (4 + (c if lora else 2 * c))
@@ -189,8 +195,8 @@ def layer_bytes(
 
 
 def activations(
-    shape: Shape,
-    plan: Plan,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
     c: int,  # bytes a number
 ) -> tuple[int, int]:  # kept until the backward pass, and computed again for a moment
     "Bytes of a micro batch's activations on one GPU."
@@ -202,8 +208,8 @@ def activations(
 
 # %% ../nbs/34_fit.ipynb #8866ea49
 def logits_bytes(
-    shape: Shape,
-    plan: Plan,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
     c: int,  # bytes a number
 ) -> tuple[int, str]:  # and the arithmetic
     "Bytes of the logits and their gradients, at the worst moment of an update."
@@ -217,9 +223,9 @@ def logits_bytes(
 
 # %% ../nbs/34_fit.ipynb #05e1e3c4
 def states(
-    shape: Shape,
-    plan: Plan,
-    machine: Machine,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
+    machine: Machine,  # what the run has
 ) -> list[tuple[str, str, float]]:  # what, the arithmetic, bytes
     "Weights, gradients and what the optimizer keeps, on one GPU."
     n, k, c = parameters(shape), machine.shards, 2 if machine.gpus else 4
@@ -238,9 +244,9 @@ def states(
 
 # %% ../nbs/34_fit.ipynb #d3d4846b
 def cache_tokens(
-    shape: Shape,
-    plan: Plan,
-    machine: Machine,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
+    machine: Machine,  # what the run has
 ) -> int:
     "Tokens that find room in vLLM's cache on the GPUs that share one copy of the model; not above 0 where the weights alone do not fit."
     room = plan.gpu_memory_utilization * machine.memory * 2**30 - 2 * parameters(shape)["all"] / plan.tensor_parallel - 2**30  # a GiB for its own activations
@@ -248,9 +254,9 @@ def cache_tokens(
 
 
 def estimate(
-    shape: Shape,
-    plan: Plan,
-    machine: Machine,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
+    machine: Machine,  # what the run has
 ) -> list[tuple[str, str, float]]:  # what, the arithmetic, bytes
     "What lies in the memory of one GPU, or of a machine without one, at the worst moment of a step."
     c, always = 2 if machine.gpus else 4, states(shape, plan, machine)
@@ -277,7 +283,9 @@ def _total(lines: Iterable[tuple]) -> float:
     return sum(size for *_, size in lines) / 2**30
 
 
-def table(lines: Iterable[tuple]) -> str:
+def table(
+    lines: Iterable[tuple],  # from `estimate`
+) -> str:
     "An estimate as text, with its sum."
     lines = [*lines, ("together", "", 2**30 * _total(lines))]
     return "\n".join(f"{what:22} {size / 2**30:7.2f} GiB{'   ' + how if how else ''}" for what, how, size in lines)
@@ -287,9 +295,9 @@ TIGHT = 1.1  # times the memory
 
 
 def verdict(
-    shape: Shape,
-    plan: Plan,
-    machine: Machine,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
+    machine: Machine,  # what the run has
 ) -> str:
     "`fits` where the estimate is within the memory, `tight` up to `TIGHT` times it, else `no`; also `no` where vLLM's cache does not hold one answer of the longest kind."
     if plan.gpu_memory_utilization and cache_tokens(shape, plan, machine) < max(plan.row.tokens, plan.row.longest):
@@ -301,7 +309,7 @@ def verdict(
 def _knobs(plan: Plan, machine: Machine, settable: tuple) -> dict[str, list]:
     "Settings that could be changed, with their values in the order in which they are tried."
     share = plan.gpu_memory_utilization
-    knobs = {"gradient_checkpointing": [True] if not plan.gradient_checkpointing else [], "micro_batch": [n for n in (16, 8, 4, 2, 1) if n < plan.micro_batch],
+    knobs: dict[str, list] = {"gradient_checkpointing": [True] if not plan.gradient_checkpointing else [], "micro_batch": [n for n in (16, 8, 4, 2, 1) if n < plan.micro_batch],
              "gpu_memory_utilization": [n for n in (0.5, 0.4, 0.3, 0.6, 0.7) if n != share] if share else [], "engine": ["transformers"] if share and plan.trainer == "trl" else [],
              "lora_rank": [32] if not plan.lora_rank else [], "gpus": [n for n in (2, 4, 8) if 0 < machine.gpus < n], "nodes": [n for n in (2, 4, 8) if machine.gpus >= 8 and n > machine.nodes]}
     return {key: values for key, values in knobs.items() if values and key in settable}
@@ -319,11 +327,11 @@ SETTINGS = ("gradient_checkpointing", "micro_batch", "gpu_memory_utilization", "
 
 
 def ways_out(
-    shape: Shape,
-    plan: Plan,
-    machine: Machine,
+    shape: Shape,  # the dimensions of the model
+    plan: Plan,  # what decides about memory
+    machine: Machine,  # what the run has
     settable: tuple = SETTINGS,  # what may be changed
-    most: int = 3,
+    most: int = 3,  # how many at most
 ) -> list[str]:
     "Changes of settings with which the run would fit, the fewest first."
     knobs, found = _knobs(plan, machine, settable), {}
@@ -339,12 +347,13 @@ def ways_out(
 
 # %% ../nbs/34_fit.ipynb #5ac7239d
 def machine_of(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     nodes: int = 1,  # what the recipe says, where the profile does not
 ) -> Machine:
     "The machine that a profile describes, with the memory that is seen here; 79.6 GiB a GPU where no GPU is seen."
     if not profile.gpus:
         return Machine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    need("torch")
     import torch
 
     seen = min((torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())), default=0) / 2**30
@@ -352,13 +361,13 @@ def machine_of(
 
 
 def refuse_unless_fits(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
     model: str = "",  # folder that gives the shape, where the recipe's base is not in `SHAPES`
     machine: Machine | None = None,  # None for `machine_of(profile)`
     row: Row | None = None,  # None for `usual_row(recipe)`
     settable: tuple = SETTINGS,  # what may be proposed
-    show=print,
+    show=print,  # takes the estimate as text
 ) -> float:  # GiB on each GPU
     "Show the estimate; `UserError` with settings that would fit where this one does not."
     base, machine = chain(recipe)[0].init.split("@")[0], machine or machine_of(profile, recipe.nodes)

@@ -10,6 +10,7 @@ import json, re, unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 # %% ../nbs/03_grade.ipynb #9e6da611
 RULES = ("reward", "strict", "regrade", "llava", "lenient")
@@ -32,6 +33,7 @@ def _block(
     for part in reversed(parts) if last else parts:
         if one_line: part = part[part.rfind("\n") + 1:]
         if "<answer>" in part: return part.split("<answer>", 1)[1]
+    return None
 
 _MIDDLE = re.compile(r"</think>\s*<answer>")
 
@@ -60,6 +62,7 @@ def _published(
     if rule == "strict" or _formatted(text):
         block = _block(text, one_line=rule == "reward")
         return (text if block is None else block).strip()
+    return None
 
 # %% ../nbs/03_grade.ipynb #aafa7cc7
 def _exact(
@@ -80,7 +83,9 @@ _REACH = 16_384
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: "."}
 _TAG = re.compile(r"<[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)|\b(?:answer|think)>", re.I)   # also cut off, or without its first bracket
 
-def _ends(items: list | str, most: int, between: list | str) -> list | str:
+_Long = TypeVar("_Long", list, str)
+
+def _ends(items: _Long, most: int, between: _Long) -> _Long:
     "The first and the last of very many."
     return items if len(items) <= 2 * most else items[:most] + between + items[-most:]
 
@@ -170,14 +175,14 @@ def extract(
     completion: str | None,  # what the model wrote; None, as some services return for a filtered answer, counts as empty
     rule: str = "lenient",   # one of RULES
 ) -> Iterator[tuple[list[str], bool]]:  # statements of equal firmness; whether each must be an option as a whole
-    "Where a completion states its answer, firmest statements first; at most one statement for a published rule."
+    "Where a completion states its answer, firmest statements first; at most one statement for a published rule. ValueError for an unknown rule."
     if rule not in RULES: raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
     text = completion or ""
     if rule == "lenient":
         for group, whole in _statements(text):
             said = dict.fromkeys(statement.strip() for statement in group if statement.strip())
             if said: yield _ends([*said], 16, []), whole
-    elif (said := _published(text, rule)) is not None: yield [said], False
+    elif (answer := _published(text, rule)) is not None: yield [answer], False
 
 # %% ../nbs/03_grade.ipynb #4bc15bcd
 _WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|boxed)\b|[\^*_`$\\\"“”‘’']")
@@ -209,8 +214,10 @@ def _lookup(text: str, keys: dict) -> set[str] | None:
     "What a cleaned text means as a whole, with or without its first small words; None where it is no option."
     plain = _plain(text) or text.strip()
     lead = _LEAD.match(plain)
+    assert lead  # it matches the empty text too
     for form in (plain, plain[lead.end():]):
         if form in keys and (len(form) > 1 or form == plain or lead[1] or text.rstrip(" .")[-1:].isupper()): return keys[form]
+    return None
 
 # %% ../nbs/03_grade.ipynb #9b6330dc
 _WHY = re.compile(r"(?:^|[\s,;(])(?:because|since|due to|given|not|rather|instead|which|while|whereas|(?:al)?though|but)\b"
@@ -249,9 +256,9 @@ def grade(
     rule: str = "lenient",   # one of RULES
 ) -> Grade:
     "What a completion answers, and whether that is right."
-    keys = _keys(tuple(options.items())) if rule == "lenient" else ()
+    keys, full = _keys(tuple(options.items())) if rule == "lenient" else ({}, {})
     for statements, whole in extract(completion, rule):
-        if rule == "lenient": readings = [_named(statement, *keys, whole) for statement in statements]
+        if rule == "lenient": readings = [_named(statement, keys, full, whole) for statement in statements]
         else: readings = [_exact(statements[0], options, substring=rule == "llava")]
         if all(reading is None for reading in readings): continue
         labels = set.intersection(*(reading for reading in readings if reading is not None))
@@ -270,7 +277,7 @@ def compute_score(
     rule: str = "reward",  # one of RULES; verl passes it through reward_kwargs
     **kwargs,  # whatever else a version of verl hands over
 ) -> float:  # 1.0 or 0.0
-    "The verifiable reward of one rollout, under verl's signature."
+    "The verifiable reward of one rollout, under verl's signature; ValueError where a row contradicts itself."
     info = extra_info or {}
     if ground_truth != info.get("answer"):
         raise ValueError(f"ground_truth {ground_truth!r} is not extra_info['answer'] {info.get('answer')!r}; make the rows again.")

@@ -17,8 +17,8 @@ from .sample import BadRow
 
 # %% ../nbs/07_layout.ipynb #0358cec5
 def said(
-    row: dict,
-    column: str,
+    row: dict,  # of the source
+    column: str,  # of the row
     where: str,  # how to name this row in a message
 ) -> str:
     "The text of a column; `BadRow` where there is none."
@@ -29,16 +29,16 @@ def said(
 
 
 def lettered(
-    texts: Iterable,
+    texts: Iterable,  # of the options, in their order
 ) -> dict[str, str]:
     "Options by letter, from A on."
     return dict(zip(string.ascii_uppercase, (str(text) for text in texts)))
 
 
 def chosen(
-    options: dict[str, str],
+    options: dict[str, str],  # letter -> text
     label,  # a letter, or a list that holds one
-    where: str,
+    where: str,  # the row's name in messages
     column: str,  # that says the label
 ) -> str:
     "The letter of the right option; `BadRow` for none, for two, and for one that is not there."
@@ -54,7 +54,10 @@ PMC_COLUMNS = ("Figure_path", "Question", "Choice A", "Choice B", "Choice C", "C
 _PMC_EDGES = string.whitespace + "'\"\u00a0\u200a"
 
 
-def pmc_vqa(row: dict, where: str) -> dict:
+def pmc_vqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of train.csv, test_clean.csv (version 1) or train_2.csv (version 2)."
     options = {}
     for letter in "ABCD":
@@ -77,12 +80,12 @@ def pmc_vqa(row: dict, where: str) -> dict:
 
 # %% ../nbs/07_layout.ipynb #f410fb44
 def closed(
-    row: dict,
-    where: str,
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
     question: str = "question",  # the columns' names: they differ from copy to copy
-    answer: str = "answer",
+    answer: str = "answer",  # the source's own
     kind: str = "answer_type",  # says whether the question is closed; empty if yes and no are the only closed answers
-    image: str = "image_name",
+    image: str = "image_name",  # its name in the source
     id: str = "",  # the column of the row's own identifier, if it has one
     keep: tuple[str, ...] = (),  # columns that go into `misc`
 ) -> dict:
@@ -106,36 +109,54 @@ _RAD = ("qid", "image_name", "image_organ", "question_type", "phrase_type")
 _SLAKE = ("qid", "img_name", "location", "modality", "content_type")
 
 
-def vqa_rad(row: dict, where: str) -> dict:
+def vqa_rad(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of VQA-RAD, from a file that holds one part only."
     return closed(row, where, id="qid", keep=_RAD)
 
 
-def vqa_rad_release(row: dict, where: str) -> dict:
+def vqa_rad_release(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of VQA-RAD's one public file: the test questions of it."
     if not (part := str(row.get("phrase_type"))).startswith("test"):
         raise BadRow(where, "phrase_type", f"{part}, which is training text", by_rule=True)
     return vqa_rad(row, where)
 
 
-def slake(row: dict, where: str) -> dict:
+def slake(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of SLAKE; those in Chinese are left out by rule."
     if (language := said(row, "q_lang", where)) != "en":
         raise BadRow(where, "q_lang", f"{language}, and the paper asks in English", by_rule=True)
     return closed(row, where, image="img_name", id="qid", keep=_SLAKE)
 
 
-def path_vqa(row: dict, where: str) -> dict:
+def path_vqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of PathVQA with its columns img_id, question and answer."
     return closed({**row, "image": f"{said(row, 'img_id', where)}.jpg"}, where, kind="", image="image", keep=("img_id",))
 
 
-def adaptllm(row: dict, where: str) -> dict:
+def adaptllm(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of PathVQA, SLAKE or VQA-RAD in the copy that the paper read: input, label, answer_type, image."
     return closed(row, where, "input", "label", "answer_type", "image")
 
 
-def path_vqa_hub(row: dict, where: str) -> dict:
+def path_vqa_hub(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of PathVQA's other copy on the hub: image, question, answer."
     return closed(row, where, kind="", image="image")
 
@@ -160,7 +181,10 @@ def path_vqa_nested(
             yield where, entry if isinstance(entry, BadRow) else BadRow(where, "row", f"no entry of PathVQA ({type(error).__name__}: {error})")
 
 # %% ../nbs/07_layout.ipynb #6689bdf9
-def adaptllm_pmc(row: dict, where: str) -> dict:
+def adaptllm_pmc(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of PMC-VQA's test set: image, input, label, A, B, C, D."
     options = {letter: said(row, letter, where) for letter in "ABCD"}
     question = said(row, "input", where).replace("Question: ", "", 1).split("\nThe choices are:")[0].strip()
@@ -172,7 +196,7 @@ WORDINGS = {"spaced": " ", "glued": ""}
 
 
 def without_marks(
-    question: str,
+    question: str,  # as the source words it
     wording: str = "spaced",  # or `glued`, as in the paper
 ) -> str:
     "The question without its image marks."
@@ -181,7 +205,11 @@ def without_marks(
     return re.sub(r"\s*<image \d+>\s*", WORDINGS[wording], question).strip()
 
 
-def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
+def mmmu(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+    wording: str = "spaced",  # `spaced`, or `glued` as in the paper
+) -> dict:
     "A row of MMMU; questions without choices, and those of its test split, whose answers are secret, are left out by rule."
     if (kind := row.get("question_type") or "multiple-choice") != "multiple-choice":
         raise BadRow(where, "question_type", f"{kind}, and only multiple-choice questions are asked", by_rule=True)
@@ -199,7 +227,10 @@ def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
             "image_field": "image", "id": row.get("id"), "misc": misc}
 
 # %% ../nbs/07_layout.ipynb #55b5e7f6
-def medxpertqa(row: dict, where: str) -> dict:
+def medxpertqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of MedXpertQA, MM (A to E, with images) or Text (A to J)."
     given = row.get("options") or {}
     try:
@@ -213,7 +244,10 @@ def medxpertqa(row: dict, where: str) -> dict:
     return {"question": question, "options": options, "answer_label": chosen(options, row.get("label"), where, "label"), "images": images, "id": row.get("id"), "misc": misc}
 
 # %% ../nbs/07_layout.ipynb #ee871a55
-def medqa(row: dict, where: str) -> dict:
+def medqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of MedQA (USMLE): options by letter, answer_idx, answer."
     options = row.get("options")
     if not isinstance(options, dict):
@@ -222,7 +256,11 @@ def medqa(row: dict, where: str) -> dict:
     return {"question": said(row, "question", where), "options": options, "answer_label": label, "answer": row.get("answer"), "misc": {"meta_info": row.get("meta_info")}}
 
 
-def medmcqa(row: dict, where: str, base: int) -> dict:
+def medmcqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+    base: int,  # from which the file counts `cop`, 0 or 1
+) -> dict:
     "A row of MedMCQA; `base` is what `cop` calls the first option: 1 in the authors' files, 0 on the hub."
     options = lettered(said(row, f"op{letter}", where) for letter in "abcd")
     cop = row.get("cop")
@@ -234,7 +272,10 @@ def medmcqa(row: dict, where: str, base: int) -> dict:
     return {"question": said(row, "question", where), "options": options, "answer_label": "ABCD"[cop - base], "id": row.get("id"), "misc": misc}
 
 
-def mmlu(row: dict, where: str) -> dict:
+def mmlu(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of MMLU: question, A to D and the answer's letter, or on the hub a list of choices and the answer's place in it."
     if "choices" in row:
         place = row.get("answer")
@@ -244,7 +285,10 @@ def mmlu(row: dict, where: str) -> dict:
             "misc": {"subject": row.get("subject")}}
 
 # %% ../nbs/07_layout.ipynb #18cda0f7
-def pubmedqa(row: dict, where: str) -> dict:
+def pubmedqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of PubMedQA, from the authors' file (names in capitals) or the hub."
     context = row.get("CONTEXTS") or (row.get("context") or {}).get("contexts") or []
     question = said(row, "QUESTION" if "QUESTION" in row else "question", where)
@@ -255,7 +299,10 @@ def pubmedqa(row: dict, where: str) -> dict:
     return {"question": "\n\n".join([*context, question]), "options": options, "answer_label": label, "id": row.get("id", row.get("pubid")), "misc": {"pmid": row.get("id", row.get("pubid"))}}
 
 
-def headqa(row: dict, where: str) -> dict:
+def headqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of HeadQA: qtext, ra (the right answer's aid), answers with aid and atext."
     if row.get("image"):
         raise BadRow(where, "image", f"the question shows a picture ({row['image']}) that the file does not hold", by_rule=True)
@@ -282,7 +329,10 @@ def headqa_nested(
             yield from ((f"{exam.get('name')} question {row.get('qid')}", {**about, **row}) for row in exam["data"])
 
 # %% ../nbs/07_layout.ipynb #58d75620
-def omnimedvqa(row: dict, where: str) -> dict:
+def omnimedvqa(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of OmniMedVQA: question, option_A.., gt_answer (a text), image_path."
     options = {letter: row[f"option_{letter}"] for letter in "ABCD" if row.get(f"option_{letter}") is not None}
     answer = said(row, "gt_answer", where).strip()
@@ -308,7 +358,10 @@ def split_prompt(
     return prompt.strip(), {}
 
 
-def m23k(row: dict, where: str) -> dict:
+def m23k(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of m23k: prompt, answer_letter, answer_string, reasoning, source; PubMedQA's rows are left out by rule, as in the published set."
     if "pubmedqa" in (source := said(row, "source", where)).lower():
         raise BadRow(where, "source", f"{source}, which the published corpus does not hold", by_rule=True)
@@ -319,6 +372,9 @@ def m23k(row: dict, where: str) -> dict:
     return {"question": question, "options": options, "answer_label": label, "images": [], "reasoning": row.get("reasoning"), "dataset_name": source}
 
 # %% ../nbs/07_layout.ipynb #7a83760b
-def unified(row: dict, where: str) -> dict:
+def unified(
+    row: dict,  # of the source
+    where: str,  # the row's name in messages
+) -> dict:
     "A row of a published set, as it is."
     return row

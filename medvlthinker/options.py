@@ -53,7 +53,7 @@ def _key(text: str) -> str:
 
 
 def alternatives(
-    question: str,
+    question: str,  # as its source words it
 ) -> tuple[str, ...]:
     "The alternatives that a question names, each a piece of it, in its order; empty if it names none."
     clauses = re.split(r"[:;?()]", " ".join(question.split()))
@@ -73,7 +73,7 @@ def _means(given: str, key: str, last: str) -> bool:
 
 
 def closed_options(
-    question: str,
+    question: str,  # as its source words it
     answer: str,  # the source's own
 ) -> tuple[dict[str, str], str]:
     "Options by letter, and the letter of the answer; ValueError says why there are none."

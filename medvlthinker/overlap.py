@@ -47,8 +47,8 @@ def shingles(
 
 
 def jaccard(
-    a: frozenset,
-    b: frozenset,
+    a: frozenset,  # pieces of a text, from `shingles`
+    b: frozenset,  # of the other text
 ) -> float:  # 0 to 1; 0 for two empty sets
     "Shared elements over all elements."
     return len(a & b) / max(1, len(a | b))
@@ -59,7 +59,7 @@ SPECIFIC_WORDS = 15
 
 
 def specific(
-    sample: Sample,
+    sample: Sample,  # the question
     words: int = SPECIFIC_WORDS,  # from how many words on a question about an image stands for itself
 ) -> bool:
     "Whether an equal question is a leak even if the images differ."
@@ -114,10 +114,10 @@ def thumbnail(
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.format == "JPEG":
-            picture.draft(mode, (side, side))  # the smallest scale that is not below this
-            picture = ImageOps.exif_transpose(picture)
+        opened = Image.open(io.BytesIO(data))
+        if opened.format == "JPEG":
+            opened.draft(mode, (side, side))  # the smallest scale that is not below this
+            picture = ImageOps.exif_transpose(opened)
         else:
             picture = to_rgb(data)
         return picture.convert(mode).resize((side, side), Image.Resampling.BOX)
@@ -161,7 +161,7 @@ def reduce(
     spectra = (low * _HEIGHT).reshape(-1, 64)
     spectra /= np.maximum(np.linalg.norm(spectra, axis=1, keepdims=True), 1e-9)
     flat = pixels.std(axis=(1, 2)) < 2
-    return [None if dull else found for dull, *found in zip(flat, bits, spectra)]
+    return [None if dull else found for dull, found in zip(flat, zip(bits, spectra))]
 
 # %% ../nbs/14_overlap.ipynb #c95d2c81
 def _plain(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
@@ -180,18 +180,18 @@ def align(
     blurs: tuple = (2, 2, 0.7, 0.7, 0.7, 0.7),  # one round each, in pixels of a view
 ) -> np.ndarray:  # n x 4: left, top, right, bottom
     "The window of each thumbnail that shows what the target shows, if it shows it."
-    boxes, along = np.array(boxes, np.float64), (np.arange(VIEW) + 0.5) / VIEW
+    windows, along = np.array(boxes, np.float64), (np.arange(VIEW) + 0.5) / VIEW
     for blur in blurs:
-        now = _plain([view(thumb, box) for thumb, box in zip(thumbs, boxes)], blur)
+        now = _plain([view(thumb, window) for thumb, window in zip(thumbs, windows)], blur)
         down, across = np.gradient(now, axis=(1, 2))
-        slopes = (across * (1 - along), down * (1 - along[:, None]), across * along, down * along[:, None], now, np.ones_like(now))
-        slopes = np.stack(slopes, 1).reshape(len(boxes), 6, -1)
-        away = (_plain([target], blur) - now).reshape(len(boxes), -1, 1)
+        moves = (across * (1 - along), down * (1 - along[:, None]), across * along, down * along[:, None], now, np.ones_like(now))
+        slopes = np.stack(moves, 1).reshape(len(windows), 6, -1)
+        away = (_plain([target], blur) - now).reshape(len(windows), -1, 1)
         steps = np.linalg.solve(slopes @ slopes.transpose(0, 2, 1) + 0.1 * np.eye(6), slopes @ away)[:, :4, 0] / VIEW
-        moved = np.clip(boxes + np.clip(steps, -0.06, 0.06) * np.tile(boxes[:, 2:] - boxes[:, :2], 2), 0, 1)
+        moved = np.clip(windows + np.clip(steps, -0.06, 0.06) * np.tile(windows[:, 2:] - windows[:, :2], 2), 0, 1)
         stays = (moved[:, 2:] - moved[:, :2]).min(1) < 0.5  # these ran away, as pictures of something else do
-        boxes = np.where(stays[:, None], boxes, moved)
-    return boxes
+        windows = np.where(stays[:, None], windows, moved)
+    return windows
 
 # %% ../nbs/14_overlap.ipynb #c73f2323
 SAME_DETAIL, SAME_TILE = 0.7, 38
@@ -226,7 +226,7 @@ def _identifier(value, source: str) -> str:
 
 
 def identifiers(
-    sample: Sample,
+    sample: Sample,  # the question
 ) -> set[tuple[str, str]]:  # (level, identifier)
     "What the source says about figure, patient and article."
     misc, found = sample.misc or {}, set()
@@ -323,7 +323,7 @@ def _pictures(batch: list, held) -> list:
 
 
 def index(
-    test: Iterable[Sample],
+    test: Iterable[Sample],  # read once; several test sets may follow each other
     workers: int = 1,  # processes
 ) -> Index:
     "Everything about the test sets that is compared."
@@ -353,7 +353,7 @@ NEAR_BITS, NEAR_COSINE = 18, 0.6
 
 def candidates(
     reduced: tuple | None,  # of a view of a training image, by `reduce`
-    index: Index,
+    index: Index,  # of the test sets
 ) -> dict[int, tuple]:  # picture number -> its best window
     "The test images that may show what a view shows."
     if reduced is None:
@@ -379,7 +379,7 @@ def views(
 
 def same_pictures(
     data: bytes,  # a training image
-    index: Index,
+    index: Index,  # of the test sets
     by_sha: dict,  # checksum of the file -> picture number
     seen: list[tuple] | None = None,  # its `views`, if they were made already
 ) -> dict[int, tuple[str, float]]:  # picture number -> (level, similarity)
@@ -397,8 +397,8 @@ def same_pictures(
                 found[number] = "image", similarity
     pixels = pixel_hash(data) if found else ""
     found |= {number: ("image pixels", 1.0) for number in found if pixels and index.pictures[number].pixels == pixels}
-    if (number := by_sha.get(hashlib.sha256(data).hexdigest())) is not None:
-        found[number] = "image bytes", 1.0
+    if (same := by_sha.get(hashlib.sha256(data).hexdigest())) is not None:
+        found[same] = "image bytes", 1.0
     return found
 
 # %% ../nbs/14_overlap.ipynb #49bb2ba3
@@ -448,7 +448,7 @@ def _searched(profile: Profile) -> dict:
 
 
 def store_pairs(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     pairs,  # of `overlap`, over all sets of the profile
 ) -> None:
     "Keep the pairs of a profile's samples, in results/."
@@ -458,7 +458,7 @@ def store_pairs(
 
 
 def stored_pairs(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     show=print,  # told why there are none
 ):  # -> pandas.DataFrame, or None
     "The pairs that were found among the very samples that are stored now."
@@ -505,10 +505,10 @@ def matrix(
 # %% ../nbs/14_overlap.ipynb #30c629e1
 def touched(
     pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,
+    levels: Sequence[str] = LEAKS,  # what counts as a leak
     corpus: str | None = None,  # which training set; needed when the pairs hold several
 ) -> set[int]:  # dataset_index
-    "The training items to drop."
+    "The training items to drop; `UserError` where the pairs hold several training sets and none is named."
     names = set(pairs["train_name"])
     if corpus is None and len(names) > 1:
         raise UserError(f"The pairs hold several training sets, {', '.join(sorted(names))}; name one as corpus.")
@@ -518,7 +518,7 @@ def touched(
 def clean(
     samples: Iterable[Sample],  # of test sets
     pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,
+    levels: Sequence[str] = LEAKS,  # what counts as a leak
 ) -> Iterator[Sample]:
     "The test samples that no training item touches."
     leaked = _items(_leaks(pairs, levels), "test")
@@ -528,7 +528,7 @@ def clean(
 def clean_scores(
     correct: dict,  # (dataset_name, dataset_index) -> right or wrong
     pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,
+    levels: Sequence[str] = LEAKS,  # what counts as a leak
 ):  # -> pandas.DataFrame: benchmark, items (all, clean or touched), n, accuracy, low, high
     "Accuracy on all items of each benchmark, on the clean ones and on the touched ones, with 95 % intervals."
     import pandas
@@ -554,7 +554,7 @@ def _cell(sample: Sample, title: str) -> str:
 def side_by_side(
     pairs,  # of `overlap`
     train: Iterable[Sample],  # read once more, for the pairs that are shown
-    test: Iterable[Sample],
+    test: Iterable[Sample],  # read once more
     n: int = 20,  # how many pairs at most
 ) -> str:  # HTML
     "Pairs of each level with their pictures and questions."

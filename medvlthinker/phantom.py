@@ -9,6 +9,7 @@ __all__ = ['ORGANS', 'MODALITIES', 'PIXELS', 'BODIES', 'CENTRES', 'RADIUS', 'HEI
 
 # %% ../nbs/10_phantom.ipynb #22dd06fc
 import dataclasses, functools, hashlib, random, string, struct, zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ def any_scene(
 
 # %% ../nbs/10_phantom.ipynb #64b7aff1
 PIXELS = 112
-BODIES = {  # modality: (grey around the body, [(grey, x, y, x radius, y radius), ...]), painted in this order
+BODIES: dict[str, tuple[int, list[tuple]]] = {  # modality: (grey around the body, [(grey, x, y, x radius, y radius), ...]), painted in this order
     "X-ray": (120, [(50, -25, 0, 19, 46), (50, 25, 0, 19, 46), (175, 0, 0, 5, 900), *((105, 0, y, 46, 1.5) for y in range(-36, 40, 15)), (150, 8, 24, 15, 14)]),
     "CT": (8, [(210, 0, 0, 53, 47), (110, 0, 0, 49, 43), (28, -24, -2, 19, 35), (28, 24, -2, 19, 35), (235, 0, 33, 7, 7), (150, 4, 2, 8, 12)]),
     "MRI": (8, [(230, 0, 0, 50, 53), (20, 0, 0, 46, 49), (105, 0, 0, 43, 46), (60, -7, -2, 4, 14), (60, 7, -2, 4, 14), (40, 0, 0, 1.5, 46)]),
@@ -82,7 +83,7 @@ HEIGHT = {"upper": -25, "middle": 0, "lower": 25}
 
 
 def draw(
-    scene: Scene,
+    scene: Scene,  # the facts to draw
     rng: random.Random,  # position, shape and grain
     part: str,  # "train" or "test"
 ) -> np.ndarray:  # 112 x 112 x 3, 8 bit
@@ -135,7 +136,7 @@ def _growth(before: str, after: str) -> str:
     return "larger" if ORDER.index(after) > ORDER.index(before) else "smaller"
 
 # %% ../nbs/10_phantom.ipynb #845bb2fb
-ONE_SCAN = {  # kind: (deciding facts, rule)
+ONE_SCAN: dict[str, tuple[tuple[str, ...], Callable]] = {  # kind: (deciding facts, rule)
     **{name: ((name,), lambda s, name=name: getattr(s, name)) for name in ("modality", "organ", "side", "level", "size")},
     "fluid": (("fluid",), lambda s: _yes(s.fluid == "present")),
     "lesion": (("size",), lambda s: _yes(s.size != "none")),
@@ -146,7 +147,7 @@ ONE_SCAN = {  # kind: (deciding facts, rule)
     "findings": (("size", "fluid"), lambda s: FINDINGS[s.size != "none", s.fluid == "present"]),
     "place": (("side", "level"), lambda s: "no lesion" if s.side == "none" else f"{s.side} {s.level}"),
 }
-TWO_SCANS = {
+TWO_SCANS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "which fluid": (("fluid",), lambda a, b: BOTH[a.fluid == "present", b.fluid == "present"]),
     "growth": (("size",), lambda a, b: _growth(a.size, b.size)),
     "change": (("modality", "fluid"), lambda a, b: CHANGE[a.fluid == "present", b.fluid == "present"] if a.modality == b.modality else "not comparable"),
@@ -227,7 +228,7 @@ def _of(names: tuple, name: str) -> str:
 def benchmark(
     name: str,  # one of `BENCHMARKS`
     n: int,  # how many samples
-    seed: int = 0,
+    seed: int = 0,  # another one draws other scans
 ) -> list[Sample]:
     "The first n samples of a miniature benchmark."
     questions = QUESTIONS[_of(BENCHMARKS, name)]
@@ -244,7 +245,7 @@ FOUR_OPTIONS = tuple(q for questions in QUESTIONS.values() for q in questions if
 
 
 def report(
-    scene: Scene,
+    scene: Scene,  # what the report is of
 ) -> str:
     "A scan's findings, written out."
     lesion = "no lesion" if scene.side == "none" else f"a {scene.size} lesion, side {scene.side}, level {scene.level}"
@@ -254,11 +255,11 @@ def report(
 def corpus(
     name: str,  # one of `CORPORA`
     n: int,  # how many samples
-    seed: int = 0,
+    seed: int = 0,  # another one draws other scans
 ) -> list[Sample]:
     "The first n samples of a miniature training corpus."
     name = _of(CORPORA, name)
     posed = [pose(FOUR_OPTIONS, i, random.Random(f"{seed}/train/{name}/{i}"), "train") for i in range(n)]
     if name == "m23k":
-        posed = [dataclasses.replace(s, images=(), question=f"{report(Scene(**s.misc['scenes'][0]))} {s.question}") for s in posed]
+        posed = [dataclasses.replace(s, images=(), question=f"{report(Scene(**(s.misc or {})['scenes'][0]))} {s.question}") for s in posed]
     return [_with(sample, name, i) for i, sample in enumerate(posed)]

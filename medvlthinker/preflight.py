@@ -10,8 +10,8 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
 import functools, io, itertools, re
 from collections.abc import Callable, Iterable
 
-from .config import Profile, UserError, Workspace, command, load_profile, look, parse_words, writing
-from .engine import resolve_model
+from .config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words, writing
+from .engine import ask_hub, resolve_model
 from .prompt import user_text
 from .rollout import question_sets
 from .sample import Sample, image_problem
@@ -44,8 +44,8 @@ def visual_tokens(
 
 # %% ../nbs/24_preflight.ipynb #83902977
 def prompt_ids(
-    samples: list[Sample],
-    processor,
+    samples: list[Sample],  # a few hundred at a time
+    processor,  # of the model
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ) -> list[list[int]]:
     "The token ids of each prompt, one placeholder for each picture; no picture is opened."
@@ -77,8 +77,8 @@ COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_toke
 
 
 def lengths(
-    samples: Iterable[Sample],
-    processor,
+    samples: Iterable[Sample],  # may be a stream
+    processor,  # of the model
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ):
     "A pandas table: for each sample the tokens of its prompt, the extent of its pictures, and what makes it impossible."
@@ -169,6 +169,7 @@ def length_figure(
     limit: int = 0,  # a line at this many tokens; 0 for none
 ):  # -> a plotly Figure
     "The share of prompts, in percent, that are at most so long: a curve a set, of at most 200 points."
+    need("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
@@ -184,15 +185,17 @@ def length_figure(
 def open_processor(
     model: str,  # what `resolve_model` returned
 ) -> tuple:  # the processor, and {"max_model_len", "min_pixels", "max_pixels"}
-    "A model's processor with the limits that it and the model's configuration set; the weights are not loaded."
+    "A model's processor with the limits that it and the model's configuration set; the weights are not loaded. `UserError` for a model without pictures."
+    need("torch", "torchvision")
     from transformers import AutoConfig, AutoProcessor
 
+    ask_hub(model)
     try:
         processor, config = AutoProcessor.from_pretrained(model), AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"The processor of {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     images = getattr(processor, "image_processor", None)
-    if not (hasattr(images, "get_number_of_image_patches") and hasattr(images, "merge_size")):
+    if images is None or not (hasattr(images, "get_number_of_image_patches") and hasattr(images, "merge_size")):
         raise UserError(f"The processor of {model} does not say how many tokens a picture takes; preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
     size = images.size
     context = config.get_text_config().max_position_embeddings
@@ -200,7 +203,7 @@ def open_processor(
 
 # %% ../nbs/24_preflight.ipynb #78788acd
 def preflight(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     model: str,  # `tiny`, a recipe's name, a folder, or a hub id
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
     max_prompt_length: int = 2048,  # the paper's value in RL; 0 for none
@@ -234,8 +237,8 @@ def main(
     own = {key: given.pop(key) for key in ("max_prompt_length", "max_model_len") if key in given}
     if bad := [key for key, value in own.items() if not value.isdecimal()]:
         raise UserError(f"{bad[0]} wants a whole number of tokens, not {own[bad[0]]!r}.")
-    profile, own = load_profile(name, **given), {key: int(value) for key, value in own.items()}
-    reports = [preflight(profile, each, instruction, **own) for each in ([model] if model else profile.models)]
+    profile, limits = load_profile(name, **given), {key: int(value) for key, value in own.items()}
+    reports = [preflight(profile, each, instruction, **limits) for each in ([model] if model else profile.models)]
     report, path = pd.concat(reports, ignore_index=True), Workspace(profile.name).results / "preflight.csv"
     with writing(path) as file:
         report.to_csv(file, index=False)

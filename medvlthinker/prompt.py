@@ -25,7 +25,7 @@ INSTRUCTIONS = {
 
 # %% ../nbs/02_prompt.ipynb #12bee566
 def user_text(
-    sample: Sample,
+    sample: Sample,  # the question
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> str:
     "Instruction, question and options as one text."
@@ -38,7 +38,7 @@ def user_text(
 
 # %% ../nbs/02_prompt.ipynb #6d8023b2
 def messages(
-    sample: Sample,
+    sample: Sample,  # the question
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> list[dict]:
     "One user turn in the form that chat templates and processors take; images are decoded RGB pictures."
@@ -55,7 +55,7 @@ def sft_target(
 
 # %% ../nbs/02_prompt.ipynb #519e2070
 def verl_prompt(
-    sample: Sample,
+    sample: Sample,  # the question
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> list[dict]:
     "One user turn as verl's parquet holds it: a mark per image, then the text."
@@ -67,7 +67,7 @@ DIALECTS = ("chat", "plain", "gemma3")
 
 
 def raw_prompt(
-    sample: Sample,
+    sample: Sample,  # the question, whose images take placeholders
     dialect: str,  # "plain" or "gemma3"
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> str:

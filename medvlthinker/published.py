@@ -108,7 +108,7 @@ class Published:
     @property
     def micro(self) -> Decimal:
         "The mean over questions, to two digits: derived by us, not printed in the paper."
-        total = sum(self.scores[name] * n for name, n in self.sizes.items())
+        total = sum((self.scores[name] * n for name, n in self.sizes.items()), Decimal())
         return round(total / sum(self.sizes.values()), 2)
 
     @property
@@ -228,6 +228,7 @@ class Repeated:
 
     @property
     def exact(self) -> bool:
+        "Whether the numbers were printed, and not read off a picture."
         return self.source == "stored output"
 
 
@@ -243,8 +244,11 @@ def _columns(text: str):
 
 def repeated() -> list[Repeated]:
     "The bars of the paper's five-answer figure."
-    numbers = lambda cell: [None if part == "-" else Decimal(part.strip("~")) for part in cell.split("/")]
-    return [Repeated(model, name, *numbers(cell), source, _MISLABELLED.get(model, model)) for source, model, name, cell in _columns(_REPEATED)]
+    found = []
+    for source, model, name, cell in _columns(_REPEATED):
+        average, majority, passed = cell.replace("~", "").split("/")
+        found.append(Repeated(model, name, Decimal(average), None if majority == "-" else Decimal(majority), Decimal(passed), source, _MISLABELLED.get(model, model)))
+    return found
 
 # %% ../nbs/50_published.ipynb #b4a80b1c
 _CURVES = """

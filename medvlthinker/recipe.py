@@ -67,19 +67,25 @@ class Recipe:
     "One training run."
     name: str
     init: str  # a base model or another recipe, `@STEP` behind it for a checkpoint on the way
-    corpus: str  # `m23k` or `pmc_vqa`
+    corpus: str  # `m23k`, `pmc_vqa`, or one in corpus.OWN
     how: Sft | Grpo
     published_step: int = 0  # of the checkpoint that was published; 0 where none was
     nodes: int = 1
     gpus: int = 8  # a node
     note: str = ""
 
+    def __post_init__(self):
+        if (size := self.name.split("-")[0]) not in BASES or size == self.name:
+            raise UserError(f"The name of a recipe begins with the size of its model and a hyphen, such as 7B-RL_mine; {self.name!r} does not. Known are {', '.join(BASES)} (recipe.BASES).")
+
     @property
     def method(self) -> str:
+        "`SFT` or `RL`."
         return "SFT" if isinstance(self.how, Sft) else "RL"
 
     @property
     def size(self) -> str:
+        "The model's, such as 3B."
         return self.name.split("-")[0]
 
 # %% ../nbs/30_recipe.ipynb #f10ee7c0
@@ -95,21 +101,21 @@ def _supervised(size: str) -> list[Recipe]:
 
 def _reinforced(size: str) -> list[Recipe]:
     "The paper's RL runs from the base model, and their variants."
-    text, images = dict(epochs=5), dict(epochs=1)
+    text: dict = dict(epochs=5)
+    fitted: dict = dict(micro_batch=16, keep=2) if size == "3B" else {}
     unpublished = "evaluated, never published"
     return [
         Recipe(f"{size}-RL_m23k", BASES[size], "m23k", Grpo(**text), 320),
-        Recipe(f"{size}-RL_PMC", BASES[size], "pmc_vqa", Grpo(**images), 451),
+        Recipe(f"{size}-RL_PMC", BASES[size], "pmc_vqa", Grpo(), 451),
         Recipe(f"{size}-RL_m23k-easy_to_hard", BASES[size], "m23k", Grpo(**text, shuffle=False, save_every=100), note=unpublished),
         Recipe(f"{size}-RL_m23k-easy_to_hard-1_epoch", BASES[size], "m23k", Grpo(epochs=1, shuffle=False), note=unpublished),
-        Recipe(f"{size}-RL_PMC-easy_to_hard", BASES[size], "pmc_vqa", Grpo(**images, shuffle=False, save_every=100,
-               **dict(micro_batch=16, keep=2) if size == "3B" else {}), note=unpublished + ("; one measured checkpoint is step 500, beyond the 451 of this script" if size == "7B" else "")),
+        Recipe(f"{size}-RL_PMC-easy_to_hard", BASES[size], "pmc_vqa", Grpo(shuffle=False, save_every=100, **fitted), note=unpublished + ("; one measured checkpoint is step 500, beyond the 451 of this script" if size == "7B" else "")),
     ]
 
 # %% ../nbs/30_recipe.ipynb #af80ead6
 def _two_stages() -> list[Recipe]:
     "SFT or RL on text, then RL on images."
-    small = dict(batch=64, mini_batch=32, micro_batch=8)
+    small: dict = dict(batch=64, mini_batch=32, micro_batch=8)
     return [
         Recipe("3B-SFT_m23k-RL_PMC", "3B-SFT_m23k", "pmc_vqa", Grpo(**small), 1150, note="stopped at 1,150 of 1,805 steps"),
         Recipe("7B-SFT_m23k-RL_PMC", "7B-SFT_m23k", "pmc_vqa", Grpo(**small | dict(micro_batch=4)), 1805,
@@ -159,7 +165,7 @@ ROWS = {  # questions that the paper trained on, as (at least, at most)
 
 
 def steps_per_epoch(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     rows: int,  # questions that the run reads
 ) -> int:
     "Steps of one pass over the corpus; SFT takes the last, partial batch along, verl leaves it out."
@@ -167,7 +173,7 @@ def steps_per_epoch(
 
 
 def total_steps(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     rows: int,  # questions that the run reads
     max_steps: int = 0,  # 0 for as many as the epochs have
 ) -> int:
@@ -179,20 +185,20 @@ def total_steps(
 
 # %% ../nbs/30_recipe.ipynb #bea5b073
 def steps_to_train(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     rows: int,  # questions that the run reads
-    max_steps: int = 0,
+    max_steps: int = 0,  # 0 for as many as the epochs have
 ) -> tuple[int, int]:  # steps that are trained, and the step whose checkpoint becomes the model
     "How far a run goes, and which of its checkpoints is the model."
     steps = total_steps(recipe, rows, max_steps)
-    if recipe.method == "RL":
+    if isinstance(recipe.how, Grpo):
         return (min(steps, recipe.published_step or steps),) * 2
     taken = recipe.how.take_epoch * steps_per_epoch(recipe, rows)
     return steps, taken if 0 < taken < steps else steps
 
 # %% ../nbs/30_recipe.ipynb #babfcd44
 def chain(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
 ) -> list[Recipe]:
     "The recipes that lead to this one, itself last."
     before = RECIPES.get(recipe.init.split("@")[0])
@@ -200,7 +206,7 @@ def chain(
 
 # %% ../nbs/30_recipe.ipynb #c385e075
 def table(
-    sizes: tuple[str, ...] = ("3B", "7B", "32B"),
+    sizes: tuple[str, ...] = ("3B", "7B", "32B"),  # which models
 ):  # a pandas DataFrame
     "The recipes as a table, one row each."
     import pandas as pd
@@ -208,15 +214,15 @@ def table(
     rows = []
     for recipe in RECIPES.values():
         if recipe.size in sizes:
-            how, first = recipe.how, ROWS[recipe.method, recipe.corpus][0]
+            how, first = recipe.how, ROWS.get((recipe.method, recipe.corpus), (0, 0))[0]  # none: a corpus of one's own
             rows.append({"recipe": recipe.name, "starts from": recipe.init.removeprefix("Qwen/"), "epochs": how.epochs, "batch": how.batch,
-                         "mini": getattr(how, "mini_batch", None), "rate": how.learning_rate, "steps": total_steps(recipe, first) if recipe.size != "tiny" else None,
+                         "mini": getattr(how, "mini_batch", None), "rate": how.learning_rate, "steps": total_steps(recipe, first) if first and recipe.size != "tiny" else None,
                          "published": recipe.published_step or None, "GPUs": recipe.nodes * recipe.gpus, "note": recipe.note})
     return pd.DataFrame(rows).set_index("recipe").astype({"mini": "Int64", "steps": "Int64", "published": "Int64"})
 
 # %% ../nbs/30_recipe.ipynb #99e02020
 def wanted(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
 ) -> list[Recipe]:
     "The recipes that a profile trains, in an order in which each finds what it starts from."
     names = []
@@ -226,8 +232,8 @@ def wanted(
 
 # %% ../nbs/30_recipe.ipynb #0245851e
 def training_folder(
-    recipe: Recipe,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
 ) -> Path:
     "Where a run keeps its checkpoints on the way; the finished model is `checkpoints/<recipe>`."
     return workspace.checkpoints / f"{recipe.name}.training"
@@ -235,7 +241,7 @@ def training_folder(
 
 def model_folder(
     init: str,  # a recipe's name, `@STEP` behind it for a checkpoint on the way
-    workspace: Workspace,
+    workspace: Workspace,  # the folders of the run
 ) -> Path:
     "Where the model of a recipe lies, or will lie."
     name, _, step = init.partition("@")
@@ -243,8 +249,8 @@ def model_folder(
 
 
 def starting_point(
-    recipe: Recipe,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
     show=print,  # told when a published model is taken
 ) -> str:
     "The folder or hub id of the model that a run starts from; `UserError` where it is not there."
@@ -262,9 +268,9 @@ def starting_point(
 
 # %% ../nbs/30_recipe.ipynb #142f36d0
 def data_file(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
 ) -> Path:
     "Where the file lies, or will lie, that a run reads."
     if recipe.method == "SFT":
@@ -273,9 +279,9 @@ def data_file(
 
 
 def training_data(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
 ) -> Path:
     "The parquet file that a run reads, in the unified format, made if it can be; `UserError` where it is not there."
     if recipe.method == "SFT":

@@ -10,7 +10,7 @@ __all__ = ['PHANTOM_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'results_table', 'not
 import csv, html, io, itertools, math, re, textwrap
 from pathlib import Path
 
-from .config import UserError, writing
+from .config import UserError, need, writing
 from .published import COLUMNS, SOURCE, TABLES, Published, find, recipe_label, rows
 from .stats import macro_average, wilson
 
@@ -294,7 +294,7 @@ def to_text(
         out.append(" " * label + "".join(f"{HEADINGS[column]:<8}" for column in part))
         for block, group in _blocks(table):
             out.append(block)
-            for name, texts in (line for row in group for line in _text_lines(*row, part)):
+            for name, texts in (line for first, cells in group for line in _text_lines(first, cells, part)):
                 name = name if len(name) < label else name[:label - 2] + "…"
                 out.append(f"{name:<{label}}" + "".join(f"{text:<8}" for text in texts))
         out.append("")
@@ -329,7 +329,7 @@ _OURS = ["diamond", "star", "hexagon2", "pentagon"]
 
 def _series(
     table,  # from results_table
-) -> list[tuple[str, object, dict]]:  # name in the legend, its cells, its marker
+) -> list[tuple]:  # name in the legend, its cells (a part of the table), its marker
     "What is drawn as one: all published models of a kind, and each model of ours."
     paper, ours = (table[table["origin"] == origin] for origin in ("paper", "ours"))
     found = [(f"{group} (paper)", paper[paper["group"] == group], dict(symbol=symbol, color=color, size=9, line_width=2))
@@ -364,6 +364,7 @@ def accuracy_figure(
     dark: bool = False,  # light text on a dark ground
 ):  # a plotly Figure
     "Accuracy by benchmark: published models as points, ours with 95 % intervals."
+    need("plotly")
     import plotly.graph_objects as go
 
     series, lanes = _series(table), {column: i for i, column in enumerate(HEADINGS)}

@@ -135,7 +135,7 @@ def _as_png(data: bytes, before: tuple[int, int], size: tuple[int, int]) -> byte
 
 
 def looked_at(
-    images: Iterable[bytes],
+    images: Iterable[bytes],  # encoded files
     misc: dict | None = None,  # what the source says of the row
     names: Iterable = (),  # of the images, for the message
     fit: Callable | None = None,  # from width and height to the size wanted; ValueError where there is none
@@ -251,7 +251,7 @@ def from_row(
         images, misc = attempt(field, lambda _: looked_at(images, misc, names, fit))
     index = attempt("dataset_index", lambda value: int(value or 0))
     plain = {name: row.get(name) for name in ("reasoning", "hash")}
-    return Sample(row["question"], options, label, answer, images, dataset_name=row.get("dataset_name") or "", dataset_index=index, misc=misc, **plain)
+    return Sample(row["question"], options, row["answer_label"], answer, images, dataset_name=row.get("dataset_name") or "", dataset_index=index, misc=misc, **plain)
 
 # %% ../nbs/01_sample.ipynb #94265876
 def _schema():
@@ -262,14 +262,18 @@ def _schema():
     return Features({"images": List(Image()), **text, "dataset_index": Value("int64"), "hash": Value("string"), "misc": Value("string")}).arrow_schema
 
 
-def to_row(sample: Sample) -> dict:
+def to_row(
+    sample: Sample,  # may hold anything that the format can
+) -> dict:
     "A sample as a row of the unified format."
     as_json = lambda value: None if value is None else json.dumps(value, ensure_ascii=False)
     return {**vars(sample), "images": [{"bytes": data, "path": None} for data in sample.images] or None,
             "options": as_json(sample.options), "misc": as_json(sample.misc)}
 
 # %% ../nbs/01_sample.ipynb #54dda6af
-def parquet_options(schema) -> dict:
+def parquet_options(
+    schema,  # of the table that is written
+) -> dict:
     "How files of samples are written: images are compressed already, and keep out of dictionaries and statistics; texts are squeezed."
     squeeze = {name: "zstd" for name in schema.names if name != "images"} | {f"images.list.element.{part}": "none" for part in ("bytes", "path")}
     return {"compression": squeeze, "use_dictionary": ["dataset_name", "answer_label"], "write_statistics": ["dataset_name", "dataset_index"]}
@@ -289,7 +293,7 @@ def _table(samples: list[Sample], schema):
 
 
 def write_samples(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample],  # the questions
     path,  # a parquet file
 ) -> None:
     "Write samples as parquet in the unified format; the file appears when it is whole."

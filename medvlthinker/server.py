@@ -58,7 +58,7 @@ def data_uri(
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        kind, (width, height) = image.format, image.size
+        kind, (width, height) = image.format or "", image.size
         plain = kind in _PASSED_ON and image.mode in ("RGB", "L", "P") and "transparency" not in image.info
         plain = plain and not getattr(image, "is_animated", False) and image.getexif().get(0x112, 1) == 1
     if (large := 0 < max_pixels < width * height) or not plain:
@@ -72,7 +72,7 @@ def data_uri(
 
 # %% ../nbs/19_server.ipynb #c7d946c4
 def wire_chat(
-    sample: Sample,
+    sample: Sample,  # the question
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
     max_pixels: int = 0,  # see `data_uri`
 ) -> list[dict]:
@@ -84,7 +84,7 @@ def wire_chat(
 def request_for(
     model: str,  # as the server calls it
     chat: list[dict],  # what `wire_chat` returned
-    sampling: Sampling,
+    sampling: Sampling,  # how to sample
     n: int,  # completions that are still missing
     seed: int,  # of the first of them
     without: frozenset = frozenset(),  # names of what the server does not take
@@ -219,7 +219,7 @@ def _jobs(
 def keep_asking(
     submit: Callable,  # what `background` gives
     ask: Callable,  # takes a shard and a place in it; a coroutine that returns completions, or raises UserError to end the run
-    shards: Iterable[Shard],
+    shards: Iterable[Shard],  # in the order of work
     n: int,  # completions per question
     at_once: int,  # questions in flight at most
     stop: Callable[[], str],  # why nothing more should be asked, or an empty text
@@ -251,8 +251,8 @@ def keep_asking(
 def hopeless(
     status: int,  # of the answer
     why: str,  # what the server said, in one line
-    address: str,
-    model: str,
+    address: str,  # what `server_address` returned
+    model: str,  # as the server calls it
     served: tuple[str, ...] = (),  # models that the server lists
 ) -> str:
     "The sentence that ends the run; empty where only this question has failed."
@@ -277,8 +277,8 @@ def one_line(
     if isinstance(body, dict):
         said, marks = body.get("message") or body.get("detail"), [body.get("code")]
     if said:
-        marks = dict.fromkeys(str(mark) for mark in (getattr(error, "status_code", None), *marks) if mark)
-        text = ": ".join([*marks, re.sub(r"<[^>]*>", " ", str(said))])
+        known = dict.fromkeys(str(mark) for mark in (getattr(error, "status_code", None), *marks) if mark)
+        text = ": ".join([*known, re.sub(r"<[^>]*>", " ", str(said))])
     else:
         text = f"{error}{f' ({cause})' if cause and str(cause) else ''}" or type(error).__name__
     line = " ".join(text.split())
@@ -291,7 +291,7 @@ _PLAINLY = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 def served_models(
     address: str,  # what `server_address` returned
-    key: str = "",
+    key: str = "",  # what `api_key` returned
     timeout: float = 30.0,  # seconds
 ) -> tuple[tuple[str, ...], str]:
     "The models that a server lists, and who signs the list; `UserError` where nobody answers or the key is refused."
@@ -386,7 +386,7 @@ async def _exchange(engine: ServerEngine, client, request: dict) -> list[Complet
 def _judged(engine: ServerEngine, error: Exception, shard: Shard) -> str:
     "Why a question failed, in a line; `UserError` where all would."
     why, status = one_line(error, engine._key), getattr(error, "status_code", 0)
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) and engine.seconds:
         why = f"no whole answer within {3 * engine.seconds:g} s, retries included"
     if sentence := hopeless(status, why, engine.address, engine.model, engine.served):
         raise UserError(sentence) from None

@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'unusable', 'Run', 'loggers', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'weights_at_hand',
            'open_model', 'read_metrics', 'cut_metrics', 'last_whole', 'callbacks', 'shared_settings', 'processes',
-           'sft_settings', 'train_sft', 'checkpoint', 'ended', 'go', 'accelerate_config', 'trl_command',
+           'how_of', 'sft_settings', 'train_sft', 'checkpoint', 'ended', 'go', 'accelerate_config', 'trl_command',
            'accelerate_file', 'main', 'named', 'opened', 'announced']
 
 # %% ../nbs/31_sft.ipynb #bbb389cf
 import contextlib, dataclasses, importlib.util, json, os, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from .config import Profile, UserError, Workspace, changed, command, file_hash, fingerprint, load_profile, parse_words, writing
+from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, need, parse_words, writing
 from .engine import model_fingerprint
 from .preflight import lengths, open_processor
 from .prompt import sft_target, user_text
-from .recipe import Recipe, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
+from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
 from .rollout import alone
 from .sample import SampleFile, from_row
 
 # %% ../nbs/31_sft.ipynb #f5c1b405
 def unusable(
     samples,  # a Sequence[Sample]
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
     processor,  # of the model that is trained
     context: int,  # tokens that the model can hold
 ) -> dict[str, list[int]]:
@@ -35,7 +36,7 @@ def unusable(
         targets = [sft_target(sample.answer_label, sample.reasoning or "") for sample in samples]
         tokens = tokens + [len(ids) for ids in processor.tokenizer(targets, verbose=False)["input_ids"]]
         found["no chain of thought"] = [place for place, sample in enumerate(samples) if not (sample.reasoning or "").strip()]
-    most = min(context, recipe.how.max_length) if recipe.method == "SFT" else recipe.how.max_prompt_length
+    most = min(context, recipe.how.max_length) if isinstance(recipe.how, Sft) else recipe.how.max_prompt_length
     found[f"longer than {most:,} tokens"] = table.index[(table.problem == "") & (tokens > most)].tolist()
     for problem, rows in table[table.problem != ""].groupby(table.problem.str.split(":").str[0]):
         found[problem] = rows.index.tolist()
@@ -60,7 +61,8 @@ class Run:
     @property
     def updates(self) -> int:
         "Updates in one step: a step of RL is several, and TRL counts updates."
-        return 1 if self.recipe.method == "SFT" else self.recipe.how.batch // self.recipe.how.mini_batch
+        how = self.recipe.how
+        return how.batch // how.mini_batch if isinstance(how, Grpo) else 1
 
 
 def _inputs(recipe: Recipe, profile: Profile, start: str, data: Path) -> dict:
@@ -76,12 +78,20 @@ def _check(recipe: Recipe, profile: Profile, start: str) -> None:
     if recipe.gpus and not profile.gpus:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}) and the profile {profile.name} has gpus=0; "
                         "set gpus=N on a machine that has them, or train an embedded recipe (tiny-...).")
+    if profile.gpus and (recipe.method == "SFT" or profile.trainer == "trl"):  # verl looks for itself, on several nodes too
+        need("torch")
+        import torch
+
+        if (here := torch.cuda.device_count()) < profile.gpus:
+            raise UserError(f"{recipe.name} was to run on gpus={profile.gpus} and this machine shows {here or 'none'}; {f'set gpus={here}' if here else 'run it on a machine with GPUs'}.")
     if missing := [name for name in loggers(profile) if not importlib.util.find_spec(name)]:
         raise UserError(f"report_to={missing[0]} needs the package {missing[0]}, which is not installed; pip install {missing[0]}, or leave it out.")
 
 
-def loggers(profile: Profile) -> list[str]:
-    "Where the curves go beside the local file."
+def loggers(
+    profile: Profile,  # how much to run, and on what hardware
+) -> list[str]:
+    "Where the curves go beside the local file; `UserError` for a place that is not known."
     names = [name.strip() for name in profile.report_to.split(",") if name.strip()]
     if unknown := [name for name in names if name not in ("wandb", "trackio", "tensorboard")]:
         raise UserError(f"report_to knows wandb, trackio and tensorboard, not {', '.join(unknown)}.")
@@ -89,9 +99,9 @@ def loggers(profile: Profile) -> list[str]:
 
 # %% ../nbs/31_sft.ipynb #b53fb8f1
 def plan(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     show=print,  # told what was left out
 ) -> Run:
     "Check everything that a run needs, and list its rows; `UserError` says what is missing."
@@ -124,7 +134,7 @@ def _reasons(found: dict) -> str:
 
 # %% ../nbs/31_sft.ipynb #de3727b8
 def chats(
-    run: Run,
+    run: Run,  # what `plan` returned
     convert,  # Sample -> dict: the columns that a trainer wants
 ):  # a datasets.Dataset
     "The rows of a run as a trainer reads them."
@@ -161,7 +171,7 @@ def whole_checkpoints(
 
 
 def weights_at_hand(
-    run: Run,
+    run: Run,  # what `plan` returned
 ) -> str:
     "The newest whole checkpoint with weights in one piece, else what the run starts from."
     found = {update: path for update, path in whole_checkpoints(run.folder).items() if any(path.glob("model*.safetensors"))}
@@ -169,9 +179,10 @@ def weights_at_hand(
 
 
 def open_model(
-    run: Run,
+    run: Run,  # what `plan` returned
 ) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
-    "The model that a run starts from, ready to be trained."
+    "The model that a run starts from, ready to be trained; `UserError` where it does not load."
+    need("torch", "peft")
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -182,9 +193,6 @@ def open_model(
     profile = run.profile
     if not profile.gpus:
         torch.set_num_threads(1)
-    elif (here := torch.cuda.device_count()) < profile.gpus:
-        raise UserError(f"{run.recipe.name} was to run on gpus={profile.gpus} and this machine shows {here}; set gpus={here}." if here else
-                        f"{run.recipe.name} was to run on gpus={profile.gpus} and this machine shows none; run it on a machine with GPUs.")
     try:
         processor = AutoProcessor.from_pretrained(run.start, padding_side="left" if run.recipe.method == "RL" else "right")
         model = AutoModelForImageTextToText.from_pretrained(weights_at_hand(run), dtype=profile.dtype if profile.lora_rank else "float32")
@@ -213,7 +221,7 @@ def read_metrics(
 
 
 def cut_metrics(
-    path: Path,
+    path: Path,  # metrics.jsonl
     step: int,  # the last that stays
 ) -> None:
     "Forget the lines after a step."
@@ -234,15 +242,16 @@ def last_whole(
 
 # %% ../nbs/31_sft.ipynb #3eb7e8c5
 def callbacks(
-    run: Run,
+    run: Run,  # what `plan` returned
 ) -> list:
     "What a trainer calls: one writes the curves, one marks checkpoints as whole."
+    need("accelerate")
     from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Curves(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            self.began, self.first, self.told = time.monotonic(), state.global_step // run.updates, 0
+            self.began, self.first, self.told = time.monotonic(), state.global_step // run.updates, 0.0
             lines = read_metrics(run.metrics)
             self.before = lines[-1].get("tokens", 0) if lines else 0
 
@@ -276,7 +285,7 @@ def callbacks(
 
 # %% ../nbs/31_sft.ipynb #3090fe96
 def shared_settings(
-    run: Run,
+    run: Run,  # what `plan` returned
     save_every: int,  # updates
 ) -> dict:
     "Arguments for `SFTConfig` and `GRPOConfig` alike."
@@ -284,19 +293,37 @@ def shared_settings(
     name = f"{run.recipe.name}-{run.folder.name}"
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.metrics.parent / "tensorboard"))
     return {"output_dir": str(run.folder), "run_name": name, "learning_rate": how.learning_rate, "weight_decay": how.weight_decay, "adam_beta1": how.betas[0], "adam_beta2": how.betas[1],
-            "max_grad_norm": how.max_grad_norm, "seed": run.profile.seed, "data_seed": run.profile.seed, "use_cpu": not gpu, "bf16": gpu and run.profile.dtype == "bfloat16",
+            "max_grad_norm": how.max_grad_norm, "seed": run.profile.seed, "data_seed": run.profile.seed, "use_cpu": not gpu, "bf16": gpu and run.profile.dtype == "bfloat16", "fp16": gpu and run.profile.dtype == "float16",
             "gradient_checkpointing": getattr(how, "gradient_checkpointing", gpu), "dataloader_pin_memory": gpu, "dataloader_num_workers": 2 if gpu else 0, "remove_unused_columns": False,
             "report_to": loggers(run.profile) or "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": max(1, save_every)}
 
 
-def processes(profile: Profile, recipe: Recipe) -> int:
+def processes(
+    profile: Profile,  # how much to run, and on what hardware
+    recipe: Recipe,  # the training run
+) -> int:
     "How many processes share a run: one a GPU."
     return max(1, profile.gpus) * (profile.nodes or recipe.nodes)
 
+
+_How = TypeVar("_How", Sft, Grpo)
+
+
+def how_of(
+    recipe: Recipe,  # the training run
+    kind: type[_How],  # Sft or Grpo
+) -> _How:
+    "How a recipe of this kind is set; `UserError` where it is of the other."
+    if not isinstance(recipe.how, kind):
+        raise UserError(f"{recipe.name} is a run of {recipe.method}, and this is for {'SFT' if kind is Sft else 'RL'}; name another recipe.")
+    return recipe.how
+
 # %% ../nbs/31_sft.ipynb #e594749c
-def sft_settings(run: Run) -> dict:
-    "The recipe in the words of `trl.SFTConfig`."
-    how, share = run.recipe.how, processes(run.profile, run.recipe)
+def sft_settings(
+    run: Run,  # what `plan` returned
+) -> dict:
+    "The recipe in the words of `trl.SFTConfig`; `UserError` where the GPUs cannot share a step evenly."
+    how, share = how_of(run.recipe, Sft), processes(run.profile, run.recipe)
     if how.batch % share:
         raise UserError(f"{run.recipe.name} takes {how.batch} rows a step, which {share} GPUs cannot share; take a number that divides it.")
     at_once = 1 if run.profile.gpus else how.batch // share
@@ -305,8 +332,11 @@ def sft_settings(run: Run) -> dict:
             "logging_steps": 1, "save_total_limit": None if run.profile.gpus else 2}
 
 # %% ../nbs/31_sft.ipynb #fb736ba9
-def train_sft(run: Run) -> Path:
+def train_sft(
+    run: Run,  # what `plan` returned
+) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
+    need("trl")
     from trl import SFTConfig, SFTTrainer
 
     if not ended(run):
@@ -316,18 +346,23 @@ def train_sft(run: Run) -> Path:
     return checkpoint(run, run.takes)
 
 
-def checkpoint(run: Run, step: int) -> Path:
+def checkpoint(
+    run: Run,  # what `plan` returned
+    step: int,  # of the recipe, not an update
+) -> Path:
     "Where the checkpoint of a step lies."
     return run.folder / f"checkpoint-{step * run.updates}"
 
 
-def ended(run: Run) -> bool:
+def ended(
+    run: Run,  # what `plan` returned
+) -> bool:
     "Has the run its last checkpoint, and the one that it takes, and are these whole?"
     return all((checkpoint(run, step) / WHOLE).is_file() for step in (run.steps, run.takes))
 
 # %% ../nbs/31_sft.ipynb #bcb01258
 def go(
-    run: Run,
+    run: Run,  # what `plan` returned
     trainer,  # of TRL
 ) -> None:
     "Run a trainer from its newest whole checkpoint to its end."
@@ -337,6 +372,7 @@ def go(
     trainer.remove_callback(PrinterCallback)  # it would print every step of a week
     newest, update = last_whole(run.folder) if first else (None, 0)
     if trainer.accelerator.num_processes > 1:
+        need("accelerate")
         from accelerate.utils import broadcast_object_list
 
         newest, update = broadcast_object_list([newest, update])
@@ -347,8 +383,8 @@ def go(
 
 # %% ../nbs/31_sft.ipynb #8d37e276
 def accelerate_config(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
 ) -> dict:
     "The recipe's hardware in the words of `accelerate`."
     nodes = profile.nodes or recipe.nodes
@@ -357,15 +393,15 @@ def accelerate_config(
     if not profile.gpus:
         return {**shared, "distributed_type": "MULTI_CPU", "use_cpu": True, "mixed_precision": "no"}
     layers = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"
-    return {**shared, "distributed_type": "FSDP", "use_cpu": False, "mixed_precision": "bf16" if profile.dtype == "bfloat16" else "no",
+    return {**shared, "distributed_type": "FSDP", "use_cpu": False, "mixed_precision": {"bfloat16": "bf16", "float16": "fp16"}.get(profile.dtype, "no"),
             "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": layers,
                             "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_cpu_ram_efficient_loading": True, "fsdp_activation_checkpointing": False}}
 
 # %% ../nbs/31_sft.ipynb #f7dd2768
 def trl_command(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     python: str,  # the interpreter
 ) -> list[str]:
     "The command that trains a recipe through TRL; several processes read `accelerate_file`, which has to be written before."
@@ -377,7 +413,11 @@ def trl_command(
     return [python, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_file(recipe, workspace)), *words]
 
 
-def accelerate_file(recipe: Recipe, workspace: Workspace) -> Path:
+def accelerate_file(
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
+) -> Path:
+    "Where `accelerate` finds how a recipe's processes are started."
     return workspace.root / "logs" / recipe.name / "accelerate.json"
 
 # %% ../nbs/31_sft.ipynb #3fc6ecb0
@@ -390,15 +430,22 @@ def main(
         train_sft(run)
 
 
-def named(given: dict[str, str]) -> Recipe:
+def named(
+    given: dict[str, str],  # the key=value words; `recipe` and `init` are taken out
+) -> Recipe:
     "The recipe that a command line names, taken out of its words; `init` lets it start from another model."
     if "recipe" not in given:
         raise UserError("Name a recipe: recipe=NAME.")
+    if given.get("extend"):  # the recipe may stand in there
+        extended(given["extend"])
     recipe = find(given.pop("recipe"))
     return dataclasses.replace(recipe, init=given.pop("init", recipe.init))
 
 
-def opened(words: list[str], method: str) -> tuple[Run, bool]:
+def opened(
+    words: list[str],  # PROFILE recipe=NAME [key=value ...]
+    method: str,  # `SFT` or `RL`
+) -> tuple[Run, bool]:
     "The plan for a command line, and whether this is the process that speaks; of several processes the first plans, the others read what it wrote."
     name, given = parse_words(words)
     recipe, profile = named(given), load_profile(name, **given)
@@ -406,6 +453,7 @@ def opened(words: list[str], method: str) -> tuple[Run, bool]:
         raise UserError(f"{recipe.name} is a run of {recipe.method}; this module trains {method}.")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return announced(plan(recipe, profile, Workspace(name))), True
+    need("accelerate")
     from accelerate import PartialState
 
     state = PartialState(cpu=not profile.gpus)
@@ -414,7 +462,10 @@ def opened(words: list[str], method: str) -> tuple[Run, bool]:
     return announced(run) if state.is_main_process else run, state.is_main_process
 
 
-def announced(run: Run) -> Run:
+def announced(
+    run: Run,  # what `plan` returned
+) -> Run:
+    "The same run, after a line on what it is."
     print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, from {run.start}", flush=True)
     return run
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['READERS', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_list', 'csv_rows', 'read_rows', 'image_inside',
-           'image_reader', 'Local', 'find_local', 'hub_table', 'hub_rows', 'content_of', 'code_of', 'source_of',
-           'given_folder', 'hub_files', 'spread', 'in_order', 'embedded', 'samples_from']
+           'image_reader', 'Local', 'find_local', 'hub_table', 'hub_rows', 'content_of', 'code_of', 'written_in',
+           'own_copy', 'source_of', 'given_folder', 'hub_files', 'spread', 'in_order', 'embedded', 'samples_from']
 
 # %% ../nbs/06_source.ipynb #73fa33ea
-import collections, contextlib, csv, functools, gzip, io, itertools, json, os, random, zipfile, zlib
+import collections, contextlib, csv, functools, gzip, inspect, io, itertools, json, os, random, zipfile, zlib
 from collections import deque
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import medvlthinker
-from .config import Profile, UserError, file_hash, fingerprint, project_root
+from .config import Profile, UserError, file_hash, fingerprint, settings_file
 from .sample import BadRow, Sample, from_row, image_bytes
 
 # %% ../nbs/06_source.ipynb #0d7176fc
@@ -39,7 +39,7 @@ def _object(pairs: list) -> dict:
 
 
 def parse_json(
-    data: bytes,
+    data: bytes,  # a file's bytes, or a line's
     name: str,  # of the file
     line: int = 1,  # where in the file the text begins
 ):
@@ -72,7 +72,9 @@ def opened(
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def json_lines(path) -> Iterator[tuple[str, object]]:
+def json_lines(
+    path,  # a file with one JSON value a line; may end in .gz
+) -> Iterator[tuple[str, object]]:
     "Each line that is not blank, parsed, or the `BadRow` it is."
     name = Path(path).name
     with opened(path) as stream:
@@ -81,7 +83,9 @@ def json_lines(path) -> Iterator[tuple[str, object]]:
                 yield f"{name} line {number}", attempt(parse_json, line.rstrip(b"\r\n"), name, number)
 
 
-def json_list(path) -> Iterator[tuple[str, object]]:
+def json_list(
+    path,  # a JSON file; may end in .gz
+) -> Iterator[tuple[str, object]]:
     "The rows of a JSON list, or those of a JSON object with its keys as the column `id`."
     with opened(path) as stream:
         listed = parse_json(stream.read(), Path(path).name)
@@ -92,10 +96,10 @@ def json_list(path) -> Iterator[tuple[str, object]]:
 
 # %% ../nbs/06_source.ipynb #50ce887c
 def csv_rows(
-    path,
+    path,  # a CSV file with a header; may end in .gz
     header: tuple[str, ...] = (),  # the columns, where the file's first line does not say them
 ) -> Iterator[tuple[str, dict | BadRow]]:
-    "The records of a CSV file as text by column."
+    "The records of a CSV file as text by column; `UserError` where the file as a whole is none."
     name = Path(path).name
     csv.field_size_limit(1 << 24)
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
@@ -132,7 +136,7 @@ READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet
 
 
 def read_rows(
-    path,
+    path,  # a file of one of the kinds in `READERS`, or of the reader's
     columns: tuple[str, ...] = (),  # those that some row must have
     reader: Callable | None = None,  # for a layout of its own; else by the name's ending
 ) -> Iterator[tuple[str, dict | BadRow]]:
@@ -152,7 +156,7 @@ def read_rows(
 
 # %% ../nbs/06_source.ipynb #206e464f
 def image_inside(
-    folder: Path,
+    folder: Path,  # which no name may leave
     name: str,  # as the source gives it, relative to the folder
 ) -> bytes:
     "The bytes of an image; ValueError where the name leaves the folder or there is no such file."
@@ -223,13 +227,14 @@ class Local(NamedTuple):
 def find_local(
     base: Path,  # the folder that the user named
     folders: Iterable[str],  # under which names the set is known
-    ways: Iterable[Local],
+    ways: Iterable[Local],  # in which the set may lie there, the likeliest first
 ) -> tuple[Path, Local] | None:
     "Where the set lies, and how; None where it does not."
     folders, ways = list(folders), list(ways)
     for folder in [base / name for name in folders] + [base] * (base.resolve().name in folders):
         if way := next((way for way in ways if way.found(folder)), None):
             return folder, way
+    return None
 
 # %% ../nbs/06_source.ipynb #bce0beb2
 def _refusal(repo) -> Exception | None:
@@ -240,13 +245,14 @@ def _refusal(repo) -> Exception | None:
         huggingface_hub.HfApi().dataset_info(str(repo), timeout=10)
     except Exception as error:  # each of these is its own class
         return error
+    return None
 
 
 def hub_table(
     repo,  # an id on the hub, or a folder in the hub's layout
     columns: tuple[str, ...] = (),  # those that it must have
-    config: str | None = None,
-    split: str = "test",
+    config: str | None = None,  # of the data set, where it has several
+    split: str = "test",  # of the data set
 ):
     "One split as an Arrow-formatted `datasets.Dataset`; `UserError` where it cannot be had."
     import datasets, huggingface_hub
@@ -268,9 +274,9 @@ def hub_table(
 
 def hub_rows(
     repo,  # as for `hub_table`, whose other arguments follow
-    columns: tuple[str, ...] = (),
-    config: str | None = None,
-    split: str = "test",
+    columns: tuple[str, ...] = (),  # those that it must have
+    config: str | None = None,  # of the data set, where it has several
+    split: str = "test",  # of the data set
 ) -> Iterator[tuple[str, dict]]:
     "The rows of one split, with their names in messages."
     data = hub_table(repo, columns, config, split)
@@ -294,19 +300,42 @@ def code_of(
     return fingerprint([file_hash(Path(medvlthinker.__file__).with_name(f"{module}.py")) for module in modules])
 
 
+def written_in(
+    function: Callable,  # of the user's
+) -> str:
+    "A fingerprint of the file that a function stands in, or of the function where it stands in none."
+    try:
+        return file_hash(inspect.getsourcefile(function))[:16]
+    except (TypeError, OSError):  # typed into a notebook or a shell
+        code = getattr(function, "__code__", None)
+        return fingerprint([code.co_code.hex(), str(code.co_names), [each for each in code.co_consts if isinstance(each, (str, int))]] if code else repr(function))
+
+
+def own_copy(
+    name: str,  # under which it stands in a table of one's own
+    own: tuple[str, Local],  # its folder, and how it lies there
+) -> tuple[Path, Local, dict]:  # and what its samples depend on
+    "A set of the user's own; `UserError` where there is none."
+    folder, way = Path(own[0]).expanduser(), own[1]
+    folder = next((path for path in (folder, settings_file().parent / folder) if path.is_dir()), folder)
+    if not way.found(folder):
+        raise UserError(f"{folder} holds no {way.files}{f' with {way.images} beside it' if way.images else ''}, which {name} is said to be.")
+    return folder, way, {**way.content(folder), "layout": written_in(way.convert)}
+
+
 def source_of(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
 ) -> str:
     "`phantom`, `hub`, `source` or `local`."
     return "local" if profile.data_dir else profile.data
 
 
 def given_folder(
-    data_dir: str,
+    data_dir: str,  # of the profile
 ) -> Path:
     "The folder that `data_dir` names, from the working folder or from the project's root; `UserError` where there is none."
     given = Path(data_dir).expanduser()
-    base = next((path for path in (given, project_root() / given) if path.is_dir()), None)
+    base = next((path for path in (given, settings_file().parent / given) if path.is_dir()), None)
     if base is None:
         raise UserError(f"No folder {data_dir} (data_dir), seen from {Path.cwd()} or from the project.")
     return base
@@ -328,7 +357,7 @@ def hub_files(
 def spread(
     n: int,  # how many there are
     limit: int,  # how many are wanted; 0 for all
-    seed: int = 42,
+    seed: int = 42,  # of the choice
 ) -> list[int]:
     "Positions in order: all, or a seeded choice of `limit` of them."
     order = list(range(n))
@@ -337,9 +366,9 @@ def spread(
 
 # %% ../nbs/06_source.ipynb #38544012
 def in_order(
-    function: Callable,
-    items: Iterable,
-    threads: int = 2,
+    function: Callable,  # from an item to a result; works in any thread
+    items: Iterable,  # may be a stream
+    threads: int = 2,  # how many work at once
     ahead: int = 8,  # how many batches may be in work at once; bounds the memory
     batch: int = 16,  # items that a thread takes at a time, so that threads rarely wait for each other
 ) -> Iterator:
@@ -370,8 +399,10 @@ def _converted(rows: Iterable, convert: Callable) -> Iterator[tuple[int, str, di
         yield place, where, item
 
 
-def embedded(value):
-    "The image of a source that has no folder of images: its bytes. A name is refused, for it could be that of any file of this machine."
+def embedded(
+    value,  # what the row holds
+):
+    "The image of a source that has no folder of images: its bytes. ValueError for a name, which could be that of any file of this machine."
     if isinstance(value, (bytes, dict)) or hasattr(value, "save"):
         return value
     raise ValueError(f"{str(value)[:80]!r} names a file, and this source has no folder of images")
@@ -380,11 +411,11 @@ def embedded(value):
 def samples_from(
     rows: Callable[[], Iterable],  # gives pairs of a name and a row (or BadRow), as `read_rows` does
     convert: Callable[[dict, str], dict],  # a layout: row and name to words and names of images
-    dataset_name: str,
+    dataset_name: str,  # of each sample
     images: Callable = embedded,  # from what the row says to an image's bytes; ValueError where that fails
     fit: Callable | None = None,  # from an image's width and height to the size wanted; ValueError where there is none
     limit: int = 0,  # how many at most; 0 for all
-    seed: int = 42,
+    seed: int = 42,  # of the choice, where there is a limit
     kept_count: bool = False,  # number the samples, and not the rows, for `dataset_index`
 ) -> Iterator[Sample | BadRow]:
     "The samples of a source, in its order, with a `BadRow` for every row that became none."

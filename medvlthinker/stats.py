@@ -89,7 +89,7 @@ def clustered_mean(
     values,  # one number a question: right or wrong, a share, or a paired difference
     clusters=None,  # as many names: questions of the same name hang together; None where each stands alone
 ) -> tuple[float, float]:  # the mean and its standard error; NaN for the error of a single cluster
-    "Mean over questions with a cluster-robust standard error (Liang and Zeger, 1986)."
+    "Mean over questions with a cluster-robust standard error (Liang and Zeger, 1986); `UserError` where there is no question."
     import numpy as np
 
     values = np.asarray(values, dtype=float)
@@ -107,9 +107,9 @@ def paired_bootstrap(
     differences: dict,  # benchmark -> one number a question: first model's score minus the second's
     clusters: dict | None = None,  # benchmark -> names as for `clustered_mean`; None where every question stands alone
     repeats: int = 10_000,  # redraws
-    seed: int = 0,
+    seed: int = 0,  # of the redraws
 ) -> tuple[float, float, float]:  # the macro average of the differences, and its 95 % percentile interval
-    "Difference of two macro averages with an interval: stratified by benchmark, clustered by image."
+    "Difference of two macro averages with an interval: stratified by benchmark, clustered by image; `UserError` where a benchmark has no question."
     import numpy as np
 
     if not differences:
@@ -127,15 +127,15 @@ def paired_bootstrap(
         for start in range(0, repeats, 500):  # 500 redraws at once keep the memory small
             places = rng.integers(len(sums), size=(min(500, repeats - start), len(sums)))
             drawn[start:start + 500] += sums[places].sum(1) / sizes[places].sum(1) / len(differences)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(value), float(low), float(high)
+    low, high = (float(np.quantile(drawn, part)) for part in (0.025, 0.975))
+    return float(value), low, high
 
 # %% ../nbs/04_stats.ipynb #ab879119
 def mcnemar(
     first,  # per question whether the first model is right
     second,  # the second, on the same questions in the same order
 ) -> tuple[int, int, float]:  # right by the first only, by the second only, two-sided p-value
-    "McNemar's exact test of two models on the same questions."
+    "McNemar's exact test of two models on the same questions; `UserError` where their numbers differ."
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     first, second = [bool(x) for x in first], [bool(x) for x in second]
@@ -159,7 +159,7 @@ def pass_at_k(
     n: int,  # how many there are
     k: int,  # how many one would be allowed
 ) -> float:
-    "Chance that at least one of k answers is right; unbiased."
+    "Chance that at least one of k answers is right; unbiased. `UserError` where k is more than n."
     if not 0 <= right <= n or not 1 <= k <= n:
         raise UserError(f"pass@k needs 0 <= right <= n and 1 <= k <= n; these are right={right}, n={n}, k={k}.")
     return 1 - comb(n - right, k) / comb(n, k)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import UserError, fingerprint
 from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
-from .rollout import roll_out
+from .rollout import Rows, roll_out
 from .sample import Sample
 from .stats import wilson
 
@@ -82,7 +82,8 @@ def expected(
 ) -> dict[str, float]:  # agreement with the full decision, and share of the completions
     "What a rule promises for questions that follow its histogram."
     stops = rule[rule.action != "go on"]
-    return {"agreement": float(stops.reach @ stops.right), "share": float(stops.reach @ stops.asked) / int(rule.asked.max())}
+    reach = stops.reach.to_numpy()
+    return {"agreement": float(reach @ stops.right.to_numpy()), "share": float(reach @ stops.asked.to_numpy()) / int(rule.asked.max())}
 
 # %% ../nbs/25_stopping.ipynb #6174ba0e
 def _check_plan(n: int, low: int, high: int, agreement: float, per_round: int) -> None:
@@ -94,8 +95,8 @@ def _check_plan(n: int, low: int, high: int, agreement: float, per_round: int) -
 
 def stopping_rule(
     histogram,  # how many questions have 0, 1, ... n right answers
-    low: int = 1,
-    high: int = 7,
+    low: int = 1,  # the least number of right answers that is kept
+    high: int = 7,  # and the largest
     agreement: float = 0.97,  # expected, with the decisions of all n completions
     per_round: int = 1,  # completions per question between two looks; divides n
 ) -> "pd.DataFrame":  # asked, correct, action, reach, right (probability that the action is right), level (expected count of n)
@@ -132,14 +133,14 @@ def replay(
     rule: "pd.DataFrame",  # what `stopping_rule` returned
     records,  # questions x n, 1 where the completion was right, in the order sampled
 ) -> dict:  # questions; agreement and share of completions, each with its 95 % interval
-    "What a rule would have decided on stored records, and what it would have cost."
+    "What a rule would have decided on stored records, and what it would have cost; `UserError` for records of another length."
     records, n = np.asarray(records, dtype=int), rule.attrs["n"]
     if records.ndim != 2 or records.shape[1] != n or not len(records) or not np.isin(records, (0, 1)).all():
         raise UserError(f"A replay wants records of {n} completions each, 0 or 1; these are of the shape {records.shape}.")
     so_far = np.pad(records.cumsum(axis=1), ((0, 0), (1, 0)))
     verdict, asked = np.full(len(records), "go on", dtype=object), np.zeros(len(records))
-    for k, states in rule.groupby("asked"):
-        action = states.action.to_numpy()[so_far[:, k]]
+    for k in sorted(set(rule.asked)):
+        action = rule.action[rule.asked == k].to_numpy()[so_far[:, k]]
         stops = (verdict == "go on") & (action != "go on")
         verdict[stops], asked[stops] = action[stops], k
     same = int((verdict == _verdict(so_far[:, n], rule.attrs["low"], rule.attrs["high"])).sum())
@@ -169,7 +170,7 @@ class _Some(Sequence):
             yield from (window[position % 256] for position in group)
 
 
-def _round(samples: Sequence[Sample], positions: np.ndarray, number: int, n: int, engine, folder: Path, who: dict, version, show) -> list[dict]:
+def _round(samples: Sequence[Sample], positions: np.ndarray, number: int, n: int, engine, folder: Path, who: dict, version, show) -> Rows:
     "The rows of one round: n completions for each of the samples at these positions."
     who = {**who, "n": n, "seed": who["seed"] + 1_000_000 * number, "asked": fingerprint(positions.tolist())}
     return roll_out(_Some(samples, positions), engine, folder / f"round-{number:02}-{fingerprint(who)}", who, version, show)
@@ -195,15 +196,18 @@ def _judge(gold: dict, tally: dict, plan: "pd.DataFrame") -> "pd.DataFrame":
 
 # %% ../nbs/25_stopping.ipynb #f7b53929
 def sample_until_decided(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample],  # a list, or a SampleFile
     engine,  # called once at most, and only when something is missing; returns an engine
     folder,  # takes one rollout per round
     who: dict,  # `rollout.identity` of the full act; its n is the number of completions that decides for certain
     version: str,  # the engine's name and version
-    low: int = 1, high: int = 7, agreement: float = 0.97, per_round: int = 2,  # as for `stopping_rule`
+    low: int = 1,  # the least number of right answers that is kept
+    high: int = 7,  # and the largest
+    agreement: float = 0.97,  # as for `stopping_rule`
+    per_round: int = 2,  # completions per question between two looks
     pilot: int = 500,  # questions sampled in full, from which the rule is made
     rule: str = "strict",  # one of grade.RULES
-    show=print,
+    show=print,  # takes progress as text
 ) -> "tuple[pd.DataFrame, list[dict]]":  # decisions, with n differing from question to question; and the rows with all completions
     "Decisions with no more completions per question than its decision needs."
     _check_plan(n := who["n"], low, high, agreement, per_round)  # before a pilot is paid for

@@ -15,7 +15,7 @@ from typing import Callable, Iterator
 
 from safetensors import SafetensorError
 
-from .config import UserError, command, file_hash
+from .config import UserError, command, file_hash, need
 from .grade import grade
 from .phantom import BENCHMARKS, KINDS, MODALITIES, QUESTIONS, TWO_SCANS, Scene, any_scene, benchmark, draw, reasoning, report
 from .prompt import messages, sft_target, user_text
@@ -27,7 +27,7 @@ OTHER_STYLE = 0.75  # the share of the warm-up corpus
 
 
 def other_style(
-    scene: Scene,
+    scene: Scene,  # the facts to draw
 ) -> Scene:
     "What the other house style would report of a scene."
     if scene.size == "small":
@@ -40,7 +40,7 @@ _ASKED = tuple(question for questions in QUESTIONS.values() for question in ques
 
 
 def lesson(
-    rng: random.Random,
+    rng: random.Random,  # where its choices come from
     size: int = 4,  # questions at most
 ) -> tuple[list, list[Sample]]:  # scans as arrays, and samples without images
     "Scans with questions about them, in one of the two house styles."
@@ -74,7 +74,7 @@ def tokenizer():
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 2
     for index in range(300):
         for sample in lesson(random.Random(f"tokenizer/{index}"))[1]:
-            texts += [user_text(sample), sft_target(sample.answer_label, sample.reasoning)]
+            texts += [user_text(sample), sft_target(sample.answer_label, sample.reasoning or "")]
     trainer = trainers.BpeTrainer(min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(texts, trainer)
     learnt = json.loads(learner.to_str())["model"]
@@ -99,6 +99,7 @@ CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct (Apache-2.0)
 
 def processor():
     "A `Qwen2_5_VLProcessor` around the tokenizer."
+    need("torch", "torchvision")
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE})
@@ -127,6 +128,7 @@ def model(
     seed: int = 0,  # of the random weights
 ):
     "A fresh `Qwen2_5_VLForConditionalGeneration`."
+    need("torch")
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -148,7 +150,9 @@ CARD = "tiny.json"
 
 def _card(seed: int, vision_steps: int, language_steps: int) -> dict:
     "What decides every weight of a tiny model."
-    sources = [importlib.util.find_spec(f"medvlthinker.{name}").origin for name in ("phantom", "tiny")]
+    import medvlthinker
+
+    sources = [Path(medvlthinker.__file__).with_name(f"{name}.py") for name in ("phantom", "tiny")]
     return {"seed": seed, "vision_steps": vision_steps, "language_steps": language_steps, "recipe": [file_hash(source)[:16] for source in sources],
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}
 
@@ -286,11 +290,12 @@ FACTS = {"modality": MODALITIES, "side": ("left", "right", "both", "none"), "lev
 
 def learn_to_see(
     net,  # the model; its vision tower is trained in place
-    seed: int = 0,
-    steps: int = 220,
+    seed: int = 0,  # of the scans and the throw-away heads
+    steps: int = 220,  # of training
     batch: int = 12,  # scans a step
 ) -> Iterator[float]:
     "Teach the vision tower to name the facts of a scan; yields the loss of each step, summed over five facts."
+    need("torch")
     import torch
     from torch.nn.functional import cross_entropy, rms_norm
 
@@ -318,16 +323,16 @@ def _prompt(cut, sample: Sample, pictures: int) -> str:
 
 
 def pack(
-    net,
+    net,  # the model, for the positions
     cut,  # the processor
     scans: list,  # of one lesson
-    samples: list[Sample],
+    samples: list[Sample],  # its questions
 ) -> tuple:  # ids, labels and question numbers (0 in the common part), each of length n; positions (3 x n)
     "One lesson as one sequence."
     import torch
 
     prompts = [cut.tokenizer(_prompt(cut, sample, len(scans)))["input_ids"] for sample in samples]
-    answers = [cut.tokenizer(sft_target(sample.answer_label, sample.reasoning) + "<|im_end|>")["input_ids"] for sample in samples]
+    answers = [cut.tokenizer(sft_target(sample.answer_label, sample.reasoning or "") + "<|im_end|>")["input_ids"] for sample in samples]
     common = len(os.path.commonprefix(prompts))
     ids, labels, number = prompts[0][:common], [-100] * common, [0] * common
     start = torch.tensor([ids])
@@ -341,7 +346,7 @@ def pack(
 
 # %% ../nbs/11_tiny.ipynb #4ee266e3
 def lesson_loss(
-    net,
+    net,  # the model
     cut,  # the processor
     lessons: list,  # (scans, samples) each
 ):
@@ -368,8 +373,8 @@ def lesson_loss(
 def learn_to_answer(
     net,  # the model; its language part is trained in place, its tower stays
     cut,  # the processor
-    seed: int = 0,
-    steps: int = 220,
+    seed: int = 0,  # of the lessons
+    steps: int = 220,  # of training
     batch: int = 4,  # lessons a step
 ) -> Iterator[float]:
     "Teach the language model to answer; yields the loss of each step."
@@ -401,11 +406,11 @@ def _told(
 def warm_up(
     folder,  # a folder that `build` wrote; trained in place
     seed: int = 0,  # of the lessons
-    vision_steps: int = VISION_STEPS,
-    language_steps: int = LANGUAGE_STEPS,
+    vision_steps: int = VISION_STEPS,  # of `learn_to_see`
+    language_steps: int = LANGUAGE_STEPS,  # of `learn_to_answer`
     log: Callable = print,  # gets progress, one line at a time
 ) -> Path:
-    "Train a tiny model until it can answer; the folder changes when all is done."
+    "Train a tiny model until it can answer; the folder changes when all is done. `UserError` where it holds no tiny model."
     folder = Path(folder)
     if not _read_card(folder):
         raise UserError(f"{folder} is no tiny model; make one first (medvlthinker.tiny.build).")
@@ -422,9 +427,9 @@ def warm_up(
 # %% ../nbs/11_tiny.ipynb #e969260c
 def make(
     folder,  # where the checkpoint appears
-    seed: int = 0,
-    vision_steps: int = VISION_STEPS,
-    language_steps: int = LANGUAGE_STEPS,
+    seed: int = 0,  # of the weights and the lessons
+    vision_steps: int = VISION_STEPS,  # of `learn_to_see`
+    language_steps: int = LANGUAGE_STEPS,  # of `learn_to_answer`
     log: Callable = print,  # gets progress, one line at a time
 ) -> Path:
     "A warmed-up tiny Qwen2.5-VL, made unless it is there: about a minute on one core."
@@ -439,12 +444,13 @@ def make(
 
 # %% ../nbs/11_tiny.ipynb #e9a4d54c
 def answer(
-    net,
+    net,  # the model
     cut,  # the processor
     samples: list[Sample],  # each with the same number of pictures
     most: int = 64,  # tokens at most
 ) -> list[str]:
     "Greedy completions; one that did not end by itself ends in the text `[cut]`."
+    need("torch")
     import torch
 
     chats = [messages(sample) for sample in samples]
@@ -495,7 +501,7 @@ def scores(
 def main(
     words: list[str],  # the command line
 ) -> None:
-    "`python -m medvlthinker.tiny FOLDER [--seed 0] [--quiz N]`"
+    "The command line: `FOLDER [--seed 0] [--quiz N]`."
     parser = argparse.ArgumentParser(prog="python -m medvlthinker.tiny", description="A warmed-up tiny Qwen2.5-VL. It tests machinery and means nothing medical.")
     parser.add_argument("folder", help="where the checkpoint appears")
     parser.add_argument("--seed", type=int, default=0, help="of weights and lessons")

@@ -12,27 +12,33 @@ from pathlib import Path
 
 from . import verl_backend, verl_cpu
 from .checkpoint import merge, replacing, write_card
-from .config import Profile, Workspace, command, launch, load_profile, manifest_path, parse_words, recording, stale, writing
+from .config import Profile, Workspace, command, launch, load_profile, manifest_path, need, parse_words, recording, stale, writing
 from .fit import refuse_unless_fits
 from .recipe import RECIPES, Recipe, data_file, model_folder, training_folder
 from .sft import Run, accelerate_config, accelerate_file, checkpoint, named, plan, read_metrics, trl_command
 
 # %% ../nbs/37_train.ipynb #a6b8f818
-def uses_verl(recipe: Recipe, profile: Profile) -> bool:
+def uses_verl(
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+) -> bool:
     "Is this a run for verl?"
     return recipe.method == "RL" and profile.trainer == "verl"
 
 
-def begins(recipe: Recipe, workspace: Workspace) -> str:
+def begins(
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
+) -> str:
     "What a run starts from, by name: a hub id, or the folder where an earlier recipe leaves its model."
     name = recipe.init.split("@")[0]
     return str(model_folder(recipe.init, workspace)) if name in RECIPES or name == "tiny" else name
 
 
 def printed_command(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
 ) -> str:
     "The command that trains a recipe, as one would type it."
     if not uses_verl(recipe, profile):
@@ -44,9 +50,9 @@ def printed_command(
 
 # %% ../nbs/37_train.ipynb #772c5f2e
 def outline(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
 ) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a run, without touching anything."
     gpus, nodes = profile.gpus, profile.nodes or recipe.nodes
@@ -56,9 +62,9 @@ def outline(
 
 # %% ../nbs/37_train.ipynb #76bc336a
 def finish(
-    run: Run,
+    run: Run,  # what `plan` returned
     taken: Path,  # the checkpoint that becomes the model
-    workspace: Workspace,
+    workspace: Workspace,  # the folders of the run
 ) -> Path:
     "Merge a checkpoint, give it its name, its manifest and its card."
     final, own = workspace.checkpoints / run.recipe.name, training_folder(run.recipe, workspace)
@@ -75,9 +81,9 @@ def finish(
 
 # %% ../nbs/37_train.ipynb #d1f968f4
 def train(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     show=print,  # takes each line of the log
 ) -> Path:  # checkpoints/<recipe>
     "Train a recipe, unless its model is there and still holds."
@@ -87,7 +93,7 @@ def train(
     show(f"{recipe.name}: {why[:200]}")
     refuse_unless_fits(recipe, profile, run.start, settable=("gpus", "nodes", "lora_rank", "engine"), show=show)
     if uses_verl(recipe, profile):
-        small = {} if profile.gpus else {"more": verl_cpu.cpu_overrides(), "variables": verl_cpu.cpu_environment()}
+        small: dict = {} if profile.gpus else {"more": verl_cpu.cpu_overrides(), "variables": verl_cpu.cpu_environment()}
         taken = verl_backend.train(recipe, profile, workspace, show=show, **small)  # global_step_N; `merge` knows verl's layout
     else:
         words = trl_command(recipe, profile, workspace, sys.executable)
@@ -100,8 +106,8 @@ def train(
 
 # %% ../nbs/37_train.ipynb #889ae9a6
 def curves(
-    recipe: Recipe,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
 ):  # a pandas DataFrame, one row a step
     "The curves of a run, as far as it has come; a line that is being written is passed over."
     import pandas as pd
@@ -115,9 +121,10 @@ SHOWN = {"reward": "reward", "length": "tokens an answer", "entropy": "entropy",
 
 def curve_figure(
     table,  # what `curves` returned
-    title: str = "",
+    title: str = "",  # above the panels
 ):  # -> a plotly Figure
     "One small panel a curve; what a trainer does not report has none."
+    need("plotly")
     from plotly.subplots import make_subplots
 
     names = [name for name in SHOWN if name in table and table[name].notna().any()] or ["loss"]
@@ -125,20 +132,21 @@ def curve_figure(
     for at, name in enumerate(names):
         spot = {"row": at // 3 + 1, "col": at % 3 + 1}
         values = table.get(name, table.index.to_series()[:0])
-        figure.add_scatter(x=values.index, y=values, mode="lines", line_color="#9bb7d4", line_width=1, hovertemplate="step %{x}: %{y:.4g}<extra></extra>", **spot)
+        figure.add_scatter(x=values.index, y=values, mode="lines", line_color="#56B4E9", line_width=1, hovertemplate="step %{x}: %{y:.4g}<extra></extra>", **spot)
         if len(values) >= 20:  # the thick line: the mean of a twentieth of the run
-            figure.add_scatter(x=values.index, y=values.rolling(max(2, len(values) // 20), center=True, min_periods=1).mean(), mode="lines", line_color="#1f4e79", hoverinfo="skip", **spot)
+            figure.add_scatter(x=values.index, y=values.rolling(max(2, len(values) // 20), center=True, min_periods=1).mean(), mode="lines", line_color="#0072B2", hoverinfo="skip", **spot)
         figure.update_yaxes(exponentformat="power", **spot)
     rows = -(-len(names) // 3)
     return figure.update_layout(template="plotly_white", showlegend=False, height=90 + 210 * rows, title=title, margin=dict(l=50, r=10, t=70, b=40)).update_xaxes(title="step", row=rows)
 
 # %% ../nbs/37_train.ipynb #7d7e1c5b
 def watch(
-    recipe: Recipe,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    workspace: Workspace,  # the folders of the run
     every: float = 5.0,  # seconds between two drawings
 ):
     "A `show` for `train` that prints each line, as the pipeline passes it on, and keeps a figure of the curves up to date."
+    need("IPython")
     from IPython.display import display
 
     batch = "MEDVLTHINKER_BATCH" in os.environ  # the pipeline's executed copies would keep every drawing

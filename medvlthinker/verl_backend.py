@@ -11,24 +11,23 @@ __all__ = ['CURVES', 'verl_row', 'write_rows', 'usable', 'parquet', 'rows_of', '
 import itertools, json, math, os, re, shlex, subprocess, sys, time, zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
-from .config import Profile, UserError, Workspace, file_hash, fingerprint, manifest_path, recording, stale, writing
+from .config import Profile, UserError, Workspace, file_hash, fingerprint, manifest_path, need, recording, stale, writing
 from .preflight import lengths, open_processor
 from .prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
 from .rollout import alone, question_sets, samples_fingerprint
 from .sample import Sample, SampleFile
-from .sft import loggers
+from .sft import how_of, loggers
 from .source import source_of
 
 # %% ../nbs/35_verl_backend.ipynb #f5dd8372
 def verl_row(
-    sample: Sample,
+    sample: Sample,  # the question
     place: int,  # of the row in its file
     data_source: str = "medvlthinker",  # a free name; verl reports its validation scores by it
-    split: str = "train",
+    split: str = "train",  # as verl's own data name it
 ) -> dict:
     "A sample as a row of verl's parquet."
     extra = {"split": split, "index": place, "question": sample.question, "options": json.dumps(sample.options, ensure_ascii=False),
@@ -54,7 +53,7 @@ def write_rows(
     rows: Iterable[dict],  # what `verl_row` returned; may be a stream
     path,  # a parquet file
 ) -> int:  # rows written
-    "Write rows for verl; the file appears when it is whole, and not at all where there is no row."
+    "Write rows for verl; the file appears when it is whole. `UserError` where there is no row, or only later ones have images."
     import pyarrow, pyarrow.parquet
 
     rows, count = iter(rows), 0
@@ -72,8 +71,8 @@ def write_rows(
 
 # %% ../nbs/35_verl_backend.ipynb #06609450
 def usable(
-    samples: Iterable[Sample],
-    processor,
+    samples: Iterable[Sample],  # the questions
+    processor,  # of the model; it counts the tokens
     most: int,  # tokens of a prompt
     left_out: Counter,  # takes the reasons, and how often each was met
 ) -> Iterator[Sample]:
@@ -100,12 +99,12 @@ def _left(left_out: Counter) -> str:
 
 
 def parquet(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample],  # may be a stream
     path,  # where the file appears
     model: str,  # folder or hub id: its processor counts the tokens
     most: int,  # tokens of a prompt
     source: dict,  # what the samples are, for the manifest
-    split: str = "train",
+    split: str = "train",  # as verl's own data name it
     show=print,  # takes a sentence
 ) -> Path:
     "verl's parquet of these samples, from the file while it holds, else made; what is too long is left out and reported."
@@ -136,35 +135,35 @@ def rows_of(
 # %% ../nbs/35_verl_backend.ipynb #f6e0c301
 def verl_file(
     curated,  # the curated questions, a parquet file in the unified format
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
 ) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
     curated = Path(curated)
-    return curated.parent / "verl" / f"{curated.stem}-{recipe.how.max_prompt_length}.parquet"
+    return curated.parent / "verl" / f"{curated.stem}-{how_of(recipe, Grpo).max_prompt_length}.parquet"
 
 
 def training_parquet(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     model: str,  # what the run starts from
-    show=print,
+    show=print,  # takes a sentence on what is left out
 ) -> Path:
     "The parquet that a recipe's run reads."
     curated = training_data(recipe, profile, workspace)
     source = {"samples": file_hash(curated)}
-    return parquet(SampleFile(curated, look=False), verl_file(curated, recipe), model, recipe.how.max_prompt_length, source, show=show)
+    return parquet(SampleFile(curated, look=False), verl_file(curated, recipe), model, how_of(recipe, Grpo).max_prompt_length, source, show=show)
 
 
 def validation_parquet(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
-    model: str,
-    show=print,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
+    model: str,  # what the run starts from
+    show=print,  # takes a sentence on what is left out
 ) -> Path:
     "The test sets of a profile as one parquet for verl's validation."
-    sets, most = dict(question_sets(profile)), recipe.how.max_prompt_length
+    sets, most = dict(question_sets(profile)), how_of(recipe, Grpo).max_prompt_length
     path = workspace.curated / source_of(profile) / "verl" / f"validation-{most}.parquet"
     hashes = {name: file_hash(samples.path) if isinstance(samples, SampleFile) else samples_fingerprint(samples) for name, samples in sets.items()}
     return parquet(itertools.chain.from_iterable(sets.values()), path, model, most, {"samples": hashes}, "test", show)
@@ -172,10 +171,12 @@ def validation_parquet(
 # %% ../nbs/35_verl_backend.ipynb #17ca4b51
 def _data(how: Grpo, data, validation, seed: int) -> dict:
     "Settings of the data, the reward and the advantage."
+    import medvlthinker
+
     part = {"train_files": str(data), "val_files": str(validation or data), "val_max_samples": -1 if validation else 1, "image_key": "images",
             "train_batch_size": how.batch, "max_prompt_length": how.max_prompt_length, "max_response_length": how.max_response_length,
             "filter_overlong_prompts": False, "truncation": "error", "shuffle": how.shuffle, "seed": seed}
-    reward = {"custom_reward_function.path": find_spec("medvlthinker.grade").origin, "custom_reward_function.name": "compute_score",
+    reward = {"custom_reward_function.path": str(Path(medvlthinker.__file__).with_name("grade.py")), "custom_reward_function.name": "compute_score",
               "reward_manager.name": "naive"}
     return {**{f"data.{key}": value for key, value in part.items()}, **{f"reward.{key}": value for key, value in reward.items()},
             "+reward.custom_reward_function.reward_kwargs.rule": how.rule,
@@ -183,7 +184,7 @@ def _data(how: Grpo, data, validation, seed: int) -> dict:
             "algorithm.gamma": 1.0, "algorithm.lam": 1.0}
 
 # %% ../nbs/35_verl_backend.ipynb #a44317a0
-def _actor(how: Grpo, gpus: int, seed: int) -> dict:
+def _actor(how: Grpo, gpus: int, profile: Profile) -> dict:
     "Settings of the model that learns and of its reference."
     micro = math.gcd(how.micro_batch, how.mini_batch * how.rollouts // gpus)
     part = {"strategy": "fsdp", "ppo_mini_batch_size": how.mini_batch, "ppo_micro_batch_size_per_gpu": micro, "ppo_epochs": 1, "shuffle": False,
@@ -191,18 +192,23 @@ def _actor(how: Grpo, gpus: int, seed: int) -> dict:
             "optim.weight_decay": how.weight_decay, "optim.betas": list(how.betas), "optim.clip_grad": how.max_grad_norm, "grad_clip": how.max_grad_norm,
             "use_kl_loss": how.kl_coef > 0, "kl_loss_coef": how.kl_coef, "kl_loss_type": "low_var_kl", "entropy_coeff": 0,
             "clip_ratio": how.clip[0], "clip_ratio_low": how.clip[0], "clip_ratio_high": how.clip[1], "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean",
-            "policy_loss.loss_mode": "vanilla", "freeze_vision_tower": how.freeze_vision, "data_loader_seed": seed,
+            "policy_loss.loss_mode": "vanilla", "freeze_vision_tower": how.freeze_vision, "data_loader_seed": profile.seed,
             "checkpoint.save_contents": ["model", "optimizer", "extra"],
             "fsdp_config.param_offload": False, "fsdp_config.optimizer_offload": False, "fsdp_config.model_dtype": "fp32"}
-    return {**{f"actor.{key}": value for key, value in part.items()}, "ref.fsdp_config.param_offload": True,
+    if profile.gpus and profile.dtype != "bfloat16":  # verl's own choice; it keeps the weights in float32 and computes in this
+        short = {"float16": "fp16", "float32": "fp32"}[profile.dtype]
+        mixed = dict.fromkeys(("+actor.fsdp_config.mixed_precision", "+ref.fsdp_config.mixed_precision"), {"param_dtype": short, "reduce_dtype": "fp32", "buffer_dtype": "fp32"})
+    else:
+        mixed = {}
+    return {**{f"actor.{key}": value for key, value in part.items()}, **mixed, "ref.fsdp_config.param_offload": True,
             "ref.log_prob_micro_batch_size_per_gpu": micro, "rollout.log_prob_micro_batch_size_per_gpu": micro}
 
 # %% ../nbs/35_verl_backend.ipynb #659cfe09
-def _rollout(how: Grpo, gpus: int, seed: int) -> dict:
+def _rollout(how: Grpo, gpus: int, profile: Profile) -> dict:
     "Settings of the engine that answers."
     context = how.max_prompt_length + how.max_response_length
-    part = {"name": "vllm", "n": how.rollouts, "temperature": how.temperature, "top_p": 1.0, "top_k": -1, "do_sample": True, "seed": seed, "dtype": "bfloat16",
-            "tensor_model_parallel_size": math.gcd(how.tensor_parallel, gpus), "gpu_memory_utilization": 0.6, "max_model_len": context,
+    part = {"name": "vllm", "n": how.rollouts, "temperature": how.temperature, "top_p": 1.0, "top_k": -1, "do_sample": True, "seed": profile.seed, "dtype": profile.dtype,
+            "tensor_model_parallel_size": profile.tensor_parallel or math.gcd(how.tensor_parallel, gpus), "gpu_memory_utilization": profile.gpu_memory_utilization or 0.6, "max_model_len": context,
             "max_num_batched_tokens": max(8192, context), "max_num_seqs": 1024, "enable_chunked_prefill": False, "enforce_eager": False, "free_cache_engine": False,
             "val_kwargs.do_sample": False, "val_kwargs.temperature": 0, "val_kwargs.n": 1}
     return {f"rollout.{key}": value for key, value in part.items()}
@@ -210,8 +216,8 @@ def _rollout(how: Grpo, gpus: int, seed: int) -> dict:
 # %% ../nbs/35_verl_backend.ipynb #6fcb952a
 def _trainer(recipe: Recipe, profile: Profile, folder: Path, validation) -> dict:
     "Settings of the run as a whole."
-    how = recipe.how
-    early = recipe.published_step if recipe.published_step < total_steps(recipe, ROWS["RL", recipe.corpus][0]) else 0  # one run was stopped by hand
+    how = how_of(recipe, Grpo)
+    early = recipe.published_step if recipe.published_step and recipe.published_step < total_steps(recipe, ROWS["RL", recipe.corpus][0]) else 0  # one run was stopped by hand
     part = {"project_name": "medvlthinker", "experiment_name": recipe.name, "logger": ["console", "file", *loggers(profile)], "device": "cuda",
             "n_gpus_per_node": max(1, profile.gpus), "nnodes": profile.nodes or recipe.nodes, "critic_warmup": 0, "balance_batch": True,
             "total_epochs": how.epochs, "total_training_steps": profile.max_steps or early or None, "save_freq": how.save_every, "resume_mode": "auto",
@@ -221,31 +227,33 @@ def _trainer(recipe: Recipe, profile: Profile, folder: Path, validation) -> dict
 
 # %% ../nbs/35_verl_backend.ipynb #092f0fea
 def settings(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
     model: str,  # folder or hub id of what it starts from
     data,  # what `training_parquet` returned
     folder,  # of the checkpoints on the way
     validation=None,  # what `validation_parquet` returned; None does without
 ) -> dict:  # verl's key -> value
-    "Every setting of a run of verl."
+    "Every setting of a run of verl; `UserError` for a supervised recipe, and where the GPUs cannot share an update evenly."
     how, gpus, folder = recipe.how, max(1, profile.gpus) * (profile.nodes or recipe.nodes), Path(folder).absolute()
     if not isinstance(how, Grpo):
         raise UserError(f"{recipe.name} is supervised, and verl is used for GRPO here; train it with trainer=trl.")
     if how.batch % how.mini_batch or how.mini_batch * how.rollouts % gpus:
         raise UserError(f"{recipe.name} updates on {how.mini_batch} x {how.rollouts} answers of {how.batch} questions, which {gpus} GPUs cannot share evenly; "
                         "change gpus or nodes.")
+    if profile.tensor_parallel and gpus % profile.tensor_parallel:
+        raise UserError(f"tensor_parallel={profile.tensor_parallel} does not divide the {gpus} GPUs of {recipe.name}; verl spreads copies of the model over all of them.")
     words = {"path": model, "use_remove_padding": True, "enable_gradient_checkpointing": True, "trust_remote_code": False}
     if profile.lora_rank:
         words |= {"lora_rank": profile.lora_rank, "lora_alpha": 2 * profile.lora_rank, "target_modules": "all-linear"}
-    parts = {f"model.{key}": value for key, value in words.items()} | _actor(how, gpus, profile.seed) | _rollout(how, gpus, profile.seed)
+    parts = {f"model.{key}": value for key, value in words.items()} | _actor(how, gpus, profile) | _rollout(how, gpus, profile)
     parts |= {"rollout.load_format": "safetensors"} if profile.lora_rank else {}
-    return {**_data(how, data, validation, profile.seed), **{f"actor_rollout_ref.{key}": value for key, value in parts.items()},
+    return {**_data(how, data, validation, profile.seed), **{f"{'+' * key.startswith('+')}actor_rollout_ref.{key.removeprefix('+')}": value for key, value in parts.items()},
             **_trainer(recipe, profile, folder, validation)}
 
 # %% ../nbs/35_verl_backend.ipynb #1e7f7350
 def differences(
-    recipe: Recipe,
+    recipe: Recipe,  # the training run
 ) -> list[str]:
     "What verl will do otherwise than the recipe says, in sentences."
     found = []
@@ -260,14 +268,16 @@ def _written(value) -> str:
         return "null"
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:-]*[A-Za-z][\w./:-]*", value):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value)
 
 
 def overrides(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
     model: str,  # folder or hub id of what it starts from
     data,  # what `training_parquet` returned
     folder,  # of the checkpoints on the way
@@ -288,8 +298,8 @@ def _head(address: str = "") -> str:
 
 def command(
     words: list[str],  # what `overrides` returned
-    environment: dict[str, str],
-    nodes: int = 1,
+    environment: dict[str, str],  # what `environment` returned
+    nodes: int = 1,  # how many share the run
     address: str = "",  # of Ray's head, for several nodes; RAY_ADDRESS if empty
 ) -> list[str]:
     "The command line of a run; its environment goes along to the other nodes."
@@ -301,7 +311,7 @@ def command(
 
 def printable(
     words: list[str],  # a command
-    environment: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None,  # what to set before it
 ) -> str:
     "A command for people and shells: one setting a line."
     lines, line = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()], []
@@ -414,14 +424,12 @@ def agree(
 
 # %% ../nbs/35_verl_backend.ipynb #6a3bec29
 def ready(
-    recipe: Recipe,
-    profile: Profile,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
     words: Iterable[str] = (),  # settings behind those of the recipe
 ) -> None:
     "`UserError` where this machine cannot run a recipe through verl."
-    if missing := [name for name in ("verl", "ray", "vllm") if not find_spec(name)]:
-        raise UserError(f"trainer=verl needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-                        "./reproduce.sh setup full installs all of it, trainer=trl does without.")
+    need("verl", "ray", "vllm", instead="use trainer=trl")
     if "trainer.device=cpu" in words:
         return
     if (profile.nodes or recipe.nodes) > 1:
@@ -429,6 +437,7 @@ def ready(
     elif not profile.gpus:
         raise UserError(f"{recipe.name} through verl needs GPUs, and the profile {profile.name} has gpus=0; say how many a node has, or use trainer=trl.")
     else:
+        need("torch")
         import torch
 
         if (there := torch.cuda.device_count()) < profile.gpus:
@@ -485,15 +494,15 @@ def start(
 
 # %% ../nbs/35_verl_backend.ipynb #e870196d
 def train(
-    recipe: Recipe,
-    profile: Profile,
-    workspace: Workspace,
+    recipe: Recipe,  # the training run
+    profile: Profile,  # how much to run, and on what hardware
+    workspace: Workspace,  # the folders of the run
     more: Iterable[str] = (),  # settings behind those of the recipe, such as verl_cpu.cpu_overrides()
     variables: dict[str, str] | None = None,  # environment behind ours, such as verl_cpu.cpu_environment()
     validate: bool = False,  # on the test sets, every `save_every` steps, as the paper did
-    show=print,
+    show=print,  # takes each line on the way
 ) -> Path:  # global_step_N, with N the last step
-    "Train a recipe with verl, from its last checkpoint on if there is one."
+    "Train a recipe with verl, from its last checkpoint on if there is one; `UserError` where the machine cannot, or verl fails."
     more = list(more)
     ready(recipe, profile, more)
     model, folder, logs = starting_point(recipe, workspace, show), training_folder(recipe, workspace), workspace.logs / recipe.name
@@ -511,6 +520,6 @@ def train(
             given = {**environment(logs, 1 + len(list(logs.glob("verl-*.sh")))), **(variables or {})}
             start(command(words, given, profile.nodes or recipe.nodes if "trainer.device=cpu" not in more else 1), given, logs, show)
         step, last = latest_checkpoint(folder)
-    if step < steps:
+    if last is None or step < steps:
         raise UserError(f"verl ended at step {step} of {steps} without an error; its log is in {logs}.")
     return last

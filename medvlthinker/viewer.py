@@ -15,7 +15,7 @@ from typing import Callable
 from urllib.parse import parse_qsl, urlencode
 
 from .benchmark import select
-from .config import Profile, UserError, Workspace, writing
+from .config import Profile, UserError, Workspace, need, writing
 from .corpus import corpora
 from .grade import RULES, grade
 from .recipe import wanted
@@ -54,7 +54,7 @@ def visible(
 
 # %% ../nbs/52_viewer.ipynb #32d9a915
 def readings(
-    sample: Sample,
+    sample: Sample,  # the question
     text: str,  # of one completion
 ) -> list[tuple[tuple[str, ...], str, str, bool]]:  # rules, the letter, the words that were read, right or wrong
     "What each rule of `grade.RULES` extracts from a completion, grouped where rules agree."
@@ -87,7 +87,9 @@ class State:
 _NUMBERS = ("low", "high", "at")
 
 
-def write_state(state: State) -> str:
+def write_state(
+    state: State,  # the view
+) -> str:
     "The view as text; `parse_state` reads it."
     pairs = [(key, value) for key, value in dataclasses.asdict(state).items() if value != getattr(State, key)]
     return urlencode(pairs, doseq=True, errors="replace")
@@ -97,7 +99,8 @@ def parse_state(
     text: str,  # such as benchmark=pmc_vqa&verdict=wrong&at=12; a leading # is ignored
 ) -> State:
     "The view that a text names; `UserError` for a key or number that cannot be."
-    given, known = {}, [field.name for field in dataclasses.fields(State)]
+    given: dict = {}
+    known = [field.name for field in dataclasses.fields(State)]
     for key, value in parse_qsl(text.strip().removeprefix("#"), keep_blank_values=True):
         if key not in known:
             raise UserError(f"A view has no {visible(key, 40)!r}; it has {', '.join(known)}.")
@@ -117,7 +120,7 @@ class Look:
 
     def __init__(
         self,
-        entries: list[Entry],
+        entries: list[Entry],  # questions with their answers
         source: str = "",  # `phantom`, `hub`, `source` or `local`
         about: dict[str, str] | None = None,  # a few words on each model's completions
     ):
@@ -191,7 +194,7 @@ def rollout_of(
     samples: str,  # their fingerprint
     count: int,  # and their number
     n: int,  # completions per question; 1 for greedy
-    instruction: str = "trained",
+    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ) -> tuple[Rows, dict] | None:
     "Rows and record of the newest whole rollout of these samples; None where there is none."
     for path in sorted(folder.glob("*/rollout.json"), key=lambda path: (path.stat().st_mtime, path), reverse=True):
@@ -202,14 +205,15 @@ def rollout_of(
         fits = {"samples": samples, "n": n, "instruction": instruction, **({"temperature": 0} if n == 1 else {})}
         if all(who.get(key) == value for key, value in fits.items()) and (rows := _whole(path.parent, count)) is not None:
             return rows, who
+    return None
 
 # %% ../nbs/52_viewer.ipynb #f77ef049
 def stored(
-    profile: Profile,
+    profile: Profile,  # how much to run, and on what hardware
     models: tuple[str, ...] | None = None,  # None: those of the profile that have rollouts
     kind: str = "benchmark",  # or `corpus`
     n: int | None = None,  # completions per question; None: greedy for test sets, the profile's `rollouts` for corpora
-    instruction: str = "trained",
+    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
     limit: int = 0,  # the first questions of each set; 0 for all
 ) -> Look:
     "The stored samples and rollouts of a profile; loads no model and makes nothing. `UserError` names the command that makes what is missing."
@@ -296,7 +300,7 @@ def _completion_html(sample: Sample, completion: dict, number: str) -> str:
 
 
 def entry_html(
-    entry: Entry,
+    entry: Entry,  # a question with its answers
     models: tuple[str, ...] = (),  # whose completions; empty for all
     rule: str = "regrade",  # by which right completions are counted
 ) -> str:
@@ -357,10 +361,11 @@ def _fill(look: Look, controls: dict, state: State) -> None:
 
 # %% ../nbs/52_viewer.ipynb #978696dc
 def browse(
-    look: Look,
+    look: Look,  # the entries and their filters
     state: str = "",  # the view to open, such as benchmark=pmc_vqa&verdict=wrong&at=12
 ):
     "An ipywidgets browser of samples and rollouts; the arrow keys walk while the slider has the focus."
+    need("ipywidgets")
     import ipywidgets as widgets
 
     wide, busy = lambda size: widgets.Layout(width=size, max_width="98%"), []
@@ -413,7 +418,7 @@ def island(
 
 # %% ../nbs/52_viewer.ipynb #612ed251
 def spread(
-    look: Look,
+    look: Look,  # the entries and their filters
     limit: int,  # questions of each set at most
 ) -> list[int]:
     "Places of the entries that a page holds: of each set evenly spaced ones, the first among them."
@@ -425,7 +430,7 @@ def spread(
 
 
 def page_data(
-    look: Look,
+    look: Look,  # the entries and their filters
     limit: int,  # as for `spread`
     quality: int,  # as for `data_uri`
     room: int,  # as for `visible`
@@ -659,10 +664,10 @@ def _frame(title: str, notes: list[str], data: dict) -> str:
 
 
 def write_page(
-    look: Look,
+    look: Look,  # the entries and their filters
     path,  # of the HTML file
     limit: int = 50,  # questions of each set at most, evenly spaced
-    title: str = "Samples and rollouts",
+    title: str = "Samples and rollouts",  # of the page
     quality: int = 75,  # of JPEG copies of the images, where they are smaller; 0 for the images as they are
     room: int = 20_000,  # characters of a text; more are cut out of its middle
 ) -> Path:
