@@ -150,11 +150,11 @@ case "${1:-}" in
         shift; setup; run medvlthinker.preflight "$@" ;;
     train)
         shift; setup; run medvlthinker.train "$@" ;;
-    results | status)
+    results)
         setup; run medvlthinker.pipeline "$@" ;;
     compare)
         setup; run medvlthinker.contract "$@" ;;
-    rollout | look | parity | regrade | exchange)
+    status | rollout | look | parity | regrade | exchange)
         verb=$1; shift; setup; run "medvlthinker.$verb" "$@" ;;
     card)
         shift; setup; run medvlthinker.crate "$@" ;;

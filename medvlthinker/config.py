@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'COLOURS', 'SYMBOLS', 'DASHES', 'UserError', 'unwritable', 'command', 'absent', 'need', 'Profile',
-           'settings_file', 'project_root', 'extended', 'load_profile', 'changed', 'parse_words', 'notebook_profile',
-           'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'manifest_path', 'recording', 'stale',
-           'launch', 'write_figure', 'look']
+           'settings_file', 'project_root', 'own_module', 'extended', 'load_profile', 'changed', 'parse_words',
+           'notebook_profile', 'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'manifest_path',
+           'recording', 'stale', 'launch', 'write_figure', 'look']
 
 # %% ../nbs/00_config.ipynb #b423dcc8
 import configparser, contextlib, dataclasses, datetime, errno, functools, glob, hashlib, importlib.metadata, importlib.util, json, math, os, platform, subprocess, sys, time, traceback, types
@@ -189,17 +189,29 @@ def project_root() -> Path:
 def _run_file(
     file: Path,
     changed: int,  # when: an edited file is another one
-) -> None:
-    "Run a user's file as a module; what stops it becomes a sentence."
-    module = sys.modules[f"medvlthinker_own_{file.stem}"] = types.ModuleType(f"medvlthinker_own_{file.stem}")
-    module.__file__ = str(file)
+) -> types.ModuleType:
+    name = f"medvlthinker_own_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader  # a name that ends in .py has them
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+        spec.loader.exec_module(module)
     except UserError:
         raise
     except Exception as error:  # whatever somebody's file may raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        raise UserError(f"{file.name} (extend) stopped in line {(lines or [getattr(error, 'lineno', 0)])[-1]} with {type(error).__name__}: {error}") from None
+        raise UserError(f"{file.name} stopped in line {(lines or [getattr(error, 'lineno', 0)])[-1]} with {type(error).__name__}: {' '.join(str(error).split())}; mend it first.") from None
+    return module
+
+
+def own_module(
+    path,  # a Python file of the user's, ending in .py
+) -> types.ModuleType:
+    "The file as a module, run once; `UserError` where it is not there, or stops."
+    file = Path(path).expanduser().resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"No Python file {path}, seen from {Path.cwd()}.")
+    return _run_file(file, file.stat().st_mtime_ns)
 
 
 def extended(
@@ -210,7 +222,7 @@ def extended(
     file = next((path.resolve() for path in (given, settings_file().parent / given) if path.is_file()), None)
     if file is None:
         raise UserError(f"No file {extend} (extend), seen from {Path.cwd()} or from the project.")
-    _run_file(file, file.stat().st_mtime_ns)
+    own_module(file)
     return file
 
 # %% ../nbs/00_config.ipynb #c54982a3

@@ -566,9 +566,9 @@ def refuse_too_large(
     free = 1024 * int(found[1])
     stored = re.search(r'"(?:torch_)?dtype": *"(\w+)"', Path(model, "config.json").read_text(encoding="utf-8"))
     width = {"float32": 4, "bfloat16": 2, "float16": 2}
-    need = sum(path.stat().st_size for path in files) * profile.copies * width[profile.dtype] / width.get(stored[1] if stored else "", 2)
-    if need > free:
-        raise UserError(f"The model {model} needs {need / 2**30:,.1f} GiB for its weights in {profile.dtype}{f' and {profile.copies} copies' * (profile.copies > 1)}, and {free / 2**30:,.1f} GiB are free; "
+    wanted = sum(path.stat().st_size for path in files) * profile.copies * width[profile.dtype] / width.get(stored[1] if stored else "", 2)
+    if wanted > free:
+        raise UserError(f"The model {model} needs {wanted / 2**30:,.1f} GiB for its weights in {profile.dtype}{f' and {profile.copies} copies' * (profile.copies > 1)}, and {free / 2**30:,.1f} GiB are free; "
                         "use dtype=bfloat16, fewer copies (data_parallel), a smaller model or a larger machine.")
 
 

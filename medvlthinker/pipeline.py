@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'TRAINING', 'Step', 'steps', 'paper_notebook', 'notebook_code', 'imported_modules', 'code_inputs',
-           'step_inputs', 'in_words', 'why_stale', 'forecast', 'execute', 'run', 'Standing', 'standing', 'status',
-           'dry_run', 'main']
+           'step_inputs', 'executed', 'run_manifest', 'in_words', 'why_stale', 'forecast', 'error_line', 'lock_folder',
+           'execute', 'run', 'shortened', 'dry_run', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #4f6c35fd
-import argparse, ast, contextlib, datetime, dataclasses, functools, hashlib, json, os, shlex, signal, sys, threading, time
+import argparse, ast, contextlib, dataclasses, functools, hashlib, json, os, shlex, signal, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,7 +38,6 @@ class Step:
 
     @property
     def name(self) -> str:
-        "What the step is called in messages."
         "What a run calls it, and its files."
         return f"{self.notebook}-{folder_name(self.value)}" if self.value else self.notebook
 
@@ -130,7 +129,7 @@ def step_inputs(
     code: Callable[[str], dict] = code_inputs,  # or one that remembers, where many are asked
 ) -> dict:
     "What decides whether a step is up to date: hashes of code, the profile, and the same of the steps before it."
-    first = {f"step {name}": fingerprint(_manifest(_executed(name, profile)).get("inputs") if before is None else before[name]) for name in step.after}
+    first = {f"step {name}": fingerprint(run_manifest(executed(name, profile)).get("inputs") if before is None else before[name]) for name in step.after}
     unread = {"1_data": TRAINING, "2_difficulty": TRAINING, "3_train": ("recipes",), "4_evaluate": ("models", *TRAINING)}.get(step.notebook, ())
     how = {key: value for key, value in dataclasses.asdict(profile).items() if key not in unread}
     if profile.extend:
@@ -138,12 +137,12 @@ def step_inputs(
     return {"of": step.value, **how, **code(step.notebook), **first}
 
 
-def _executed(name: str, profile: Profile, ending: str = ".ipynb") -> Path:
+def executed(name: str, profile: Profile, ending: str = ".ipynb") -> Path:
     "Where the executed notebook of a step lies, or its wreck (`.running.ipynb`); nothing is made by asking."
     return Workspace(profile.name).root / "notebooks" / f"{name}{ending}"
 
 
-def _manifest(path: Path) -> dict:
+def run_manifest(path: Path) -> dict:
     "The manifest of an executed notebook; empty where there is none that can be read."
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
@@ -172,8 +171,8 @@ def why_stale(
     inputs: dict | None = None,  # what `step_inputs` returned; None to ask it
 ) -> str:
     "Why a step must run, in words; empty when it is done."
-    notebook, inputs = _executed(step.name, profile), step_inputs(step, profile) if inputs is None else inputs
-    found = _manifest(notebook)
+    notebook, inputs = executed(step.name, profile), step_inputs(step, profile) if inputs is None else inputs
+    found = run_manifest(notebook)
     if not found or not notebook.exists():
         return stale(notebook, inputs)
     root = Workspace(profile.name).root
@@ -218,14 +217,14 @@ def _apart(log: Path):
         os.dup2(kept, 2)
         os.close(kept)
 
-
-def _sentence(name: str, value: str) -> str:
+# %% ../nbs/60_pipeline.ipynb #755d3ace
+def error_line(name: str, value: str) -> str:
     "An error as one line: the sentence of a `UserError`, else the kind and the last line."
     last = next((line for line in reversed(value.splitlines()) if line.strip()), "").strip()
     return value.removesuffix(".") if name in ("UserError", "BadRow") else f"{name}: {last}" if last else name
 
 
-def _hold(step: Step, profile: Profile) -> Path:
+def lock_folder(step: Step, profile: Profile) -> Path:
     "The folder whose lock is held by whoever executes a step."
     return Workspace(profile.name).root / "logs" / "steps" / step.name
 
@@ -246,7 +245,7 @@ def execute(
     given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **changed(profile)}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every override, and load_profile has already judged them
     waited: list[str] = []
-    with alone(_hold(step, profile), waited.append):
+    with alone(lock_folder(step, profile), waited.append):
         if waited and not why_stale(step, profile):
             return  # whoever was at it has done it
         began = time.time()
@@ -255,7 +254,7 @@ def execute(
                 papermill.execute_notebook(source, wreck, given, kernel_name="python3", cwd=root, progress_bar=False, log_output=False,
                                            stdout_file=_Echo(step.value or step.notebook), extra_arguments=["--log-level=CRITICAL"])
             except PapermillExecutionError as error:
-                raise UserError(f"{_sentence(error.ename, error.evalue)}. ({step.name} stopped there; the notebook as far as it came: {wreck})") from None
+                raise UserError(f"{error_line(error.ename, error.evalue)}. ({step.name} stopped there; the notebook as far as it came: {wreck})") from None
             except (DeadKernelError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "Kernel died" not in str(error):
                     raise
@@ -267,64 +266,7 @@ def execute(
             made += [workspace.checkpoints / step.value / "config.json"] * (step.parameter == "recipe")
             facts["outputs"] = sorted({str(p.relative_to(workspace.root)) for p in made if p.stat().st_mtime >= began - 1 or p.parent.parent == workspace.checkpoints})
 
-# %% ../nbs/60_pipeline.ipynb #2fbc282d
-def run(
-    profile: Profile,  # what is to run, and how
-    at_once: int = 0,  # steps that run side by side; 0 for two on a CPU and one on GPUs
-    again: tuple[str, ...] = (),  # notebooks that run whether stale or not, and nothing else; empty for all that is missing or stale
-) -> list[str]:
-    "Run what is missing or stale, in order; the names of the steps that ran."
-    need("papermill", "ipykernel", "doit")
-    from doit.cmd_base import NamespaceTaskLoader
-    from doit.doit_cmd import DoitMain
-
-    one_machine(profile)
-    plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
-    names = {step.name for step in plan}
-    os.environ["MEDVLTHINKER_BATCH"] = "1"
-    if not profile.gpus:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    reasons, ran, failed, stopping = {}, [], [], threading.Event()
-
-    def done(step):
-        reasons[step.name] = "asked for" if again else why_stale(step, profile)
-        return not reasons[step.name]
-
-    def act(step):
-        if stopping.is_set():
-            return False
-        print(f"{step.name:36}runs: {_shorten(reasons[step.name])}", flush=True)
-        began = time.monotonic()
-        try:
-            execute(step, profile)
-        except Exception as error:
-            failed.append(error)
-            return False
-        ran.append(step.name)
-        print(f"{step.name:36}done in {time.monotonic() - began:.0f} s", flush=True)
-
-    def task_paper():
-        for step in plan:
-            yield {"name": step.name, "actions": [(act, (step,))], "task_dep": [f"paper:{name}" for name in step.after if name in names],
-                   "uptodate": [(done, (step,))], "verbosity": 2}
-
-    loader = NamespaceTaskLoader()
-    loader.namespace = {"task_paper": task_paper, "DOIT_CONFIG": {"backend": "sqlite3", "dep_file": str(Workspace(profile.name).logs / "doit.sqlite")}}
-    beside = at_once or (1 if profile.gpus else min(2, os.cpu_count() or 1))
-    words = ["run", "--continue", "--reporter", "zero", "--process", str(beside), "--parallel-type", "thread"]
-    with _apart(Workspace(profile.name).logs / "kernel.log"):
-        code = _stoppable(lambda: DoitMain(loader, config_filenames=()).run(words), stopping)
-    if failed:
-        raise next((error for error in failed if not isinstance(error, UserError)), failed[0])
-    if code:
-        raise UserError(f"The graph of notebooks could not be run; doit left with exit code {code}.")
-    return ran
-
-
-def _shorten(reason: str, width: int = 100) -> str:
-    return reason if len(reason) <= width else reason[:width - 4] + " ..."
-
-
+# %% ../nbs/60_pipeline.ipynb #a0721947
 def _stoppable(work: Callable, stopping: threading.Event):
     "Work in a thread of its own, so that this one is free to hear Ctrl-C and SIGTERM: then everything that was started ends, and `KeyboardInterrupt` follows."
     results, errors, over = [], [], threading.Event()
@@ -381,132 +323,62 @@ def _end_kernels(over: threading.Event, patience: float = 10.0) -> None:
             with contextlib.suppress(psutil.Error):
                 each.kill()
 
-# %% ../nbs/60_pipeline.ipynb #00288171
-@dataclasses.dataclass(frozen=True)
-class Standing:
-    "How one step stands."
-    step: Step
-    state: str  # done, stale, running, missing, failed or interrupted
-    why: str = ""  # it would run, or where it stopped
-    seconds: float | None = None  # of its last run
-    files: dict[Path, int] = dataclasses.field(default_factory=dict)  # what it wrote, in bytes
-    error: str = ""  # the last line of what went wrong
-    wreck: Path | None = None  # the notebook as far as it came
-
-
-def standing(
-    step: Step,  # one of those that `steps` lists
+# %% ../nbs/60_pipeline.ipynb #2fbc282d
+def run(
     profile: Profile,  # what is to run, and how
-    reason: str,  # what `forecast` says
-) -> Standing:
-    "How one step stands."
-    notebook, wreck = _executed(step.name, profile), _executed(step.name, profile, ".running.ipynb")
-    found, files = _manifest(notebook), _files(step, profile)
-    if _held(_hold(step, profile) / ".lock"):
-        where, seconds, _ = _progress(wreck, alive=True)
-        return Standing(step, "running", where, seconds, files)
-    if not reason:
-        return Standing(step, "done", "", found.get("seconds"), files)
-    if wreck.is_file():
-        where, seconds, error = _progress(wreck)
-        stopped = error in ("", "KeyboardInterrupt")
-        return Standing(step, "interrupted" if stopped else "failed", where, seconds, files, "" if stopped else error, wreck)
-    return Standing(step, "stale" if notebook.is_file() else "missing", reason if notebook.is_file() else "", found.get("seconds"), files)
+    at_once: int = 0,  # steps that run side by side; 0 for two on a CPU and one on GPUs
+    again: tuple[str, ...] = (),  # notebooks that run whether stale or not, and nothing else; empty for all that is missing or stale
+) -> list[str]:
+    "Run what is missing or stale, in order; the names of the steps that ran."
+    need("papermill", "ipykernel", "doit")
+    from doit.cmd_base import NamespaceTaskLoader
+    from doit.doit_cmd import DoitMain
+
+    one_machine(profile)
+    plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
+    names = {step.name for step in plan}
+    os.environ["MEDVLTHINKER_BATCH"] = "1"
+    if not profile.gpus:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    reasons, ran, failed, stopping = {}, [], [], threading.Event()
+
+    def done(step):
+        reasons[step.name] = "asked for" if again else why_stale(step, profile)
+        return not reasons[step.name]
+
+    def act(step):
+        if stopping.is_set():
+            return False
+        print(f"{step.name:36}runs: {shortened(reasons[step.name])}", flush=True)
+        began = time.monotonic()
+        try:
+            execute(step, profile)
+        except Exception as error:
+            failed.append(error)
+            return False
+        ran.append(step.name)
+        print(f"{step.name:36}done in {time.monotonic() - began:.0f} s", flush=True)
+
+    def task_paper():
+        for step in plan:
+            yield {"name": step.name, "actions": [(act, (step,))], "task_dep": [f"paper:{name}" for name in step.after if name in names],
+                   "uptodate": [(done, (step,))], "verbosity": 2}
+
+    loader = NamespaceTaskLoader()
+    loader.namespace = {"task_paper": task_paper, "DOIT_CONFIG": {"backend": "sqlite3", "dep_file": str(Workspace(profile.name).logs / "doit.sqlite")}}
+    beside = at_once or (1 if profile.gpus else min(2, os.cpu_count() or 1))
+    words = ["run", "--continue", "--reporter", "zero", "--process", str(beside), "--parallel-type", "thread"]
+    with _apart(Workspace(profile.name).logs / "kernel.log"):
+        code = _stoppable(lambda: DoitMain(loader, config_filenames=()).run(words), stopping)
+    if failed:
+        raise next((error for error in failed if not isinstance(error, UserError)), failed[0])
+    if code:
+        raise UserError(f"The graph of notebooks could not be run; doit left with exit code {code}.")
+    return ran
 
 
-def _held(lock: Path) -> bool:
-    "Does a living process hold this lock?"
-    import fcntl
-
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # it is not there, or the file system has no locks
-    return False
-
-
-def _progress(wreck: Path, alive: bool = False) -> tuple[str, float | None, str]:
-    "How far an unfinished notebook came, in words; its seconds; and its last error line."
-    try:
-        notebook = json.loads(wreck.read_text(encoding="utf-8"))
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        told = [cell["metadata"].get("papermill", {}) for cell in cells]
-        errors = [_sentence(out["ename"], out["evalue"]) for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-        at = next((number for number, each in enumerate(told, 1) if each.get("status") not in ("completed",)), len(cells))
-        began = datetime.datetime.fromisoformat(notebook["metadata"]["papermill"]["start_time"])
-        last = datetime.datetime.fromtimestamp(time.time() if alive else wreck.stat().st_mtime, datetime.timezone.utc)
-        return f"in code cell {at} of {len(cells)}", max(0.0, (last - began).total_seconds()), errors[-1] if errors else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return "before its first cell", None, ""
-
-
-def _files(step: Step, profile: Profile) -> dict[Path, int]:
-    "What a step has written, in bytes, whole or not."
-    root, source, model = Workspace(profile.name).root, source_of(profile), folder_name(step.value)
-    places: list[Path] = [root / name for name in _manifest(_executed(step.name, profile)).get("outputs", ())]
-    places += [_executed(step.name, profile), _executed(step.name, profile, ".running.ipynb")]
-    if step.notebook == "2_difficulty":
-        places += (root / "rollouts").glob(f"*/{source}/corpus")
-    if step.notebook == "3_train":
-        places += [root / "checkpoints" / step.value, root / "checkpoints" / f"{step.value}.training", root / "logs" / step.value]
-    if step.notebook == "4_evaluate":
-        places += [place for place in (root / "rollouts" / model / source).glob("*") if place.name != "corpus"]
-    sizes = {}
-    for place in places:
-        for path in (Path(folder) / name for folder, _, names in os.walk(place) for name in names) if place.is_dir() else [place]:
-            with contextlib.suppress(OSError):  # not there, or just now renamed
-                sizes[path] = path.lstat().st_size
-    return sizes
-
-# %% ../nbs/60_pipeline.ipynb #2e1a98d6
-def status(
-    profile: Profile,  # what is to run, and how
-    colour: bool = False,  # for a terminal
-) -> Iterator[str]:
-    "How far a run of the profile has come, line by line, and what the next one would do."
-    reasons = forecast(profile)
-    rows = [standing(step, profile, reason) for step, reason in reasons.items()]
-    width = min(44, max(len(row.step.name) for row in rows))
-    paint = lambda state: f"\033[{_PAINT[state]}m{state:11}\033[0m" if colour else f"{state:11}"
-    yield f"{'step':{width}}  {'state':11}  {'time':>7}  {'size':>7}  because"
-    for row in rows:
-        name = row.step.name if len(row.step.name) <= width else f"{row.step.name[:width // 2 - 2]}...{row.step.name[-(width - width // 2 - 1):]}"
-        yield f"{name:{width}}  {paint(row.state)}  {_span(row.seconds):>7}  {_bytes(sum(row.files.values())):>7}  {_shorten(row.why, 87 - width)}".rstrip()
-        yield from ([f"    {_shorten(' '.join(row.error.split()), 116)}"] if row.error else []) + ([f"    {_near(row.wreck)}"] if row.wreck else [])
-    every = {path: size for row in rows for path, size in row.files.items()}  # each file once
-    count = {state: sum(row.state == state for row in rows) for state in _PAINT}
-    yield f"{len(rows)} steps: " + ", ".join(f"{n} {state}" for state, n in count.items() if n) + f"; {_span(sum(row.seconds or 0 for row in rows)) or '0 s'}, {_bytes(sum(every.values())) or 'nothing written'}."
-    coming = [row.step.name for row in rows if row.state not in ("done", "running")]
-    waits = f"waits for {count['running']} that {'runs' if count['running'] == 1 else 'run'}" if count["running"] else ""
-    does = f"does {len(coming)}, first {coming[0]}" if coming else ""
-    yield f"The next run {' and '.join(filter(None, (waits, does))) or 'has nothing to do'}."
-
-
-_PAINT = {"done": 32, "stale": 33, "running": 36, "missing": 2, "failed": 31, "interrupted": 35}
-
-
-def _span(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _bytes(size: float) -> str:
-    if not size:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 9.95 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _near(path: Path) -> str:
-    "A path as one would type it here."
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+def shortened(reason: str, width: int = 100) -> str:
+    return reason if len(reason) <= width else reason[:width - 4] + " ..."
 
 # %% ../nbs/60_pipeline.ipynb #b9ce854f
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
@@ -555,24 +427,19 @@ def dry_run(
 
 # %% ../nbs/60_pipeline.ipynb #8c8344c3
 def main(
-    words: list[str],  # "run", "status" or "results", then [profile] [key=value ...] [--dry-run] [-n STEPS]
+    words: list[str],  # "run" or "results", then [profile] [key=value ...] [--dry-run] [-n STEPS]
 ):
-    "The command line: `run [PROFILE] [key=value ...] [--dry-run] [-n STEPS]`; `status` says how far it has come; `results` draws the tables and figures anew from what there is."
-    if words[:1] not in (["run"], ["status"], ["results"]):
-        raise UserError("Say `run [PROFILE] [key=value ...]`, `status` for how far it has come, or `results` for tables and figures alone; ./reproduce.sh --help lists everything.")
+    "The command line: `run [PROFILE] [key=value ...] [--dry-run] [-n STEPS]`; `results` draws the tables and figures anew from what there is."
+    if words[:1] not in (["run"], ["results"]):
+        raise UserError("Say `run [PROFILE] [key=value ...]`, or `results` for tables and figures alone; ./reproduce.sh --help lists everything.")
     asked, rest = argparse.ArgumentParser(add_help=False, allow_abbrev=False), words[1:]
     asked.add_argument("--dry-run", action="store_true")
     asked.add_argument("-n", type=int, default=0)
     options, rest = asked.parse_known_args(rest)
     if unknown := [word for word in rest if word.startswith("-")]:
         raise UserError(f"Unknown option {unknown[0]}; known are --dry-run and -n STEPS.")
-    if words[0] == "status" and (options.dry_run or options.n):
-        raise UserError("status runs nothing, so it takes neither --dry-run nor -n.")
     name, given = parse_words(rest)
     profile = load_profile(name, **given)
-    if words[0] == "status":
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        return print(*status(profile, colour), sep="\n")
     if options.dry_run:
         return print(*dry_run(profile), sep="\n")
     if words[0] == "results" and not evaluations(profile):

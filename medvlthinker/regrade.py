@@ -7,13 +7,13 @@ __all__ = ['CAUSES', 'find_rule', 'rule_name', 'why', 'compare', 'regrade', 'cel
            'regrade_profile', 'main']
 
 # %% ../nbs/43_regrade.ipynb #eba8946d
-import contextlib, functools, importlib.util, re
+import contextlib, functools, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .benchmark import load_benchmark
-from .config import Profile, UserError, Workspace, command, file_hash, load_profile, parse_words
+from .config import Profile, UserError, Workspace, command, file_hash, load_profile, own_module, parse_words
 from .evaluate import evaluations, noting_images, over_shards, store
 from .grade import RULES, Grade, grade
 from .rollout import Rows, samples_fingerprint, stored_rollout
@@ -35,14 +35,7 @@ def find_rule(
         raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}, and a function of your own as path/to/file.py:function.")
     if not Path(path).is_file():
         raise UserError(f"No file {path} with the rule {name}; give its path from here, or a whole one.")
-    spec = importlib.util.spec_from_file_location(f"rule_{Path(path).stem}", path)
-    assert spec and spec.loader  # a name that ends in .py has them
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}); mend it first.") from None
-    if not callable(found := getattr(module, name, None)):
+    if not callable(found := getattr(own_module(path), name, None)):
         raise UserError(f"{path} has no function {name!r}; the rule is written path/to/file.py:function.")
     return found
 

@@ -167,7 +167,7 @@ for call in json.loads(sys.argv[1]):
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
     says(alone(bare, tmp_path, "-m", "medvlthinker.rollout", "smoke", "model=tiny"), "PyTorch", "pip install 'medvlthinker[torch]'")
-    says(alone(bare, tmp_path, "-m", "medvlthinker.pipeline", "status"), "needs a checkout of the project")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 
 

@@ -45,7 +45,7 @@ def status(tree, env, *words, running=False):
     "The state of each step, and the whole text; asking changes nothing."
     home = Path(env["MEDVLTHINKER_HOME"])
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
-    done = python("-m", "medvlthinker.pipeline", "status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
+    done = python("-m", "medvlthinker.status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
     assert done.returncode == 0, done.stderr
     assert running or {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
     lines = done.stdout.splitlines()
