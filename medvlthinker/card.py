@@ -17,12 +17,11 @@ from typing import NamedTuple
 
 from . import phantom
 from .benchmark import HUB
-from .checkpoint import _MACHINERY, _WARNING, _results, _table, check_card, model_card
+from .checkpoint import MACHINERY, WARNING, check_card, markdown_table, model_card, results_lines, stored_evaluation
 from .config import Profile, UserError, Workspace, file_hash, manifest_path, need, writing
 from .recipe import data_file, find
 from .rollout import folder_name
 from .sample import SampleFile
-from .source import source_of
 
 # %% ../nbs/56_card.ipynb #283b5c23
 def read_json(
@@ -236,15 +235,15 @@ def _sections(kind: str, source: str, files: list[dict]) -> Iterator[tuple[str, 
     link = lambda origin: f"[{origin.title}]({origin.home})" if origin.home else origin.title
     yield f"{KINDS[kind][0]} ({source})", f"{MEANS_NOTHING if source == 'phantom' else NOT_CLINICAL}\n\n{KINDS[kind][1]} In the format of MedVLThinker ({_PAPER})."
     rows = [(f"`{file['file']}`", f"{file['rows']:,}", f"{file['bytes'] / 1e6:,.2f} MB", link(origin := origins[file["name"]]), origin.licence, origin.paper) for file in files]
-    yield "Sets", _table(("file", "rows", "size", "from", "licence", "to cite"), rows)
+    yield "Sets", markdown_table(("file", "rows", "size", "from", "licence", "to cite"), rows)
     named = dict.fromkeys(name for file in files for name in file["columns"])
-    yield "Columns", _table(("column", "type", "meaning"), [(name, *COLUMNS.get(name, ("see the file", "not described"))) for name in named])
+    yield "Columns", markdown_table(("column", "type", "meaning"), [(name, *COLUMNS.get(name, ("see the file", "not described"))) for name in named])
     own = {"seed": inspect.signature(phantom.benchmark).parameters["seed"].default} if source == "phantom" else {}  # drawn sets have no other
-    made = _table(("file", "made (UTC)", "from"), [(f"`{file['file']}`", _when(file["manifest"]), in_words(own | file["manifest"].get("inputs", {}))) for file in files])
+    made = markdown_table(("file", "made (UTC)", "from"), [(f"`{file['file']}`", _when(file["manifest"]), in_words(own | file["manifest"].get("inputs", {}))) for file in files])
     code = Counter(made_by(file["manifest"]) for file in files)
     yield "How they were made", made + "\n\n" + "\n".join(f"- {words} ({count} of {len(files)} files)" for words, count in code.items())
     aside = [(f"`{file['file']}`", why, f"{count:,}") for file in files for why, count in file["aside"]]
-    yield "What was set aside", _table(("file", "why, with the first reason", "questions"), aside) if aside else "Nothing."
+    yield "What was set aside", markdown_table(("file", "why, with the first reason", "questions"), aside) if aside else "Nothing."
     yield "Limits", "\n".join(f"- {line}" for line in limits(kind, source))
     yield "Use", (f'```python\nfrom datasets import load_dataset\ndata = load_dataset("parquet", data_files="{example}", split="train")\nprint(len(data), data[0]["question"])\n```\n\n'
                   f'or, as objects of this project:\n\n```python\nfrom medvlthinker.sample import read_samples\nsamples = read_samples("{example}")\nprint(samples[0].question, samples[0].options)\n```')
@@ -371,9 +370,9 @@ def rollout_card(
     total = sum(each["rows"] or 0 for each in found)
     data = DatasetCardData(language="en", **licence, pretty_name=f"MedVLThinker, answers of {model}", size_categories=next(name for most, name in _SIZES if total < most), tags=["medical", "medvlthinker", *(["machinery-test"] if drawn else [])])
     sections = {
-        f"Answers of {model}": ("**These answers test machinery and mean nothing medical.** The questions are about pictures that a program drew." if drawn else _WARNING) + f"\n\nWhat {model} wrote when it was asked multiple-choice questions. Text only: questions and images are in samples/, and grades are worked out anew whenever they are wanted.",
-        "Rollouts": _table(("folder", "questions", "answers each", "temperature", "tokens at most", "engine", "seed", "cut", "failed", "state"), rows),
-        "Columns": _table(("column", "type", "meaning"), [("dataset_name", "text", "the set"), ("dataset_index", "whole number", "number of the question within its set"), ("completions", "list of objects", "`text`; `finish_reason`: stop, length (cut) or failed; `tokens`")]),
+        f"Answers of {model}": ("**These answers test machinery and mean nothing medical.** The questions are about pictures that a program drew." if drawn else WARNING) + f"\n\nWhat {model} wrote when it was asked multiple-choice questions. Text only: questions and images are in samples/, and grades are worked out anew whenever they are wanted.",
+        "Rollouts": markdown_table(("folder", "questions", "answers each", "temperature", "tokens at most", "engine", "seed", "cut", "failed", "state"), rows),
+        "Columns": markdown_table(("column", "type", "meaning"), [("dataset_name", "text", "the set"), ("dataset_index", "whole number", "number of the question within its set"), ("completions", "list of objects", "`text`; `finish_reason`: stop, length (cut) or failed; `tokens`")]),
         "How they were made": "\n".join(f"- {words} ({count} of {len(found)} rollouts)" for words, count in Counter(map(made_by, found)).items()) + "\n\nEach folder's rollout.json holds all settings, and fingerprints of weights and questions.",
         "Limits": "Wrong answers stand beside right ones, and reasoning need not be the cause of an answer. The terms of the model hold for what it wrote. Answers to test questions must not be trained on.",
         "Use": f'```python\nfrom medvlthinker.rollout import read_shard\nheader, rows = read_shard("{found[0]["folder"].relative_to(folder)}/shard-00000.jsonl")\nprint(len(rows), rows[0]["completions"][0]["text"])\n```'}
@@ -392,14 +391,6 @@ def data_folders(
                 yield kind, folder.relative_to(root).parts[1], folder, paths
 
 
-def _measured(name: str, profile: Profile, root: Path) -> list[dict]:
-    "The stored evaluation of a model, with its date."
-    path = root / "results" / source_of(profile) / folder_name(name) / "evaluation.json"
-    record = read_json(path)
-    started = read_json(manifest_path(path)).get("started", "")
-    return [{**record, "date": started[:10] or "not recorded"}] if record else []
-
-
 _TRAINED = ("rows", "dropped", "steps", "takes", "trainer", "seed", "lora_rank", "profile")
 
 
@@ -413,7 +404,7 @@ def refreshed_card(
         return base_card(profile, workspace)
     record = read_json(manifest_path(workspace.checkpoints / name))
     facts = {key: record[key] for key in _TRAINED if key in record}
-    return model_card(find(name), _measured(name, profile, workspace.root), read_json(manifest_path(data_file(find(name), profile, workspace))) or None, facts or None)
+    return model_card(find(name), stored_evaluation(name, profile, workspace), read_json(manifest_path(data_file(find(name), profile, workspace))) or None, facts or None)
 
 
 def base_card(
@@ -424,12 +415,12 @@ def base_card(
     from huggingface_hub import ModelCardData
 
     made = read_json(workspace.checkpoints / "tiny/tiny.json")
-    lines = [(line["benchmark"], line["right"], line["n"], f"{line['accuracy']:.1f}", f"{line['low']:.1f} to {line['high']:.1f}", line["rule"], line["seed"], line["date"]) for line in _results(_measured("tiny", profile, workspace.root))]
+    lines = [(line["benchmark"], line["right"], line["n"], f"{line['accuracy']:.1f}", f"{line['low']:.1f} to {line['high']:.1f}", line["rule"], line["seed"], line["date"]) for line in results_lines(stored_evaluation("tiny", profile, workspace))]
     data = ModelCardData(language="en", license="apache-2.0", library_name="transformers", pipeline_tag="image-text-to-text", model_name="tiny", tags=["medical", "vision-language", "medvlthinker", "machinery-test"])
-    sections = {"tiny": f"{_MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.tiny` builds and warms up on drawn scans; the embedded recipes start from it.",
+    sections = {"tiny": f"{MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.tiny` builds and warms up on drawn scans; the embedded recipes start from it.",
                 "How it was made": in_words(made),
-                "Results": _table(("benchmark", "right", "n", "accuracy, %", "95 % interval (Wilson)", "rule", "seed", "date"), lines) if lines else "Not measured.",
-                "Limits": _WARNING + " It knows the drawn scans and their questions, and nothing else."}
+                "Results": markdown_table(("benchmark", "right", "n", "accuracy, %", "95 % interval (Wilson)", "rule", "seed", "date"), lines) if lines else "Not measured.",
+                "Limits": WARNING + " It knows the drawn scans and their questions, and nothing else."}
     text = _joined(data, sections.items())
     check_card(text)
     return text
