@@ -34,6 +34,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 TORCH="torch==2.13.0"
 VENV=.venv
+# whatever other kernel is called python3 on this machine, ours comes first: in JupyterLab, and where papermill runs a notebook
+export JUPYTER_PATH="$PWD/$VENV/share/jupyter${JUPYTER_PATH:+:$JUPYTER_PATH}"
 say()  { printf '%s\n' "$*"; }
 stop() { printf 'reproduce.sh: %s\n' "$*" >&2; exit 2; }
 
@@ -160,9 +162,8 @@ case "${1:-}" in
         shift; setup; run medvlthinker.crate "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
-    lab)  # whatever other kernel is called python3 on this machine, ours comes first; nobody is asked for news, updates or extensions
+    lab)  # nobody is asked for news, updates or extensions
         shift; setup
-        export JUPYTER_PATH="$PWD/$VENV/share/jupyter${JUPYTER_PATH:+:$JUPYTER_PATH}"
         mkdir -p "$VENV/etc/jupyter/labconfig"
         say '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > "$VENV/etc/jupyter/labconfig/page_config.json"
         exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None \

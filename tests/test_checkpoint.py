@@ -159,7 +159,7 @@ def test_without_verl_its_checkpoints_are_refused(tmp_path):
     if importlib.util.find_spec("verl"):
         pytest.skip("verl is installed here")
     base, own, checkpoint = sharded_run(tmp_path, how="verl")
-    with pytest.raises(UserError, match="only verl can merge it"):
+    with pytest.raises(UserError, match=r"verl is not installed; pip install .medvlthinker\[verl\]"):
         merge(checkpoint, str(base), tmp_path / "final", own=own)
     with pytest.raises(UserError, match="is a pickle"):
         merge(checkpoint, str(base), tmp_path / "final")
