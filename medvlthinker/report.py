@@ -324,7 +324,8 @@ def write_table(
 _CIRCLE, _SQUARE, _TRIANGLE = ("circle-open", "#7F7F7F"), ("square-open", "#0072B2"), ("triangle-up-open", "#009E73")
 _MARKS = {"base": _CIRCLE, "SFT": _SQUARE, "RL": _TRIANGLE, "two stages": ("x-thin-open", "#CC79A7"),
           "General LMM": _CIRCLE, "Medical LMM": _SQUARE, "MedVLThinker": _TRIANGLE}
-_OURS = ["diamond", "star", "hexagon2", "pentagon"]
+_OURS = ["diamond", "star", "triangle-down", "pentagon", "cross", "hourglass", "bowtie", "hexagram", "triangle-left", "octagon",
+         "triangle-right", "star-square", "diamond-tall", "star-triangle-up", "diamond-wide", "star-diamond"]  # as many as the paper has models of its own
 
 
 def _series(
