@@ -137,12 +137,18 @@ def step_inputs(
     return {"of": step.value, **how, **code(step.notebook), **first}
 
 
-def executed(name: str, profile: Profile, ending: str = ".ipynb") -> Path:
+def executed(
+    name: str,  # of a step
+    profile: Profile,  # what is to run, and how
+    ending: str = ".ipynb",  # or `.running.ipynb`, for its wreck
+) -> Path:
     "Where the executed notebook of a step lies, or its wreck (`.running.ipynb`); nothing is made by asking."
     return Workspace(profile.name).root / "notebooks" / f"{name}{ending}"
 
 
-def run_manifest(path: Path) -> dict:
+def run_manifest(
+    path: Path,  # of an executed notebook
+) -> dict:
     "The manifest of an executed notebook; empty where there is none that can be read."
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
@@ -218,13 +224,19 @@ def _apart(log: Path):
         os.close(kept)
 
 # %% ../nbs/60_pipeline.ipynb #755d3ace
-def error_line(name: str, value: str) -> str:
+def error_line(
+    name: str,  # of the exception
+    value: str,  # what it said
+) -> str:
     "An error as one line: the sentence of a `UserError`, else the kind and the last line."
     last = next((line for line in reversed(value.splitlines()) if line.strip()), "").strip()
     return value.removesuffix(".") if name in ("UserError", "BadRow") else f"{name}: {last}" if last else name
 
 
-def lock_folder(step: Step, profile: Profile) -> Path:
+def lock_folder(
+    step: Step,  # one of those that `steps` lists
+    profile: Profile,  # what is to run, and how
+) -> Path:
     "The folder whose lock is held by whoever executes a step."
     return Workspace(profile.name).root / "logs" / "steps" / step.name
 
@@ -377,7 +389,11 @@ def run(
     return ran
 
 
-def shortened(reason: str, width: int = 100) -> str:
+def shortened(
+    reason: str,  # in words
+    width: int = 100,  # characters
+) -> str:
+    "The beginning of a long reason."
     return reason if len(reason) <= width else reason[:width - 4] + " ..."
 
 # %% ../nbs/60_pipeline.ipynb #b9ce854f
