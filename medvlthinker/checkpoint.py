@@ -180,7 +180,7 @@ def skeleton(
 
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise UserError(f"The base model {base} has no config of a vision-language model: {' '.join(str(error).split())[:160]}") from None
 
@@ -221,7 +221,7 @@ def merge_adapter(
     from transformers import AutoModelForImageTextToText
 
     try:
-        net = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+        net = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", use_safetensors=True, trust_remote_code=False)
         if weights is not None:
             net.load_state_dict(weights, strict=False)
         net = PeftModel.from_pretrained(net, adapter)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'COLOURS', 'SYMBOLS', 'DASHES', 'UserError', 'unwritable', 'command', 'absent', 'need', 'Profile',
            'settings_file', 'project_root', 'own_module', 'extended', 'load_profile', 'changed', 'parse_words',
-           'notebook_profile', 'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'manifest_path',
-           'recording', 'stale', 'launch', 'write_figure', 'look']
+           'notebook_profile', 'Workspace', 'writing', 'file_hash', 'fingerprint', 'circumstances', 'read_json',
+           'manifest_path', 'recording', 'stale', 'launch', 'write_figure', 'look']
 
 # %% ../nbs/00_config.ipynb #b423dcc8
 import configparser, contextlib, dataclasses, datetime, errno, functools, glob, hashlib, importlib.metadata, importlib.util, json, math, os, platform, subprocess, sys, time, traceback, types
@@ -399,6 +399,17 @@ def circumstances() -> dict:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 
 # %% ../nbs/00_config.ipynb #9633f435
+def read_json(
+    path,  # of the file
+) -> dict:
+    "A JSON object; empty where there is none that can be read."
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def manifest_path(
     path,  # of a result, a file or a folder
 ) -> Path:

@@ -10,8 +10,8 @@ import datetime, functools, importlib.util, itertools, json, mimetypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, read_json, refreshed_card, rollout_card, rollout_facts, tree_state
-from .config import Profile, UserError, Workspace, command, file_hash, fingerprint, load_profile, need, parse_words, project_root, writing
+from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, rollout_facts, tree_state
+from .config import Profile, UserError, Workspace, command, file_hash, fingerprint, load_profile, need, parse_words, project_root, read_json, writing
 from .engine import model_fingerprint
 from .recipe import RECIPES
 from .rollout import folder_name, samples_fingerprint

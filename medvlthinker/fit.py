@@ -52,7 +52,7 @@ def shape_of(
     if model in SHAPES:
         return SHAPES[model]
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         text, vision = config.text_config, config.vision_config
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"The config of {model} cannot be read as one of a Qwen2.5-VL: {' '.join(str(error).split())[:160]}") from None

@@ -160,7 +160,7 @@ def _cutter(model: str):
         return words_of
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 # %% ../nbs/42_parity.ipynb #97fdb885

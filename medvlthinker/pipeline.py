@@ -12,7 +12,7 @@ import argparse, ast, contextlib, dataclasses, functools, hashlib, json, os, shl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, recording, stale, unwritable
+from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, read_json, recording, stale, unwritable
 from .corpus import has_corpora
 from .crate import write_cards
 from .engine import answering, one_machine, vllm_settings
@@ -150,11 +150,8 @@ def run_manifest(
     path: Path,  # of an executed notebook
 ) -> dict:
     "The manifest of an executed notebook; empty where there is none that can be read."
-    try:
-        found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-        return found if isinstance(found.get("inputs"), dict) else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = read_json(manifest_path(path))
+    return found if isinstance(found.get("inputs"), dict) else {}
 
 # %% ../nbs/60_pipeline.ipynb #4f20e168
 def in_words(

@@ -191,7 +191,7 @@ def open_processor(
 
     ask_hub(model)
     try:
-        processor, config = AutoProcessor.from_pretrained(model), AutoConfig.from_pretrained(model)
+        processor, config = AutoProcessor.from_pretrained(model, trust_remote_code=False), AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"The processor of {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     images = getattr(processor, "image_processor", None)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'samples_fingerprint', 'identity', 'write_shard', 'read_shard', 'Claims', 'alone', 'shard_rows', 'Rows',
-           'rollout_identity', 'stored_rollout', 'roll_out', 'question_sets', 'rollouts', 'asked_as', 'folder_name',
-           'main', 'read_eval_results', 'write_eval_results']
+           'rollout_identity', 'shard_header', 'stored_rollout', 'roll_out', 'question_sets', 'rollouts', 'asked_as',
+           'folder_name', 'main', 'read_eval_results', 'write_eval_results']
 
 # %% ../nbs/21_rollout.ipynb #95245c72
 import bisect, contextlib, dataclasses, functools, hashlib, itertools, json
@@ -211,6 +211,18 @@ def rollout_identity(
         raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a folder that holds rollout.json and shard-*.jsonl.") from None
 
 
+def shard_header(
+    path,  # shard-00000.jsonl
+) -> dict:
+    "The header of a shard, without its rows; empty where it is missing or damaged."
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            head = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
 def stored_rollout(
     folder,  # of one rollout
 ) -> tuple[dict, Rows]:
@@ -218,12 +230,9 @@ def stored_rollout(
     folder, shards, start = Path(folder), {}, 0
     who, promised = rollout_identity(folder), "its"
     for path in sorted(folder.glob("shard-*.jsonl")):
-        try:
-            with open(path, encoding="utf-8") as file:
-                head = json.loads(file.readline())
-            promised, shards[path] = head["shards"], range(start, start := start + head["rows"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is missing or damaged; run the rollout again, which makes it anew.") from None
+        if not {"shards", "rows"} <= (head := shard_header(path)).keys():
+            raise UserError(f"{path} is missing or damaged; run the rollout again, which makes it anew.")
+        promised, shards[path] = head["shards"], range(start, start := start + head["rows"])
     if len(shards) != promised:
         raise UserError(f"{folder} has {len(shards)} of {promised} shards; run the rollout again, which makes the others.")
     return who, Rows(shards)

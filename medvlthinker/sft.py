@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, need, parse_words, writing
-from .engine import model_fingerprint
+from .engine import model_fingerprint, only_safetensors
 from .preflight import lengths, open_processor
 from .prompt import sft_target, user_text
 from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
@@ -73,8 +73,7 @@ def _inputs(recipe: Recipe, profile: Profile, start: str, data: Path) -> dict:
 # %% ../nbs/31_sft.ipynb #4fb368de
 def _check(recipe: Recipe, profile: Profile, start: str) -> None:
     "`UserError` for a model without weights, missing GPUs, or a logger that is not installed."
-    if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
-        raise UserError(f"{start} holds no weights (*.safetensors), so {recipe.name} cannot start from it; name a folder written by save_pretrained.")
+    only_safetensors(start)
     if recipe.gpus and not profile.gpus:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}) and the profile {profile.name} has gpus=0; "
                         "set gpus=N on a machine that has them, or train an embedded recipe (tiny-...).")
@@ -194,8 +193,8 @@ def open_model(
     if not profile.gpus:
         torch.set_num_threads(1)
     try:
-        processor = AutoProcessor.from_pretrained(run.start, padding_side="left" if run.recipe.method == "RL" else "right")
-        model = AutoModelForImageTextToText.from_pretrained(weights_at_hand(run), dtype=profile.dtype if profile.lora_rank else "float32")
+        processor = AutoProcessor.from_pretrained(run.start, padding_side="left" if run.recipe.method == "RL" else "right", trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(weights_at_hand(run), dtype=profile.dtype if profile.lora_rank else "float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"The model {run.start} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     model.config._name_or_path = run.start  # from where GRPO takes the model that it must not leave too far

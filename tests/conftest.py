@@ -1,13 +1,18 @@
 """What the tests share: where the real data lies, and a home for runs that is not the user's."""
+import contextlib
+import datetime
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from medvlthinker.config import circumstances
 from medvlthinker.grade import RULES, grade
 from medvlthinker.sample import BadRow, Sample
 from PIL import Image
@@ -67,6 +72,48 @@ def says(done: subprocess.CompletedProcess, *parts: str) -> None:
     assert "Traceback" not in done.stderr and len(lines) == 1, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    "A browser, for the tests of one file."
+    if not (path := shutil.which("chromium")):
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def watched(browser, **given):
+    "A new page, and what must stay empty: errors and dialogs; and what it asks for."
+    page, wrong, asked = browser.new_page(**given), [], []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(f"{message.text} ({message.location})") if message.type == "error" else None)
+    page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda websocket: asked.append(websocket.url))
+    return page, wrong, asked
+
+
+@pytest.fixture(scope="session")
+def tally():
+    "Counts what was tried and survived, a JSON line a test, for the tables of 64_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
+    path = Path(os.environ.get("MEDVLTHINKER_TALLY") or ROOT / "_runs" / "trust" / "tally.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": datetime.date.today().isoformat(), **{key: circumstances()[key] for key in ("commit", "clean", "machine")}}
+
+    @contextlib.contextmanager
+    def counting(table: str, case: str, **facts):
+        count = SimpleNamespace(tried=0, survived=0)
+        try:
+            yield count
+        finally:  # a test that fails is counted too
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"table": table, "case": case, **vars(count), **facts, **about}) + "\n")
+
+    return counting
 
 
 @pytest.fixture

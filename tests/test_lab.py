@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, watched
 
 pytestmark = pytest.mark.heavy
 TOKEN = "of-these-tests"
@@ -33,17 +33,6 @@ sys.addaudithook(hear)
 
 LOOK = ["import sys\nfrom medvlthinker.config import load_profile\nfrom medvlthinker.viewer import browse, stored\nprint(sys.prefix)",
         "look = stored(load_profile())\nprint(len(look.entries), 'questions')", "browse(look, 'verdict=right')"]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not (path := shutil.which("chromium")):
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +107,9 @@ def lab(project, home):
 @pytest.fixture
 def page(chromium, lab):
     "A page of its own; in the end nothing has failed in it and nothing was asked of another host."
-    context = chromium.new_context(viewport={"width": 1400, "height": 1400})
-    page, wrong, asked = context.new_page(), [], []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(f"{message.text} ({message.location})") if message.type == "error" else None)
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("websocket", lambda websocket: asked.append(websocket.url))
+    page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
     yield page
-    context.close()
+    page.close()
     assert wrong == []
     assert any(url.startswith("ws://127.0.0.1:") for url in asked)
     assert [url for url in asked if urlsplit(url).hostname != "127.0.0.1" and not url.startswith(("data:", "blob:http://127.0.0.1:"))] == []

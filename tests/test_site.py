@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
 import yaml
 from bs4 import BeautifulSoup
-from conftest import ROOT, python
+from conftest import ROOT, python, watched
 from fastcore.nbio import mk_cell, new_nb, write_nb
 
 from medvlthinker import site
@@ -489,22 +489,16 @@ def find(page, home):
 
 
 @pytest.mark.heavy
-def test_in_a_browser(real_with_run):
+def test_in_a_browser(chromium, real_with_run):
     "Every page of the real site; phone and desktop, light and dark: nothing overflows, nothing fails, nothing leaves this machine."
-    if not (chromium := shutil.which("chromium")):
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     pages = sorted(path.relative_to(real_with_run).as_posix() for path in real_with_run.rglob("*.html"))
     always = ["index.html", "grade.html", "paper/results.html", "paper/audit.html", "paper/viewer.html"]
     assert set(always) < set(pages)
-    with site.web_server(real_with_run, 0) as server, playwright.sync_playwright() as play:
+    with site.web_server(real_with_run, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        home, browser = f"http://127.0.0.1:{server.server_port}/", play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        home = f"http://127.0.0.1:{server.server_port}/"
         for turn, (width, scheme) in enumerate(((1300, "light"), (1300, "dark"), (400, "light"), (400, "dark"))):
-            page, wrong, asked = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), [], []
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
-            page.on("console", lambda message, wrong=wrong: wrong.append(message.text) if message.type == "error" else None)
+            page, wrong, asked = watched(chromium, viewport={"width": width, "height": 900}, color_scheme=scheme)
             visit(page, home, {*always, *pages[turn::4]}, width)
             see_figures(page, home, scheme)
             if width == 400:
@@ -516,7 +510,7 @@ def test_in_a_browser(real_with_run):
                 find(page, home)
             page.close()
             assert wrong == [] and [url for url in asked if not url.startswith((home, "data:", "blob:"))] == []
-        page = browser.new_page()  # a double click on a page, without a server
+        page = chromium.new_page()  # a double click on a page, without a server
         find(page, f"file://{real_with_run}/")
-        browser.close()
+        page.close()
         server.shutdown()

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import encoded, python
+from conftest import encoded, python, watched
 
 from medvlthinker import phantom
 from medvlthinker.config import UserError, load_profile
@@ -260,27 +259,6 @@ def test_stored_takes_the_newest_of_its_kind(home):
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not (path := shutil.which("chromium")):
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def watched(browser, **given):
-    "A new page, and what must stay empty: errors and dialogs; and what it asks for."
-    page, wrong, asked = browser.new_page(**given), [], []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    return page, wrong, asked
 
 
 def hostile():
