@@ -8,7 +8,8 @@ __all__ = ['FROM_BASE', 'WARNING', 'MACHINERY', 'checkpoint_at', 'layout_of', 'r
            'markdown_table', 'model_card', 'check_card', 'stored_evaluation', 'write_card', 'push', 'main']
 
 # %% ../nbs/33_checkpoint.ipynb #4ad6ad44
-import argparse, contextlib, enum, json, os, pickle, platform, re, shutil, sys, tempfile, zipfile
+import argparse, contextlib, enum, json, os, platform, re, shutil, sys, tempfile, zipfile
+import pickle  # the base of a reader that refuses every class but those of a list of shards  # nosec B403
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -256,7 +257,7 @@ def replacing(
         raise UserError(f"{folder} holds something that is not a model; name another folder, or empty this one.")
     part, old = (folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.{word}") for word in ("part", "old"))
     for torn in folder.parent.glob(f".{folder.name}.{platform.node()}.*.*"):
-        if torn.suffix in (".part", ".old") and not _alive(torn.name.split(".")[-2]):
+        if torn.suffix in (".part", ".old", ".spare") and not _alive(torn.name.split(".")[-2]):
             shutil.rmtree(torn, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -343,7 +344,7 @@ def merge(
         return folder
     logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with recording(folder, inputs) as facts, replacing(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merge-") as spare:
+    with recording(folder, inputs) as facts, replacing(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.{platform.node()}.", suffix=f".{os.getpid()}.spare") as spare:
         weights = _completed(_weights_of(layout, checkpoint, base, Path(spare), log or Path(spare, "log")), net, base, getattr(torch, inputs["dtype"]))
         net.save_pretrained(part, state_dict=weights, max_shard_size="5GB")
         for name in FROM_BASE:
@@ -543,7 +544,7 @@ def push(
         HfApi(token=token).create_repo(repo, private=True, exist_ok=True)
         HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[path.name for path in files], commit_message=f"Upload {folder.name}")
     except Exception as error:  # the hub's errors, and those of three HTTP libraries
-        raise UserError(f"The upload to {repo} failed: {' '.join(str(error).split())[:200].replace(token, '***')}") from None
+        raise UserError(f"The upload to {repo} failed: {' '.join(str(error).split()).replace(token, '***')[:200]}") from None
     return [path.name for path in files]
 
 

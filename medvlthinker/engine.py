@@ -496,6 +496,8 @@ class RayEngine:
     ):
         need("ray", instead="use engine=vllm")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not profile.ray_address:
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's word for: this machine alone, every port on 127.0.0.1
         import ray
         from ray.util import ActorPool
 
@@ -530,7 +532,7 @@ class RayEngine:
             while self.pool.has_next():
                 yield from self.pool.get_next_unordered()
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
         except ray.exceptions.RayActorError as error:  # raised where a worker cannot even start
             raise UserError(f"A worker of Ray cannot open the model: {' '.join(str(error).split())[-400:]}") from None
 

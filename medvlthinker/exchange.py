@@ -223,7 +223,7 @@ def told(
     wanted = {name: place for name, place in record["rollouts"].items() if not profile.benchmark or name in select(profile.benchmark)}
     for name, samples, rows, who in stored_rollouts(profile, record | {"rollouts": wanted}):
         times = [shard.stat().st_mtime for shard in rows.shards]
-        moments = [datetime.datetime.fromtimestamp(time, datetime.timezone.utc) for time in (min(times), max(times))]
+        moments = [datetime.datetime.fromtimestamp(time, datetime.UTC) for time in (min(times), max(times))]
         yield Told(name, model, samples, rows, {key: value for key, value in who.items() if key != "model"}, *moments)
 
 # %% ../nbs/44_exchange.ipynb #f78b36bd

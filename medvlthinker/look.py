@@ -181,10 +181,10 @@ def measures(
     for name, (first, second) in MEASURES.items():
         one, two = f"{first}_correct", second if second == "guess" else f"{second}_correct"
         if both := [line for line in lines if one in line and two in line]:
-            found[name] = _over_sets(both, lambda line: float(line[one]) - float(line[two]))
+            found[name] = _over_sets(both, lambda line, one=one, two=two: float(line[one]) - float(line[two]))
     for view in (view for view in VIEWS if view != "real"):
         if both := [line for line in lines if f"{view}_answer" in line]:
-            shares = _over_sets(both, lambda line: line["real_answer"] == line[f"{view}_answer"])
+            shares = _over_sets(both, lambda line, view=view: line["real_answer"] == line[f"{view}_answer"])
             found[f"unchanged: {view}"] = {name: [value, max(0.0, low), min(1.0, high)] for name, (value, low, high) in shares.items()}
     return found
 

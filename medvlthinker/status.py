@@ -51,7 +51,7 @@ def _progress(wreck: Path, alive: bool = False) -> tuple[str, float | None, str]
         errors = [error_line(out["ename"], out["evalue"]) for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
         at = next((number for number, each in enumerate(told, 1) if each.get("status") not in ("completed",)), len(cells))
         began = datetime.datetime.fromisoformat(notebook["metadata"]["papermill"]["start_time"])
-        last = datetime.datetime.fromtimestamp(time.time() if alive else wreck.stat().st_mtime, datetime.timezone.utc)
+        last = datetime.datetime.fromtimestamp(time.time() if alive else wreck.stat().st_mtime, datetime.UTC)
         return f"in code cell {at} of {len(cells)}", max(0.0, (last - began).total_seconds()), errors[-1] if errors else ""
     except (OSError, ValueError, KeyError, TypeError):
         return "before its first cell", None, ""

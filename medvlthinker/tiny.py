@@ -417,8 +417,7 @@ def warm_up(
     with _alone(), _replacing(folder, _card(seed, vision_steps, language_steps)) as part:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        net = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
-        cut = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        net, cut = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
         _told(learn_to_see(net, seed, vision_steps), vision_steps, "vision", log)
         _told(learn_to_answer(net, cut, seed, language_steps), language_steps, "language", log)
         net.save_pretrained(part)
@@ -473,8 +472,7 @@ def quiz(
     with _alone():
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        net = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
-        cut = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        net, cut = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
         answers = {}
         for name in BENCHMARKS:
             samples = sorted(benchmark(name, n, seed), key=lambda sample: len(sample.images))

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .config import Profile, UserError, Workspace, file_hash, fingerprint, manifest_path, need, recording, stale, writing
+from .config import Profile, UserError, Workspace, file_hash, fingerprint, manifest_path, need, recording, redact_file, stale, writing
 from .preflight import lengths, open_processor
 from .prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
 from .rollout import alone, question_sets, samples_fingerprint
 from .sample import Sample, SampleFile
-from .sft import how_of, loggers
+from .sft import how_of, loggers, reward_file
 from .source import source_of
 
 # %% ../nbs/35_verl_backend.ipynb #f5dd8372
@@ -171,12 +171,10 @@ def validation_parquet(
 # %% ../nbs/35_verl_backend.ipynb #17ca4b51
 def _data(how: Grpo, data, validation, seed: int) -> dict:
     "Settings of the data, the reward and the advantage."
-    import medvlthinker
-
     part = {"train_files": str(data), "val_files": str(validation or data), "val_max_samples": -1 if validation else 1, "image_key": "images",
             "train_batch_size": how.batch, "max_prompt_length": how.max_prompt_length, "max_response_length": how.max_response_length,
             "filter_overlong_prompts": False, "truncation": "error", "shuffle": how.shuffle, "seed": seed}
-    reward = {"custom_reward_function.path": str(Path(medvlthinker.__file__).with_name("grade.py")), "custom_reward_function.name": "compute_score",
+    reward = {"custom_reward_function.path": str(reward_file()), "custom_reward_function.name": "compute_score",
               "reward_manager.name": "naive"}
     return {**{f"data.{key}": value for key, value in part.items()}, **{f"reward.{key}": value for key, value in reward.items()},
             "+reward.custom_reward_function.reward_kwargs.rule": how.rule,
@@ -291,8 +289,8 @@ def _head(address: str = "") -> str:
     "Where Ray listens for jobs; `UserError` where nobody says."
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
-        raise UserError(f"A run on several nodes is handed to Ray, and RAY_ADDRESS is {address or 'not set'}; run `ray start --head "
-                        "--dashboard-host=0.0.0.0` on the first node, `ray start --address=FIRST:6379` on the others, and set RAY_ADDRESS=http://FIRST:8265.")
+        raise UserError(f"A run on several nodes is handed to Ray, and RAY_ADDRESS is {address or 'not set'}; run `ray start --head` "
+                        "on the first node, `ray start --address=FIRST:6379` on the others, and this on the first with RAY_ADDRESS=http://127.0.0.1:8265.")
     return address
 
 
@@ -326,10 +324,11 @@ def printable(
 def environment(
     logs,  # the folder of a recipe's logs
     start: int = 1,  # the how-manieth start of this run
+    nodes: int = 1,  # how many share the run
 ) -> dict[str, str]:
     "Environment variables of a run of verl."
-    logs = Path(logs).absolute()
-    return {"VERL_FILE_LOGGER_PATH": str(logs / f"verl-{start:03}.jsonl"), "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1"}
+    logs, here = Path(logs).absolute(), {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's word for: this machine alone, every port on 127.0.0.1
+    return {"VERL_FILE_LOGGER_PATH": str(logs / f"verl-{start:03}.jsonl"), "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1", **(here if nodes == 1 else {})}
 
 
 CURVES = {"reward": "critic/score/mean", "length": "response_length/mean", "kl": "actor/kl_loss", "entropy": "actor/entropy", "loss": "actor/loss",
@@ -407,9 +406,10 @@ def agree(
     folder,  # of a run's checkpoints on the way
     words: list[str],  # of the command
     data: str = "",  # what names the questions, whatever their path
+    reward: str = "",  # the hash of the reward's file, whatever its path
 ) -> None:
     "Keep the settings of a run; `UserError` where it has checkpoints that were made with others."
-    now = {key: value for key, value in (word.split("=", 1) for word in words) if key not in _FREE} | {"the questions": data}
+    now = {key: value for key, value in (word.split("=", 1) for word in words) if key not in _FREE} | {"the questions": data, "the reward": reward}
     path = Path(folder) / "settings.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -489,6 +489,8 @@ def start(
         process.terminate()
         process.wait()
         raise
+    finally:
+        redact_file(log)
     if process.returncode:
         raise UserError(f"verl ended with exit code {process.returncode}: {_why(log)} (log: {log})")
 
@@ -514,11 +516,12 @@ def train(
     with alone(folder, show):
         words = [*overrides(recipe, profile, model, data, folder, validation), f"trainer.total_training_steps={steps}",
                  f"hydra.run.dir={_written(str((logs / 'hydra').absolute()))}", *more]
-        agree(folder, words, fingerprint(json.loads(manifest_path(data).read_text(encoding="utf-8"))["inputs"]))
+        agree(folder, words, fingerprint(json.loads(manifest_path(data).read_text(encoding="utf-8"))["inputs"]), file_hash(reward_file()))
         if (done := mend(folder)) < steps:
             show(f"{recipe.name}: step {done} of {steps}; verl's own words are in {logs}.")
-            given = {**environment(logs, 1 + len(list(logs.glob("verl-*.sh")))), **(variables or {})}
-            start(command(words, given, profile.nodes or recipe.nodes if "trainer.device=cpu" not in more else 1), given, logs, show)
+            nodes = 1 if "trainer.device=cpu" in more else profile.nodes or recipe.nodes
+            given = {**environment(logs, 1 + len(list(logs.glob("verl-*.sh"))), nodes), **(variables or {})}
+            start(command(words, given, nodes), given, logs, show)
         step, last = latest_checkpoint(folder)
     if last is None or step < steps:
         raise UserError(f"verl ended at step {step} of {steps} without an error; its log is in {logs}.")

@@ -11,7 +11,7 @@ import base64, dataclasses, functools, hashlib, html, io, json, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 from urllib.parse import parse_qsl, urlencode
 
 from .benchmark import select

@@ -1,0 +1,508 @@
+"""What the project does not do, whoever asks: run code that came with data or a model, hand words to a shell, tell a secret, or open a port to others."""
+import ast
+import base64
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import warm
+from conftest import ROOT, python
+from medvlthinker import phantom, sft, tiny
+from medvlthinker.config import Profile, UserError, Workspace, launch, load_profile, redacted
+from medvlthinker.recipe import find
+from medvlthinker.sample import write_samples
+
+PACKAGE = sorted((ROOT / "medvlthinker").glob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "compat").glob("*/*.py"))]
+
+
+# --- the checkers ---------------------------------------------------------------------------------------------------------------
+
+
+def need(module: str) -> None:
+    if not importlib.util.find_spec(module):
+        pytest.skip(f"{module} is not installed; it comes with the extra `test`: ./reproduce.sh setup")
+
+
+def test_ruff_finds_nothing_and_what_is_planted(tmp_path):
+    need("ruff")
+    done = python("-m", "ruff", "check", "--no-cache", "--output-format", "concise", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for place, text in {"medvlthinker/planted.py": "import os, pickle\ndef f(x=[]):\n    return pickle.loads(x)\n", "tests/test_planted.py": "import subprocess\nsubprocess.run('ls', shell=True)\n"}.items():
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text(text)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    found = python("-m", "ruff", "check", "--no-cache", "--output-format", "concise", ".", cwd=tmp_path).stdout
+    assert {"F401", "B006", "S301", "S602", "PLW1510"} <= set(re.findall(r": ([A-Z]+\d+) ", found)), found
+
+
+def test_bandit_finds_nothing_and_what_is_planted(tmp_path):
+    need("bandit")
+    (tmp_path / "planted.py").write_text("import subprocess, torch\nassert input()\nsubprocess.run(input(), shell=True)\ntorch.load('x')\n")
+    check = lambda *places: python("-m", "bandit", "-q", "-c", ROOT / "pyproject.toml", "-f", "json", "-r", *places)
+    wrong = {(Path(each["filename"]).name, each["test_id"], each["line_number"]) for each in json.loads(check(ROOT / "medvlthinker", ROOT / "compat", tmp_path).stdout)["results"]}
+    assert wrong == {("planted.py", "B101", 2), ("planted.py", "B602", 3), ("planted.py", "B614", 4)}, wrong
+
+
+# --- the code, read as code -------------------------------------------------------------------------------------------------------
+
+CODE_FROM_DATA = re.compile(
+    r"(builtins\.)?(eval|exec|__import__)|os\.(system|popen|exec\w+|spawn\w+|posix_spawnp?)|pty\.spawn|subprocess\.get(status)?output|asyncio\.create_subprocess_shell"
+    r"|(c?[pP]ickle|dill|cloudpickle|joblib|marshal|shelve)\.(load|loads|dump|dumps|open|Unpickler|Pickler)|pandas\.read_pickle|yaml\.(unsafe_|full_)?load(_all)?|runpy\.\w+")
+STARTS = re.compile(r"subprocess\.(run|call|check_call|check_output|Popen)|asyncio\.create_subprocess_exec")
+SHELLS = {"sh", "bash", "zsh", "dash", "/bin/sh", "/bin/bash", "cmd", "powershell"}
+
+
+def complaints(source: str) -> list[str]:
+    "Calls in a source that run code out of data, or that do not hand a command over as a list of words."
+    tree, found = ast.parse(source), []
+    full = {alias.asname or alias.name: alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for function in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))]:
+        lists = set() if function is tree else {each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.annotation and ast.unparse(each.annotation).startswith("list[")}
+        lists |= {target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.ListComp) for target in node.targets if isinstance(target, ast.Name)}
+        for call in (node for node in own_nodes(function) if isinstance(node, ast.Call)):
+            first, _, rest = ast.unparse(call.func).partition(".")
+            name = ".".join(filter(None, [full.get(first, first), rest]))
+            given = {each.arg: each.value for each in call.keywords}
+            said = lambda key, given=given: ast.unparse(given[key]) if key in given else ""
+            words = call.args[0] if call.args else given.get("args")
+            if CODE_FROM_DATA.fullmatch(name) or (name == "torch.load" and said("weights_only") != "True") or said("allow_pickle") == "True":
+                found.append(f"line {call.lineno}: {name}")
+            if said("shell") not in ("", "False"):
+                found.append(f"line {call.lineno}: {name} with a shell")
+            if STARTS.fullmatch(name) and not (isinstance(words, ast.List | ast.ListComp) or (isinstance(words, ast.Name) and words.id in lists)):
+                found.append(f"line {call.lineno}: {name} does not take a list of words")
+            if STARTS.fullmatch(name) and isinstance(words, ast.List) and words.elts and isinstance(words.elts[0], ast.Constant) and words.elts[0].value in SHELLS:
+                found.append(f"line {call.lineno}: {name} starts a shell")
+    return found
+
+
+def own_nodes(function) -> list:
+    "The nodes of a function or module without those of the functions inside it."
+    found, todo = [], list(ast.iter_child_nodes(function))
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.append(node)
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("planted", [
+    "eval(x)", "import builtins\nbuiltins.exec(x)", "import os\nos.system(x)", "from os import popen as p\np(x)", "import pickle as q\nq.load(x)", "from marshal import loads\nloads(x)",
+    "import shelve\nshelve.open(x)", "import torch\ntorch.load(x)", "import torch\ntorch.load(x, weights_only=False)", "import numpy as np\nnp.load(x, allow_pickle=True)", "import yaml\nyaml.load(x)",
+    "import pandas as pd\npd.read_pickle(x)", "import subprocess\nsubprocess.run(['ls'], shell=True)", "import subprocess\nsubprocess.run('ls')", "import subprocess\nsubprocess.Popen(f'ls {x}')",
+    "from subprocess import run\ndef f(x: str):\n    run(x)", "import subprocess\nsubprocess.run(['bash', '-c', x])", "from subprocess import getoutput\ngetoutput(x)"])
+def test_a_planted_call_is_found(planted):
+    assert complaints(planted), planted
+
+
+def test_no_code_out_of_data_and_no_shell():
+    assert not complaints("import subprocess, torch\ndef f(words: list[str]):\n    subprocess.run(words)\n    subprocess.run(['ls', x])\n    torch.load(x, weights_only=True)\n    model.eval()\n")
+    assert {path.name: wrong for path in SOURCES if (wrong := complaints(path.read_text(encoding="utf-8")))} == {}
+    lone = {path.stem for path in SOURCES if re.search(r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|joblib)\b", path.read_text(encoding="utf-8"), re.M)}
+    assert lone == {"checkpoint"}, "only the list of a distributed checkpoint is a pickle, and its reader refuses every class but a dozen"
+    runs = {path.stem for path in SOURCES if "exec_module" in path.read_text(encoding="utf-8")}
+    assert runs == {"config"}, "a user's own Python file is run where extend= names it, and in one place"
+
+
+def test_models_bring_neither_code_nor_pickles():
+    "Every call that opens a model says so: weights as safetensors alone, and none of the model's own code."
+    asked = 0
+    for path in (path for path in PACKAGE if path.stem != "tiny"):  # that one opens what it has just written
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), {each.arg: ast.unparse(each.value) for each in call.keywords}
+            if re.fullmatch(r"Auto\w+\.from_pretrained|LLM", name):
+                asked += 1
+                assert given.get("trust_remote_code") == "False", (path.name, call.lineno)
+            if re.fullmatch(r"AutoModel\w*\.from_pretrained", name):
+                assert given.get("use_safetensors") == "True", (path.name, call.lineno)
+            assert name != "LLM" or given["load_format"] == "'safetensors'"
+    assert asked > 8
+    texts = {path: path.read_text(encoding="utf-8") for path in [*PACKAGE, ROOT / "settings.ini", ROOT / "reproduce.sh", *(ROOT / "nbs").rglob("*.ipynb")]}
+    assert {word for text in texts.values() for word in re.findall(r"trust_remote_code\W{1,4}(True|False)", text)} == {"False"}
+    assert not [key for key in Profile.__dataclass_fields__ if "trust" in key], "and no key of a profile turns it on"
+
+
+# --- weights and code that would do something ---------------------------------------------------------------------------------------
+
+
+class Program:
+    "What a pickle of this makes a file of."
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory):
+    "A model whose weights are a program, the same in the hub's cache, one with code of its own; and the mark that each would leave."
+    import torch
+
+    place = tmp_path_factory.mktemp("traps")
+    mark, pickled = place / "it ran", tiny.build(place / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Program(mark)}, pickled / "pytorch_model.bin")
+    cached = place / "hf" / "hub" / "models--someone--thing"
+    shutil.copytree(pickled, cached / "snapshots" / ("1" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1" * 40)
+    own_code = tiny.build(place / "own-code")
+    names = {"AutoConfig": "own.Config", "AutoProcessor": "own.Processor", "AutoModelForImageTextToText": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        (own_code / file).write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (own_code / "own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Config: pass\nProcessor = Model = Tokenizer = Config\n")
+    return place, mark
+
+
+OPEN = """
+import json, sys
+from medvlthinker.config import UserError, load_profile
+from medvlthinker.checkpoint import skeleton
+from medvlthinker.engine import open_engine
+from medvlthinker.fit import shape_of
+from medvlthinker.preflight import open_processor
+from transformers import AutoConfig
+
+ways = {"engine": lambda model: open_engine(load_profile("smoke"), model), "processor": open_processor, "shape": shape_of, "merge": skeleton,
+        "trusting": lambda model: AutoConfig.from_pretrained(model, trust_remote_code=True)}
+for what in sys.argv[2:]:
+    way, model = what.split("=")
+    try:
+        said = ways[way](model) and ""
+    except UserError as error:
+        said = str(error)
+    except Exception as error:
+        said = repr(error)
+    print(json.dumps([said, os.path.exists(sys.argv[1])]))
+""".replace("import json, sys", "import json, os, sys")
+
+
+@pytest.fixture(scope="module")
+def opened(traps):
+    "What is said to whoever opens the model in the hub's cache, and the one with code of its own, and whether the mark was there afterwards; the last one trusts it."
+    place, mark = traps
+    ways = ["engine=someone/thing", *(f"{way}={place / 'own-code'}" for way in ("engine", "processor", "shape", "merge", "trusting"))]
+    done = subprocess.run([sys.executable, "-c", OPEN, mark, *ways], check=True, cwd=ROOT, capture_output=True, text=True, input="y\n" * 20, env={**os.environ, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1"})
+    assert mark.exists(), "the program of the last one has run"
+    mark.rmdir()
+    assert "[y/N]" not in done.stdout and len(found := [json.loads(line) for line in done.stdout.splitlines()]) == len(ways), done.stdout
+    return found
+
+
+def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
+    "By every engine on this machine, by training and by merging: one sentence, and the program has not run."
+    import torch
+    from medvlthinker.checkpoint import merge
+    from medvlthinker.engine import open_engine
+
+    place, mark = traps
+    pickled, smoke = place / "pickled", load_profile("smoke")
+    write_samples(phantom.corpus("pmc_vqa", 8), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    ways = {**{f"engine={name}": lambda name=name: open_engine(replace(smoke, engine=name), str(pickled)) for name in ("transformers", "vllm")},
+            "copies": lambda: open_engine(replace(smoke, data_parallel=2), str(pickled)),
+            **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
+            "merge": lambda: merge(pickled, "tiny", place / "merged")}
+    with tally("hostile", "weights that are a program") as count:
+        for name, way in ways.items():
+            count.tried += 1
+            with pytest.raises(UserError, match=r"holds no weights") as said:
+                way()
+            assert "\n" not in str(said.value) and not mark.exists(), name
+            count.survived += 1
+        count.tried += 1
+        said, ran = opened[0]
+        assert "someone/thing cannot be loaded" in said and "\n" not in said and not ran, said
+        count.survived += 1
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)  # and it would have
+    mark.rmdir()
+
+
+def test_code_of_a_model_does_not_run(opened, tally):
+    "Not even where somebody at the terminal says yes to what transformers would ask."
+    with tally("hostile", "a model with code of its own") as count:
+        for said, ran in opened[1:-1]:
+            count.tried += 1
+            assert said and not ran and "\n" not in said and "Error(" not in said, said
+            count.survived += 1
+    assert opened[-1][1], "it would have run"
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------------------------
+
+SECRETS = {"HF_TOKEN": "hf_ThisTokenOpensNothing0123456789ab", "WANDB_API_KEY": "4f1cafe0ffee5ec2e75ec2e75ec2e7c0ffee99b7", "OPENAI_API_KEY": "sk-proj-ThisKeyOpensNothing-0123456789_xyz"}
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    "Keys in the environment of this test and of what it starts."
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+
+
+def forms() -> dict[bytes, str]:
+    "What a secret looks like, as it is and in base64 wherever it may begin -> its name."
+    found = {}
+    for name, value in SECRETS.items():
+        found[value.encode()] = name
+        for lead in range(3):
+            found[base64.b64encode(b" " * lead + value.encode())[4 * (lead > 0):-4]] = f"{name} in base64"
+    return found
+
+
+def told(folder: Path | None, *texts: str) -> list[str]:
+    "Where a secret stands: in a file below the folder, or in a text."
+    places = {str(path): path.read_bytes() for path in (folder.rglob("*") if folder else ()) if path.is_file()}
+    places |= {f"text {number}": text.encode() for number, text in enumerate(texts)}
+    return sorted({f"{name} in {place}" for place, data in places.items() for form, name in forms().items() if form in data})
+
+
+def test_the_search_finds_what_is_planted(tmp_path):
+    value = SECRETS["HF_TOKEN"]
+    for number, text in enumerate([f"x{value}x", base64.b64encode(value.encode()).decode(), base64.b64encode(f"Bearer {value}".encode()).decode(), json.dumps({"key": value})]):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        (tmp_path / "deep" / f"{number}.json").write_text(text)
+    assert len(told(tmp_path)) == 4 and told(None, "", f"<{SECRETS['WANDB_API_KEY']}>") == ["WANDB_API_KEY in text 1"]
+
+
+OWN = """
+import logging, os, sys
+print(os.environ)
+print(dict(os.environ), file=sys.stderr)
+logging.getLogger("own").warning("the key is %s", os.environ["OPENAI_API_KEY"])
+if "ipykernel" in sys.modules:
+    os.write(1, os.environ["WANDB_API_KEY"].encode())  # past Python
+    from IPython.display import display
+    display({name: value for name, value in os.environ.items() if name.endswith(("KEY", "TOKEN"))})
+else:
+    raise ValueError(f"no entry with {os.environ['HF_TOKEN']} or {dict(os.environ)}")
+"""
+
+
+def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, secrets, monkeypatch, tally):
+    "In a command; and in a step of the pipeline that then dies in a cell of its own: sentence, logs and the wreck of the notebook name no secret."
+    from medvlthinker import pipeline
+
+    (tmp_path / "own.py").write_text(OWN)
+    notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
+    cell, = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    text = "from medvlthinker.config import own_module\nown_module({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
+    notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
+    (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
+    monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
+    profile = load_profile("smoke")
+    with tally("hostile", "a user's file that prints every secret") as count:
+        count.tried += 2
+        done = warm.run("-m", "medvlthinker.status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
+        assert done.returncode == 2 and done.stdout.count("***") == 3 and "no entry with ***" in done.stderr, done.stderr
+        assert told(home, done.stdout, done.stderr) == []
+        count.survived += 1
+        with pytest.raises(UserError, match="refused") as said:
+            pipeline.execute(pipeline.steps(profile)[0], profile)
+        wreck = (home / "smoke" / "notebooks" / "1_data.running.ipynb").read_text()
+        assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redacted(str(said.value))) == []
+        count.survived += 1
+
+
+class Echo(BaseHTTPRequestHandler):
+    "A server that repeats the key that it is sent in everything that it says."
+
+    def do_GET(self):
+        self.say(401 if self.server.locked == "list" else 200, {"data": [{"id": "someone", "owned_by": self.key()}]})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            kind = self.server.seen.setdefault(body, len(self.server.seen)) % 4
+        said = {"choices": [{"message": {"content": f"<answer> A </answer> {self.key()}", "role": "assistant"}, "finish_reason": "stop", "index": 0}], "usage": {"completion_tokens": 3, "prompt_tokens": 3}}
+        self.say(401 if self.server.locked else (200, 400, 500, 200)[kind], said)
+
+    def key(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def say(self, status: int, said: dict):
+        data = json.dumps(said if status == 200 else {"error": {"message": f"{self.key()} is refused; header {self.headers}", "code": self.key(), "type": "invalid"}}).encode()
+        self.send_response(status, self.key() if status != 200 else None)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("retry-after-ms", "1"), ("X-Key", self.key())):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def echo():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server.seen, server.locked, server.lock = {}, "", threading.Lock()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
+    "In answers, refusals, failures and headers: nothing of it is stored or shown."
+    words = ("-m", "medvlthinker.rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    with tally("hostile", "a server that repeats the key") as count:
+        for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
+            echo.locked = locked
+            count.tried += 1
+            done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
+            assert part in done.stderr and told(home, done.stdout, done.stderr) == [], done.stderr
+            count.survived += 1
+    shards = "".join(path.read_text() for path in home.rglob("shard-*.jsonl"))
+    assert shards.count("<answer> A </answer> ***") == 4 and "400: ***: *** is refused" in shards and "500: ***" in shards, shards[:3000]
+
+
+def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
+    "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
+    from medvlthinker import crate, status, train, verl_backend
+    from medvlthinker.pipeline import dry_run
+
+    crash = "import os\nfrom medvlthinker.config import command\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
+    done = python("-c", crash)
+    assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
+    workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"
+    launch([sys.executable, "-c", show], workspace.logs / "own.log", show=lambda line: None)
+    verl_backend.start([sys.executable, "-c", show], verl_backend.environment(workspace.logs), workspace.logs, show=lambda line: None)
+    assert "***" in (workspace.logs / "own.log").read_text() and "***" in (workspace.logs / "verl-001.log").read_text()
+    paper = load_profile("paper", report_to="wandb")
+    for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
+        for trainer in ("trl", "verl"):
+            print(train.outline(recipe, replace(paper, trainer=trainer), workspace))
+        (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
+    print(*dry_run(paper))
+    status.main(["smoke"])
+    (workspace.results / "phantom").mkdir()
+    with contextlib.suppress(UserError):  # of a run without results there is little to say
+        crate.write_cards(load_profile("smoke"))
+    out = capsys.readouterr()
+    assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
+
+
+def test_keys_in_a_file_are_read_and_not_run(tmp_path):
+    "What reproduce.sh takes from .env: names with values; no command in it is run, and what the environment says counts."
+    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "reproduce.sh").read_text(), re.M | re.S)[0]
+    (tmp_path / ".env").write_text("# keys\nHF_TOKEN=hf_file\nexport WANDB_API_KEY=\"quoted\"\r\nOPENAI_API_KEY=$(touch ran)`touch ran`\nnot a line\nBASH_ENV x=1\nLAST='x'")
+    show = 'read_env; printf "%s|" "$HF_TOKEN" "$WANDB_API_KEY" "$OPENAI_API_KEY" "$LAST"'
+    done = subprocess.run([shutil.which("bash"), "-euo", "pipefail", "-c", function + show], check=True, cwd=tmp_path, capture_output=True, text=True, env={"HF_TOKEN": "hf_environment", "PATH": os.environ["PATH"]})
+    assert done.stdout == "hf_environment|quoted|$(touch ran)`touch ran`|x|" and not (tmp_path / "ran").exists() and not done.stderr
+    ignored = subprocess.run(["git", "check-ignore", ".env"], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert ignored.returncode in (0, 128), "git would take .env"  # 128: no repository
+
+
+# --- the reward ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
+    "verl's settings name our own file; its hash stands among the inputs of a run, and one more byte makes another run, or stops the one that has checkpoints."
+    import hashlib
+
+    from medvlthinker import verl_backend
+    from medvlthinker.config import recording, stale
+
+    recipe, smoke, workspace = find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke")
+    given = verl_backend.settings(recipe, smoke, "model", "data.parquet", tmp_path)
+    file = Path(given["reward.custom_reward_function.path"])
+    assert file == ROOT / "medvlthinker" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
+    assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
+    write_samples(phantom.corpus("pmc_vqa", 8), workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    start = replace(recipe, init=str(tiny.build(tmp_path / "start")))
+    run = sft.plan(start, smoke, workspace)
+    assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    final = workspace.checkpoints / recipe.name
+    final.mkdir()
+    with recording(final, run.inputs):
+        (final / "config.json").write_text("{}")
+    assert not stale(final, sft.plan(start, smoke, workspace).inputs)
+    (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")
+    monkeypatch.setattr(sft, "reward_file", lambda: tmp_path / "grade.py")
+    edited = sft.plan(start, smoke, workspace)
+    assert edited.folder != run.folder and stale(final, edited.inputs).startswith("reward was")
+    monkeypatch.setattr(verl_backend, "latest_checkpoint", lambda folder: (1, folder))
+    verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=run.inputs["reward"])
+    with pytest.raises(UserError, match=f"were made with the reward {run.inputs['reward']}, now it is {edited.inputs['reward']}"):
+        verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=edited.inputs["reward"])
+
+
+# --- ports --------------------------------------------------------------------------------------------------------------------------------
+
+
+def listening(pid: int) -> set[tuple[str, str]]:
+    "Process and address of every port at which a process, or one that it started, listens."
+    import psutil
+
+    found = set()
+    with contextlib.suppress(psutil.Error):
+        for each in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                found |= {(each.name(), line.laddr.ip) for line in each.net_connections("inet") if line.status == psutil.CONN_LISTEN}
+    return found
+
+
+def only_here(found: set[tuple[str, str]]) -> bool:
+    return all(address.removeprefix("::ffff:").startswith("127.") or address == "::1" for _, address in found)
+
+
+def test_what_serves_listens_here_only(tmp_path):
+    "The site as `docs --serve` shows it, and what trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
+    import psutil
+    from medvlthinker import site, verl_backend
+
+    with site.web_server(tmp_path, 0) as server:
+        assert {line.laddr.ip for line in psutil.Process().net_connections("inet") if line.laddr.port == server.server_port} == {"127.0.0.1"}
+    opens = {path.stem for path in SOURCES if re.search(r"\w*HTTPServer\(|\.bind\(|create_server\(|start_server\(|\.listen\(", path.read_text(encoding="utf-8"))}
+    assert opens == {"site"}, "nothing else in the package opens a port itself"
+    for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
+        assert sft.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
+    here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    assert verl_backend.environment(tmp_path)[here] == "0" and here not in verl_backend.environment(tmp_path, nodes=4)
+
+
+@pytest.mark.heavy
+def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
+    "Every process of Ray, and of the work on it, from the start of a rollout to its end."
+    if not importlib.util.find_spec("ray"):
+        pytest.skip("ray is not installed; ./reproduce.sh test all installs it")
+    words, found = ["medvlthinker.rollout", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
+    with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log) as process:
+        while process.poll() is None:
+            found |= listening(process.pid)
+            time.sleep(0.3)
+    if process.returncode and "timed out during startup" in (tmp_path / "log").read_text():
+        pytest.skip("Ray's own processes did not start within its 30 seconds; this machine is too busy")
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found} and only_here(found), sorted(found)
+
+
+# --- the packages ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-full-gpu.lock"])
+def test_no_package_has_a_known_hole(lock):
+    "What the advisories say of the packages in a lock, where they can be asked."
+    if not importlib.util.find_spec("pip_audit"):
+        pytest.skip("pip-audit is not installed, so nobody asked for known holes in the packages; SECURITY.md says how")
+    done = python("-m", "pip_audit", "-r", lock, "--disable-pip", "--no-deps", "--format", "json", "--progress-spinner", "off")
+    listed = json.loads(done.stdout)["dependencies"] if done.stdout.startswith("{") else []
+    if not (asked := [each for each in listed if "skip_reason" not in each]):
+        pytest.skip("the advisories cannot be reached from here, so nobody asked for known holes in the packages")
+    holes = {f"{each['name']} {each['version']}": [hole["id"] for hole in each["vulns"]] for each in asked if each["vulns"]}
+    assert not holes, f"{len(holes)} of {len(asked)} packages in {lock} have known holes: {holes}"
