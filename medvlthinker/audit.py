@@ -323,7 +323,7 @@ def gain_is_not_format(
     for size in ("3B", "7B"):
         base, trained = f"Qwen2.5-VL-{size}-Instruct", f"{size}-RL_m23k"
         for name in COLUMNS:
-            strict, regraded = (read(trained) - read(base) for read in (lambda model: float(paper.curves[model, name][1]), lambda model: averages[model, name]))
+            strict, regraded = (read(trained) - read(base) for read in (lambda model, name=name: float(paper.curves[model, name][1]), lambda model, name=name: averages[model, name]))
             lines.append({"size": size, "benchmark": COLUMNS[name], "gain, strict": strict, "gain, regraded": regraded, "format": strict - regraded})
     means = {size: [sum(line[key] for line in lines if line["size"] == size) / len(COLUMNS) for key in ("gain, strict", "gain, regraded")] for size in ("3B", "7B")}
     moved = any(abs(strict - regraded) > 2 for strict, regraded in means.values())

@@ -10,12 +10,12 @@ __all__ = ['COUNTS', 'BENCHMARKS', 'EXTRA', 'OWN', 'LOCAL', 'ADAPTLLM', 'MMMU', 
 # %% ../nbs/13_benchmark.ipynb #b2334597
 import functools, itertools
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from . import layout, phantom
 from .config import Profile, UserError, Workspace
 from .sample import BadRow, Sample, from_row, store
-from .source import (Local, attempt, code_of, content_of, csv_rows, embedded, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, own_copy, parse_json,
+from .source import (MAX_LINE, Local, attempt, code_of, content_of, csv_rows, embedded, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, opened, own_copy, parse_json,
                                  samples_from, source_of, spread)
 
 # %% ../nbs/13_benchmark.ipynb #349a0421
@@ -63,14 +63,23 @@ def medmcqa(
     return layout.medmcqa(row, where, row.get("base", 0))
 
 
+def _test_ids(path: Path) -> set[str]:
+    "The ids that PubMedQA's test_ground_truth.json lists."
+    with opened(path) as stream:
+        ids = parse_json(stream.read(MAX_LINE), path.name)
+    if not isinstance(ids, (list, dict)):
+        raise UserError(f"{path} is no list of ids.")
+    return {str(each) for each in ids}
+
+
 def pubmedqa_rows(
     path,  # of ori_pqal.json; test_ground_truth.json may lie beside it
 ) -> Iterator[tuple[str, object]]:
     "PubMedQA's labelled rows; those of the test set only, where its list of ids lies beside."
     listed = Path(path).with_name("test_ground_truth.json")
-    test = set(parse_json(listed.read_bytes(), listed.name)) if listed.is_file() else None
+    test = _test_ids(listed) if listed.is_file() else None
     for where, row in json_list(path):
-        if test is not None and isinstance(row, dict) and row.get("id") not in test:
+        if test is not None and isinstance(row, dict) and str(row.get("id")) not in test:
             row = BadRow(where, "id", f"{row.get('id')} is not in the test set", by_rule=True)
         yield where, row
 

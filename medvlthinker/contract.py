@@ -15,7 +15,7 @@ from .config import Profile, UserError, Workspace, command, load_profile, parse_
 from .evaluate import evaluations, records
 from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table
-from .source import source_of
+from .source import csv_plain, source_of
 from .stats import wilson
 
 # %% ../nbs/55_contract.ipynb #927534e6
@@ -105,7 +105,7 @@ def counted(
     if source_of(profile) == "phantom" or not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        lines = [line | {"right": int(line["right"]), "questions": int(line["questions"])} for line in csv.DictReader(file)]
+        lines = [line | {"model": csv_plain(line["model"]), "right": int(line["right"]), "questions": int(line["questions"])} for line in csv.DictReader(file)]
     return [line for line in lines if line["of"] == "16"]
 
 

@@ -10,7 +10,7 @@ __all__ = ['MIN_EDGE', 'MAX_EDGE', 'RULES', 'COUNTS', 'CORPORA', 'OWN', 'PUBLISH
 # %% ../nbs/12_corpus.ipynb #6106c2d7
 import functools
 from pathlib import Path
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 from . import layout, phantom
 from .config import Profile, UserError, Workspace

@@ -16,7 +16,8 @@ from zlib import crc32
 
 from .config import COLOURS, UserError, look, need, write_figure, writing
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
-from .report import AVERAGE, HEADINGS, PHANTOM_NOTE, _csv_text, _tex
+from .report import AVERAGE, HEADINGS, PHANTOM_NOTE, _tex
+from .source import csv_text
 from .stats import macro_average, wilson
 from .train import SHOWN
 
@@ -649,9 +650,9 @@ def frame_csv(
     "The rows for a spreadsheet: no text that it takes for a formula, empty where a number is missing."
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(frame.columns)
+    lines.writerow(csv_text(str(column)) for column in frame.columns)
     for row in frame.itertuples(index=False):
-        lines.writerow(["" if x is None or x != x else f"{x:.8g}" if isinstance(x, float) else _csv_text(str(x)) for x in row])
+        lines.writerow(["" if x is None or x != x else f"{x:.8g}" if isinstance(x, float) else csv_text(str(x)) for x in row])
     return out.getvalue()
 
 

@@ -10,7 +10,7 @@ __all__ = ['PMC_COLUMNS', 'MMMU_SUBJECTS', 'WORDINGS', 'said', 'lettered', 'chos
 
 # %% ../nbs/07_layout.ipynb #7a4fcfde
 import ast, hashlib, re, string
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from .options import closed_options
 from .sample import BadRow
@@ -168,6 +168,8 @@ def path_vqa_nested(
     for where, entry in entries:
         try:
             answers, questions = entry["labelf"]["pvqa"], entry["sentf"]["pvqa"]
+            if not (isinstance(answers, list) and isinstance(questions, list)):
+                raise TypeError("no lists of answers and questions")
             if len(answers) != len(questions):
                 raise BadRow(where, "labelf", f"{len(answers)} answers to {len(questions)} questions")
             for number, (answer, question) in enumerate(zip(answers, questions)):
@@ -200,9 +202,10 @@ def without_marks(
     wording: str = "spaced",  # or `glued`, as in the paper
 ) -> str:
     "The question without its image marks."
+    mark = r"(?:(?<!\s)\s+)?<image \d+>"  # spaces are tried from where they begin only: a million of them would else be tried from each
     if wording == "spaced":
-        question = re.sub(r"\s*<image \d+>(?=\s*[.,;:?!)])", "", question)
-    return re.sub(r"\s*<image \d+>\s*", WORDINGS[wording], question).strip()
+        question = re.sub(mark + r"(?=\s*[.,;:?!)])", "", question)
+    return re.sub(mark + r"\s*", WORDINGS[wording], question).strip()
 
 
 def mmmu(
@@ -213,7 +216,9 @@ def mmmu(
     "A row of MMMU; questions without choices, and those of its test split, whose answers are secret, are left out by rule."
     if (kind := row.get("question_type") or "multiple-choice") != "multiple-choice":
         raise BadRow(where, "question_type", f"{kind}, and only multiple-choice questions are asked", by_rule=True)
-    question, listed = said(row, "question", where), said(row, "options", where)
+    question, listed = said(row, "question", where), str(row["options"]) if isinstance(row.get("options"), list) else said(row, "options", where)
+    if len(listed) > 100_000:
+        raise BadRow(where, "options", f"{len(listed):,} characters, where a list of choices should be")
     if row.get("answer") == "?":
         raise BadRow(where, "answer", "MMMU keeps the answers of its test split secret", by_rule=True)
     try:
@@ -291,6 +296,8 @@ def pubmedqa(
 ) -> dict:
     "A row of PubMedQA, from the authors' file (names in capitals) or the hub."
     context = row.get("CONTEXTS") or (row.get("context") or {}).get("contexts") or []
+    if not isinstance(context, list):
+        raise BadRow(where, "CONTEXTS", f"a {type(context).__name__}, not a list of paragraphs")
     question = said(row, "QUESTION" if "QUESTION" in row else "question", where)
     options, decision = {"A": "Yes", "B": "No", "C": "Maybe"}, str(row.get("final_decision")).strip().lower()
     label = next((letter for letter, text in options.items() if text.lower() == decision), None)
@@ -326,7 +333,9 @@ def headqa_nested(
                 yield where, exam if isinstance(exam, BadRow) else BadRow(where, "data", "no exam of HeadQA")
                 continue
             about = {key: value for key, value in exam.items() if key in ("name", "year", "category")}
-            yield from ((f"{exam.get('name')} question {row.get('qid')}", {**about, **row}) for row in exam["data"])
+            for number, row in enumerate(exam["data"]):
+                name = f"{str(exam.get('name'))[:80]} question {str(row.get('qid'))[:80] if isinstance(row, dict) else number}"
+                yield name, {**about, **row} if isinstance(row, dict) else BadRow(name, "row", f"a {type(row).__name__}, not an object with columns")
 
 # %% ../nbs/07_layout.ipynb #58d75620
 def omnimedvqa(
@@ -346,16 +355,17 @@ def split_prompt(
     prompt: str,  # "question\nA. ...\nB. ..."
 ) -> tuple[str, dict[str, str]]:
     "The question and its options; no options where the text has none."
-    for start in reversed([match.start() for match in re.finditer(r"(?:^|\n)A\. ", prompt)]):
-        cuts = [start]
-        for letter in string.ascii_uppercase[1:]:
-            if (cut := prompt.find(f"\n{letter}. ", cuts[-1] + 1)) < 0:
-                break
-            cuts.append(cut)
-        if len(cuts) > 1:
-            pieces = [prompt[a:b].strip() for a, b in zip(cuts, [*cuts[1:], None])]
-            return prompt[:start].strip(), lettered(piece[3:].strip() for piece in pieces)
-    return prompt.strip(), {}
+    second = prompt.rfind("\nB. ")  # the options begin with the last A that a B follows
+    start = prompt.rfind("\nA. ", 0, max(0, second))
+    if second <= 0 or start < 0 and not prompt.startswith("A. "):
+        return prompt.strip(), {}
+    cuts = [max(0, start)]
+    for letter in string.ascii_uppercase[1:]:
+        if (cut := prompt.find(f"\n{letter}. ", cuts[-1] + 1)) < 0:
+            break
+        cuts.append(cut)
+    pieces = [prompt[a:b].strip() for a, b in zip(cuts, [*cuts[1:], None])]
+    return prompt[:cuts[0]].strip(), lettered(piece[3:].strip() for piece in pieces)
 
 
 def m23k(

@@ -10,16 +10,17 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'LEAKS', 'COLUMNS', 'SAME_QUESTION', 'SPECI
            'overlap', 'store_pairs', 'stored_pairs', 'matrix', 'touched', 'clean', 'clean_scores', 'side_by_side']
 
 # %% ../nbs/14_overlap.ipynb #663a54b7
-import base64, collections, functools, hashlib, html, io, itertools, json, re, unicodedata, zlib
-from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
+import base64, collections, functools, hashlib, html, io, itertools, re, unicodedata, zlib
+from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .benchmark import select
-from .config import Profile, UserError, Workspace, fingerprint, manifest_path, recording, writing
+from .config import Profile, UserError, Workspace, fingerprint, manifest_path, read_json, recording
 from .corpus import corpora
 from .sample import Sample, to_rgb
-from .source import source_of
+from .source import source_of, read_csv, write_csv
 from .stats import wilson
 
 # %% ../nbs/14_overlap.ipynb #e2c93916
@@ -444,7 +445,7 @@ def _searched(profile: Profile) -> dict:
     folder = Workspace(profile.name).samples / source_of(profile)
     files = [f"{name}.parquet" for name in select(profile.benchmark)] + [f"corpus/{name}.parquet" for name in corpora(profile.corpus)]
     manifests = {name: manifest_path(folder / name) for name in files}
-    return {name: fingerprint(json.loads(path.read_text(encoding="utf-8"))["inputs"]) for name, path in manifests.items() if path.is_file()}
+    return {name: fingerprint(read_json(path).get("inputs")) for name, path in manifests.items() if path.is_file()}
 
 
 def store_pairs(
@@ -453,8 +454,8 @@ def store_pairs(
 ) -> None:
     "Keep the pairs of a profile's samples, in results/."
     path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
-    with recording(path, _searched(profile)), writing(path) as file:
-        pairs.to_csv(file, index=False)
+    with recording(path, _searched(profile)):
+        write_csv(pairs, path)
 
 
 def stored_pairs(
@@ -462,16 +463,12 @@ def stored_pairs(
     show=print,  # told why there are none
 ):  # -> pandas.DataFrame, or None
     "The pairs that were found among the very samples that are stored now."
-    import pandas
-
     path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
-    try:
-        then = json.loads(manifest_path(path).read_text(encoding="utf-8"))["inputs"]
-    except (OSError, ValueError, KeyError):
+    if not isinstance(then := read_json(manifest_path(path)).get("inputs"), dict):
         return show("No pairs of training and test questions are known; paper/1_data looks for them.")
     if other := [name for name, inputs in _searched(profile).items() if then.get(name) != inputs]:
         return show(f"The pairs that are stored were found before {other[0]} was as it is; paper/1_data looks again.")
-    return pandas.read_csv(path)
+    return read_csv(path)
 
 # %% ../nbs/14_overlap.ipynb #9f539955
 def _leaks(pairs, levels: Sequence[str]):

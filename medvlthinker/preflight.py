@@ -10,11 +10,12 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
 import functools, io, itertools, re
 from collections.abc import Callable, Iterable
 
-from .config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words, writing
+from .config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words
 from .engine import ask_hub, resolve_model
 from .prompt import user_text
 from .rollout import question_sets
-from .sample import Sample, image_problem
+from .sample import FORMATS, Sample, image_problem
+from .source import write_csv
 
 # %% ../nbs/24_preflight.ipynb #acb7a0fb
 _PNG_FLAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -26,7 +27,7 @@ def picture_size(
     "The size that a picture has when it stands upright, from its header alone."
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
     if picture.format == "PNG" and not any(name in data for name in _PNG_FLAGS):
         return picture.size
     turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # of a TIFF, Pillow has turned the size already
@@ -240,8 +241,7 @@ def main(
     profile, limits = load_profile(name, **given), {key: int(value) for key, value in own.items()}
     reports = [preflight(profile, each, instruction, **limits) for each in ([model] if model else profile.models)]
     report, path = pd.concat(reports, ignore_index=True), Workspace(profile.name).results / "preflight.csv"
-    with writing(path) as file:
-        report.to_csv(file, index=False)
+    write_csv(report, path)
     if (stops := report[report.refused]).empty:
         return print(f"No row would be refused; the report is {path}.")
     raise UserError(f"A run would stop: {stops.sentence.iloc[0]} ({len(stops)} such finding{'s' * (len(stops) > 1)} in {path})")

@@ -7,11 +7,12 @@ __all__ = ['PHANTOM_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'results_table', 'not
            'write_table', 'accuracy_figure']
 
 # %% ../nbs/51_report.ipynb #055781a7
-import csv, html, io, itertools, math, re, textwrap
+import csv, html, io, itertools, math, textwrap
 from pathlib import Path
 
 from .config import UserError, need, writing
 from .published import COLUMNS, SOURCE, TABLES, Published, find, recipe_label, rows
+from .source import csv_text
 from .stats import macro_average, wilson
 
 # %% ../nbs/51_report.ipynb #295493b2
@@ -242,11 +243,6 @@ def to_latex(
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 # %% ../nbs/51_report.ipynb #96ab052e
-def _csv_text(text: str) -> str:
-    "Text that no spreadsheet takes for a formula."
-    return "'" + text if re.match(r"[=+\-@\t\r\n＝＋－＠]", text) else text
-
-
 def to_csv(
     table,  # from results_table
 ) -> str:
@@ -259,7 +255,7 @@ def to_csv(
     lines.writerow([*facts, *names, "note"])
     for first, cells in (row for _, group in _blocks(table) for row in group):
         numbers = [(getattr(cells.get(column), field, float("nan")), form) for field, form in fields.items() for column in HEADINGS]
-        lines.writerow([*(_csv_text(str(first[key])) for key in facts),
+        lines.writerow([*(csv_text(str(first[key])) for key in facts),
                         *("" if math.isnan(x) else f"{x:{form}}" for x, form in numbers),
                         PHANTOM_NOTE if first.source == "phantom" else ""])
     return out.getvalue()

@@ -1,0 +1,854 @@
+"""What the world may send: completions, rows, images, archives, tables, manifests and settings that were made to break a reader. Each is read, or refused in a sentence, in bounded time and memory."""
+import ast
+import contextlib
+import copy
+import csv
+import datetime
+import decimal
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, encoded, python
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from medvlthinker import benchmark, config, layout
+from medvlthinker.config import Profile, UserError, load_profile, manifest_path, read_json, stale
+from medvlthinker.figures import frame_csv
+from medvlthinker.grade import RULES, grade
+from medvlthinker.report import results_table, to_csv
+from medvlthinker.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
+from medvlthinker.sample import BadRow, Sample, read_samples, store, to_rgb, write_samples
+from medvlthinker.source import csv_plain, csv_text, image_reader, read_csv, read_rows, samples_from, write_csv
+from PIL import Image
+
+FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples
+SEED = 20261123
+
+
+def every(count, examples: int, *strategies):
+    "Runs a property over generated examples, the same each time, and counts them."
+    def run(holds):
+        @seed(SEED)
+        @settings(max_examples=examples * FUZZ, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.tuples(*strategies))
+        def counted(drawn):
+            count.tried += 1
+            holds(*drawn)
+            count.survived += 1
+
+        counted()
+
+    return run
+
+
+def contained(work: str, *words, seconds: int, megabytes: int) -> list[str]:
+    "The lines that a process prints which may use so much processor time and memory, and no more; it is killed beyond."
+    limits = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))\nresource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20, {megabytes} << 20))\n"
+    done = python("-c", limits + work, *words, OPENBLAS_NUM_THREADS=1, ARROW_DEFAULT_MEMORY_POOL="system", PYTHONPATH=ROOT / "tests")
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+# ---- completions
+
+LETTERS = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}
+ODD = ["\0", "\x1b[2J", "\x7f", "\r", "\x0b", "\u200b", "\u200e", "\u200f", "\u202e", "\u202c", "\u2066", "\u2069", "\ufeff", "\u00ad", "\u2028", "\u2029", "\ud800", "\udfff", "\U000e0041", "\U0010ffff",
+       "А", "В", "С", "Β", "𝐁", "Ｂ", "ℬ", "Ⓑ", "b̸", "İ", "ß", "ﬀ", "٣", "½"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<ANSWER>", "< answer >", "<answer", "answer>", "</answer", "<think><think>", "</answer></answer>", "<answer><answer>", "<answer/>", "<|im_end|>",
+        "\\boxed{", "}", "{", '{"answer": "', '"}', "Answer:", "the answer is ", "(", ")", "A", "B", "C.", "liver", "spleen", "left lung", "\n", "\n\n", " ", "because ", "or ", "not "]
+SOUP = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from(ODD), st.text(st.characters(), max_size=6)), max_size=40).map("".join)
+MEANT = st.lists(st.sampled_from(["A", "B", "liver", "B. spleen", " ", "\n", "<answer>", "</answer>", "<think>", "is"]), max_size=6).map("".join)
+
+
+def test_completions_that_nobody_would_write(tally):
+    with tally("hostile", "completions with broken tags, control characters, right-to-left marks and half characters", seed=SEED) as count:
+        @every(count, 600, SOUP, st.sampled_from(RULES), st.sampled_from("ABCD"))
+        def holds(text, rule, label):
+            verdict = grade(text, LETTERS, label, rule)
+            assert verdict.correct == (verdict.label == label) and (verdict.label is None or verdict.label in LETTERS)
+            other = dict(sorted(LETTERS.items(), reverse=True))
+            assert grade(text, other, label, rule) == verdict, "the order of the options does not matter"
+
+
+def test_what_must_not_matter_does_not(tally):
+    with tally("hostile", "thoughts, blanks and invisible marks around an answer that must not change it", seed=SEED) as count:
+        thoughts = st.text(st.characters(exclude_characters="<"), max_size=60)
+        @every(count, 400, MEANT, thoughts, thoughts, st.sampled_from(RULES), st.sampled_from("ABCD"))
+        def holds(said, one, two, rule, label):
+            texts = [f"<think>{thought}</think>\n<answer> {said} </answer>" for thought in (one, two)]
+            first, second = (grade(text, LETTERS, label, rule) for text in texts)
+            assert (first.label, first.correct) == (second.label, second.correct), "what is thought is not what is answered"
+            if rule != "reward":  # which demands the form to the letter
+                assert grade(f" \n{texts[0]}\n\t ", LETTERS, label, rule) == first, "nor are blanks around it"
+
+        @every(count, 200, st.sampled_from("ABCD"), st.text(st.sampled_from("\u200b\u200e\u200f\u202e\u2066\u2069\ufeff\u00ad\0\x7f"), max_size=5), st.booleans())
+        def unseen(label, marks, as_text):
+            said = LETTERS[label] if as_text else label
+            verdict = grade(f"<think>x</think><answer>{marks}{said}{marks}</answer>", LETTERS, label)
+            assert verdict.label == label, "a mark that nobody sees changes nothing for the lenient rule"
+
+
+def test_a_letter_that_only_looks_like_one_earns_nothing(tally):
+    with tally("hostile", "homoglyph letters (Cyrillic, Greek, Cherokee) in place of the right one") as count:
+        for label, alike in {"A": "АΑᎪ", "B": "ВΒᏴ", "C": "СϹᏟ", "D": "Ꭰꓓ"}.items():
+            for letter, frame, rule in itertools.product(alike, ("{}", "<think>x</think><answer>{}</answer>", "The answer is {}.", "<answer>({})</answer>"), RULES):
+                count.tried += 1
+                assert not grade(frame.format(letter), LETTERS, label, rule).correct, (letter, frame, rule)
+                count.survived += 1
+
+
+GIANTS = """
+from medvlthinker.grade import RULES, grade
+from medvlthinker.layout import mmmu, split_prompt, without_marks
+from medvlthinker.options import closed_options
+from medvlthinker.regrade import why
+from medvlthinker.sample import BadRow, Sample
+options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
+of = lambda piece, size=M: piece * (size // len(piece))
+giants = {"plain text": "x" * M, "blanks": " " * M, "line ends": "\\n" * M, "words": of("spleen and liver, "), "cues": of("the answer is "), "cues with colons": of("Answer: B\\n"), "letters": of("(B) "), "digits": "7" * M,
+          "half characters": "\\ud800" * (M // 4), "right-to-left marks": "\\u202e" * (M // 4), "wide letters": "\\uff22" * (M // 4), "ligatures that unfold": "\\ufdfa" * (M // 4), "capital dotted I": "\\u0130" * (M // 4),
+          "NUL": "\\0" * M, "opening tags": "<answer>" * 100_000, "closing tags": "</answer>" * 100_000, "thoughts": "<think></think>" * 100_000, "nested answers": "<answer>" * 100_000 + "B" + "</answer>" * 100_000,
+          "answers": "<answer>B</answer>" * 100_000, "half tags": of("<answer"), "brackets": "<" * M, "boxes": of("\\\\boxed{"), "braces": "{" * M, "fields": of('"answer": "'), "backslashes": '"answer": "' + "\\\\" * M,
+          "blank in a tag": "<answer" + " " * M + ">", "a long thought": "<think>" + "x " * (M // 2) + "</think>\\n<answer> B </answer>"}
+
+def graded(name):
+    verdicts = [grade(giants[name], options, "B", rule) for rule in RULES]
+    assert all(verdict.correct == (verdict.label == "B") for verdict in verdicts)
+    assert name != "a long thought" or all(verdict.correct for verdict in verdicts)
+
+def explained(text):
+    why(text, Sample("?", options, "B", "spleen"), *(lambda text, options, label, rule=rule: grade(text, options, label, rule) for rule in ("strict", "lenient")))
+
+def refused(error, act, *given):
+    try:
+        act(*given)
+    except error:
+        pass
+
+listed = lambda text: refused(BadRow, mmmu, {"question": "?", "options": text, "answer": "A", "id": "1"}, "row")
+acts = {name: lambda name=name: graded(name) for name in giants} | {f"why {name}": lambda name=name: explained(giants[name][:M // 5]) for name in ("opening tags", "answers", "nested answers", "blank in a tag", "half tags")} | {
+    "a prompt of A": lambda: split_prompt("\\nA. " * 500_000), "a prompt of options": lambda: split_prompt("\\nA. x\\nB. y" * 300_000), "a mark after blanks": lambda: without_marks(" " * M + "<image 1"),
+    "marks": lambda: without_marks("<image 1> " * 100_000), "a question of or": lambda: refused(ValueError, closed_options, "a or " * 100_000, "b"), "a question of commas": lambda: refused(ValueError, closed_options, "a, " * 100_000 + "or b", "b"),
+    "a list of lists": lambda: listed("[" * 90_000), "a list of signs": lambda: listed("[" + "-" * 90_000 + "1]"), "a list of sums": lambda: listed("[" + "1+" * 40_000 + "1]")}
+print(len(acts))
+for name, act in acts.items():
+    act()
+    print(name, flush=True)
+"""
+
+
+def test_ten_megabytes_of_anything_are_graded_in_seconds(tally):
+    "Every rule, the edits by which a re-grading is explained, and the patterns that questions are read with: about ten seconds of work. A pattern that backtracks would need hours."
+    with tally("hostile", "completions of 10 MB and of 100,000 tags under every rule, and questions as long: 90 seconds of processor time, 2 GB") as count:
+        total, *done = contained(GIANTS, seconds=90, megabytes=2000)
+        count.tried, count.survived = int(total), len(done)
+        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+
+
+# ---- images
+
+
+def saved(picture, kind: str, **how) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **how)
+    return file.getvalue()
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, depth: int, kind: int, lines: bytes, *others: bytes) -> bytes:
+    "A PNG from its raw lines; kind 0 is grey, 2 colour, 4 grey with alpha, 6 colour with alpha."
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)) + b"".join(others) + chunk(b"IDAT", zlib.compress(lines, 1)) + chunk(b"IEND", b"")
+
+
+def turned(kind: str, flag: int) -> bytes:
+    "The picture of `FLAG`, stored in one of the eight ways in which a camera may have been held."
+    undo = [None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270][flag]
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    return saved(FLAG.transpose(undo) if undo is not None else FLAG, kind, exif=exif, **{"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {}))
+
+
+FLAG = Image.new("RGB", (48, 32), "blue")  # red above left, green above right, on blue
+FLAG.paste("red", (0, 0, 16, 16))
+FLAG.paste("lime", (32, 0, 48, 16))
+RAMP = np.linspace(1000, 60000, 48 * 32).reshape(32, 48)  # of 16 bits: clipped to 8, all of it would be white
+STRIPE = (np.arange(48 * 32).reshape(32, 48) % 256).astype(np.uint8)
+GLASS = Image.new("RGBA", (48, 32), (255, 0, 0, 255))
+GLASS.paste((0, 0, 0, 0), (24, 0, 48, 32))
+FRAMES = [Image.new("RGB", (48, 32), colour) for colour in ("red", "blue", "lime")]
+
+
+def corners(picture) -> list:
+    "What stands above left, above right, below left and below right, as the nearest plain colour."
+    named = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3, "black": (0,) * 3}
+    return [min(named, key=lambda name: sum(abs(a - b) for a, b in zip(named[name], picture.getpixel(place)))) for place in ((4, 4), (43, 4), (4, 27), (43, 27))]
+
+
+def ramp(picture) -> list:
+    "The shades of a ramp: from black to white, all between, none clipped."
+    grey = np.asarray(picture)[:, :, 0].astype(int)
+    assert grey.min() == 0 and grey.max() == 255 and len(np.unique(grey)) > 200 and (np.diff(grey.ravel()) >= 0).all() and abs(grey.mean() - 127.5) < 2
+    return ["ramp"]
+
+
+def shades(picture) -> list:
+    "16 bits a channel, of which the upper eight are kept."
+    grey = np.asarray(picture)[:, :, 0].astype(int)
+    assert abs(int(grey[0, 0]) - 1000 // 256) <= 1 and abs(int(grey[-1, -1]) - 60000 // 256) <= 1 and len(np.unique(grey)) > 200
+    return ["shades"]
+
+
+deep = lambda channels: b"".join(b"\0" + b"".join(struct.pack(">H", int(value)) * channels for value in line) for line in RAMP)
+with_alpha = lambda colours: b"".join(b"\0" + b"".join(struct.pack(">H", int(value)) * colours + b"\xff\xff" for value in line) for line in RAMP)
+palette = GLASS.convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+keyed = Image.new("P", (48, 32), 0)
+keyed.putpalette([0, 0, 0, 255, 0, 0])
+keyed.paste(1, (0, 0, 24, 32))
+HALF = ["red", "white", "red", "white"]
+REAL = {  # what real archives hold: (bytes, how it is looked at, what is seen, whether the sample says that it was mended)
+    **{f"{kind}, EXIF flag {flag}": (turned(kind, flag), corners, ["red", "green", "blue", "blue"], flag > 1) for kind in ("JPEG", "PNG", "WEBP", "TIFF") for flag in range(1, 9)},
+    "CMYK JPEG": (saved(FLAG.convert("CMYK"), "JPEG", quality=95), corners, ["red", "green", "blue", "blue"], True),
+    "CMYK TIFF": (saved(FLAG.convert("CMYK"), "TIFF"), corners, ["red", "green", "blue", "blue"], True),
+    "16-bit grey PNG": (saved(Image.fromarray(RAMP.astype(np.uint16)), "PNG"), ramp, ["ramp"], True),
+    "16-bit grey TIFF": (saved(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"), ramp, ["ramp"], True),
+    "32-bit TIFF": (saved(Image.fromarray((RAMP * 30000).astype(np.int32)), "TIFF"), ramp, ["ramp"], True),
+    "signed TIFF (Hounsfield units)": (saved(Image.fromarray((RAMP - 30000).astype(np.int32)), "TIFF"), ramp, ["ramp"], True),
+    "float TIFF": (saved(Image.fromarray((RAMP / 1e6).astype(np.float32)), "TIFF"), ramp, ["ramp"], True),
+    "16-bit colour PNG": (png(48, 32, 16, 2, deep(3)), shades, ["shades"], False),
+    "16-bit colour PNG with alpha": (png(48, 32, 16, 6, with_alpha(3)), shades, ["shades"], False),
+    "16-bit grey PNG with alpha": (png(48, 32, 16, 4, with_alpha(1)), shades, ["shades"], False),
+    "palette PNG": (saved(FLAG.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), corners, ["red", "green", "blue", "blue"], False),
+    "palette PNG with one see-through colour": (saved(keyed, "PNG", transparency=0), corners, HALF, True),
+    "palette PNG with half-tones of transparency": (saved(palette, "PNG"), corners, HALF, True) if "transparency" in palette.info else (saved(GLASS, "PNG"), corners, HALF, True),
+    "RGBA PNG": (saved(GLASS, "PNG"), corners, HALF, True),
+    "RGBA WebP": (saved(GLASS, "WEBP", lossless=True), corners, HALF, True),
+    "grey PNG with alpha": (saved(GLASS.convert("LA"), "PNG"), lambda picture: corners(picture)[1::2], ["white", "white"], True),
+    "opaque RGBA PNG": (saved(FLAG.convert("RGBA"), "PNG"), corners, ["red", "green", "blue", "blue"], False),
+    "one-bit PNG": (saved(FLAG.convert("1", dither=Image.Dither.NONE), "PNG"), lambda picture: [picture.mode], ["RGB"], False),
+    **{f"animated {name}": (saved(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:], **how), corners, ["red"] * 4, True)
+       for name, kind, how in (("GIF", "GIF", {}), ("WebP", "WEBP", {"lossless": True}), ("PNG", "PNG", {}), ("TIFF", "TIFF", {}))},
+    "GIF": (saved(FLAG.convert("P", palette=Image.Palette.ADAPTIVE), "GIF"), corners, ["red", "green", "blue", "blue"], False),
+    "progressive JPEG": (saved(FLAG, "JPEG", quality=95, subsampling=0, progressive=True), corners, ["red", "green", "blue", "blue"], False),
+    "grey JPEG": (saved(Image.fromarray(STRIPE), "JPEG"), lambda picture: [picture.mode], ["RGB"], False),
+    "BMP": (saved(FLAG, "BMP"), corners, ["red", "green", "blue", "blue"], False),
+    "two views in a JPEG (MPO)": (saved(FLAG, "MPO", save_all=True, append_images=[FRAMES[2]], quality=95, subsampling=0), corners, ["red", "green", "blue", "blue"], False),
+    "PNG with a zip behind it": (saved(FLAG, "PNG") + b"PK\x03\x04" + bytes(200), corners, ["red", "green", "blue", "blue"], False),
+    "JPEG with a page of HTML in its comment": (saved(FLAG, "JPEG", quality=95, subsampling=0, comment=b"<script>alert(1)</script>"), corners, ["red", "green", "blue", "blue"], False),
+    "PNG with damaged EXIF": (saved(FLAG, "PNG", exif=b"Exif\0\0" + b"\xff" * 40), corners, ["red", "green", "blue", "blue"], True),
+}
+
+
+def test_images_that_do_occur_are_seen_as_a_person_sees_them(tally):
+    "Upright, no shade clipped, the first frame, the see-through on white; what was mended is stored as PNG, and everything else keeps its bytes."
+    with tally("hostile", "CMYK, 16-bit, EXIF-rotated, animated, see-through and double-faced images, by their pixels") as count:
+        for name, (data, see, seen, mended) in REAL.items():
+            count.tried += 1
+            row = {"question": "What is it?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": data, "path": "a.png"}]}
+            sample, = samples_from(lambda row=row: [("row 0", row)], layout.unified, "odd")
+            assert isinstance(sample, Sample), (name, str(sample))
+            assert see(to_rgb(data)) == see(sample.pictures()[0]) == seen, (name, see(to_rgb(data)))
+            assert ("mended" in (sample.misc or {})) == mended and (sample.images == (data,)) == (not mended), (name, sample.misc)
+            count.survived += 1
+
+
+def tiff_in_a_circle() -> bytes:
+    "A TIFF whose only directory says that it is followed by itself."
+    tags = [(256, 4, 1, 48), (257, 4, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, 32), (279, 4, 1, 1536)]
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 8)
+    return (b"II*\0" + struct.pack("<I", 8) + body).ljust(200, b"\0") + bytes(1536)
+
+
+PLAIN = saved(FLAG, "PNG")
+
+
+def junk() -> dict[str, bytes]:
+    "What is nobody's picture."
+    return {
+        "nothing": b"", "zeros": bytes(4096), "SVG with a script": b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='99' height='99'><script>alert(1)</script></svg>",
+        "SVG that reads a file": b"<!DOCTYPE svg [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><svg><text>&x;</text></svg>", "HTML called .png": b"<!DOCTYPE html><html><body><img src=x onerror=alert(1)></body></html>",
+        "PDF that is a JPEG too": b"%PDF-1.4\n1 0 obj << /Length 4000 >> stream\n" + saved(FLAG, "JPEG"), "zip called .png": b"PK\x03\x04" + bytes(400), "zip with a PNG behind it": b"PK\x03\x04" + bytes(26) + PLAIN,
+        "PostScript, which starts another program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n(%pipe%touch /tmp/never) (w) file\nshowpage\n", "Photoshop": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 64, 64, 8, 3) + bytes(99),
+        "Windows metafile": b"\xd7\xcd\xc6\x9a" + bytes(200), "icon": saved(FLAG, "ICO"), "pixmap": saved(FLAG, "PPM"), "JPEG 2000": saved(FLAG, "JPEG2000"), "a text": "Befund: unauffällig".encode("utf-16"),
+        "PNG of 4 billion pixels a side": png(0x7FFFFFFF, 0x7FFFFFFF, 8, 0, b""), "PNG of 70 million pixels": png(8400, 8400, 8, 0, bytes(99)), "GIF of 65,535 pixels a side": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + PLAIN,
+        "JPEG of 65,500 pixels a side": re.sub(rb"(\xff\xc0\x00\x11\x08)....", lambda found: found[1] + b"\xff\xdc" * 2, saved(FLAG, "JPEG"), flags=re.S), "WebP of 16,383 pixels a side": b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0\xfe\x3f\0\xfe\x3f\0",
+        "BMP of 2 billion lines": saved(FLAG, "BMP")[:18] + struct.pack("<ii", 48, 0x7FFFFFFF) + saved(FLAG, "BMP")[26:], "one pixel": saved(Image.new("RGB", (1, 1)), "PNG"), "a line": saved(Image.new("L", (900, 1)), "PNG"),
+        "PNG with a text of 100 MB": png(48, 32, 8, 0, bytes(33 * 49), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 1))), "PNG with a profile of 100 MB": png(48, 32, 8, 0, bytes(33 * 49), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000), 1))),
+        "PNG that unfolds to 100 MB": png(48, 32, 8, 0, bytes(100_000_000)), "PNG with half its pixels": png(48, 32, 8, 0, bytes(49 * 16)), "PNG without pixels": png(48, 32, 8, 0, b""), "PNG of no kind": png(48, 32, 8, 9, bytes(49 * 32)),
+        "TIFF in a circle": tiff_in_a_circle(), "TIFF with 65,535 entries": b"II*\0" + struct.pack("<IH", 8, 65535) + bytes(600), "APNG that promises a billion frames": png(48, 32, 8, 0, b"\0" * (49 * 32), chunk(b"acTL", struct.pack(">II", 10**9, 0))),
+    }
+
+
+PICTURES = """
+import sys
+from test_hostile import junk, png
+from medvlthinker.layout import unified
+from medvlthinker.sample import BadRow, Sample, image_problem, to_rgb
+from medvlthinker.source import samples_from
+found = junk()
+print(len(found) + 2)
+for name, data in found.items():
+    row = {"question": "What is it?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": data, "path": "a.png"}]}
+    item, = samples_from(lambda: [("row 0", row)], unified, "odd")
+    if isinstance(item, Sample):
+        assert item.pictures()[0].mode == "RGB"
+    else:
+        assert type(item) is BadRow and not item.by_rule and str(item).startswith("row 0, images: ") and len(str(item)) < 500 and str(item).isprintable(), str(item)
+    print(name, "|", item.misc if isinstance(item, Sample) else item.reason, flush=True)
+for name, data in {"64 million pixels of 16 bits": png(8000, 8000, 16, 0, bytes(8000 * 16001)), "64 million see-through pixels": png(8000, 8000, 8, 6, bytes(8000 * 32001))}.items():
+    assert not image_problem(data) and to_rgb(data).size == (8000, 8000)
+    print(name, "| large", flush=True)
+"""
+
+
+def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
+    "A picture has 64 million pixels at most, and its header says so before a pixel is decoded; 3 GB hold the largest."
+    with tally("hostile", "SVG, HTML, PostScript, polyglots, decompression bombs and giants called images: 60 seconds of processor time, 3 GB") as count:
+        total, *done = contained(PICTURES, seconds=60, megabytes=3000)
+        count.tried, count.survived = int(total), len(done)
+        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+        print(*done, sep="\n")
+    said = dict(line.split(" | ", 1) for line in done)
+    sound = {name for name, words in said.items() if words.startswith(("None", "{"))}  # as far as anything can tell: what is missing of them is black
+    assert sound == {"PNG that unfolds to 100 MB", "PNG with half its pixels", "APNG that promises a billion frames", "TIFF in a circle"}, sound
+
+
+# ---- rows of every known layout, with one thing wrong
+
+PIXELS = {"bytes": encoded(20, 16), "path": None}
+ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
+LAYOUTS = {  # of each layout one row that becomes a sample
+    "PMC-VQA, version 1": (layout.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
+    "PMC-VQA, version 2": (layout.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
+    "PMC-VQA, the paper's copy": (layout.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
+    "VQA-RAD": (layout.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
+    "VQA-RAD, the public file": (layout.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
+    "SLAKE": (layout.slake, {"qid": 1, "img_name": "a.png", "location": "Lung", "modality": "CT", "content_type": "Organ", "question": "Is this CT or MRI?", "answer": "CT", "answer_type": "CLOSED", "q_lang": "en"}),
+    "PathVQA": (layout.path_vqa, {"img_id": "a", "question": "Is it a nest?", "answer": "yes"}),
+    "PathVQA, on the hub": (layout.path_vqa_hub, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
+    "closed sets, the paper's copy": (layout.adaptllm, {"image": PIXELS, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}),
+    "MMMU": (benchmark._reads(layout.mmmu, "spaced"), {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
+                                                       "question_type": "multiple-choice", "subfield": "Radiology", "image_1": PIXELS, "image_2": None}),
+    "MedXpertQA": (layout.medxpertqa, {"id": "MM-1", "question": "Which?\nAnswer Choices: (A) x", "options": {"A": "x", "B": "y"}, "label": "B", "images": ["a.png"], "medical_task": "", "body_system": "", "question_type": "R"}),
+    "MedXpertQA, options as a list": (layout.medxpertqa, {"id": "MM-1", "question": "Which?", "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}], "label": ["B"], "images": [{"image_path": "a.png"}]}),
+    "MedQA": (layout.medqa, {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B"}),
+    "MedMCQA": (benchmark.medmcqa, {"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None, "base": 0}),
+    "MMLU": (layout.mmlu, {"question": "Which?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C", "subject": "anatomy"}),
+    "MMLU, on the hub": (layout.mmlu, {"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}),
+    "PubMedQA": (layout.pubmedqa, {"id": "7", "QUESTION": "Does it?", "CONTEXTS": ["Background."], "final_decision": "maybe"}),
+    "PubMedQA, on the hub": (layout.pubmedqa, {"pubid": 7, "question": "Does it?", "context": {"contexts": ["Background."], "labels": ["B"]}, "final_decision": "maybe"}),
+    "HeadQA": (layout.headqa, {"qid": 1, "qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}], "image": "", "name": "Cuaderno", "year": "2013", "category": "biology"}),
+    "OmniMedVQA": (layout.omnimedvqa, {"dataset": "Chest", "question_id": "c_1", "question_type": "M", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "a.png", "modality_type": "X"}),
+    "m23k": (layout.m23k, {"prompt": "Which?\nA. x\nB. y", "answer_letter": "B", "answer_string": "y", "reasoning": "So.", "source": "medqa"}),
+    "the published sets": (layout.unified, {"images": [PIXELS], "question": "Which?", "options": '{"A": "x", "B": "y"}', "answer_label": "B", "answer": "y", "reasoning": None, "dataset_name": "pmc_vqa", "dataset_index": 7, "hash": "0" * 16, "misc": '{"a": 1}'}),
+}
+IDS = ("id", "qid", "question_id", "pubid")
+NESTED: list = []
+for _ in range(600):
+    NESTED = [NESTED]
+WRONG = ["", " ", "\0", "a\nb", "\ud800", "\u202eabc", "x" * 20_000, "../../etc/passwd", "/etc/hostname", "=1+1", "<image>", "<image 99999999999999999999>", "['a'", "{", "null", "nan", "İ", "ſ",
+         None, True, False, 0, -1, 10**30, 1 << 63, -5, 2.5, math.nan, math.inf, -math.inf, [], {}, [[]], [None], [{}], ["a", "b"], {"A": None}, {"A": "x", "C": "y"}, {"a": {"b": [1]}}, {"bytes": b"x"}, {"bytes": "x"}, {"path": "/etc/hostname"},
+         NESTED, b"", b"bytes", bytearray(b"x"), datetime.datetime(2026, 1, 1), datetime.timedelta(1), decimal.Decimal("1.5"), {1: 2}, (1, 2), ["A"], [["A"]], {"l": "A"}, "CLOSED", "OPEN", "A", "B", "Z", "yes", "no", 1, 2, 3]
+KEYS = ["", "image_field", "images", "dataset_index", "dataset_name", "id", "base", "misc", "hash", "answer", "A", "\ud800", "image_8", "choices", "CONTEXTS"]
+
+
+def changed(value, rng: random.Random):
+    "The value with one thing wrong, at any depth."
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        act = rng.random()
+        rest = {name: each for name, each in value.items() if name != key}
+        if act < 0.1:
+            return rest
+        if act < 0.2:
+            return {**value, rng.choice(KEYS): rng.choice(WRONG)}
+        if act < 0.25:
+            return {**rest, rng.choice(KEYS): value[key]}
+        return {**value, key: changed(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.6:
+        place = rng.randrange(len(value))
+        return [*value[:place], *([changed(value[place], rng)] if rng.random() < 0.8 else []), *value[place + 1:]]
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        cut, other = sorted(rng.randrange(len(value) + 1) for _ in range(2)), rng.choice(WRONG[:18])
+        return value[:cut[0]] + other + value[cut[1]:]
+    return rng.choice(WRONG)
+
+
+def refusals(items) -> int:
+    "How many became no sample; each says which row it is, what is wrong and in which field, on one line that a terminal can show."
+    bad = [item for item in items if not isinstance(item, Sample)]
+    for item in bad:
+        assert type(item) is BadRow and item.reason and str(item).isprintable() and len(str(item)) < 700, repr(item)
+        json.dumps(vars(item)).encode()
+    return len(bad)
+
+
+def test_a_row_with_one_thing_wrong_is_a_sample_or_a_broken_row(tally, tmp_path):
+    "In every layout: nothing else comes out, no row is lost, and what counts as a sample can be stored and read again as it was."
+    with tally("hostile", "rows of 22 source layouts with wrong types, values, names and depths", seed=SEED) as count:
+        rng = random.Random(SEED)
+        files = {"a.png": PIXELS["bytes"], "a.jpg": PIXELS["bytes"], "Images/a.png": PIXELS["bytes"]}
+
+        def image(name):
+            if isinstance(name, dict | bytes):
+                return name
+            if name not in files:  # a list cannot be looked up: TypeError, as with a folder
+                raise ValueError(f"{name} is not in images/")
+            return files[name]
+
+        for name, (convert, row) in LAYOUTS.items():
+            rows = []
+            for number in range(160 * FUZZ):
+                own = copy.deepcopy(row) | {key: f"{row[key]}-{number}" for key in IDS if key in row}
+                rows.append((f"row {number}", own if number % 40 == 0 else changed(own, rng)))
+            rows = [(where, each) for where, each in rows if isinstance(each, dict)]  # what is none is refused by `read_rows`
+            items = list(samples_from(lambda rows=rows: rows, convert, "set", image))
+            count.tried += len(rows)
+            assert len(items) == len(rows) and all(isinstance(item, Sample) for item, (where, _) in zip(items, rows) if int(where[4:]) % 40 == 0), name
+            broken, good = refusals(items), [item for item in items if isinstance(item, Sample)]
+            assert 0 < broken < len(rows), (name, broken)
+            write_samples(good, tmp_path / "good.parquet")
+            told = lambda samples: [{**vars(sample), "misc": json.dumps(sample.misc)} for sample in samples]  # as JSON has it, in which a key is a text and nan is nan
+            assert told(read_samples(tmp_path / "good.parquet")) == told(good), name
+            drawn = list(samples_from(lambda rows=rows: rows, convert, "set", image, limit=9))
+            assert sum(isinstance(item, Sample) for item in drawn) == min(9, len(good)), name
+            count.survived += len(rows)
+
+
+def test_nested_and_listed_files_with_one_thing_wrong(tally, tmp_path):
+    "The readers that take apart what is nested, list what belongs to the test set, or find out from what a file counts."
+    path_vqa = {"img_id": "a", "labelf": {"pvqa": [{"yes": 1}, {"no": 1}]}, "sentf": {"pvqa": ["Is it a nest?", "Is it not?"]}}
+    headqa = {"exams": {"0": {"name": "Cuaderno", "year": "2013", "category": "biology", "data": [LAYOUTS["HeadQA"][1]]}}}
+    with tally("hostile", "nested and listed files (PathVQA, HeadQA, PubMedQA, MedMCQA) with one thing wrong", seed=SEED) as count:
+        rng = random.Random(SEED)
+        for number in range(250 * FUZZ):
+            exams = changed(headqa, rng)
+            for made, convert in ((layout.path_vqa_nested([("row 1", changed(path_vqa, rng)), ("row 2", path_vqa)]), layout.path_vqa), (layout.headqa_nested(exams.items() if isinstance(exams, dict) else [("row 1", exams)]), layout.headqa)):
+                count.tried += 1
+                refusals(samples_from(lambda rows=list(made): rows, convert, "set", lambda name: PIXELS["bytes"]))
+                count.survived += 1
+        plain = lambda value: json.loads(json.dumps(value, default=str, skipkeys=True))
+        for number in range(100 * FUZZ):
+            for name, rows, reader in (("ori_pqal.json", {"7": LAYOUTS["PubMedQA"][1], "8": LAYOUTS["PubMedQA"][1]}, benchmark.pubmedqa_rows), ("dev.json", [LAYOUTS["MedMCQA"][1], LAYOUTS["MedMCQA"][1] | {"cop": 4}], benchmark.medmcqa_rows)):
+                count.tried += 1
+                (tmp_path / "test_ground_truth.json").write_text(json.dumps(plain(changed({"7": "yes"}, rng))))
+                made = plain(changed(rows, rng))
+                (tmp_path / name).write_text(json.dumps(made) if name.startswith("ori") else "\n".join(map(json.dumps, made)) if isinstance(made, list) else json.dumps(made))
+                with contextlib.suppress(UserError):
+                    refusals(samples_from(lambda: read_rows(tmp_path / name, (), reader), layout.pubmedqa if name.startswith("ori") else benchmark.medmcqa, "set"))
+                count.survived += 1
+
+
+# ---- files: torn, of another kind, and those that unfold
+
+
+def write_all(folder: Path) -> dict[Path, tuple]:
+    "A small file of each kind that is read, with the reader of its rows."
+    rows = [{"question": f"Which of {number}?", "answer": "y", "options": {"A": "x", "B": "y"}, "answer_idx": "B"} for number in range(6)]
+    lines = "\n".join(map(json.dumps, rows))
+    (folder / "rows.jsonl").write_text(lines)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
+    with open(folder / "rows.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["question", "A", "B", "C", "D", "answer"], *([f"Which, of\n{number}?", "w", 'x "x"', "y", "z", "C"] for number in range(6))])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"images/{number}.png", PIXELS["bytes"])
+    write_samples([Sample(f"Which of {number}?", {"A": "x", "B": "y"}, "B", "y", (PIXELS["bytes"],), misc={"a": 1}) for number in range(6)], folder / "samples.parquet")
+    (folder / "eval_results.jsonl").write_text("\n".join(json.dumps({"dataset_name": "pmc_vqa", "dataset_index": number, "answer_label": "B", "parsed_outputs": [{"output_text": "<answer>B</answer>"}]}) for number in range(6)))
+    from_zip = lambda path: [item if isinstance(item, bytes) else str(item) for item in map(asked(image_reader(path)), ("0.png", "images/1.png", "2.png"))]
+    converts = {".csv": layout.mmlu}
+    read = lambda path: refusals(samples_from(lambda: read_rows(path), converts.get(path.suffix, layout.medqa), "set"))
+    return {folder / name: how for name, how in (("rows.jsonl", read), ("rows.jsonl.gz", read), ("rows.json", read), ("rows.csv", read), ("rows.parquet", read), ("images.zip", from_zip), ("samples.parquet", read_samples),
+                                                 ("eval_results.jsonl", lambda path: [grade(each["text"], LETTERS, "B") for row in read_eval_results(path) for each in row["completions"]]))}
+
+
+def asked(read):
+    "The image, or the sentence on why there is none."
+    def ask(name):
+        try:
+            return read(name)
+        except ValueError as error:
+            return error
+    return ask
+
+
+def torn(data: bytes, rng: random.Random) -> bytes:
+    "The bytes with some of them flipped, cut out, doubled, or replaced."
+    act, place = rng.randrange(6), rng.randrange(len(data))
+    if act == 0:
+        return data[:place]
+    if act == 1:
+        return data[:place] + data[place + rng.randrange(1, 40):]
+    if act == 2:
+        return data[:place] + data[max(0, place - rng.randrange(1, 200)):]
+    if act == 3:
+        return data[:place] + rng.choice([b"\0", b"\xff\xfe", b'"', b"\n", b"[" * 3000, b"{}", b"\xed\xa0\x80", b",,,,", b"9" * 5000, b"NaN", b"1e999", "\u2028".encode()]) + data[place + rng.randrange(4):]
+    return bytes(byte ^ (1 << rng.randrange(8)) if rng.random() < (0.003, 0.03)[act % 2] or at == place else byte for at, byte in enumerate(data))
+
+
+TORN = """
+import random, sys
+from pathlib import Path
+from test_hostile import SEED, torn, write_all
+from medvlthinker.config import UserError
+rng, folder = random.Random(SEED), Path(sys.argv[1])
+for path, read in write_all(folder).items():
+    whole, good = path.read_bytes(), 0
+    other = path.with_name(f"torn-{path.name}")
+    for number in range(int(sys.argv[2])):
+        other.write_bytes(torn(whole, rng))
+        try:
+            read(other)
+            good += 1
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error)) < 2500, error
+        print(path.name, flush=True)
+    read(path)
+"""
+
+
+def test_torn_files_of_every_kind_are_rows_or_one_sentence(tally, tmp_path):
+    "Flipped bits, cuts and insertions in JSON, CSV, gzip, parquet, zip, stored samples and results; in a process of its own, for a reader may end with it."
+    each = 60 * FUZZ
+    with tally("hostile", "torn files: JSON, JSON lines, gzip, CSV, parquet, zip, stored samples, results", seed=SEED) as count:
+        count.tried = 8 * each
+        count.survived = len(contained(TORN, tmp_path, each, seconds=60 + 30 * FUZZ, megabytes=1500))
+        assert count.survived == count.tried
+
+
+def test_tables_of_another_schema_are_refused_in_a_sentence(tally, tmp_path):
+    good = {"question": "Which?", "options": '{"A": "x", "B": "y"}', "answer_label": "B"}
+    half = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(struct.pack("<ii", 0, 2)), pyarrow.py_buffer(b"\xff\xfe"))
+    tables = {"other columns": {"a": [1]}, "no column": {}, "no row": {key: pyarrow.array([], pyarrow.string()) for key in good}, "numbers for texts": {key: [1] for key in good}, "a struct for a text": good | {"question": [{"a": 1}]},
+              "options nested": good | {"options": [{"A": {"B": ["x"]}, "B": {"B": ["y"]}}]}, "options as pairs": good | {"options": pyarrow.array([[("A", "x")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))},
+              "names for images": good | {"images": [["/etc/hostname"]]}, "numbers for images": good | {"images": [[1, 2]]}, "an image in an image": good | {"images": [[{"bytes": {"bytes": b"x"}}]]}, "a text for images": good | {"images": ["/etc/hostname"]},
+              "a path alone": good | {"images": [[{"bytes": None, "path": "/etc/hostname"}]]}, "bytes that are no text": {key: [value] for key, value in good.items()} | {"reasoning": half}, "a date for an index": good | {"dataset_index": [datetime.datetime(2026, 1, 1)]},
+              "a time beyond the calendar": good | {"misc": pyarrow.array([1 << 62], pyarrow.int64()).cast(pyarrow.timestamp("us"))}, "a list for a label": good | {"answer_label": [["B"]]}, "infinity for an index": good | {"dataset_index": [math.inf]}}
+    with tally("hostile", "parquet files of another schema, with nested junk, or with names of files for images") as count:
+        for name, columns in tables.items():
+            count.tried += 1
+            pyarrow.parquet.write_table(pyarrow.table({key: [value] if isinstance(value, str) else value for key, value in columns.items()}), tmp_path / "other.parquet")
+            if name in ("no row", "no column"):
+                assert read_samples(tmp_path / "other.parquet") == []
+            else:
+                with pytest.raises(UserError) as raised:
+                    print(name, read_samples(tmp_path / "other.parquet"))
+                assert str(raised.value).isprintable() and "other.parquet" in str(raised.value) and len(str(raised.value)) < 500, (name, raised.value)
+                assert "/etc" not in name or "not followed" in str(raised.value)
+            count.survived += 1
+
+
+BOMBS = """
+import gzip, io, itertools, sys, zipfile
+from pathlib import Path
+from medvlthinker.config import UserError
+from medvlthinker.rollout import read_eval_results
+from medvlthinker.source import csv_rows, image_reader, read_rows
+folder, M = Path(sys.argv[1]), 1 << 20
+
+def gz(name, *pieces, times=4096):  # members that unfold to a megabyte each: gigabytes from a few kilobytes
+    head, piece = (gzip.compress(each.encode() if isinstance(each, str) else each, 9) for each in pieces)
+    (folder / name).write_bytes(head + piece * times)
+    return folder / name
+
+def refused(error, words, act):
+    try:
+        act()
+    except error as reason:
+        assert words in str(reason), reason
+    else:
+        raise AssertionError("it was read")
+
+def hollow(place):
+    "The archive with members that say to be small, and are not."
+    data = bytearray(place.read_bytes())
+    for mark, at in ((b"PK\\3\\4", 22), (b"PK\\1\\2", 24)):
+        start = data.index(mark)
+        data[start + at:start + at + 4] = (5000).to_bytes(4, "little")
+    place.write_bytes(data)
+    return place
+
+def packed(name, size):
+    with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("a.png", "w", force_zip64=False) as member:
+            for _ in range(size):
+                member.write(bytes(M))
+    return folder / name
+
+def parquet():
+    import numpy, pyarrow, pyarrow.parquet
+    column = pyarrow.DictionaryArray.from_arrays(numpy.zeros(20_000_000, numpy.int8), ["x" * 2000])
+    pyarrow.parquet.write_table(pyarrow.table({"question": column}), folder / "long.parquet")
+    for _ in itertools.islice(read_rows(folder / "long.parquet"), 2000):
+        pass
+
+drain = lambda rows: sum(1 for _ in rows)
+acts = {
+    "a line": lambda: refused(UserError, "longer than 64 MB, which no row is", lambda: drain(read_rows(gz("line.jsonl.gz", '{"a": 1}\\n', " " * M)))),
+    "a line of results": lambda: refused(UserError, "longer than 64 MB, which no row is", lambda: drain(read_eval_results(gz("eval_results.jsonl.gz", '{"a": "', "x" * M)))),
+    "a list": lambda: refused(UserError, "holds more than 256 MB, and is read as a whole", lambda: drain(read_rows(gz("list.json.gz", '[{"a": 1}', " " * M)))),
+    "a cell": lambda: refused(UserError, "", lambda: drain(csv_rows(gz("cell.csv.gz", "a,b\\n", "x" * M)))),
+    "a record of many lines": lambda: refused(UserError, "a record of more than 64 MB", lambda: drain(csv_rows(gz("record.csv.gz", "a,b\\n", ('"' + "x" * 1000 + '\\n",') * 1000)))),
+    "a header": lambda: refused(UserError, "", lambda: drain(csv_rows(gz("header.csv.gz", "a", ",b" * (M // 2))))),
+    "rows without the column": lambda: refused(UserError, "no row has the column question", lambda: drain(read_rows(gz("rows.jsonl.gz", "", '{"a": "' + "x" * M + '"}\\n'), ("question",)))),
+    "many small rows": lambda: drain(read_rows(gz("many.jsonl.gz", "", '{"a": 1}\\n' * (M // 90), times=6))),
+    "a zip": lambda: refused(ValueError, "more than an image has", lambda: image_reader(packed("bomb.zip", 300))("a.png")),
+    "a zip that lies": lambda: refused(ValueError, "cannot be read from", lambda: image_reader(hollow(packed("liar.zip", 200)))("a.png")),
+    "a column of one value": parquet,
+}
+print(len(acts))
+for name, act in acts.items():
+    act()
+    print(name, flush=True)
+"""
+
+
+def test_what_unfolds_to_gigabytes_is_refused_in_little_memory(tally, tmp_path):
+    "Each unfolds to gigabytes; the process may take one and a half, most of which are its libraries' address space."
+    with tally("hostile", "gzip, zip, CSV and parquet that unfold to gigabytes: 60 seconds of processor time, 1.5 GB") as count:
+        total, *done = contained(BOMBS, tmp_path, seconds=60, megabytes=1500)
+        count.tried, count.survived = int(total), len(done)
+        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+
+
+def test_names_and_members_that_leave_their_folder(tally, tmp_path):
+    "By name, by link, in a zip and from a tar that somebody unpacked: nothing outside is read that is no picture, and nothing is written anywhere."
+    folder, secret = tmp_path / "data" / "images", tmp_path / "secret.png"
+    folder.mkdir(parents=True)
+    secret.write_bytes(b"not for you")
+    (folder / "a.png").write_bytes(PIXELS["bytes"])
+    names = ["../../secret.png", str(secret), "a.png/../../../secret.png", "./../../secret.png", "..", ".", "", "/", "//etc/hostname", "a\0.png", "\ud800.png", "x" * 5000, "~/secret.png", "file:///etc/hostname", "..\\..\\secret.png", "pipe", "link.png", "circle"]
+    os.mkfifo(folder / "pipe")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "circle").symlink_to("circle")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in ("../../escaped.png", "/escaped.png", "a.png"):
+            archive.writestr(name, PIXELS["bytes"])
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, str(secret))
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for name in ("../escaped.png", "/escaped.png"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    row = lambda name: {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [name]}
+    with tally("hostile", "names, links and archive members that leave their folder") as count:
+        for place in (folder, tmp_path / "images.zip"):
+            items = list(samples_from(lambda: [(f"row {number}", row(name)) for number, name in enumerate(["a.png", *names])], layout.unified, "set", image_reader(place)))
+            count.tried += len(names)
+            assert isinstance(items[0], Sample) and refusals(items[1:]) == len(names) and not any("not for you" in str(item) for item in items)
+            count.survived += len(names)
+        count.tried += 2
+        for name in ("../../escaped.png", "/escaped.png"):  # inside the archive these are names like any other: read, and never unpacked
+            assert image_reader(tmp_path / "images.zip")(name) == PIXELS["bytes"] if name[0] != "/" else True
+        with pytest.raises(UserError, match="is no readable zip file"):
+            image_reader(tmp_path / "images.tar")
+        count.survived += 2
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+# ---- manifests, rollouts, results: any bytes
+
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["", "\ud800", "../..", "x" * 3000])),
+                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["inputs", "samples", "shards", "rows", "sha256", "engine", "completions", "broken", "left_out", "text", "format", "a"]), inner, max_size=4)), max_leaves=8)
+BYTES = st.one_of(VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=60), st.sampled_from([b"[" * 100_000, b'{"inputs": ' * 50_000, b"\xff\xfe{}", b"9" * 5000, b'{"inputs": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b"\0" * 9, b'{"rows": 1, "shards": 1}\n']))
+
+
+def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, tmp_path):
+    artefact, folder = tmp_path / "made.json", tmp_path / "rollout"
+    folder.mkdir()
+    artefact.write_text("{}")
+    shard = folder / "shard-00000.jsonl"
+    sample = Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No")
+    with tally("hostile", "manifests and rollouts of any bytes", seed=SEED) as count:
+        @every(count, 150, BYTES)
+        def manifest(data):
+            manifest_path(artefact).write_bytes(data)
+            assert isinstance(read_json(manifest_path(artefact)), dict)
+            try:
+                assert stale(artefact, {"never": "so"}), "what cannot be read never holds"
+            except UserError as error:
+                assert "was written by a newer version" in str(error)
+
+        @every(count, 150, BYTES, st.binary(max_size=30), st.booleans(), st.booleans())
+        def rollout(head, body, valid, whole):
+            (folder / "rollout.json").write_bytes(b'{"samples": "x"}' if whole else head)
+            if valid and isinstance(header := read_json(folder / "rollout.json"), dict):  # a header whose hash is right: only its fields are wrong
+                import hashlib
+                header = {"shards": 1, "rows": 1, "engine": "x", **header, "sha256": hashlib.sha256(body).hexdigest()}
+                head = json.dumps(header).encode()
+            shard.write_bytes(head + b"\n" + body)
+            assert isinstance(shard_header(shard), dict)
+            found = read_shard(shard)
+            assert found is None or isinstance(found[0], dict) and all(isinstance(row, dict) for row in found[1])
+            for act in (rollout_identity, lambda folder: list(stored_rollout(folder)[1])):
+                with contextlib.suppress(UserError):
+                    act(folder)
+
+        @every(count, 12, BYTES)
+        def samples(data):
+            manifest_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
+            store(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})
+            manifest_path(tmp_path / "stored.parquet").write_bytes(data if data.startswith(b"[") else b'{"inputs": {"a": 1}, "broken": ' + data + b"}")
+            with contextlib.suppress(UserError):
+                assert list(store(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
+
+        for name in (manifest_path(artefact), shard, folder / "rollout.json"):  # a folder where a file should be
+            count.tried += 1
+            name.unlink(missing_ok=True)
+            name.mkdir()
+            assert read_json(name) == {} and shard_header(name) == {} and read_shard(name) is None and stale(artefact, {})
+            with pytest.raises(UserError):
+                list(stored_rollout(folder)[1])
+            count.survived += 1
+
+
+def test_any_line_of_results_is_a_row_or_a_sentence(tally, tmp_path):
+    line, path = {"dataset_name": "pmc_vqa", "dataset_index": 7, "answer_label": "B", "parsed_outputs": [{"output_text": "<answer>B</answer>"}, {"output_text": None}]}, tmp_path / "eval_results.jsonl"
+    with tally("hostile", "lines of eval_results.jsonl with one thing wrong", seed=SEED) as count:
+        rng = random.Random(SEED)
+        for _ in range(600 * FUZZ):
+            count.tried += 1
+            path.write_text(json.dumps(changed(line, rng), default=str, skipkeys=True), errors="surrogateescape")
+            with contextlib.suppress(UserError):
+                row, = read_eval_results(path)
+                assert isinstance(row["dataset_name"], str) and isinstance(row["dataset_index"], int) and all(isinstance(each["text"], str) for each in row["completions"])
+            count.survived += 1
+
+
+def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path):
+    "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it."
+    samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
+    from medvlthinker.completion import Completion
+    from medvlthinker.evaluate import grade_rows
+    from medvlthinker.evaluate import store as keep
+    from medvlthinker.rollout import write_eval_results
+    with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
+        for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
+            count.tried += 1
+            write_shard(tmp_path / "shard-00000.jsonl", samples, [[Completion(text, "stop", 1)]], {"shard": 0, "shards": 1, "engine": "x"})
+            _, rows = read_shard(tmp_path / "shard-00000.jsonl")
+            same = json.loads(json.dumps(text))
+            assert rows[0]["completions"][0]["text"] == same
+            write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")
+            again, = read_eval_results(tmp_path / "eval_results.jsonl")
+            assert again["completions"][0]["text"] == same
+            lines = [{**line, "text": same} for line in grade_rows(samples, [again])]
+            keep(tmp_path / "record.json", {"text": same}, lines, {})
+            assert json.loads((tmp_path / "record.json").read_text())["text"] == same
+            count.survived += 1
+
+
+# ---- settings.ini and the keys of a profile
+
+WORDS = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "nan", "inf", "-inf", "-1", "1e999", "9" * 5000, "1_0", "٣", "0x10", "\0", "\ud800", "~nobody-at-all/x.py", "/", "..", "../../x", "%(here)s", "${HOME}", "a,b,,", ",", "phantom", "vllm", "True", "2.5", "=", ";", "\n[x]\n"]))
+GIVEN = st.one_of(WORDS, st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none()), max_size=3), st.tuples(st.integers()), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.binary(max_size=3))
+FIELDS = [name for name in Profile.__dataclass_fields__ if name != "name"]
+
+
+def sound(profile) -> None:
+    "Every key has the type of its field, and no number is below nothing or beyond all."
+    for name, field in Profile.__dataclass_fields__.items():
+        value = getattr(profile, name)
+        assert type(value) is type(field.default) and (not isinstance(value, (int, float)) or 0 <= value < math.inf), (name, value)
+        assert not isinstance(value, tuple) or all(isinstance(word, str) and word.strip() for word in value)
+    assert re.fullmatch(r"[\w.-]+", profile.name) and not profile.name.startswith("."), "it is the name of a folder"
+
+
+def test_any_settings_are_a_profile_or_a_sentence(tally, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ini = tmp_path / "settings.ini"
+    names = st.one_of(st.sampled_from(["smoke", "DEFAULT", "x", "..", "a/b", "", "../../x", "\0", "a b"]), st.text(max_size=5))
+    with tally("hostile", "settings.ini of any text, and profile keys of any value", seed=SEED) as count:
+        def tried(act):
+            try:
+                sound(act())
+            except UserError as error:
+                assert str(error).isprintable() and len(str(error)) < 5000, error
+
+        @every(count, 250, st.sampled_from([*FIELDS, "name", "", "self", "limits", "LIMIT"]), GIVEN)
+        def keys(key, value):
+            ini.write_text("[smoke]\n")
+            tried(lambda: load_profile("smoke", **{key: value}))
+
+        section = st.builds(lambda name, pairs: f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in pairs), names, st.lists(st.tuples(st.sampled_from([*FIELDS, "name", "x"]), WORDS), max_size=4))
+        text = st.one_of(st.lists(section, max_size=3).map("".join).map(lambda text: text.encode("utf-8", "surrogatepass")), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")), st.binary(max_size=60))
+
+        @every(count, 250, text, names)
+        def settings_file(data, name):
+            ini.write_bytes(data)
+            tried(lambda: load_profile(name))
+
+        @every(count, 100, st.lists(st.one_of(st.sampled_from(["smoke", "name=x", "limit=2", "limit=", "=", "=x", "self=1"]), WORDS), max_size=3))
+        def words(words):
+            ini.write_text("[smoke]\n")
+            def read():
+                name, given = config.parse_words(words)
+                return load_profile(name, **given)
+            tried(read)
+
+
+# ---- tables for a spreadsheet
+
+CELLS = st.one_of(st.sampled_from(["=1+1", "+1", "-3.1", "-x", "@SUM(1)", "\t=1", "\r=1", "\n=1", " =1", "'=1", "''=1", "'", "＝1", "=HYPERLINK(\"http://x\",\"y\")", "=cmd|' /C calc'!A0", "-", "+2e5", "a,b", 'a"b']), st.text(max_size=8))
+STARTS = re.compile(r"[\s]*[=+\-@\t\r\n＝＋－＠]")
+
+
+def is_formula(cell: str) -> bool:
+    "Would a spreadsheet calculate it? A number is no formula."
+    try:
+        float(cell)
+        return False
+    except ValueError:
+        return bool(STARTS.match(cell))
+
+
+def test_no_cell_of_a_table_is_a_formula(tally, tmp_path):
+    "In every CSV that is written: texts that begin like a formula are marked, numbers stay numbers, and our own readers take the marks off again."
+    with tally("hostile", "cells that begin like a formula, in every table that is written", seed=SEED) as count:
+        @every(count, 40, st.lists(st.tuples(CELLS, st.floats(allow_nan=False, allow_infinity=False, width=32)), min_size=1, max_size=24), CELLS)
+        def holds(rows, name):
+            frame = pd.DataFrame({name or "x": [text for text, _ in rows], "-change ": [number for _, number in rows]})
+            for read in (lambda: (write_csv(frame, tmp_path / "table.csv"), (tmp_path / "table.csv").read_text(encoding="utf-8"))[1], lambda: frame_csv(frame)):
+                lines = list(csv.reader(io.StringIO(read(), newline="")))
+                assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
+            assert [csv_plain(csv_text(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
+            again = read_csv(tmp_path / "table.csv")
+            assert np.allclose(again.iloc[:, 1].astype(float), [number for _, number in rows], rtol=1e-6)
+
+        evil = {"model": "=1+1", "source": "hub", "rule": "regrade", "rules": {}, "counts": {"pmc_vqa": (1, 2)}, "instruction": "trained"}
+        count.tried += 1
+        table = list(csv.reader(io.StringIO(to_csv(results_table(evil)))))
+        assert any("'=1+1" in line for line in table) and not any(map(is_formula, itertools.chain.from_iterable(table)))
+        count.survived += 1
+
+
+def test_tables_are_written_in_one_place():
+    "No other call writes a CSV: neither in the package nor in the notebooks of the paper."
+    sources = {path: path.read_text() for path in (ROOT / "medvlthinker").glob("*.py")}
+    for path in (ROOT / "nbs" / "paper").glob("*.ipynb"):
+        cells = (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
+        sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)
+    calls = [(path.name, node.func.attr, node.func.value) for path, text in sources.items() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    writers = sorted((name, attribute) for name, attribute, owner in calls if attribute == "to_csv" or attribute in ("writer", "DictWriter") and isinstance(owner, ast.Name) and owner.id == "csv")
+    assert writers == [("figures.py", "writer"), ("report.py", "writer"), ("source.py", "to_csv"), ("trust.py", "DictWriter")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
