@@ -271,7 +271,7 @@ def curate(
               "overlap": overlap, "without": fingerprint(without)}
     with alone(path.parent):
         if stale(path, inputs):
-            with recording(path, inputs) as facts:
+            with recording(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
                 facts.update(_make(samples, _reasons(decisions, without), path, seed, hard_first))
     return path
 

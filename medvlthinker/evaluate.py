@@ -22,7 +22,7 @@ from .config import Profile, UserError, Workspace, changed, launch, recording, w
 from .engine import answering
 from .grade import RULES, grade
 from .recipe import BASES, RECIPES, wanted
-from .rollout import Rows, asked_as, folder_name, rollouts, shard_rows
+from .rollout import Rows, answers_hash, asked_as, folder_name, rollouts, shard_rows
 from .sample import Sample
 from .stats import clustered_mean, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap, pass_at_k, wilson
 
@@ -85,8 +85,9 @@ def store(
     beside: str = "",  # the name of the lines' file; empty for the record's own with .jsonl
 ) -> None:
     "Write a record as JSON, its lines before it, so that it never stands without them."
-    with recording(path, inputs):
-        with writing(path.with_name(beside) if beside else path.with_suffix(".jsonl")) as file:
+    aside = path.with_name(beside) if beside else path.with_suffix(".jsonl")
+    with recording(path, inputs, [aside]):
+        with writing(aside) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with writing(path) as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
@@ -106,7 +107,8 @@ def evaluate(
     record = {"model": model, "source": source_of(profile), "rule": rule, **dict(zip(("instruction", "dialect"), asked_as(model, instruction))), "counts": count(table, rule),
               "rules": {each: count(table, each) for each in RULES}, "truncated": sum(line["finish_reason"] == "length" for line in table),
               "seed": profile.seed, "engine": answering(profile), "dtype": profile.dtype, "rollouts": origin}
-    store(folder / "evaluation.json", record, table, {"rollouts": origin, "rule": rule}, "questions.jsonl")
+    answers = {name: answers_hash(root / where) for name, where in origin.items()}
+    store(folder / "evaluation.json", record, table, {"rollouts": origin, "answers": answers, "rule": rule}, "questions.jsonl")
     return record
 
 # %% ../nbs/40_evaluate.ipynb #45569f85
@@ -357,5 +359,5 @@ def evaluate_repeats(
     rules = {rule: repeated_table([line for line in lines if line["rule"] == rule]) for rule in RULES}
     record = {"model": model, "source": source_of(profile), "answers": n, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": profile.seed, "engine": profile.engine,
               "dtype": profile.dtype, "rules": rules, "rollouts": origin}
-    store(folder / "repeats.json", record, lines, {"rollouts": origin})
+    store(folder / "repeats.json", record, lines, {"rollouts": origin, "answers": {name: answers_hash(root / where) for name, where in origin.items()}})
     return record

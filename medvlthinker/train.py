@@ -45,7 +45,7 @@ def printed_command(
         return shlex.join(trl_command(recipe, profile, workspace, "python"))
     data = verl_backend.verl_file(data_file(recipe, profile, workspace), recipe)
     words = verl_backend.overrides(recipe, profile, begins(recipe, workspace), data, training_folder(recipe, workspace))
-    variables = verl_backend.environment(workspace.root / "logs" / recipe.name)
+    variables = verl_backend.environment(workspace.root / "logs" / recipe.name, nodes=profile.nodes or recipe.nodes)
     return verl_backend.printable(verl_backend.command(words, variables, profile.nodes or recipe.nodes, os.environ.get("RAY_ADDRESS", "http://HEAD:8265")))
 
 # %% ../nbs/37_train.ipynb #772c5f2e
@@ -71,7 +71,8 @@ def finish(
     made = merge(taken, run.start, run.folder / "model", own, log=workspace.logs / run.recipe.name / "merge.log")
     facts = {"rows": len(run.rows), "dropped": {reason: len(places) for reason, places in run.dropped.items()}, "steps": run.steps, "takes": run.takes,
              "trainer": run.inputs["trainer"], "seed": run.profile.seed, "lora_rank": run.profile.lora_rank, "profile": run.profile.name}
-    with recording(final, run.inputs) as record:
+    kept = [path for path in [workspace.logs / run.recipe.name / "metrics.jsonl"] if path.is_file()]
+    with recording(final, run.inputs, kept) as record:
         record.update(facts, start=run.start, data=run.data.name, merge=json.loads(manifest_path(made).read_text(encoding="utf-8"))["inputs"])
         with replacing(final) as part:
             os.replace(made, part)

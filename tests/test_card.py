@@ -140,7 +140,7 @@ def test_a_second_call_writes_and_reads_nothing(run, monkeypatch):
     monkeypatch.setattr(card, "file_hash", lambda path: pytest.fail(f"{path} was read again") if Path(path).is_relative_to(run) else "x" * 64)
     monkeypatch.setattr(crate, "_locks", lambda crate: [])
     assert [path.name for path in write_cards(profile, print)] == ["ro-crate-metadata.json"]  # the locks are gone from it
-    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} <= {run, run / "ro-crate-metadata.json"}
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} <= {run, run / "ro-crate-metadata.json", run / "ro-crate-metadata.json.manifest.json"}
 
 
 def test_a_hash_that_a_manifest_holds_is_taken_from_it(run, monkeypatch):
