@@ -1,30 +1,53 @@
 """Speed and memory, measured: the one place. `./reproduce.sh bench [NAME ...]` runs all measurements, or those named.
 
-Prints name, value, unit, bound and whether it holds, and appends each as a JSON line, with date and machine, to _runs/bench/bench.jsonl.
-These machines are shared and noisy: what is compared is measured in turns within one run, and the median counts.
-Exit code 1 when a bound does not hold.
+Prints value, unit, bound and whether it holds, and appends each as a JSON line, with date, commit and machine, to _runs/bench/bench.jsonl; then draws
+the history (nbs/63_bench.ipynb). `--list` names the measurements, their bounds and their last values, `--draw` only draws, `--keep` copies the history
+beside the chapter. These machines are shared and noisy: what is compared is measured in turns within one run, and the median counts.
+Exit code 1 when a bound does not hold. What this machine cannot measure is said, and is no failure.
 """
+import contextlib
 import datetime
 import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from medvlthinker.config import UserError, Workspace, circumstances, command, load_profile
+from medvlthinker.bench import add_line, latest, read_lines, write_history
+from medvlthinker.config import UserError, Workspace, circumstances, command, load_profile, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = {}
+FOLDER = Workspace("bench").root  # as the command was called: some measurements set a home of their own
+LOG, WHOLE = FOLDER / "bench.jsonl", FOLDER / "whole"
 
 
-def bench(function):
-    "Register a measurement; it yields (name, value, unit, bound, which side of the bound is good)."
-    BENCHES[function.__name__] = function
-    return function
+class Bound(NamedTuple):
+    "What a measurement is held to."
+    what: str
+    unit: str
+    bound: float  # 0 where the value is stated only
+    side: str = "at most"
+
+
+class NotHere(Exception):
+    "Why this machine cannot measure it."
+
+
+def bench(*bounds: Bound):
+    "Register a measurement; it yields a value for each of its bounds, in their order, or (value, what) where what was measured differs from what is named."
+    def register(function):
+        BENCHES[function.__name__] = function, bounds
+        return function
+
+    return register
 
 
 def seconds(act, times: int = 1) -> float:
@@ -37,22 +60,24 @@ def seconds(act, times: int = 1) -> float:
     return statistics.median(taken)
 
 
-@bench
+@bench(Bound("import of medvlthinker.grade over a bare interpreter", "ms", 50))
 def import_time():
     "What `import medvlthinker.grade` costs over a bare interpreter: medians of 15 runs each, in turns."
+    compiled = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}  # else every start compiles the module
+
     def start(code):
-        return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT))
+        return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=compiled))
 
     start("import medvlthinker.grade")  # compiles the module once
     pairs = [(start("pass"), start("import medvlthinker.grade")) for _ in range(15)]
     bare, with_grade = (statistics.median(column) for column in zip(*pairs))
-    yield "import of medvlthinker.grade over a bare interpreter", 1000 * (with_grade - bare), "ms", 50, "at most"
+    yield 1000 * (with_grade - bare)
 
 
 COMPLETION = "<think> The scan shows a dense lesion in the left upper lobe; option {x} fits, the others do not. </think>\n<answer> {x} </answer>"
 
 
-@bench
+@bench(Bound("completions graded under all five rules", "per s", 4000, "at least"))
 def grading_rate():
     "Completions graded per second on one core, each under all five rules."
     from medvlthinker.grade import RULES, grade
@@ -60,7 +85,7 @@ def grading_rate():
     options = dict(zip("ABCD", ("lung", "heart", "liver", "spleen")))
     texts = [COMPLETION.format(x="ABCD"[i % 4]) if i % 3 else f"The answer is ({'ABCD'[i % 4]}), the {options['ABCD'[i % 4]]}." for i in range(3000)]
     taken = seconds(lambda: [grade(text, options, "B", rule) for text in texts for rule in RULES], times=3)
-    yield "completions graded under all five rules", len(texts) / taken, "per s", 4000, "at least"
+    yield len(texts) / taken
 
 
 HOSTILE = ["a", " ", "\n", "\r\n", "\t", "(", ")", "((A))", "A ", "A. ", "A B C D ", "(A) (B) ", "<", "<a", "<answer", "<answer>", "<answer>\n", "</answer>", "<answer>A</answer>",
@@ -82,7 +107,8 @@ def least(text: str, rule: str, times: int = 3) -> float:
     return min(taken)
 
 
-@bench
+@bench(Bound("slowest of 885 hostile gradings of 1 MB", "ms", 100),
+       Bound("time for 8 times the text, over the time for the text (40 slowest; 64 would be quadratic)", "x", 16))
 def grading_worst_case():
     "The slowest of many hostile inputs of one megabyte, over all rules, and how the time grows when the text does."
     from medvlthinker.grade import RULES
@@ -95,13 +121,14 @@ def grading_worst_case():
     slow = sorted(cases, key=lambda case: -case[0])[:40]
     worst = max((least(text(frame, unit, 1_000_000), rule), rule, unit) for _, rule, unit, frame in slow)
     print(f"    slowest: {worst[1]} on 1 MB of {worst[2]!r}")
-    yield f"slowest of {len(cases)} hostile gradings of 1 MB", 1000 * worst[0], "ms", 100, "at most"
+    yield 1000 * worst[0], f"slowest of {len(cases)} hostile gradings of 1 MB"
     growth = max((least(text(frame, unit, 1_000_000), rule) / least(text(frame, unit, 125_000), rule), rule, unit) for _, rule, unit, frame in slow)
     print(f"    fastest growing: {growth[1]} on {growth[2]!r}")
-    yield "time for 8 times the text, over the time for the text (40 slowest; 64 would be quadratic)", growth[0], "x", 16, "at most"
+    yield growth[0]
 
 
-@bench
+@bench(Bound("rollout over bare generate (tiny model, inputs prepared beforehand)", "x", 1.6),
+       Bound("rollout, our own cost per question (decode, template, processor, files)", "ms", 10))
 def rollout_overhead():
     "A rollout's wall time over that of bare `generate` on inputs prepared beforehand: tiny model, 200 questions, five turns each."
     import torch
@@ -134,8 +161,8 @@ def rollout_overhead():
     bare()
     turns = [(seconds(bare), seconds(ours)) for _ in range(5)]
     alone, whole = (statistics.median(column) for column in zip(*turns))
-    yield "rollout over bare generate (tiny model, inputs prepared beforehand)", whole / alone, "x", 1.6, "at most"
-    yield "rollout, our own cost per question (decode, template, processor, files)", 1000 * (whole - alone) / len(samples), "ms", 10, "at most"
+    yield whole / alone
+    yield 1000 * (whole - alone) / len(samples)
 
 
 CONVERT = """
@@ -162,11 +189,12 @@ def pmc_copy(folder: Path, rows: int, figures: list[bytes]) -> Path:
     return folder
 
 
-@bench
+@bench(Bound("conversion of 177,000 rows with 600x598 JPEGs", "rows/s", 1500, "at least"),
+       Bound("conversion of 177,000 rows, peak memory", "GiB", 1.5e9 / 2**30),
+       Bound("conversion, seconds for ten times the rows", "x", 11))
 def conversion():
     "PMC-VQA from a CSV and 600x598 JPEGs of about 60 kB to stored samples, each image looked at: 17,700 rows, then 177,000 (10 GB)."
     import io
-    import shutil
 
     import numpy as np
     from PIL import Image
@@ -189,22 +217,67 @@ def conversion():
             done = subprocess.run([sys.executable, "-c", CONVERT, str(source)], cwd=ROOT, check=True, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": f"{folder}/home"})
             count, taken[rows], memory = json.loads(done.stdout.splitlines()[-1])
             assert count == rows
-    yield f"conversion of {sizes[1]:,} rows with 600x598 JPEGs", sizes[1] / taken[sizes[1]], "rows/s", 1500, "at least"
-    yield f"conversion of {sizes[1]:,} rows, peak memory", memory, "GiB", 1.5e9 / 2**30, "at most"
-    yield "conversion, seconds for ten times the rows", taken[sizes[1]] / taken[sizes[0]], "x", 11, "at most"
+    yield sizes[1] / taken[sizes[1]], f"conversion of {sizes[1]:,} rows with 600x598 JPEGs"
+    yield memory, f"conversion of {sizes[1]:,} rows, peak memory"
+    yield taken[sizes[1]] / taken[sizes[0]]
 
 
-@bench
+def whole(*words: str) -> tuple[float, float]:
+    "Seconds and peak memory in GiB, all processes together, of a command of `./reproduce.sh` in a home of its own, which stays for the next one."
+    import psutil
+
+    process = psutil.Popen(["./reproduce.sh", *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "MEDVLTHINKER_HOME": str(WHOLE)})
+    most, done = [0], threading.Event()
+
+    def held(each) -> int:  # what several processes share counts once
+        try:
+            return each.memory_full_info().pss
+        except (psutil.Error, AttributeError):  # it has ended; or the system does not tell
+            return 0
+
+    def watch():
+        while not done.wait(1):
+            with contextlib.suppress(psutil.Error):
+                most.append(sum(map(held, [process, *process.children(recursive=True)])))
+
+    (watcher := threading.Thread(target=watch)).start()
+    began = time.perf_counter()
+    code, taken = process.wait(), time.perf_counter() - began
+    done.set()
+    watcher.join()
+    if code:
+        raise UserError(f"./reproduce.sh {' '.join(words)} ended with exit code {code}; what it took says nothing. Its files are in {WHOLE}.")
+    return taken, max(most) / 2**30
+
+
+@bench(Bound("./reproduce.sh, the whole of smoke, set up before", "s", 720), Bound("./reproduce.sh smoke, peak memory of all processes together", "GiB", 4e9 / 2**30))
+def smoke():
+    "The default profile from nothing to tables: data, curation, six recipes, evaluation, results, audit. The two next measure in the home that it leaves."
+    shutil.rmtree(WHOLE, ignore_errors=True)
+    taken, memory = whole("smoke")
+    yield taken
+    if memory:
+        yield memory
+    else:
+        print("    the memory is not measured: this system does not tell what processes share")
+
+
+@bench(Bound("second ./reproduce.sh", "s", 10))
 def second_run():
     "./reproduce.sh smoke when everything is done already."
-    def call():
-        subprocess.run(["./reproduce.sh", "smoke"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-    call()  # does whatever is missing
-    yield "second ./reproduce.sh", seconds(call, times=3), "s", 10, "at most"
+    whole("smoke")  # does whatever is missing
+    yield statistics.median(whole("smoke")[0] for _ in range(3))
 
 
-@bench
+@bench(Bound("./reproduce.sh results, after a run", "s", 60))
+def results():
+    "Every table and figure drawn anew from the run that there is."
+    whole("smoke")
+    yield whole("results", "smoke")[0]
+
+
+@bench(Bound("overlap of 200,000 training and 8,220 test items, in full", "s", 300),
+       Bound("planted crops found among them", "of 100", 95, "at least"))
 def overlap():
     "200,000 training items against 8,220 test items, each with a question of 15 words and an image, all of it: decoding, hashing, matching."
     import io
@@ -257,8 +330,8 @@ def overlap():
     found = {(row.train_index, row.test_index) for row in pairs[0].itertuples() if row.level == "image"}
     hit = len(found & {(1999 * number, number) for number in range(100)})
     print(f"    planted crops found: {hit} of 100; other pairs at an image level: {len(found) - hit}")
-    yield "overlap of 200,000 training and 8,220 test items, in full", taken, "s", 300, "at most"
-    yield "planted crops found among them", hit, "of 100", 95, "at least"
+    yield taken
+    yield hit
 
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # dense bfloat16 operations a second, from the makers' data sheets
@@ -319,28 +392,25 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
         yield f"the engine alone ({profile.engine}), answers", sum(completion.tokens for completion in made) / taken, 2
 
 
-@bench
+@bench(*(Bound(f"{what}: tokens a second on one GPU", "1/s", 0, "at least") for what in ("3B-SFT_m23k", "3B-RL_m23k", "the engine alone")))
 def gpu_training():
     "Tokens a second, and the share of the GPU's arithmetic, in SFT and GRPO of a model of the shape of Qwen2.5-VL-3B with random weights; measured where there is a GPU."
     import torch
     from medvlthinker.fit import SHAPES, parameters
 
     if not torch.cuda.is_available():
-        print("    no GPU on this machine: tokens a second and FLOP/s utilisation of training are not measured")
-        return
+        raise NotHere("there is no GPU; it would be tokens a second and FLOP/s utilisation of training")
     name, shape = torch.cuda.get_device_name(), SHAPES["Qwen/Qwen2.5-VL-3B-Instruct"]
     peak = next((value for key, value in PEAKS.items() if key in name), None)
     for what, rate, work in training_rates(shape, 1):
         used = f", {100 * work * parameters(shape)['layers'] * rate / peak:.1f} % of its bfloat16 arithmetic" if peak else ""
         print(f"    {what} on one {name}: {rate:,.0f} tokens/s{used}")
-        yield f"{what}: tokens a second on one {name}", rate, "1/s", 0, "at least"
+        yield rate, f"{what}: tokens a second on one {name}"
 
 
-@bench
+@bench(*(Bound(f"{name} above its base, over three seeds", "standard errors", 3, "at least") for name in ("tiny-SFT_PMC", "tiny-RL_PMC")))
 def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
-    import shutil
-
     import numpy as np
     from medvlthinker import tiny
     from medvlthinker.config import changed
@@ -376,7 +446,7 @@ def three_seeds():
     for name, found in gains.items():
         mean, error = np.mean([gain for gain, _ in found]), sum(error**2 for _, error in found) ** 0.5 / len(found)
         print(f"    {name}: {100 * mean:+.1f} points over three seeds, standard error of the questions {100 * error:.1f}, spread over seeds {100 * np.std([gain for gain, _ in found], ddof=1):.1f}")
-        yield f"{name} above its base, over three seeds", mean / error, "standard errors", 3, "at least"
+        yield mean / error
 
 
 def asked(number: int):
@@ -392,7 +462,7 @@ def asked(number: int):
     return samples, profile, model, sampling, identity(samples, model, profile, sampling)
 
 
-@bench
+@bench(Bound("our own processor time per question (n=4), image decoded, with an engine that answers at once", "ms", 1))
 def own_cost():
     "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
     from medvlthinker.completion import Completion
@@ -412,17 +482,16 @@ def own_cost():
             began = time.process_time()
             roll_out(samples, Instant, Path(folder), who, "instant 1", show=lambda line: None)
             spent.append(time.process_time() - began)
-    yield "our own processor time per question (n=4), image decoded, with an engine that answers at once", 1000 * statistics.median(spent) / len(samples), "ms", 1, "at most"
+    yield 1000 * statistics.median(spent) / len(samples)
 
 
-@bench
+@bench(Bound("rollout through vLLM over bare LLM.chat (tiny model on the CPU, 2,000 image questions, n=4)", "x", 1.05))
 def vllm_overhead():
     "A rollout through vLLM on the CPU over a bare LLM.chat call on the same prepared inputs: tiny model, 2,000 image questions, n=4, start-up aside, in turns."
     import importlib.util
 
     if not importlib.util.find_spec("vllm"):
-        print("    not measured: vLLM is not installed here (./reproduce.sh setup full)")
-        return
+        raise NotHere("vLLM is not installed (./reproduce.sh setup full)")
     from medvlthinker.completion import Shard
     from medvlthinker.engine import engine_version, open_engine
     from medvlthinker.rollout import roll_out
@@ -456,17 +525,16 @@ def vllm_overhead():
         print(f"    turn {turn}: bare {turns[-1][0]:.1f} s, ours {turns[-1][1]:.1f} s", flush=True)
     ratios = [whole / alone for alone, whole in turns[1:]]
     print(f"    {len(ratios)} ratios from {min(ratios):.2f} to {max(ratios):.2f}")
-    yield "rollout through vLLM over bare LLM.chat (tiny model on the CPU, 2,000 image questions, n=4)", statistics.median(ratios), "x", 1.05, "at most"
+    yield statistics.median(ratios)
 
 
-@bench
+@bench(Bound("rollout by one worker of Ray over vLLM in this process (1,000 image questions, n=4)", "x", 2))
 def ray_overhead():
-    "The same rollout by one worker of Ray over vLLM in this process; start-up aside. There is no bound: it is stated."
+    "The same rollout by one worker of Ray over vLLM in this process; start-up aside."
     import importlib.util
 
     if not all(map(importlib.util.find_spec, ("vllm", "ray"))):
-        print("    not measured: vLLM and Ray are not installed here (./reproduce.sh setup full)")
-        return
+        raise NotHere("vLLM and Ray are not both installed (./reproduce.sh setup full)")
     from dataclasses import replace
 
     from medvlthinker.engine import engine_version, open_engine
@@ -479,7 +547,7 @@ def ray_overhead():
         for turn in range(3):  # the first warms up
             with tempfile.TemporaryDirectory() as folder:
                 taken[name, turn] = seconds(lambda: roll_out(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None))
-    yield "rollout by one worker of Ray over vLLM in this process (1,000 image questions, n=4)", min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2)), "x", 2, "at most"
+    yield min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2))
 
 
 SENTENCES = ("The {a} shows a {b} {c} in the {d} {e}.", "There is no {c} of the {e}, and the {d} margin is {b}.", "Option {x} would need a {b} {c}, which is not seen here.",
@@ -545,7 +613,8 @@ if __name__ == "__main__":
 """
 
 
-@bench
+@bench(Bound("526,080 stored completions re-graded under all five rules", "s", 60),
+       Bound("re-grading, peak memory of all processes together", "GiB", 1.5e9 / 2**30))
 def regrading():
     "8,220 questions with an image of 50 kB, 64 distinct answers to each, about 1,000 characters long: read from disk, checked, graded under all five rules, counted."
     with tempfile.TemporaryDirectory() as folder:
@@ -555,11 +624,11 @@ def regrading():
     lines, taken, memory, workers, busy = json.loads(done.stdout.splitlines()[-1])
     assert lines == 8220 * 5
     print(f"    {workers} cores, {8220 * 64 / taken:,.0f} completions a second; {busy:.0f} s of processor time, start of the processes included")
-    yield "526,080 stored completions re-graded under all five rules", taken, "s", 60, "at most"
-    yield "re-grading, peak memory of all processes together", memory, "GiB", 1.5e9 / 2**30, "at most"
+    yield taken
+    yield memory
 
 
-@bench
+@bench(Bound("resuming a finished rollout of 100,000 rows, the samples' fingerprint included", "s", 3))
 def resume():
     "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
     from medvlthinker.rollout import roll_out, samples_fingerprint
@@ -578,10 +647,40 @@ def resume():
         taken = seconds(lambda: said.append(len(roll_out(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
         assert said == [100_000] * 3
     print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s for the shards")
-    yield "resuming a finished rollout of 100,000 rows, the samples' fingerprint included", known + taken, "s", 3, "at most"
+    yield known + taken
 
 
-@bench
+@bench(Bound("verifying 2 GiB of weights, over hashlib on the same files, one after the other", "x", 1.2))
+def verify():
+    "Every file of a run read again and compared with its record, over the hashing that this needs; eight files of 256 MiB, in turns."
+    import hashlib
+
+    from medvlthinker.config import recording
+    from medvlthinker.verify import findings
+
+    def bare():
+        for path in paths:
+            with open(path, "rb") as file:
+                hashlib.file_digest(file, "sha256")
+
+    with tempfile.TemporaryDirectory() as folder:
+        root, block = Path(folder), os.urandom(2**28)
+        model = root / "checkpoints" / "model"
+        model.mkdir(parents=True)
+        paths = [model / f"model-{number}.safetensors" for number in range(8)]
+        with recording(model, {}):
+            for number, path in enumerate(paths):
+                path.write_bytes(number.to_bytes(8, "big") + block)
+        found = findings(root)
+        assert {finding.state for finding in found} == {"fits"} and len(found) == 9, found
+        turns = [(seconds(bare), seconds(lambda: findings(root))) for _ in range(3)]
+    alone, ours = (statistics.median(column) for column in zip(*turns))
+    print(f"    {2048 / alone:.0f} MiB/s bare, {2048 / ours:.0f} MiB/s verified, on {os.cpu_count()} cores")
+    yield ours / alone
+
+
+@bench(Bound("notebooks that do not get through Run All", "of them", 0),
+       Bound("slowest Run All of a library notebook", "s", 60))
 def notebooks():
     "Run All of every library notebook in a fresh kernel, one thread, start of the kernel included; nothing was run before."
     import nbformat
@@ -599,27 +698,79 @@ def notebooks():
                 print(f"    {path.stem} stops: {error.ename}: {error.evalue}", flush=True)
     slowest = sorted(taken, key=taken.get, reverse=True)
     print(f"    {len(taken)} notebooks in {sum(taken.values()):.0f} s; the slowest: {', '.join(f'{name} {taken[name]:.0f} s' for name in slowest[:5])}")
-    yield "notebooks that do not get through Run All", len(failed), "", 0, "at most"
-    yield "slowest Run All of a library notebook", taken[slowest[0]], "s", 60, "at most"
+    yield len(failed)
+    yield taken[slowest[0]]
+
+
+@bench(Bound("./reproduce.sh test", "s", 900))
+def tests():
+    "Every notebook and every test but the heavy ones, as CI runs them."
+    began = time.perf_counter()
+    if subprocess.run(["./reproduce.sh", "test"], cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode:
+        raise UserError("./reproduce.sh test failed; what it took says nothing. Run it by itself.")
+    yield time.perf_counter() - began
+
+
+# --- what was measured is kept, listed and drawn ----------------------------------------------------------------------------
+
+
+def measure(names: list[str]) -> int:
+    "Run measurements and keep what they yield; the number of bounds that do not hold."
+    here, missed = circumstances(), 0
+    base = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": here["machine"], "load": round(os.getloadavg()[0], 1), "commit": here["commit"], "clean": here["clean"]}
+    for name in names:
+        function, bounds = BENCHES[name]
+        try:
+            for each, given in zip(function(), bounds):
+                value, what = each if isinstance(each, tuple) else (each, given.what)
+                holds = value <= given.bound if given.side == "at most" else value >= given.bound
+                missed += not holds
+                print(f"{what:92}{value:12.4g} {given.unit:7}{given.side} {given.bound:<7g}{'holds' if holds else 'DOES NOT HOLD'}", flush=True)
+                add_line(LOG, {"name": name, **given._asdict(), "what": what, "value": value, "holds": holds, **base})
+        except NotHere as reason:
+            print(f"{name}: not measured on this machine: {reason}.", flush=True)
+    return missed
+
+
+def listed() -> None:
+    "Print every measurement, its bounds and its last value."
+    last = latest(read_lines(LOG))
+    for name, (function, bounds) in BENCHES.items():
+        print(f"{name}: {function.__doc__}")
+        for given in bounds:
+            line = last.get(given.what)
+            found = f"last {line['value']:.4g} on {line['date'][:10]}, commit {(line.get('commit') or 'unknown')[:7]}, {line['machine']}" if line else "not measured yet"
+            print(f"    {given.what}: {f'{given.side} {given.bound:.4g} {given.unit}' if given.bound or given.side == 'at most' else 'stated only'}; {found}")
+
+
+def drawn() -> None:
+    "Draw the history and say where."
+    if lines := read_lines(LOG):
+        print(f"The history: {write_history(lines, FOLDER, circumstances()['machine'])}")
+    else:
+        print("Nothing was measured yet; there is no history to draw.")
+
+
+def kept() -> None:
+    "Copy the history beside its chapter."
+    lines, place = read_lines(LOG), ROOT / "nbs" / "assets" / "bench.jsonl"
+    if not lines:
+        raise UserError(f"{LOG} holds no measurement; measure first: ./reproduce.sh bench.")
+    with writing(place) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    print(f"{len(lines)} measurements in {place.relative_to(ROOT)}; run nbs/63_bench.ipynb again, which shows them.")
 
 
 def main(words: list[str]) -> int:
-    "Run the named measurements, or all."
+    "Run the named measurements, or all; or list, draw or keep."
+    only = {"--list": listed, "--draw": drawn, "--keep": kept}
+    if len(words) == 1 and words[0] in only:
+        only[words[0]]()
+        return 0
     if unknown := [word for word in words if word not in BENCHES]:
-        raise UserError(f"No measurement {', '.join(unknown)}; known are {', '.join(BENCHES)}.")
-    folder = Workspace("bench").root
-    folder.mkdir(parents=True, exist_ok=True)
-    here = circumstances()
-    base = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "machine": here["machine"], "load": round(os.getloadavg()[0], 1),
-            "commit": here["commit"], "clean": here["clean"]}
-    missed = 0
-    for name in words or BENCHES:
-        for what, value, unit, bound, side in BENCHES[name]():
-            holds = value <= bound if side == "at most" else value >= bound
-            missed += not holds
-            print(f"{what:92}{value:12.4g} {unit:7}{side} {bound:<7g}{'holds' if holds else 'DOES NOT HOLD'}", flush=True)
-            with open(folder / "bench.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps({"name": name, "what": what, "value": value, "unit": unit, "bound": bound, "side": side, "holds": holds, **base}) + "\n")
+        raise UserError(f"No measurement {', '.join(unknown)}; known are {', '.join(BENCHES)}, and alone {', '.join(only)}.")
+    missed = measure(words or list(BENCHES))
+    drawn()
     return int(missed > 0)
 
 

@@ -24,6 +24,20 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("test_pipeline", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_look", "test_curate", "test_hostile", "test_types")
+
+
+def pytest_configure(config):
+    "The files keep the order in which they are collected; pytest-xdist would begin with those of many tests, and end with one of minutes."
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take long come first, so that no worker is left with one at the end; the first two do not wait for each other's warm model."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "The folder with real questions and images; tests that need it are skipped where it is absent."
@@ -61,7 +75,7 @@ def warm_home(home, warm_tiny) -> Path:
 
 def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     "Run the environment's Python with these words."
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                           env={**os.environ, **{key: str(value) for key, value in environment.items()}})
 
 
@@ -72,6 +86,18 @@ def says(done: subprocess.CompletedProcess, *parts: str) -> None:
     assert "Traceback" not in done.stderr and len(lines) == 1, done.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+
+
+def at_work(home: Path) -> dict[int, str]:
+    "What runs for this home, from /proc: number and command line. A process has the home in its environment, whoever its parent is."
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MEDVLTHINKER_HOME={home}\0".encode() in (place / "environ").read_bytes() and (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found[int(place.name)] = (place / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +126,6 @@ def watched(browser, **given):
 @pytest.fixture(scope="session")
 def tally():
     "Counts what was tried and survived, a JSON line a test, for the tables of 64_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
-    path = Path(os.environ.get("MEDVLTHINKER_TALLY") or ROOT / "_runs" / "trust" / "tally.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"date": datetime.date.today().isoformat(), **{key: circumstances()[key] for key in ("commit", "clean", "machine")}}
 
     @contextlib.contextmanager
@@ -110,6 +134,8 @@ def tally():
         try:
             yield count
         finally:  # a test that fails is counted too
+            path = Path(os.environ.get("MEDVLTHINKER_TALLY") or ROOT / "_runs" / "trust" / "tally.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"table": table, "case": case, **vars(count), **facts, **about}) + "\n")
 
