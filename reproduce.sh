@@ -18,8 +18,9 @@
 #   ./reproduce.sh parity [PROFILE] model=NAME A -- B  the same questions in two settings: is it safe to compare their numbers?
 #   ./reproduce.sh regrade [PROFILE] old=RULE new=RULE  another rule over the stored answers: what flips, why, and each table cell
 #   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers in the log form of inspect_ai or lm-evaluation-harness
+#   ./reproduce.sh verify [PROFILE] [cell=ROW/COLUMN]  is every file what was recorded when it was made? from which completions does a cell come?
 #   ./reproduce.sh card [PROFILE]              write what describes a run: cards of data sets and models, Croissant, an RO-Crate of the whole
-#   ./reproduce.sh bench [NAME]                measure speed and memory against their bounds
+#   ./reproduce.sh bench [NAME ...]            measure speed and memory against their bounds, and draw the history; --list names all
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs [PROFILE] [--serve [PORT]]  build the documentation site in _docs/; --serve shows it on this machine only
 #   ./reproduce.sh clean                       remove what the runs wrote (_runs, _docs); the environment stays
@@ -28,6 +29,7 @@
 # Any key of a profile in settings.ini can be set for one run: ./reproduce.sh smoke limit=20
 # Everything that a run writes lands in _runs/ (MEDVLTHINKER_HOME moves it). A second run does only what is missing or stale.
 # Settings from outside: PYTHON (3.11 or 3.12), TORCH_INDEX (where to take torch from, if not from the configured registry).
+# Keys (HF_TOKEN, OPENAI_API_KEY, WANDB_API_KEY) come from the environment, or from a file .env beside this one; SECURITY.md says where they never go.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -36,8 +38,21 @@ TORCH="torch==2.13.0"
 VENV=.venv
 # whatever other kernel is called python3 on this machine, ours comes first: in JupyterLab, and where papermill runs a notebook
 export JUPYTER_PATH="$PWD/$VENV/share/jupyter${JUPYTER_PATH:+:$JUPYTER_PATH}"
+unset PYTHONDONTWRITEBYTECODE  # many containers set it; every process would then compile torch anew, which doubles its start
 say()  { printf '%s\n' "$*"; }
 stop() { printf 'reproduce.sh: %s\n' "$*" >&2; exit 2; }
+
+read_env() {  # keys may stand in .env, a NAME=value a line, which git ignores; the lines are read, not run, and what the environment says counts
+    local line name value
+    [ -f .env ] || return 0
+    while IFS= read -r line || [ -n "$line" ]; do
+        [[ ${line%$'\r'} =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] || continue
+        name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+        [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]] && value=${BASH_REMATCH[1]}
+        [ -n "${!name+set}" ] || export "$name=$value"
+    done < .env
+}
+read_env
 
 # --- setting up ------------------------------------------------------------------------------------------------------------
 
@@ -156,7 +171,7 @@ case "${1:-}" in
         setup; run medvlthinker.pipeline "$@" ;;
     compare)
         setup; run medvlthinker.contract "$@" ;;
-    status | rollout | look | parity | regrade | exchange)
+    status | rollout | look | parity | regrade | exchange | verify)
         verb=$1; shift; setup; run "medvlthinker.$verb" "$@" ;;
     card)
         shift; setup; run medvlthinker.crate "$@" ;;

@@ -8,11 +8,11 @@ __all__ = ['RESULTS', 'TRAINING', 'Step', 'steps', 'paper_notebook', 'notebook_c
            'execute', 'run', 'shortened', 'dry_run', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #4f6c35fd
-import argparse, ast, contextlib, dataclasses, functools, hashlib, json, os, shlex, signal, threading, time
+import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, json, os, shlex, signal, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, read_json, recording, stale, unwritable
+from .config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, read_record, recording, redact_file, redacted, stale, unwritable, writing
 from .corpus import has_corpora
 from .crate import write_cards
 from .engine import answering, one_machine, vllm_settings
@@ -55,7 +55,7 @@ def steps(
         result.append(Step("3_train", tuple(before), "recipe", name))
     result += [Step("4_evaluate", ("1_data",), "model", model) for model in profile.models]
     result += [Step("4_evaluate", ("1_data", f"3_train-{name}"), "model", name) for name in recipes]
-    return result + [Step(notebook, tuple(step.name for step in result if step.notebook == "4_evaluate")) for notebook in RESULTS]
+    return result + [Step(notebook, tuple(step.name for step in result if step.notebook in ("2_difficulty", "4_evaluate"))) for notebook in RESULTS]
 
 # %% ../nbs/60_pipeline.ipynb #99d1911e
 def paper_notebook(
@@ -150,8 +150,10 @@ def run_manifest(
     path: Path,  # of an executed notebook
 ) -> dict:
     "The manifest of an executed notebook; empty where there is none that can be read."
-    found = read_json(manifest_path(path))
-    return found if isinstance(found.get("inputs"), dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        found = read_record(manifest_path(path))
+        return found if isinstance(found.get("inputs"), dict) else {}
+    return {}
 
 # %% ../nbs/60_pipeline.ipynb #4f20e168
 def in_words(
@@ -219,6 +221,7 @@ def _apart(log: Path):
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+        redact_file(log)
 
 # %% ../nbs/60_pipeline.ipynb #755d3ace
 def error_line(
@@ -228,6 +231,18 @@ def error_line(
     "An error as one line: the sentence of a `UserError`, else the kind and the last line."
     last = next((line for line in reversed(value.splitlines()) if line.strip()), "").strip()
     return value.removesuffix(".") if name in ("UserError", "BadRow") else f"{name}: {last}" if last else name
+
+
+@functools.cache  # once a folder
+def _write_redacted(folder: str) -> None:
+    "Let papermill write what it executes in this folder without the secrets that the environment holds."
+    from papermill.iorw import LocalHandler, papermill_io
+
+    class Redacting(LocalHandler):
+        def write(self, buf, path):
+            super().write(redacted(buf), path)
+
+    papermill_io.register(folder, Redacting())
 
 
 def lock_folder(
@@ -241,27 +256,29 @@ def lock_folder(
 def execute(
     step: Step,  # one of those that `steps` lists
     profile: Profile,  # what is to run, and how
-) -> None:
+) -> bool:  # False where another run has done it meanwhile
     "Execute one paper notebook; `UserError` with its last error line and where the wreck lies."
     need("papermill", "ipykernel")
     import logging
+    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     source, root, workspace = paper_notebook(step.notebook), project_root(), Workspace(profile.name)
+    _write_redacted(str(workspace.notebooks))
     target, wreck = workspace.notebooks / f"{step.name}.ipynb", workspace.notebooks / f"{step.name}.running.ipynb"
     given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **changed(profile)}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every override, and load_profile has already judged them
     waited: list[str] = []
     with alone(lock_folder(step, profile), waited.append):
         if waited and not why_stale(step, profile):
-            return  # whoever was at it has done it
-        began = time.time()
-        with recording(target, step_inputs(step, profile)) as facts:
+            return False  # whoever was at it has done it
+        before = _state(workspace)
+        with recording(target, step_inputs(step, profile)) as facts, _measured(step, facts):
             try:
-                papermill.execute_notebook(source, wreck, given, kernel_name="python3", cwd=root, progress_bar=False, log_output=False,
-                                           stdout_file=_Echo(step.value or step.notebook), extra_arguments=["--log-level=CRITICAL"])
+                done = papermill.execute_notebook(source, wreck, given, kernel_name="python3", cwd=root, progress_bar=False, log_output=False,
+                                           stdout_file=_Echo(step.value or step.notebook), extra_arguments=["--log-level=CRITICAL", f"--{_MARK}={step.name}"])
             except PapermillExecutionError as error:
                 raise UserError(f"{error_line(error.ename, error.evalue)}. ({step.name} stopped there; the notebook as far as it came: {wreck})") from None
             except (DeadKernelError, RuntimeError) as error:
@@ -270,10 +287,49 @@ def execute(
                 raise UserError(f"The process of {step.name} has died (killed, or out of memory); what is finished is kept, the same command goes on. (The notebook as far as it came: {wreck})") from None
             except OSError as error:
                 raise unwritable(error, wreck) from None
-            os.replace(wreck, target)
-            made = [p for folder in ("results", "figures", "samples", "curated") for p in (workspace.root / folder).rglob("*") if not p.name.startswith(".") and p.is_file()]  # not what another step is writing
-            made += [workspace.checkpoints / step.value / "config.json"] * (step.parameter == "recipe")
-            facts["outputs"] = sorted({str(p.relative_to(workspace.root)) for p in made if p.stat().st_mtime >= began - 1 or p.parent.parent == workspace.checkpoints})
+            with writing(target) as file:  # from memory, and not the wreck renamed: where locks hold nobody, another run may be writing that
+                file.write(nbformat.writes(done) + "\n")
+            wreck.unlink(missing_ok=True)
+            made = {path for path, state in _state(workspace).items() if before.get(path) != state}
+            made |= {path for path in [workspace.checkpoints / step.value / "config.json"] if step.parameter == "recipe"}
+            facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path) for path in sorted(made) if path.is_file()}
+    return True
+
+
+def _state(workspace: Workspace) -> dict[Path, tuple]:
+    "What tells whether a file was written: not its time alone, for a clock may be set back."
+    found = {}
+    for path in itertools.chain.from_iterable((workspace.root / folder).rglob("*") for folder in ("results", "figures", "samples", "curated")):
+        with contextlib.suppress(FileNotFoundError):  # another step may be at work
+            if not path.name.startswith(".") and path.is_file():
+                stat = path.stat()
+                found[path] = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return found
+
+
+_MARK = "MedVLThinker.step"  # on the command line of a step's kernel, which takes any name with a dot
+
+
+@contextlib.contextmanager
+def _measured(step: Step, facts: dict, every: float = 1.0):
+    "Notes the most memory that a step's kernel and all that it started held at once."
+    import psutil
+
+    over, sums = threading.Event(), [0]
+
+    def watch():
+        while not over.wait(every):
+            with contextlib.suppress(psutil.Error):
+                kernels = [child for child in psutil.Process().children() if f"--{_MARK}={step.name}" in child.cmdline()]
+                family = [each for kernel in kernels for each in (kernel, *kernel.children(recursive=True))]
+                sums.append(sum(each.memory_info().rss for each in family))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        facts["peak_memory_gib"] = round(max(sums) / 2**30, 3)
 
 # %% ../nbs/60_pipeline.ipynb #a0721947
 def _stoppable(work: Callable, stopping: threading.Event):
@@ -352,21 +408,24 @@ def run(
     reasons, ran, failed, stopping = {}, [], [], threading.Event()
 
     def done(step):
-        reasons[step.name] = "asked for" if again else why_stale(step, profile)
-        return not reasons[step.name]
+        try:
+            reasons[step.name] = "asked for" if again else why_stale(step, profile)
+        except Exception as error:  # doit would keep it to itself
+            failed.append(error)
+        return not reasons.get(step.name, "unknown")
 
     def act(step):
-        if stopping.is_set():
+        if stopping.is_set() or step.name not in reasons:
             return False
         print(f"{step.name:36}runs: {shortened(reasons[step.name])}", flush=True)
         began = time.monotonic()
         try:
-            execute(step, profile)
+            executed_here = execute(step, profile)
         except Exception as error:
             failed.append(error)
             return False
-        ran.append(step.name)
-        print(f"{step.name:36}done in {time.monotonic() - began:.0f} s", flush=True)
+        ran.extend([step.name] * executed_here)
+        print(f"{step.name:36}{'done in' if executed_here else 'done by another run, after'} {time.monotonic() - began:.0f} s", flush=True)
 
     def task_paper():
         for step in plan:
@@ -374,7 +433,7 @@ def run(
                    "uptodate": [(done, (step,))], "verbosity": 2}
 
     loader = NamespaceTaskLoader()
-    loader.namespace = {"task_paper": task_paper, "DOIT_CONFIG": {"backend": "sqlite3", "dep_file": str(Workspace(profile.name).logs / "doit.sqlite")}}
+    loader.namespace = {"task_paper": task_paper, "DOIT_CONFIG": {"backend": "sqlite3", "dep_file": ":memory:"}}  # manifests say what is done: doit need not remember it
     beside = at_once or (1 if profile.gpus else min(2, os.cpu_count() or 1))
     words = ["run", "--continue", "--reporter", "zero", "--process", str(beside), "--parallel-type", "thread"]
     with _apart(Workspace(profile.name).logs / "kernel.log"):

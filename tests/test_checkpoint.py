@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import python, says
+import warm
+from conftest import ROOT, python, says
 from medvlthinker import tiny
 from medvlthinker.checkpoint import merge
 from medvlthinker.config import UserError, manifest_path
@@ -88,11 +89,12 @@ def sharded_run(tmp_path, lora: str = "full", how: str = "accelerate"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, __file__, str(base), str(checkpoint), lora, how]
-    ranks = [subprocess.Popen(words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)[-3000:]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    logs = [str(tmp_path / f"rank-{rank}.log") for rank in (0, 1)]
+    ranks = [warm.start(__file__, base, checkpoint, lora, how, cwd=ROOT, out=log, error=log, **common, RANK=rank, LOCAL_RANK=rank) for rank, log in enumerate(logs)]
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(Path(log).read_text() for log in logs)[-3000:]
     return base, own, checkpoint
 
 
@@ -169,28 +171,31 @@ def test_without_verl_its_checkpoints_are_refused(tmp_path):
     assert not (tmp_path / "final").exists()
 
 
-def test_a_kill_leaves_no_half_model(tmp_path, full_run):
+def test_a_kill_leaves_no_half_model(tmp_path, full_run, tally):
     "Killed while it writes, a merge leaves no folder or the whole one; the next call removes what was left and ends well."
     base, own, checkpoint = full_run
     final = tmp_path / "final"
     words = [sys.executable, "-c", f"from medvlthinker.checkpoint import merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
     torn = 0
-    for _ in range(3):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout.readline() == "begin\n"
-        end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end and not list(tmp_path.glob(".final.*.part/*")):
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if final.exists():
-            assert (final / "model.safetensors").is_file() and {path.name for path in base.iterdir()} - {path.name for path in final.iterdir()} == {"tiny.json"}
-            shutil.rmtree(final)
-        torn += bool(list(tmp_path.glob(".final.*.part")))
-        manifest_path(final).unlink(missing_ok=True)
-    assert torn, "no kill came in the middle"
-    merge(checkpoint, str(base), final, own=own)
-    assert (final / "model.safetensors").is_file() and not list(tmp_path.glob(".final.*"))
+    with tally("faults", "SIGKILL of a merge of weights") as count:
+        for _ in range(3):
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            count.tried += 1
+            assert process.stdout.readline() == "begin\n"
+            end = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < end and not list(tmp_path.glob(".final.*.part/*")):
+                time.sleep(0.0005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if final.exists():
+                assert (final / "model.safetensors").is_file() and {path.name for path in base.iterdir()} - {path.name for path in final.iterdir()} == {"tiny.json"}
+                shutil.rmtree(final)
+            torn += bool(list(tmp_path.glob(".final.*.part")))
+            manifest_path(final).unlink(missing_ok=True)
+        assert torn, "no kill came in the middle"
+        merge(checkpoint, str(base), final, own=own)
+        assert (final / "model.safetensors").is_file() and not list(tmp_path.glob(".final.*"))
+        count.survived = count.tried
 
 
 # A hub that listens
@@ -300,8 +305,8 @@ def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpo
         net = get_peft_model(net, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
         net.enable_input_require_grads()
     stepper = torch.optim.AdamW([weight for weight in net.parameters() if weight.requires_grad], lr=1e-4)
-    ids = torch.randint(5, vocabulary, (micro_batch, prompt + answer))
-    for _ in range(2):
+    whole = torch.randint(5, vocabulary, (micro_batch, prompt + answer))
+    for ids in (whole[:1, :answer + 8], whole):  # the first update makes the optimizer's state, for which a part of the batch does; the second is the one that peaks
         if method == "SFT":
             net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         else:
@@ -326,6 +331,7 @@ def measure(setting: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
     given = SETTINGS[setting]
     steps(**given | {"micro_batch": 1, "answer": 8, "vocabulary": 512})  # loads what is loaded late
     gc.collect()
@@ -353,7 +359,7 @@ def estimated(setting: str) -> float:
 def test_the_estimate_of_memory_is_within_a_quarter(setting):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory is read from Linux's /proc; this machine has none")
-    done = python(Path(__file__), "measure", setting, OMP_NUM_THREADS=1, MALLOC_MMAP_THRESHOLD_=1 << 20)
+    done = warm.run(__file__, "measure", setting, cwd=ROOT)
     measured, expected = int(done.stdout.split()[-1]), estimated(setting)
     print(f"{setting:20} measured {measured / 2**20:7.0f} MiB, estimated {expected / 2**20:7.0f} MiB, {100 * (expected / measured - 1):+.1f} %")
     assert abs(expected / measured - 1) <= 0.25

@@ -1,7 +1,6 @@
 """Curation at the places a notebook cannot show: the order of `datasets`, kills, memory, and real completions of the embedded model."""
 import functools
 import json
-import multiprocessing
 import random
 import threading
 import time
@@ -9,6 +8,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from medvlthinker import phantom
 from medvlthinker.config import load_profile
 from medvlthinker.curate import curate, decide, move, order, pass_counts
@@ -17,7 +17,7 @@ from medvlthinker.rollout import identity, roll_out
 from medvlthinker.sample import Sample, SampleFile, read_samples, write_samples
 from medvlthinker.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
 
-QUIET = lambda line: None  # noqa: E731
+QUIET = lambda line: None
 
 
 def drawn(n: int, size: int = 0) -> tuple[list[Sample], pd.DataFrame]:
@@ -101,12 +101,9 @@ def act(folder, target):
     curate(folder / "large.parquet", pd.read_pickle(folder / "decisions.pickle"), target, by="tiny")
 
 
-def test_six_kills(large, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["medvlthinker.curate", "pyarrow.parquet", "datasets"])
-
+def test_six_kills(large, tmp_path, tally):
     def start(target):
-        process = context.Process(target=act, args=(large, target))
+        process = warm.FORK.Process(target=act, args=(large, target))
         process.start()
         return process
 
@@ -122,19 +119,22 @@ def test_six_kills(large, tmp_path):
     assert sorted(want) == [".lock", "large-tiny-easy_to_hard.dropped.jsonl", "large-tiny-easy_to_hard.parquet"]
 
     rng, half_done = random.Random(22), 0
-    for trial in range(6):
-        target = tmp_path / f"killed-{trial}"
-        process = start(target)
-        process.join(seconds * (trial + rng.random()) / 6)
-        process.kill()
-        process.join()
-        before = files(target)
-        half_done += before != want
-        assert {name: data for name, data in before.items() if not name.startswith(".")}.items() <= want.items(), "what has its name is whole"
-        (again := start(target)).join()
-        assert again.exitcode == 0
-        assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, "nothing half-written is left"
-        assert files(target) == want
+    with tally("faults", "SIGKILL of a curation", seed=22) as count:
+        for trial in range(6):
+            target = tmp_path / f"killed-{trial}"
+            count.tried += 1
+            process = start(target)
+            process.join(seconds * (trial + rng.random()) / 6)
+            process.kill()
+            process.join()
+            before = files(target)
+            half_done += before != want
+            assert {name: data for name, data in before.items() if not name.startswith(".")}.items() <= want.items(), "what has its name is whole"
+            (again := start(target)).join()
+            assert again.exitcode == 0
+            assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, "nothing half-written is left"
+            assert files(target) == want
+            count.survived += 1
     assert half_done >= 3, f"only {half_done} of six kills met an unfinished curation; the test proves little"
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import warm
 from conftest import ROOT
 from medvlthinker import benchmark, corpus, engine, phantom, prompt, recipe
 
@@ -27,14 +29,16 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
-    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
+    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs", "_runs/trust/": "{place}/",
     "checkpoints/tiny": "{place}/checkpoints/tiny", "checkpoints/quizzed": "{place}/checkpoints/tiny", "--seed S": "--seed 0"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
     "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
     "./reproduce.sh test": "./reproduce.sh test",
     "./reproduce.sh test heavy": "./reproduce.sh test heavy",
+    "MEDVLTHINKER_KILLS=100 ./reproduce.sh test all": "./reproduce.sh test",  # an hour, and this test is in it; with fewer kills
     "./reproduce.sh setup": "./reproduce.sh setup",
+    "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC": "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC",  # of the run above it
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
     ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",
     ".venv/bin/python -m medvlthinker.site readme": ".venv/bin/python -m medvlthinker.site readme",
@@ -62,6 +66,7 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "37_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
+    ".venv/bin/python -m medvlthinker.trust": ("../nbs/64_trust.ipynb", "", "main([str(tally)"),  # of the tally that the command before it made
     "33_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
 
@@ -207,19 +212,26 @@ def test_command(file, command, request):
         assert re.search(rf"^{re.escape(line)}", (ROOT / ".ci" / "run").read_text(), re.M), f".ci/run does not run {line}"
         return
     if command in UNRUN:
-        assert subprocess.run(["bash", "-n", ROOT / command]).returncode == 0
+        assert subprocess.run(["bash", "-n", ROOT / command], check=False).returncode == 0
         return
     if found := first_of(ELSEWHERE, command):
         return stands_in(*found)
     place = request.getfixturevalue("place")
     more = first_of(MORE, command) if "--dry-run" not in command else None
     line = put_in(command + (f" {more}" if more else ""), place.values)
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = by_shell(line)
     if sentence := first_of(REFUSED, command):
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     else:
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def by_shell(line: str) -> subprocess.CompletedProcess:
+    "Run a command line; a bare call of one of our modules or files by a process that finds torch loaded."
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if re.fullmatch(rf"{re.escape(str(Path(sys.executable).parent))}/python\S* (-m medvlthinker\.|\S+\.py )[^$|&;<>*?~`]*", line):
+        return warm.run(*shlex.split(line)[1:], cwd=ROOT, timeout=300, **environment)
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env={**os.environ, **environment})
 
 
 def stands_in(file: str, name: str, *words: str) -> None:
@@ -330,7 +342,7 @@ def test_every_exemption_is_used():
 
 
 def test_verbs_and_modules_that_the_chapters_name_exist():
-    known = subprocess.run(["bash", "reproduce.sh", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    known = subprocess.run(["bash", "reproduce.sh", "--help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     verbs = {*re.findall(r"^ *\./reproduce\.sh (\w+)", known, re.M), "smoke", "mini", "paper"}
     for path in NOTEBOOKS:
         for number, text in prose(path):

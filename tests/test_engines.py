@@ -169,41 +169,43 @@ def undisturbed(processes, warm_tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("victim", ["driver", "vllm"])
-def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, victim):
+def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, victim, tally):
     "The same rollout is killed again and again, each time at another moment, until it is whole: the bytes are those of one that nobody killed."
     expected, seconds = undisturbed
     rng, kills, met_half, runs = random.Random(7), 0, 0, 0
-    while kills < MOMENTS:
-        folder, runs = tmp_path / f"{runs}", runs + 1
-        while True:  # until one start goes through
-            (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), PROFILE))).start()
-            there = len(shards(folder))
-            while kills % 2 and kills < MOMENTS and process.is_alive() and len(shards(folder)) == there:  # every other one falls when something has been stored, the others at any time
-                process.join(0.02)
-            if kills < MOMENTS:
-                process.join(rng.uniform(0, 1) * (0.5 if kills % 2 else seconds))
-            if kills == MOMENTS or not process.is_alive():
-                break
-            prey = [process.pid] if victim == "driver" else [each for each in below(process.pid) if not bystander(each)]
-            if prey:
-                os.kill(rng.choice(prey), signal.SIGKILL)
-                kills += 1
-                met_half += 0 < len(shards(folder)) < len(expected)
-            process.join(120)
-            assert not process.is_alive(), "whoever loses its engine ends, and does not hang"
-            if victim == "vllm" and prey:
-                assert process.exitcode == 2 or shards(folder) == expected, process.exitcode  # killed when all was done, it is missed by nobody
-                assert process.exitcode == 0 or "what is finished is kept" in (log := (folder / "log").read_text()) or "cannot be loaded" in log, log[-2000:]
-            end(process)
-            assert shards(folder).items() <= expected.items(), "a shard that is there is whole and right"
-        process.join()
-        assert process.exitcode == 0
-        assert shards(folder) == expected
-        assert not list(folder.glob(".*.part")), "nothing half-written is left behind"
+    with tally("faults", "SIGKILL of the driver of a rollout by vLLM" if victim == "driver" else "SIGKILL of an engine process of vLLM", seed=7) as count:
+        while kills < MOMENTS:
+            folder, runs = tmp_path / f"{runs}", runs + 1
+            while True:  # until one start goes through
+                (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), PROFILE))).start()
+                there = len(shards(folder))
+                while kills % 2 and kills < MOMENTS and process.is_alive() and len(shards(folder)) == there:  # every other one falls when something has been stored, the others at any time
+                    process.join(0.02)
+                if kills < MOMENTS:
+                    process.join(rng.uniform(0, 1) * (0.5 if kills % 2 else seconds))
+                if kills == MOMENTS or not process.is_alive():
+                    break
+                prey = [process.pid] if victim == "driver" else [each for each in below(process.pid) if not bystander(each)]
+                if prey:
+                    os.kill(rng.choice(prey), signal.SIGKILL)
+                    kills = count.tried = kills + 1
+                    met_half += 0 < len(shards(folder)) < len(expected)
+                process.join(120)
+                assert not process.is_alive(), "whoever loses its engine ends, and does not hang"
+                if victim == "vllm" and prey:
+                    assert process.exitcode == 2 or shards(folder) == expected, process.exitcode  # killed when all was done, it is missed by nobody
+                    assert process.exitcode == 0 or "what is finished is kept" in (log := (folder / "log").read_text()) or "cannot be loaded" in log, log[-2000:]
+                end(process)
+                assert shards(folder).items() <= expected.items(), "a shard that is there is whole and right"
+            process.join()
+            assert process.exitcode == 0
+            assert shards(folder) == expected
+            assert not list(folder.glob(".*.part")), "nothing half-written is left behind"
+            count.survived = kills
     print(f"{kills} kills of the {victim}, {met_half} of them with some shards there and some not")
 
 
-def test_a_worker_of_ray_killed_at_random_moments(processes, warm_tiny, tmp_path):
+def test_a_worker_of_ray_killed_at_random_moments(processes, warm_tiny, tmp_path, tally):
     "Ray starts a worker again and asks it anew, so that the run goes on by itself: the bytes are those of one process without Ray."
     plain = load_profile("smoke", batch_size=16)
     (process := processes.Process(target=act, args=(tmp_path / "whole", roll, str(warm_tiny), plain))).start()
@@ -214,22 +216,25 @@ def test_a_worker_of_ray_killed_at_random_moments(processes, warm_tiny, tmp_path
     def workers(pid):
         return [each for each in below(pid) if b"_Worker" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
-    while kills < MOMENTS:
-        folder, runs = tmp_path / f"{runs}", runs + 1
-        (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), load_profile("smoke", batch_size=16, engine="ray", ray_engine="transformers")))).start()
-        there = 0
-        while process.is_alive() and kills < MOMENTS:
-            if kills % 2 == 0 and len(shards(folder)) == there:  # every other one falls when the worker has given something, the others at any time, most while they start
-                process.join(0.05)
-                continue
-            process.join(rng.uniform(0.1, 2 if kills % 2 == 0 else 10))
-            if prey := workers(process.pid):
-                os.kill(rng.choice(prey), signal.SIGKILL)
-                kills, there = kills + 1, len(shards(folder))
-        process.join(300)
-        assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
-        assert shards(folder) == expected
-        end(process)
+    with tally("faults", "SIGKILL of a worker of Ray", seed=8) as count:
+        while kills < MOMENTS:
+            folder, runs = tmp_path / f"{runs}", runs + 1
+            (process := processes.Process(target=act, args=(folder, roll, str(warm_tiny), load_profile("smoke", batch_size=16, engine="ray", ray_engine="transformers")))).start()
+            there = 0
+            while process.is_alive() and kills < MOMENTS:
+                if kills % 2 == 0 and len(shards(folder)) == there:  # every other one falls when the worker has given something, the others at any time, most while they start
+                    process.join(0.05)
+                    continue
+                process.join(rng.uniform(0.1, 2 if kills % 2 == 0 else 10))
+                if prey := workers(process.pid):
+                    os.kill(rng.choice(prey), signal.SIGKILL)
+                    kills, there = kills + 1, len(shards(folder))
+                    count.tried = kills
+            process.join(300)
+            assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
+            assert shards(folder) == expected
+            end(process)
+            count.survived = kills
 
 
 # --- what a user may get wrong --------------------------------------------------------------------------------------------

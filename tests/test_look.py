@@ -1,14 +1,19 @@
 """Whether a model looks, and whether two runs may be compared: planted models and planted flips are told apart."""
+import functools
 import json
 import random
 import shutil
 
 import pytest
-from conftest import python, says
+import warm
+from conftest import ROOT, says
 from medvlthinker import look, parity, phantom
 from medvlthinker.config import UserError, load_profile
 from medvlthinker.prompt import messages
 from medvlthinker.sample import Sample
+
+
+command = functools.partial(warm.run, cwd=ROOT)
 
 
 @pytest.fixture
@@ -84,11 +89,11 @@ def test_nobody_gets_a_picture_of_the_own_family():
 
 
 def test_look_on_the_command_line(warm_home):
-    done = python("-m", "medvlthinker.look", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "views=real,blank")
+    done = command("-m", "medvlthinker.look", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "views=real,blank")
     assert done.returncode == 0, done.stderr
     assert "visual reliance" in done.stdout and "10 questions" in done.stdout.splitlines()[-1]
-    says(python("-m", "medvlthinker.look", "smoke", "model=tiny", "views=inverted"), "No view inverted")
-    says(python("-m", "medvlthinker.look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
+    says(command("-m", "medvlthinker.look", "smoke", "model=tiny", "views=inverted"), "No view inverted")
+    says(command("-m", "medvlthinker.look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
 
 
 def rows(texts):
@@ -125,20 +130,20 @@ def test_questions_of_one_image_count_less():
 
 def test_parity_on_the_command_line(warm_home):
     words = ["-m", "medvlthinker.parity", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
-    done = python(*words, "--", "batch_size=5")
+    done = command(*words, "--", "batch_size=5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(parity.TOO_FEW) and "12 questions" in done.stdout.splitlines()[-1]
     record = json.loads((warm_home / "smoke" / "results" / "phantom" / "tiny" / "parity.json").read_text())
     assert record["unit"] == "token" and record["n"] == 12
 
     two = warm_home / "smoke" / record["sides"][1][0]
-    from_disk = python(*words, "--", f"folder={two}")
+    from_disk = command(*words, "--", f"folder={two}")
     assert from_disk.returncode == 0 and from_disk.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-    says(python(*words, "--", f"folder={warm_home / 'smoke' / 'rollouts'}"), "holds 2 greedy rollouts", "name one of them")
-    says(python(*words, "--", "batch_size=12"), "one and the same rollout")
-    says(python(*words, "--", "max_tokens=39"), "give max_tokens once")
-    says(python(*words[:-2], "limit=11", "batch_size=12", "--", f"folder={two}"), "no greedy rollout of these questions")
-    says(python(*words), "parted by one --")
+    says(command(*words, "--", f"folder={warm_home / 'smoke' / 'rollouts'}"), "holds 2 greedy rollouts", "name one of them")
+    says(command(*words, "--", "batch_size=12"), "one and the same rollout")
+    says(command(*words, "--", "max_tokens=39"), "give max_tokens once")
+    says(command(*words[:-2], "limit=11", "batch_size=12", "--", f"folder={two}"), "no greedy rollout of these questions")
+    says(command(*words), "parted by one --")
     victim = next(two.glob("shard-*"))
     victim.write_bytes(victim.read_bytes()[:-9])
-    says(python(*words, "--", f"folder={two}"), victim.name, "missing or damaged")
+    says(command(*words, "--", f"folder={two}"), victim.name, "missing or damaged")

@@ -1,11 +1,11 @@
-"""Every library notebook runs from top to bottom in a process of its own, and the house keeps its order."""
+"""Every library notebook runs from top to bottom in a process of its own (which finds torch loaded), and the house keeps its order."""
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, python
 
 LIBRARY = sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb"))
@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in (ROOT / "medvlthinker").glob("*.py") if n
 @pytest.mark.parametrize("name", LIBRARY)
 def test_runs(name):
     nbdev_test = Path(sys.executable).with_name("nbdev-test")
-    done = subprocess.run([nbdev_test, f"nbs/{name}", "--n-workers", "0"], cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(nbdev_test, f"nbs/{name}", "--n-workers", "0", cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python, says
+from conftest import ROOT, at_work, python, says
 from medvlthinker.config import UserError, load_profile, parse_words
 from medvlthinker.pipeline import dry_run
 from medvlthinker.sample import read_samples
@@ -95,19 +95,7 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     assert {"5_results"} <= set(ran) <= {"5_results", "6_audit"}, "a lost table is made again"
 
 
-def at_work(home: Path) -> list[str]:
-    "What runs for this home, from /proc: a process has it in its environment, whoever its parent is."
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"MEDVLTHINKER_HOME={home}\0".encode() in (place / "environ").read_bytes() and (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append((place / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-def test_killed_interrupted_and_called_again(tree, env, tmp_path):
+def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call finishes, and the results are those of a run without either."
     home = tmp_path / "killed"
     shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
@@ -117,7 +105,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path):
         process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env={**os.environ, **{key: str(value) for key, value in here.items()}},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for _ in range(1200):
-            if any(until in each for each in at_work(home)):
+            if any(until in each for each in at_work(home).values()):
                 return process
             time.sleep(0.1)
         raise AssertionError(f"{until} has not begun within two minutes")
@@ -135,10 +123,13 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path):
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
 
     process = begin("medvlthinker.rollout")
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
-    assert at_work(home) == [], "neither a kernel nor what it had started is left"
+    with tally("faults", "Ctrl-C to the whole pipeline") as count:
+        count.tried += 1
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
+        assert at_work(home) == {}, "neither a kernel nor what it had started is left"
+        count.survived += 1
     assert "interrupted" in status(tree, here, "recipes=")[0].values()
 
     run(tree, here)
@@ -238,7 +229,7 @@ def test_several_nodes_without_ray_are_refused_before_anything_runs(home):
 
 
 def test_bad_words_through_the_script(home):
-    done = subprocess.run(["./reproduce.sh", "smoke", "gpu=1"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
+    done = subprocess.run(["./reproduce.sh", "smoke", "gpu=1"], cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
     says(done, "Unknown profile key gpu")
 
 
@@ -247,15 +238,18 @@ def test_home_that_cannot_be_written(tmp_path):
     says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, tally):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
     (tmp_path / "disk").mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], capture_output=True).returncode:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], check=False, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (needs root); the full disk is not tested")
     try:
-        says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
-        for path in (tmp_path / "disk").rglob("*.parquet"):
-            assert read_samples(path), "what is there is whole"
+        with tally("faults", "full disk, the whole pipeline") as count:
+            count.tried += 1
+            says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
+            for path in (tmp_path / "disk").rglob("*.parquet"):
+                assert read_samples(path), "what is there is whole"
+            count.survived += 1
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 
@@ -265,7 +259,7 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
     out = tmp_path / "out.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
     done = subprocess.run([papermill, "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(warm_home)})
+                          cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(warm_home)})
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
     (right, n), = record["counts"].values()
@@ -277,7 +271,7 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
 
 def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
     papermill = Path(sys.executable).with_name("papermill")
-    done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, capture_output=True,
+    done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, check=False, capture_output=True,
                           text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
     assert done.returncode and "Unknown parameter gpu; this notebook knows profile, model, and the keys of a profile: data, data_dir" in done.stderr
 
@@ -308,7 +302,7 @@ def test_parameters_are_explained_and_unknown_ones_refused(name):
 
 
 def test_the_commands_help_explains_them():
-    done = subprocess.run([Path(sys.executable).with_name("papermill"), "--help-notebook", "nbs/paper/2_difficulty.ipynb"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([Path(sys.executable).with_name("papermill"), "--help-notebook", "nbs/paper/2_difficulty.ipynb"], cwd=ROOT, check=False, capture_output=True, text=True)
     assert "low: int (default 1)" in done.stdout and "fewest right answers of a question that is kept" in done.stdout
 
 

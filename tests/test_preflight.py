@@ -1,11 +1,13 @@
 """Preflight's counts are the real processor's: 500 random pictures, with the embedded processor and with one limited like Qwen2.5-VL's."""
+import functools
 import io
 import random
 from dataclasses import replace
 
 import pandas
 import pytest
-from conftest import python, says
+import warm
+from conftest import ROOT, says
 from medvlthinker import phantom, tiny
 from medvlthinker.config import UserError
 from medvlthinker.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
@@ -23,17 +25,19 @@ def processor(request):
 
     shortest, longest = LIMITS[request.param]
     made = tiny.processor()
-    made.image_processor = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": shortest, "longest_edge": longest})
+    made.image_processor = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": shortest, "longest_edge": longest},
+                                                 resample=0, do_rescale=False, do_normalize=False)  # what a pixel becomes changes no count, and takes most of the time
     return made
 
 
 def encoded(width: int, height: int, format: str = "PNG", turn: int = 1) -> bytes:
     file, flag = io.BytesIO(), Image.Exif()
     flag[0x0112] = turn
-    Image.new("RGB", (width, height), (90, 120, 30)).save(file, format, exif=flag)
+    Image.new("RGB", (width, height), (90, 120, 30)).save(file, format, exif=flag, **{"PNG": {"compress_level": 1}, "WEBP": {"method": 0}}.get(format, {}))
     return file.getvalue()
 
 
+@functools.cache
 def drawn(n: int, seed: int) -> list:
     "Questions with one to three pictures, of n sizes between 28 and 2,000 pixels a side and the extreme ones; some lie on their side."
     rng = random.Random(seed)
@@ -113,7 +117,7 @@ def test_edges_of_the_limits():
 def test_command_line(home, tmp_path):
     folder = tiny.build(tmp_path / "tiny")
     words = ("-m", "medvlthinker.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
-    done = python(*words, MEDVLTHINKER_HOME=home)
+    done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
     report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
     assert set(report.finding) == {"measured"} and not report.refused.any() and (report["count"] == 20).all()
@@ -121,10 +125,10 @@ def test_command_line(home, tmp_path):
     assert all(sentence in done.stdout for sentence in report.sentence)
 
     longest = int(report.worst[report.name == "m23k"].iloc[0])
-    says(python(*words, f"max_prompt_length={longest - 1}", MEDVLTHINKER_HOME=home), "A run would stop", f"max_prompt_length={longest - 1}")
+    says(warm.run(*words, f"max_prompt_length={longest - 1}", cwd=ROOT, MEDVLTHINKER_HOME=home), "A run would stop", f"max_prompt_length={longest - 1}")
     report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
     assert set(report.kind[report.refused]) <= {"corpus"} and "longer than in training" in set(report.finding)
-    says(python(*words, "max_model_len=60", MEDVLTHINKER_HOME=home), "vLLM refuses them")
+    says(warm.run(*words, "max_model_len=60", cwd=ROOT, MEDVLTHINKER_HOME=home), "vLLM refuses them")
     with pytest.raises(UserError, match="whole number"):
         main(["smoke", "max_prompt_length=-1"])
 

@@ -205,7 +205,7 @@ def told(folder, samples=None) -> Told:
     who, rows = stored_rollout(folder)
     rows = [dict(row) for row in rows]
     rows[-1] = {**rows[-1], "completions": [*rows[-1]["completions"][:-1], {"text": "", "finish_reason": "failed", "tokens": 0, "error": "HTTP 500"}]}
-    began = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.timezone.utc)
+    began = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.UTC)
     return Told("pmc_vqa", "org/a model", samples, rows, who, began, began + datetime.timedelta(seconds=90))
 
 

@@ -102,16 +102,19 @@ def test_trl_trains_it_for_a_step(barely, tmp_path):
     assert any(not torch.equal(weight, before[name]) for name, weight in net.named_parameters())
 
 
-def test_half_a_model_never_has_the_name(barely, tmp_path):
+def test_half_a_model_never_has_the_name(barely, tmp_path, tally):
     "A process that is killed in the middle leaves nothing under the folder's name, and the next call makes the same model."
     folder = tmp_path / "tiny"
-    child = subprocess.Popen([sys.executable, "-m", "medvlthinker.tiny", str(folder), "--seed", "3"], stdout=subprocess.PIPE, text=True)
-    child.stdout.readline()  # it is in the middle of its first half now
-    child.kill()
-    child.communicate()
-    assert not folder.exists()
-    tiny.make(folder, 3, VISION, LANGUAGE, log=lambda line: None)
-    assert file_hash(folder / "model.safetensors") == file_hash(barely / "model.safetensors")
+    with tally("faults", "SIGKILL of the making of the tiny model") as count:
+        child = subprocess.Popen([sys.executable, "-m", "medvlthinker.tiny", str(folder), "--seed", "3"], stdout=subprocess.PIPE, text=True)
+        count.tried += 1
+        child.stdout.readline()  # it is in the middle of its first half now
+        child.kill()
+        child.communicate()
+        assert not folder.exists()
+        tiny.make(folder, 3, VISION, LANGUAGE, log=lambda line: None)
+        assert file_hash(folder / "model.safetensors") == file_hash(barely / "model.safetensors")
+        count.survived += 1
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

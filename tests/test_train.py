@@ -3,13 +3,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, python, says
 from medvlthinker import phantom, tiny, train
 from medvlthinker.checkpoint import merge
@@ -43,41 +42,43 @@ def same(one: dict, other: dict) -> bool:
 
 def killed_at(words, home: Path, recipe: str, step: int) -> None:
     "Start a run, and end it with SIGKILL once its curves have come to a step."
-    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env={**os.environ, "MEDVLTHINKER_HOME": str(home)}, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.start("-m", *words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     try:
-        while process.poll() is None and len(curves(find(recipe), Workspace("smoke"))) < step:
+        while process.is_alive() and len(curves(find(recipe), Workspace("smoke"))) < step:
             time.sleep(0.02)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
 
 
 @pytest.mark.parametrize("words, recipe, steps, at", [(SFT, "tiny-SFT_PMC", 10, 6), (GRPO, "tiny-RL_PMC", 8, 7)])
-def test_killed_and_called_again(ready, tmp_path, monkeypatch, words, recipe, steps, at):
+def test_killed_and_called_again(ready, tmp_path, monkeypatch, words, recipe, steps, at, tally):
     "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
     whole = tmp_path / "whole"
     shutil.copytree(ready, whole)
     done = python("-m", *words, MEDVLTHINKER_HOME=whole)
     assert done.returncode == 0, done.stderr[-3000:]
-    killed_at(words, ready, recipe, at)
-    torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
-    torn.mkdir()
-    (torn / "model.safetensors").write_bytes(b"half")
-    done = python("-m", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from a checkpoint" in done.stdout and not torn.exists(), done.stdout
-    mine = curves(find(recipe), Workspace("smoke"))
-    assert mine.tokens.is_monotonic_increasing
-    assert list(mine.index) == list(range(1, steps + 1)), "every step once"
-    monkeypatch.setenv("MEDVLTHINKER_HOME", str(whole))
-    theirs = curves(find(recipe), Workspace("smoke"))
-    assert (mine.drop(columns="seconds") == theirs.drop(columns="seconds")).all().all()
-    assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
+    with tally("faults", "SIGKILL of a training") as count:
+        count.tried += 1
+        killed_at(words, ready, recipe, at)
+        torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
+        torn.mkdir()
+        (torn / "model.safetensors").write_bytes(b"half")
+        done = warm.run("-m", *words, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "going on from a checkpoint" in done.stdout and not torn.exists(), done.stdout
+        mine = curves(find(recipe), Workspace("smoke"))
+        assert mine.tokens.is_monotonic_increasing
+        assert list(mine.index) == list(range(1, steps + 1)), "every step once"
+        monkeypatch.setenv("MEDVLTHINKER_HOME", str(whole))
+        theirs = curves(find(recipe), Workspace("smoke"))
+        assert (mine.drop(columns="seconds") == theirs.drop(columns="seconds")).all().all()
+        assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
+        count.survived += 1
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
     began = time.monotonic()
-    assert python("-m", *words, MEDVLTHINKER_HOME=ready).returncode == 0 and time.monotonic() - began < 120
+    assert warm.run("-m", *words, cwd=ROOT, MEDVLTHINKER_HOME=ready).returncode == 0 and time.monotonic() - began < 120
     assert len(curves(find(recipe), Workspace("smoke"))) == steps, "a run that has ended is not run again"
 
 
@@ -88,7 +89,7 @@ def test_two_processes_share_a_run(ready):
     path = accelerate_file(find("tiny-SFT_PMC"), workspace)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(config))
-    done = python("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4")
+    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(curves(find("tiny-SFT_PMC"), workspace).index) == [1, 2, 3, 4]
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
@@ -98,7 +99,7 @@ def test_two_processes_share_a_run(ready):
 
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
-    done = python("-m", "medvlthinker.train", *SFT[1:-1], "max_steps=4", "lora_rank=4")
+    done = warm.run("-m", "medvlthinker.train", *SFT[1:-1], "max_steps=4", "lora_rank=4", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     home = ready / "smoke" / "checkpoints"
     model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
@@ -155,11 +156,11 @@ def test_a_mistake_ends_the_command_with_one_sentence(home):
 def test_what_a_trainer_says_last_is_the_sentence(ready):
     "The process that trains dies; its last words are in the message, and its log is kept."
     curated = Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
-    assert python("-m", *GRPO[:-1], "max_steps=1").returncode == 0
+    assert warm.run("-m", *GRPO[:-1], "max_steps=1", cwd=ROOT).returncode == 0
     shutil.rmtree(next(Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/checkpoint-1")))
     arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")
     shutil.rmtree(arrow)
     arrow.write_text("a file where a folder should be")
-    done = python("-m", "medvlthinker.train", *GRPO[1:-1], "max_steps=1")
+    done = warm.run("-m", "medvlthinker.train", *GRPO[1:-1], "max_steps=1", cwd=ROOT)
     assert curated.is_file()
     says(done, "medvlthinker.grpo smoke ended with exit code", "train.log")

@@ -1,0 +1,435 @@
+"""The whole pipeline against what machines do: killed at random moments, ended by a scheduler, run twice at once, with locks that hold nobody, with a clock that goes back. Each time the same bytes, nothing twice, nothing torn."""
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, at_work, python, says
+from medvlthinker import phantom, trust
+from medvlthinker.benchmark import load_benchmark
+from medvlthinker.completion import Sampling
+from medvlthinker.config import FORMAT, UserError, Workspace, load_profile, manifest_path, record_text
+from medvlthinker.corpus import load_corpus
+from medvlthinker.rollout import read_shard, roll_out, rollout_identity, stored_rollout
+from medvlthinker.sample import read_samples, write_samples
+from medvlthinker.trust import TABLES, read_rows
+from safetensors.numpy import load_file
+
+KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "3"))  # at random moments; CI is short of time, a hundred take about three quarters of an hour
+WORDS = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
+STEPS = {"1_data", "2_difficulty", "3_train-tiny-RL_PMC", "4_evaluate-tiny", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    "A copy of the project, which nobody edits while the tests run."
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(ROOT, copy, ignore=lambda folder, names: {name for name in names if name in (".git", ".venv", "_runs", "_docs", "__pycache__") or name.startswith(".pytest")})
+    return copy
+
+
+class Run:
+    "A pipeline at work in a home, its output in files beside it."
+
+    def __init__(self, tree: Path, home: Path, *more: str, **environment):
+        self.home, self.out = home, home.with_name(f"{home.name}-{time.monotonic_ns()}.out")
+        self.err = self.out.with_suffix(".err")
+        variables = {**os.environ, "MEDVLTHINKER_HOME": str(home), "PYTHONPATH": str(tree), "BROWSER_PATH": "none", **environment}  # pictures have their own tests
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", *WORDS, *more], cwd=tree, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+
+    def named(self, word: str) -> list[str]:
+        "The steps of which the output says so."
+        return [line.split()[0] for line in self.out.read_text().splitlines() if f" {word} " in line and line.split()[0] in STEPS]
+
+    def running(self) -> list[str]:
+        return sorted(set(self.named("runs:")) - set(self.named("done in"))) or ["between two steps"]
+
+    def ended(self, seconds: float = 900) -> int:
+        return self.process.wait(seconds)
+
+    def sentence(self) -> str:
+        "What it said at its end, one line and no traceback."
+        lines = [line for line in self.err.read_text().splitlines() if line.strip()]
+        assert len(lines) == 1 and lines[0].startswith("medvlthinker: "), "\n".join(lines[-30:])
+        return lines[0]
+
+
+def begin_home(home: Path, warm: Path) -> Path:
+    shutil.copytree(warm, home / "smoke" / "checkpoints" / "tiny")
+    return home
+
+
+def lasting(home: Path) -> dict[str, bytes]:
+    "What a run is for: samples, completions, curated sets, weights, tables and figures; without manifests and cards, which have dates, and notes that begin with a dot."
+    found = {}
+    for place in ("samples", "rollouts", "curated", "results", "figures", "checkpoints/tiny-RL_PMC"):
+        for path in (home / "smoke" / place).rglob("*"):
+            name = path.relative_to(home).as_posix()
+            if path.is_file() and not name.endswith((".manifest.json", "README.md", "croissant.json")) and not any(part.startswith(".") for part in Path(name).parts):
+                found[name] = json.dumps(rollout_identity(path.parent)).encode() if path.name == "rollout.json" else path.read_bytes()  # that has a date and seconds too
+    return found
+
+
+def assert_whole(home: Path) -> None:
+    "Whatever has its final name can be read to its end."
+    for path in (path for path in (home / "smoke").rglob("*") if path.is_file()):
+        name = path.relative_to(home / "smoke").as_posix()
+        if any(part.startswith(".") or part.endswith(".training") for part in Path(name).parts) or name.startswith("logs/") or name.endswith(".running.ipynb"):
+            continue  # what is on the way: it is recognised as such, and made anew or gone on with
+        if path.name.startswith("shard-"):
+            assert read_shard(path), name
+        elif path.suffix in (".json", ".ipynb"):
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".parquet":
+            pq.read_table(path)
+        elif path.suffix == ".safetensors":
+            load_file(path)
+
+
+def litter(home: Path) -> list[str]:
+    "What a killed process would leave behind: half-written files, folders put aside, unfinished notebooks."
+    return [path.relative_to(home).as_posix() for path in home.rglob("*") if path.name.endswith((".part", ".old", ".spare", ".running.ipynb")) or path.name.startswith("tmp")]
+
+
+def assert_same(home: Path, reference: dict[str, bytes]) -> None:
+    "All that the undisturbed run has, byte by byte; nothing else, nothing half-written."
+    mine = lasting(home)
+    assert mine.keys() == reference.keys(), mine.keys() ^ reference.keys()
+    assert not (differ := [name for name in mine if mine[name] != reference[name]]), differ
+    assert_whole(home)
+    assert not litter(home), litter(home)
+
+
+def gone(home: Path, seconds: float = 30) -> dict[int, str]:
+    "What still runs for a home after a while."
+    end = time.monotonic() + seconds
+    while (left := at_work(home)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return left
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tree, warm_tiny, tmp_path_factory) -> Path:
+    "The home of a run that nobody disturbed."
+    run = Run(tree, begin_home(tmp_path_factory.mktemp("undisturbed") / "home", warm_tiny))
+    assert run.ended() == 0, run.err.read_text()
+    assert set(run.named("done in")) == STEPS
+    assert_whole(run.home)
+    rows = [(path.parent, row["dataset_name"], row["dataset_index"]) for path in run.home.rglob("shard-*.jsonl") for row in read_shard(path)[1]]
+    assert len(rows) == len(set(rows)) == 40 + 2 * 6, "each question once"
+    assert not litter(run.home), litter(run.home)
+    return run.home
+
+
+def finished(home: Path) -> int:
+    "How many steps are done."
+    return len(list((home / "smoke" / "notebooks").glob("*.manifest.json")))
+
+
+def strike(run: Run, kind: str, rng: random.Random) -> None:
+    "SIGKILL to everything at once, as by a power cut; to the runner, as by an impatient user; or to any one process, as by a machine short of memory."
+    if kind == "everything":
+        while found := at_work(run.home):
+            for pid in found:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        run.ended()
+        return
+    prey = [pid for pid, words in at_work(run.home).items() if pid != run.process.pid and "resource_tracker" not in words]
+    if kind == "runner" or not prey:
+        run.process.kill()
+        run.ended()
+        return
+    try:
+        os.kill(rng.choice(prey), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if run.ended():  # 0 where nobody needed it any more
+        assert run.process.returncode == 2 and run.sentence(), run.process.returncode
+
+
+@pytest.mark.heavy
+def test_killed_at_random_moments(tree, undisturbed, warm_tiny, tmp_path, tally):
+    "Killed and called again, and again, until the run is through: everything is that of a run that nobody disturbed. In each home SIGTERM comes once too, and two calls at once bring it to its end."
+    reference, rng, kinds = lasting(undisturbed), random.Random(26), ("everything", "runner", "one process")
+    longest = max(json.loads(path.read_text())["seconds"] for path in (undisturbed / "smoke" / "notebooks").glob("*.manifest.json"))
+    met, struck = Counter(), Counter()
+    with (tally("faults", "SIGKILL at a random moment of the whole pipeline", seed=26, met=met, struck=struck) as killed, tally("faults", "SIGTERM to the whole pipeline") as ended,
+          tally("faults", "two whole pipelines at once, one home") as twice):
+        while killed.tried < KILLS:
+            home, here, through, stuck = begin_home(tmp_path / f"{killed.tried}", warm_tiny), 0, False, (0, 0)
+            while killed.tried < KILLS and not through:
+                run = Run(tree, home)
+                try:
+                    while stuck[1] > 2 and run.process.poll() is None and finished(home) == stuck[0]:  # three kills at the same place are enough: on a busy machine a long step would never end
+                        time.sleep(0.1)
+                    run.process.wait(rng.uniform(0.5, rng.choice((0.2, 0.9)) * longest))  # half of them soon, where a run finds out what is done
+                    through = run.process.returncode == 0
+                    assert through, run.err.read_text()
+                except subprocess.TimeoutExpired:
+                    kind = kinds[killed.tried % 3]
+                    met.update(run.running())
+                    struck[kind] += 1
+                    killed.tried, here = killed.tried + 1, here + 1
+                    strike(run, kind, rng)
+                    through = run.process.returncode == 0
+                    stuck = (finished(home), stuck[1] + 1 if finished(home) == stuck[0] else 1)
+                assert not (left := gone(home)), f"still at work: {left}"
+                said = python("-m", "medvlthinker.status", *WORDS, cwd=tree, MEDVLTHINKER_HOME=home, PYTHONPATH=tree)
+                assert said.returncode == 0 and "7 steps: " in said.stdout, said.stderr
+                assert_whole(home)
+                assert not (torn := [name for name, data in lasting(home).items() if reference.get(name) != data]), torn
+            if not through:
+                ended.tried += 1
+                run = Run(tree, home)
+                time.sleep(rng.uniform(5, 12))
+                run.process.terminate()
+                assert run.ended(120) == 130 and "the same command goes on" in run.sentence()
+                assert not (left := at_work(home)), left
+                assert_whole(home)
+                ended.survived += 1
+            twice.tried += 1
+            two = [Run(tree, home) for _ in range(2)]
+            assert [run.ended() for run in two] == [0, 0], [run.err.read_text() for run in two]
+            assert not set(two[0].named("done in")) & set(two[1].named("done in")), "each step once"
+            assert_same(home, reference)
+            twice.survived += 1
+            killed.survived += here
+            shutil.rmtree(home)
+    assert KILLS < 50 or STEPS <= met.keys(), f"no kill met {STEPS - met.keys()}"
+
+
+# --- a run that is partly made anew, under worse conditions ----------------------------------------------------------------
+
+LOCKS_THAT_HOLD_NOBODY = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *given: None  # granted at once, to everybody\n"
+A_CLOCK_THAT_GOES_BACK = """import time
+began, seconds, nanoseconds = time.monotonic(), time.time, time.time_ns
+back = lambda: 7200 if time.monotonic() - began > 3 else 0  # two hours, three seconds after each process has begun
+time.time, time.time_ns = lambda: seconds() - back(), lambda: nanoseconds() - back() * 10**9
+"""
+
+
+def with_gaps(undisturbed: Path, home: Path, steps: set[str], *places: str) -> Path:
+    "A copy of a finished run in which some steps, and what they had made, are missing."
+    shutil.copytree(undisturbed, home)
+    for name in steps:
+        for path in (home / "smoke" / "notebooks").glob(f"{name}.ipynb*"):
+            path.unlink()
+    for place in places:
+        for path in (home / "smoke").glob(place):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return home
+
+
+def everywhere(tmp_path: Path, tree: Path, code: str) -> dict:
+    "The environment in which each Python process begins with this code."
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{tmp_path / 'first'}:{tree}"}
+
+
+@pytest.mark.heavy
+def test_locks_that_hold_nobody(tree, undisturbed, tmp_path, tally):
+    "Two runs at once where every lock is granted to both, as on some network file systems: work may be done twice, and the result is whole and the same."
+    with tally("faults", "two whole pipelines at once, on a file system that ignores locks") as count:
+        count.tried += 1
+        home = with_gaps(undisturbed, tmp_path / "home", STEPS, "samples", "rollouts", "curated", "results", "figures", "checkpoints/tiny-RL_PMC*", "logs/tiny-RL_PMC")
+        environment = everywhere(tmp_path, tree, LOCKS_THAT_HOLD_NOBODY)
+        two = [Run(tree, home, **environment) for _ in range(2)]
+        assert [run.ended() for run in two] == [0, 0], [run.err.read_text() for run in two]
+        assert set(two[0].named("done in")) & set(two[1].named("done in")), "nobody waited for the other: otherwise this would prove little"
+        assert_same(home, lasting(undisturbed))
+        count.survived += 1
+
+
+@pytest.mark.heavy
+def test_a_clock_that_goes_back(tree, undisturbed, tmp_path, tally):
+    "What is there was written tomorrow, and the clock goes back by two hours in the middle of each process: what is missing is made, what is there is not made again, and nothing differs."
+    with tally("faults", "the clock goes back, between runs and during one") as count:
+        count.tried += 1
+        missing = {"2_difficulty", "4_evaluate-tiny", "5_results", "6_audit"}
+        home = with_gaps(undisturbed, tmp_path / "home", missing, "rollouts/tiny", "curated", "results/phantom/tiny", "results/table.txt")
+        for path in home.rglob("*"):
+            os.utime(path, (time.time() + 86400,) * 2)
+        run = Run(tree, home, **everywhere(tmp_path, tree, A_CLOCK_THAT_GOES_BACK))
+        assert run.ended() == 0, run.err.read_text()
+        assert set(run.named("done in")) == missing
+        assert_same(home, lasting(undisturbed))
+        listed = json.loads(manifest_path(home / "smoke" / "notebooks" / "5_results.ipynb").read_text())["outputs"]
+        assert "results/table.txt" in listed and "samples/phantom/pmc_vqa.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
+        again = Run(tree, home)
+        assert again.ended() == 0 and "nothing ran" in again.out.read_text()
+        count.survived += 1
+
+
+# --- files that somebody or something has changed --------------------------------------------------------------------------
+
+SMALL = {"limit": 6, "train_limit": 20}
+DAMAGES = {
+    "cut off in the middle": lambda data: data[:len(data) // 2],
+    "its last three bytes gone": lambda data: data[:-3],
+    "its last page zeroes": lambda data: data[:-100] + bytes(100),
+    "a page in the middle zeroes": lambda data: data[:len(data) // 2] + bytes(4096) + data[len(data) // 2 + 4096:],
+    "a flipped byte in the middle": lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, tally, damage):
+    "Test set, corpus, curated set: the sentence names the file; deleted, as it says, the file is made again with the same bytes."
+    profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
+    curated = workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
+    makers = {workspace.samples / "phantom" / "pmc_vqa.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace)),
+              workspace.samples / "phantom" / "corpus" / "pmc_vqa.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace)),
+              curated: lambda: curated.exists() and read_samples(curated) or write_samples(phantom.corpus("pmc_vqa", 12), curated)}
+    with tally("faults", f"samples in parquet: {damage}") as count:
+        for path, make in makers.items():
+            make()
+            whole = path.read_bytes()
+            count.tried += 1
+            path.write_bytes(DAMAGES[damage](whole))
+            with pytest.raises(UserError, match=f"{path.name} is not a readable parquet file .*; delete it and run the data notebook again"):
+                make()
+            path.unlink()
+            make()
+            assert path.read_bytes() == whole
+            count.survived += 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".") and "logs" not in path.parts}
+
+
+def test_what_a_newer_version_wrote_is_left_alone(home, tally):
+    "Samples, a corpus, a rollout, a step of the pipeline: one sentence that says so, and no byte is changed."
+    profile, workspace, who = load_profile("smoke", **SMALL), Workspace("smoke"), {"shard_size": 4, "seed": 1, "instruction": "none", **vars(Sampling())}
+    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace), workspace.rollouts / "tiny" / "phantom" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
+    list(load_corpus("pmc_vqa", profile, workspace))
+    folder.mkdir(parents=True)
+    (folder / "rollout.json").write_text(record_text(who))
+    step.write_text("{}")
+    manifest_path(step).write_text(record_text({"inputs": {}}))
+    uses = {manifest_path(workspace.samples / "phantom" / "pmc_vqa.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace),
+            manifest_path(workspace.samples / "phantom" / "corpus" / "pmc_vqa.parquet"): lambda: load_corpus("pmc_vqa", load_profile("smoke", train_limit=30), workspace),
+            folder / "rollout.json": lambda: [stored_rollout(folder), roll_out(samples, None, folder, who, "an engine")]}
+    with tally("faults", "a record that a newer version wrote") as count:
+        for path, use in uses.items():
+            count.tried += 1
+            path.write_text(json.dumps({**json.loads(old := path.read_text()), "format": FORMAT + 1}))
+            before = contents(home)
+            with pytest.raises(UserError, match=f"{path.name} was written by a newer version"):
+                use()
+            assert contents(home) == before
+            path.write_text(old)
+            count.survived += 1
+        count.tried += 1
+        manifest_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
+        before = contents(home)
+        says(python("-m", "medvlthinker.pipeline", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
+        assert contents(home) == before
+        count.survived += 1
+
+
+def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
+    "A file system that is mounted read-only, with all folders there: a run says so in a sentence, and what only reads goes on reading."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk], check=False, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here (needs root); one that is read-only is not tested")
+    try:
+        monkeypatch.setenv("MEDVLTHINKER_HOME", str(disk))
+        profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
+        made = list(load_benchmark("pmc_vqa", profile, workspace))
+        assert all(getattr(workspace, name).is_dir() for name in Workspace.FOLDERS)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        before = contents(disk)
+        with tally("faults", "a file system that can only be read") as count:
+            count.tried += 3
+            says(python("-m", "medvlthinker.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
+            count.survived += 1
+            with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
+                load_corpus("pmc_vqa", profile, workspace)
+            count.survived += 1
+            done = python("-m", "medvlthinker.status", "smoke", "recipes=")
+            assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
+            count.survived += 1
+            assert list(load_benchmark("pmc_vqa", profile, workspace)) == made, "what is there can be read"
+            assert contents(disk) == before
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_a_pipeline_launched_ends_with_it(tmp_path, tally):
+    "SIGKILL leaves nobody the time to end what was started: a training that goes on unseen would hold its memory and its lock. What a notebook in JupyterLab launched goes on, as its chapter says."
+    patient = "import time; from medvlthinker.config import command; command(lambda words: print('ready', flush=True) or time.sleep(300))"
+    launches = f"import sys; from medvlthinker.config import launch; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
+
+    def left(seconds: float, **environment) -> dict:
+        plain = {key: value for key, value in os.environ.items() if key != "MEDVLTHINKER_BATCH"}
+        starter = subprocess.Popen([sys.executable, "-c", launches], env={**plain, "MEDVLTHINKER_HOME": str(tmp_path), **environment}, stdout=subprocess.PIPE, text=True)
+        assert starter.stdout.readline() == "ready\n" and len(at_work(tmp_path)) == 2
+        starter.kill()
+        starter.communicate()
+        return gone(tmp_path, seconds)
+
+    with tally("faults", "SIGKILL of whoever launched a command") as count:
+        count.tried += 1
+        assert not left(30, MEDVLTHINKER_BATCH="1")
+        count.survived += 1
+    pid, = left(2)
+    os.kill(pid, signal.SIGKILL)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------------
+
+def named() -> set[tuple[str, str]]:
+    "Table and case, as a pattern, of each `tally(TABLE, CASE)` in the tests."
+    def patterns(node) -> list[str]:
+        if isinstance(node, ast.IfExp):
+            return patterns(node.body) + patterns(node.orelse)
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        return ["".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in parts)]
+
+    calls = [node for path in sorted((ROOT / "tests").glob("test_*.py")) for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tally"]
+    return {(ast.literal_eval(call.args[0]), pattern) for call in calls for pattern in patterns(call.args[1])}
+
+
+def test_the_table_is_what_the_tests_counted():
+    "Each row of the committed table is a case that a test names, was tried, and survived as often as it was tried."
+    rows, cases = read_rows(), named()
+    assert {row["table"] for row in rows} == set(TABLES) and len(rows) > 20
+    for row in rows:
+        assert any(table == row["table"] and re.fullmatch(pattern, row["case"]) for table, pattern in cases if pattern != ".+"), f"no test counts {row['case']}"
+        assert int(row["tried"]) == int(row["survived"]) > 0, row
+    whole = next(row for row in rows if row["case"] == "SIGKILL at a random moment of the whole pipeline")
+    assert int(whole["tried"]) >= 100 and all(step in whole["met"] for step in STEPS), whole
+
+
+def test_a_planted_failure_is_shown(tmp_path, tally, monkeypatch, capsys):
+    "A test that fails in the middle of what it counts: the command ends with 1 and names the case, and the table marks it."
+    monkeypatch.setenv("MEDVLTHINKER_TALLY", str(tmp_path / "tally.jsonl"))
+    with pytest.raises(ZeroDivisionError), tally("faults", "a planted failure, which must not stand in the table") as count:
+        count.tried += 2
+        count.survived += 1
+        1 / 0  # noqa: B018
+    assert trust.main([str(tmp_path / "tally.jsonl"), str(tmp_path / "trust.csv")]) == 1
+    assert "not survived: faults, a planted failure, which must not stand in the table: 1 of 2" in capsys.readouterr().err
+    table = trust.shown(read_rows(tmp_path / "trust.csv"), "faults")
+    assert list(table[""]) == ["NOT SURVIVED"]
