@@ -29,14 +29,13 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
-    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs", "_runs/trust/": "{place}/",
+    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
     "checkpoints/tiny": "{place}/checkpoints/tiny", "checkpoints/quizzed": "{place}/checkpoints/tiny", "--seed S": "--seed 0"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
     "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
     "./reproduce.sh test": "./reproduce.sh test",
     "./reproduce.sh test heavy": "./reproduce.sh test heavy",
-    "MEDVLTHINKER_KILLS=100 ./reproduce.sh test all": "./reproduce.sh test",  # an hour, and this test is in it; with fewer kills
     "./reproduce.sh setup": "./reproduce.sh setup",
     "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC": "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC",  # of the run above it
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
@@ -66,7 +65,6 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "37_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
-    ".venv/bin/python -m medvlthinker.trust": ("../nbs/64_trust.ipynb", "", "main([str(tally)"),  # of the tally that the command before it made
     "33_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
 
