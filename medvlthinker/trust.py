@@ -114,7 +114,7 @@ def main(
     bad = [row for row in rows if not row["tried"] == row["survived"] != "0"]
     for row in bad:
         print(f"not survived: {row['table']}, {row['case']}: {row['survived']} of {row['tried']}", file=sys.stderr)
-    print(f"{len(rows)} cases in {path}, {len(rows) - len(bad)} survived.")
+    print(f"{len(rows)} cases in {path.name}, {len(rows) - len(bad)} survived.")
     return int(bool(bad))
 
 # %% ../nbs/64_trust.ipynb #9c6232dd
