@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import UserError, Workspace, circumstances, command, file_hash, fingerprint, intact, load_profile, manifest_path, parse_words, read_json, read_record
-from .crate import CRATE, run_files
+from .crate import CRATE, model_place, questions_file, run_files
 from .engine import model_fingerprint
 from .evaluate import count, grade_rows
 from .grade import RULES
@@ -28,9 +28,8 @@ def recorded(
     root: Path,  # of a run
 ) -> dict[str, tuple[str, str]]:  # file -> its SHA-256, and the record that says so; all from the run's folder
     "What each file of a run was when it was made, by the best witness that there is."
-    listed = read_json(root / CRATE).get("@graph", [])
-    found = {urllib.parse.unquote(each["@id"]): (each["sha256"], CRATE) for each in listed if isinstance(each, dict) and isinstance(each.get("sha256"), str) and "@id" in each}
-    cards, found = found, {}
+    listed, found = read_json(root / CRATE).get("@graph", []), {}
+    cards = {urllib.parse.unquote(each["@id"]): (each["sha256"], CRATE) for each in listed if isinstance(each, dict) and isinstance(each.get("sha256"), str) and "@id" in each}
     records = [(path, read_json(path)) for path in [manifest_path(root / CRATE), *run_files(root)] if path.name.endswith(".manifest.json")]
     for path, record in sorted(records, key=lambda each: _ended(each[1])):
         found |= {name: (told, _inside(path, root)) for name, told in _part(record, "outputs").items() if found.get(name, ("",))[0] != told}  # the first that saw it so
@@ -93,7 +92,8 @@ def _check_record(path: Path, name: str) -> Finding:
     "A manifest, or a rollout's identity, by its seal; the latter also names its folder."
     text = path.read_bytes().decode("utf-8", errors="replace")
     if not intact(text):
-        early = "seal" not in read_json(path) and read_json(path).get("format") is None and bool(read_json(path))
+        record = read_json(path)
+        early = bool(record) and "seal" not in record and record.get("format") is None
         return Finding(name, "not recorded", "an early version wrote it, without a seal") if early else Finding(name, "changed", "its seal does not hold")
     who = {key: value for key, value in read_record(path).items() if key not in (*circumstances(), *MEASURED)}
     if path.name == "rollout.json" and fingerprint(who) != path.parent.name:
@@ -135,8 +135,8 @@ def _strangers(root: Path) -> Iterator[Finding]:
 def _broken_links(folder: Path, root: Path) -> Iterator[str]:
     "What a rollout was made from and is another by now."
     try:
-        who, questions = rollout_identity(folder), _questions(folder, root)
-        if not questions.is_file() or samples_fingerprint(SampleFile(questions, look=False)) != who.get("samples"):
+        who, questions = rollout_identity(folder), questions_file(folder, root)
+        if not questions.is_file() or samples_fingerprint(SampleFile(questions, look=False)) != who.get("samples"):  # read anew: a noted fingerprint would not be a check
             yield f"the questions in {_inside(questions, root)} are others"
     except UserError as error:  # damaged
         yield str(error).removesuffix(".")
@@ -146,14 +146,9 @@ def _broken_links(folder: Path, root: Path) -> Iterator[str]:
         yield f"the weights in {_inside(model, root)} are others"
 
 
-def _questions(folder: Path, root: Path) -> Path:
-    "The file of the questions that a rollout answers."
-    return (root / "samples").joinpath(*folder.relative_to(root / "rollouts").parts[1:-1]).with_suffix(".parquet")
-
-
 def _model_of(who: dict, root: Path) -> Path:
     "The folder of a rollout's model, if the run holds it."
-    return root / "checkpoints" / str(who.get("model")).replace("@", ".steps/")
+    return root / model_place(str(who.get("model")))
 
 # %% ../nbs/58_verify.ipynb #4c506080
 TABLES = ("comparison", "recipes", "difficulty_")  # those whose cells are counted from completions, in the order in which a cell is looked for
@@ -284,7 +279,7 @@ def _by_question(lines: list[dict]) -> list[list[dict]]:
 def _behind_rollout(name: str, folder: Path, root: Path, known: dict) -> tuple[list[str], list[dict], list[str]]:
     "The story of one rollout, its graded lines with their text, and what is wrong with it."
     who, rows = stored_rollout(folder)
-    questions, model = _questions(folder, root), _model_of(who, root)
+    questions, model = questions_file(folder, root), _model_of(who, root)
     damaged = [finding for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl") for finding in [check_file(path, root, known)] if finding.state == "changed"]
     wrong = [f"{finding.path} {finding.why}" for finding in damaged] + list(_broken_links(folder, root))
     samples = SampleFile(questions, look=False)

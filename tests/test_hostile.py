@@ -65,6 +65,14 @@ def contained(work: str, *words, seconds: int, megabytes: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+def all_done(count, work: str, *words, seconds: int, megabytes: int) -> list[str]:
+    "The lines of a contained process that says first how many things it will do, and then a line for each; counted."
+    total, *done = contained(work, *words, seconds=seconds, megabytes=megabytes)
+    count.tried, count.survived = int(total), len(done)
+    assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+    return done
+
+
 # ---- completions
 
 LETTERS = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}
@@ -156,9 +164,7 @@ for name, act in acts.items():
 def test_ten_megabytes_of_anything_are_graded_in_seconds(tally):
     "Every rule, the edits by which a re-grading is explained, and the patterns that questions are read with: about ten seconds of work. A pattern that backtracks would need hours."
     with tally("hostile", "completions of 10 MB and of 100,000 tags under every rule, and questions as long: 90 seconds of processor time, 2 GB") as count:
-        total, *done = contained(GIANTS, seconds=90, megabytes=2000)
-        count.tried, count.survived = int(total), len(done)
-        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+        all_done(count, GIANTS, seconds=90, megabytes=2000)
 
 
 # ---- images
@@ -322,9 +328,7 @@ for name, data in {"64 million pixels of 16 bits": png(8000, 8000, 16, 0, bytes(
 def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
     "A picture has 64 million pixels at most, and its header says so before a pixel is decoded; 3 GB hold the largest."
     with tally("hostile", "SVG, HTML, PostScript, polyglots, decompression bombs and giants called images: 60 seconds of processor time, 3 GB") as count:
-        total, *done = contained(PICTURES, seconds=60, megabytes=3000)
-        count.tried, count.survived = int(total), len(done)
-        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+        done = all_done(count, PICTURES, seconds=60, megabytes=3000)
         print(*done, sep="\n")
     said = dict(line.split(" | ", 1) for line in done)
     sound = {name for name, words in said.items() if words.startswith(("None", "{"))}  # as far as anything can tell: what is missing of them is black
@@ -626,9 +630,7 @@ for name, act in acts.items():
 def test_what_unfolds_to_gigabytes_is_refused_in_little_memory(tally, tmp_path):
     "Each unfolds to gigabytes; the process may take one and a half, most of which are its libraries' address space."
     with tally("hostile", "gzip, zip, CSV and parquet that unfold to gigabytes: 60 seconds of processor time, 1.5 GB") as count:
-        total, *done = contained(BOMBS, tmp_path, seconds=60, megabytes=1500)
-        count.tried, count.survived = int(total), len(done)
-        assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+        all_done(count, BOMBS, tmp_path, seconds=60, megabytes=1500)
 
 
 def test_names_and_members_that_leave_their_folder(tally, tmp_path):
