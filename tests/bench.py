@@ -1,7 +1,7 @@
 """Speed and memory, measured: the one place. `./reproduce.sh bench [NAME ...]` runs all measurements, or those named.
 
 Prints value, unit, bound and whether it holds, and appends each as a JSON line, with date, commit and machine, to _runs/bench/bench.jsonl; then draws
-the history (nbs/63_bench.ipynb). `--list` names the measurements, their bounds and their last values, `--draw` only draws, `--keep` copies the history
+the history (nbs/app/76_bench.ipynb). `--list` names the measurements, their bounds and their last values, `--draw` only draws, `--keep` copies the history
 beside the chapter. These machines are shared and noisy: what is compared is measured in turns within one run, and the median counts.
 Exit code 1 when a bound does not hold. What this machine cannot measure is said, and is no failure.
 """
@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from medvlthinker.bench import add_line, latest, read_lines, write_history
-from medvlthinker.config import UserError, Workspace, circumstances, command, load_profile, writing
+from medvlthinker.app.bench import add_line, latest, read_lines, write_history
+from medvlthinker.core.config import UserError, Workspace, circumstances, command, load_profile, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = {}
@@ -60,16 +60,16 @@ def seconds(act, times: int = 1) -> float:
     return statistics.median(taken)
 
 
-@bench(Bound("import of medvlthinker.grade over a bare interpreter", "ms", 50))
+@bench(Bound("import of medvlthinker.core.grade over a bare interpreter", "ms", 50))
 def import_time():
-    "What `import medvlthinker.grade` costs over a bare interpreter: medians of 15 runs each, in turns."
+    "What `import medvlthinker.core.grade` costs over a bare interpreter: medians of 15 runs each, in turns."
     compiled = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}  # else every start compiles the module
 
     def start(code):
         return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=compiled))
 
-    start("import medvlthinker.grade")  # compiles the module once
-    pairs = [(start("pass"), start("import medvlthinker.grade")) for _ in range(15)]
+    start("import medvlthinker.core.grade")  # compiles the module once
+    pairs = [(start("pass"), start("import medvlthinker.core.grade")) for _ in range(15)]
     bare, with_grade = (statistics.median(column) for column in zip(*pairs))
     yield 1000 * (with_grade - bare)
 
@@ -80,7 +80,7 @@ COMPLETION = "<think> The scan shows a dense lesion in the left upper lobe; opti
 @bench(Bound("completions graded under all five rules", "per s", 4000, "at least"))
 def grading_rate():
     "Completions graded per second on one core, each under all five rules."
-    from medvlthinker.grade import RULES, grade
+    from medvlthinker.core.grade import RULES, grade
 
     options = dict(zip("ABCD", ("lung", "heart", "liver", "spleen")))
     texts = [COMPLETION.format(x="ABCD"[i % 4]) if i % 3 else f"The answer is ({'ABCD'[i % 4]}), the {options['ABCD'[i % 4]]}." for i in range(3000)]
@@ -97,7 +97,7 @@ HOSTILE = ["a", " ", "\n", "\r\n", "\t", "(", ")", "((A))", "A ", "A. ", "A B C 
 
 def least(text: str, rule: str, times: int = 3) -> float:
     "Processor seconds of one grading: the least of a few, for the others were disturbed."
-    from medvlthinker.grade import grade
+    from medvlthinker.core.grade import grade
 
     options, taken = dict(zip("ABCDE", ("yes", "no", "a (b) c", "spleen, or (left) lung", "not"))), []
     for _ in range(times):
@@ -111,7 +111,7 @@ def least(text: str, rule: str, times: int = 3) -> float:
        Bound("time for 8 times the text, over the time for the text (40 slowest; 64 would be quadratic)", "x", 16))
 def grading_worst_case():
     "The slowest of many hostile inputs of one megabyte, over all rules, and how the time grows when the text does."
-    from medvlthinker.grade import RULES
+    from medvlthinker.core.grade import RULES
 
     frames = (("", ""), ("<think>x</think><answer>", "</answer>"), ("", "</think>\n<answer> B </answer>"))
     def text(frame, unit, size):
@@ -132,15 +132,15 @@ def grading_worst_case():
 def rollout_overhead():
     "A rollout's wall time over that of bare `generate` on inputs prepared beforehand: tiny model, 200 questions, five turns each."
     import torch
-    from medvlthinker import phantom
-    from medvlthinker.engine import Sampling, engine_version, open_engine, resolve_model
-    from medvlthinker.prompt import messages
-    from medvlthinker.rollout import identity, roll_out
+    from medvlthinker.data import synthetic
+    from medvlthinker.generation.engine import Sampling, engine_version, open_engine, resolve_model
+    from medvlthinker.data.prompt import messages
+    from medvlthinker.generation.rollout import identity, roll_out
 
     profile = load_profile("smoke")
     torch.set_num_threads(1)
     model = resolve_model("tiny", Workspace(profile.name))
-    engine, sampling, samples = open_engine(profile, model), Sampling(max_tokens=64), phantom.benchmark("pmc_vqa", 200)
+    engine, sampling, samples = open_engine(profile, model), Sampling(max_tokens=64), synthetic.benchmark("pmc_vqa", 200)
     who, size = identity(samples, model, profile, sampling), profile.batch_size
     prepared = []
     for start in range(0, len(samples), size):
@@ -167,8 +167,8 @@ def rollout_overhead():
 
 CONVERT = """
 import json, resource, sys, time
-from medvlthinker.config import Workspace, load_profile
-from medvlthinker.corpus import load_corpus
+from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.data.corpora import load_corpus
 began = time.perf_counter()
 samples = load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
 print(json.dumps([len(samples), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
@@ -286,8 +286,8 @@ def overlap():
 
     import numpy as np
     from PIL import Image
-    from medvlthinker import overlap as module
-    from medvlthinker.sample import Sample
+    from medvlthinker.data import overlap as module
+    from medvlthinker.data.sample import Sample
 
     rng, letters = np.random.default_rng(0), random.Random(0)
     words = ["".join(letters.choice("bcdfghlmnprstvxz") + letters.choice("aeiouy") for _ in range(letters.randint(1, 5))) for _ in range(20_000)]
@@ -340,7 +340,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 
 def random_model(folder: Path, shape) -> Path:
     "A model of a given shape with random weights, under the embedded tokenizer and processor."
     import torch
-    from medvlthinker import tiny
+    from medvlthinker.generation import tiny
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     cut = tiny.processor()
@@ -364,20 +364,20 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     "Tokens a second of SFT, of GRPO and of the engine alone, for a shape; yields (what, tokens a second, operations a token and parameter)."
     from dataclasses import replace
 
-    from medvlthinker import phantom
-    from medvlthinker.completion import Sampling, Shard
-    from medvlthinker.engine import open_engine, shard_size
-    from medvlthinker.grpo import train_grpo
-    from medvlthinker.recipe import find
-    from medvlthinker.sample import write_samples
-    from medvlthinker.sft import plan, train_sft
-    from medvlthinker.train import curves
+    from medvlthinker.data import synthetic
+    from medvlthinker.generation.completion import Sampling, Shard
+    from medvlthinker.generation.engine import open_engine, shard_size
+    from medvlthinker.training.grpo import train_grpo
+    from medvlthinker.training.recipe import find
+    from medvlthinker.data.sample import write_samples
+    from medvlthinker.training.sft import plan, train_sft
+    from medvlthinker.training.train import curves
 
     with tempfile.TemporaryDirectory() as home:
         os.environ["MEDVLTHINKER_HOME"] = home
         workspace, folder = Workspace("smoke"), random_model(Path(home) / "model", shape)
         profile = load_profile("smoke", gpus=gpus, dtype="bfloat16" if gpus else "float32", max_steps=8, max_tokens=answer)
-        drawn = phantom.corpus("m23k", rows)
+        drawn = synthetic.corpus("m23k", rows)
         write_samples([replace(sample, reasoning=(sample.reasoning + " ") * (chain // 12)) for sample in drawn], workspace.samples / "phantom" / "corpus" / "m23k-distilled.parquet")
         write_samples(drawn, workspace.curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
         for name, change, act, work in (("3B-SFT_m23k", {}, train_sft, 6), ("3B-RL_m23k", {"batch": 8, "mini_batch": 8, "max_response_length": answer, "kl_coef": 0.0}, train_grpo, 8)):
@@ -396,7 +396,7 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
 def gpu_training():
     "Tokens a second, and the share of the GPU's arithmetic, in SFT and GRPO of a model of the shape of Qwen2.5-VL-3B with random weights; measured where there is a GPU."
     import torch
-    from medvlthinker.fit import SHAPES, parameters
+    from medvlthinker.training.fit import SHAPES, parameters
 
     if not torch.cuda.is_available():
         raise NotHere("there is no GPU; it would be tokens a second and FLOP/s utilisation of training")
@@ -412,12 +412,12 @@ def gpu_training():
 def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
-    from medvlthinker import tiny
-    from medvlthinker.config import changed
-    from medvlthinker.curate import curate, decide, pass_counts
-    from medvlthinker.engine import Sampling
-    from medvlthinker.grade import grade
-    from medvlthinker.rollout import rollouts
+    from medvlthinker.generation import tiny
+    from medvlthinker.core.config import changed
+    from medvlthinker.difficulty.curate import curate, decide, pass_counts
+    from medvlthinker.generation.engine import Sampling
+    from medvlthinker.core.grade import grade
+    from medvlthinker.generation.rollout import rollouts
 
     def right(profile, model):  # by test set, in the sets' order
         rolled = rollouts(profile, model, Sampling(max_tokens=profile.max_tokens), show=lambda line: None)
@@ -436,7 +436,7 @@ def three_seeds():
         before = right(profile, str(base))
         for name, found in gains.items():
             words = [f"{key}={value}" for key, value in changed(profile).items()]
-            subprocess.run([sys.executable, "-m", "medvlthinker.train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", "medvlthinker.training.train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             after = right(profile, name)
             differences = [new - old for new, old in zip(after, before)]
             error = sum(each.var(ddof=1) / len(each) for each in differences) ** 0.5 / len(differences)
@@ -451,13 +451,13 @@ def three_seeds():
 
 def asked(number: int):
     "A rollout of image questions: (samples, profile, model, sampling, who), four sampled answers each."
-    from medvlthinker import phantom
-    from medvlthinker.completion import Sampling
-    from medvlthinker.engine import resolve_model
-    from medvlthinker.rollout import identity
+    from medvlthinker.data import synthetic
+    from medvlthinker.generation.completion import Sampling
+    from medvlthinker.generation.engine import resolve_model
+    from medvlthinker.generation.rollout import identity
 
     profile = load_profile("smoke", engine="vllm")
-    samples, model = phantom.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke"))
+    samples, model = synthetic.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke"))
     sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
     return samples, profile, model, sampling, identity(samples, model, profile, sampling)
 
@@ -465,8 +465,8 @@ def asked(number: int):
 @bench(Bound("our own processor time per question (n=4), image decoded, with an engine that answers at once", "ms", 1))
 def own_cost():
     "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
-    from medvlthinker.completion import Completion
-    from medvlthinker.rollout import roll_out
+    from medvlthinker.generation.completion import Completion
+    from medvlthinker.generation.rollout import roll_out
 
     samples, _, _, _, who = asked(2000)
     text = "<think> " + "The lesion lies in the upper left of the picture. " * 20 + "</think>\n<answer> B </answer>"
@@ -492,9 +492,9 @@ def vllm_overhead():
 
     if not importlib.util.find_spec("vllm"):
         raise NotHere("vLLM is not installed (./reproduce.sh setup full)")
-    from medvlthinker.completion import Shard
-    from medvlthinker.engine import engine_version, open_engine
-    from medvlthinker.rollout import roll_out
+    from medvlthinker.generation.completion import Shard
+    from medvlthinker.generation.engine import engine_version, open_engine
+    from medvlthinker.generation.rollout import roll_out
     from vllm import SamplingParams
 
     samples, profile, model, sampling, who = asked(2000)
@@ -537,8 +537,8 @@ def ray_overhead():
         raise NotHere("vLLM and Ray are not both installed (./reproduce.sh setup full)")
     from dataclasses import replace
 
-    from medvlthinker.engine import engine_version, open_engine
-    from medvlthinker.rollout import roll_out
+    from medvlthinker.generation.engine import engine_version, open_engine
+    from medvlthinker.generation.rollout import roll_out
 
     samples, profile, model, _, who = asked(1000)
     taken = {}
@@ -571,9 +571,9 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
     "A finished rollout in shards of so many questions, and the file of its samples."
     import random
 
-    from medvlthinker.completion import Completion
-    from medvlthinker.rollout import write_shard
-    from medvlthinker.sample import Sample, write_samples
+    from medvlthinker.generation.completion import Completion
+    from medvlthinker.generation.rollout import write_shard
+    from medvlthinker.data.sample import Sample, write_samples
 
     rng = random.Random(0)
     sentences = [rng.choice(SENTENCES).format(**{key: rng.choice(values) for key, values in FILL.items()}) for _ in range(5000)]
@@ -599,9 +599,9 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
 REGRADE = """
 import json, resource, sys, time
 from pathlib import Path
-from medvlthinker.evaluate import cores, recount
-from medvlthinker.rollout import stored_rollout
-from medvlthinker.sample import SampleFile
+from medvlthinker.evaluation.evaluate import cores, recount
+from medvlthinker.generation.rollout import stored_rollout
+from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     began = time.perf_counter()
@@ -631,8 +631,8 @@ def regrading():
 @bench(Bound("resuming a finished rollout of 100,000 rows, the samples' fingerprint included", "s", 3))
 def resume():
     "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
-    from medvlthinker.rollout import roll_out, samples_fingerprint
-    from medvlthinker.sample import SampleFile
+    from medvlthinker.generation.rollout import roll_out, samples_fingerprint
+    from medvlthinker.data.sample import SampleFile
 
     with tempfile.TemporaryDirectory() as folder:
         synthetic(Path(folder), 100_000, 1, 512)
@@ -655,8 +655,8 @@ def verify():
     "Every file of a run read again and compared with its record, over the hashing that this needs; eight files of 256 MiB, in turns."
     import hashlib
 
-    from medvlthinker.config import recording
-    from medvlthinker.verify import findings
+    from medvlthinker.core.config import recording
+    from medvlthinker.app.verify import findings
 
     def bare():
         for path in paths:
@@ -688,7 +688,7 @@ def notebooks():
     from nbclient.exceptions import CellExecutionError
 
     taken, failed = {}, []
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+    for path in sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs").glob("[!p]*/*.ipynb")]):
         client = NotebookClient(nbformat.read(path, 4), kernel_name="python3", resources={"metadata": {"path": path.parent}})
         with tempfile.TemporaryDirectory() as home:
             try:
@@ -758,7 +758,7 @@ def kept() -> None:
         raise UserError(f"{LOG} holds no measurement; measure first: ./reproduce.sh bench.")
     with writing(place) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-    print(f"{len(lines)} measurements in {place.relative_to(ROOT)}; run nbs/63_bench.ipynb again, which shows them.")
+    print(f"{len(lines)} measurements in {place.relative_to(ROOT)}; run nbs/app/76_bench.ipynb again, which shows them.")
 
 
 def main(words: list[str]) -> int:

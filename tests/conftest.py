@@ -12,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from medvlthinker.config import circumstances
-from medvlthinker.grade import RULES, grade
-from medvlthinker.sample import BadRow, Sample
+from medvlthinker.core.config import circumstances
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.data.sample import BadRow, Sample
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ("core", "data", "generation", "difficulty", "training", "evaluation", "results", "app")  # of nbs and of the package, from the ground up
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script: all that is started here would ignore Ctrl-C too, and some tests press it
@@ -50,8 +51,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def warm_tiny(tmp_path_factory) -> Path:
     "The embedded model, fully warmed up as in `smoke`: about a minute, once for all test workers, and for all test runs that share a folder MEDVLTHINKER_WARM."
-    from medvlthinker import tiny
-    from medvlthinker.rollout import alone
+    from medvlthinker.generation import tiny
+    from medvlthinker.generation.rollout import alone
 
     base = tmp_path_factory.getbasetemp()
     folder = Path(os.environ.get("MEDVLTHINKER_WARM") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm")
@@ -125,7 +126,7 @@ def watched(browser, **given):
 
 @pytest.fixture(scope="session")
 def tally():
-    "Counts what was tried and survived, a JSON line a test, for the tables of 64_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
+    "Counts what was tried and survived, a JSON line a test, for the tables of 77_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
     about = {"date": datetime.date.today().isoformat(), **{key: circumstances()[key] for key in ("commit", "clean", "machine")}}
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, says
 
-MODULES = sorted(path.stem for path in (ROOT / "medvlthinker").glob("*.py") if not path.stem.startswith("_"))
+MODULES = sorted(".".join(path.relative_to(ROOT / "medvlthinker").with_suffix("").parts) for path in (ROOT / "medvlthinker").glob("*/[!_]*.py"))
 
 # --- a network -------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,8 @@ import importlib, sys
 
 for name in sys.argv.pop(1).split(","):
     importlib.import_module(f"medvlthinker.{name}")
-from medvlthinker import config, rollout
+from medvlthinker.core import config
+from medvlthinker.generation import rollout
 
 config.command(rollout.main)
 """
@@ -87,9 +88,9 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
     shutil.copytree(warm_home / "smoke" / "checkpoints" / "tiny", cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    done = cut_off("-m", "medvlthinker.rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
+    done = cut_off("-m", "medvlthinker.generation.rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
     assert done.returncode == 0 and list(warm_home.rglob("rollouts/somebody*/**/shard-*")), done.stdout + done.stderr
-    done = cut_off("-m", "medvlthinker.site", "build", cwd=write_project(tmp_path / "toy"))
+    done = cut_off("-m", "medvlthinker.app.site", "build", cwd=write_project(tmp_path / "toy"))
     assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
 
 
@@ -145,5 +146,5 @@ def test_without_pandoc_the_site_is_a_sentence(tmp_path):
     from test_site import write_project
 
     bare = environment_without(tmp_path / "bare", "pypandoc")
-    done = subprocess.run([bare, "-m", "medvlthinker.site", "build"], cwd=write_project(tmp_path / "toy"), capture_output=True, text=True, check=False, env={"PATH": str(bare.parent)})
+    done = subprocess.run([bare, "-m", "medvlthinker.app.site", "build"], cwd=write_project(tmp_path / "toy"), capture_output=True, text=True, check=False, env={"PATH": str(bare.parent)})
     says(done, "The site needs pandoc or Quarto", "pip install 'medvlthinker[notebooks]'")

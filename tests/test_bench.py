@@ -5,8 +5,8 @@ import re
 import bench
 import pytest
 from conftest import ROOT, python, says
-from medvlthinker.bench import history_figure, read_lines
-from medvlthinker.config import UserError, circumstances
+from medvlthinker.app.bench import history_figure, read_lines
+from medvlthinker.core.config import UserError, circumstances
 
 
 @pytest.fixture

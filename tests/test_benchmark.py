@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import encoded, key_opens, python, says, split
-from medvlthinker import benchmark as b
-from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.options import closed_options
-from medvlthinker.source import read_rows
+from medvlthinker.data import benchmarks as b
+from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.data.options import closed_options
+from medvlthinker.data.readers import read_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -272,8 +272,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 READ = """
 import datasets, huggingface_hub, sys, time
-from medvlthinker.benchmark import published_rows as hub_rows
-from medvlthinker.config import UserError
+from medvlthinker.data.benchmarks import published_rows as hub_rows
+from medvlthinker.core.config import UserError
 for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
     start = time.monotonic()
     try:

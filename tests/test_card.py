@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, encoded, python, says
-from medvlthinker import card, crate
-from medvlthinker.card import Hashes
-from medvlthinker.completion import Completion
-from medvlthinker.config import UserError, Workspace, load_profile, manifest_path, recording
-from medvlthinker.corpus import load_corpus
-from medvlthinker.crate import write_cards
-from medvlthinker.curate import curate, decide, pass_counts
-from medvlthinker.rollout import read_shard, samples_fingerprint, write_shard
-from medvlthinker.sample import BadRow, Sample, SampleFile, read_samples, store, write_samples
+from medvlthinker.app import card, crate
+from medvlthinker.app.card import Hashes
+from medvlthinker.generation.completion import Completion
+from medvlthinker.core.config import UserError, Workspace, load_profile, manifest_path, recording
+from medvlthinker.data.corpora import load_corpus
+from medvlthinker.app.crate import write_cards
+from medvlthinker.difficulty.curate import curate, decide, pass_counts
+from medvlthinker.generation.rollout import read_shard, samples_fingerprint, write_shard
+from medvlthinker.data.sample import BadRow, Sample, SampleFile, read_samples, store, write_samples
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in ("ConjunctiveGraph is deprecated", "The inplace keyword")]  # within rdflib and mlcroissant
 
@@ -187,7 +187,7 @@ def test_without_the_libraries_there_is_a_sentence(run, monkeypatch, capsys):
 
 
 def test_where_there_is_nothing(home):
-    says(python("-m", "medvlthinker.crate", "smoke"), "Nothing of the profile smoke has been made", "./reproduce.sh smoke")
+    says(python("-m", "medvlthinker.app.crate", "smoke"), "Nothing of the profile smoke has been made", "./reproduce.sh smoke")
     assert write_cards(load_profile("smoke"), pytest.fail) == [] and not home.exists()
 
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import warm
 from conftest import ROOT, python, says
-from medvlthinker import tiny
-from medvlthinker.checkpoint import merge
-from medvlthinker.config import UserError, manifest_path
+from medvlthinker.generation import tiny
+from medvlthinker.training.checkpoint import merge
+from medvlthinker.core.config import UserError, manifest_path
 
 
 def prompt(base) -> dict:
     "A prompt with a picture, as tensors."
-    from medvlthinker.phantom import corpus
-    from medvlthinker.prompt import messages
+    from medvlthinker.data.synthetic import corpus
+    from medvlthinker.data.prompt import messages
     from transformers import AutoProcessor
 
     cut, chat = AutoProcessor.from_pretrained(base), messages(corpus("pmc_vqa", 1, seed=5)[0])
@@ -137,7 +137,7 @@ def test_a_shard_of_the_other_rank_is_missing_or_cut(tmp_path, full_run):
 
 def test_metadata_may_name_a_member_and_nothing_else(tmp_path):
     "An older Python writes a member of an enumeration as a look-up of an attribute; a look-up on anything else is refused."
-    from medvlthinker.checkpoint import check_shards
+    from medvlthinker.training.checkpoint import check_shards
 
     (tmp_path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(cpathlib\nPath\nX\x03\x00\x00\x00cwdtR.")
     with pytest.raises(UserError, match="it looks up an attribute"):
@@ -175,7 +175,7 @@ def test_a_kill_leaves_no_half_model(tmp_path, full_run, tally):
     "Killed while it writes, a merge leaves no folder or the whole one; the next call removes what was left and ends well."
     base, own, checkpoint = full_run
     final = tmp_path / "final"
-    words = [sys.executable, "-c", f"from medvlthinker.checkpoint import merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
+    words = [sys.executable, "-c", f"from medvlthinker.training.checkpoint import merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
     torn = 0
     with tally("faults", "SIGKILL of a merge of weights") as count:
         for _ in range(3):
@@ -233,8 +233,8 @@ def hub(tmp_path):
     server.seen, server.status = [], 200
     threading.Thread(target=server.serve_forever, daemon=True).start()
     model = tiny.build(tmp_path / "model", seed=2)
-    from medvlthinker.checkpoint import model_card
-    from medvlthinker.recipe import find
+    from medvlthinker.training.checkpoint import model_card
+    from medvlthinker.training.recipe import find
 
     (model / "README.md").write_text(model_card(find("tiny-RL_m23k")))
     server.model = model
@@ -244,14 +244,14 @@ def hub(tmp_path):
 
 
 def test_push_asks_nobody_without_yes(hub):
-    done = python("-m", "medvlthinker.checkpoint", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
+    done = python("-m", "medvlthinker.training.checkpoint", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
     assert done.returncode == 0, done.stderr
     assert "Would upload" in done.stdout and "model.safetensors" in done.stdout and "Nothing was done" in done.stdout
     assert hub.seen == []
 
 
 def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
-    words = ("-m", "medvlthinker.checkpoint", "push", hub.model, "someone/thing", "--yes")
+    words = ("-m", "medvlthinker.training.checkpoint", "push", hub.model, "someone/thing", "--yes")
     says(python(*words, **hub.environment), "There is no token")
     assert hub.seen == []
     done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
@@ -269,10 +269,10 @@ def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
 
 
 def test_bad_command_lines_are_one_sentence(home, tmp_path):
-    says(python("-m", "medvlthinker.checkpoint", "merge", "8B-RL"), "No recipe '8B-RL'")
-    says(python("-m", "medvlthinker.checkpoint", "merge", "tiny-SFT_m23k"), "No checkpoint in")
-    says(python("-m", "medvlthinker.checkpoint", "card", "tiny-SFT_m23k"), "train and merge it first")
-    says(python("-m", "medvlthinker.checkpoint", "push", tmp_path, "a/b"), "holds no model")
+    says(python("-m", "medvlthinker.training.checkpoint", "merge", "8B-RL"), "No recipe '8B-RL'")
+    says(python("-m", "medvlthinker.training.checkpoint", "merge", "tiny-SFT_m23k"), "No checkpoint in")
+    says(python("-m", "medvlthinker.training.checkpoint", "card", "tiny-SFT_m23k"), "train and merge it first")
+    says(python("-m", "medvlthinker.training.checkpoint", "push", tmp_path, "a/b"), "holds no model")
 
 
 # The estimate of memory against memory: a text model wide and long enough that tensors outweigh Python, without images
@@ -345,7 +345,7 @@ def measure(setting: str) -> None:
 
 def estimated(setting: str) -> float:
     "Bytes that the estimate gives for a setting, without the constant for Python and libraries."
-    from medvlthinker.fit import Machine, Plan, Row, Shape, estimate
+    from medvlthinker.training.fit import Machine, Plan, Row, Shape, estimate
 
     given = SETTINGS[setting]
     shape = Shape(512, 1408, 8, 8, 2, 8192, True, v_hidden=64, v_inner=128, v_layers=2)

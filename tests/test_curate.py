@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import warm
-from medvlthinker import phantom
-from medvlthinker.config import load_profile
-from medvlthinker.curate import curate, decide, move, order, pass_counts
-from medvlthinker.engine import Sampling, engine_version
-from medvlthinker.rollout import identity, roll_out
-from medvlthinker.sample import Sample, SampleFile, read_samples, write_samples
-from medvlthinker.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import load_profile
+from medvlthinker.difficulty.curate import curate, decide, move, order, pass_counts
+from medvlthinker.generation.engine import Sampling, engine_version
+from medvlthinker.generation.rollout import identity, roll_out
+from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
+from medvlthinker.difficulty.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
 
 QUIET = lambda line: None
 
@@ -45,7 +45,7 @@ def test_the_order_is_that_of_datasets(n, hard_first):
 def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     import datasets
 
-    samples = phantom.corpus("pmc_vqa", 40)
+    samples = synthetic.corpus("pmc_vqa", 40)
     counts = pd.DataFrame({"dataset_index": [s.dataset_index for s in samples], "n": 16, "correct": np.arange(40) % 17})
     write_samples(samples, tmp_path / "pmc.parquet")
     path = curate(tmp_path / "pmc.parquet", decide(counts), tmp_path / "curated", by="tiny")
@@ -162,9 +162,9 @@ PROFILE, FULL = load_profile("smoke", batch_size=10), Sampling(n=16, temperature
 @pytest.fixture(scope="module")
 def answered(warm_tiny, tmp_path_factory):
     "150 drawn questions, sixteen completions each from the embedded model."
-    from medvlthinker.engine import open_engine
+    from medvlthinker.generation.engine import open_engine
 
-    samples = phantom.corpus("pmc_vqa", 150)
+    samples = synthetic.corpus("pmc_vqa", 150)
     who = identity(samples, str(warm_tiny), PROFILE, FULL)
     engine = functools.cache(lambda: open_engine(PROFILE, str(warm_tiny)))
     return samples, roll_out(samples, engine, tmp_path_factory.mktemp("rolled") / "full", who, engine_version("transformers"), QUIET), engine, who
@@ -172,7 +172,7 @@ def answered(warm_tiny, tmp_path_factory):
 
 def test_replay_on_real_completions(answered):
     "The rule comes from one half of the questions and is replayed on the other; both ways round, so that all 150 count."
-    from medvlthinker.grade import grade
+    from medvlthinker.core.grade import grade
 
     samples, rows, _, _ = answered
     records = np.array([[grade(c["text"], s.options, s.answer_label, "strict").correct for c in row["completions"]] for s, row in zip(samples, rows)], dtype=int)
@@ -225,8 +225,8 @@ def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed; ./reproduce.sh setup installs it")
     import torch
     from datasets import Dataset
-    from medvlthinker.distill import distilled
-    from medvlthinker.prompt import sft_target, user_text
+    from medvlthinker.difficulty.distill import distilled
+    from medvlthinker.data.prompt import sft_target, user_text
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 

@@ -3,20 +3,20 @@ import json
 import re
 from collections import Counter
 
-from medvlthinker import phantom
-from medvlthinker.config import load_profile, manifest_path
-from medvlthinker.distill import OUTCOMES, distill, distilled, summary
-from medvlthinker.engine import Sampling, engine_version, model_fingerprint, open_engine
-from medvlthinker.grade import grade
-from medvlthinker.rollout import identity, roll_out
-from medvlthinker.sample import read_samples
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import load_profile, manifest_path
+from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
+from medvlthinker.generation.engine import Sampling, engine_version, model_fingerprint, open_engine
+from medvlthinker.core.grade import grade
+from medvlthinker.generation.rollout import identity, roll_out
+from medvlthinker.data.sample import read_samples
 
 
 def test_tiny_teaches(warm_tiny, tmp_path):
     import torch
 
     torch.set_num_threads(1)
-    samples, model = phantom.corpus("pmc_vqa", 60), str(warm_tiny)
+    samples, model = synthetic.corpus("pmc_vqa", 60), str(warm_tiny)
     profile, sampling = load_profile("smoke", batch_size=30), Sampling(n=4, temperature=1.0, max_tokens=64)
     who = identity(samples, model, profile, sampling)
     rolled = roll_out(samples, lambda: open_engine(profile, model), tmp_path / "rollout", who, engine_version("transformers"), show=lambda line: None)

@@ -20,9 +20,11 @@ from typing import NamedTuple
 import pytest
 import warm
 from conftest import ROOT
-from medvlthinker import benchmark, corpus, engine, phantom, prompt, recipe
+from medvlthinker.data import benchmarks, corpora, synthetic, prompt
+from medvlthinker.generation import engine
+from medvlthinker.training import recipe
 
-NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs" / "paper").glob("*.ipynb")])
+NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs").glob("[!_]*/[!_.]*.ipynb")], key=lambda path: path.name)
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
 # --- what is not run letter by letter, and why ----------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ CI = {  # .ci/run calls them itself, before or after this test: command -> how t
     "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC": "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC",  # of the run above it
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
     ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",
-    ".venv/bin/python -m medvlthinker.site readme": ".venv/bin/python -m medvlthinker.site readme",
+    ".venv/bin/python -m medvlthinker.app.site readme": ".venv/bin/python -m medvlthinker.app.site readme",
     "git diff --exit-code --stat": "git diff --exit-code --stat"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
@@ -49,23 +51,23 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
-    "python -m medvlthinker.tiny checkpoints/quizzed": "--quiz 2",  # 1,200 questions; the model is there
-    "python -m medvlthinker.regrade smoke": "limit=6",  # the answers that the fixture has asked for
-    "python -m medvlthinker.exchange smoke": "limit=6"}
+    "python -m medvlthinker.generation.tiny checkpoints/quizzed": "--quiz 2",  # 1,200 questions; the model is there
+    "python -m medvlthinker.evaluation.regrade smoke": "limit=6",  # the answers that the fixture has asked for
+    "python -m medvlthinker.evaluation.exchange smoke": "limit=6"}
 
 REFUSED = {  # they need a GPU or somebody's server, and the hub: run offline as written, they come as far as that: how it begins -> the sentence
-    "python -m medvlthinker.rollout paper model=7B-RL_m23k": "cannot be read",
-    'python -m medvlthinker.rollout paper model="MedGemma 27B"': "cannot be read",
-    "python -m medvlthinker.rollout paper model=GPT-4o": "cannot be read",
-    "python -m medvlthinker.parity mini": "cannot be read"}
+    "python -m medvlthinker.generation.rollout paper model=7B-RL_m23k": "cannot be read",
+    'python -m medvlthinker.generation.rollout paper model="MedGemma 27B"': "cannot be read",
+    "python -m medvlthinker.generation.rollout paper model=GPT-4o": "cannot be read",
+    "python -m medvlthinker.evaluation.parity mini": "cannot be read"}
 
 ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order
     ".venv/bin/papermill nbs/paper/4_evaluate.ipynb": ("test_pipeline.py", "test_real_radiographs", '"nbs/paper/4_evaluate.ipynb"', '"-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
-    "python -m medvlthinker.parity smoke": ("test_look.py", "test_parity_on_the_command_line", '"medvlthinker.parity", "smoke", "model=tiny"', "batch_size="),
-    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.site", "build"', "--serve"),
+    "python -m medvlthinker.evaluation.parity smoke": ("test_look.py", "test_parity_on_the_command_line", '"medvlthinker.evaluation.parity", "smoke", "model=tiny"', "batch_size="),
+    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
-    "37_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
-    "33_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
+    "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
+    "46_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
 
 UNRUN = {  # nothing runs them: why, and what is looked at instead
@@ -73,23 +75,23 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    "18_completion": "from medvlthinker.engine import open_engine, resolve_model\n"
-                     "samples, engine = phantom.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
-    "22_curate": "write_samples(phantom.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
+    "21_completion": "from medvlthinker.generation.engine import open_engine, resolve_model\n"
+                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
+    "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                  "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
-    "25_stopping": "from medvlthinker.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.rollout import identity\n"
-                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), phantom.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
+    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
+                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
-    "32_grpo": "write_samples(phantom.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'phantom' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
-    "53_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
+    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'phantom' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
+    "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
 }
 
 SMALLER = {  # a chapter's example with less to do: text -> what is run
-    "31_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
-    "32_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
-    "52_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
-    "13_benchmark": {'"copies"': "REAL"},  # the folder with real data; without it the example is skipped
+    "42_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
+    "43_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
+    "64_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
+    "15_benchmarks": {'"copies"': "REAL"},  # the folder with real data; without it the example is skipped
 }
 
 
@@ -163,7 +165,7 @@ def place(tmp_path_factory, warm_tiny):
     folder, home = place / "copies", place / "home"
     (folder / "images").mkdir(parents=True)
     lines = ["file,ask,first,second,key,reasoning"]
-    for number, sample in enumerate(phantom.benchmark("vqa_rad_closed", 24)):
+    for number, sample in enumerate(synthetic.benchmark("vqa_rad_closed", 24)):
         if list(sample.options) == ["A", "B"]:
             (folder / "images" / f"{number}.png").write_bytes(sample.images[0])
             lines.append(f"{number}.png,{sample.question.replace(',', ';')},{sample.options['A']},{sample.options['B']},{sample.answer_label},It is seen.")
@@ -173,17 +175,17 @@ def place(tmp_path_factory, warm_tiny):
     for block in README:
         if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)):
             (place / name[1]).write_text(put_in(block.text, values))
-    (place / "my_rules.py").write_text("import re\nfrom medvlthinker.grade import Grade\n\n\ndef first_capital(text, options, label):\n"
+    (place / "my_rules.py").write_text("import re\nfrom medvlthinker.core.grade import Grade\n\n\ndef first_capital(text, options, label):\n"
                                        "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
     for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
         shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
-    tables = [benchmark.OWN, corpus.OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    tables = [benchmarks.OWN, corpora.OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
     before, here = [dict(table) for table in tables], Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.config import load_profile
-        from medvlthinker.evaluate import evaluate
+        from medvlthinker.core.config import load_profile
+        from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(load_profile("smoke", limit=6), "tiny")
         os.chdir(place)
@@ -267,7 +269,7 @@ def known(file: str) -> dict:
     names = {"os": os, "Path": Path}
     for path in NOTEBOOKS:
         if number(path) <= number(Path(file)) and file[:2].isdigit():
-            module = importlib.import_module(f"medvlthinker.{path.stem[3:]}")
+            module = importlib.import_module(f"medvlthinker.{path.parent.name}.{path.stem[3:]}")
             names |= {name: value for name, value in vars(module).items() if not name.startswith("__")}
     return names
 
@@ -345,7 +347,7 @@ def test_verbs_and_modules_that_the_chapters_name_exist():
     for path in NOTEBOOKS:
         for number, text in prose(path):
             assert not {verb for verb in re.findall(r"\./reproduce\.sh (\w+)", text)} - verbs, (path.name, number)
-            assert not [module for module in re.findall(r"-m medvlthinker\.(\w+)", text) if not (ROOT / "medvlthinker" / f"{module}.py").is_file()], (path.name, number)
+            assert not [module for module in re.findall(r"-m medvlthinker\.([\w.]*\w)", text) if not (ROOT / "medvlthinker" / f"{module.replace('.', '/')}.py").is_file()], (path.name, number)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)

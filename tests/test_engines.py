@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from medvlthinker import phantom
-from medvlthinker.completion import Sampling
-from medvlthinker.config import load_profile
-from medvlthinker.engine import answering, engine_version, open_engine
-from medvlthinker.rollout import identity, read_shard, roll_out
+from medvlthinker.data import synthetic
+from medvlthinker.generation.completion import Sampling
+from medvlthinker.core.config import load_profile
+from medvlthinker.generation.engine import answering, engine_version, open_engine
+from medvlthinker.generation.rollout import identity, read_shard, roll_out
 
 pytestmark = pytest.mark.heavy
 MOMENTS = int(os.environ.get("MEDVLTHINKER_KILLS", "2"))  # random moments of each kill; CI is short of time, ten take about ten minutes
@@ -44,13 +44,13 @@ def processes():
     need("ray")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker",
-                                    "vllm.model_executor.models.qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "medvlthinker.rollout"])
+                                    "vllm.model_executor.models.qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "medvlthinker.generation.rollout"])
     return context
 
 
 def act(folder, main, *given) -> None:
     "In a process group of its own, a command with its output in `folder`/log; the exit code is that of the command line."
-    import medvlthinker.config
+    import medvlthinker.core.config
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
 
@@ -61,12 +61,12 @@ def act(folder, main, *given) -> None:
     os.dup2(log, 2)
     for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):  # vLLM's processes begin as copies of this one, so that a start takes seconds, and ten of them are affordable
         module.get_mp_context = lambda: multiprocessing.get_context("fork")
-    medvlthinker.config.command(lambda _: main(folder, *given))
+    medvlthinker.core.config.command(lambda _: main(folder, *given))
 
 
 def ask(home, *words: str) -> None:
-    "What `python -m medvlthinker.rollout smoke model=tiny WORDS` does, with a home of its own."
-    from medvlthinker.rollout import main
+    "What `python -m medvlthinker.generation.rollout smoke model=tiny WORDS` does, with a home of its own."
+    from medvlthinker.generation.rollout import main
 
     os.environ["MEDVLTHINKER_HOME"] = str(home)
     main(["smoke", *(["model=tiny"] if not any(word.startswith("model=") for word in words) else []), *words])
@@ -129,7 +129,7 @@ PROFILE = load_profile("smoke", engine="vllm")
 
 def roll(folder, model: str, profile) -> None:
     "One rollout of 768 questions, greedy."
-    samples = [sample for name in ("pmc_vqa", "slake_closed") for sample in phantom.benchmark(name, 384)]
+    samples = [sample for name in ("pmc_vqa", "slake_closed") for sample in synthetic.benchmark(name, 384)]
     who = identity(samples, model, profile, Sampling(max_tokens=40))
     roll_out(samples, lambda: open_engine(profile, model), Path(folder), who, engine_version(answering(profile)))
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, at_work, python, says
-from medvlthinker import phantom, trust
-from medvlthinker.benchmark import load_benchmark
-from medvlthinker.completion import Sampling
-from medvlthinker.config import FORMAT, UserError, Workspace, load_profile, manifest_path, record_text
-from medvlthinker.corpus import load_corpus
-from medvlthinker.rollout import read_shard, roll_out, rollout_identity, stored_rollout
-from medvlthinker.sample import read_samples, write_samples
-from medvlthinker.trust import TABLES, read_rows
+from medvlthinker.data import synthetic
+from medvlthinker.app import trust
+from medvlthinker.data.benchmarks import load_benchmark
+from medvlthinker.generation.completion import Sampling
+from medvlthinker.core.config import FORMAT, UserError, Workspace, load_profile, manifest_path, record_text
+from medvlthinker.data.corpora import load_corpus
+from medvlthinker.generation.rollout import read_shard, roll_out, rollout_identity, stored_rollout
+from medvlthinker.data.sample import read_samples, write_samples
+from medvlthinker.app.trust import TABLES, read_rows
 from safetensors.numpy import load_file
 
 KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "3"))  # at random moments; CI is short of time, a hundred take most of an hour
@@ -46,7 +47,7 @@ class Run:
         self.err = self.out.with_suffix(".err")
         variables = {**os.environ, "MEDVLTHINKER_HOME": str(home), "PYTHONPATH": str(tree), "BROWSER_PATH": "none", **environment}  # pictures have their own tests
         with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", *WORDS, *more], cwd=tree, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.pipeline", "run", *WORDS, *more], cwd=tree, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
 
     def named(self, word: str) -> list[str]:
         "The steps of which the output says so."
@@ -190,7 +191,7 @@ def test_killed_at_random_moments(tree, undisturbed, warm_tiny, tmp_path, tally)
                     through = run.process.returncode == 0
                     stuck = (finished(home), stuck[1] + 1 if finished(home) == stuck[0] else 1)
                 assert not (left := gone(home)), f"still at work: {left}"
-                said = python("-m", "medvlthinker.status", *WORDS, cwd=tree, MEDVLTHINKER_HOME=home, PYTHONPATH=tree)
+                said = python("-m", "medvlthinker.app.status", *WORDS, cwd=tree, MEDVLTHINKER_HOME=home, PYTHONPATH=tree)
                 assert said.returncode == 0 and "7 steps: " in said.stdout, said.stderr
                 assert_whole(home)
                 assert not (torn := [name for name, data in lasting(home).items() if reference.get(name) != data]), torn
@@ -297,7 +298,7 @@ def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, tally, dama
     curated = workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
     makers = {workspace.samples / "phantom" / "pmc_vqa.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace)),
               workspace.samples / "phantom" / "corpus" / "pmc_vqa.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace)),
-              curated: lambda: curated.exists() and read_samples(curated) or write_samples(phantom.corpus("pmc_vqa", 12), curated)}
+              curated: lambda: curated.exists() and read_samples(curated) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
     with tally("faults", f"samples in parquet: {damage}") as count:
         for path, make in makers.items():
             make()
@@ -341,7 +342,7 @@ def test_what_a_newer_version_wrote_is_left_alone(home, tally):
         count.tried += 1
         manifest_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
         before = contents(home)
-        says(python("-m", "medvlthinker.pipeline", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
+        says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
         assert contents(home) == before
         count.survived += 1
 
@@ -361,12 +362,12 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
         before = contents(disk)
         with tally("faults", "a file system that can only be read") as count:
             count.tried += 3
-            says(python("-m", "medvlthinker.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
+            says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
             count.survived += 1
             with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
                 load_corpus("pmc_vqa", profile, workspace)
             count.survived += 1
-            done = python("-m", "medvlthinker.status", "smoke", "recipes=")
+            done = python("-m", "medvlthinker.app.status", "smoke", "recipes=")
             assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
             count.survived += 1
             assert list(load_benchmark("pmc_vqa", profile, workspace)) == made, "what is there can be read"
@@ -377,8 +378,8 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
 
 def test_what_a_pipeline_launched_ends_with_it(tmp_path, tally):
     "SIGKILL leaves nobody the time to end what was started: a training that goes on unseen would hold its memory and its lock. What a notebook in JupyterLab launched goes on, as its chapter says."
-    patient = "import time; from medvlthinker.config import command; command(lambda words: print('ready', flush=True) or time.sleep(300))"
-    launches = f"import sys; from medvlthinker.config import launch; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
+    patient = "import time; from medvlthinker.core.config import command; command(lambda words: print('ready', flush=True) or time.sleep(300))"
+    launches = f"import sys; from medvlthinker.core.config import launch; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
 
     def left(seconds: float, **environment) -> dict:
         plain = {key: value for key, value in os.environ.items() if key != "MEDVLTHINKER_BATCH"}

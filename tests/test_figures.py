@@ -12,12 +12,12 @@ import pytest
 pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly", reason="figures need plotly")
 
-from medvlthinker import figures as drawing
-from medvlthinker.config import UserError
-from medvlthinker.evaluate import repeated_table
-from medvlthinker.published import COLUMNS, SIZES, published
-from medvlthinker.report import PHANTOM_NOTE
-from medvlthinker.stats import majority, pass_at_k
+from medvlthinker.results import figures as drawing
+from medvlthinker.core.config import UserError
+from medvlthinker.evaluation.evaluate import repeated_table
+from medvlthinker.results.published import COLUMNS, SIZES, published
+from medvlthinker.results.report import PHANTOM_NOTE
+from medvlthinker.core.stats import majority, pass_at_k
 
 PAPER = published()
 RULES = ("reward", "strict", "regrade", "llava", "lenient")
@@ -326,7 +326,7 @@ def test_the_guard_itself_sees_an_overlap():
 
 @pytest.mark.heavy
 def test_no_text_overlaps_or_is_cut(tmp_path, browser, all_figures):
-    from medvlthinker.config import write_figure
+    from medvlthinker.core.config import write_figure
 
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     wrong = []

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import medvlthinker.grade as module
-from medvlthinker.grade import RULES, Grade, compute_score, extract, grade
+import medvlthinker.core.grade as module
+from medvlthinker.core.grade import RULES, Grade, compute_score, extract, grade
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -204,14 +204,14 @@ def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
 
 
 def test_import_loads_the_standard_library_alone():
-    code = ("import sys; before = set(sys.modules); import medvlthinker.grade; new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+    code = ("import sys; before = set(sys.modules); import medvlthinker.core.grade; new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
             "print(sorted(new - set(sys.stdlib_module_names) - {'medvlthinker'}))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_module_imports_the_standard_library_alone():
-    spec = importlib.util.find_spec("medvlthinker.grade")
+    spec = importlib.util.find_spec("medvlthinker.core.grade")
     imports = re.findall(r"^(?:from|import) +([\w., ]+?)(?: import|$)", Path(spec.origin).read_text(), re.M)
     names = {name.strip().partition(".")[0] for line in imports for name in line.split(",")}
     assert names and names <= set(sys.stdlib_module_names)

@@ -14,7 +14,7 @@ def need(module: str) -> None:
 
 
 def test_verl_loads_our_reward_by_path():
-    "verl's own loader takes medvlthinker/grade.py by its path, and the reward is the metric."
+    "verl's own loader takes medvlthinker/core/grade.py by its path, and the reward is the metric."
     need("verl")
     code = """
 import json, sys
@@ -25,6 +25,6 @@ info = {"answer_label": "B", "answer": "No", "options": json.dumps({"A": "Yes", 
 answers = ["<think> x </think>\\n<answer> B </answer>", "<think> x </think>\\n<answer> A </answer>", "<think> x </think>\\n<answer>\\nB\\n</answer>"]
 print([float(score(data_source="toy", solution_str=text, ground_truth="No", extra_info=info)) for text in answers])
 """
-    done = python("-c", code, ROOT / "medvlthinker" / "grade.py", cwd=Path("/"))
+    done = python("-c", code, ROOT / "medvlthinker" / "core" / "grade.py", cwd=Path("/"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "[1.0, 0.0, 0.0]"

@@ -27,14 +27,15 @@ import pytest
 from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from medvlthinker import benchmark, config, layout
-from medvlthinker.config import Profile, UserError, load_profile, manifest_path, read_json, stale
-from medvlthinker.figures import frame_csv
-from medvlthinker.grade import RULES, grade
-from medvlthinker.report import results_table, to_csv
-from medvlthinker.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
-from medvlthinker.sample import BadRow, Sample, read_samples, store, to_rgb, write_samples
-from medvlthinker.source import csv_plain, csv_text, image_reader, read_csv, read_rows, samples_from, write_csv
+from medvlthinker.data import benchmarks, converters
+from medvlthinker.core import config
+from medvlthinker.core.config import Profile, UserError, load_profile, manifest_path, read_json, stale
+from medvlthinker.results.figures import frame_csv
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.results.report import results_table, to_csv
+from medvlthinker.generation.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
+from medvlthinker.data.sample import BadRow, Sample, read_samples, store, to_rgb, write_samples
+from medvlthinker.data.readers import csv_plain, csv_text, image_reader, read_csv, read_rows, samples_from, write_csv
 from PIL import Image
 
 FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples
@@ -122,11 +123,11 @@ def test_a_letter_that_only_looks_like_one_earns_nothing(tally):
 
 
 GIANTS = """
-from medvlthinker.grade import RULES, grade
-from medvlthinker.layout import mmmu, split_prompt, without_marks
-from medvlthinker.options import closed_options
-from medvlthinker.regrade import why
-from medvlthinker.sample import BadRow, Sample
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.data.converters import mmmu, split_prompt, without_marks
+from medvlthinker.data.options import closed_options
+from medvlthinker.evaluation.regrade import why
+from medvlthinker.data.sample import BadRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
 of = lambda piece, size=M: piece * (size // len(piece))
 giants = {"plain text": "x" * M, "blanks": " " * M, "line ends": "\\n" * M, "words": of("spleen and liver, "), "cues": of("the answer is "), "cues with colons": of("Answer: B\\n"), "letters": of("(B) "), "digits": "7" * M,
@@ -269,7 +270,7 @@ def test_images_that_do_occur_are_seen_as_a_person_sees_them(tally):
         for name, (data, see, seen, mended) in REAL.items():
             count.tried += 1
             row = {"question": "What is it?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": data, "path": "a.png"}]}
-            sample, = samples_from(lambda row=row: [("row 0", row)], layout.unified, "odd")
+            sample, = samples_from(lambda row=row: [("row 0", row)], converters.unified, "odd")
             assert isinstance(sample, Sample), (name, str(sample))
             assert see(to_rgb(data)) == see(sample.pictures()[0]) == seen, (name, see(to_rgb(data)))
             assert ("mended" in (sample.misc or {})) == mended and (sample.images == (data,)) == (not mended), (name, sample.misc)
@@ -306,9 +307,9 @@ def junk() -> dict[str, bytes]:
 PICTURES = """
 import sys
 from test_hostile import junk, png
-from medvlthinker.layout import unified
-from medvlthinker.sample import BadRow, Sample, image_problem, to_rgb
-from medvlthinker.source import samples_from
+from medvlthinker.data.converters import unified
+from medvlthinker.data.sample import BadRow, Sample, image_problem, to_rgb
+from medvlthinker.data.readers import samples_from
 found = junk()
 print(len(found) + 2)
 for name, data in found.items():
@@ -340,29 +341,29 @@ def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
 PIXELS = {"bytes": encoded(20, 16), "path": None}
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 LAYOUTS = {  # of each layout one row that becomes a sample
-    "PMC-VQA, version 1": (layout.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
-    "PMC-VQA, version 2": (layout.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
-    "PMC-VQA, the paper's copy": (layout.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
-    "VQA-RAD": (layout.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
-    "VQA-RAD, the public file": (layout.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
-    "SLAKE": (layout.slake, {"qid": 1, "img_name": "a.png", "location": "Lung", "modality": "CT", "content_type": "Organ", "question": "Is this CT or MRI?", "answer": "CT", "answer_type": "CLOSED", "q_lang": "en"}),
-    "PathVQA": (layout.path_vqa, {"img_id": "a", "question": "Is it a nest?", "answer": "yes"}),
-    "PathVQA, on the hub": (layout.path_vqa_hub, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
-    "closed sets, the paper's copy": (layout.adaptllm, {"image": PIXELS, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}),
-    "MMMU": (benchmark._reads(layout.mmmu, "spaced"), {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
+    "PMC-VQA, version 1": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
+    "PMC-VQA, version 2": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
+    "PMC-VQA, the paper's copy": (converters.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
+    "VQA-RAD": (converters.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
+    "VQA-RAD, the public file": (converters.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
+    "SLAKE": (converters.slake, {"qid": 1, "img_name": "a.png", "location": "Lung", "modality": "CT", "content_type": "Organ", "question": "Is this CT or MRI?", "answer": "CT", "answer_type": "CLOSED", "q_lang": "en"}),
+    "PathVQA": (converters.path_vqa, {"img_id": "a", "question": "Is it a nest?", "answer": "yes"}),
+    "PathVQA, on the hub": (converters.path_vqa_hub, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
+    "closed sets, the paper's copy": (converters.adaptllm, {"image": PIXELS, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}),
+    "MMMU": (benchmarks._reads(converters.mmmu, "spaced"), {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
                                                        "question_type": "multiple-choice", "subfield": "Radiology", "image_1": PIXELS, "image_2": None}),
-    "MedXpertQA": (layout.medxpertqa, {"id": "MM-1", "question": "Which?\nAnswer Choices: (A) x", "options": {"A": "x", "B": "y"}, "label": "B", "images": ["a.png"], "medical_task": "", "body_system": "", "question_type": "R"}),
-    "MedXpertQA, options as a list": (layout.medxpertqa, {"id": "MM-1", "question": "Which?", "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}], "label": ["B"], "images": [{"image_path": "a.png"}]}),
-    "MedQA": (layout.medqa, {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B"}),
-    "MedMCQA": (benchmark.medmcqa, {"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None, "base": 0}),
-    "MMLU": (layout.mmlu, {"question": "Which?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C", "subject": "anatomy"}),
-    "MMLU, on the hub": (layout.mmlu, {"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}),
-    "PubMedQA": (layout.pubmedqa, {"id": "7", "QUESTION": "Does it?", "CONTEXTS": ["Background."], "final_decision": "maybe"}),
-    "PubMedQA, on the hub": (layout.pubmedqa, {"pubid": 7, "question": "Does it?", "context": {"contexts": ["Background."], "labels": ["B"]}, "final_decision": "maybe"}),
-    "HeadQA": (layout.headqa, {"qid": 1, "qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}], "image": "", "name": "Cuaderno", "year": "2013", "category": "biology"}),
-    "OmniMedVQA": (layout.omnimedvqa, {"dataset": "Chest", "question_id": "c_1", "question_type": "M", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "a.png", "modality_type": "X"}),
-    "m23k": (layout.m23k, {"prompt": "Which?\nA. x\nB. y", "answer_letter": "B", "answer_string": "y", "reasoning": "So.", "source": "medqa"}),
-    "the published sets": (layout.unified, {"images": [PIXELS], "question": "Which?", "options": '{"A": "x", "B": "y"}', "answer_label": "B", "answer": "y", "reasoning": None, "dataset_name": "pmc_vqa", "dataset_index": 7, "hash": "0" * 16, "misc": '{"a": 1}'}),
+    "MedXpertQA": (converters.medxpertqa, {"id": "MM-1", "question": "Which?\nAnswer Choices: (A) x", "options": {"A": "x", "B": "y"}, "label": "B", "images": ["a.png"], "medical_task": "", "body_system": "", "question_type": "R"}),
+    "MedXpertQA, options as a list": (converters.medxpertqa, {"id": "MM-1", "question": "Which?", "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}], "label": ["B"], "images": [{"image_path": "a.png"}]}),
+    "MedQA": (converters.medqa, {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B"}),
+    "MedMCQA": (benchmarks.medmcqa, {"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None, "base": 0}),
+    "MMLU": (converters.mmlu, {"question": "Which?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C", "subject": "anatomy"}),
+    "MMLU, on the hub": (converters.mmlu, {"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}),
+    "PubMedQA": (converters.pubmedqa, {"id": "7", "QUESTION": "Does it?", "CONTEXTS": ["Background."], "final_decision": "maybe"}),
+    "PubMedQA, on the hub": (converters.pubmedqa, {"pubid": 7, "question": "Does it?", "context": {"contexts": ["Background."], "labels": ["B"]}, "final_decision": "maybe"}),
+    "HeadQA": (converters.headqa, {"qid": 1, "qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}], "image": "", "name": "Cuaderno", "year": "2013", "category": "biology"}),
+    "OmniMedVQA": (converters.omnimedvqa, {"dataset": "Chest", "question_id": "c_1", "question_type": "M", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "a.png", "modality_type": "X"}),
+    "m23k": (converters.m23k, {"prompt": "Which?\nA. x\nB. y", "answer_letter": "B", "answer_string": "y", "reasoning": "So.", "source": "medqa"}),
+    "the published sets": (converters.unified, {"images": [PIXELS], "question": "Which?", "options": '{"A": "x", "B": "y"}', "answer_label": "B", "answer": "y", "reasoning": None, "dataset_name": "pmc_vqa", "dataset_index": 7, "hash": "0" * 16, "misc": '{"a": 1}'}),
 }
 IDS = ("id", "qid", "question_id", "pubid")
 NESTED: list = []
@@ -445,19 +446,19 @@ def test_nested_and_listed_files_with_one_thing_wrong(tally, tmp_path):
         rng = random.Random(SEED)
         for number in range(250 * FUZZ):
             exams = changed(headqa, rng)
-            for made, convert in ((layout.path_vqa_nested([("row 1", changed(path_vqa, rng)), ("row 2", path_vqa)]), layout.path_vqa), (layout.headqa_nested(exams.items() if isinstance(exams, dict) else [("row 1", exams)]), layout.headqa)):
+            for made, convert in ((converters.path_vqa_nested([("row 1", changed(path_vqa, rng)), ("row 2", path_vqa)]), converters.path_vqa), (converters.headqa_nested(exams.items() if isinstance(exams, dict) else [("row 1", exams)]), converters.headqa)):
                 count.tried += 1
                 refusals(samples_from(lambda rows=list(made): rows, convert, "set", lambda name: PIXELS["bytes"]))
                 count.survived += 1
         plain = lambda value: json.loads(json.dumps(value, default=str, skipkeys=True))
         for number in range(100 * FUZZ):
-            for name, rows, reader in (("ori_pqal.json", {"7": LAYOUTS["PubMedQA"][1], "8": LAYOUTS["PubMedQA"][1]}, benchmark.pubmedqa_rows), ("dev.json", [LAYOUTS["MedMCQA"][1], LAYOUTS["MedMCQA"][1] | {"cop": 4}], benchmark.medmcqa_rows)):
+            for name, rows, reader in (("ori_pqal.json", {"7": LAYOUTS["PubMedQA"][1], "8": LAYOUTS["PubMedQA"][1]}, benchmarks.pubmedqa_rows), ("dev.json", [LAYOUTS["MedMCQA"][1], LAYOUTS["MedMCQA"][1] | {"cop": 4}], benchmarks.medmcqa_rows)):
                 count.tried += 1
                 (tmp_path / "test_ground_truth.json").write_text(json.dumps(plain(changed({"7": "yes"}, rng))))
                 made = plain(changed(rows, rng))
                 (tmp_path / name).write_text(json.dumps(made) if name.startswith("ori") else "\n".join(map(json.dumps, made)) if isinstance(made, list) else json.dumps(made))
                 with contextlib.suppress(UserError):
-                    refusals(samples_from(lambda: read_rows(tmp_path / name, (), reader), layout.pubmedqa if name.startswith("ori") else benchmark.medmcqa, "set"))
+                    refusals(samples_from(lambda: read_rows(tmp_path / name, (), reader), converters.pubmedqa if name.startswith("ori") else benchmarks.medmcqa, "set"))
                 count.survived += 1
 
 
@@ -480,8 +481,8 @@ def write_all(folder: Path) -> dict[Path, tuple]:
     write_samples([Sample(f"Which of {number}?", {"A": "x", "B": "y"}, "B", "y", (PIXELS["bytes"],), misc={"a": 1}) for number in range(6)], folder / "samples.parquet")
     (folder / "eval_results.jsonl").write_text("\n".join(json.dumps({"dataset_name": "pmc_vqa", "dataset_index": number, "answer_label": "B", "parsed_outputs": [{"output_text": "<answer>B</answer>"}]}) for number in range(6)))
     from_zip = lambda path: [item if isinstance(item, bytes) else str(item) for item in map(asked(image_reader(path)), ("0.png", "images/1.png", "2.png"))]
-    converts = {".csv": layout.mmlu}
-    read = lambda path: refusals(samples_from(lambda: read_rows(path), converts.get(path.suffix, layout.medqa), "set"))
+    converts = {".csv": converters.mmlu}
+    read = lambda path: refusals(samples_from(lambda: read_rows(path), converts.get(path.suffix, converters.medqa), "set"))
     return {folder / name: how for name, how in (("rows.jsonl", read), ("rows.jsonl.gz", read), ("rows.json", read), ("rows.csv", read), ("rows.parquet", read), ("images.zip", from_zip), ("samples.parquet", read_samples),
                                                  ("eval_results.jsonl", lambda path: [grade(each["text"], LETTERS, "B") for row in read_eval_results(path) for each in row["completions"]]))}
 
@@ -514,7 +515,7 @@ TORN = """
 import random, sys
 from pathlib import Path
 from test_hostile import SEED, torn, write_all
-from medvlthinker.config import UserError
+from medvlthinker.core.config import UserError
 rng, folder = random.Random(SEED), Path(sys.argv[1])
 for path, read in write_all(folder).items():
     whole, good = path.read_bytes(), 0
@@ -565,9 +566,9 @@ def test_tables_of_another_schema_are_refused_in_a_sentence(tally, tmp_path):
 BOMBS = """
 import gzip, io, itertools, sys, zipfile
 from pathlib import Path
-from medvlthinker.config import UserError
-from medvlthinker.rollout import read_eval_results
-from medvlthinker.source import csv_rows, image_reader, read_rows
+from medvlthinker.core.config import UserError
+from medvlthinker.generation.rollout import read_eval_results
+from medvlthinker.data.readers import csv_rows, image_reader, read_rows
 folder, M = Path(sys.argv[1]), 1 << 20
 
 def gz(name, *pieces, times=4096):  # members that unfold to a megabyte each: gigabytes from a few kilobytes
@@ -656,7 +657,7 @@ def test_names_and_members_that_leave_their_folder(tally, tmp_path):
     row = lambda name: {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [name]}
     with tally("hostile", "names, links and archive members that leave their folder") as count:
         for place in (folder, tmp_path / "images.zip"):
-            items = list(samples_from(lambda: [(f"row {number}", row(name)) for number, name in enumerate(["a.png", *names])], layout.unified, "set", image_reader(place)))
+            items = list(samples_from(lambda: [(f"row {number}", row(name)) for number, name in enumerate(["a.png", *names])], converters.unified, "set", image_reader(place)))
             count.tried += len(names)
             assert isinstance(items[0], Sample) and refusals(items[1:]) == len(names) and not any("not for you" in str(item) for item in items)
             count.survived += len(names)
@@ -741,10 +742,10 @@ def test_any_line_of_results_is_a_row_or_a_sentence(tally, tmp_path):
 def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path):
     "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it."
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
-    from medvlthinker.completion import Completion
-    from medvlthinker.evaluate import grade_rows
-    from medvlthinker.evaluate import store as keep
-    from medvlthinker.rollout import write_eval_results
+    from medvlthinker.generation.completion import Completion
+    from medvlthinker.evaluation.evaluate import grade_rows
+    from medvlthinker.evaluation.evaluate import store as keep
+    from medvlthinker.generation.rollout import write_eval_results
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
             count.tried += 1
@@ -847,7 +848,7 @@ def test_no_cell_of_a_table_is_a_formula(tally, tmp_path):
 
 def test_tables_are_written_in_one_place():
     "No other call writes a CSV: neither in the package nor in the notebooks of the paper."
-    sources = {path: path.read_text() for path in (ROOT / "medvlthinker").glob("*.py")}
+    sources = {path: path.read_text() for path in (ROOT / "medvlthinker").rglob("*.py")}
     for path in (ROOT / "nbs" / "paper").glob("*.ipynb"):
         cells = (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
         sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)

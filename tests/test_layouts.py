@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import encoded, key_opens, split
-from medvlthinker import benchmark as b
-from medvlthinker import corpus as c
-from medvlthinker import layout
-from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.sample import BadRow
-from medvlthinker.source import json_list, read_rows, samples_from
+from medvlthinker.data import benchmarks as b
+from medvlthinker.data import corpora as c
+from medvlthinker.data import converters
+from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.data.sample import BadRow
+from medvlthinker.data.readers import json_list, read_rows, samples_from
 from PIL import Image
 
 
@@ -43,10 +43,10 @@ def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
     assert [(bad.row.split()[-1], bad.field, bad.by_rule) for bad in others] == [
         ("3", "Answer_label", True), ("4", "Figure_path", False), ("5", "Figure_path", False), ("6", "Choice B", True), ("7", "Figure_path", False),
         ("8", "Answer_label", True), ("9", "Choice B", True), ("10", "Answer", True)]
-    words = {where: layout.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train.csv") if where.split()[-1] in ("4", "5", "7")}
+    words = {where: converters.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train.csv") if where.split()[-1] in ("4", "5", "7")}
     assert [(item["options"][item["answer_label"]], item["answer_label"]) for item in words.values()] == [
         ("N/A", "A"), ("Solitary level expression of signal S", "D"), ("The photomicrograph does not provide enough information to determine the type of tumor.", "A")]
-    second, = [layout.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train_2.csv")]
+    second, = [converters.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train_2.csv")]
     assert (second["answer_label"], second["options"]["B"]) == ("B", "Red")
     printed = json.loads((real_data / "medvlthinker_peer_facts" / "hf_rows_as_printed.json").read_text())[0]["row"]  # the published row of the one test question
     ours, = split(b.local_rows("pmc_vqa", *b.local_copy("pmc_vqa", str(real_data))))[0]
@@ -63,10 +63,10 @@ def test_the_real_rows_of_m23k(real_data):
 
 
 def test_nested_and_headerless_files(real_data, tmp_path):
-    head = [(where, row) for where, row in layout.headqa_nested(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
-    good, others = split(samples_from(lambda: head, layout.headqa, "HeadQA"))
+    head = [(where, row) for where, row in converters.headqa_nested(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
+    good, others = split(samples_from(lambda: head, converters.headqa, "HeadQA"))
     assert good and not [bad for bad in others if not bad.by_rule] and all(map(key_opens, good))
-    genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), layout.mmlu, "MMLU-medical"))
+    genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), converters.mmlu, "MMLU-medical"))
     assert len(genetics) == 100 and not others and {sample.misc["subject"] for sample in genetics} == {"medical_genetics"} and all(map(key_opens, genetics))
 
 
@@ -103,7 +103,7 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
 
 def json_rows(path):
     rows = json_list(path) if path.suffix == ".json" else read_rows(path)
-    return list(layout.path_vqa_nested(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
+    return list(converters.path_vqa_nested(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
 
 
 def wanted(row) -> list[str]:
@@ -220,7 +220,7 @@ def test_one_way_at_a_time(tmp_path):
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     folder = tmp_path / "MMMU"
-    for number, subject in enumerate(layout.MMMU_SUBJECTS):
+    for number, subject in enumerate(converters.MMMU_SUBJECTS):
         put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
     place, way = b.local_copy("MMMU-medical", str(tmp_path))
     before = way.content(place)
@@ -228,15 +228,15 @@ def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     assert len(before["questions"]) == 5 and way.content(place) != before
 
 
-ODD = [(layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [{"file": "a.png"}]}),
-       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [5]}),
-       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": {"l": "A"}}),
-       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": [["A"]]}),
-       (layout.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": ["/etc/hostname"]}),
-       (layout.headqa, {"qtext": "Which?", "ra": 1, "answers": ["a", "b"]}), (layout.pubmedqa, {"question": "Does it?", "context": "text", "final_decision": "yes"}),
-       (layout.mmlu, {"question": "Which?", "choices": None, "answer": 1}), (layout.medqa, {"question": "Half \ud83d", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}),
-       (layout.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": "[]"}),
-       (layout.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": None, "path": "/etc/hostname"}]})]
+ODD = [(converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [{"file": "a.png"}]}),
+       (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [5]}),
+       (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": {"l": "A"}}),
+       (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": [["A"]]}),
+       (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": ["/etc/hostname"]}),
+       (converters.headqa, {"qtext": "Which?", "ra": 1, "answers": ["a", "b"]}), (converters.pubmedqa, {"question": "Does it?", "context": "text", "final_decision": "yes"}),
+       (converters.mmlu, {"question": "Which?", "choices": None, "answer": 1}), (converters.medqa, {"question": "Half \ud83d", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}),
+       (converters.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": "[]"}),
+       (converters.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": None, "path": "/etc/hostname"}]})]
 
 
 @pytest.mark.parametrize("convert, row", ODD)
@@ -249,7 +249,7 @@ def test_an_unusual_misc_and_a_mended_image_go_together():
     ink = io.BytesIO()
     Image.new("CMYK", (40, 30)).save(ink, "JPEG")
     row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": '{"a": 1}', "images": [{"bytes": ink.getvalue(), "path": None}]}
-    sample, = samples_from(lambda: [("row 0", row)], layout.unified, "odd")
+    sample, = samples_from(lambda: [("row 0", row)], converters.unified, "odd")
     assert sample.misc == {"a": 1, "mended": ["mode CMYK"]}
 
 
@@ -275,7 +275,7 @@ def test_damaged_images_never_end_in_a_traceback(tally):
             for each in broken:
                 count.tried += 1
                 row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": each, "path": None}]}
-                item, = samples_from(lambda: [("row 0", row)], layout.unified, "odd")
+                item, = samples_from(lambda: [("row 0", row)], converters.unified, "odd")
                 seen[type(item).__name__] += 1
                 assert isinstance(item, BadRow) or item.pictures()[0].mode == "RGB"
                 count.survived += 1
@@ -404,9 +404,9 @@ def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
 
 CONVERT = """
 import sys
-from medvlthinker import corpus
-from medvlthinker.config import Workspace, load_profile
-corpus.load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
+from medvlthinker.data import corpora
+from medvlthinker.core.config import Workspace, load_profile
+corpora.load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
 """
 
 

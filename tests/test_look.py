@@ -7,10 +7,11 @@ import shutil
 import pytest
 import warm
 from conftest import ROOT, says
-from medvlthinker import look, parity, phantom
-from medvlthinker.config import UserError, load_profile
-from medvlthinker.prompt import messages
-from medvlthinker.sample import Sample
+from medvlthinker.evaluation import look, parity
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.data.prompt import messages
+from medvlthinker.data.sample import Sample
 
 
 command = functools.partial(warm.run, cwd=ROOT)
@@ -54,9 +55,9 @@ def test_it_tells_who_reads_from_who_does_not(warm_home, blind_tiny):
     assert again == reads and done == {path: path.stat().st_mtime_ns for path in warm_home.glob("smoke/rollouts/**/shard-*")}, "nothing is asked twice"
 
 
-@pytest.mark.parametrize("name", phantom.BENCHMARKS)
+@pytest.mark.parametrize("name", synthetic.BENCHMARKS)
 def test_views_change_one_thing(name):
-    samples = phantom.benchmark(name, 60)
+    samples = synthetic.benchmark(name, 60)
     for view, change in look.VIEWS.items():
         changed = change(samples, seed=3)
         assert changed == change(samples, seed=3)
@@ -67,7 +68,7 @@ def test_views_change_one_thing(name):
             assert {"question", "options", "answer_label", "answer", "images"} - same in (wanted, wanted - {"answer_label"})
             assert [p.size for p in new.pictures()] == ([] if view == "none" else [p.size for p in old.pictures()])
             messages(new)
-    assert samples == phantom.benchmark(name, 60), "and none changes what it was given"
+    assert samples == synthetic.benchmark(name, 60), "and none changes what it was given"
 
 
 def test_nobody_gets_a_picture_of_the_own_family():
@@ -89,11 +90,11 @@ def test_nobody_gets_a_picture_of_the_own_family():
 
 
 def test_look_on_the_command_line(warm_home):
-    done = command("-m", "medvlthinker.look", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "views=real,blank")
+    done = command("-m", "medvlthinker.evaluation.look", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "views=real,blank")
     assert done.returncode == 0, done.stderr
     assert "visual reliance" in done.stdout and "10 questions" in done.stdout.splitlines()[-1]
-    says(command("-m", "medvlthinker.look", "smoke", "model=tiny", "views=inverted"), "No view inverted")
-    says(command("-m", "medvlthinker.look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
+    says(command("-m", "medvlthinker.evaluation.look", "smoke", "model=tiny", "views=inverted"), "No view inverted")
+    says(command("-m", "medvlthinker.evaluation.look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
 
 
 def rows(texts):
@@ -129,7 +130,7 @@ def test_questions_of_one_image_count_less():
 
 
 def test_parity_on_the_command_line(warm_home):
-    words = ["-m", "medvlthinker.parity", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
+    words = ["-m", "medvlthinker.evaluation.parity", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
     done = command(*words, "--", "batch_size=5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(parity.TOO_FEW) and "12 questions" in done.stdout.splitlines()[-1]

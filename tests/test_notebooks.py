@@ -1,4 +1,5 @@
 """Every library notebook runs from top to bottom in a process of its own (which finds torch loaded), and the house keeps its order."""
+import ast
 import json
 import re
 import sys
@@ -6,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import ROOT, python
+from conftest import FLOORS, ROOT, python
 
-LIBRARY = sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb"))
+LIBRARY = ["index.ipynb", *sorted(path.relative_to(ROOT / "nbs").as_posix() for floor in FLOORS for path in (ROOT / "nbs" / floor).glob("*.ipynb"))]
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
-MODULES = sorted(path.stem for path in (ROOT / "medvlthinker").glob("*.py") if not path.stem.startswith("_"))
+MODULES = sorted(".".join(path.relative_to(ROOT / "medvlthinker").with_suffix("").parts) for path in (ROOT / "medvlthinker").glob("*/[!_]*.py"))
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -28,13 +29,29 @@ def test_modules_import_no_torch():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def order(name: str) -> tuple[int, int]:
+    "Where a chapter stands: its floor, and its number there."
+    floor, _, file = name.partition("/")
+    return FLOORS.index(floor), int(file.split("_")[0])
+
+
+def imports(module: str) -> set[str]:
+    "The modules of this package that a module imports, such as core.grade."
+    floor, found = module.split(".")[0], set()
+    for node in ast.walk(ast.parse((ROOT / "medvlthinker" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            inside = ".".join(filter(None, [floor if node.level == 1 else "", node.module]))
+            found |= {inside} if inside in MODULES else {f"{inside}.{alias.name}" for alias in node.names}
+    return found
+
+
 def test_imports_point_downwards():
-    "A module imports only from notebooks with smaller numbers, and the grader from none: verl loads it by its path."
-    number = {m.group(2): int(m.group(1)) for name in LIBRARY if (m := re.match(r"(\d+)_(\w+)\.ipynb", name))}
-    uses = {module: set(re.findall(r"from \.(\w+) import", source := (ROOT / "medvlthinker" / f"{module}.py").read_text()))
-            | {name for line in re.findall(r"from \. import ([\w, ]+)", source) for name in line.split(", ")} for module in MODULES}
-    assert not [(module, used) for module in MODULES for used in uses[module] if number[used] >= number[module]]
-    assert uses["grade"] == set() and uses["report"], "the pattern finds what it looks for"
+    "A module imports from floors below and, on its own floor, from smaller numbers only; the grader imports none: verl loads it by its path."
+    place = {f"{name.split('/')[0]}.{re.sub(r'^[0-9]+_', '', Path(name).stem)}": order(name) for name in LIBRARY if "/" in name}
+    uses = {module: imports(module) & {*MODULES} for module in MODULES}
+    assert set(place) == set(MODULES), "each chapter exports the module of its name"
+    assert not [(module, used) for module in MODULES for used in uses[module] if place[used] >= place[module]]
+    assert uses["core.grade"] == set() and "core.stats" in uses["results.report"], "the walk finds what it looks for"
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

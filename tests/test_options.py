@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from medvlthinker import options as o
+from medvlthinker.data import options as o
 
 YES_NO = {"A": "Yes", "B": "No"}
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medvlthinker import phantom
-from medvlthinker.overlap import COLUMNS, IMAGE_LEVELS, SAME_QUESTION, index, jaccard, normalise, overlap, same_pictures, shingles, touched
-from medvlthinker.sample import Sample
-from medvlthinker.stats import wilson
+from medvlthinker.data import synthetic
+from medvlthinker.data.overlap import COLUMNS, IMAGE_LEVELS, SAME_QUESTION, index, jaccard, normalise, overlap, same_pictures, shingles, touched
+from medvlthinker.data.sample import Sample
+from medvlthinker.core.stats import wilson
 
 KINDS = {"compressed": "q", "resized": "s", "cropped": "c", "cropped and compressed": "cq", "resized and compressed": "sq", "all three": "csq"}
 
@@ -67,7 +67,7 @@ def holds(title, hits, pairs, copies):
 def test_planted_phantoms():
     "Look-alikes, which agree in modality, side, level and size, count neither way; a crop can take the fluid away."
     scans = [(data, tuple(facts[name] for name in ("modality", "side", "level", "size")))
-             for name in phantom.BENCHMARKS for sample in phantom.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
+             for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
     holds("phantoms", *planted([data for data, _ in scans], [facts for _, facts in scans]))
 
 
@@ -107,7 +107,7 @@ def test_planted_questions(real_data):
 
 
 def test_question_and_image_need_both():
-    scan, other = (phantom.benchmark("vqa_rad_closed", 2)[n].images[0] for n in (0, 1))
+    scan, other = (synthetic.benchmark("vqa_rad_closed", 2)[n].images[0] for n in (0, 1))
     test = one_each([scan], "Is fluid seen?", "test")
     train = [*one_each([scan], "IS  FLUID SEEN", "train"), dataclasses.replace(one_each([scan], "Which organ is this?", "train")[0], dataset_index=1),
              dataclasses.replace(one_each([other], "Is fluid seen?", "train")[0], dataset_index=2)]
@@ -118,8 +118,8 @@ def test_question_and_image_need_both():
 
 
 def test_two_processes_give_the_same():
-    test = phantom.benchmark("vqa_rad_closed", 30)
-    train = phantom.corpus("pmc_vqa", 270) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
+    test = synthetic.benchmark("vqa_rad_closed", 30)
+    train = synthetic.corpus("pmc_vqa", 270) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
     alone, together = overlap(iter(train), iter(test)), overlap(iter(train), iter(test), workers=2)
     assert len(alone) >= 30 and alone.equals(together)
 
@@ -140,13 +140,13 @@ def test_a_corpus_is_never_held():
     class Token:
         pass
 
-    overlap(train(), one_each([phantom.benchmark("pmc_vqa", 1)[0].images[0]]))
+    overlap(train(), one_each([synthetic.benchmark("pmc_vqa", 1)[0].images[0]]))
     assert 128 <= most <= 257
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0broken", phantom.png(np.full((40, 40, 3), 90, np.uint8))])
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0broken", synthetic.png(np.full((40, 40, 3), 90, np.uint8))])
 def test_an_image_without_a_picture_matches_by_its_file_only(data):
-    scans = [sample.images[0] for sample in phantom.benchmark("slake_closed", 3)]
+    scans = [sample.images[0] for sample in synthetic.benchmark("slake_closed", 3)]
     pairs = overlap(one_each([data, scans[0]], name="train"), one_each([*scans, data], name="test"))
     assert {(row.train_index, row.test_index, row.level) for row in pairs[pairs.level.isin(IMAGE_LEVELS)].itertuples()} == {(0, 3, "image bytes"), (1, 0, "image bytes")}
 

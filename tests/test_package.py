@@ -13,7 +13,7 @@ from pathlib import Path
 import medvlthinker
 import pytest
 from conftest import ROOT, says
-from medvlthinker.config import EXTRAS
+from medvlthinker.core.config import EXTRAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "medvlthinker", tree / "medvlthinker", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "settings.ini"):
         shutil.copy(ROOT / name, tree)
-    for name in ("nbs", "tests", "compat"):  # what must stay outside
+    for name in ("nbs", "tests", "locks"):  # what must stay outside
         (tree / name).symlink_to(ROOT / name)
     done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tree / "dist", tree], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -89,7 +89,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert settings == (ROOT / "settings.ini").read_bytes() and (ROOT / "medvlthinker" / "settings.ini").is_symlink(), "one source of the profiles"
     assert re.search(r"^Version: (.*)$", metadata, re.M)[1] == medvlthinker.__version__
     assert {"vllm", "train", "verl", "notebooks"} <= set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.M))
-    assert {Path(name).stem for name in names if name.endswith(".py")} == {path.stem for path in (ROOT / "medvlthinker").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == {path.relative_to(ROOT).as_posix() for path in (ROOT / "medvlthinker").rglob("*.py")}
 
 
 def test_importing_is_free(bare, tmp_path):
@@ -97,24 +97,24 @@ def test_importing_is_free(bare, tmp_path):
     code = f"""
 import importlib, json, pkgutil, sys
 import medvlthinker
-names = [each.name for each in pkgutil.iter_modules(medvlthinker.__path__)]
-for name in names: importlib.import_module("medvlthinker." + name)
+names = [each.name for each in pkgutil.walk_packages(medvlthinker.__path__, "medvlthinker.")]
+for name in names: importlib.import_module(name)
 print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.modules))]))"""
     done = alone(bare, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     where, names, loaded = json.loads(done.stdout)
-    assert Path(where).is_relative_to(bare.parent.parent) and {"grade", "engine", "pipeline", "verl_cpu"} <= set(names)
+    assert Path(where).is_relative_to(bare.parent.parent) and {f"medvlthinker.{name}" for name in ("core.grade", "generation.engine", "app.pipeline", "training.verl_cpu")} <= set(names)
     assert not loaded
 
 
 SCRIPT = """
-from medvlthinker import phantom
-from medvlthinker.benchmark import BENCHMARKS
-from medvlthinker.config import Workspace, load_profile
-from medvlthinker.grade import grade
-from medvlthinker.sample import read_samples, write_samples
+from medvlthinker.data import synthetic
+from medvlthinker.data.benchmarks import BENCHMARKS
+from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.grade import grade
+from medvlthinker.data.sample import read_samples, write_samples
 profile = load_profile("smoke", limit=5)
-write_samples(phantom.benchmark(BENCHMARKS[0], profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
+write_samples(synthetic.benchmark(BENCHMARKS[0], profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
 right = [grade(f"<answer> {sample.answer_label} </answer>", sample.options, sample.answer_label).correct for sample in read_samples("_runs/smoke/samples/some.parquet")]
 print(profile.limit, sum(right), len(right))
 """
@@ -125,36 +125,36 @@ def test_a_script_without_a_checkout(bare, tmp_path):
     done = alone(bare, tmp_path, "-c", SCRIPT)
     assert (done.returncode, done.stdout) == (0, "5 5 5\n"), done.stderr
     (tmp_path / "settings.ini").write_text("[mine]\nlimit = 7\n")
-    assert alone(bare, tmp_path, "-c", "from medvlthinker.config import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
+    assert alone(bare, tmp_path, "-c", "from medvlthinker.core.config import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
 
 
 ABSENT = {  # what a user calls -> the extra that the sentence names
-    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke', engine='vllm'), 'x/y')": "vllm",
-    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
-    "from medvlthinker.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
-    "from medvlthinker import tiny; tiny.processor()": "torch",
-    "from medvlthinker.preflight import open_processor; open_processor('x/y')": "torch",
-    "from medvlthinker.checkpoint import merge; merge('a', 'b', 'c', 'd')": "torch",
-    "from medvlthinker.sft import train_sft; train_sft(None)": "train",
-    "from medvlthinker.grpo import train_grpo; train_grpo(None)": "train",
-    "from medvlthinker.sft import open_model; open_model(None)": "torch,train",
-    "from medvlthinker.verl_backend import ready; from medvlthinker.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
-    "from medvlthinker.pipeline import run; run(load_profile('smoke'))": "notebooks",
-    "from medvlthinker.viewer import browse; browse(None)": "notebooks",
-    "from medvlthinker.config import write_figure; write_figure('a', None, '.')": "notebooks",
-    "from medvlthinker.curate import difficulty_figure; difficulty_figure({})": "notebooks",
-    "from medvlthinker.figures import radar_figure; radar_figure(None)": "notebooks",
-    "from medvlthinker.look import look_figure; look_figure(None)": "notebooks",
-    "from medvlthinker.preflight import length_figure; length_figure({})": "notebooks",
-    "from medvlthinker.report import accuracy_figure; accuracy_figure(None)": "notebooks",
-    "from medvlthinker.train import curve_figure; curve_figure(None)": "notebooks",
+    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='vllm'), 'x/y')": "vllm",
+    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
+    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
+    "from medvlthinker.generation import tiny; tiny.processor()": "torch",
+    "from medvlthinker.difficulty.preflight import open_processor; open_processor('x/y')": "torch",
+    "from medvlthinker.training.checkpoint import merge; merge('a', 'b', 'c', 'd')": "torch",
+    "from medvlthinker.training.sft import train_sft; train_sft(None)": "train",
+    "from medvlthinker.training.grpo import train_grpo; train_grpo(None)": "train",
+    "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
+    "from medvlthinker.training.verl_backend import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
+    "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
+    "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
+    "from medvlthinker.core.config import write_figure; write_figure('a', None, '.')": "notebooks",
+    "from medvlthinker.difficulty.curate import difficulty_figure; difficulty_figure({})": "notebooks",
+    "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
+    "from medvlthinker.evaluation.look import look_figure; look_figure(None)": "notebooks",
+    "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
+    "from medvlthinker.results.report import accuracy_figure; accuracy_figure(None)": "notebooks",
+    "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
 
 
 def test_each_absent_extra_gives_its_sentence(bare, tmp_path):
     code = """
 import json, sys
-from medvlthinker.config import UserError, load_profile
+from medvlthinker.core.config import UserError, load_profile
 for call in json.loads(sys.argv[1]):
     try:
         exec(call)
@@ -166,9 +166,9 @@ for call in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
-    says(alone(bare, tmp_path, "-m", "medvlthinker.rollout", "smoke", "model=tiny"), "PyTorch", "pip install 'medvlthinker[torch]'")
-    says(alone(bare, tmp_path, "-m", "medvlthinker.status"), "needs a checkout of the project")
-    says(alone(bare, ROOT, "-m", "medvlthinker.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
+    says(alone(bare, tmp_path, "-m", "medvlthinker.generation.rollout", "smoke", "model=tiny"), "PyTorch", "pip install 'medvlthinker[torch]'")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.app.status"), "needs a checkout of the project")
+    says(alone(bare, ROOT, "-m", "medvlthinker.app.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 
 
 def test_each_extra_brings_what_it_is_said_to_bring(wheel):
@@ -185,7 +185,7 @@ def test_each_extra_brings_what_it_is_said_to_bring(wheel):
 def test_every_heavy_import_is_asked_for_first():
     "A public function that imports what an extra brings says so where it is absent; private ones are reached through those."
     seen = 0
-    for path in (ROOT / "medvlthinker").glob("*.py"):
+    for path in (ROOT / "medvlthinker").rglob("*.py"):
         if path.stem in ("config", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -202,8 +202,8 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.config import load_profile
-from medvlthinker.evaluate import evaluate
+from medvlthinker.core.config import load_profile
+from medvlthinker.evaluation.evaluate import evaluate
 record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
 print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
 """

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, at_work, python, says
-from medvlthinker.config import UserError, load_profile, parse_words
-from medvlthinker.pipeline import dry_run
-from medvlthinker.sample import read_samples
+from medvlthinker.core.config import UserError, load_profile, parse_words
+from medvlthinker.app.pipeline import dry_run
+from medvlthinker.data.sample import read_samples
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def env(tree, warm_tiny, tmp_path_factory) -> dict:
 
 
 def run(tree, env, *words):
-    done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", *words, cwd=tree, **env)
+    done = python("-m", "medvlthinker.app.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", *words, cwd=tree, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[0] for line in done.stdout.splitlines() if " runs: " in line], done.stdout
 
@@ -45,7 +45,7 @@ def status(tree, env, *words, running=False):
     "The state of each step, and the whole text; asking changes nothing."
     home = Path(env["MEDVLTHINKER_HOME"])
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
-    done = python("-m", "medvlthinker.status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
+    done = python("-m", "medvlthinker.app.status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
     assert done.returncode == 0, done.stderr
     assert running or {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
     lines = done.stdout.splitlines()
@@ -67,25 +67,25 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     states, out = status(tree, env, *words)
     assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
     assert re.search(r"3_train-tiny-SFT_m23k +done +\d+ (s|min) +[\d.]+ MB", out), out
-    with open(tree / "medvlthinker" / "fit.py", "a") as module:
+    with open(tree / "medvlthinker" / "training" / "fit.py", "a") as module:
         module.write("\n# edited\n")
     states, out = status(tree, env, *words)
     coming = {name for name, state in states.items() if state == "stale"}
-    assert re.search(r"3_train-tiny-SFT_m23k +stale .* fit was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
+    assert re.search(r"3_train-tiny-SFT_m23k +stale .* training\.fit was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
     ran, out = run(tree, env, *words)
     assert set(ran) == coming, "what status said would run"
     assert "3_train-tiny-SFT_m23k" in ran and "step 2 of 2" not in out, "the notebook is run again, the training is not"
     run(tree, env)
 
-    os.utime(tree / "medvlthinker" / "report.py")
+    os.utime(tree / "medvlthinker" / "results" / "report.py")
     os.utime(tree / "nbs" / "paper" / "5_results.ipynb")
     assert run(tree, env)[0] == [], "a touched file is the same file"
 
     shards = {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")}
-    with open(tree / "medvlthinker" / "report.py", "a") as module:
+    with open(tree / "medvlthinker" / "results" / "report.py", "a") as module:
         module.write("\n# edited\n")
     assert set(run(tree, env)[0]) == {"5_results", "6_audit"}, "only what imports the edited module"
-    with open(tree / "medvlthinker" / "grade.py", "a") as module:
+    with open(tree / "medvlthinker" / "core" / "grade.py", "a") as module:
         module.write("\n# edited\n")
     assert "4_evaluate-tiny" in run(tree, env)[0]
     assert {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")} == shards, "grading anew asks no model"
@@ -102,7 +102,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     here = {**env, "MEDVLTHINKER_HOME": home}
 
     def begin(until: str) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env={**os.environ, **{key: str(value) for key, value in here.items()}},
+        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env={**os.environ, **{key: str(value) for key, value in here.items()}},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for _ in range(1200):
             if any(until in each for each in at_work(home).values()):
@@ -122,7 +122,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     states, out = status(tree, here, "recipes=")
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
 
-    process = begin("medvlthinker.rollout")
+    process = begin("medvlthinker.generation.rollout")
     with tally("faults", "Ctrl-C to the whole pipeline") as count:
         count.tried += 1
         os.killpg(process.pid, signal.SIGINT)
@@ -144,7 +144,7 @@ def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path)
     notebook["cells"].insert(4, {"cell_type": "code", "id": "broken", "metadata": {}, "outputs": [], "execution_count": None, "source": "1 / 0"})
     try:
         source.write_text(json.dumps(notebook))
-        done = python("-m", "medvlthinker.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
+        done = python("-m", "medvlthinker.app.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
         says(done, "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
         assert (tmp_path / "smoke" / "notebooks" / "1_data.running.ipynb").is_file()
         assert not (tmp_path / "smoke" / "notebooks" / "5_results.ipynb").exists(), "what waits for a failed step does not run"
@@ -166,13 +166,13 @@ def test_interrupted_notebook_leaves_a_wreck_and_a_sentence(tree, env, tmp_path)
     (["smoke", "data_dir=no/such/folder"], ["no/such/folder"]),
 ])
 def test_bad_words(words, parts, home):
-    says(python("-m", "medvlthinker.pipeline", "run", *words), *parts)
+    says(python("-m", "medvlthinker.app.pipeline", "run", *words), *parts)
 
 
 @pytest.mark.parametrize("words, gpus, per_node", [(["gpus=1", "recipes=3B-RL_m23k"], "1 node of 1 GPU", 1), (["gpus=8"], "1 node of 8 GPUs", 8), (["gpus=4", "nodes=4", "engine=ray"], "4 nodes of 4 GPUs", 4)])
 def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
     "Every command of the paper, in order, with its hardware, what it reads and writes; nothing is touched."
-    done = python("-m", "medvlthinker.pipeline", "run", "paper", "--dry-run", *words)
+    done = python("-m", "medvlthinker.app.pipeline", "run", "paper", "--dry-run", *words)
     assert done.returncode == 0, done.stderr
     steps = dict(part.split("\n", 1) for part in done.stdout.split("\n\n") if part.strip())
     trained = [name for name in steps if name.startswith("3_train")]
@@ -225,7 +225,7 @@ def test_hardware_reaches_every_command(machine, home):
 
 
 def test_several_nodes_without_ray_are_refused_before_anything_runs(home):
-    says(python("-m", "medvlthinker.pipeline", "run", "paper", "--dry-run", "nodes=4"), "nodes=4 needs engine=ray")
+    says(python("-m", "medvlthinker.app.pipeline", "run", "paper", "--dry-run", "nodes=4"), "nodes=4 needs engine=ray")
 
 
 def test_bad_words_through_the_script(home):
@@ -235,7 +235,7 @@ def test_bad_words_through_the_script(home):
 
 def test_home_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
+    says(python("-m", "medvlthinker.app.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
 
 
 def test_full_disk(tmp_path, tally):
@@ -246,7 +246,7 @@ def test_full_disk(tmp_path, tally):
     try:
         with tally("faults", "full disk, the whole pipeline") as count:
             count.tried += 1
-            says(python("-m", "medvlthinker.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
+            says(python("-m", "medvlthinker.app.pipeline", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
             for path in (tmp_path / "disk").rglob("*.parquet"):
                 assert read_samples(path), "what is there is whole"
             count.survived += 1
@@ -263,7 +263,7 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
     (right, n), = record["counts"].values()
-    assert record["source"] == "local" and n == 338, "every usable closed question of the 60 images: see 13_benchmark"
+    assert record["source"] == "local" and n == 338, "every usable closed question of the 60 images: see 15_benchmarks"
     shown = "".join("".join(o.get("data", {}).get("text/plain", "")) for c in json.loads(out.read_text())["cells"] for o in c.get("outputs", []))
     row = next(line.split() for line in shown.splitlines() if line.startswith("vqa_rad_closed"))
     assert [float(cell) for cell in row[1:4]] == [right, n, round(100 * right / n, 2)] and float(row[4]) < float(row[3]) < float(row[5])
@@ -308,7 +308,7 @@ def test_the_commands_help_explains_them():
 
 def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     "Without a training corpus there is no difficulty to measure, and the rest runs; whoever names a corpus is told that it is not there."
-    from medvlthinker.pipeline import steps
+    from medvlthinker.app.pipeline import steps
 
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
     assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results", "6_audit"]

@@ -8,11 +8,12 @@ import pandas
 import pytest
 import warm
 from conftest import ROOT, says
-from medvlthinker import phantom, tiny
-from medvlthinker.config import UserError
-from medvlthinker.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
-from medvlthinker.prompt import messages
-from medvlthinker.sample import image_problem, to_rgb
+from medvlthinker.data import synthetic
+from medvlthinker.generation import tiny
+from medvlthinker.core.config import UserError
+from medvlthinker.difficulty.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
+from medvlthinker.data.prompt import messages
+from medvlthinker.data.sample import image_problem, to_rgb
 from PIL import Image
 
 LIMITS = {"embedded": (3136, 12544), "like Qwen2.5-VL": (3136, 12845056)}
@@ -43,7 +44,7 @@ def drawn(n: int, seed: int) -> list:
     rng = random.Random(seed)
     sizes = [(rng.randint(28, 2000), rng.randint(28, 2000)) for _ in range(n - len(EXTREME))] + EXTREME
     files = [encoded(w, h, rng.choice(("PNG", "JPEG", "WEBP")), rng.choice((1, 1, 3, 6, 8))) for w, h in sizes]
-    questions, samples = phantom.corpus("pmc_vqa", 40) + phantom.benchmark("MMMU-medical", 40), []
+    questions, samples = synthetic.corpus("pmc_vqa", 40) + synthetic.benchmark("MMMU-medical", 40), []
     while files:
         count = rng.choice((1, 1, 2, 3))
         samples.append(replace(rng.choice(questions), images=tuple(files[:count]), dataset_index=len(samples)))
@@ -67,7 +68,7 @@ def test_500_sizes(processor):
 
 
 def test_text_only_and_every_instruction(processor):
-    samples = phantom.corpus("m23k", 20) + [replace(phantom.corpus("m23k", 1)[0], question="Größe 5 µm ≥ 3 <b>?</b>\n\t" + "δ" * 3000)]
+    samples = synthetic.corpus("m23k", 20) + [replace(synthetic.corpus("m23k", 1)[0], question="Größe 5 µm ≥ 3 <b>?</b>\n\t" + "δ" * 3000)]
     for instruction in ("trained", "newline", "none"):
         for sample, line in zip(samples, lengths(samples, processor, instruction).itertuples()):
             text = processor.apply_chat_template(messages(sample, instruction), tokenize=False, add_generation_prompt=True)
@@ -80,7 +81,7 @@ def test_what_the_processor_refuses(processor):
             visual_tokens(processor, *size)
         with pytest.raises(ValueError):
             processor.image_processor(images=[Image.new("RGB", size)])
-    sample = phantom.corpus("pmc_vqa", 1)[0]
+    sample = synthetic.corpus("pmc_vqa", 1)[0]
     assert list(lengths([replace(sample, images=(encoded(8, 1601),))], processor).problem) == ["aspect ratio over 200: 8x1601 pixels"]
     marked = replace(sample, question="<|image_pad|>?")
     text = processor.apply_chat_template(messages(marked), tokenize=False, add_generation_prompt=True)
@@ -93,13 +94,13 @@ def test_limits_are_those_of_a_stored_model(tmp_path):
     folder = tiny.build(tmp_path / "tiny")
     processor, limits = open_processor(str(folder))
     assert limits == {"max_model_len": 4096, "min_pixels": 3136, "max_pixels": 12544}
-    assert lengths(phantom.corpus("pmc_vqa", 3), processor).image_tokens.tolist() == [16] * 3
+    assert lengths(synthetic.corpus("pmc_vqa", 3), processor).image_tokens.tolist() == [16] * 3
     with pytest.raises(UserError, match="cannot be loaded"):
         open_processor(str(tmp_path))
 
 
 def test_edges_of_the_limits():
-    samples = phantom.corpus("m23k", 30)
+    samples = synthetic.corpus("m23k", 30)
     table = lengths(samples, tiny.processor())
     longest = int(table.prompt_tokens.max())
     limits = {"max_model_len": 4096, "max_tokens": 64, "max_prompt_length": longest, "min_pixels": 3136, "max_pixels": 12544}
@@ -116,12 +117,12 @@ def test_edges_of_the_limits():
 
 def test_command_line(home, tmp_path):
     folder = tiny.build(tmp_path / "tiny")
-    words = ("-m", "medvlthinker.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
+    words = ("-m", "medvlthinker.difficulty.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
     done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
     report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
     assert set(report.finding) == {"measured"} and not report.refused.any() and (report["count"] == 20).all()
-    assert list(report.name) == [*phantom.CORPORA, *phantom.BENCHMARKS]
+    assert list(report.name) == [*synthetic.CORPORA, *synthetic.BENCHMARKS]
     assert all(sentence in done.stdout for sentence in report.sentence)
 
     longest = int(report.worst[report.name == "m23k"].iloc[0])

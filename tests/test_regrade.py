@@ -7,19 +7,19 @@ import pytest
 from conftest import encoded, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medvlthinker.benchmark import load_benchmark
-from medvlthinker.completion import Completion
-from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.evaluate import recount, count, grade_rows, repeated_counts
-from medvlthinker.exchange import Told, exchange, to_inspect, to_lm_eval
-from medvlthinker.grade import RULES, grade
-from medvlthinker.regrade import CAUSES, cells, find_rule, regrade, why
-from medvlthinker.rollout import samples_fingerprint, stored_rollout, write_shard
-from medvlthinker.sample import Sample, SampleFile, write_samples
+from medvlthinker.data.benchmarks import load_benchmark
+from medvlthinker.generation.completion import Completion
+from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.evaluation.evaluate import recount, count, grade_rows, repeated_counts
+from medvlthinker.evaluation.exchange import Told, exchange, to_inspect, to_lm_eval
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.evaluation.regrade import CAUSES, cells, find_rule, regrade, why
+from medvlthinker.generation.rollout import samples_fingerprint, stored_rollout, write_shard
+from medvlthinker.data.sample import Sample, SampleFile, write_samples
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff")
 SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}")
-MINE = '''from medvlthinker.grade import Grade
+MINE = '''from medvlthinker.core.grade import Grade
 
 def first_capital(text, options, label):
     said = next((letter for letter in text if letter in options), None)
@@ -170,30 +170,30 @@ ASKED = ("limit=8", "benchmark=vqa_rad, slake")
 
 
 def test_a_profile_from_the_command_line(planted):
-    done = python("-m", "medvlthinker.regrade", "smoke", *ASKED, "old=strict", "new=lenient")
+    done = python("-m", "medvlthinker.evaluation.regrade", "smoke", *ASKED, "old=strict", "new=lenient")
     assert done.returncode == 0 and "strict -> lenient: " in done.stdout and "of 16 verdicts flipped" in done.stdout, done.stderr
     path = planted / "smoke" / "results" / "phantom" / "regrade-strict-lenient.json"
     stored, flips = json.loads(path.read_text()), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().split("\n")[:-1]]
     assert [cell["dataset_name"] for cell in stored["cells"]] == ["slake_closed", "vqa_rad_closed", "macro average"]
     assert sum(line["answers"] for line in stored["causes"]) == len(flips) > 0 and {line["model"] for line in flips} == {"tiny"}
     assert path.with_name(path.name + ".manifest.json").is_file()
-    done = python("-m", "medvlthinker.regrade", "smoke", *ASKED, f"new={planted}/mine.py:first_capital")
+    done = python("-m", "medvlthinker.evaluation.regrade", "smoke", *ASKED, f"new={planted}/mine.py:first_capital")
     assert done.returncode == 0 and (path.parent / "regrade-strict-mine.first_capital.json").is_file(), done.stderr
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(planted):
     for new, part in (("kind", "No rule 'kind'"), (f"{planted}/absent.py:rule", "No file"), (f"{planted}/mine.py:rule", "has no function 'rule'"), (f"{planted}/mine.py:stumbles", "failed on")):
-        says(python("-m", "medvlthinker.regrade", "smoke", *ASKED, f"new={new}"), part)
-    says(python("-m", "medvlthinker.regrade", "smoke", "limit=9", ASKED[1]), "answers other questions than slake_closed")
-    says(python("-m", "medvlthinker.exchange", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
-    says(python("-m", "medvlthinker.exchange", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={planted}", "rules=kind"), "No rule kind")
+        says(python("-m", "medvlthinker.evaluation.regrade", "smoke", *ASKED, f"new={new}"), part)
+    says(python("-m", "medvlthinker.evaluation.regrade", "smoke", "limit=9", ASKED[1]), "answers other questions than slake_closed")
+    says(python("-m", "medvlthinker.evaluation.exchange", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
+    says(python("-m", "medvlthinker.evaluation.exchange", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={planted}", "rules=kind"), "No rule kind")
     assert not list((planted / "smoke" / "results" / "phantom").glob("regrade-*"))
 
 
 def test_exchange_from_the_command_line(planted, tmp_path):
     made = {}
     for to, words in (("inspect", ["benchmark=vqa_rad", "answers=repeats"]), ("lm-eval", [ASKED[1]]), ("eval_results", [ASKED[1]])):
-        done = python("-m", "medvlthinker.exchange", "smoke", "limit=8", *words, "model=tiny", f"to={to}", f"folder={tmp_path / to}")
+        done = python("-m", "medvlthinker.evaluation.exchange", "smoke", "limit=8", *words, "model=tiny", f"to={to}", f"folder={tmp_path / to}")
         assert done.returncode == 0, done.stderr
         made[to] = sorted(path.name for path in (tmp_path / to).rglob("*.json*"))
     assert [len(names) for names in made.values()] == [1, 3, 2]

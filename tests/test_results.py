@@ -8,12 +8,12 @@ from decimal import Decimal
 import numpy as np
 import pytest
 from conftest import ROOT, python, says
-from medvlthinker import audit
-from medvlthinker.config import UserError, load_profile
-from medvlthinker.contract import compare, counted, to_lines
-from medvlthinker.evaluate import difference
-from medvlthinker.published import COLUMNS, published
-from medvlthinker.stats import clustered_mean, detectable, exact, holm, macro_average, majority, mcnemar, paired_bootstrap, pass_at_k, pass_curve, possible
+from medvlthinker.results import audit
+from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.results.contract import compare, counted, to_lines
+from medvlthinker.evaluation.evaluate import difference
+from medvlthinker.results.published import COLUMNS, published
+from medvlthinker.core.stats import clustered_mean, detectable, exact, holm, macro_average, majority, mcnemar, paired_bootstrap, pass_at_k, pass_curve, possible
 
 PAPER = published()
 
@@ -193,17 +193,17 @@ def test_no_number_is_typed_in_the_results_notebooks():
 
 
 def test_commands_say_what_is_wrong_in_one_sentence(home):
-    says(python("-m", "medvlthinker.contract", "compare", "smke"), "No profile 'smke'")
-    says(python("-m", "medvlthinker.contract"), "compare [PROFILE]")
-    says(python("-m", "medvlthinker.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
-    done = python("-m", "medvlthinker.contract", "compare", "smoke")
+    says(python("-m", "medvlthinker.results.contract", "compare", "smke"), "No profile 'smke'")
+    says(python("-m", "medvlthinker.results.contract"), "compare [PROFILE]")
+    says(python("-m", "medvlthinker.app.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
+    done = python("-m", "medvlthinker.results.contract", "compare", "smoke")
     assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
     assert counted(load_profile("smoke")) == []
 
 
 def evaluated(home, profile, source, model, right):
     "What paper/4_evaluate leaves of a model, written by hand."
-    from medvlthinker.rollout import folder_name
+    from medvlthinker.generation.rollout import folder_name
 
     folder = home / profile / "results" / source / folder_name(model)
     folder.mkdir(parents=True)
@@ -245,7 +245,7 @@ def test_the_contract_holds_the_rule_of_the_tables_against_the_tables():
 
 
 def test_what_is_all_alike_is_not_certain():
-    from medvlthinker.evaluate import repeated_table
+    from medvlthinker.evaluation.evaluate import repeated_table
 
     same = difference(lines({"a": [1] * 20}), lines({"a": [1] * 20}))["macro"]
     assert same[1] < -.01 and same[2] > .01

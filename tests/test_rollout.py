@@ -6,10 +6,10 @@ import random
 import time
 
 import pytest
-from medvlthinker import phantom
-from medvlthinker.config import UserError, fingerprint, load_profile
-from medvlthinker.engine import Sampling, engine_version
-from medvlthinker.rollout import identity, read_shard, roll_out
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import UserError, fingerprint, load_profile
+from medvlthinker.generation.engine import Sampling, engine_version
+from medvlthinker.generation.rollout import identity, read_shard, roll_out
 
 PROFILE = load_profile("smoke", batch_size=8)
 SAMPLING = Sampling(n=2, temperature=1.0, max_tokens=24)  # sampled, so that a wrong seed after a restart shows
@@ -18,7 +18,7 @@ SAMPLING = Sampling(n=2, temperature=1.0, max_tokens=24)  # sampled, so that a w
 def act(model: str, samples: list, folder) -> None:
     "One rollout with the real engine, as a process of its own."
     import torch
-    from medvlthinker.engine import open_engine
+    from medvlthinker.generation.engine import open_engine
 
     torch.set_num_threads(1)
     who = identity(samples, model, PROFILE, SAMPLING)
@@ -29,13 +29,13 @@ def act(model: str, samples: list, folder) -> None:
 def processes():
     context = multiprocessing.get_context("forkserver")  # imports torch once, in the server; each process then starts at once
     context.set_forkserver_preload(["torch", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
-                                    "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "medvlthinker.rollout"])
+                                    "transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto", "medvlthinker.generation.rollout"])
     return context
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from medvlthinker import tiny
+    from medvlthinker.generation import tiny
 
     return str(tiny.build(tmp_path_factory.mktemp("model") / "tiny", seed=0))
 
@@ -45,7 +45,7 @@ def shards(folder) -> dict:
 
 
 def test_ten_kills(processes, model, tmp_path, tally):
-    samples = phantom.benchmark("pmc_vqa", 60) + phantom.benchmark("slake_closed", 20)
+    samples = synthetic.benchmark("pmc_vqa", 60) + synthetic.benchmark("slake_closed", 20)
 
     def start(folder):
         process = processes.Process(target=act, args=(model, samples, folder))
@@ -89,7 +89,7 @@ def test_ten_kills(processes, model, tmp_path, tally):
 
 def test_two_processes_share_the_work(processes, model, tmp_path, tally):
     "Two at once on one folder: the second waits, and the bytes are those of one."
-    samples = phantom.benchmark("pmc_vqa", 24)
+    samples = synthetic.benchmark("pmc_vqa", 24)
     with tally("faults", "two rollouts at once, one folder") as count:
         both = [processes.Process(target=act, args=(model, samples, tmp_path / "shared")) for _ in range(2)]
         count.tried += 1
@@ -114,7 +114,7 @@ DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file
 
 
 def test_damaged_shards_are_noticed_and_made_anew(model, tmp_path, tally):
-    samples = phantom.benchmark("pmc_vqa", 8 * len(DAMAGES))
+    samples = synthetic.benchmark("pmc_vqa", 8 * len(DAMAGES))
     act(model, samples, tmp_path)
     expected = shards(tmp_path)
     with contextlib.ExitStack() as stack:
@@ -130,7 +130,7 @@ def test_damaged_shards_are_noticed_and_made_anew(model, tmp_path, tally):
 
 
 def test_another_setting_is_another_rollout(model):
-    samples = phantom.benchmark("pmc_vqa", 4)
+    samples = synthetic.benchmark("pmc_vqa", 4)
     base = identity(samples, model, PROFILE, SAMPLING)
     changed = [identity(samples[:3], model, PROFILE, SAMPLING), identity(samples, model, PROFILE, Sampling(n=3)),
                identity(samples, model, load_profile("smoke", batch_size=9), SAMPLING), identity(samples, model, PROFILE, SAMPLING, "newline"),
@@ -152,7 +152,7 @@ def test_a_full_disk_keeps_what_was_finished(model, tmp_path, tally):
         with tally("faults", "full disk, a rollout") as count:
             (ballast := disk / "ballast").write_bytes(b"x" * 282_000)  # leaves six pages of 4 kB
             count.tried += 1
-            samples = phantom.benchmark("pmc_vqa", 60)
+            samples = synthetic.benchmark("pmc_vqa", 60)
             with pytest.raises(UserError, match="cannot be written .No space left on device.; what was finished before is kept"):
                 act(model, samples, disk / "run")
             kept = shards(disk / "run")

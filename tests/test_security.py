@@ -18,13 +18,15 @@ from pathlib import Path
 import pytest
 import warm
 from conftest import ROOT, python
-from medvlthinker import phantom, sft, tiny
-from medvlthinker.config import Profile, UserError, Workspace, launch, load_profile, redacted
-from medvlthinker.recipe import find
-from medvlthinker.sample import write_samples
+from medvlthinker.data import synthetic
+from medvlthinker.training import sft
+from medvlthinker.generation import tiny
+from medvlthinker.core.config import Profile, UserError, Workspace, launch, load_profile, redacted
+from medvlthinker.training.recipe import find
+from medvlthinker.data.sample import write_samples
 
-PACKAGE = sorted((ROOT / "medvlthinker").glob("*.py"))
-SOURCES = [*PACKAGE, *sorted((ROOT / "compat").glob("*/*.py"))]
+PACKAGE = sorted((ROOT / "medvlthinker").rglob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "locks" / "compat").glob("*/*.py"))]
 
 
 # --- the checkers ---------------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def test_bandit_finds_nothing_and_what_is_planted(tmp_path):
     need("bandit")
     (tmp_path / "planted.py").write_text("import subprocess, torch\nassert input()\nsubprocess.run(input(), shell=True)\ntorch.load('x')\n")
     check = lambda *places: python("-m", "bandit", "-q", "-c", ROOT / "pyproject.toml", "-f", "json", "-r", *places)
-    wrong = {(Path(each["filename"]).name, each["test_id"], each["line_number"]) for each in json.loads(check(ROOT / "medvlthinker", ROOT / "compat", tmp_path).stdout)["results"]}
+    wrong = {(Path(each["filename"]).name, each["test_id"], each["line_number"]) for each in json.loads(check(ROOT / "medvlthinker", ROOT / "locks" / "compat", tmp_path).stdout)["results"]}
     assert wrong == {("planted.py", "B101", 2), ("planted.py", "B602", 3), ("planted.py", "B614", 4)}, wrong
 
 
@@ -172,11 +174,11 @@ def traps(tmp_path_factory):
 
 OPEN = """
 import json, sys
-from medvlthinker.config import UserError, load_profile
-from medvlthinker.checkpoint import skeleton
-from medvlthinker.engine import open_engine
-from medvlthinker.fit import shape_of
-from medvlthinker.preflight import open_processor
+from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.training.checkpoint import skeleton
+from medvlthinker.generation.engine import open_engine
+from medvlthinker.training.fit import shape_of
+from medvlthinker.difficulty.preflight import open_processor
 from transformers import AutoConfig
 
 ways = {"engine": lambda model: open_engine(load_profile("smoke"), model), "processor": open_processor, "shape": shape_of, "merge": skeleton,
@@ -208,12 +210,12 @@ def opened(traps):
 def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
     "By every engine on this machine, by training and by merging: one sentence, and the program has not run."
     import torch
-    from medvlthinker.checkpoint import merge
-    from medvlthinker.engine import open_engine
+    from medvlthinker.training.checkpoint import merge
+    from medvlthinker.generation.engine import open_engine
 
     place, mark = traps
     pickled, smoke = place / "pickled", load_profile("smoke")
-    write_samples(phantom.corpus("pmc_vqa", 8), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
     ways = {**{f"engine={name}": lambda name=name: open_engine(replace(smoke, engine=name), str(pickled)) for name in ("transformers", "vllm")},
             "copies": lambda: open_engine(replace(smoke, data_parallel=2), str(pickled)),
             **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
@@ -296,19 +298,19 @@ else:
 
 def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, secrets, monkeypatch, tally):
     "In a command; and in a step of the pipeline that then dies in a cell of its own: sentence, logs and the wreck of the notebook name no secret."
-    from medvlthinker import pipeline
+    from medvlthinker.app import pipeline
 
     (tmp_path / "own.py").write_text(OWN)
     notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
     cell, = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    text = "from medvlthinker.config import own_module\nown_module({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
+    text = "from medvlthinker.core.config import own_module\nown_module({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
     notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
     monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
     profile = load_profile("smoke")
     with tally("hostile", "a user's file that prints every secret") as count:
         count.tried += 2
-        done = warm.run("-m", "medvlthinker.status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
+        done = warm.run("-m", "medvlthinker.app.status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
         assert done.returncode == 2 and done.stdout.count("***") == 3 and "no entry with ***" in done.stderr, done.stderr
         assert told(home, done.stdout, done.stderr) == []
         count.survived += 1
@@ -358,7 +360,7 @@ def echo():
 
 def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
-    words = ("-m", "medvlthinker.rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    words = ("-m", "medvlthinker.generation.rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
     with tally("hostile", "a server that repeats the key") as count:
         for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
             echo.locked = locked
@@ -372,10 +374,11 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
-    from medvlthinker import crate, status, train, verl_backend
-    from medvlthinker.pipeline import dry_run
+    from medvlthinker.app import crate, status
+    from medvlthinker.training import train, verl_backend
+    from medvlthinker.app.pipeline import dry_run
 
-    crash = "import os\nfrom medvlthinker.config import command\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
+    crash = "import os\nfrom medvlthinker.core.config import command\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
     done = python("-c", crash)
     assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
     workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"
@@ -414,15 +417,15 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     "verl's settings name our own file; its hash stands among the inputs of a run, and one more byte makes another run, or stops the one that has checkpoints."
     import hashlib
 
-    from medvlthinker import verl_backend
-    from medvlthinker.config import recording, stale
+    from medvlthinker.training import verl_backend
+    from medvlthinker.core.config import recording, stale
 
     recipe, smoke, workspace = find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke")
     given = verl_backend.settings(recipe, smoke, "model", "data.parquet", tmp_path)
     file = Path(given["reward.custom_reward_function.path"])
-    assert file == ROOT / "medvlthinker" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
+    assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
-    write_samples(phantom.corpus("pmc_vqa", 8), workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
     start = replace(recipe, init=str(tiny.build(tmp_path / "start")))
     run = sft.plan(start, smoke, workspace)
     assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -463,7 +466,8 @@ def only_here(found: set[tuple[str, str]]) -> bool:
 def test_what_serves_listens_here_only(tmp_path):
     "The site as `docs --serve` shows it, and what trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
     import psutil
-    from medvlthinker import site, verl_backend
+    from medvlthinker.app import site
+    from medvlthinker.training import verl_backend
 
     with site.web_server(tmp_path, 0) as server:
         assert {line.laddr.ip for line in psutil.Process().net_connections("inet") if line.laddr.port == server.server_port} == {"127.0.0.1"}
@@ -480,7 +484,7 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
     "Every process of Ray, and of the work on it, from the start of a rollout to its end."
     if not importlib.util.find_spec("ray"):
         pytest.skip("ray is not installed; ./reproduce.sh test all installs it")
-    words, found = ["medvlthinker.rollout", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
+    words, found = ["medvlthinker.generation.rollout", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log) as process:
         while process.poll() is None:
             found |= listening(process.pid)
@@ -495,7 +499,7 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-full-gpu.lock"])
+@pytest.mark.parametrize("lock", ["locks/requirements.lock", "locks/requirements-full-gpu.lock"])
 def test_no_package_has_a_known_hole(lock):
     "What the advisories say of the packages in a lock, where they can be asked."
     if not importlib.util.find_spec("pip_audit"):

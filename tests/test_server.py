@@ -18,12 +18,12 @@ import pytest
 from conftest import ROOT, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medvlthinker import phantom
-from medvlthinker.completion import Completion, Sampling, Shard
-from medvlthinker.config import Profile, UserError
-from medvlthinker.rollout import read_shard
-from medvlthinker.sample import Sample
-from medvlthinker.server import ServerEngine, read_answer
+from medvlthinker.data import synthetic
+from medvlthinker.generation.completion import Completion, Sampling, Shard
+from medvlthinker.core.config import Profile, UserError
+from medvlthinker.generation.rollout import read_shard
+from medvlthinker.data.sample import Sample
+from medvlthinker.generation.server import ServerEngine, read_answer
 
 KEY = "sk-test-5f3a91c07e"
 
@@ -334,11 +334,11 @@ def test_any_json_is_an_answer_or_is_not(body):
 
 RUN = """
 import sys
-from medvlthinker.completion import Sampling, Shard
-from medvlthinker.config import Profile, command
-from medvlthinker.rollout import read_shard
-from medvlthinker.sample import Sample
-from medvlthinker.server import ServerEngine
+from medvlthinker.generation.completion import Sampling, Shard
+from medvlthinker.core.config import Profile, command
+from medvlthinker.generation.rollout import read_shard
+from medvlthinker.data.sample import Sample
+from medvlthinker.generation.server import ServerEngine
 
 def main(words):
     samples = [Sample(f"Is this number {i}?", {"A": "Yes", "B": "No"}, "A", "Yes") for i in range(4)]
@@ -416,7 +416,7 @@ def vllm_server(warm_tiny, tmp_path_factory):
 def phantoms(count: int) -> list[Sample]:
     "Text and image questions of several sets."
     names = ("pmc_vqa", "slake_closed", "MMMU-medical")
-    return [sample for name in names for sample in phantom.benchmark(name, count // 3, 7)]
+    return [sample for name in names for sample in synthetic.benchmark(name, count // 3, 7)]
 
 
 def texts(folder) -> dict:
@@ -428,7 +428,7 @@ def texts(folder) -> dict:
 def test_the_six_benchmarks_through_a_server(vllm_server, warm_home, tmp_path):
     "40 questions of each, greedy, both in float32: every text, ending and count of tokens is that of transformers, whatever the served model's generation_config says."
     for home, words in ((warm_home, ["model=tiny"]), (tmp_path / "served", ["model=embedded", "engine=openai", f"base_url={vllm_server}"])):
-        done = python("-m", "medvlthinker.rollout", "smoke", "limit=40", *words, MEDVLTHINKER_HOME=home)
+        done = python("-m", "medvlthinker.generation.rollout", "smoke", "limit=40", *words, MEDVLTHINKER_HOME=home)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("40 questions, 40 completions") == 6 and done.stdout.count(" 0 failed") == 6
         assert KEY not in done.stdout + done.stderr + "".join(path.read_text() for path in home.rglob("*.json*") if path.stat().st_size < 1e6)

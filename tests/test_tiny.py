@@ -7,9 +7,10 @@ import textwrap
 import pytest
 
 from conftest import python, says
-from medvlthinker import phantom, tiny
-from medvlthinker.config import file_hash
-from medvlthinker.prompt import messages, sft_target, user_text, verl_prompt
+from medvlthinker.data import synthetic
+from medvlthinker.generation import tiny
+from medvlthinker.core.config import file_hash
+from medvlthinker.data.prompt import messages, sft_target, user_text, verl_prompt
 
 VISION, LANGUAGE = 4, 3  # steps: enough to change every weight
 
@@ -25,7 +26,7 @@ def test_same_seed_same_weights_in_another_process(barely, tmp_path):
         import random, numpy, torch
         random.seed(9); numpy.random.seed(9); torch.manual_seed(9); torch.set_num_threads(2)
         before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        from medvlthinker import tiny
+        from medvlthinker.generation import tiny
         tiny.make({str(tmp_path / "tiny")!r}, 3, {VISION}, {LANGUAGE}, log=lambda line: None)
         assert before == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), "the caller's random state changed"
         assert torch.get_num_threads() == 2, "the caller's threads changed"
@@ -48,7 +49,7 @@ def test_loads_through_the_auto_classes(barely):
     net, cut = AutoModelForImageTextToText.from_pretrained(barely), AutoProcessor.from_pretrained(barely)
     assert type(net) is Qwen2_5_VLForConditionalGeneration and type(cut) is Qwen2_5_VLProcessor
     for name, index in (("pathvqa_closed", 0), ("MedXpertQA-MM", 1)):  # one picture, two pictures
-        sample = phantom.benchmark(name, index + 1)[index]
+        sample = synthetic.benchmark(name, index + 1)[index]
         batch = cut.apply_chat_template(messages(sample), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         assert (batch["input_ids"] == net.config.image_token_id).sum() == 16 * len(sample.images)
         assert net(**batch).logits.isfinite().all()
@@ -89,7 +90,7 @@ def test_trl_trains_it_for_a_step(barely, tmp_path):
 
     net, cut = AutoModelForImageTextToText.from_pretrained(barely, dtype="float32"), AutoProcessor.from_pretrained(barely)
     rows = [{"images": sample.pictures(), "prompt": [{"role": "user", "content": user_text(sample)}],
-             "completion": [{"role": "assistant", "content": sft_target(sample.answer_label, sample.reasoning)}]} for sample in phantom.corpus("pmc_vqa", 4)]
+             "completion": [{"role": "assistant", "content": sft_target(sample.answer_label, sample.reasoning)}]} for sample in synthetic.corpus("pmc_vqa", 4)]
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     how = SFTConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-3, max_length=None, completion_only_loss=True,
                     report_to="none", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
@@ -106,7 +107,7 @@ def test_half_a_model_never_has_the_name(barely, tmp_path, tally):
     "A process that is killed in the middle leaves nothing under the folder's name, and the next call makes the same model."
     folder = tmp_path / "tiny"
     with tally("faults", "SIGKILL of the making of the tiny model") as count:
-        child = subprocess.Popen([sys.executable, "-m", "medvlthinker.tiny", str(folder), "--seed", "3"], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen([sys.executable, "-m", "medvlthinker.generation.tiny", str(folder), "--seed", "3"], stdout=subprocess.PIPE, text=True)
         count.tried += 1
         child.stdout.readline()  # it is in the middle of its first half now
         child.kill()
@@ -119,7 +120,7 @@ def test_half_a_model_never_has_the_name(barely, tmp_path, tally):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    done = python("-m", "medvlthinker.tiny", tmp_path)
+    done = python("-m", "medvlthinker.generation.tiny", tmp_path)
     says(done, "holds something that is not a tiny model")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -144,7 +145,7 @@ def test_verl_reads_it(barely, tmp_path):
 
     rows = [{"data_source": "phantom", "prompt": verl_prompt(sample), "images": [{"bytes": image, "path": None} for image in sample.images],
              "ability": "medical_mcqa", "reward_model": {"style": "rule", "ground_truth": sample.answer}, "extra_info": {"index": sample.dataset_index}}
-            for sample in phantom.corpus("pmc_vqa", 3)]
+            for sample in synthetic.corpus("pmc_vqa", 3)]
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.Sequence(datasets.Image()))
     table.to_parquet(str(tmp_path / "train.parquet"))
     how = OmegaConf.create({"prompt_key": "prompt", "image_key": "images", "max_prompt_length": 256, "filter_overlong_prompts": True,

@@ -10,23 +10,25 @@ from pathlib import Path
 import pytest
 import warm
 from conftest import ROOT, python, says
-from medvlthinker import phantom, tiny, train
-from medvlthinker.checkpoint import merge
-from medvlthinker.config import UserError, Workspace, load_profile
-from medvlthinker.recipe import find
-from medvlthinker.sample import write_samples
-from medvlthinker.sft import WHOLE, accelerate_config, accelerate_file, last_whole
-from medvlthinker.train import curves
+from medvlthinker.data import synthetic
+from medvlthinker.generation import tiny
+from medvlthinker.training import train
+from medvlthinker.training.checkpoint import merge
+from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.training.recipe import find
+from medvlthinker.data.sample import write_samples
+from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole
+from medvlthinker.training.train import curves
 from safetensors.numpy import load_file
 
-SFT = ("medvlthinker.sft", "smoke", "recipe=tiny-SFT_PMC", "train_limit=64", "max_steps=10")
-GRPO = ("medvlthinker.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=8")
+SFT = ("medvlthinker.training.sft", "smoke", "recipe=tiny-SFT_PMC", "train_limit=64", "max_steps=10")
+GRPO = ("medvlthinker.training.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=8")
 
 
 @pytest.fixture
 def ready(warm_home) -> Path:
     "A home with the warm model and a curated corpus."
-    write_samples(phantom.corpus("pmc_vqa", 40), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
     return warm_home
 
 
@@ -99,7 +101,7 @@ def test_two_processes_share_a_run(ready):
 
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
-    done = warm.run("-m", "medvlthinker.train", *SFT[1:-1], "max_steps=4", "lora_rank=4", cwd=ROOT)
+    done = warm.run("-m", "medvlthinker.training.train", *SFT[1:-1], "max_steps=4", "lora_rank=4", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     home = ready / "smoke" / "checkpoints"
     model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
@@ -122,7 +124,7 @@ def blank(home, tmp_path) -> Path:
     (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
     (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors)"]),
     (["recipe=tiny-SFT_PMC", "init=nowhere"], ["No model 'nowhere'"]),
-    (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no chains of thought to imitate", "23_distill"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no chains of thought to imitate", "31_distill"]),
     (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
     (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
     (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
@@ -134,12 +136,12 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     (tmp_path / "hollow").mkdir()
     shutil.copy(blank / "config.json", tmp_path / "hollow")
     (tmp_path / "pictures" / "PMC-VQA" / "images").mkdir(parents=True)
-    (tmp_path / "pictures" / "PMC-VQA" / "images" / "a.png").write_bytes(phantom.corpus("pmc_vqa", 1)[0].images[0])
+    (tmp_path / "pictures" / "PMC-VQA" / "images" / "a.png").write_bytes(synthetic.corpus("pmc_vqa", 1)[0].images[0])
     columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
     (tmp_path / "pictures" / "PMC-VQA" / "train.csv").write_text(columns + "a.png,What is it?,lung,A:lung,B:liver,C:knee,D:skull,A\n")
-    long = phantom.corpus("m23k", 1)[0]
+    long = synthetic.corpus("m23k", 1)[0]
     write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
-    write_samples(phantom.corpus("pmc_vqa", 3), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as said:
         train.main(["smoke", *(word.replace("BLANK", str(blank)) for word in words)])
@@ -149,8 +151,8 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(home):
-    says(python("-m", "medvlthinker.train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
-    says(python("-m", "medvlthinker.sft", "smoke", "recipe=tiny-RL_PMC"), "this module trains SFT")
+    says(python("-m", "medvlthinker.training.train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
+    says(python("-m", "medvlthinker.training.sft", "smoke", "recipe=tiny-RL_PMC"), "this module trains SFT")
 
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
@@ -161,6 +163,6 @@ def test_what_a_trainer_says_last_is_the_sentence(ready):
     arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")
     shutil.rmtree(arrow)
     arrow.write_text("a file where a folder should be")
-    done = warm.run("-m", "medvlthinker.train", *GRPO[1:-1], "max_steps=1", cwd=ROOT)
+    done = warm.run("-m", "medvlthinker.training.train", *GRPO[1:-1], "max_steps=1", cwd=ROOT)
     assert curated.is_file()
-    says(done, "medvlthinker.grpo smoke ended with exit code", "train.log")
+    says(done, "medvlthinker.training.grpo smoke ended with exit code", "train.log")

@@ -22,7 +22,7 @@ def test_types_hold_and_a_wrong_one_is_found(tmp_path):
     done = mypy(ROOT, tmp_path / "cache")
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(PACKAGE, tmp_path / "medvlthinker", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(tmp_path / "medvlthinker" / "audit.py", "a") as file:  # nothing but the contract imports it, and from the cache the rest is read
+    with open(tmp_path / "medvlthinker" / "results" / "audit.py", "a") as file:  # nothing but the contract imports it, and from the cache the rest is read
         file.write('\n\ndef planted(paper: Paper) -> str:\n    return gap("7B-RL_m23k", paper.rows[0])\n')
     found = mypy(tmp_path, tmp_path / "cache").stdout
     assert 'has incompatible type "str"; expected "Published"' in found and "Incompatible return value type" in found, found
@@ -48,7 +48,7 @@ def complaints(source: str) -> list[str]:
 
 
 def test_public_functions_say_what_they_take():
-    modules = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "_modidx"]
+    modules = [path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "_modidx"]
     wrong = {path.stem: said for path in modules if (said := complaints(path.read_text(encoding="utf-8")))}
     assert not wrong, "\n".join(f"{name}.{line}" for name, lines in wrong.items() for line in lines)
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, says
 
-from medvlthinker import tiny
-from medvlthinker.config import Workspace, file_hash, load_profile, manifest_path, recording, writing
-from medvlthinker.crate import CRATE, run_files, write_cards
-from medvlthinker.curate import curate, decide, pass_counts
-from medvlthinker.engine import Sampling
-from medvlthinker.evaluate import evaluate
-from medvlthinker.report import results_table, write_table
-from medvlthinker.rollout import rollouts
-from medvlthinker.verify import findings, main
+from medvlthinker.generation import tiny
+from medvlthinker.core.config import Workspace, file_hash, load_profile, manifest_path, recording, writing
+from medvlthinker.app.crate import CRATE, run_files, write_cards
+from medvlthinker.difficulty.curate import curate, decide, pass_counts
+from medvlthinker.generation.engine import Sampling
+from medvlthinker.evaluation.evaluate import evaluate
+from medvlthinker.results.report import results_table, write_table
+from medvlthinker.generation.rollout import rollouts
+from medvlthinker.app.verify import findings, main
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +156,22 @@ def test_a_number_that_does_not_come_out_again_is_a_sentence(finished):
     whole = table.read_text()
     for words, change in (("cell=raw/SLAKE", lambda text: re.sub(r"(?m)^(.*,raw,.*)$", lambda line: re.sub(r"\b\d+\.\d\d\b", "99.99", line[1]), text)),):
         table.write_text(change(whole))
-        says(python("-m", "medvlthinker.verify", "smoke", words, MEDVLTHINKER_HOME=home), "raw/SLAKE cannot be trusted as it stands", "99.99")
-    says(python("-m", "medvlthinker.verify", "smoke", MEDVLTHINKER_HOME=home), "1 of", "not what was recorded")
+        says(python("-m", "medvlthinker.app.verify", "smoke", words, MEDVLTHINKER_HOME=home), "raw/SLAKE cannot be trusted as it stands", "99.99")
+    says(python("-m", "medvlthinker.app.verify", "smoke", MEDVLTHINKER_HOME=home), "1 of", "not what was recorded")
     table.write_text(whole)
     folder = next(finished.glob("rollouts/raw/phantom/slake_closed/*"))
     shard = folder / "shard-00000.jsonl"
     before = shard.read_bytes()
     shard.write_bytes(before.replace(b'"stop"', b'"stap"').replace(b'"length"', b'"lenght"'))
-    says(python("-m", "medvlthinker.verify", "smoke", "cell=raw/SLAKE", MEDVLTHINKER_HOME=home), "missing or damaged")
+    says(python("-m", "medvlthinker.app.verify", "smoke", "cell=raw/SLAKE", MEDVLTHINKER_HOME=home), "missing or damaged")
     shard.write_bytes(before)
 
 
 @pytest.mark.parametrize("words, parts", [(["cell=raw/SLAKEN"], ["No cell 'raw/SLAKEN' in comparison.csv", "a row of GPT-4o, raw"]), (["cell=nonsense"], ["No cell"]), (["cell=nowhere:raw/PMC"], ["no table nowhere"]),
                                           (["show=many"], ["show wants a whole number"]), (["colour=red"], ["Unknown profile key colour"])])
 def test_bad_input_is_a_sentence(finished, words, parts):
-    says(python("-m", "medvlthinker.verify", "smoke", *words), *parts)
+    says(python("-m", "medvlthinker.app.verify", "smoke", *words), *parts)
 
 
 def test_where_nothing_was_run_it_says_so(tmp_path):
-    says(python("-m", "medvlthinker.verify", "smoke", MEDVLTHINKER_HOME=tmp_path), "Nothing of the profile smoke has been made")
+    says(python("-m", "medvlthinker.app.verify", "smoke", MEDVLTHINKER_HOME=tmp_path), "Nothing of the profile smoke has been made")

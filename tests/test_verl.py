@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, python, split
-from medvlthinker import phantom
-from medvlthinker.config import Workspace, load_profile
-from medvlthinker.recipe import RECIPES, find
-from medvlthinker.sample import write_samples
-from medvlthinker.verl_backend import latest_checkpoint, overrides, parquet, rows_of, validation_parquet, verl_row, write_rows
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.training.recipe import RECIPES, find
+from medvlthinker.data.sample import write_samples
+from medvlthinker.training.verl_backend import latest_checkpoint, overrides, parquet, rows_of, validation_parquet, verl_row, write_rows
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh test all installs it")]
 
 # --- (a) the configuration -------------------------------------------------------------------------------------------------
 
-# As published, written down by hand from the paper's launch scripts, not from medvlthinker.recipe:
+# As published, written down by hand from the paper's launch scripts, not from medvlthinker.training.recipe:
 # shuffle, batch, mini batch, micro batch per GPU, tensor parallel, nodes, epochs, save and test frequency, checkpoints kept, validation before training
 PUBLISHED = {
     "3B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None, True),
@@ -53,7 +53,7 @@ SHARED = {  # the same in all of the paper's runs: first what its scripts set, t
     "actor_rollout_ref.ref.fsdp_config.param_offload": True, "actor_rollout_ref.rollout.name": "vllm", "actor_rollout_ref.rollout.n": 8,
     "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6, "actor_rollout_ref.rollout.enable_chunked_prefill": False,
     "actor_rollout_ref.rollout.enforce_eager": False, "actor_rollout_ref.rollout.free_cache_engine": False, "trainer.critic_warmup": 0, "trainer.n_gpus_per_node": 8,
-    "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
+    "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "core" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
     "reward.custom_reward_function.reward_kwargs.rule": "reward",
     "actor_rollout_ref.actor.clip_ratio": 0.2, "actor_rollout_ref.actor.clip_ratio_low": 0.2, "actor_rollout_ref.actor.clip_ratio_high": 0.2,
     "actor_rollout_ref.actor.clip_ratio_c": 3.0, "actor_rollout_ref.actor.loss_agg_mode": "token-mean", "actor_rollout_ref.actor.ppo_epochs": 1,
@@ -130,15 +130,15 @@ def verl_dataset(path, model: Path, most: int, filtered: bool = False):
 
 @pytest.fixture(scope="module")
 def blank_tiny(tmp_path_factory) -> Path:
-    from medvlthinker import tiny
+    from medvlthinker.generation import tiny
 
     return tiny.build(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
     "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
-    samples = phantom.corpus("pmc_vqa", 150, 0)
-    samples.insert(1, next(sample for sample in phantom.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
+    samples = synthetic.corpus("pmc_vqa", 150, 0)
+    samples.insert(1, next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
     write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "scans.parquet")
     read = verl_dataset(tmp_path / "scans.parquet", blank_tiny, 512)
     assert len(read) == 151
@@ -149,7 +149,7 @@ def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
         assert all(part["image"].tobytes() == picture.tobytes() for part, picture in zip(content, sample.pictures()))
         assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
         assert json.loads(row["extra_info"]["options"]) == sample.options
-    texts = phantom.corpus("m23k", 10, 0)
+    texts = synthetic.corpus("m23k", 10, 0)
     write_rows((verl_row(sample, place) for place, sample in enumerate(texts)), tmp_path / "texts.parquet")
     assert [row["raw_prompt"][0]["content"] for row in verl_dataset(tmp_path / "texts.parquet", blank_tiny, 512)] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
 
@@ -157,10 +157,10 @@ def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
 @pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
 def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
     "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
-    from medvlthinker.preflight import lengths
+    from medvlthinker.difficulty.preflight import lengths
     from transformers import AutoProcessor
 
-    samples = phantom.corpus(corpus, 60, 1)
+    samples = synthetic.corpus(corpus, 60, 1)
     most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
     ours = parquet(samples, tmp_path / "ours.parquet", str(blank_tiny), most, {})
     write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
@@ -170,8 +170,8 @@ def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
 
 def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_tiny, real_data):
     "The same with pictures of real sizes under the limits of Qwen2.5-VL's processor, at five limits that cut through them."
-    from medvlthinker import benchmark
-    from medvlthinker.preflight import lengths
+    from medvlthinker.data import benchmarks
+    from medvlthinker.difficulty.preflight import lengths
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(blank_tiny)
@@ -180,7 +180,7 @@ def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_t
     processor.save_pretrained(tmp_path / "model")
     samples = []
     for name in ("vqa_rad_closed", "MMMU-medical", "pmc_vqa"):
-        samples += split(benchmark.local_rows(name, *benchmark.local_copy(name, str(real_data))))[0][:36]
+        samples += split(benchmarks.local_rows(name, *benchmarks.local_copy(name, str(real_data))))[0][:36]
     counted = sorted(lengths(samples, AutoProcessor.from_pretrained(tmp_path / "model")).prompt_tokens)
     write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
     assert len(samples) >= 20 and counted[-1] > 2 * counted[0]
@@ -202,10 +202,10 @@ def test_the_validation_set(home, own_cache, blank_tiny):
 
 RUN = """
 from dataclasses import replace
-from medvlthinker.config import Workspace, load_profile
-from medvlthinker.recipe import find
-from medvlthinker.verl_backend import train
-from medvlthinker.verl_cpu import cpu_environment, cpu_overrides
+from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.training.recipe import find
+from medvlthinker.training.verl_backend import train
+from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
 
 recipe = find("tiny-RL_PMC")
 recipe = replace(recipe, how=replace(recipe.how, kl_coef=0.01, warmup_steps=0, save_every=1, keep=0))
@@ -245,7 +245,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_two_steps_with_a_kill_between_them(warm_home, tmp_path, tally):
     "Two steps of GRPO with images through verl itself, SIGKILL after the first; the same command goes on, and the merged model is the trained one."
-    write_samples(phantom.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
     with tally("faults", "SIGKILL of a training by verl") as count:
         folder, logs = warm_home / "smoke" / "checkpoints" / "tiny-RL_PMC.training", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
         count.tried += 1
@@ -296,14 +296,14 @@ def merged_is_trained(home: Path, last: Path, merged: Path) -> None:
     "verl's merger makes safetensors that transformers loads; they give the logits of the sharded weights, and not those of the start."
     import torch
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
-    from medvlthinker.prompt import messages
+    from medvlthinker.data.prompt import messages
 
     done = python("-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", last / "actor", "--target_dir", merged)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (merged / "model.safetensors").is_file() and not list(merged.glob("*.bin"))
     start = home / "smoke" / "checkpoints" / "tiny"
     processor = AutoProcessor.from_pretrained(start)
-    inputs = processor.apply_chat_template(messages(phantom.corpus("pmc_vqa", 1, 9)[0]), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(messages(synthetic.corpus("pmc_vqa", 1, 9)[0]), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
     def logits(folder, weights=None):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -322,8 +322,8 @@ def merged_is_trained(home: Path, last: Path, merged: Path) -> None:
 def test_bad_commands_say_why(tmp_path):
     "On a machine without GPUs a paper recipe is refused in one sentence, before anything is written."
     import torch
-    from medvlthinker.config import UserError
-    from medvlthinker.verl_backend import ready
+    from medvlthinker.core.config import UserError
+    from medvlthinker.training.verl_backend import ready
 
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")

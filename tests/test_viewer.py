@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from conftest import encoded, python, watched
 
-from medvlthinker import phantom
-from medvlthinker.config import UserError, load_profile
-from medvlthinker.engine import Completion
-from medvlthinker.grade import RULES, grade
-from medvlthinker.rollout import samples_fingerprint, write_shard
-from medvlthinker.sample import write_samples
-from medvlthinker.viewer import (SCRIPT, STYLE, Entry, Look, State, data_uri, entry_html, island, parse_state, page_data, spread, stored, visible,
+from medvlthinker.data import synthetic
+from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.generation.engine import Completion
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.generation.rollout import samples_fingerprint, write_shard
+from medvlthinker.data.sample import write_samples
+from medvlthinker.results.viewer import (SCRIPT, STYLE, Entry, Look, State, data_uri, entry_html, island, parse_state, page_data, spread, stored, visible,
                                  write_page, write_state)
 
 ATTACKS = ("<script>window.pwned = 1; alert(1)</script>", "<img src=x onerror='window.pwned = 2; alert(2)'>", "</script><script>window.pwned = 3</script>",
@@ -47,7 +47,7 @@ def answer(sample, number):
 
 def toy(n=1):
     "Twelve questions of three sets; three models, of which `c` left out every fourth question."
-    drawn = [sample for name in ("pmc_vqa", "vqa_rad_closed", "MMMU-medical") for sample in phantom.benchmark(name, 4)]
+    drawn = [sample for name in ("pmc_vqa", "vqa_rad_closed", "MMMU-medical") for sample in synthetic.benchmark(name, 4)]
     entries = []
     for i, sample in enumerate(drawn):
         answers = {model: said(*(answer(sample, i * step + k * (i + step)) for k in range(n))) for model, step in (("a", 1), ("b/x", 2), ("c", 3))}
@@ -133,7 +133,7 @@ def tags(page):
 def test_no_text_breaks_out_of_its_place():
     held = island({EVIL: [EVIL]})
     assert json.loads(held) == {EVIL: [EVIL]} and held.isascii() and not set("<>&") & set(held)
-    sample = dataclasses.replace(phantom.benchmark("pmc_vqa", 1)[0], question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A", answer=EVIL, dataset_name=EVIL)
+    sample = dataclasses.replace(synthetic.benchmark("pmc_vqa", 1)[0], question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A", answer=EVIL, dataset_name=EVIL)
     shown = entry_html(Entry(sample, {EVIL: [{"text": EVIL, "finish_reason": EVIL, "tokens": EVIL}]}))
     found = tags(shown)
     assert {tag for tag, _ in found} <= {"div", "p", "b", "img", "pre", "bdi", "ul", "li", "i", "span", "details", "summary"}
@@ -144,7 +144,7 @@ def test_no_text_breaks_out_of_its_place():
 
 def test_a_long_text_is_cut_and_says_so(tmp_path):
     text = "<think>" + "x" * 1_000_000 + "</think><answer> A </answer>"
-    sample = phantom.benchmark("pmc_vqa", 1)[0]
+    sample = synthetic.benchmark("pmc_vqa", 1)[0]
     page = write_page(Look([Entry(sample, {"m": said(text)})]), tmp_path / "long.html", quality=0)
     assert page.stat().st_size < 150_000 and f"{len(text) - 20_000:,} of {len(text):,} characters are left out here" in page.read_text()
     assert "answer\\u003e A \\u003c/answer" in page.read_text(), "the answer is kept"
@@ -188,7 +188,7 @@ def test_pages_choose_their_questions_by_rule(tmp_path):
 def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, name="0" * 16, text="<think> x </think><answer> {} </answer>", part="", **changed):
     "Samples and a rollout of three shards each, as a run leaves them."
     for number, each in enumerate(sets):
-        samples = phantom.corpus(each, 6) if part else phantom.benchmark(each, 6)
+        samples = synthetic.corpus(each, 6) if part else synthetic.benchmark(each, 6)
         path = home / "smoke" / "samples" / "phantom" / part / f"{each}.parquet"
         write_samples(samples, path)
         folder = home / "smoke" / "rollouts" / model / "phantom" / part / each / name
@@ -206,10 +206,10 @@ def test_stored_reads_and_makes_nothing(home):
     before = sorted(path for path in home.rglob("*"))
     look = stored(load_profile("smoke"))
     assert look.models == ["tiny"] and look.sets == ["pmc_vqa", "slake_closed"] and len(look.hits(State(verdict="right"))) == 12
-    assert look.entries[7].whole() == phantom.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
+    assert look.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
     assert sorted(path for path in home.rglob("*")) == before
     assert [len(stored(load_profile("smoke"), "tiny", limit=2).entries), len(stored(load_profile("smoke", benchmark="slake")).entries)] == [4, 6]
-    done = python("-c", "import sys; from medvlthinker.viewer import *; from medvlthinker.config import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
+    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.core.config import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
                   MEDVLTHINKER_HOME=home)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -221,7 +221,7 @@ def test_stored_says_what_is_missing(home):
     folder = run_left(home)
     with pytest.raises(UserError, match="No whole rollout of tiny-RL_PMC on pmc_vqa"):
         stored(profile, ["tiny", "tiny-RL_PMC"])
-    with pytest.raises(UserError, match="medvlthinker.rollout smoke model=tiny n=5"):
+    with pytest.raises(UserError, match="medvlthinker.generation.rollout smoke model=tiny n=5"):
         stored(profile, n=5)
     with pytest.raises(UserError, match="with n=8 is stored; .*paper/2_difficulty"):
         stored(profile, kind="corpus")
@@ -231,7 +231,7 @@ def test_stored_says_what_is_missing(home):
     with pytest.raises(UserError, match="No whole rollout of tiny on slake_closed"):
         stored(profile, ["tiny"])
     assert stored(profile).entries[6].answers == {}, "without names, what is there is shown"
-    write_samples(phantom.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "phantom" / "pmc_vqa.parquet")
+    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "phantom" / "pmc_vqa.parquet")
     with pytest.raises(UserError, match="No whole rollout of tiny on pmc_vqa with n=1 is of the questions that are stored now"):
         stored(profile, ["tiny"])
 
@@ -371,7 +371,7 @@ def lab(tmp_path_factory):
     from fastcore.nbio import mk_cell, new_nb, write_nb
 
     folder = tmp_path_factory.mktemp("lab")
-    cell = mk_cell("from test_viewer import hostile\nfrom medvlthinker.viewer import browse\nbrowse(hostile(), 'at=12')")
+    cell = mk_cell("from test_viewer import hostile\nfrom medvlthinker.results.viewer import browse\nbrowse(hostile(), 'at=12')")
     notebook = new_nb([cell])
     notebook["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     write_nb(notebook, folder / "look.ipynb")
