@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medvlthinker.app.bench import add_line, latest, read_lines, write_history
-from medvlthinker.core.config import UserError, Workspace, circumstances, command, load_profile, writing
+from medvlthinker.core.files import UserError, environment_info, run_main, atomic_write
+from medvlthinker.core.profile import Workspace, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = {}
@@ -167,7 +168,7 @@ def rollout_overhead():
 
 CONVERT = """
 import json, resource, sys, time
-from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 began = time.perf_counter()
 samples = load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
@@ -378,8 +379,8 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
         workspace, folder = Workspace("smoke"), random_model(Path(home) / "model", shape)
         profile = load_profile("smoke", gpus=gpus, dtype="bfloat16" if gpus else "float32", max_steps=8, max_tokens=answer)
         drawn = synthetic.corpus("m23k", rows)
-        write_samples([replace(sample, reasoning=(sample.reasoning + " ") * (chain // 12)) for sample in drawn], workspace.samples / "phantom" / "corpus" / "m23k-distilled.parquet")
-        write_samples(drawn, workspace.curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
+        write_samples([replace(sample, reasoning=(sample.reasoning + " ") * (chain // 12)) for sample in drawn], workspace.samples / "synthetic" / "corpus" / "m23k-distilled.parquet")
+        write_samples(drawn, workspace.curated / "synthetic" / "m23k-tiny-easy_to_hard.parquet")
         for name, change, act, work in (("3B-SFT_m23k", {}, train_sft, 6), ("3B-RL_m23k", {"batch": 8, "mini_batch": 8, "max_response_length": answer, "kl_coef": 0.0}, train_grpo, 8)):
             recipe = find(name)
             act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))
@@ -413,7 +414,7 @@ def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
     from medvlthinker.generation import tiny
-    from medvlthinker.core.config import changed
+    from medvlthinker.core.profile import overrides
     from medvlthinker.difficulty.curate import curate, decide, pass_counts
     from medvlthinker.generation.engine import Sampling
     from medvlthinker.core.grade import grade
@@ -432,10 +433,10 @@ def three_seeds():
         base = tiny.make(workspace.home / f"seed-{seed}", seed=seed, log=lambda line: None)
         profile = load_profile("smoke", seed=seed, limit=200, models=str(base), corpus="pmc_vqa")
         samples, rows, _ = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
-        curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "phantom", by=str(base))
+        curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "synthetic", by=str(base))
         before = right(profile, str(base))
         for name, found in gains.items():
-            words = [f"{key}={value}" for key, value in changed(profile).items()]
+            words = [f"{key}={value}" for key, value in overrides(profile).items()]
             subprocess.run([sys.executable, "-m", "medvlthinker.training.train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             after = right(profile, name)
             differences = [new - old for new, old in zip(after, before)]
@@ -655,7 +656,7 @@ def verify():
     "Every file of a run read again and compared with its record, over the hashing that this needs; eight files of 256 MiB, in turns."
     import hashlib
 
-    from medvlthinker.core.config import recording
+    from medvlthinker.core.files import write_record
     from medvlthinker.app.verify import findings
 
     def bare():
@@ -668,7 +669,7 @@ def verify():
         model = root / "checkpoints" / "model"
         model.mkdir(parents=True)
         paths = [model / f"model-{number}.safetensors" for number in range(8)]
-        with recording(model, {}):
+        with write_record(model, {}):
             for number, path in enumerate(paths):
                 path.write_bytes(number.to_bytes(8, "big") + block)
         found = findings(root)
@@ -716,7 +717,7 @@ def tests():
 
 def measure(names: list[str]) -> int:
     "Run measurements and keep what they yield; the number of bounds that do not hold."
-    here, missed = circumstances(), 0
+    here, missed = environment_info(), 0
     base = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "machine": here["machine"], "load": round(os.getloadavg()[0], 1), "commit": here["commit"], "clean": here["clean"]}
     for name in names:
         function, bounds = BENCHES[name]
@@ -746,7 +747,7 @@ def listed() -> None:
 def drawn() -> None:
     "Draw the history and say where."
     if lines := read_lines(LOG):
-        print(f"The history: {write_history(lines, FOLDER, circumstances()['machine'])}")
+        print(f"The history: {write_history(lines, FOLDER, environment_info()['machine'])}")
     else:
         print("Nothing was measured yet; there is no history to draw.")
 
@@ -756,7 +757,7 @@ def kept() -> None:
     lines, place = read_lines(LOG), ROOT / "nbs" / "assets" / "bench.jsonl"
     if not lines:
         raise UserError(f"{LOG} holds no measurement; measure first: ./reproduce.sh bench.")
-    with writing(place) as file:
+    with atomic_write(place) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     print(f"{len(lines)} measurements in {place.relative_to(ROOT)}; run nbs/app/76_bench.ipynb again, which shows them.")
 
@@ -775,4 +776,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_main(main)

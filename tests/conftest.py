@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from medvlthinker.core.config import circumstances
+from medvlthinker.core.files import environment_info
 from medvlthinker.core.grade import RULES, grade
-from medvlthinker.data.sample import BadRow, Sample
+from medvlthinker.data.sample import InvalidRow, Sample
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +127,7 @@ def watched(browser, **given):
 @pytest.fixture(scope="session")
 def tally():
     "Counts what was tried and survived, a JSON line a test, for the tables of 77_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
-    about = {"date": datetime.date.today().isoformat(), **{key: circumstances()[key] for key in ("commit", "clean", "machine")}}
+    about = {"date": datetime.date.today().isoformat(), **{key: environment_info()[key] for key in ("commit", "clean", "machine")}}
 
     @contextlib.contextmanager
     def counting(table: str, case: str, **facts):
@@ -158,9 +158,9 @@ def encoded(width: int = 60, height: int = 40, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def split(rows) -> tuple[list[Sample], list[BadRow]]:
+def split(rows) -> tuple[list[Sample], list[InvalidRow]]:
     rows = list(rows)
-    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, BadRow)]
+    return [item for item in rows if isinstance(item, Sample)], [item for item in rows if isinstance(item, InvalidRow)]
 
 
 def key_opens(sample: Sample, as_text: bool = True) -> bool:

@@ -6,7 +6,7 @@ import bench
 import pytest
 from conftest import ROOT, python, says
 from medvlthinker.app.bench import history_figure, read_lines
-from medvlthinker.core.config import UserError, circumstances
+from medvlthinker.core.files import UserError, environment_info
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_holds_ends_with_0_and_a_miss_with_1(books, capsys):
     assert bench.main([]) == 0
     said = capsys.readouterr().out
     assert said.count("holds\n") == 2 and "gpu: not measured on this machine: there are no wings." in said and f"The history: {bench.FOLDER / 'history.html'}" in said
-    here = circumstances()
+    here = environment_info()
     assert [(line["name"], line["what"], line["value"], line["bound"], line["side"], line["holds"]) for line in lines()] == [("both", "a time", 5, 10, "at most", True), ("both", "a rate of fewer", 5, 2, "at least", True)]
     assert all(line["machine"] == here["machine"] and line["commit"] == here["commit"] and re.match(r"\d{4}-\d\d-\d\dT", line["date"]) for line in lines())
     for change in ({"time": 10.1}, {"rate": 1.9}, {"rate": float("nan")}):

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import encoded, key_opens, python, says, split
 from medvlthinker.data import benchmarks as b
-from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.options import closed_options
 from medvlthinker.data.readers import read_rows
 
@@ -95,7 +96,7 @@ def test_a_broken_row_is_named_and_the_others_are_kept(tmp_path, odd_images, wha
     good, broken = split(rad(folder(tmp_path / "vqa_rad", [*GOOD[:2], bad, GOOD[2]], **odd_images)))
     assert [sample.question for sample in good] == [item["question"] for item in GOOD]
     assert [sample.dataset_index for sample in good] == [0, 1, 3]  # a row's place does not depend on the rows before it
-    assert len(broken) == 1 and not broken[0].by_rule
+    assert len(broken) == 1 and not broken[0].filtered
     assert str(broken[0]).startswith(f"dev.jsonl line 3, {sentence}"), broken[0]
     assert "\n" not in str(broken[0])
 
@@ -111,7 +112,7 @@ LEFT_OUT = {
 def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
     aside, sentence = LEFT_OUT[what]
     good, left_out = split(rad(folder(tmp_path / "vqa_rad", [aside, *GOOD])))
-    assert len(good) == 3 and [item.by_rule for item in left_out] == [True]
+    assert len(good) == 3 and [item.filtered for item in left_out] == [True]
     assert str(left_out[0]).startswith(f"dev.jsonl line 1, {sentence}"), left_out[0]
 
 
@@ -139,7 +140,7 @@ def test_the_three_layouts_give_the_same_samples(tmp_path):
     release = folder(tmp_path / "c", [row("Is it old?", phrase_type="freeform"), *GOOD], ("VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"), **same)
     good, left_out = split(rad(release))
     assert [dataclasses.replace(sample, dataset_index=sample.dataset_index - 1) for sample in good] == plain
-    assert str(left_out[0]) == "VQA_RAD Dataset Public.json row 0, phrase_type: freeform, which is training text" and left_out[0].by_rule
+    assert str(left_out[0]) == "VQA_RAD Dataset Public.json row 0, phrase_type: freeform, which is training text" and left_out[0].filtered
     (tmp_path / "b" / "trainset.json").write_text("not JSON, and never read")
     assert len(list(rad(tmp_path / "b"))) == 3
 
@@ -181,7 +182,7 @@ def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
     assert all(sample.images == (PHOTO,) for sample in good)
     starts = [f"{hub} row 2, options: not JSON", f"{hub} row 3, answer: 'Maybe' is not the text of option B", f"{hub} row 5, images: not a readable image"]
-    assert len(broken) == 3 and not any(bad.by_rule for bad in broken)
+    assert len(broken) == 3 and not any(bad.filtered for bad in broken)
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
     pair, = b.published_rows("MMMU-medical", hub, limit=1)
     assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
@@ -228,7 +229,7 @@ def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
     expected = split(rad(local))[0][:2]
     assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
         (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
-    assert [(bad.field, bad.by_rule) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
+    assert [(bad.field, bad.filtered) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
     with pytest.raises(UserError, match="cannot be read"):
         list(b.source_rows("vqa_rad_closed", repo=local))
 
@@ -273,7 +274,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 READ = """
 import datasets, huggingface_hub, sys, time
 from medvlthinker.data.benchmarks import published_rows as hub_rows
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
     start = time.monotonic()
     try:
@@ -320,7 +321,7 @@ def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
         assert sentence in str(raised.value)
     with pytest.raises(UserError, match="holds no copy of MMMU-medical"):
         b.load_benchmark("mmmu", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
-    done = python("-c", "from medvlthinker import benchmark, config; config.command(lambda words: benchmark.available(config.load_profile(data_dir=words[0])))", "no/where")
+    done = python("-c", "from medvlthinker.core import files, profile; from medvlthinker.data import benchmarks; files.run_main(lambda words: benchmarks.available(profile.load_profile(data_dir=words[0])))", "no/where")
     says(done, "No folder no/where (data_dir)")
 
 
@@ -380,7 +381,7 @@ def test_every_closed_question_of_the_real_images_is_used_or_accounted_for(real_
     samples = b.load_benchmark("vqa_rad", profile, Workspace("smoke"))
     source = [json.loads(line) for line in (real_data / "vqa_rad" / "dev.jsonl").read_text().splitlines()]
     rejected = [json.loads(line) for line in (home / "smoke" / "samples" / "local" / "vqa_rad_closed.rejected.jsonl").read_text().splitlines()]
-    assert all(bad["by_rule"] for bad in rejected) and len(samples) + len(rejected) == len(source) == 594
+    assert all(bad["filtered"] for bad in rejected) and len(samples) + len(rejected) == len(source) == 594
     assert collections.Counter(bad["field"] for bad in rejected) == {"answer_type": 248, "answer": 8}
     yes_no = [sample for sample in samples if sample.options == {"A": "Yes", "B": "No"}]
     assert (len(samples), len(yes_no)) == (338, 321)

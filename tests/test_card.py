@@ -12,12 +12,13 @@ from conftest import ROOT, encoded, python, says
 from medvlthinker.app import card, crate
 from medvlthinker.app.card import Hashes
 from medvlthinker.generation.completion import Completion
-from medvlthinker.core.config import UserError, Workspace, load_profile, manifest_path, recording
+from medvlthinker.core.files import UserError, record_path, write_record
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts
 from medvlthinker.generation.rollout import read_shard, samples_fingerprint, write_shard
-from medvlthinker.data.sample import BadRow, Sample, SampleFile, read_samples, store, write_samples
+from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, read_samples, store_samples, write_samples
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in ("ConjunctiveGraph is deprecated", "The inplace keyword")]  # within rdflib and mlcroissant
 
@@ -26,8 +27,8 @@ def odd_rows():
     "Rows that a reader may get wrong: two images, none, other letters, null and empty texts; and two that are no samples."
     yield Sample("Which?\n| a | \u2028 <b>", {"A": "one", "B": 'two "2"'}, "B", 'two "2"', (encoded(), encoded(30, 30, "JPEG")), "because", "slake_closed", 3, "0123456789abcdef", {"k": ["ü", None]})
     yield Sample("Wie groß? 大きい", {"A": "1", "B": "2", "C": "3"}, "A", "1", (), None, "slake_closed", 4)
-    yield BadRow("row 2", "options", "1 of them; a choice needs two")
-    yield BadRow("row 3", "answer_type", "OPEN", by_rule=True)
+    yield InvalidRow("row 2", "options", "1 of them; a choice needs two")
+    yield InvalidRow("row 3", "answer_type", "OPEN", filtered=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +38,18 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         workspace = Workspace("smoke")
-        store(workspace.samples / "local/slake_closed.parquet", odd_rows, {"source": "local", "seed": 42}, max_rejected=1)
+        store_samples(workspace.samples / "local/slake_closed.parquet", odd_rows, {"source": "local", "seed": 42}, max_rejected=1)
         corpus = load_corpus("pmc_vqa", load_profile("smoke", train_limit=12), workspace)
         answers = [[Completion(f"<think> x </think>\n<answer> {letter} </answer>", "stop", 9) for letter in "ABAB"] for _ in corpus]
-        folder = workspace.rollouts / "tiny/phantom/corpus/pmc_vqa/0123456789abcdef"
+        folder = workspace.rollouts / "tiny/synthetic/corpus/pmc_vqa/0123456789abcdef"
         write_shard(folder / "shard-00000.jsonl", corpus, answers, {"shard": 0, "shards": 1, "seed": 42, "engine": "transformers 5"})
         (folder / "rollout.json").write_text(json.dumps({"model": "tiny", "samples": samples_fingerprint(corpus), "n": 4, "seed": 42}))
-        curated = curate(corpus.path, decide(pass_counts(list(corpus), read_shard(folder / "shard-00000.jsonl")[1]), 1, 3), workspace.curated / "phantom", "tiny")
-        with recording(workspace.checkpoints / "tiny-RL_PMC", {"data": hashlib.sha256(curated.read_bytes()).hexdigest()}) as facts:
+        curated = curate(corpus.path, decide(pass_counts(list(corpus), read_shard(folder / "shard-00000.jsonl")[1]), 1, 3), workspace.curated / "synthetic", "tiny")
+        with write_record(workspace.checkpoints / "tiny-RL_PMC", {"data": hashlib.sha256(curated.read_bytes()).hexdigest()}) as facts:
             facts.update(steps=60, seed=42, start="/elsewhere/checkpoints/tiny")
             (workspace.checkpoints / "tiny-RL_PMC").mkdir()
             (workspace.checkpoints / "tiny-RL_PMC/config.json").write_text("{}")
-        with recording(workspace.notebooks / "2_difficulty.ipynb", {"its code": "0123456789ab", "of": "", "name": "smoke", "step 1_data": "x"}) as facts:
+        with write_record(workspace.notebooks / "2_difficulty.ipynb", {"its code": "0123456789ab", "of": "", "name": "smoke", "step 1_data": "x"}) as facts:
             (workspace.notebooks / "2_difficulty.ipynb").write_text("{}")
             facts["outputs"] = [str(curated.relative_to(workspace.root))]
         (workspace.notebooks / "3_train-tiny-RL_m23k.running.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "error", "ename": "UserError", "evalue": "No data."}]}]}))
@@ -65,7 +66,7 @@ def run(made, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "smoke"))
 
 
-@pytest.mark.parametrize("path", ["samples/local/slake_closed", "samples/phantom/corpus/pmc_vqa", "curated/phantom/pmc_vqa-tiny-easy_to_hard"])
+@pytest.mark.parametrize("path", ["samples/local/slake_closed", "samples/synthetic/corpus/pmc_vqa", "curated/synthetic/pmc_vqa-tiny-easy_to_hard"])
 def test_croissant_reads_our_rows_back(made, path):
     import mlcroissant
 
@@ -93,7 +94,7 @@ def test_the_card_says_what_was_set_aside_and_what_is_not_known(made):
     text = (made / "samples/local/README.md").read_text()
     for part in ("license: other", "CC BY 4.0", "| broken, options: 1 of them; a choice needs two | 1 |", "left out by rule, answer_type: OPEN", "arXiv:2102.09542", "must not be trained on", "seed 42"):
         assert part in text, part
-    assert "nothing medical" not in text and "nothing medical" in (made / "curated/phantom/README.md").read_text()
+    assert "nothing medical" not in text and "nothing medical" in (made / "curated/synthetic/README.md").read_text()
     assert "0123456789abcdef" in (made / "rollouts/tiny/README.md").read_text() and str(made) not in text
 
 
@@ -125,7 +126,7 @@ def test_rocrate_reads_the_run_back(made):
     actions = {each["name"]: each for each in described.root_dataset["mentions"] if each.type == "CreateAction"}
     assert all(each["instrument"].get("name") for each in actions.values())
     ids = lambda name, key: [each.id for each in actions[name].get(key, [])]
-    curated, corpus, answers = "curated/phantom/pmc_vqa-tiny-easy_to_hard.parquet", "samples/phantom/corpus/pmc_vqa.parquet", "rollouts/tiny/phantom/corpus/pmc_vqa/0123456789abcdef/"
+    curated, corpus, answers = "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet", "samples/synthetic/corpus/pmc_vqa.parquet", "rollouts/tiny/synthetic/corpus/pmc_vqa/0123456789abcdef/"
     assert ids(answers[:-1], "object") == [corpus] and ids(answers[:-1], "result") == [answers]
     assert ids(curated, "object") == [corpus] and ids("checkpoints/tiny-RL_PMC", "object") == [curated]  # the start was another run's
     assert ids("notebooks/2_difficulty.ipynb", "result") == ["notebooks/2_difficulty.ipynb", curated]
@@ -144,7 +145,7 @@ def test_a_second_call_writes_and_reads_nothing(run, monkeypatch):
 
 
 def test_a_hash_that_a_manifest_holds_is_taken_from_it(run, monkeypatch):
-    corpus, told = run / "samples/phantom/corpus/pmc_vqa.parquet", "curated/phantom/pmc_vqa-tiny-easy_to_hard.parquet.manifest.json"
+    corpus, told = run / "samples/synthetic/corpus/pmc_vqa.parquet", "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet.manifest.json"
     (run / ".hashes.json").unlink()
     monkeypatch.setattr(card, "file_hash", lambda path: "read")
     os.utime(corpus, (1, 1))
@@ -154,24 +155,24 @@ def test_a_hash_that_a_manifest_holds_is_taken_from_it(run, monkeypatch):
 
 
 def test_what_was_measured_later_gets_into_the_models_card(run):
-    folder, readme = run / "results/phantom/tiny-RL_PMC", run / "checkpoints/tiny-RL_PMC/README.md"
+    folder, readme = run / "results/synthetic/tiny-RL_PMC", run / "checkpoints/tiny-RL_PMC/README.md"
     assert "Not measured." in readme.read_text() and "steps 60, seed 42" in readme.read_text() and '"kept": ' in readme.read_text()
-    with recording(folder / "evaluation.json", {}):
+    with write_record(folder / "evaluation.json", {}):
         folder.mkdir(parents=True)
-        (folder / "evaluation.json").write_text(json.dumps({"source": "phantom", "rule": "regrade", "seed": 42, "counts": {"pmc_vqa": [71, 100]}}))
+        (folder / "evaluation.json").write_text(json.dumps({"source": "synthetic", "rule": "regrade", "seed": 42, "counts": {"pmc_vqa": [71, 100]}}))
     assert readme in write_cards(load_profile("smoke"), print)
     assert "| pmc_vqa | 71 | 100 | 71.0 | 61.5 to 79.0 |" in readme.read_text()
 
 
 def test_torn_files_cost_a_sentence(run):
     (run / "samples/local/slake_closed.parquet").write_bytes(b"PAR1")
-    manifest_path(run / "curated/phantom/pmc_vqa-tiny-easy_to_hard.parquet").write_text("{")
+    record_path(run / "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet").write_text("{")
     (run / ".hashes.json").write_text("[")
     next(run.rglob("shard-00000.jsonl")).write_text("\udcff{", errors="surrogateescape")
     said: list[str] = []
     written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke"), said.append)}
     assert len([line for line in said if "was not written" in line]) == 2, said  # card and Croissant of the torn set
-    assert {"curated/phantom/README.md", "rollouts/tiny/README.md", "ro-crate-metadata.json"} <= written, said
+    assert {"curated/synthetic/README.md", "rollouts/tiny/README.md", "ro-crate-metadata.json"} <= written, said
     with pytest.raises(UserError, match="2 cards could not be written; .*slake_closed.parquet"):
         crate.main(["smoke"])
 

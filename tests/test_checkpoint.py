@@ -18,7 +18,7 @@ import warm
 from conftest import ROOT, python, says
 from medvlthinker.generation import tiny
 from medvlthinker.training.checkpoint import merge
-from medvlthinker.core.config import UserError, manifest_path
+from medvlthinker.core.files import UserError, record_path
 
 
 def prompt(base) -> dict:
@@ -191,7 +191,7 @@ def test_a_kill_leaves_no_half_model(tmp_path, full_run, tally):
                 assert (final / "model.safetensors").is_file() and {path.name for path in base.iterdir()} - {path.name for path in final.iterdir()} == {"tiny.json"}
                 shutil.rmtree(final)
             torn += bool(list(tmp_path.glob(".final.*.part")))
-            manifest_path(final).unlink(missing_ok=True)
+            record_path(final).unlink(missing_ok=True)
         assert torn, "no kill came in the middle"
         merge(checkpoint, str(base), final, own=own)
         assert (final / "model.safetensors").is_file() and not list(tmp_path.glob(".final.*"))

@@ -4,7 +4,8 @@ import re
 from collections import Counter
 
 from medvlthinker.data import synthetic
-from medvlthinker.core.config import load_profile, manifest_path
+from medvlthinker.core.files import record_path
+from medvlthinker.core.profile import load_profile
 from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
 from medvlthinker.generation.engine import Sampling, engine_version, model_fingerprint, open_engine
 from medvlthinker.core.grade import grade
@@ -28,7 +29,7 @@ def test_tiny_teaches(warm_tiny, tmp_path):
     sources = {"samples": who["samples"], "rollout": model_fingerprint(model)}
     assert Counter(distilled(path, iter(samples), iter(rows), "tiny", sources)) == counts
     assert read_samples(path) == kept
-    manifest = json.loads(manifest_path(path).read_text())
+    manifest = json.loads(record_path(path).read_text())
     assert manifest["inputs"] == {"teacher": "tiny", "rule": "strict", **sources} and set(manifest["counts"]) == set(OUTCOMES)
 
     print(summary(counts))

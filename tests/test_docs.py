@@ -83,7 +83,7 @@ GIVEN = {  # what a chapter's example takes as known
     "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
                    "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
-    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'phantom' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
+    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
     "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
 }
 
@@ -184,7 +184,7 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.core.config import load_profile
+        from medvlthinker.core.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(load_profile("smoke", limit=6), "tiny")

@@ -19,7 +19,8 @@ from medvlthinker.data import synthetic
 from medvlthinker.app import trust
 from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.completion import Sampling
-from medvlthinker.core.config import FORMAT, UserError, Workspace, load_profile, manifest_path, record_text
+from medvlthinker.core.files import FORMAT, UserError, record_path, record_text
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import read_shard, roll_out, rollout_identity, stored_rollout
 from medvlthinker.data.sample import read_samples, write_samples
@@ -264,15 +265,15 @@ def test_a_clock_that_goes_back(tree, undisturbed, tmp_path, tally):
     with tally("faults", "the clock goes back, between runs and during one") as count:
         count.tried += 1
         missing = {"2_difficulty", "4_evaluate-tiny", "5_results", "6_audit"}
-        home = with_gaps(undisturbed, tmp_path / "home", missing, "rollouts/tiny", "curated", "results/phantom/tiny", "results/table.txt")
+        home = with_gaps(undisturbed, tmp_path / "home", missing, "rollouts/tiny", "curated", "results/synthetic/tiny", "results/table.txt")
         for path in home.rglob("*"):
             os.utime(path, (time.time() + 86400,) * 2)
         run = Run(tree, home, **everywhere(tmp_path, tree, A_CLOCK_THAT_GOES_BACK))
         assert run.ended() == 0, run.err.read_text()
         assert set(run.named("done in")) == missing
         assert_same(home, lasting(undisturbed))
-        listed = json.loads(manifest_path(home / "smoke" / "notebooks" / "5_results.ipynb").read_text())["outputs"]
-        assert "results/table.txt" in listed and "samples/phantom/pmc_vqa.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
+        listed = json.loads(record_path(home / "smoke" / "notebooks" / "5_results.ipynb").read_text())["outputs"]
+        assert "results/table.txt" in listed and "samples/synthetic/pmc_vqa.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
         again = Run(tree, home)
         assert again.ended() == 0 and "nothing ran" in again.out.read_text()
         count.survived += 1
@@ -295,9 +296,9 @@ DAMAGES = {
 def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, tally, damage):
     "Test set, corpus, curated set: the sentence names the file; deleted, as it says, the file is made again with the same bytes."
     profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
-    curated = workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
-    makers = {workspace.samples / "phantom" / "pmc_vqa.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace)),
-              workspace.samples / "phantom" / "corpus" / "pmc_vqa.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace)),
+    curated = workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
+    makers = {workspace.samples / "synthetic" / "pmc_vqa.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace)),
+              workspace.samples / "synthetic" / "corpus" / "pmc_vqa.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace)),
               curated: lambda: curated.exists() and read_samples(curated) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
     with tally("faults", f"samples in parquet: {damage}") as count:
         for path, make in makers.items():
@@ -320,14 +321,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_a_newer_version_wrote_is_left_alone(home, tally):
     "Samples, a corpus, a rollout, a step of the pipeline: one sentence that says so, and no byte is changed."
     profile, workspace, who = load_profile("smoke", **SMALL), Workspace("smoke"), {"shard_size": 4, "seed": 1, "instruction": "none", **vars(Sampling())}
-    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace), workspace.rollouts / "tiny" / "phantom" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
+    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace), workspace.rollouts / "tiny" / "synthetic" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
     list(load_corpus("pmc_vqa", profile, workspace))
     folder.mkdir(parents=True)
     (folder / "rollout.json").write_text(record_text(who))
     step.write_text("{}")
-    manifest_path(step).write_text(record_text({"inputs": {}}))
-    uses = {manifest_path(workspace.samples / "phantom" / "pmc_vqa.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace),
-            manifest_path(workspace.samples / "phantom" / "corpus" / "pmc_vqa.parquet"): lambda: load_corpus("pmc_vqa", load_profile("smoke", train_limit=30), workspace),
+    record_path(step).write_text(record_text({"inputs": {}}))
+    uses = {record_path(workspace.samples / "synthetic" / "pmc_vqa.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace),
+            record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa.parquet"): lambda: load_corpus("pmc_vqa", load_profile("smoke", train_limit=30), workspace),
             folder / "rollout.json": lambda: [stored_rollout(folder), roll_out(samples, None, folder, who, "an engine")]}
     with tally("faults", "a record that a newer version wrote") as count:
         for path, use in uses.items():
@@ -340,7 +341,7 @@ def test_what_a_newer_version_wrote_is_left_alone(home, tally):
             path.write_text(old)
             count.survived += 1
         count.tried += 1
-        manifest_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
+        record_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
         before = contents(home)
         says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
         assert contents(home) == before
@@ -378,8 +379,8 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
 
 def test_what_a_pipeline_launched_ends_with_it(tmp_path, tally):
     "SIGKILL leaves nobody the time to end what was started: a training that goes on unseen would hold its memory and its lock. What a notebook in JupyterLab launched goes on, as its chapter says."
-    patient = "import time; from medvlthinker.core.config import command; command(lambda words: print('ready', flush=True) or time.sleep(300))"
-    launches = f"import sys; from medvlthinker.core.config import launch; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
+    patient = "import time; from medvlthinker.core.files import run_main; command(lambda words: print('ready', flush=True) or time.sleep(300))"
+    launches = f"import sys; from medvlthinker.core.files import run_logged; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
 
     def left(seconds: float, **environment) -> dict:
         plain = {key: value for key, value in os.environ.items() if key != "MEDVLTHINKER_BATCH"}

@@ -13,10 +13,10 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly", reason="figures need plotly")
 
 from medvlthinker.results import figures as drawing
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 from medvlthinker.evaluation.evaluate import repeated_table
 from medvlthinker.results.published import COLUMNS, SIZES, published
-from medvlthinker.results.report import PHANTOM_NOTE
+from medvlthinker.results.report import SYNTHETIC_NOTE
 from medvlthinker.core.stats import majority, pass_at_k
 
 PAPER = published()
@@ -32,11 +32,11 @@ def toy_lines(questions=12, answers=8, seed=0):
 
 
 def toy_repeats(model, lines):
-    return {"model": model, "source": "phantom", "rules": {rule: repeated_table(lines) for rule in ("strict", "regrade")}}
+    return {"model": model, "source": "synthetic", "rules": {rule: repeated_table(lines) for rule in ("strict", "regrade")}}
 
 
 def toy_record(model, right):
-    return {"model": model, "source": "phantom", "rules": {rule: {name: [right + i + at, 40] for at, name in enumerate(COLUMNS)} for i, rule in enumerate(RULES)}}
+    return {"model": model, "source": "synthetic", "rules": {rule: {name: [right + i + at, 40] for at, name in enumerate(COLUMNS)} for i, rule in enumerate(RULES)}}
 
 
 def toy_training():
@@ -48,7 +48,7 @@ def toy_training():
 
 CLAIMS = pd.DataFrame([("MedVLThinker-7B RL(m23k) minus HuatuoGPT-Vision-7B", 0.19, -1.3, 1.7, "Claims of the abstract", 8220, "invented"),
                        ("3B RL(m23k) minus its base", 4.05, 1.0, 7.0, "Claims of the abstract", 8220, "invented"),
-                       ("tiny-RL_m23k minus tiny", -0.5, -3.4, 2.4, "This run", 600, "phantom")], columns="label difference low high group n source".split())
+                       ("tiny-RL_m23k minus tiny", -0.5, -3.4, 2.4, "This run", 600, "synthetic")], columns="label difference low high group n source".split())
 
 
 def everything(paper):
@@ -56,7 +56,7 @@ def everything(paper):
     repeats, ours = [toy_repeats("tiny", toy_lines())], drawing.our_rules_frame([toy_record("tiny", 10), toy_record("tiny-RL_m23k", 20)])
     rules = drawing.rules_frame(paper)
     return {
-        "passes": (pd.concat([drawing.pass_frame(paper), drawing.counts_frame([30, 10, 8, 6, 46], "tiny", "m23k", "phantom"),
+        "passes": (pd.concat([drawing.pass_frame(paper), drawing.counts_frame([30, 10, 8, 6, 46], "tiny", "m23k", "synthetic"),
                               drawing.counts_frame(range(5, 22), "7B", "m23k", "hub")]), drawing.pass_figure),
         "radar-7b": (drawing.radar_frame(paper, "7B"), drawing.radar_figure),
         "radar-32b": (drawing.radar_frame(paper, "32B"), drawing.radar_figure),
@@ -67,8 +67,8 @@ def everything(paper):
         "our-rules": (ours, drawing.rules_figure),
         "gains": (drawing.gains_frame(rules, BASES), drawing.gains_figure),
         "our-gains": (drawing.gains_frame(ours, {"tiny-RL_m23k": "tiny"}), drawing.gains_figure),
-        "sizes": (drawing.sizes_frame({name: 100 for name in COLUMNS}, "phantom"), drawing.sizes_figure),
-        "training": (drawing.training_frame(toy_training(), "phantom"), drawing.training_figure),
+        "sizes": (drawing.sizes_frame({name: 100 for name in COLUMNS}, "synthetic"), drawing.sizes_figure),
+        "training": (drawing.training_frame(toy_training(), "synthetic"), drawing.training_figure),
         "forest": (CLAIMS, drawing.forest_figure),
     }
 
@@ -202,11 +202,11 @@ def test_what_is_drawn_is_what_the_table_holds(all_figures):
     assert set(SIZES.values()) <= drawn_numbers(drawing.sizes_figure(drawing.sizes_frame()))
 
 
-def test_every_figure_names_source_and_n_and_says_what_phantoms_are(all_figures):
+def test_every_figure_names_source_and_n_and_says_what_drawn_scans_are(all_figures):
     for name, (frame, draw) in all_figures.items():
         figure = draw(frame)
         note = next(each.text for each in figure.layout.annotations if each.name == "notes").replace("<br>", " ")
-        assert (PHANTOM_NOTE in note) == bool(((frame["origin"] == "ours" if "origin" in frame else True) & (frame["source"] == "phantom")).any()), name
+        assert (SYNTHETIC_NOTE in note) == bool(((frame["origin"] == "ours" if "origin" in frame else True) & (frame["source"] == "synthetic")).any()), name
         assert "Paper:" in note or "This run:" in note, name
         assert "n" not in frame or "n: " in note or "n of this run: " in note, name
         axes = [figure.layout[key] for key in figure.to_dict()["layout"] if re.match(r"xaxis\d*$", key)]
@@ -236,7 +236,7 @@ def test_names_from_outside_stay_text():
 
 def test_training_curves_keep_the_order_of_the_recipes_and_are_smoothed():
     tables = toy_training()
-    frame = drawing.training_frame(tables, "phantom").sample(frac=1, random_state=0).sort_values("model", kind="stable", ascending=False)
+    frame = drawing.training_frame(tables, "synthetic").sample(frac=1, random_state=0).sort_values("model", kind="stable", ascending=False)
     figure = drawing.training_figure(frame)
     assert list(dict.fromkeys(trace.name for trace in figure.data)) == list(dict.fromkeys(frame["model"]))
     reward = next(trace for trace in figure.data if trace.name == "tiny-RL_m23k" and trace.yaxis == "y")
@@ -326,7 +326,7 @@ def test_the_guard_itself_sees_an_overlap():
 
 @pytest.mark.heavy
 def test_no_text_overlaps_or_is_cut(tmp_path, browser, all_figures):
-    from medvlthinker.core.config import write_figure
+    from medvlthinker.core.files import write_figure
 
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     wrong = []

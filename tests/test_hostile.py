@@ -28,13 +28,14 @@ from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.data import benchmarks, converters
-from medvlthinker.core import config
-from medvlthinker.core.config import Profile, UserError, load_profile, manifest_path, read_json, stale
+from medvlthinker.core import profile
+from medvlthinker.core.files import UserError, record_path, read_json, stale_reason
+from medvlthinker.core.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv
 from medvlthinker.generation.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
-from medvlthinker.data.sample import BadRow, Sample, read_samples, store, to_rgb, write_samples
+from medvlthinker.data.sample import InvalidRow, Sample, read_samples, store_samples, to_rgb, write_samples
 from medvlthinker.data.readers import csv_plain, csv_text, image_reader, read_csv, read_rows, samples_from, write_csv
 from PIL import Image
 
@@ -127,7 +128,7 @@ from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.converters import mmmu, split_prompt, without_marks
 from medvlthinker.data.options import closed_options
 from medvlthinker.evaluation.regrade import why
-from medvlthinker.data.sample import BadRow, Sample
+from medvlthinker.data.sample import InvalidRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
 of = lambda piece, size=M: piece * (size // len(piece))
 giants = {"plain text": "x" * M, "blanks": " " * M, "line ends": "\\n" * M, "words": of("spleen and liver, "), "cues": of("the answer is "), "cues with colons": of("Answer: B\\n"), "letters": of("(B) "), "digits": "7" * M,
@@ -150,7 +151,7 @@ def refused(error, act, *given):
     except error:
         pass
 
-listed = lambda text: refused(BadRow, mmmu, {"question": "?", "options": text, "answer": "A", "id": "1"}, "row")
+listed = lambda text: refused(InvalidRow, mmmu, {"question": "?", "options": text, "answer": "A", "id": "1"}, "row")
 acts = {name: lambda name=name: graded(name) for name in giants} | {f"why {name}": lambda name=name: explained(giants[name][:M // 5]) for name in ("opening tags", "answers", "nested answers", "blank in a tag", "half tags")} | {
     "a prompt of A": lambda: split_prompt("\\nA. " * 500_000), "a prompt of options": lambda: split_prompt("\\nA. x\\nB. y" * 300_000), "a mark after blanks": lambda: without_marks(" " * M + "<image 1"),
     "marks": lambda: without_marks("<image 1> " * 100_000), "a question of or": lambda: refused(ValueError, closed_options, "a or " * 100_000, "b"), "a question of commas": lambda: refused(ValueError, closed_options, "a, " * 100_000 + "or b", "b"),
@@ -308,7 +309,7 @@ PICTURES = """
 import sys
 from test_hostile import junk, png
 from medvlthinker.data.converters import unified
-from medvlthinker.data.sample import BadRow, Sample, image_problem, to_rgb
+from medvlthinker.data.sample import InvalidRow, Sample, image_problem, to_rgb
 from medvlthinker.data.readers import samples_from
 found = junk()
 print(len(found) + 2)
@@ -318,7 +319,7 @@ for name, data in found.items():
     if isinstance(item, Sample):
         assert item.pictures()[0].mode == "RGB"
     else:
-        assert type(item) is BadRow and not item.by_rule and str(item).startswith("row 0, images: ") and len(str(item)) < 500 and str(item).isprintable(), str(item)
+        assert type(item) is InvalidRow and not item.filtered and str(item).startswith("row 0, images: ") and len(str(item)) < 500 and str(item).isprintable(), str(item)
     print(name, "|", item.misc if isinstance(item, Sample) else item.reason, flush=True)
 for name, data in {"64 million pixels of 16 bits": png(8000, 8000, 16, 0, bytes(8000 * 16001)), "64 million see-through pixels": png(8000, 8000, 8, 6, bytes(8000 * 32001))}.items():
     assert not image_problem(data) and to_rgb(data).size == (8000, 8000)
@@ -401,7 +402,7 @@ def refusals(items) -> int:
     "How many became no sample; each says which row it is, what is wrong and in which field, on one line that a terminal can show."
     bad = [item for item in items if not isinstance(item, Sample)]
     for item in bad:
-        assert type(item) is BadRow and item.reason and str(item).isprintable() and len(str(item)) < 700, repr(item)
+        assert type(item) is InvalidRow and item.reason and str(item).isprintable() and len(str(item)) < 700, repr(item)
         json.dumps(vars(item)).encode()
     return len(bad)
 
@@ -515,7 +516,7 @@ TORN = """
 import random, sys
 from pathlib import Path
 from test_hostile import SEED, torn, write_all
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 rng, folder = random.Random(SEED), Path(sys.argv[1])
 for path, read in write_all(folder).items():
     whole, good = path.read_bytes(), 0
@@ -566,7 +567,7 @@ def test_tables_of_another_schema_are_refused_in_a_sentence(tally, tmp_path):
 BOMBS = """
 import gzip, io, itertools, sys, zipfile
 from pathlib import Path
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 from medvlthinker.generation.rollout import read_eval_results
 from medvlthinker.data.readers import csv_rows, image_reader, read_rows
 folder, M = Path(sys.argv[1]), 1 << 20
@@ -686,10 +687,10 @@ def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, 
     with tally("hostile", "manifests and rollouts of any bytes", seed=SEED) as count:
         @every(count, 150, BYTES)
         def manifest(data):
-            manifest_path(artefact).write_bytes(data)
-            assert isinstance(read_json(manifest_path(artefact)), dict)
+            record_path(artefact).write_bytes(data)
+            assert isinstance(read_json(record_path(artefact)), dict)
             try:
-                assert stale(artefact, {"never": "so"}), "what cannot be read never holds"
+                assert stale_reason(artefact, {"never": "so"}), "what cannot be read never holds"
             except UserError as error:
                 assert "was written by a newer version" in str(error)
 
@@ -710,17 +711,17 @@ def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, 
 
         @every(count, 12, BYTES)
         def samples(data):
-            manifest_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
-            store(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})
-            manifest_path(tmp_path / "stored.parquet").write_bytes(data if data.startswith(b"[") else b'{"inputs": {"a": 1}, "broken": ' + data + b"}")
+            record_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
+            store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})
+            record_path(tmp_path / "stored.parquet").write_bytes(data if data.startswith(b"[") else b'{"inputs": {"a": 1}, "broken": ' + data + b"}")
             with contextlib.suppress(UserError):
-                assert list(store(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
+                assert list(store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
 
-        for name in (manifest_path(artefact), shard, folder / "rollout.json"):  # a folder where a file should be
+        for name in (record_path(artefact), shard, folder / "rollout.json"):  # a folder where a file should be
             count.tried += 1
             name.unlink(missing_ok=True)
             name.mkdir()
-            assert read_json(name) == {} and shard_header(name) == {} and read_shard(name) is None and stale(artefact, {})
+            assert read_json(name) == {} and shard_header(name) == {} and read_shard(name) is None and stale_reason(artefact, {})
             with pytest.raises(UserError):
                 list(stored_rollout(folder)[1])
             count.survived += 1
@@ -744,7 +745,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
     from medvlthinker.generation.completion import Completion
     from medvlthinker.evaluation.evaluate import grade_rows
-    from medvlthinker.evaluation.evaluate import store as keep
+    from medvlthinker.evaluation.evaluate import store_samples as keep
     from medvlthinker.generation.rollout import write_eval_results
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
@@ -764,7 +765,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
 
 # ---- settings.ini and the keys of a profile
 
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "nan", "inf", "-inf", "-1", "1e999", "9" * 5000, "1_0", "٣", "0x10", "\0", "\ud800", "~nobody-at-all/x.py", "/", "..", "../../x", "%(here)s", "${HOME}", "a,b,,", ",", "phantom", "vllm", "True", "2.5", "=", ";", "\n[x]\n"]))
+WORDS = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "nan", "inf", "-inf", "-1", "1e999", "9" * 5000, "1_0", "٣", "0x10", "\0", "\ud800", "~nobody-at-all/x.py", "/", "..", "../../x", "%(here)s", "${HOME}", "a,b,,", ",", "synthetic", "vllm", "True", "2.5", "=", ";", "\n[x]\n"]))
 GIVEN = st.one_of(WORDS, st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none()), max_size=3), st.tuples(st.integers()), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.binary(max_size=3))
 FIELDS = [name for name in Profile.__dataclass_fields__ if name != "name"]
 
@@ -806,7 +807,7 @@ def test_any_settings_are_a_profile_or_a_sentence(tally, tmp_path, monkeypatch):
         def words(words):
             ini.write_text("[smoke]\n")
             def read():
-                name, given = config.parse_words(words)
+                name, given = profile.parse_words(words)
                 return load_profile(name, **given)
             tried(read)
 

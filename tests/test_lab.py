@@ -31,7 +31,7 @@ def hear(event, given):
 sys.addaudithook(hear)
 """
 
-LOOK = ["import sys\nfrom medvlthinker.core.config import load_profile\nfrom medvlthinker.results.viewer import browse, stored\nprint(sys.prefix)",
+LOOK = ["import sys\nfrom medvlthinker.core.profile import load_profile\nfrom medvlthinker.results.viewer import browse, stored\nprint(sys.prefix)",
         "look = stored(load_profile())\nprint(len(look.entries), 'questions')", "browse(look, 'verdict=right')"]
 
 
@@ -151,7 +151,7 @@ def test_it_opens_at_the_map(lab, page):
 def test_results_are_drawn(lab, page):
     page.goto(f"{lab.address}/lab/tree/paper/5_results.ipynb?token={TOKEN}&reset")
     cells = run_all(page, lab.nbs / "paper" / "5_results.ipynb")
-    assert re.search(r"tiny on \d+ questions \(phantom\)", printed(cells[2]))
+    assert re.search(r"tiny on \d+ questions \(synthetic\)", printed(cells[2]))
     figures = sum("application/vnd.plotly.v1+json" in output.get("data", {}) for cell in cells for output in cell["outputs"])
     page.locator(".js-plotly-plot").last.scroll_into_view_if_needed(timeout=30_000)
     page.locator(".js-plotly-plot").last.locator(".main-svg").first.wait_for(timeout=30_000)
@@ -163,7 +163,7 @@ def test_results_are_drawn(lab, page):
 def test_the_viewer_answers(lab, page, home, project, monkeypatch):
     from playwright.sync_api import expect
 
-    from medvlthinker.core.config import load_profile
+    from medvlthinker.core.profile import load_profile
     from medvlthinker.results.viewer import parse_state, stored
 
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))

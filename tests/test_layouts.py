@@ -11,8 +11,9 @@ from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
-from medvlthinker.core.config import UserError, Workspace, load_profile
-from medvlthinker.data.sample import BadRow
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.data.sample import InvalidRow
 from medvlthinker.data.readers import json_list, read_rows, samples_from
 from PIL import Image
 
@@ -32,15 +33,15 @@ EXPECTED = {  # set: (rows, samples, left out by rule, broken, {field of a broke
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_real_layout_yields_the_expected_rows(real_data, name):
     good, others = split(b.local_rows(name, *b.local_copy(name, str(real_data))))
-    assert (len(good) + len(others), len(good), sum(bad.by_rule for bad in others), sum(not bad.by_rule for bad in others)) == EXPECTED[name]
+    assert (len(good) + len(others), len(good), sum(bad.filtered for bad in others), sum(not bad.filtered for bad in others)) == EXPECTED[name]
     assert all(map(key_opens, good)) and {sample.dataset_name for sample in good} <= {name}
-    assert {bad.field for bad in others if not bad.by_rule} <= {"img_name"}  # only the images that the excerpt lacks
+    assert {bad.field for bad in others if not bad.filtered} <= {"img_name"}  # only the images that the excerpt lacks
 
 
 def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
     good, others = split(c.local_samples("pmc_vqa", *c.local_copy("pmc_vqa", str(real_data))))
     assert [(s.dataset_index, s.answer) for s in good] == [(0, "Focal uptake pattern")]
-    assert [(bad.row.split()[-1], bad.field, bad.by_rule) for bad in others] == [
+    assert [(bad.row.split()[-1], bad.field, bad.filtered) for bad in others] == [
         ("3", "Answer_label", True), ("4", "Figure_path", False), ("5", "Figure_path", False), ("6", "Choice B", True), ("7", "Figure_path", False),
         ("8", "Answer_label", True), ("9", "Choice B", True), ("10", "Answer", True)]
     words = {where: converters.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train.csv") if where.split()[-1] in ("4", "5", "7")}
@@ -65,7 +66,7 @@ def test_the_real_rows_of_m23k(real_data):
 def test_nested_and_headerless_files(real_data, tmp_path):
     head = [(where, row) for where, row in converters.headqa_nested(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
     good, others = split(samples_from(lambda: head, converters.headqa, "HeadQA"))
-    assert good and not [bad for bad in others if not bad.by_rule] and all(map(key_opens, good))
+    assert good and not [bad for bad in others if not bad.filtered] and all(map(key_opens, good))
     genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), converters.mmlu, "MMLU-medical"))
     assert len(genetics) == 100 and not others and {sample.misc["subject"] for sample in genetics} == {"medical_genetics"} and all(map(key_opens, genetics))
 
@@ -91,7 +92,7 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
                 (copy / place / image).parent.mkdir(parents=True, exist_ok=True)
                 (copy / place / image).write_bytes(PHOTO)
         good, others = split(b.local_rows(name, *b.local_copy(name, str(tmp_path))))
-        assert good and all(bad.by_rule for bad in others), (name, [str(bad) for bad in others if not bad.by_rule][:3])
+        assert good and all(bad.filtered for bad in others), (name, [str(bad) for bad in others if not bad.filtered][:3])
         assert all(key_opens(sample, as_text=False) for sample in good) and all(sample.images for sample in good)
         # three rows of MedXpertQA have tables for options, of which the paper's rules read one line, and in two an option's text is another option's letter
         assert [sample.dataset_index for sample in good if not key_opens(sample)] == ([10, 51, 70, 71, 79] if name == "MedXpertQA-MM" else [])
@@ -164,7 +165,7 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
         put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image") and name not in ("HeadQA",)))
     declare(tmp_path, tables)
     good, others = split(b.source_rows(name, repo=str(tmp_path)))
-    assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.by_rule for bad in others), [str(bad) for bad in others]
+    assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
     assert all(data == PHOTO for sample in good for data in sample.images)
     if name == "MMMU-medical":
@@ -242,7 +243,7 @@ ODD = [(converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B":
 @pytest.mark.parametrize("convert, row", ODD)
 def test_odd_types_are_broken_rows_and_no_file_is_read(convert, row):
     item, = samples_from(lambda: [("line 1", row)], convert, "odd")
-    assert isinstance(item, BadRow) and not item.by_rule and str(item).startswith("line 1, ") and "\n" not in str(item), item
+    assert isinstance(item, InvalidRow) and not item.filtered and str(item).startswith("line 1, ") and "\n" not in str(item), item
 
 
 def test_an_unusual_misc_and_a_mended_image_go_together():
@@ -277,9 +278,9 @@ def test_damaged_images_never_end_in_a_traceback(tally):
                 row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": each, "path": None}]}
                 item, = samples_from(lambda: [("row 0", row)], converters.unified, "odd")
                 seen[type(item).__name__] += 1
-                assert isinstance(item, BadRow) or item.pictures()[0].mode == "RGB"
+                assert isinstance(item, InvalidRow) or item.pictures()[0].mode == "RGB"
                 count.survived += 1
-    assert min(seen["Sample"], seen["BadRow"]) > 50
+    assert min(seen["Sample"], seen["InvalidRow"]) > 50
 
 
 def test_omnimedvqa_in_its_own_folders(tmp_path):
@@ -405,7 +406,7 @@ def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
 CONVERT = """
 import sys
 from medvlthinker.data import corpora
-from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.profile import Workspace, load_profile
 corpora.load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
 """
 

@@ -9,7 +9,8 @@ import warm
 from conftest import ROOT, says
 from medvlthinker.evaluation import look, parity
 from medvlthinker.data import synthetic
-from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import load_profile
 from medvlthinker.data.prompt import messages
 from medvlthinker.data.sample import Sample
 
@@ -134,7 +135,7 @@ def test_parity_on_the_command_line(warm_home):
     done = command(*words, "--", "batch_size=5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(parity.TOO_FEW) and "12 questions" in done.stdout.splitlines()[-1]
-    record = json.loads((warm_home / "smoke" / "results" / "phantom" / "tiny" / "parity.json").read_text())
+    record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "parity.json").read_text())
     assert record["unit"] == "token" and record["n"] == 12
 
     two = warm_home / "smoke" / record["sides"][1][0]

@@ -1,4 +1,4 @@
-"""Planted duplicates, on phantoms and real radiographs; two processes; odd input. What a notebook is too small for."""
+"""Planted duplicates, on drawn scans and real radiographs; two processes; odd input. What a notebook is too small for."""
 import dataclasses
 import io
 import json
@@ -64,11 +64,11 @@ def holds(title, hits, pairs, copies):
     assert wilson(*pairs)[1] < 0.01 and copies[0] <= 0.01 * copies[1]
 
 
-def test_planted_phantoms():
+def test_planted_drawn_scans():
     "Look-alikes, which agree in modality, side, level and size, count neither way; a crop can take the fluid away."
     scans = [(data, tuple(facts[name] for name in ("modality", "side", "level", "size")))
              for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
-    holds("phantoms", *planted([data for data, _ in scans], [facts for _, facts in scans]))
+    holds("drawn scans", *planted([data for data, _ in scans], [facts for _, facts in scans]))
 
 
 def test_planted_radiographs(real_data):

@@ -13,7 +13,7 @@ from pathlib import Path
 import medvlthinker
 import pytest
 from conftest import ROOT, says
-from medvlthinker.core.config import EXTRAS
+from medvlthinker.core.files import EXTRAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -110,7 +110,7 @@ print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.mo
 SCRIPT = """
 from medvlthinker.data import synthetic
 from medvlthinker.data.benchmarks import BENCHMARKS
-from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.core.grade import grade
 from medvlthinker.data.sample import read_samples, write_samples
 profile = load_profile("smoke", limit=5)
@@ -125,7 +125,7 @@ def test_a_script_without_a_checkout(bare, tmp_path):
     done = alone(bare, tmp_path, "-c", SCRIPT)
     assert (done.returncode, done.stdout) == (0, "5 5 5\n"), done.stderr
     (tmp_path / "settings.ini").write_text("[mine]\nlimit = 7\n")
-    assert alone(bare, tmp_path, "-c", "from medvlthinker.core.config import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
+    assert alone(bare, tmp_path, "-c", "from medvlthinker.core.profile import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
 
 
 ABSENT = {  # what a user calls -> the extra that the sentence names
@@ -141,7 +141,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.verl_backend import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
     "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
-    "from medvlthinker.core.config import write_figure; write_figure('a', None, '.')": "notebooks",
+    "from medvlthinker.core.files import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.difficulty.curate import difficulty_figure; difficulty_figure({})": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.evaluation.look import look_figure; look_figure(None)": "notebooks",
@@ -154,7 +154,8 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
 def test_each_absent_extra_gives_its_sentence(bare, tmp_path):
     code = """
 import json, sys
-from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import load_profile
 for call in json.loads(sys.argv[1]):
     try:
         exec(call)
@@ -186,7 +187,7 @@ def test_every_heavy_import_is_asked_for_first():
     "A public function that imports what an extra brings says so where it is absent; private ones are reached through those."
     seen = 0
     for path in (ROOT / "medvlthinker").rglob("*.py"):
-        if path.stem in ("config", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
+        if path.stem in ("files", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         asked = {word.value.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" for word in node.args if isinstance(word, ast.Constant)}
@@ -202,7 +203,7 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.core.config import load_profile
+from medvlthinker.core.profile import load_profile
 from medvlthinker.evaluation.evaluate import evaluate
 record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
 print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
@@ -217,5 +218,5 @@ def test_evaluating_without_a_checkout(bare, warm_tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     where, source, counts = json.loads(done.stdout.splitlines()[-1])
     [(name, (right, n))] = counts.items()
-    assert Path(where).is_relative_to(bare.parent.parent) and (source, name, n) == ("phantom", "vqa_rad_closed", 6) and 0 <= right <= 6
+    assert Path(where).is_relative_to(bare.parent.parent) and (source, name, n) == ("synthetic", "vqa_rad_closed", 6) and 0 <= right <= 6
     assert next((tmp_path / "_runs").rglob("evaluation.json"))

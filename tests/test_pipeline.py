@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, at_work, python, says
-from medvlthinker.core.config import UserError, load_profile, parse_words
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import load_profile, parse_words
 from medvlthinker.app.pipeline import dry_run
 from medvlthinker.data.sample import read_samples
 
@@ -133,7 +134,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     assert "interrupted" in status(tree, here, "recipes=")[0].values()
 
     run(tree, here)
-    counts = [json.loads((path / "smoke" / "results" / "phantom" / "tiny" / "evaluation.json").read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
+    counts = [json.loads((path / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
     assert counts[0] == counts[1]
 
 

@@ -10,7 +10,7 @@ import warm
 from conftest import ROOT, says
 from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 from medvlthinker.difficulty.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
 from medvlthinker.data.prompt import messages
 from medvlthinker.data.sample import image_problem, to_rgb

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.completion import Completion
-from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.evaluation.evaluate import recount, count, grade_rows, repeated_counts
 from medvlthinker.evaluation.exchange import Told, exchange, to_inspect, to_lm_eval
 from medvlthinker.core.grade import RULES, grade
@@ -153,15 +154,15 @@ def test_the_cause_of_a_long_text_is_found_in_time(unit):
 
 @pytest.fixture
 def planted(home):
-    "Two phantom test sets, answered by hand, with the records that `evaluate` would have made: greedy answers, and four to each question."
+    "Two synthetic test sets, answered by hand, with the records that `evaluate` would have made: greedy answers, and four to each question."
     profile, workspace, places = load_profile("smoke", limit=8, benchmark="vqa_rad, slake"), Workspace("smoke"), {1: {}, 4: {}}
     for n, record in places.items():
         for name in ("slake_closed", "vqa_rad_closed"):
-            record[name] = f"rollouts/tiny/phantom/{name}/{n}"
+            record[name] = f"rollouts/tiny/synthetic/{name}/{n}"
             store(workspace.root / record[name], list(load_benchmark(name, profile, workspace)), n, size=5)
-    (folder := workspace.results / "phantom" / "tiny").mkdir(parents=True)
+    (folder := workspace.results / "synthetic" / "tiny").mkdir(parents=True)
     for name, n in (("evaluation", 1), ("repeats", 4)):
-        (folder / f"{name}.json").write_text(json.dumps({"model": "tiny", "source": "phantom", "rollouts": places[n]}))
+        (folder / f"{name}.json").write_text(json.dumps({"model": "tiny", "source": "synthetic", "rollouts": places[n]}))
     (home / "mine.py").write_text(MINE)
     return home
 
@@ -172,7 +173,7 @@ ASKED = ("limit=8", "benchmark=vqa_rad, slake")
 def test_a_profile_from_the_command_line(planted):
     done = python("-m", "medvlthinker.evaluation.regrade", "smoke", *ASKED, "old=strict", "new=lenient")
     assert done.returncode == 0 and "strict -> lenient: " in done.stdout and "of 16 verdicts flipped" in done.stdout, done.stderr
-    path = planted / "smoke" / "results" / "phantom" / "regrade-strict-lenient.json"
+    path = planted / "smoke" / "results" / "synthetic" / "regrade-strict-lenient.json"
     stored, flips = json.loads(path.read_text()), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().split("\n")[:-1]]
     assert [cell["dataset_name"] for cell in stored["cells"]] == ["slake_closed", "vqa_rad_closed", "macro average"]
     assert sum(line["answers"] for line in stored["causes"]) == len(flips) > 0 and {line["model"] for line in flips} == {"tiny"}
@@ -187,7 +188,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(planted):
     says(python("-m", "medvlthinker.evaluation.regrade", "smoke", "limit=9", ASKED[1]), "answers other questions than slake_closed")
     says(python("-m", "medvlthinker.evaluation.exchange", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
     says(python("-m", "medvlthinker.evaluation.exchange", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={planted}", "rules=kind"), "No rule kind")
-    assert not list((planted / "smoke" / "results" / "phantom").glob("regrade-*"))
+    assert not list((planted / "smoke" / "results" / "synthetic").glob("regrade-*"))
 
 
 def test_exchange_from_the_command_line(planted, tmp_path):

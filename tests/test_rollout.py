@@ -7,7 +7,8 @@ import time
 
 import pytest
 from medvlthinker.data import synthetic
-from medvlthinker.core.config import UserError, fingerprint, load_profile
+from medvlthinker.core.files import UserError, fingerprint
+from medvlthinker.core.profile import load_profile
 from medvlthinker.generation.engine import Sampling, engine_version
 from medvlthinker.generation.rollout import identity, read_shard, roll_out
 

@@ -21,7 +21,8 @@ from conftest import ROOT, python
 from medvlthinker.data import synthetic
 from medvlthinker.training import sft
 from medvlthinker.generation import tiny
-from medvlthinker.core.config import Profile, UserError, Workspace, launch, load_profile, redacted
+from medvlthinker.core.files import UserError, run_logged, redact
+from medvlthinker.core.profile import Profile, Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.data.sample import write_samples
 
@@ -174,7 +175,8 @@ def traps(tmp_path_factory):
 
 OPEN = """
 import json, sys
-from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import load_profile
 from medvlthinker.training.checkpoint import skeleton
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.training.fit import shape_of
@@ -215,7 +217,7 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
 
     place, mark = traps
     pickled, smoke = place / "pickled", load_profile("smoke")
-    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
     ways = {**{f"engine={name}": lambda name=name: open_engine(replace(smoke, engine=name), str(pickled)) for name in ("transformers", "vllm")},
             "copies": lambda: open_engine(replace(smoke, data_parallel=2), str(pickled)),
             **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
@@ -303,7 +305,7 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     (tmp_path / "own.py").write_text(OWN)
     notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
     cell, = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    text = "from medvlthinker.core.config import own_module\nown_module({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
+    text = "from medvlthinker.core.profile import own_module\nown_module({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
     notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
     monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
@@ -317,7 +319,7 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
         with pytest.raises(UserError, match="refused") as said:
             pipeline.execute(pipeline.steps(profile)[0], profile)
         wreck = (home / "smoke" / "notebooks" / "1_data.running.ipynb").read_text()
-        assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redacted(str(said.value))) == []
+        assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redact(str(said.value))) == []
         count.survived += 1
 
 
@@ -378,11 +380,11 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     from medvlthinker.training import train, verl_backend
     from medvlthinker.app.pipeline import dry_run
 
-    crash = "import os\nfrom medvlthinker.core.config import command\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
+    crash = "import os\nfrom medvlthinker.core.files import run_main\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
     done = python("-c", crash)
     assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
     workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"
-    launch([sys.executable, "-c", show], workspace.logs / "own.log", show=lambda line: None)
+    run_logged([sys.executable, "-c", show], workspace.logs / "own.log", show=lambda line: None)
     verl_backend.start([sys.executable, "-c", show], verl_backend.environment(workspace.logs), workspace.logs, show=lambda line: None)
     assert "***" in (workspace.logs / "own.log").read_text() and "***" in (workspace.logs / "verl-001.log").read_text()
     paper = load_profile("paper", report_to="wandb")
@@ -392,7 +394,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
     print(*dry_run(paper))
     status.main(["smoke"])
-    (workspace.results / "phantom").mkdir()
+    (workspace.results / "synthetic").mkdir()
     with contextlib.suppress(UserError):  # of a run without results there is little to say
         crate.write_cards(load_profile("smoke"))
     out = capsys.readouterr()
@@ -418,26 +420,26 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     import hashlib
 
     from medvlthinker.training import verl_backend
-    from medvlthinker.core.config import recording, stale
+    from medvlthinker.core.files import write_record, stale_reason
 
     recipe, smoke, workspace = find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke")
     given = verl_backend.settings(recipe, smoke, "model", "data.parquet", tmp_path)
     file = Path(given["reward.custom_reward_function.path"])
     assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
-    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
     start = replace(recipe, init=str(tiny.build(tmp_path / "start")))
     run = sft.plan(start, smoke, workspace)
     assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
     final = workspace.checkpoints / recipe.name
     final.mkdir()
-    with recording(final, run.inputs):
+    with write_record(final, run.inputs):
         (final / "config.json").write_text("{}")
-    assert not stale(final, sft.plan(start, smoke, workspace).inputs)
+    assert not stale_reason(final, sft.plan(start, smoke, workspace).inputs)
     (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")
     monkeypatch.setattr(sft, "reward_file", lambda: tmp_path / "grade.py")
     edited = sft.plan(start, smoke, workspace)
-    assert edited.folder != run.folder and stale(final, edited.inputs).startswith("reward was")
+    assert edited.folder != run.folder and stale_reason(final, edited.inputs).startswith("reward was")
     monkeypatch.setattr(verl_backend, "latest_checkpoint", lambda folder: (1, folder))
     verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=run.inputs["reward"])
     with pytest.raises(UserError, match=f"were made with the reward {run.inputs['reward']}, now it is {edited.inputs['reward']}"):

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.data import synthetic
 from medvlthinker.generation.completion import Completion, Sampling, Shard
-from medvlthinker.core.config import Profile, UserError
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import Profile
 from medvlthinker.generation.rollout import read_shard
 from medvlthinker.data.sample import Sample
 from medvlthinker.generation.server import ServerEngine, read_answer
@@ -335,7 +336,8 @@ def test_any_json_is_an_answer_or_is_not(body):
 RUN = """
 import sys
 from medvlthinker.generation.completion import Sampling, Shard
-from medvlthinker.core.config import Profile, command
+from medvlthinker.core.files import run_main
+from medvlthinker.core.profile import Profile
 from medvlthinker.generation.rollout import read_shard
 from medvlthinker.data.sample import Sample
 from medvlthinker.generation.server import ServerEngine
@@ -413,7 +415,7 @@ def vllm_server(warm_tiny, tmp_path_factory):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def phantoms(count: int) -> list[Sample]:
+def drawn_scans(count: int) -> list[Sample]:
     "Text and image questions of several sets."
     names = ("pmc_vqa", "slake_closed", "MMMU-medical")
     return [sample for name in names for sample in synthetic.benchmark(name, count // 3, 7)]
@@ -440,7 +442,7 @@ def test_the_six_benchmarks_through_a_server(vllm_server, warm_home, tmp_path):
 @pytest.mark.heavy
 def test_served_completions_are_drawn_by_their_seeds(vllm_server):
     "n at once, as vLLM draws it, equals n=1 asked n times: completion k has the seed of its question plus k."
-    samples, how = phantoms(6), Sampling(n=4, temperature=1.0, max_tokens=48)
+    samples, how = drawn_scans(6), Sampling(n=4, temperature=1.0, max_tokens=48)
     found, reason = gather(engine(vllm_server).stream([Shard(0, samples, 42)], how))
     one_by_one = engine(vllm_server)
     one_by_one.without = frozenset({"n"})
@@ -453,7 +455,7 @@ def test_served_completions_are_drawn_by_their_seeds(vllm_server):
 def test_served_greedy_with_n(vllm_server):
     "vLLM refuses n > 1 without dice; the engine asks one by one, and learns it once."
     server = engine(vllm_server, concurrency=1)
-    found, reason = gather(server.stream([Shard(0, phantoms(3), 42)], Sampling(n=2, max_tokens=48)))
+    found, reason = gather(server.stream([Shard(0, drawn_scans(3), 42)], Sampling(n=2, max_tokens=48)))
     assert reason == "" and server.without == {"n"} and server.account.requests == 1 + 3 * 2
     assert all(row[0].text == row[1].text and row[0].finish_reason != "failed" for row in found[0])
 
@@ -461,7 +463,7 @@ def test_served_greedy_with_n(vllm_server):
 @pytest.mark.heavy
 def test_served_question_that_is_too_long(vllm_server):
     "One prompt exceeds the server's context: it has failed with a sentence, its neighbours are answered."
-    samples = phantoms(6)
+    samples = drawn_scans(6)
     samples[2] = dataclasses.replace(samples[2], question=samples[2].question + " Why?" * 600)
     found, reason = gather(engine(vllm_server).stream([Shard(0, samples, 42)], Sampling(max_tokens=48)))
     assert reason == "" and [row[0].finish_reason == "failed" for row in found[0]] == [False, False, True, False, False, False]
@@ -472,7 +474,7 @@ def test_served_question_that_is_too_long(vllm_server):
 @pytest.mark.parametrize("limit", (500, 4096))
 def test_served_limit_beyond_the_context(vllm_server, limit):
     "A limit that does not fit beside the prompt, or not at all: the answer may go as far as the context, as with the other engines."
-    samples = phantoms(6)
+    samples = drawn_scans(6)
     wide, _ = gather(engine(vllm_server).stream([Shard(0, samples, 42)], Sampling(max_tokens=limit)))
     short, _ = gather(engine(vllm_server).stream([Shard(0, samples, 42)], Sampling(max_tokens=64)))
     assert [row[0].finish_reason for row in short[0]] == ["stop"] * 6 and wide == short
@@ -480,5 +482,5 @@ def test_served_limit_beyond_the_context(vllm_server, limit):
 
 @pytest.mark.heavy
 def test_served_wrong_model(vllm_server):
-    found, reason = gather(engine(vllm_server, model="gpt-5").stream([Shard(0, phantoms(3), 42)], Sampling(max_tokens=48)))
+    found, reason = gather(engine(vllm_server, model="gpt-5").stream([Shard(0, drawn_scans(3), 42)], Sampling(max_tokens=48)))
     assert reason.endswith("has no model 'gpt-5'; it has tiny, embedded.") and not found

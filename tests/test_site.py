@@ -26,7 +26,7 @@ from fastcore.nbio import mk_cell, new_nb, write_nb
 
 from medvlthinker.app import site
 from medvlthinker._modidx import d as index
-from medvlthinker.core.config import UserError
+from medvlthinker.core.files import UserError
 
 PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
 COMPLETION = "<think> </pre><script>alert('model')</script>\n```\n:::\n</think> **B**"

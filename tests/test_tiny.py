@@ -9,7 +9,7 @@ import pytest
 from conftest import python, says
 from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny
-from medvlthinker.core.config import file_hash
+from medvlthinker.core.files import file_hash
 from medvlthinker.data.prompt import messages, sft_target, user_text, verl_prompt
 
 VISION, LANGUAGE = 4, 3  # steps: enough to change every weight
@@ -143,7 +143,7 @@ def test_verl_reads_it(barely, tmp_path):
     from verl.utils import hf_processor, hf_tokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    rows = [{"data_source": "phantom", "prompt": verl_prompt(sample), "images": [{"bytes": image, "path": None} for image in sample.images],
+    rows = [{"data_source": "synthetic", "prompt": verl_prompt(sample), "images": [{"bytes": image, "path": None} for image in sample.images],
              "ability": "medical_mcqa", "reward_model": {"style": "rule", "ground_truth": sample.answer}, "extra_info": {"index": sample.dataset_index}}
             for sample in synthetic.corpus("pmc_vqa", 3)]
     table = datasets.Dataset.from_list(rows).cast_column("images", datasets.Sequence(datasets.Image()))

@@ -14,7 +14,8 @@ from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny
 from medvlthinker.training import train
 from medvlthinker.training.checkpoint import merge
-from medvlthinker.core.config import UserError, Workspace, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole
@@ -28,7 +29,7 @@ GRPO = ("medvlthinker.training.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=
 @pytest.fixture
 def ready(warm_home) -> Path:
     "A home with the warm model and a curated corpus."
-    write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
     return warm_home
 
 
@@ -140,8 +141,8 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
     (tmp_path / "pictures" / "PMC-VQA" / "train.csv").write_text(columns + "a.png,What is it?,lung,A:lung,B:liver,C:knee,D:skull,A\n")
     long = synthetic.corpus("m23k", 1)[0]
-    write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "phantom" / "m23k-tiny-easy_to_hard.parquet")
-    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "synthetic" / "m23k-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as said:
         train.main(["smoke", *(word.replace("BLANK", str(blank)) for word in words)])
@@ -157,7 +158,7 @@ def test_a_mistake_ends_the_command_with_one_sentence(home):
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
     "The process that trains dies; its last words are in the message, and its log is kept."
-    curated = Workspace("smoke").curated / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet"
+    curated = Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
     assert warm.run("-m", *GRPO[:-1], "max_steps=1", cwd=ROOT).returncode == 0
     shutil.rmtree(next(Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/checkpoint-1")))
     arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")

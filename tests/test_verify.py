@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, python, says
 
 from medvlthinker.generation import tiny
-from medvlthinker.core.config import Workspace, file_hash, load_profile, manifest_path, recording, writing
+from medvlthinker.core.files import file_hash, record_path, write_record, atomic_write
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts
 from medvlthinker.generation.engine import Sampling
@@ -29,18 +30,18 @@ def finished(tmp_path_factory) -> Path:
     patch.setenv("MEDVLTHINKER_HOME", str(tmp_path_factory.mktemp("runs")))
     profile, workspace = load_profile("smoke", limit=3, train_limit=6, max_tokens=6, corpus="pmc_vqa"), Workspace("smoke")
     tiny.build(workspace.checkpoints / "raw", 0)
-    with contextlib.redirect_stdout(io.StringIO()), recording(workspace.notebooks / "5_results.ipynb", {"its code": "0", "seed": 42}) as facts:
+    with contextlib.redirect_stdout(io.StringIO()), write_record(workspace.notebooks / "5_results.ipynb", {"its code": "0", "seed": 42}) as facts:
         record = evaluate(profile, "raw")
         samples, rows, _ = rollouts(profile, "raw", Sampling(n=2, temperature=1.0, max_tokens=6), kind="corpus")["pmc_vqa"]
         counts = decide(pass_counts(samples, rows), 0, 1)
-        curate(samples.path, counts, workspace.curated / "phantom", by="raw")
-        with writing(workspace.results / "difficulty_phantom.csv") as file:
+        curate(samples.path, counts, workspace.curated / "synthetic", by="raw")
+        with atomic_write(workspace.results / "difficulty_synthetic.csv") as file:
             right = counts.correct.value_counts()
             file.write("model,corpus,right,of,questions\n" + "".join(f"raw,pmc_vqa,{k},2,{right.get(k, 0)}\n" for k in range(3)))
         paths = write_table("comparison", results_table([record], "comparison", only=("GPT-4o",)), workspace.results)
-        with writing(workspace.notebooks / "5_results.ipynb") as file:
+        with atomic_write(workspace.notebooks / "5_results.ipynb") as file:
             file.write('{"cells": []}')
-        facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path) for path in [*paths, workspace.results / "difficulty_phantom.csv"]}
+        facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path) for path in [*paths, workspace.results / "difficulty_synthetic.csv"]}
     write_cards(profile, lambda line: None)
     yield workspace.root
     patch.undo()
@@ -66,7 +67,7 @@ def is_record(path: Path) -> bool:
 
 def flip_each(root: Path, count, most: int = 10**6) -> None:
     "A byte flipped in each file that is vouched for, all at once; and in each that vouches, one at a time."
-    rng, paths = random.Random(0), [path for path in [*run_files(root), root / CRATE, manifest_path(root / CRATE)] if path.stat().st_size]
+    rng, paths = random.Random(0), [path for path in [*run_files(root), root / CRATE, record_path(root / CRATE)] if path.stat().st_size]
     plain, records = [path for path in paths if not is_record(path)], [path for path in paths if is_record(path)]
     with contextlib.ExitStack() as stack:
         for path in plain:
@@ -101,8 +102,8 @@ def test_a_flipped_bit_is_found_in_every_file_of_the_whole_pipeline(tmp_path, ta
 
 
 def test_what_is_gone_unfinished_or_unknown_is_said(finished):
-    shard = next(finished.glob("rollouts/raw/phantom/corpus/*/*/shard-*.jsonl"))
-    table, note, old = finished / "results" / "comparison.csv", finished / "results" / "my-notes.txt", finished / "samples" / "phantom" / "slake_closed.parquet.manifest.json"
+    shard = next(finished.glob("rollouts/raw/synthetic/corpus/*/*/shard-*.jsonl"))
+    table, note, old = finished / "results" / "comparison.csv", finished / "results" / "my-notes.txt", finished / "samples" / "synthetic" / "slake_closed.parquet.manifest.json"
     kept = {path: path.read_bytes() for path in (shard, table, old)}
     shard.unlink(), table.unlink(), note.write_text("mine")
     early = {key: value for key, value in json.loads(kept[old]).items() if key not in ("format", "seal")}
@@ -120,12 +121,12 @@ def test_other_weights_and_other_questions_are_found(finished):
     before = weights.read_bytes()
     weights.write_bytes(before + b"\n")
     found = {finding.path: finding.why for finding in findings(finished) if finding.state == "changed"}
-    assert "the weights in checkpoints/raw are others" in found["results/phantom/raw/evaluation.json"]
+    assert "the weights in checkpoints/raw are others" in found["results/synthetic/raw/evaluation.json"]
     weights.write_bytes(before)
-    file = finished / "samples" / "phantom" / "slake_closed.parquet"
+    file = finished / "samples" / "synthetic" / "slake_closed.parquet"
     before = file.read_bytes()
-    shutil.copy(finished / "samples" / "phantom" / "pmc_vqa.parquet", file)
-    assert any("the questions in samples/phantom/slake_closed.parquet are others" in finding.why for finding in findings(finished))
+    shutil.copy(finished / "samples" / "synthetic" / "pmc_vqa.parquet", file)
+    assert any("the questions in samples/synthetic/slake_closed.parquet are others" in finding.why for finding in findings(finished))
     file.write_bytes(before)
 
 
@@ -136,7 +137,7 @@ def said(capsys, *words) -> str:
 
 def test_a_cell_leads_to_its_completions(finished, capsys):
     text = said(capsys, "cell=raw/SLAKE", "show=2")
-    place = re.search(r"completions +(rollouts/raw/phantom/slake_closed/\w{16}): 3 answers to 3 questions, as they were written", text)[1]
+    place = re.search(r"completions +(rollouts/raw/synthetic/slake_closed/\w{16}): 3 answers to 3 questions, as they were written", text)[1]
     who = json.loads((finished / place / "rollout.json").read_text())
     assert f"weights {who['weights']}, in checkpoints/raw" in text and f"commit {who['commit'][:12]}" in text and "trained (chat): You will solve" in text
     shown = re.findall(r"(shard-\d{5}\.jsonl) line (\d+) +question (\d+), gold (\w), (right|wrong)", text)
@@ -144,7 +145,7 @@ def test_a_cell_leads_to_its_completions(finished, capsys):
     for name, line, question, _, _ in shown:
         row = json.loads((finished / place / name).read_text().split("\n")[int(line) - 1])
         assert row["dataset_index"] == int(question)
-    record = json.loads((finished / "results" / "phantom" / "raw" / "evaluation.json").read_text())
+    record = json.loads((finished / "results" / "synthetic" / "raw" / "evaluation.json").read_text())
     assert f"{record['counts']['slake_closed'][0]} of 3 under the rule regrade" in text
     assert said(capsys, "cell=raw/Avg.", "show=0").count("    completions  rollouts/raw/") == 6
     assert "published number" in said(capsys, "cell=GPT-4o/PMC")
@@ -159,7 +160,7 @@ def test_a_number_that_does_not_come_out_again_is_a_sentence(finished):
         says(python("-m", "medvlthinker.app.verify", "smoke", words, MEDVLTHINKER_HOME=home), "raw/SLAKE cannot be trusted as it stands", "99.99")
     says(python("-m", "medvlthinker.app.verify", "smoke", MEDVLTHINKER_HOME=home), "1 of", "not what was recorded")
     table.write_text(whole)
-    folder = next(finished.glob("rollouts/raw/phantom/slake_closed/*"))
+    folder = next(finished.glob("rollouts/raw/synthetic/slake_closed/*"))
     shard = folder / "shard-00000.jsonl"
     before = shard.read_bytes()
     shard.write_bytes(before.replace(b'"stop"', b'"stap"').replace(b'"length"', b'"lenght"'))

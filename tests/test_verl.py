@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, split
 from medvlthinker.data import synthetic
-from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.training.recipe import RECIPES, find
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.verl_backend import latest_checkpoint, overrides, parquet, rows_of, validation_parquet, verl_row, write_rows
@@ -202,7 +202,7 @@ def test_the_validation_set(home, own_cache, blank_tiny):
 
 RUN = """
 from dataclasses import replace
-from medvlthinker.core.config import Workspace, load_profile
+from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.training.verl_backend import train
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
@@ -245,7 +245,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_two_steps_with_a_kill_between_them(warm_home, tmp_path, tally):
     "Two steps of GRPO with images through verl itself, SIGKILL after the first; the same command goes on, and the merged model is the trained one."
-    write_samples(synthetic.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "phantom" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
     with tally("faults", "SIGKILL of a training by verl") as count:
         folder, logs = warm_home / "smoke" / "checkpoints" / "tiny-RL_PMC.training", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
         count.tried += 1
@@ -322,7 +322,7 @@ def merged_is_trained(home: Path, last: Path, merged: Path) -> None:
 def test_bad_commands_say_why(tmp_path):
     "On a machine without GPUs a paper recipe is refused in one sentence, before anything is written."
     import torch
-    from medvlthinker.core.config import UserError
+    from medvlthinker.core.files import UserError
     from medvlthinker.training.verl_backend import ready
 
     if torch.cuda.is_available():

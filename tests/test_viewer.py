@@ -19,7 +19,8 @@ import pytest
 from conftest import encoded, python, watched
 
 from medvlthinker.data import synthetic
-from medvlthinker.core.config import UserError, load_profile
+from medvlthinker.core.files import UserError
+from medvlthinker.core.profile import load_profile
 from medvlthinker.generation.engine import Completion
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.generation.rollout import samples_fingerprint, write_shard
@@ -52,7 +53,7 @@ def toy(n=1):
     for i, sample in enumerate(drawn):
         answers = {model: said(*(answer(sample, i * step + k * (i + step)) for k in range(n))) for model, step in (("a", 1), ("b/x", 2), ("c", 3))}
         entries.append(Entry(sample, {model: texts for model, texts in answers.items() if model != "c" or i % 4}))
-    return Look(entries, "phantom")
+    return Look(entries, "synthetic")
 
 
 # --- the view and its text ---------------------------------------------------------------------------------------------------
@@ -189,9 +190,9 @@ def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, name="0"
     "Samples and a rollout of three shards each, as a run leaves them."
     for number, each in enumerate(sets):
         samples = synthetic.corpus(each, 6) if part else synthetic.benchmark(each, 6)
-        path = home / "smoke" / "samples" / "phantom" / part / f"{each}.parquet"
+        path = home / "smoke" / "samples" / "synthetic" / part / f"{each}.parquet"
         write_samples(samples, path)
-        folder = home / "smoke" / "rollouts" / model / "phantom" / part / each / name
+        folder = home / "smoke" / "rollouts" / model / "synthetic" / part / each / name
         for i in range(3):
             write_shard(folder / f"shard-{i:05}.jsonl", samples[2 * i:2 * i + 2], [[Completion(text.format(s.answer_label), "stop", 5)] * n for s in samples[2 * i:2 * i + 2]],
                         {"shard": i, "shards": 3})
@@ -209,7 +210,7 @@ def test_stored_reads_and_makes_nothing(home):
     assert look.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
     assert sorted(path for path in home.rglob("*")) == before
     assert [len(stored(load_profile("smoke"), "tiny", limit=2).entries), len(stored(load_profile("smoke", benchmark="slake")).entries)] == [4, 6]
-    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.core.config import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
+    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.core.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
                   MEDVLTHINKER_HOME=home)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -231,7 +232,7 @@ def test_stored_says_what_is_missing(home):
     with pytest.raises(UserError, match="No whole rollout of tiny on slake_closed"):
         stored(profile, ["tiny"])
     assert stored(profile).entries[6].answers == {}, "without names, what is there is shown"
-    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "phantom" / "pmc_vqa.parquet")
+    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "synthetic" / "pmc_vqa.parquet")
     with pytest.raises(UserError, match="No whole rollout of tiny on pmc_vqa with n=1 is of the questions that are stored now"):
         stored(profile, ["tiny"])
 
@@ -266,7 +267,7 @@ def hostile():
     look = toy(2)
     sample = dataclasses.replace(look.entries[0].sample, question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A", answer=EVIL, images=(b"<svg onload=alert(1)>",))
     answers = {"a": said(EVIL, "<answer>" + ATTACKS[1] + "</answer>"), "b/x": said(EVIL * 200, ""), ATTACKS[1]: said(EVIL, EVIL)}
-    return Look([*look.entries[1:], Entry(sample, answers), Entry(dataclasses.replace(sample, dataset_name=ATTACKS[0], dataset_index=1), answers)], "phantom",
+    return Look([*look.entries[1:], Entry(sample, answers), Entry(dataclasses.replace(sample, dataset_name=ATTACKS[0], dataset_index=1), answers)], "synthetic",
                 {"a": ATTACKS[1], ATTACKS[1]: ATTACKS[0]})
 
 

@@ -9,7 +9,7 @@ __all__ = ['add_line', 'read_lines', 'share', 'latest', 'history_table', 'histor
 import datetime, html, json, math
 from pathlib import Path
 
-from ..core.config import COLOURS, need, write_figure, writing
+from ..core.files import COLOURS, require_package, write_figure, atomic_write
 from ..results.figures import lay_out
 
 # %% ../../nbs/app/76_bench.ipynb #72d31b4c
@@ -135,7 +135,7 @@ def history_figure(
     dark: bool = False,  # light text on a dark ground
 ):  # a plotly figure
     "Each measurement over its bound, run by run."
-    need("plotly")
+    require_package("plotly")
     from plotly.graph_objects import Figure
 
     bound = [line for line in lines if share(line) is not None]
@@ -162,6 +162,6 @@ def write_history(
     table = history_table(lines, machine).to_html(index=False, border=0, na_rep="", float_format="{:,.4g}".format)
     style = "<style>body { font: 14px sans-serif; max-width: 1200px; margin: 1em auto } td, th { padding: 2px 8px; text-align: left }</style>"
     whole = path.read_text(encoding="utf-8").replace("<head>", f"<head><title>Measurements</title>{style}", 1).replace("</body>", f"{table}</body>", 1)
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.write(whole)
     return path

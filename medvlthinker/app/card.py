@@ -17,7 +17,8 @@ from typing import NamedTuple
 from ..data import synthetic
 from ..data.benchmarks import HUB
 from ..training.checkpoint import MACHINERY, WARNING, check_card, markdown_table, model_card, results_lines, stored_evaluation
-from ..core.config import Profile, UserError, Workspace, file_hash, manifest_path, need, read_json, writing
+from ..core.files import UserError, file_hash, record_path, require_package, read_json, atomic_write
+from ..core.profile import Profile, Workspace
 from ..training.recipe import data_file, find
 from ..generation.rollout import folder_name, shard_header
 from ..data.sample import SampleFile
@@ -46,7 +47,7 @@ class Hashes:
     def save(self) -> None:
         "Keep the notes, if there are new ones."
         if self.notes != self.noted:
-            with writing(self.path) as file:
+            with atomic_write(self.path) as file:
                 json.dump(self.notes, file)
 
 
@@ -69,7 +70,7 @@ def facts_of(
     "What is known about a data file: rows, columns, size, hash, manifest, and what was set aside."
     with SampleFile(path, look=False).opened() as file:
         rows, columns = file.metadata.num_rows, {field.name: str(field.type) for field in file.schema_arrow}
-    manifest = read_json(manifest_path(path))
+    manifest = read_json(record_path(path))
     return {"name": path.stem, "file": path.name, "rows": rows, "columns": columns, "bytes": path.stat().st_size, "sha256": hashes[path], "manifest": manifest, "aside": _set_aside(path, manifest)}
 
 
@@ -79,7 +80,7 @@ def _set_aside(path: Path, manifest: dict) -> list[tuple[str, int]]:
     rejected = path.with_suffix(".rejected.jsonl")
     for line in rejected.read_text(encoding="utf-8").splitlines() if rejected.is_file() else ():
         bad = json.loads(line)
-        kind = f"{'left out by rule' if bad['by_rule'] else 'broken'}, {bad['field']}"
+        kind = f"{'left out by rule' if bad['filtered'] else 'broken'}, {bad['field']}"
         found[kind] += 1
         examples.setdefault(kind, bad["reason"][:100])
     lines = [(f"{kind}: {examples[kind]}", count) for kind, count in found.most_common()]
@@ -118,11 +119,11 @@ ORIGINS = {
 
 def origin_of(
     name: str,  # of a data file, without its ending; curated files begin with their corpus
-    source: str,  # `phantom`, `hub`, `source` or `local`
+    source: str,  # `synthetic`, `hub`, `source` or `local`
 ) -> Origin:
     "Where the questions of a file come from."
     known = max((key for key in ORIGINS if name == key or name.startswith(f"{key}-")), key=len, default="")
-    return DRAWN if source == "phantom" else ORIGINS.get(known, Origin(name, "", "not known", "not known"))
+    return DRAWN if source == "synthetic" else ORIGINS.get(known, Origin(name, "", "not known", "not known"))
 
 # %% ../../nbs/app/70_card.ipynb #58712e60
 KINDS = {  # title, what it is
@@ -141,7 +142,7 @@ def card_metadata(
     "The metadata of a data set's card."
     from huggingface_hub import DatasetCardData
 
-    total, drawn, split = sum(file["rows"] for file in files), source == "phantom", "test" if kind == "tests" else "train"
+    total, drawn, split = sum(file["rows"] for file in files), source == "synthetic", "test" if kind == "tests" else "train"
     licence = {"license": "apache-2.0"} if drawn else {"license": "other", "license_name": "as-its-sources", "license_link": "README.md#sets"}
     return DatasetCardData(language="en", **licence, pretty_name=f"MedVLThinker, {KINDS[kind][0].lower()} ({source})", size_categories=next(name for most, name in _SIZES if total < most),
                            task_categories=["visual-question-answering", "multiple-choice"], tags=["medical", "medvlthinker", *(["machinery-test"] if drawn else [])],
@@ -174,10 +175,10 @@ def limits(
     source: str,  # where the questions come from, such as `hub`
 ) -> list[str]:
     "What a user of the data should know first."
-    closed = source != "phantom" and kind == "tests"
+    closed = source != "synthetic" and kind == "tests"
     real = ["English only, mostly published figures and examination questions: no sample of patients or of clinical work. Bias between organs, modalities or people was not measured.",
             "Whether a person can be recognised in an image was not examined."]
-    return [_LIMITS[kind], *(["A drawn set has the shape of the one it is named after and none of its content."] if source == "phantom" else real),
+    return [_LIMITS[kind], *(["A drawn set has the shape of the one it is named after and none of its content."] if source == "synthetic" else real),
             *(["Of the closed sets (names that end in _closed) the options were worded by a language model that saw the answer, or extracted by rule; Yes is always option A."] if closed else [])]
 
 # %% ../../nbs/app/70_card.ipynb #0d987b63
@@ -221,12 +222,12 @@ def _sections(kind: str, source: str, files: list[dict]) -> Iterator[tuple[str, 
     "The headings of a data set's card with what stands under them."
     origins, example = {file["name"]: origin_of(file["name"], source) for file in files}, max(files, key=lambda file: bool(file["rows"]))["file"]
     link = lambda origin: f"[{origin.title}]({origin.home})" if origin.home else origin.title
-    yield f"{KINDS[kind][0]} ({source})", f"{MEANS_NOTHING if source == 'phantom' else NOT_CLINICAL}\n\n{KINDS[kind][1]} In the format of MedVLThinker ({_PAPER})."
+    yield f"{KINDS[kind][0]} ({source})", f"{MEANS_NOTHING if source == 'synthetic' else NOT_CLINICAL}\n\n{KINDS[kind][1]} In the format of MedVLThinker ({_PAPER})."
     rows = [(f"`{file['file']}`", f"{file['rows']:,}", f"{file['bytes'] / 1e6:,.2f} MB", link(origin := origins[file["name"]]), origin.licence, origin.paper) for file in files]
     yield "Sets", markdown_table(("file", "rows", "size", "from", "licence", "to cite"), rows)
     named = dict.fromkeys(name for file in files for name in file["columns"])
     yield "Columns", markdown_table(("column", "type", "meaning"), [(name, *COLUMNS.get(name, ("see the file", "not described"))) for name in named])
-    own = {"seed": inspect.signature(synthetic.benchmark).parameters["seed"].default} if source == "phantom" else {}  # drawn sets have no other
+    own = {"seed": inspect.signature(synthetic.benchmark).parameters["seed"].default} if source == "synthetic" else {}  # drawn sets have no other
     made = markdown_table(("file", "made (UTC)", "from"), [(f"`{file['file']}`", _when(file["manifest"]), in_words(own | file["manifest"].get("inputs", {}))) for file in files])
     code = Counter(made_by(file["manifest"]) for file in files)
     yield "How they were made", made + "\n\n" + "\n".join(f"- {words} ({count} of {len(files)} files)" for words, count in code.items())
@@ -275,7 +276,7 @@ def check_dataset_card(
 # %% ../../nbs/app/70_card.ipynb #1d00aed6
 def _responsible(kind: str, source: str, files: list[dict]) -> dict:
     "Fields of Croissant's RAI part."
-    drawn = source == "phantom"
+    drawn = source == "synthetic"
     collected = "Pictures drawn, and questions posed about them, by medvlthinker.data.synthetic." if drawn else "Nothing was collected here: rows of published sets were converted, one by one, to one format."
     use = {"tests": "Comparing models. Not training, not choosing checkpoints.", "corpora": "Training by imitation or by reinforcement.", "curated": "Training by reinforcement."}[kind]
     aside = [f"{file['file']}: {count} {why}" for file in files for why, count in file["aside"]]
@@ -306,7 +307,7 @@ def croissant(
 ) -> dict:
     "Croissant metadata of a folder of data files, validated; needs mlcroissant."
     import logging
-    need("mlcroissant")
+    require_package("mlcroissant")
     import mlcroissant as mlc
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of recommended fields for which there is nothing true to say
@@ -316,7 +317,7 @@ def croissant(
     page = ("https://huggingface.co/UCSC-VLAA" if kind != "tests" else _HF + HUB) if source == "hub" else "https://arxiv.org/abs/2508.02669"
     try:
         found = mlc.Metadata(
-            name=f"medvlthinker-{kind}-{source}", description=f"{KINDS[kind][1]} {MEANS_NOTHING if source == 'phantom' else NOT_CLINICAL}".replace("**", ""), url=page, cite_as=_CITE, in_language=["en"],
+            name=f"medvlthinker-{kind}-{source}", description=f"{KINDS[kind][1]} {MEANS_NOTHING if source == 'synthetic' else NOT_CLINICAL}".replace("**", ""), url=page, cite_as=_CITE, in_language=["en"],
             conforms_to=["http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"], creators=[mlc.Organization(name="MedVLThinker companion")], keywords=["medical", "visual question answering"],
             license=sorted({origin.licence for origin in origins.values()}), version=files[0]["manifest"].get("version"), date_created=made or None, date_published=made or None,
             distribution=objects, record_sets=[_record_set(mlc, file, origins[file["name"]]) for file in files], **_responsible(kind, source, files)).to_json()
@@ -342,7 +343,7 @@ def rollout_card(
     from huggingface_hub import DatasetCardData
 
     found = [rollout_facts(path) for path in sorted(folder.rglob("rollout.json"))]
-    model, drawn = found[0].get("model", folder.name), {each["folder"].relative_to(folder).parts[0] for each in found} == {"phantom"}
+    model, drawn = found[0].get("model", folder.name), {each["folder"].relative_to(folder).parts[0] for each in found} == {"synthetic"}
     rows = [(f"`{each['folder'].relative_to(folder)}`", each["rows"] if each["rows"] is not None else "not counted", each.get("n"), each.get("temperature"), each.get("max_tokens"), each.get("engine"), each.get("seed"), *("not counted" if each[key] is None else each[key] for key in ("cut", "failed")),
              "whole" if each["shards"] == each["of"] else f"{each['shards']} of {each['of']} shards") for each in found]
     licence = {"license": "apache-2.0"} if drawn else {"license": "other", "license_name": "as-the-model", "license_link": "README.md#limits"}
@@ -381,9 +382,9 @@ def refreshed_card(
     "A model's card as of now: how it was trained, from its manifest, and what has been measured since."
     if name == "tiny":
         return base_card(profile, workspace)
-    record = read_json(manifest_path(workspace.checkpoints / name))
+    record = read_json(record_path(workspace.checkpoints / name))
     facts = {key: record[key] for key in _TRAINED if key in record}
-    return model_card(find(name), stored_evaluation(name, profile, workspace), read_json(manifest_path(data_file(find(name), profile, workspace))) or None, facts or None)
+    return model_card(find(name), stored_evaluation(name, profile, workspace), read_json(record_path(data_file(find(name), profile, workspace))) or None, facts or None)
 
 
 def base_card(

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, rollout_facts, tree_state
-from ..core.config import Profile, UserError, Workspace, circumstances, command, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, read_json, recording, writing
+from ..core.files import UserError, environment_info, run_main, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
+from ..core.profile import Profile, Workspace, load_profile, parse_words, project_root
 from ..generation.engine import model_fingerprint
 from ..training.recipe import RECIPES
 from ..generation.rollout import MEASURED, folder_name, samples_fingerprint
@@ -176,7 +177,7 @@ def _act_of_rollout(crate, path: Path, root: Path) -> None:
     "The action that wrote a rollout."
     who, asked, there = read_json(path), questions_file(path.parent, root), rollout_facts(path)
     objects = [crate.get(asked.relative_to(root).as_posix()) if _holds(asked, who.get("samples")) else None, _model(crate, str(who.get("model")), root, who.get("weights"))]
-    settings = {key: value for key, value in who.items() if key not in (*circumstances(), *MEASURED)}
+    settings = {key: value for key, value in who.items() if key not in (*environment_info(), *MEASURED)}
     folder = path.parent.relative_to(root).as_posix()
     _act(crate, folder, _package(crate, who), [each for each in objects if each], [crate.get(folder)], f"{there['shards']} of {there['of']} shards; {in_words(settings)}; on {who.get('machine')}", who,
          status="Completed" if there["shards"] == there["of"] else "Active")
@@ -200,7 +201,7 @@ def run_crate(
     hashes: Hashes,  # of the run's files
 ) -> dict:
     "The RO-Crate of a run, as JSON-LD; needs rocrate."
-    need("rocrate")
+    require_package("rocrate")
     from rocrate.rocrate import ROCrate
 
     crate = ROCrate()
@@ -222,10 +223,10 @@ def _about(crate, root: Path, records: list[dict]) -> None:
     "What the crate says of the run as a whole."
     sources = {path.name for path in (root / "samples").glob("*")}
     steps = sum("its code" in record.get("inputs", {}) for record in records)
-    licence = ("https://spdx.org/licenses/Apache-2.0", "Apache-2.0") if sources <= {"phantom"} else ("#licences", "Each data set keeps its source's licence, see the README.md in samples/ and curated/; a model that of its base model.")
+    licence = ("https://spdx.org/licenses/Apache-2.0", "Apache-2.0") if sources <= {"synthetic"} else ("#licences", "Each data set keeps its source's licence, see the README.md in samples/ and curated/; a model that of its base model.")
     newest = max((path.stat().st_mtime for path in run_files(root)), default=0)  # where no manifest has a date
     about = {"name": f"A run of MedVLThinker's companion, profile {root.name}",
-             "description": f"{MEANS_NOTHING if sources <= {'phantom'} else NOT_CLINICAL} {steps} notebooks have been executed; {len(records) - steps} more artefacts have a manifest. Left out: checkpoints on the way, locks, and what is being written.".replace("**", ""),
+             "description": f"{MEANS_NOTHING if sources <= {'synthetic'} else NOT_CLINICAL} {steps} notebooks have been executed; {len(records) - steps} more artefacts have a manifest. Left out: checkpoints on the way, locks, and what is being written.".replace("**", ""),
              "datePublished": max((record.get("started", "")[:10] for record in records), default="") or datetime.date.fromtimestamp(newest).isoformat(),
              "license": _once(crate, licence[0], {"@type": "CreativeWork", "name": licence[1]}),
              "conformsTo": _once(crate, PROFILE, {"@type": "CreativeWork", "name": "Process Run Crate", "version": PROFILE.rsplit("/", 1)[1]}),
@@ -289,9 +290,9 @@ def _put(path: Path, make: Callable[[], str], show) -> bool:
     "Write a card unless it stands there word for word; a sentence where it cannot be made."
     try:
         text, recorded = make(), path.name == CRATE
-        if path.is_file() and path.read_text(encoding="utf-8") == text and (not recorded or manifest_path(path).is_file()):
+        if path.is_file() and path.read_text(encoding="utf-8") == text and (not recorded or record_path(path).is_file()):
             return False
-        with recording(path, {"lists": fingerprint(text)}) if recorded else contextlib.nullcontext(), writing(path) as file:
+        with write_record(path, {"lists": fingerprint(text)}) if recorded else contextlib.nullcontext(), atomic_write(path) as file:
             file.write(text)
     except Exception as error:  # three libraries, and artefacts of any age: none of it is worth a run
         show(f"{path} was not written: {error if isinstance(error, (UserError, OSError)) else f'{type(error).__name__}: {error}'}")
@@ -322,4 +323,4 @@ def main(
 
 # %% ../../nbs/app/71_crate.ipynb #18d20111
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

@@ -12,7 +12,8 @@ import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, js
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..core.config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, manifest_path, need, parse_words, project_root, read_record, recording, redact_file, redacted, stale, unwritable, writing
+from ..core.files import UserError, run_main, file_hash, fingerprint, record_path, require_package, read_record, write_record, redact_file, redact, stale_reason, write_error, atomic_write
+from ..core.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
 from .crate import write_cards
 from ..generation.engine import answering, one_machine, vllm_settings
@@ -139,7 +140,7 @@ def step_inputs(
     unread = {"1_data": TRAINING, "2_difficulty": TRAINING, "3_train": ("recipes",), "4_evaluate": ("models", *TRAINING)}.get(step.notebook, ())
     how = {key: value for key, value in dataclasses.asdict(profile).items() if key not in unread}
     if profile.extend:
-        how["own file"] = file_hash(extended(profile.extend))[:12]
+        how["own file"] = file_hash(load_plugin(profile.extend))[:12]
     return {"of": step.value, **how, **code(step.notebook), **first}
 
 
@@ -157,7 +158,7 @@ def run_manifest(
 ) -> dict:
     "The manifest of an executed notebook; empty where there is none that can be read."
     with contextlib.suppress(OSError, ValueError):
-        found = read_record(manifest_path(path))
+        found = read_record(record_path(path))
         return found if isinstance(found.get("inputs"), dict) else {}
     return {}
 
@@ -185,7 +186,7 @@ def why_stale(
     notebook, inputs = executed(step.name, profile), step_inputs(step, profile) if inputs is None else inputs
     found = run_manifest(notebook)
     if not found or not notebook.exists():
-        return stale(notebook, inputs)
+        return stale_reason(notebook, inputs)
     root = Workspace(profile.name).root
     return in_words(found["inputs"], json.loads(json.dumps(inputs))) or next((f"{name} is gone" for name in found.get("outputs", ()) if not (root / name).exists()), "")
 
@@ -236,7 +237,7 @@ def error_line(
 ) -> str:
     "An error as one line: the sentence of a `UserError`, else the kind and the last line."
     last = next((line for line in reversed(value.splitlines()) if line.strip()), "").strip()
-    return value.removesuffix(".") if name in ("UserError", "BadRow") else f"{name}: {last}" if last else name
+    return value.removesuffix(".") if name in ("UserError", "InvalidRow") else f"{name}: {last}" if last else name
 
 
 @functools.cache  # once a folder
@@ -246,7 +247,7 @@ def _write_redacted(folder: str) -> None:
 
     class Redacting(LocalHandler):
         def write(self, buf, path):
-            super().write(redacted(buf), path)
+            super().write(redact(buf), path)
 
     papermill_io.register(folder, Redacting())
 
@@ -264,7 +265,7 @@ def execute(
     profile: Profile,  # what is to run, and how
 ) -> bool:  # False where another run has done it meanwhile
     "Execute one paper notebook; `UserError` with its last error line and where the wreck lies."
-    need("papermill", "ipykernel")
+    require_package("papermill", "ipykernel")
     import logging
     import nbformat
     import papermill
@@ -274,14 +275,14 @@ def execute(
     source, root, workspace = paper_notebook(step.notebook), project_root(), Workspace(profile.name)
     _write_redacted(str(workspace.notebooks))
     target, wreck = workspace.notebooks / f"{step.name}.ipynb", workspace.notebooks / f"{step.name}.running.ipynb"
-    given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **changed(profile)}
+    given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every override, and load_profile has already judged them
     waited: list[str] = []
     with alone(lock_folder(step, profile), waited.append):
         if waited and not why_stale(step, profile):
             return False  # whoever was at it has done it
         before = _state(workspace)
-        with recording(target, step_inputs(step, profile)) as facts, _measured(step, facts):
+        with write_record(target, step_inputs(step, profile)) as facts, _measured(step, facts):
             try:
                 done = papermill.execute_notebook(source, wreck, given, kernel_name="python3", cwd=root, progress_bar=False, log_output=False,
                                            stdout_file=_Echo(step.value or step.notebook), extra_arguments=["--log-level=CRITICAL", f"--{_MARK}={step.name}"])
@@ -292,8 +293,8 @@ def execute(
                     raise
                 raise UserError(f"The process of {step.name} has died (killed, or out of memory); what is finished is kept, the same command goes on. (The notebook as far as it came: {wreck})") from None
             except OSError as error:
-                raise unwritable(error, wreck) from None
-            with writing(target) as file:  # from memory, and not the wreck renamed: where locks hold nobody, another run may be writing that
+                raise write_error(error, wreck) from None
+            with atomic_write(target) as file:  # from memory, and not the wreck renamed: where locks hold nobody, another run may be writing that
                 file.write(nbformat.writes(done) + "\n")
             wreck.unlink(missing_ok=True)
             made = {path for path, state in _state(workspace).items() if before.get(path) != state}
@@ -401,7 +402,7 @@ def run(
     again: tuple[str, ...] = (),  # notebooks that run whether stale or not, and nothing else; empty for all that is missing or stale
 ) -> list[str]:
     "Run what is missing or stale, in order; the names of the steps that ran."
-    need("papermill", "ipykernel", "doit")
+    require_package("papermill", "ipykernel", "doit")
     from doit.cmd_base import NamespaceTaskLoader
     from doit.doit_cmd import DoitMain
 
@@ -462,8 +463,8 @@ def shortened(
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a step."
     source = source_of(profile)
-    words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **changed(profile)}
-    command = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
+    words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
+    call = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
     asking = lambda models, **how: {"command": "\n".join(shlex.join(["python", *rollout_words(profile, model, **how)]) for model in models), **_answers(profile)}
     return {"1_data": lambda: {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv", "hardware": "CPU"},
@@ -472,7 +473,7 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
             "3_train": lambda: outline(RECIPES[step.value], profile, Workspace(profile.name)) | _trains(RECIPES[step.value], profile),
             "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **asking([step.value])},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
-            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": command}
+            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": call}
 
 
 def _answers(profile: Profile) -> dict[str, str]:
@@ -485,7 +486,7 @@ def _answers(profile: Profile) -> dict[str, str]:
 
 
 def _trains(recipe: Recipe, profile: Profile) -> dict[str, str]:
-    "What accelerate, and vLLM beside the model that learns, are told; verl has all of that in its command."
+    "What accelerate, and vLLM beside the model that learns, are told; verl has all of that in its call."
     if uses_verl(recipe, profile):
         return {}
     told = accelerate_config(recipe, profile)
@@ -533,4 +534,4 @@ def main(
 
 # %% ../../nbs/app/73_pipeline.ipynb #45cacbe9
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

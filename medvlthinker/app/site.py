@@ -14,7 +14,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..core.config import UserError, Workspace, command, launch, load_profile, project_root, writing
+from ..core.files import UserError, run_main, run_logged, atomic_write
+from ..core.profile import Workspace, load_profile, project_root
 
 # %% ../../nbs/app/74_site.ipynb #5b93ac36
 def read_notebook(
@@ -63,7 +64,7 @@ def output_markdown(
         if folder is None:
             return fenced(f'<div class="output"><img alt="" src="data:{kind};base64,{base64.b64encode(raw).decode()}"></div>', "{=html}")
         name = f"{hashlib.sha256(raw).hexdigest()[:12]}.{kind[6:9]}"
-        with writing(folder / name, "wb") as file:
+        with atomic_write(folder / name, "wb") as file:
             file.write(raw)
         return f"![]({folder.name}/{name})"
     if "text/markdown" in data:
@@ -203,7 +204,7 @@ def readme(
     apply_directives(nb)
     relink(nb, lambda path: posixpath.normpath(f"nbs/{path}"))
     shutil.rmtree(root / "README_files", ignore_errors=True)
-    with writing(root / "README.md") as file:
+    with atomic_write(root / "README.md") as file:
         file.write("<!-- Made from nbs/index.ipynb by `python -m medvlthinker.app.site readme`. Change the notebook, not this file. -->\n\n"
                    + page_markdown(nb, root / "README_files") + "\n")
     return root / "README.md"
@@ -525,7 +526,7 @@ def build(
     root, quarto = project_root(), shutil.which("quarto")
     staged = stage(root, Workspace(load_profile(profile).name).root / "notebooks", profile)
     if quarto:
-        launch([quarto, "render", str(staged), "--no-execute"], staged / "_quarto.log")
+        run_logged([quarto, "render", str(staged), "--no-execute"], staged / "_quarto.log")
     else:
         render_by_pandoc(staged)
     finish(staged / "_docs")
@@ -569,4 +570,4 @@ def main(
 
 
 if __name__ == "__main__" and "__file__" in globals():  # in a notebook `__name__` is `__main__` too, but its code lies in no file
-    command(main)
+    run_main(main)

@@ -10,7 +10,8 @@ import contextlib, dataclasses, datetime, json, os, sys, time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.config import Profile, UserError, Workspace, command, load_profile, parse_words
+from ..core.files import UserError, run_main
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from .pipeline import Step, error_line, executed, forecast, lock_folder, run_manifest, shortened
 from ..generation.rollout import folder_name
 from ..data.readers import source_of
@@ -155,4 +156,4 @@ def main(
 
 # %% ../../nbs/app/75_status.ipynb #45cacbe9
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

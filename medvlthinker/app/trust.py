@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..core.config import UserError, command, project_root, writing
+from ..core.files import UserError, run_main, atomic_write
+from ..core.profile import project_root
 from ..core.stats import wilson
 
 # %% ../../nbs/app/77_trust.ipynb #7440303e
@@ -67,7 +68,7 @@ def write_rows(
     path,  # of the file
 ) -> None:
     "Keep the rows as CSV."
-    with writing(path) as file:
+    with atomic_write(path) as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
@@ -119,4 +120,4 @@ def main(
 
 # %% ../../nbs/app/77_trust.ipynb #9c6232dd
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

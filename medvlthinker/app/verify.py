@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.config import UserError, Workspace, circumstances, command, file_hash, fingerprint, intact, load_profile, manifest_path, parse_words, read_json, read_record
+from ..core.files import UserError, environment_info, run_main, file_hash, fingerprint, verify_checksum, record_path, read_json, read_record
+from ..core.profile import Workspace, load_profile, parse_words
 from .crate import CRATE, model_place, questions_file, run_files
 from ..generation.engine import model_fingerprint
 from ..evaluation.evaluate import count, grade_rows
@@ -30,7 +31,7 @@ def recorded(
     "What each file of a run was when it was made, by the best witness that there is."
     listed, found = read_json(root / CRATE).get("@graph", []), {}
     cards = {urllib.parse.unquote(each["@id"]): (each["sha256"], CRATE) for each in listed if isinstance(each, dict) and isinstance(each.get("sha256"), str) and "@id" in each}
-    records = [(path, read_json(path)) for path in [manifest_path(root / CRATE), *run_files(root)] if path.name.endswith(".manifest.json")]
+    records = [(path, read_json(path)) for path in [record_path(root / CRATE), *run_files(root)] if path.name.endswith(".manifest.json")]
     for path, record in sorted(records, key=lambda each: _ended(each[1])):
         found |= {name: (told, _inside(path, root)) for name, told in _part(record, "outputs").items() if found.get(name, ("",))[0] != told}  # the first that saw it so
     for path, record in records:
@@ -91,11 +92,11 @@ def check_file(
 def _check_record(path: Path, name: str) -> Finding:
     "A manifest, or a rollout's identity, by its seal; the latter also names its folder."
     text = path.read_bytes().decode("utf-8", errors="replace")
-    if not intact(text):
+    if not verify_checksum(text):
         record = read_json(path)
         early = bool(record) and "seal" not in record and record.get("format") is None
         return Finding(name, "not recorded", "an early version wrote it, without a seal") if early else Finding(name, "changed", "its seal does not hold")
-    who = {key: value for key, value in read_record(path).items() if key not in (*circumstances(), *MEASURED)}
+    who = {key: value for key, value in read_record(path).items() if key not in (*environment_info(), *MEASURED)}
     if path.name == "rollout.json" and fingerprint(who) != path.parent.name:
         return Finding(name, "changed", f"it describes the rollout {fingerprint(who)}, and the folder is another's")
     return Finding(name, "fits")
@@ -106,7 +107,7 @@ def findings(
 ) -> list[Finding]:
     "Every file of a run, in order, and then what does not belong together."
     known = recorded(root)
-    paths = sorted({*run_files(root), *(root / name for name in known), *(path for path in (root / CRATE, manifest_path(root / CRATE)) if path.is_file())})
+    paths = sorted({*run_files(root), *(root / name for name in known), *(path for path in (root / CRATE, record_path(root / CRATE)) if path.is_file())})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [*pool.map(lambda path: check_file(path, root, known), paths), *_unfinished(root), *_strangers(root)]
 
@@ -123,7 +124,7 @@ def _unfinished(root: Path) -> Iterator[Finding]:
 def _strangers(root: Path) -> Iterator[Finding]:
     "Evaluations whose completions, questions or weights are others by now."
     for path in sorted(root.glob("results/*/*/*.json")):
-        inputs = _part(read_json(manifest_path(path)), "inputs")
+        inputs = _part(read_json(record_path(path)), "inputs")
         for name, told in _part(inputs, "answers").items():
             folder = root / str(_part(inputs, "rollouts").get(name))
             if answers_hash(folder) != told:
@@ -303,7 +304,7 @@ def _where(rows, place: int, root: Path) -> str:
 def _model_story(who: dict, model: Path, root: Path, known: dict) -> Iterator[str]:
     "Weights, and what they were trained from, as far back as the run goes."
     yield f"    model        {who.get('model')}, weights {who.get('weights')}" + (f", in {_inside(model, root)}" if model.is_dir() else ", not in this run")
-    record = read_json(manifest_path(model))
+    record = read_json(record_path(model))
     if inputs := record.get("inputs"):
         data = next((path for folder in ("curated", "samples") for path in sorted((root / folder).rglob(str(record.get("data")))) if file_hash(path) == inputs.get("data")), None)
         yield f"      trained    recipe {inputs.get('recipe')}, {record.get('takes', record.get('steps'))} steps, seed {inputs.get('seed')}, {_code(record)}, {record.get('started', '')[:16]}"
@@ -347,4 +348,4 @@ def main(
 
 # %% ../../nbs/app/72_verify.ipynb #b6ae2d31
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

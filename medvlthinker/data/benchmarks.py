@@ -13,10 +13,11 @@ from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator
 
 from . import converters, synthetic
-from ..core.config import Profile, UserError, Workspace
-from .sample import BadRow, Sample, from_row, store
-from .readers import (MAX_LINE, Local, attempt, code_of, content_of, csv_rows, embedded, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, opened, own_copy, parse_json,
-                                 samples_from, source_of, spread)
+from ..core.files import UserError
+from ..core.profile import Profile, Workspace
+from .sample import InvalidRow, Sample, from_row, store_samples
+from .readers import (MAX_LINE, DatasetLayout, attempt, code_of, content_of, csv_rows, embedded, find_local, given_folder, hub_files, hub_rows, hub_table, image_reader, json_lines, json_list, opened, own_copy, parse_json,
+                                 samples_from, source_of, sample_indices)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #349a0421
 COUNTS = {"pmc_vqa": 2000, "pathvqa_closed": 3362, "slake_closed": 416, "vqa_rad_closed": 272, "MMMU-medical": 170, "MedXpertQA-MM": 2000}
@@ -24,7 +25,7 @@ BENCHMARKS = tuple(COUNTS)
 EXTRA = ("MedQA", "MedMCQA", "HeadQA", "PubMedQA", "MMLU-medical", "MedXpertQA-Text", "OmniMedVQA")
 _SHORT = {"pmc": "pmc_vqa", "pathvqa": "pathvqa_closed", "slake": "slake_closed", "vqa_rad": "vqa_rad_closed",
           "mmmu": "MMMU-medical", "medxpertqa": "MedXpertQA-MM", "medx_m": "MedXpertQA-MM"}
-OWN: dict[str, tuple[str, Local]] = {}  # sets of your own: name -> (folder, how the set lies in it)
+OWN: dict[str, tuple[str, DatasetLayout]] = {}  # sets of your own: name -> (folder, how the set lies in it)
 
 
 def select(
@@ -80,13 +81,13 @@ def pubmedqa_rows(
     test = _test_ids(listed) if listed.is_file() else None
     for where, row in json_list(path):
         if test is not None and isinstance(row, dict) and str(row.get("id")) not in test:
-            row = BadRow(where, "id", f"{row.get('id')} is not in the test set", by_rule=True)
+            row = InvalidRow(where, "id", f"{row.get('id')} is not in the test set", filtered=True)
         yield where, row
 
 
 def mmlu_rows(
     path,  # of one subject's CSV file
-) -> Iterator[tuple[str, dict | BadRow]]:
+) -> Iterator[tuple[str, dict | InvalidRow]]:
     "The rows of one of MMLU's files, with its subject."
     subject = Path(path).stem.removeprefix("raw_").removesuffix("_test")
     return ((where, {**row, "subject": subject} if isinstance(row, dict) else row) for where, row in csv_rows(path, ("question", *"ABCD", "answer")))
@@ -98,28 +99,28 @@ _MMMU_FILES = " ".join(f"{subject}/{split}-*.parquet" for subject in converters.
 _ORIGINAL = ("question", "options", "answer")
 
 
-def _adapted(name: str, convert: Callable, *columns: str) -> Local:
-    return Local(f"{name}/test-*.parquet", "", convert, _ADAPT + columns)
+def _adapted(name: str, convert: Callable, *columns: str) -> DatasetLayout:
+    return DatasetLayout(f"{name}/test-*.parquet", "", convert, _ADAPT + columns)
 
 
-def _figures(names: str, convert: Callable, columns: tuple, *places: str, reader: Callable | None = None) -> tuple[Local, ...]:
+def _figures(names: str, convert: Callable, columns: tuple, *places: str, reader: Callable | None = None) -> tuple[DatasetLayout, ...]:
     "A way for each name of the file (separated by spaces) and each place of the images."
-    return tuple(Local(files, place, convert, columns, reader) for files in names.split() for place in places)
+    return tuple(DatasetLayout(files, place, convert, columns, reader) for files in names.split() for place in places)
 
 
-def _texts(names: str, convert: Callable, columns: tuple, reader: Callable | None = None, beside: str = "") -> tuple[Local, ...]:
+def _texts(names: str, convert: Callable, columns: tuple, reader: Callable | None = None, beside: str = "") -> tuple[DatasetLayout, ...]:
     "A way for each name of the file."
-    return tuple(Local(files, "", convert, columns, reader, beside) for files in names.split())
+    return tuple(DatasetLayout(files, "", convert, columns, reader, beside) for files in names.split())
 
 
-LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders, ways)
+LOCAL: dict[str, tuple[tuple[str, ...], tuple[DatasetLayout, ...]]] = {  # set: (folders, ways)
     "pmc_vqa": (("PMC-VQA", "pmc_vqa", "vqa_pmc", "biomed-VQA-benchmark"),
                 (*_figures("test_clean.csv", converters.pmc_vqa, converters.PMC_COLUMNS, "images/images", "images", "images.zip"), _adapted("PMC-VQA", converters.adaptllm_pmc))),
     "pathvqa_closed": (("PathVQA", "pathvqa", "vqa_path", "biomed-VQA-benchmark"),
                        (*_figures("pvqa_test.json raw_layout_pvqa_test*.json", converters.path_vqa, ("img_id", "question", "answer"), "images/test", "images",
                                   reader=lambda path: converters.path_vqa_nested(json_list(path))),
                         *_figures("dev.jsonl", converters.path_vqa, ("img_id", "question", "answer"), "images"),
-                        _adapted("PathVQA", converters.adaptllm, "answer_type"), Local("data/test-*.parquet", "", converters.path_vqa_hub, ("image", "question", "answer")))),
+                        _adapted("PathVQA", converters.adaptllm, "answer_type"), DatasetLayout("data/test-*.parquet", "", converters.path_vqa_hub, ("image", "question", "answer")))),
     "slake_closed": (("SLAKE", "Slake1.0", "slake", "vqa_slake", "biomed-VQA-benchmark"),
                      (*_figures("test.json", converters.slake, (*_CLOSED, "img_name", "q_lang"), "imgs", "imgs.zip"),
                       *_figures("train_dev400.json", converters.slake, (*_CLOSED, "img_name", "q_lang"), "images"), _adapted("SLAKE", converters.adaptllm, "answer_type"))),
@@ -127,19 +128,19 @@ LOCAL: dict[str, tuple[tuple[str, ...], tuple[Local, ...]]] = {  # set: (folders
                        (*_figures("testset.json", converters.vqa_rad, (*_CLOSED, "image_name"), "images"),
                         *_figures("VQA_RAD?Dataset?Public.json", converters.vqa_rad_release, (*_CLOSED, "image_name", "phrase_type"), "VQA_RAD Image Folder"),
                         *_figures("dev.jsonl", converters.vqa_rad, (*_CLOSED, "image_name"), "images_dev"), _adapted("VQA_RAD", converters.adaptllm, "answer_type"))),
-    "MMMU-medical": (("MMMU", "mmmu", "vqa_mmmu"), (Local(_MMMU_FILES, "", converters.mmmu, _ORIGINAL), *_figures("rows_for_images.jsonl", converters.mmmu, _ORIGINAL, "images"))),
+    "MMMU-medical": (("MMMU", "mmmu", "vqa_mmmu"), (DatasetLayout(_MMMU_FILES, "", converters.mmmu, _ORIGINAL), *_figures("rows_for_images.jsonl", converters.mmmu, _ORIGINAL, "images"))),
     "MedXpertQA-MM": (("MedXpertQA", "medxpertqa_mm", "vqa_medxpertqa_mm"),
                       (*_figures("MM/test.jsonl", converters.medxpertqa, (*_MED, "images"), "images", "images.zip"),
                        *_figures("medxpertqa_mm_input.jsonl dev.jsonl", converters.medxpertqa, (*_MED, "images"), "images"))),
     "MedQA": (("MedQA", "medqa", "text_medqa"), _texts("phrases_no_exclude_test.jsonl test.jsonl dev.jsonl", converters.medqa, ("question", "options", "answer_idx", "answer"))),
     "MedMCQA": (("MedMCQA", "medmcqa", "text_medmcqa"), _texts("dev.json dev.jsonl", medmcqa, ("question", "opa", "opd", "cop"), medmcqa_rows)),
-    "HeadQA": (("HeadQA", "HEAD_EN", "headqa", "text_headqa"), (Local("test_HEAD_EN.json", "", converters.headqa, ("qtext", "ra", "answers"), lambda path: converters.headqa_nested(json_list(path))),
-                                                               Local("dev.jsonl", "", converters.headqa, ("qtext", "ra", "answers")))),
+    "HeadQA": (("HeadQA", "HEAD_EN", "headqa", "text_headqa"), (DatasetLayout("test_HEAD_EN.json", "", converters.headqa, ("qtext", "ra", "answers"), lambda path: converters.headqa_nested(json_list(path))),
+                                                               DatasetLayout("dev.jsonl", "", converters.headqa, ("qtext", "ra", "answers")))),
     "PubMedQA": (("PubMedQA", "pubmedqa", "text_pubmedqa"), _texts("ori_pqal.json dev.json", converters.pubmedqa, ("QUESTION", "final_decision"), pubmedqa_rows, "test_ground_truth.json")),
-    "MMLU-medical": (("MMLU", "mmlu", "text_mmlu_med"), (*(Local(" ".join(f"{folder}{subject}_test.csv" for subject in _MMLU), "", converters.mmlu, (), mmlu_rows) for folder in ("", "test/")),
-                                                        Local("dev.jsonl", "", converters.mmlu, ("question", "A", "D", "answer")))),
-    "MedXpertQA-Text": (("MedXpertQA", "medxpertqa_text", "text_medxpertqa"), (Local("Text/test.jsonl", "", converters.medxpertqa, _MED), Local("dev.jsonl", "", converters.medxpertqa, (*_MED, "body_system")))),
-    "OmniMedVQA": (("OmniMedVQA", "omnimedvqa"), (Local("QA_information/Open-access/*.json", "Images", converters.omnimedvqa, ("question", "gt_answer", "image_path", "option_A")),)),
+    "MMLU-medical": (("MMLU", "mmlu", "text_mmlu_med"), (*(DatasetLayout(" ".join(f"{folder}{subject}_test.csv" for subject in _MMLU), "", converters.mmlu, (), mmlu_rows) for folder in ("", "test/")),
+                                                        DatasetLayout("dev.jsonl", "", converters.mmlu, ("question", "A", "D", "answer")))),
+    "MedXpertQA-Text": (("MedXpertQA", "medxpertqa_text", "text_medxpertqa"), (DatasetLayout("Text/test.jsonl", "", converters.medxpertqa, _MED), DatasetLayout("dev.jsonl", "", converters.medxpertqa, (*_MED, "body_system")))),
+    "OmniMedVQA": (("OmniMedVQA", "omnimedvqa"), (DatasetLayout("QA_information/Open-access/*.json", "Images", converters.omnimedvqa, ("question", "gt_answer", "image_path", "option_A")),)),
 }
 
 # %% ../../nbs/data/15_benchmarks.ipynb #ed7414b0
@@ -162,7 +163,7 @@ _EXACT = ("pmc_vqa", "MMMU-medical", "MedXpertQA-MM")  # our conversion keeps th
 def local_copy(
     name: str,  # of the test set
     data_dir: str,  # a folder that the user named
-) -> tuple[Path, Local] | None:
+) -> tuple[Path, DatasetLayout] | None:
     "Where a local copy of the set lies, and how; None where there is none, `UserError` where there is no such folder."
     return find_local(given_folder(data_dir), *LOCAL[name])
 
@@ -174,12 +175,12 @@ def _reads(convert: Callable, wording: str) -> Callable:
 def local_rows(
     name: str,  # of a test set
     folder: Path,  # where the copy lies
-    way: Local,  # how the set lies there, from `find_local`
+    way: DatasetLayout,  # how the set lies there, from `find_local`
     limit: int = 0,  # how many samples at most; 0 for all
     seed: int = 42,  # of the choice, where there is a limit
     wording: str = "spaced",  # of MMMU's questions: see converters.WORDINGS
-) -> Iterator[Sample | BadRow]:
-    "The samples of a local copy in the order of its files, and a `BadRow` for each row that became none."
+) -> Iterator[Sample | InvalidRow]:
+    "The samples of a local copy in the order of its files, and a `InvalidRow` for each row that became none."
     place = folder if name == "OmniMedVQA" else folder / way.images  # OmniMedVQA's paths begin at its root
     read = image_reader(place) if way.images else embedded
     return samples_from(lambda: way.rows(folder), _reads(way.convert, wording), name, read, limit=limit, seed=seed)
@@ -193,7 +194,7 @@ def published_rows(
     repo=HUB,  # an id on the hub, or a folder in the hub's layout
     limit: int = 0,  # how many questions; 0 for all, of which there must be as many as published
     seed: int = 42,  # which ones, if not all
-) -> Iterator[Sample | BadRow]:
+) -> Iterator[Sample | InvalidRow]:
     "The rows of one test set from the published combined table, in its order; images keep their bytes."
     data = hub_table(repo, ("images", "question", "options", "answer_label", "answer", "dataset_name"))
     names = data.data.column("dataset_name").to_pylist()
@@ -203,7 +204,7 @@ def published_rows(
     if not limit and len(places) != COUNTS.get(name):
         raise UserError(f"The data set {repo} has {len(places)} rows of {name}, and the published set {COUNTS.get(name)}; "
                         f"to measure these all the same, set limit={len(places)}.")
-    for place in (places[i] for i in spread(len(places), limit, seed)):
+    for place in (places[i] for i in sample_indices(len(places), limit, seed)):
         row, = data[place:place + 1].to_pylist()
         yield attempt(from_row, {"dataset_index": place, **row}, f"{repo} row {place}")
 
@@ -214,7 +215,7 @@ def source_rows(
     seed: int = 42,  # of the choice, where there is a limit
     wording: str = "spaced",  # of MMMU's questions
     repo: str = "",  # a folder in the layout of the source, instead of the hub
-) -> Iterator[Sample | BadRow]:
+) -> Iterator[Sample | InvalidRow]:
     "The samples of a set from what the paper began with."
     if name == "MedXpertQA-MM":
         folder = Path(repo) if repo else hub_files(MEDXPERTQA, "MM/test.jsonl", "images.zip")
@@ -271,7 +272,7 @@ def _origin(name: str, profile: Profile, repo, wording: str) -> tuple[Callable[[
     if name in OWN:
         folder, way, content = own_copy(name, OWN[name])
         return lambda: local_rows(name, folder, way, limit, seed), {**content, **drawn}
-    if source == "phantom":
+    if source == "synthetic":
         return lambda: iter(synthetic.benchmark(name, limit or COUNTS[name])), {"code": code_of("data.synthetic", "data.sample")}
     if source == "local" and (there := local_copy(name, profile.data_dir)):
         folder, way = there
@@ -296,7 +297,7 @@ def load_benchmark(
     name, source = chosen[0], source_of(profile)
     rows, origin = _origin(name, profile, repo, wording)
     inputs = {"source": source, "name": name, "limit": profile.limit, **origin}
-    samples = list(store(workspace.samples / source / f"{name}.parquet", rows, inputs, profile.max_rejected))
+    samples = list(store_samples(workspace.samples / source / f"{name}.parquet", rows, inputs, profile.max_rejected))
     if not profile.limit and name in _EXACT and source in ("source", "local") and len(samples) != COUNTS[name]:
         words = f"{name} has {len(samples)} questions here, and the published set {COUNTS[name]}"
         if source == "source":

@@ -13,9 +13,10 @@ from pathlib import Path
 from collections.abc import Callable, Iterable
 
 from . import converters, synthetic
-from ..core.config import Profile, UserError, Workspace
-from .sample import SampleFile, store
-from .readers import Local, code_of, embedded, find_local, given_folder, hub_files, hub_rows, image_reader, own_copy, samples_from, source_of
+from ..core.files import UserError
+from ..core.profile import Profile, Workspace
+from .sample import SampleFile, store_samples
+from .readers import DatasetLayout, code_of, embedded, find_local, given_folder, hub_files, hub_rows, image_reader, own_copy, samples_from, source_of
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024
@@ -48,7 +49,7 @@ RULES = ("both", "paper", "none")
 def fit_by(
     rule: str,  # one of `RULES`; `none` leaves every figure as it is
 ) -> Callable | None:
-    "The function from a figure's size to its size in training, for `sample.looked_at`."
+    "The function from a figure's size to its size in training, for `sample.normalize_images`."
     if rule not in RULES:
         raise UserError(f"No rule {rule!r} for the size of figures; known are {', '.join(RULES)}.")
     return None if rule == "none" else functools.partial(fitted, rule=rule)
@@ -56,17 +57,17 @@ def fit_by(
 # %% ../../nbs/data/16_corpora.ipynb #1d69dd73
 COUNTS = {"m23k": 23460, "pmc_vqa": 176917}
 CORPORA = tuple(COUNTS)
-OWN: dict[str, tuple[str, Local]] = {}  # corpora of your own: name -> (folder, how the corpus lies in it), as for test sets
+OWN: dict[str, tuple[str, DatasetLayout]] = {}  # corpora of your own: name -> (folder, how the corpus lies in it), as for test sets
 _UNIFIED = ("question", "options", "answer_label", "answer", "dataset_name")
 _M23K = ("prompt", "answer_letter", "answer_string", "source")
 PUBLISHED = {"m23k": "UCSC-VLAA/MedVLThinker-m23k-tokenized", "pmc_vqa": "UCSC-VLAA/MedVLThinker-pmc_vqa"}
 SOURCES = {"m23k": "UCSC-VLAA/m23k-tokenized", "pmc_vqa": "RadGenome/PMC-VQA"}
 _FOLDERS = {"m23k": ("m23k", "m1_m23k_peer_facts", "MedVLThinker-m23k-tokenized"), "pmc_vqa": ("PMC-VQA", "pmc_vqa", "vqa_pmc", "MedVLThinker-pmc_vqa")}
 _WAYS = {
-    "m23k": (*(Local(files, "", converters.m23k, _M23K) for files in ("m23k.jsonl", "train.jsonl", "rows_as_printed.jsonl", "m23k*.parquet")),
-             *(Local(files, "", converters.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
-    "pmc_vqa": (*(Local("train.csv", images, converters.pmc_vqa, converters.PMC_COLUMNS) for images in ("images/images", "images", "images.zip")),
-                *(Local(files, "", converters.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
+    "m23k": (*(DatasetLayout(files, "", converters.m23k, _M23K) for files in ("m23k.jsonl", "train.jsonl", "rows_as_printed.jsonl", "m23k*.parquet")),
+             *(DatasetLayout(files, "", converters.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
+    "pmc_vqa": (*(DatasetLayout("train.csv", images, converters.pmc_vqa, converters.PMC_COLUMNS) for images in ("images/images", "images", "images.zip")),
+                *(DatasetLayout(files, "", converters.unified, _UNIFIED) for files in ("data/train-*.parquet", "train-*.parquet"))),
 }
 
 
@@ -85,7 +86,7 @@ def corpora(
 def local_copy(
     name: str,  # of a corpus
     data_dir: str,  # a folder that the user named
-) -> tuple[Path, Local] | None:
+) -> tuple[Path, DatasetLayout] | None:
     "Where a local copy of the corpus lies, and how; None where there is none, `UserError` where there is no such folder."
     return find_local(given_folder(data_dir), _FOLDERS[name], _WAYS[name])
 
@@ -93,12 +94,12 @@ def local_copy(
 def local_samples(
     name: str,  # of a corpus
     folder: Path,  # where the copy lies
-    way: Local,  # how the set lies there, from `find_local`
+    way: DatasetLayout,  # how the set lies there, from `find_local`
     limit: int = 0,  # questions at most; 0 for all
     seed: int = 42,  # of the choice, where there is a limit
     resize: str = "both",  # the rule for the figures' sizes
 ) -> Iterable:
-    "The samples of a local copy, and a `BadRow` for each row that became none."
+    "The samples of a local copy, and a `InvalidRow` for each row that became none."
     read = image_reader(folder / way.images) if way.images else embedded
     # the paper numbers PMC-VQA's kept rows, and m23k's rows as they stand in m1's table
     return samples_from(lambda: way.rows(folder), way.convert, name, read, fit_by(resize), limit, seed, kept_count=name == "pmc_vqa")
@@ -138,7 +139,7 @@ def _origin(name: str, profile: Profile, resize: str) -> tuple[Callable[[], Iter
     if name in OWN:
         folder, way, content = own_copy(name, OWN[name])
         return lambda: local_samples(name, folder, way, limit, seed, resize), {**content, **drawn}
-    if source == "phantom":
+    if source == "synthetic":
         return lambda: iter(synthetic.corpus(name, limit or COUNTS[name])), {"code": code_of("data.synthetic", "data.sample")}
     if source == "hub":
         rows = lambda: hub_rows(PUBLISHED[name], _UNIFIED, split="train")
@@ -163,7 +164,7 @@ def load_corpus(
     fit_by(resize)  # refuses an unknown rule before anything is read
     rows, origin = _origin(name, profile, resize)
     inputs = {"source": source_of(profile), "name": name, "limit": profile.train_limit, **origin}
-    samples = store(workspace.samples / source_of(profile) / "corpus" / f"{name}.parquet", rows, inputs, profile.max_rejected)
+    samples = store_samples(workspace.samples / source_of(profile) / "corpus" / f"{name}.parquet", rows, inputs, profile.max_rejected)
     if not profile.train_limit and name in COUNTS and len(samples) != COUNTS[name]:
         print(f"{name} has {len(samples):,} samples here and {COUNTS[name]:,} in the published corpus.")
     return samples
@@ -197,7 +198,7 @@ def load_reasoned(
         rows = lambda: samples_from(lambda: hub_rows(REASONED[name], (*_UNIFIED, "reasoning"), split="train"), converters.unified, name,
                                     fit=fit_by("both"), limit=profile.train_limit, seed=profile.seed)
         inputs = {"repo": REASONED[name], "limit": profile.train_limit, "seed": profile.seed, "code": code_of("data.corpora", "data.converters", "data.readers", "data.sample")}
-        return store(path, rows, inputs, profile.max_rejected)
+        return store_samples(path, rows, inputs, profile.max_rejected)
     samples = load_corpus(name, profile, workspace)
     if not any(sample.reasoning for sample in samples[:1000]):
         raise UserError(f"{name} from {source} has no chains of thought to imitate; make them with a teacher (31_distill) as {path.with_stem(name + '-distilled')}, or take data=hub.")

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from .benchmarks import select
-from ..core.config import Profile, UserError, Workspace, fingerprint, manifest_path, read_json, recording
+from ..core.files import UserError, fingerprint, record_path, read_json, write_record
+from ..core.profile import Profile, Workspace
 from .corpora import corpora
 from .sample import Sample, to_rgb
 from .readers import source_of, read_csv, write_csv
@@ -444,7 +445,7 @@ def _searched(profile: Profile) -> dict:
     "What the stored sets of a profile were made from, by name."
     folder = Workspace(profile.name).samples / source_of(profile)
     files = [f"{name}.parquet" for name in select(profile.benchmark)] + [f"corpus/{name}.parquet" for name in corpora(profile.corpus)]
-    manifests = {name: manifest_path(folder / name) for name in files}
+    manifests = {name: record_path(folder / name) for name in files}
     return {name: fingerprint(read_json(path).get("inputs")) for name, path in manifests.items() if path.is_file()}
 
 
@@ -454,7 +455,7 @@ def store_pairs(
 ) -> None:
     "Keep the pairs of a profile's samples, in results/."
     path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
-    with recording(path, _searched(profile)):
+    with write_record(path, _searched(profile)):
         write_csv(pairs, path)
 
 
@@ -464,7 +465,7 @@ def stored_pairs(
 ):  # -> pandas.DataFrame, or None
     "The pairs that were found among the very samples that are stored now."
     path = Workspace(profile.name).results / f"overlap_{source_of(profile)}.csv"
-    if not isinstance(then := read_json(manifest_path(path)).get("inputs"), dict):
+    if not isinstance(then := read_json(record_path(path)).get("inputs"), dict):
         return show("No pairs of training and test questions are known; paper/1_data looks for them.")
     if other := [name for name, inputs in _searched(profile).items() if then.get(name) != inputs]:
         return show(f"The pairs that are stored were found before {other[0]} was as it is; paper/1_data looks again.")

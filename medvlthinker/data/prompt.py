@@ -6,7 +6,7 @@
 __all__ = ['INSTRUCTION', 'INSTRUCTIONS', 'DIALECTS', 'user_text', 'messages', 'sft_target', 'verl_prompt', 'raw_prompt']
 
 # %% ../../nbs/data/11_prompt.ipynb #477fe797
-from ..core.config import UserError
+from ..core.files import UserError
 from .sample import Sample
 
 # %% ../../nbs/data/11_prompt.ipynb #9d9a01b8

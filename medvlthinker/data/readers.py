@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_FILE', 'MAX_IMAGE', 'READERS', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_list',
-           'csv_rows', 'read_rows', 'image_inside', 'image_reader', 'Local', 'find_local', 'hub_table', 'hub_rows',
-           'content_of', 'code_of', 'written_in', 'own_copy', 'source_of', 'given_folder', 'hub_files', 'spread',
-           'in_order', 'embedded', 'samples_from', 'csv_text', 'csv_plain', 'write_csv', 'read_csv']
+           'csv_rows', 'read_rows', 'image_inside', 'image_reader', 'DatasetLayout', 'find_local', 'hub_table',
+           'hub_rows', 'content_of', 'code_of', 'written_in', 'own_copy', 'source_of', 'given_folder', 'hub_files',
+           'sample_indices', 'parallel_map', 'embedded', 'samples_from', 'csv_text', 'csv_plain', 'write_csv',
+           'read_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
 import collections, contextlib, csv, functools, gzip, inspect, io, itertools, json, lzma, os, random, re, struct, zipfile, zlib
@@ -16,8 +17,9 @@ from typing import NamedTuple
 from collections.abc import Callable, Iterable, Iterator
 
 import medvlthinker
-from ..core.config import Profile, UserError, file_hash, fingerprint, settings_file, writing
-from .sample import BadRow, Sample, from_row, image_bytes
+from ..core.files import UserError, file_hash, fingerprint, atomic_write
+from ..core.profile import Profile, settings_file
+from .sample import InvalidRow, Sample, from_row, image_bytes
 
 # %% ../../nbs/data/13_readers.ipynb #0d7176fc
 def attempt(
@@ -25,10 +27,10 @@ def attempt(
     *args,
     **kwargs,
 ):
-    "What `make` returns, or the `BadRow` it raises."
+    "What `make` returns, or the `InvalidRow` it raises."
     try:
         return make(*args, **kwargs)
-    except BadRow as bad:
+    except InvalidRow as bad:
         return bad
 
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
@@ -44,18 +46,18 @@ def parse_json(
     name: str,  # of the file
     line: int = 1,  # where in the file the text begins
 ):
-    "What a JSON text says; `BadRow` names the line that is not JSON, not UTF-8, or says a key twice."
+    "What a JSON text says; `InvalidRow` names the line that is not JSON, not UTF-8, or says a key twice."
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        raise BadRow(f"{name} line {line}", "encoding", f"the byte {data[error.start]:#04x} is not UTF-8") from None
+        raise InvalidRow(f"{name} line {line}", "encoding", f"the byte {data[error.start]:#04x} is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise BadRow(f"{name} line {line + error.lineno - 1}", "JSON", f"{error.msg} at column {error.colno}") from None
+        raise InvalidRow(f"{name} line {line + error.lineno - 1}", "JSON", f"{error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise BadRow(f"{name} line {line}", "JSON", "nested too deeply") from None
+        raise InvalidRow(f"{name} line {line}", "JSON", "nested too deeply") from None
     except ValueError as error:  # from _object, or a number of thousands of digits
-        raise BadRow(f"{name} line {line}", "JSON", f"{str(error)[:40]!r} stands twice in one object" if len(str(error)) < 200 else "a number without end") from None
+        raise InvalidRow(f"{name} line {line}", "JSON", f"{str(error)[:40]!r} stands twice in one object" if len(str(error)) < 200 else "a number without end") from None
 
 # %% ../../nbs/data/13_readers.ipynb #4e3a0051
 MAX_LINE, MAX_FILE, MAX_IMAGE = 1 << 26, 1 << 28, 1 << 26  # bytes: of a row, of a file that is read as a whole, of an image; 64 MB of JSON take 1.6 GB at worst
@@ -98,7 +100,7 @@ def _lines(stream, path, most: int = MAX_LINE) -> Iterator:
 def json_lines(
     path,  # a file with one JSON value a line; may end in .gz
 ) -> Iterator[tuple[str, object]]:
-    "Each line that is not blank, parsed, or the `BadRow` it is."
+    "Each line that is not blank, parsed, or the `InvalidRow` it is."
     name = Path(path).name
     with opened(path) as stream:
         for number, line in enumerate(_lines(stream, path), 1):
@@ -130,7 +132,7 @@ def _csv_lines(text, path, read: list) -> Iterator[str]:
 def csv_rows(
     path,  # a CSV file with a header; may end in .gz
     header: tuple[str, ...] = (),  # the columns, where the file's first line does not say them
-) -> Iterator[tuple[str, dict | BadRow]]:
+) -> Iterator[tuple[str, dict | InvalidRow]]:
     "The records of a CSV file as text by column; `UserError` where the file as a whole is none."
     name = Path(path).name
     csv.field_size_limit(1 << 24)
@@ -145,11 +147,11 @@ def csv_rows(
                 read[0] = 0
                 where = f"{name} line {reader.line_num}"
                 if strange := re.search("[\udc80-\udcff]", "".join(cells)):
-                    yield where, BadRow(where, "encoding", f"the byte {ord(strange[0]) - 0xdc00:#04x} is not UTF-8")
+                    yield where, InvalidRow(where, "encoding", f"the byte {ord(strange[0]) - 0xdc00:#04x} is not UTF-8")
                 elif len(cells) == len(columns):
                     yield where, dict(zip(columns, cells))
                 elif cells:
-                    yield where, BadRow(where, "row", f"{len(cells)} cells, where the header has {len(columns)}")
+                    yield where, InvalidRow(where, "row", f"{len(cells)} cells, where the header has {len(columns)}")
         except csv.Error as error:
             raise UserError(f"{path} is no CSV file from line {reader.line_num} on ({error}).") from None
 
@@ -172,11 +174,11 @@ def read_rows(
     path,  # a file of one of the kinds in `READERS`, or of the reader's
     columns: tuple[str, ...] = (),  # those that some row must have
     reader: Callable | None = None,  # for a layout of its own; else by the name's ending
-) -> Iterator[tuple[str, dict | BadRow]]:
+) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row with its name in messages; `UserError` where the file as a whole is no use."
     path = Path(path)
     rows = (reader or READERS.get(Path(path.name.removesuffix(".gz")).suffix, json_list))(path)
-    checked = ((where, row if isinstance(row, (dict, BadRow)) else BadRow(where, "row", f"a {type(row).__name__}, not an object with columns")) for where, row in rows)
+    checked = ((where, row if isinstance(row, (dict, InvalidRow)) else InvalidRow(where, "row", f"a {type(row).__name__}, not an object with columns")) for where, row in rows)
     first, known, size = [], {}, 0
     for where, row in itertools.islice(checked, 1000):
         first.append((where, row))
@@ -244,7 +246,7 @@ def image_reader(
     return read
 
 # %% ../../nbs/data/13_readers.ipynb #ebc8fcfc
-class Local(NamedTuple):
+class DatasetLayout(NamedTuple):
     "One way in which a set lies on a disk."
     files: str  # a glob pattern, or several separated by spaces that belong together, whose files are read in that order
     images: str  # the folder or zip with the images; empty for text
@@ -258,7 +260,7 @@ class Local(NamedTuple):
         here = not self.images or (folder / self.images).exists()
         return [path for pattern in self.files.split() for path in sorted(folder.glob(pattern))] if here else []
 
-    def rows(self, folder: Path) -> Iterator[tuple[str, dict | BadRow]]:
+    def rows(self, folder: Path) -> Iterator[tuple[str, dict | InvalidRow]]:
         "The raw rows of all files."
         return itertools.chain.from_iterable(read_rows(path, self.columns, self.reader) for path in self.found(folder))
 
@@ -272,8 +274,8 @@ class Local(NamedTuple):
 def find_local(
     base: Path,  # the folder that the user named
     folders: Iterable[str],  # under which names the set is known
-    ways: Iterable[Local],  # in which the set may lie there, the likeliest first
-) -> tuple[Path, Local] | None:
+    ways: Iterable[DatasetLayout],  # in which the set may lie there, the likeliest first
+) -> tuple[Path, DatasetLayout] | None:
     "Where the set lies, and how; None where it does not."
     folders, ways = list(folders), list(ways)
     for folder in [base / name for name in folders] + [base] * (base.resolve().name in folders):
@@ -358,8 +360,8 @@ def written_in(
 
 def own_copy(
     name: str,  # under which it stands in a table of one's own
-    own: tuple[str, Local],  # its folder, and how it lies there
-) -> tuple[Path, Local, dict]:  # and what its samples depend on
+    own: tuple[str, DatasetLayout],  # its folder, and how it lies there
+) -> tuple[Path, DatasetLayout, dict]:  # and what its samples depend on
     "A set of the user's own; `UserError` where there is none."
     folder, way = Path(os.path.expanduser(own[0])), own[1]
     folder = next((path for path in (folder, settings_file().parent / folder) if path.is_dir()), folder)
@@ -371,7 +373,7 @@ def own_copy(
 def source_of(
     profile: Profile,  # how much to run, and on what hardware
 ) -> str:
-    "`phantom`, `hub`, `source` or `local`."
+    "`synthetic`, `hub`, `source` or `local`."
     return "local" if profile.data_dir else profile.data
 
 
@@ -399,7 +401,7 @@ def hub_files(
         raise UserError(f"The files of {repo} cannot be fetched ({' '.join(str(error).split())[:160]}); without a network, name a folder with local copies by data_dir=.") from None
 
 # %% ../../nbs/data/13_readers.ipynb #a3a3e217
-def spread(
+def sample_indices(
     n: int,  # how many there are
     limit: int,  # how many are wanted; 0 for all
     seed: int = 42,  # of the choice
@@ -410,7 +412,7 @@ def spread(
     return sorted(order[:limit or n])
 
 # %% ../../nbs/data/13_readers.ipynb #38544012
-def in_order(
+def parallel_map(
     function: Callable,  # from an item to a result; works in any thread
     items: Iterable,  # may be a stream
     threads: int = 2,  # how many work at once
@@ -430,17 +432,17 @@ def in_order(
             yield from waiting.popleft().result()
 
 # %% ../../nbs/data/13_readers.ipynb #06722e03
-def _converted(rows: Iterable, convert: Callable) -> Iterator[tuple[int, str, dict | BadRow]]:
+def _converted(rows: Iterable, convert: Callable) -> Iterator[tuple[int, str, dict | InvalidRow]]:
     "Place, name and words of each row, or why it has none."
     seen: dict = {}
     for place, (where, row) in enumerate(rows):
         try:
-            item = row if isinstance(row, BadRow) else attempt(convert, row, where)
+            item = row if isinstance(row, InvalidRow) else attempt(convert, row, where)
             key = str(item["id"]) if isinstance(item, dict) and item.get("id") is not None else None
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:  # a list where a text should be, and the like
-            item, key = BadRow(where, "row", f"not what its source promises ({type(error).__name__}: {' '.join(str(error).split())[:100]})"), None
+            item, key = InvalidRow(where, "row", f"not what its source promises ({type(error).__name__}: {' '.join(str(error).split())[:100]})"), None
         if key is not None and seen.setdefault(key, where) != where:
-            item = BadRow(where, "id", f"{key!r} was given to {seen[key]} already")
+            item = InvalidRow(where, "id", f"{key!r} was given to {seen[key]} already")
         yield place, where, item
 
 
@@ -454,7 +456,7 @@ def embedded(
 
 
 def samples_from(
-    rows: Callable[[], Iterable],  # gives pairs of a name and a row (or BadRow), as `read_rows` does
+    rows: Callable[[], Iterable],  # gives pairs of a name and a row (or InvalidRow), as `read_rows` does
     convert: Callable[[dict, str], dict],  # a layout: row and name to words and names of images
     dataset_name: str,  # of each sample
     images: Callable = embedded,  # from what the row says to an image's bytes; ValueError where that fails
@@ -462,17 +464,17 @@ def samples_from(
     limit: int = 0,  # how many at most; 0 for all
     seed: int = 42,  # of the choice, where there is a limit
     kept_count: bool = False,  # number the samples, and not the rows, for `dataset_index`
-) -> Iterator[Sample | BadRow]:
-    "The samples of a source, in its order, with a `BadRow` for every row that became none."
+) -> Iterator[Sample | InvalidRow]:
+    "The samples of a source, in its order, with a `InvalidRow` for every row that became none."
     def numbered(places=None):
         count = itertools.count()
         for place, where, item in _converted(rows(), convert):
             index = next(count) if kept_count and isinstance(item, dict) else place
-            if places is None or place in places or isinstance(item, BadRow):
+            if places is None or place in places or isinstance(item, InvalidRow):
                 yield place, (index, where, item, dataset_name, images, fit)
 
     def finished(places=None):
-        return in_order(lambda found: (found[0], _finished(*found[1])), numbered(places))
+        return parallel_map(lambda found: (found[0], _finished(*found[1])), numbered(places))
 
     tried: set | None = None
     if limit:
@@ -487,14 +489,14 @@ def samples_from(
 
 def _finished(index: int, where: str, item, dataset_name: str, images: Callable, fit: Callable | None):
     "The sample of a converted row, with its images read and looked at."
-    if isinstance(item, BadRow):
+    if isinstance(item, InvalidRow):
         return item
     field = str(item.get("image_field", "images"))
     try:
         names = list(item.get("images") or ())
         loaded = [image_bytes(images(name)) for name in names]
     except (TypeError, ValueError) as error:
-        return BadRow(where, field, str(error))
+        return InvalidRow(where, field, str(error))
     return attempt(from_row, {"dataset_index": index, "dataset_name": dataset_name, **item, "images": loaded}, where, names=names, fit=fit, field=field)
 
 # %% ../../nbs/data/13_readers.ipynb #c5f0a1e8
@@ -526,7 +528,7 @@ def write_csv(
     for place, kind in enumerate(frame.dtypes):
         if kind.kind not in "biufMmc":
             safe.isetitem(place, [csv_text(x) if isinstance(x, str) else x for x in frame.iloc[:, place]])
-    with writing(path) as file:
+    with atomic_write(path) as file:
         safe.to_csv(file, index=False, lineterminator="\n")
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.config import UserError
+from ..core.files import UserError
 from .sample import Sample
 
 # %% ../../nbs/data/12_synthetic.ipynb #fa77c96d
@@ -215,13 +215,13 @@ def pose(
     lettered = dict(zip(string.ascii_uppercase, options))
     label = string.ascii_uppercase[options.index(answer)]
     return Sample(text, lettered, label, answer, tuple(png(draw(scene, rng, part)) for scene in scenes), reasoning(kind, scenes, answer, label),
-                  misc={"phantom": True, "kind": kind, "scenes": [scene._asdict() for scene in scenes]})
+                  misc={"synthetic": True, "kind": kind, "scenes": [scene._asdict() for scene in scenes]})
 
 # %% ../../nbs/data/12_synthetic.ipynb #04fd743c
 def _of(names: tuple, name: str) -> str:
     "The name, if it is known."
     if name not in names:
-        raise UserError(f"No phantom set {name!r}; known are {', '.join(names)}.")
+        raise UserError(f"No synthetic set {name!r}; known are {', '.join(names)}.")
     return name
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.config import UserError, file_hash, fingerprint, look, need, recording, stale, unwritable, writing
+from ..core.files import UserError, file_hash, fingerprint, series_style, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.grade import RULES, grade
 from ..generation.rollout import alone, folder_name
 from ..data.sample import Sample, SampleFile, parquet_options
@@ -131,12 +131,12 @@ def difficulty_figure(
     band: tuple[float, float] | None = None,  # shares of right answers between which questions are kept
 ):  # -> a plotly Figure
     "The share of questions, in percent, over the share of right answers: a line a histogram."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
     for i, (name, seen) in enumerate(histograms.items()):
-        n, seen, (colour, symbol, dash) = len(seen) - 1, np.asarray(seen), look(i)
+        n, seen, (colour, symbol, dash) = len(seen) - 1, np.asarray(seen), series_style(i)
         figure.add_scatter(name=f"{name}, n={seen.sum():,}", x=[k / n for k in range(n + 1)], y=(100 * seen / seen.sum()).round(2).tolist(), mode="lines+markers", line=dict(color=colour, dash=dash), marker=dict(symbol=symbol, size=8),
                            text=[f"{k} of {n} right: {count:,} questions" for k, count in enumerate(seen)], hovertemplate="%{text}, %{y} %<extra></extra>")
     if band:
@@ -196,7 +196,7 @@ def _write_ordered(
         schema = batches[0].schema
         for name in ADDED:
             schema = schema.append(pyarrow.field(name, pyarrow.int64()))
-        with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
+        with atomic_write(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
             for start in range(0, len(chosen), 256):
                 part = chosen.iloc[start:start + 256]
                 rows = [batches[number].slice(row, 1) for number, row in map(where.__getitem__, part.dataset_index)]
@@ -223,7 +223,7 @@ def _reasons(
 def _write_dropped(marked: "pd.DataFrame", path: Path) -> dict:
     "One line per reason with the questions it left out; returns how many."
     dropped = {reason: group.dataset_index.tolist() for reason, group in marked[marked.decision != "keep"].groupby("decision")}
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps({"reason": reason, "questions": len(which), "dataset_index": which}) + "\n" for reason, which in dropped.items())
     return {reason: len(which) for reason, which in dropped.items()}
 
@@ -248,7 +248,7 @@ def _make(samples: Path, marked: "pd.DataFrame", path: Path, seed: int, hard_fir
     try:
         _write_ordered(samples, chosen, path)
     except OSError as error:
-        raise unwritable(error, path) from None
+        raise write_error(error, path) from None
     return {"questions": len(marked), "kept": len(chosen), "dropped": dropped}
 
 
@@ -270,8 +270,8 @@ def curate(
     inputs = {"samples": file_hash(samples), "counts": fingerprint(counted), "by": by, "band": decisions.attrs, "order": direction, "seed": seed,
               "overlap": overlap, "without": fingerprint(without)}
     with alone(path.parent):
-        if stale(path, inputs):
-            with recording(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
+        if stale_reason(path, inputs):
+            with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
                 facts.update(_make(samples, _reasons(decisions, without), path, seed, hard_first))
     return path
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from ..core.config import UserError, manifest_path, recording, stale
+from ..core.files import UserError, record_path, write_record, stale_reason
 from ..core.grade import RULES, grade
 from ..data.sample import Sample, write_samples
 from ..core.stats import wilson
@@ -102,12 +102,12 @@ def distilled(
 ) -> dict[str, int]:  # questions by outcome
     "Store the samples that have a chain, with a manifest; `UserError` where none has."
     inputs = {"teacher": teacher, "rule": rule, **sources}
-    if stale(path, inputs):
+    if stale_reason(path, inputs):
         counts = Counter()
-        with recording(path, inputs) as facts:
+        with write_record(path, inputs) as facts:
             kept = distill(samples, rows, rule, counts=counts)
             if (first := next(kept, None)) is None:
                 raise UserError(f"No completion of {teacher} lends a chain under the rule {rule}. {summary(counts)}")
             write_samples(itertools.chain([first], kept), path)
             facts["counts"] = {outcome: counts[outcome] for outcome in OUTCOMES}
-    return json.loads(manifest_path(path).read_text(encoding="utf-8"))["counts"]
+    return json.loads(record_path(path).read_text(encoding="utf-8"))["counts"]

@@ -10,7 +10,8 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
 import functools, io, itertools, re
 from collections.abc import Callable, Iterable
 
-from ..core.config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words
+from ..core.files import UserError, run_main, series_style, require_package
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.engine import ask_hub, resolve_model
 from ..data.prompt import user_text
 from ..generation.rollout import question_sets
@@ -170,12 +171,12 @@ def length_figure(
     limit: int = 0,  # a line at this many tokens; 0 for none
 ):  # -> a plotly Figure
     "The share of prompts, in percent, that are at most so long: a curve a set, of at most 200 points."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
     for i, (name, table) in enumerate(tables.items()):
-        tokens, (colour, _, dash) = sorted(table.prompt_tokens), look(i)
+        tokens, (colour, _, dash) = sorted(table.prompt_tokens), series_style(i)
         places = sorted({round(i * (len(tokens) - 1) / 199) for i in range(200)})
         figure.add_scatter(name=f"{name}, n={len(tokens):,}", x=[tokens[i] for i in places], y=[round(100 * (i + 1) / len(tokens), 2) for i in places], mode="lines", line=dict(shape="hv", color=colour, dash=dash))
     if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
@@ -187,7 +188,7 @@ def open_processor(
     model: str,  # what `resolve_model` returned
 ) -> tuple:  # the processor, and {"max_model_len", "min_pixels", "max_pixels"}
     "A model's processor with the limits that it and the model's configuration set; the weights are not loaded. `UserError` for a model without pictures."
-    need("torch", "torchvision")
+    require_package("torch", "torchvision")
     from transformers import AutoConfig, AutoProcessor
 
     ask_hub(model)
@@ -248,4 +249,4 @@ def main(
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #51920029
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

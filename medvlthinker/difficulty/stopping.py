@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.config import UserError, fingerprint
+from ..core.files import UserError, fingerprint
 from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
 from ..generation.rollout import Rows, roll_out
 from ..data.sample import Sample

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ..data.benchmarks import BENCHMARKS, source_of
 from ..generation.completion import Sampling
-from ..core.config import Profile, UserError, Workspace, changed, launch, recording, writing
+from ..core.files import UserError, run_logged, write_record, atomic_write
+from ..core.profile import Profile, Workspace, overrides
 from ..generation.engine import answering
 from ..core.grade import RULES, grade
 from ..training.recipe import BASES, RECIPES, wanted
@@ -86,10 +87,10 @@ def store(
 ) -> None:
     "Write a record as JSON, its lines before it, so that it never stands without them."
     aside = path.with_name(beside) if beside else path.with_suffix(".jsonl")
-    with recording(path, inputs, [aside]):
-        with writing(aside) as file:
+    with write_record(path, inputs, [aside]):
+        with atomic_write(aside) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with writing(path) as file:
+        with atomic_write(path) as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
 
 
@@ -118,7 +119,7 @@ def rollout_words(
     **sampling,  # n, temperature, instruction
 ) -> list[str]:
     "The words for Python that roll out under this profile."
-    words = [f"{key}={value}" for key, value in {**changed(profile), **sampling}.items() if key != "models"]
+    words = [f"{key}={value}" for key, value in {**overrides(profile), **sampling}.items() if key != "models"]
     return ["-m", "medvlthinker.generation.rollout", profile.name, f"model={model}", *words]
 
 
@@ -128,7 +129,7 @@ def launch_rollout(
     **sampling,  # n, temperature, instruction
 ) -> None:
     "Roll out in a separate process, showing its log; returns at once where nothing is missing."
-    launch([sys.executable, *rollout_words(profile, model, **sampling)], Workspace(profile.name).logs / f"rollout-{folder_name(model)}.log")
+    run_logged([sys.executable, *rollout_words(profile, model, **sampling)], Workspace(profile.name).logs / f"rollout-{folder_name(model)}.log")
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #006df54d
 def summary(

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..data.benchmarks import select
-from ..core.config import Profile, UserError, circumstances, command, fingerprint, load_profile, parse_words, writing
+from ..core.files import UserError, environment_info, run_main, fingerprint, atomic_write
+from ..core.profile import Profile, load_profile, parse_words
 from .evaluate import recount, results_folder
 from ..core.grade import RULES, grade
 from ..data.prompt import user_text
@@ -100,7 +101,7 @@ def _head(told: Told, rules: tuple[str, ...]) -> dict:
     spec = {"eval_id": run, "run_id": run, "created": told.began.isoformat(timespec="seconds"), "task": told.name, "task_id": run, "task_version": 0,
             "task_attribs": {}, "task_args": {}, "task_args_passed": {}, "dataset": {"name": told.name, "samples": number, "sample_ids": ids, "shuffled": False},
             "model": told.model, "model_generate_config": sampling, "model_args": {}, "config": {"epochs": n, "epochs_reducer": ["mean"], "log_samples": True, "fail_on_error": False},
-            "packages": {"medvlthinker": circumstances()["version"]}, "metadata": {"rollout": told.who}, "scorers": [{"name": rule, "options": {}, "metrics": metrics, "metadata": {}} for rule in rules]}
+            "packages": {"medvlthinker": environment_info()["version"]}, "metadata": {"rollout": told.who}, "scorers": [{"name": rule, "options": {}, "metrics": metrics, "metadata": {}} for rule in rules]}
     stats = {"started_at": told.began.isoformat(timespec="seconds"), "completed_at": told.ended.isoformat(timespec="seconds"),
              "model_usage": {told.model: {"output_tokens": sum(tokens for _, tokens in ends)}}, "role_usage": {}}
     return {"version": 2, "status": "success", "eval": spec, "plan": {"name": "plan", "steps": [{"solver": "generate", "params": {}, "params_passed": {}}], "config": sampling},
@@ -117,7 +118,7 @@ def to_inspect(
     head = _head(told, rules)
     task = re.sub(r"[^\w-]+", "-", told.name).replace("_", "-")
     path = Path(folder) / f"{head['eval']['created'].replace(':', '-')}_{task}_{head['eval']['task_id']}.json"
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.write(_dump(head)[:-1] + ', "samples": [')
         between = "\n"
         for sample, row in zip(told.samples, told.rows, strict=True):
@@ -195,14 +196,14 @@ def to_lm_eval(
     date = min(told.began for told in tolds).replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
     for told in tolds:
         digest = hashlib.sha256()
-        with writing(place / f"samples_{told.name}_{date}.jsonl") as file:
+        with atomic_write(place / f"samples_{told.name}_{date}.jsonl") as file:
             for rule in rules:
                 for number, (sample, row) in enumerate(zip(told.samples, told.rows, strict=True)):
                     line = lm_eval_line(told, sample, row, number, rule)
                     digest.update((line["doc_hash"] + line["prompt_hash"] + line["target_hash"]).encode())
                     file.write(_dump(line) + "\n")
         hashes[told.name] = digest.hexdigest()
-    with writing(place / f"results_{date}.json") as file:
+    with atomic_write(place / f"results_{date}.json") as file:
         json.dump(_results(tolds, rules, hashes), file, indent=2, ensure_ascii=False)
     return place / f"results_{date}.json"
 
@@ -265,4 +266,4 @@ def main(
 
 # %% ../../nbs/evaluation/54_exchange.ipynb #24353252
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

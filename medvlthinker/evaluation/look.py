@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..generation.completion import Sampling
-from ..core.config import Profile, UserError, Workspace, command, load_profile, look, need, parse_words
+from ..core.files import UserError, run_main, series_style, require_package
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from .evaluate import picture_key, results_folder, store
 from ..core.grade import RULES, grade
 from ..generation.rollout import asked_as, question_sets, rollouts
@@ -268,14 +269,14 @@ def look_figure(
     record: dict,  # what `looks` returned
 ):  # -> a plotly Figure
     "Accuracy in percent with its 95 % interval under each view, for each set and as macro average."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom"), scattermode="group"))
     for i, (view, counts) in enumerate(record["accuracy"].items()):
         points = [(name, k / n, *wilson(k, n)) for name, (k, n) in counts.items()] + [("macro average", *macro_average(counts))]
         names, values, low, high = zip(*((name, *(round(100 * x, 2) for x in numbers)) for name, *numbers in points))
-        colour, symbol, _ = look(i)
+        colour, symbol, _ = series_style(i)
         figure.add_scatter(name=view, x=names, y=values, mode="markers", marker=dict(color=colour, symbol=symbol, size=8),
                            error_y=dict(type="data", symmetric=False, array=[h - v for v, h in zip(values, high)], arrayminus=[v - l for v, l in zip(values, low)], thickness=1),
                            customdata=list(zip(low, high)), hovertemplate="%{y} % (%{customdata[0]} to %{customdata[1]})")
@@ -296,4 +297,4 @@ def main(
 
 # %% ../../nbs/evaluation/52_look.ipynb #f25540c2
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

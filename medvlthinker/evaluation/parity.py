@@ -11,7 +11,8 @@ import re, statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..core.config import Profile, UserError, Workspace, command, load_profile, parse_words
+from ..core.files import UserError, run_main
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.engine import resolve_model
 from .evaluate import launch_rollout, picture_key, results_folder, store
 from ..core.grade import RULES, grade
@@ -265,4 +266,4 @@ def main(
 
 # %% ../../nbs/evaluation/51_parity.ipynb #c53a65d0
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..data.benchmarks import load_benchmark
-from ..core.config import Profile, UserError, Workspace, command, file_hash, load_profile, own_module, parse_words
+from ..core.files import UserError, run_main, file_hash
+from ..core.profile import Profile, Workspace, load_profile, own_module, parse_words
 from .evaluate import evaluations, noting_images, over_shards, store
 from ..core.grade import RULES, Grade, grade
 from ..generation.rollout import Rows, samples_fingerprint, stored_rollout
@@ -336,4 +337,4 @@ def main(
 
 # %% ../../nbs/evaluation/53_regrade.ipynb #3c5847ea
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .completion import Completion, Sampling, Shard
-from ..core.config import Profile, UserError, Workspace, fingerprint, need
+from ..core.files import UserError, fingerprint, require_package
+from ..core.profile import Profile, Workspace
 from .server import ServerEngine
 
 # %% ../../nbs/generation/23_engine.ipynb #e0d55c45
@@ -133,7 +134,7 @@ class TransformersEngine:
         model: str,  # a folder or hub id
         profile: Profile,  # its gpus, dtype, batch_size, max_model_len and max_pixels are used
     ):
-        need("torch", "torchvision")
+        require_package("torch", "torchvision")
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -274,7 +275,7 @@ class VllmEngine:
         model: str,  # a folder or hub id
         profile: Profile,  # its gpus, dtype, tensor_parallel, gpu_memory_utilization, max_model_len and max_pixels are used
     ):
-        need("vllm", instead="use engine=transformers")
+        require_package("vllm", instead="use engine=transformers")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if not profile.gpus:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -494,7 +495,7 @@ class RayEngine:
         model: str,  # a hub id, or a folder that every node sees
         profile: Profile,  # its ray_address, ray_engine, copies (workers), tensor_parallel (GPUs of each) are used
     ):
-        need("ray", instead="use engine=vllm")
+        require_package("ray", instead="use engine=vllm")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not profile.ray_address:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's word for: this machine alone, every port on 127.0.0.1

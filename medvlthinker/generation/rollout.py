@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 
 from ..data.benchmarks import available, load_benchmark
 from ..data.corpora import available_corpora, load_corpus
-from ..core.config import Profile, UserError, Workspace, circumstances, command, fingerprint, load_profile, parse_words, peak_memory, read_record, record_text, writing
+from ..core.files import UserError, environment_info, run_main, fingerprint, peak_memory, read_record, record_text, atomic_write
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from .completion import Completion, Sampling, Shard, stored
 from .engine import BASELINES, Baseline, answering, engine_version, model_fingerprint, open_engine, resolve_model, shard_size
 from ..core.grade import grade
 from ..data.prompt import DIALECTS, user_text
-from ..data.sample import BadRow, Sample, to_row
+from ..data.sample import InvalidRow, Sample, to_row
 from ..data.readers import json_lines, source_of
 
 # %% ../../nbs/generation/24_rollout.ipynb #426fcbf1
@@ -42,7 +43,7 @@ def samples_fingerprint(
             digest.update(hashlib.sha256(data).digest())
     found = digest.hexdigest()[:16]
     if keep and path and path.is_file():
-        with contextlib.suppress(UserError, OSError), writing(note) as file:
+        with contextlib.suppress(UserError, OSError), atomic_write(note) as file:
             json.dump({"file": state, "samples": found}, file)
     return found
 
@@ -78,7 +79,7 @@ def write_shard(
             "failed": sum(c.finish_reason == "failed" for c in every)}
     header = {**header, "rows": len(lines), "completions": len(every), **ends, "sha256": hashlib.sha256(body.encode("utf-8", "backslashreplace")).hexdigest()}  # the bytes that `writing` writes
     header["seal"] = fingerprint(header)
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(header) + "\n" + body)
     return header
 
@@ -305,8 +306,8 @@ def _begun(folder: Path, who: dict) -> Callable[[], None]:
     started = before.get("started") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
     def note(cost: dict):
-        with writing(folder / "rollout.json") as file:
-            file.write(record_text({**who, **circumstances(), "started": started, **cost}))
+        with atomic_write(folder / "rollout.json") as file:
+            file.write(record_text({**who, **environment_info(), "started": started, **cost}))
 
     def ended():
         peaks = {key: max(value, before.get(key, 0)) for key, value in peak_memory().items()}
@@ -466,22 +467,22 @@ def read_eval_results(
     seen, gold = {}, {sample.dataset_index: sample.answer_label for sample in samples}
     for where, line in json_lines(path):
         try:
-            if isinstance(line, BadRow):
+            if isinstance(line, InvalidRow):
                 raise line
             if not isinstance(line, dict):
-                raise BadRow(where, "line", f"a {type(line).__name__}, not an object")
+                raise InvalidRow(where, "line", f"a {type(line).__name__}, not an object")
             index, texts = line["dataset_index"], [out["output_text"] or "" for out in line["parsed_outputs"]]
             if odd := [name for name, value, kind in [("dataset_index", index, int), ("dataset_name", line["dataset_name"], str), *(("output_text", text, str) for text in texts)] if not isinstance(value, kind)]:
-                raise BadRow(where, odd[0], "neither a text nor empty" if odd[0] == "output_text" else "of another type than in the published files")
+                raise InvalidRow(where, odd[0], "neither a text nor empty" if odd[0] == "output_text" else "of another type than in the published files")
             completions = [{"text": text, "finish_reason": "unknown", "tokens": 0} for text in texts]
             if seen.setdefault(index, where) != where:
-                raise BadRow(where, "dataset_index", f"{index} stands in {seen[index]} already; keep one of them")
+                raise InvalidRow(where, "dataset_index", f"{index} stands in {seen[index]} already; keep one of them")
             if gold and gold.get(index) != line["answer_label"]:
-                raise BadRow(where, "answer_label", f"{line['answer_label']}, where the samples say {gold.get(index)}: these are results of other questions")
+                raise InvalidRow(where, "answer_label", f"{line['answer_label']}, where the samples say {gold.get(index)}: these are results of other questions")
             row = {"dataset_name": line["dataset_name"], "dataset_index": index, "completions": completions}
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: {where} is no line of eval_results.jsonl, it lacks {error}.") from None
-        except BadRow as bad:
+        except InvalidRow as bad:
             raise UserError(f"{path}: {bad}.") from None
         yield row
     if not seen:
@@ -495,7 +496,7 @@ def write_eval_results(
     rule: str = "strict",  # whose verdict is written
 ) -> None:
     "Write a rollout in the published layout."
-    with writing(path) as file:
+    with atomic_write(path) as file:
         for place, (sample, row) in enumerate(zip(samples, rows, strict=True)):
             verdicts = [grade(c["text"], sample.options, sample.answer_label, rule) for c in row["completions"]]
             outputs = [{"output_text": c["text"], "pred_letter": v.label or v.answer or "", "is_correct": v.correct} for c, v in zip(row["completions"], verdicts)]
@@ -505,4 +506,4 @@ def write_eval_results(
 
 # %% ../../nbs/generation/24_rollout.ipynb #83988ffd
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

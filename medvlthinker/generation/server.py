@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
 from .completion import Completion, Sampling, Shard
-from ..core.config import Profile, UserError, redacted
+from ..core.files import UserError, redact
+from ..core.profile import Profile
 from ..data.prompt import user_text
 from ..data.sample import Sample, to_rgb
 
@@ -282,7 +283,7 @@ def one_line(
     else:
         text = f"{error}{f' ({cause})' if cause and str(cause) else ''}" or type(error).__name__
     line = " ".join(text.split())
-    return redacted(line.replace(key, "***") if key else line)[:300]
+    return redact(line.replace(key, "***") if key else line)[:300]
 
 # %% ../../nbs/generation/22_server.ipynb #8c744b95
 _SIGNED = ("vllm", "sglang")
@@ -299,7 +300,7 @@ def served_models(
 
     try:
         with openai.OpenAI(base_url=address, api_key=key or "none", timeout=timeout, max_retries=1) as client:
-            listed = json.loads(redacted(client.models.with_raw_response.list().text))["data"]
+            listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
             return tuple(str(model["id"]) for model in listed), str(listed[0].get("owned_by"))
     except openai.APIConnectionError as error:
         raise UserError(f"No server answers at {address}: {one_line(error, key)}; start it, or set base_url.") from None
@@ -370,7 +371,7 @@ async def _exchange(engine: ServerEngine, client, request: dict) -> list[Complet
         for pause in (0.5, 1, 2, None):
             raw = await client.chat.completions.with_raw_response.create(**request, extra_body=_PLAINLY if engine.owner in _SIGNED else {})
             try:
-                body = json.loads(redacted(raw.text))  # a server may repeat what it was sent
+                body = json.loads(redact(raw.text))  # a server may repeat what it was sent
                 engine.account.tokens += (spent := counted(body)[1])
                 found = read_answer(body)
                 break

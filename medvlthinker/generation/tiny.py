@@ -15,7 +15,7 @@ from typing import Callable, Iterator
 
 from safetensors import SafetensorError
 
-from ..core.config import UserError, command, file_hash, need
+from ..core.files import UserError, run_main, file_hash, require_package
 from ..core.grade import grade
 from ..data.synthetic import BENCHMARKS, KINDS, MODALITIES, QUESTIONS, TWO_SCANS, Scene, any_scene, benchmark, draw, reasoning, report
 from ..data.prompt import messages, sft_target, user_text
@@ -99,7 +99,7 @@ CHAT_TEMPLATE = (  # as published with Qwen2.5-VL-Instruct (Apache-2.0)
 
 def processor():
     "A `Qwen2_5_VLProcessor` around the tokenizer."
-    need("torch", "torchvision")
+    require_package("torch", "torchvision")
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE})
@@ -128,7 +128,7 @@ def model(
     seed: int = 0,  # of the random weights
 ):
     "A fresh `Qwen2_5_VLForConditionalGeneration`."
-    need("torch")
+    require_package("torch")
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -295,7 +295,7 @@ def learn_to_see(
     batch: int = 12,  # scans a step
 ) -> Iterator[float]:
     "Teach the vision tower to name the facts of a scan; yields the loss of each step, summed over five facts."
-    need("torch")
+    require_package("torch")
     import torch
     from torch.nn.functional import cross_entropy, rms_norm
 
@@ -450,7 +450,7 @@ def answer(
     most: int = 64,  # tokens at most
 ) -> list[str]:
     "Greedy completions; one that did not end by itself ends in the text `[cut]`."
-    need("torch")
+    require_package("torch")
     import torch
 
     chats = [messages(sample) for sample in samples]
@@ -517,4 +517,4 @@ def main(
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
-    command(main)
+    run_main(main)

@@ -16,13 +16,14 @@ import functools, html, inspect, math, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..core.config import Profile, UserError
+from ..core.files import UserError
+from ..core.profile import Profile
 from ..evaluation.evaluate import difference, evaluations, question_lines
 from ..core.grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of
 from ..training.recipe import BASES, RECIPES, ROWS, Grpo, total_steps
 from ..data.readers import source_of
-from ..core.stats import holm, possible
+from ..core.stats import holm, grim_test
 
 # %% ../../nbs/results/63_audit.ipynb #12eb0ba2
 def gap(
@@ -226,8 +227,8 @@ def three_runs(
     paper: Paper,  # the published numbers and claims
 ) -> tuple:
     "Can each number be the mean of three runs?"
-    lines: list[dict] = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "possible from one run": possible(score, row.sizes[name], 1),
-              "from the mean of three": possible(score, row.sizes[name], 3)} for row in paper.rows if row.runs == 3 for name, score in row.scores.items()]
+    lines: list[dict] = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "possible from one run": grim_test(score, row.sizes[name], 1),
+              "from the mean of three": grim_test(score, row.sizes[name], 3)} for row in paper.rows if row.runs == 3 for name, score in row.scores.items()]
     fit, single = sum(line["from the mean of three"] for line in lines), sum(not line["possible from one run"] for line in lines)
     once = [label(row) for row in paper.rows if row.runs == 1]
     return ("does not hold" if fit < len(lines) or not single else "holds in part" if once else "holds"), (
@@ -250,7 +251,7 @@ def one_denominator(
     "Are all MedX-M cells shares of the same number of questions?"
     lines: list[dict] = []
     for row in paper.rows:
-        fits = [n for n in (1996, 2000) if possible(row.scores["MedXpertQA-MM"], n, row.runs)]
+        fits = [n for n in (1996, 2000) if grim_test(row.scores["MedXpertQA-MM"], n, row.runs)]
         lines.append({"model": label(row), "MedX-M": str(row.scores["MedXpertQA-MM"]), "runs": row.runs, "possible with": " or ".join(map(str, fits)) or "neither"})
     only = {n: sum(line["possible with"] == str(n) for line in lines) for n in (1996, 2000)}
     return "does not hold" if all(only.values()) else "holds", (f"{only[1996]} cells are possible with 1,996 questions only, {only[2000]} with 2,000 only"
@@ -262,7 +263,7 @@ def cells_are_possible(
 ) -> tuple:
     "Can every cell come from whole questions of its set?"
     lines = [{"model": label(row), "benchmark": COLUMNS[name], "printed": str(score), "n": row.sizes[name], "runs": row.runs}
-             for row in paper.rows for name, score in row.scores.items() if not possible(score, row.sizes[name], row.runs)]
+             for row in paper.rows for name, score in row.scores.items() if not grim_test(score, row.sizes[name], row.runs)]
     return "does not hold" if lines else "holds", (f"{len(lines)} of {len(paper.rows) * len(COLUMNS)} cannot"
                                                    + "".join(f"; {line['model']} on {line['benchmark']}, {line['printed']} of {line['n']:,}" for line in lines) + "."), lines
 

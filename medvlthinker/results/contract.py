@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 
-from ..core.config import Profile, UserError, Workspace, command, load_profile, parse_words
+from ..core.files import UserError, run_main
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from ..evaluation.evaluate import evaluations, records
 from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table
@@ -29,13 +30,13 @@ def _measured(measured: Iterable[dict], repeats: Iterable[dict], difficulty: Seq
     "(what, model, benchmark, k) -> ours, low, high, n; of runs on the real questions."
     found: dict[tuple, tuple] = {}
     name_of = lambda model: (row := row_of(model)) and row.model
-    for record in (each for each in measured if each["source"] != "phantom" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
+    for record in (each for each in measured if each["source"] != "synthetic" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
         six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}  # the rule of the paper's tables, whatever the record's own
         cells = results_table({**record, "counts": six})
         for cell in cells[cells.origin == "ours"].itertuples():
             asked = cell.n if cell.column in six else sum(n for _, n in six.values())
             found["table", name_of(record["model"]), cell.column, 0] = cell.percent, cell.low, cell.high, asked
-    for record in (each for each in repeats if each["source"] != "phantom" and name_of(each["model"])):
+    for record in (each for each in repeats if each["source"] != "synthetic" and name_of(each["model"])):
         for rule, lines in record["rules"].items():
             for line in lines:
                 found[f"{rule} {line['measure'].split(' of')[0]}", name_of(record["model"]), line["dataset_name"], line["k"]] = line["percent"], line["low"], line["high"], line["n"]
@@ -102,7 +103,7 @@ def counted(
 ) -> list[dict]:
     "The pass counts that paper/2_difficulty left, where they are of the real corpora and of sixteen answers, as the published ones are."
     path = Workspace(profile.name).results / f"difficulty_{source_of(profile)}.csv"
-    if source_of(profile) == "phantom" or not path.is_file():
+    if source_of(profile) == "synthetic" or not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
         lines = [line | {"model": csv_plain(line["model"]), "right": int(line["right"]), "questions": int(line["questions"])} for line in csv.DictReader(file)]
@@ -121,9 +122,9 @@ def main(
     print(*to_lines(compare(published(), measured, records(profile, "repeats.json"), counted(profile))), sep="\n")
     if not measured:
         print(f"Nothing has been evaluated in the profile {profile.name} yet; ./reproduce.sh {profile.name} does it.")
-    elif any(record["source"] == "phantom" for record in measured):
-        print("What was measured on phantoms is not held against the paper: it tests the machinery and means nothing medical.")
+    elif any(record["source"] == "synthetic" for record in measured):
+        print("What was measured on drawn scans is not held against the paper: it tests the machinery and means nothing medical.")
 
 # %% ../../nbs/results/65_contract.ipynb #09ea7106
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

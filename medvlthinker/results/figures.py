@@ -14,9 +14,9 @@ import asyncio, atexit, csv, functools, html, io, os, re, shutil, textwrap, thre
 from pathlib import Path
 from zlib import crc32
 
-from ..core.config import COLOURS, UserError, look, need, write_figure, writing
+from ..core.files import COLOURS, UserError, series_style, require_package, write_figure, atomic_write
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
-from .report import AVERAGE, HEADINGS, PHANTOM_NOTE, _tex
+from .report import AVERAGE, HEADINGS, SYNTHETIC_NOTE, _tex
 from ..data.readers import csv_text
 from ..core.stats import macro_average, wilson
 from ..training.train import SHOWN
@@ -94,10 +94,10 @@ def figure_notes(
     *said: str,  # what is peculiar to the figure
 ) -> list[str]:
     "The sentences under a figure."
-    phantom = [PHANTOM_NOTE] if ((frame["origin"] == "ours") & (frame["source"] == "phantom")).any() else []
+    synthetic = [SYNTHETIC_NOTE] if ((frame["origin"] == "ours") & (frame["source"] == "synthetic")).any() else []
     sources = [f"{'Paper' if origin == 'paper' else 'This run'}: {'; '.join(dict.fromkeys(group))}."
                for origin, group in frame["source"].groupby(frame["origin"], sort=False)]
-    return [note for note in (*phantom, *said, *_asked(frame), *sources) if note]
+    return [note for note in (*synthetic, *said, *_asked(frame), *sources) if note]
 
 # %% ../../nbs/results/62_figures.ipynb #9f62ce2f
 def _span(frame, value: str, zero: bool) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def _marks(
     **style,  # name, legendgroup, showlegend, xaxis, yaxis
 ):
     "One trace: marks with their intervals and texts, where they have any."
-    colour, symbol, _ = look(i)
+    colour, symbol, _ = series_style(i)
     heavy, bars = symbol.endswith("open"), None
     if "low" in rows and rows["low"].notna().any():
         bars = dict(array=(rows["high"] - rows[value]).round(3).tolist(),
@@ -181,7 +181,7 @@ def _lanes(
     dark: bool = False,
 ):  # a plotly Figure
     "Panels of lanes of marks."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure, series, groups = go.Figure(), list(dict.fromkeys(frame["series"])), list(frame.groupby("panel", sort=False))
@@ -304,7 +304,7 @@ def _line(
     **style,  # name, legendgroup, showlegend, xaxis, yaxis
 ):
     "One curve, with a band where it has bounds."
-    (colour, symbol, dash), at = look(i), rows["at"].tolist()
+    (colour, symbol, dash), at = series_style(i), rows["at"].tolist()
     if "low" in rows and rows["low"].notna().all():
         figure.add_scatter(x=at + at[::-1], y=[*rows["high"].round(3), *rows["low"].round(3)[::-1]], fill="toself", mode="lines", line_width=0,
                            fillcolor=colour, opacity=0.2, hoverinfo="skip", **style | {"showlegend": False})
@@ -323,7 +323,7 @@ def _lines(
     dark: bool = False,
 ):  # a plotly Figure
     "Panels of curves over the same x axis."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure, series, shown = go.Figure(), list(dict.fromkeys(frame["series"])), set()
@@ -444,7 +444,7 @@ def counts_frame(
     histogram,  # questions with 0, 1, ... right answers: what curate.histogram returned
     model: str,  # whose answers were counted
     corpus: str,  # `m23k` or `pmc_vqa`
-    source: str,  # "phantom", "hub", ...
+    source: str,  # "synthetic", "hub", ...
     origin: str = "ours",  # `ours` or `paper`
 ):  # as `pass_frame`
     "One histogram of pass counts as rows."
@@ -491,7 +491,7 @@ def pass_figure(
     columns: int = 1,  # panels side by side
 ):  # a plotly Figure
     "A panel for each model and corpus: the share of questions over the number of right answers."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     figure, titles, heights, shown = go.Figure(), [], [], set()
@@ -546,14 +546,14 @@ def radar_figure(
     dark: bool = False,  # light text on a dark ground
 ):  # a plotly Figure
     "Each model as a polygon, every axis in percent of the best."
-    need("plotly")
+    require_package("plotly")
     import plotly.graph_objects as go
 
     frame, figure = normalised(frame).assign(series=_named(frame)), go.Figure()
     best = frame.groupby("dataset_name")["best"].first()
     axis = {name: f"{heading}<br>{best[name]:.1f} %" for name, heading in COLUMNS.items() if name in best}
     for i, (name, rows) in enumerate(frame.groupby("series", sort=False)):
-        colour, symbol, dash = look(i)
+        colour, symbol, dash = series_style(i)
         rows = rows.set_index("dataset_name").loc[[key for key in axis if key in set(rows["dataset_name"])]]
         around = [*rows.index, rows.index[0]]
         figure.add_scatterpolar(name=html.escape(name), theta=[axis[key] for key in around], r=rows["share"].round(2)[around].tolist(), mode="lines+markers",
@@ -578,7 +578,7 @@ def dots_figure(
 # %% ../../nbs/results/62_figures.ipynb #a832847d
 def sizes_frame(
     ours: dict[str, int] | None = None,  # dataset_name -> questions of ours
-    source: str = "",  # of ours: "phantom", "hub", ...
+    source: str = "",  # of ours: "synthetic", "hub", ...
 ):  # a pandas DataFrame: origin, data, stage, at_least, at_most, source
     "How many questions and training rows there are."
     tests = [("paper", SIZES, "published test sets, counted"), ("ours", ours or {}, source)]
@@ -608,7 +608,7 @@ def sizes_figure(
 # %% ../../nbs/results/62_figures.ipynb #686232db
 def training_frame(
     curves: dict,  # recipe -> what train.curves returned: index step, columns reward, length, ...
-    source: str,  # "phantom", "hub", ...
+    source: str,  # "synthetic", "hub", ...
     origin: str = "ours",  # `ours` or `paper`
 ):  # a pandas DataFrame: origin, model, measure, step, value, source
     "Training curves as rows; measures that nobody reported are left out."
@@ -691,7 +691,7 @@ def _say(sentence: str) -> None:
 @functools.cache
 def _drawing(browser: str):
     "A kaleido of this process, and a call that waits for it; closed at the end."
-    need("kaleido")
+    require_package("kaleido")
     from kaleido import Kaleido
 
     loop = asyncio.new_event_loop()  # of its own thread: a notebook's loop is already running
@@ -740,7 +740,7 @@ def write_figure_files(
     except (UserError, ImportError, RuntimeError, OSError) as error:
         _say(f"No {', '.join(formats)} of the figures: {str(error).splitlines()[0]}")
     for ending, data in made.items():
-        with writing(folder / f"{name}.{ending}", "wb") as file:
+        with atomic_write(folder / f"{name}.{ending}", "wb") as file:
             file.write(data)
         paths.append(folder / f"{name}.{ending}")
     return paths

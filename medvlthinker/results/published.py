@@ -11,7 +11,7 @@ import difflib, functools, re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from ..core.config import UserError
+from ..core.files import UserError
 from ..difficulty.curate import PUBLISHED_7B
 from ..generation.engine import BASELINES
 from ..training.recipe import RECIPES, ROWS, total_steps

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from urllib.parse import parse_qsl, urlencode
 
 from ..data.benchmarks import select
-from ..core.config import Profile, UserError, Workspace, need, writing
+from ..core.files import UserError, require_package, atomic_write
+from ..core.profile import Profile, Workspace
 from ..data.corpora import corpora
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
-from .report import PHANTOM_NOTE
+from .report import SYNTHETIC_NOTE
 from ..generation.rollout import KINDS, Rows, folder_name, read_shard, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
 from ..data.readers import source_of
@@ -121,7 +122,7 @@ class Look:
     def __init__(
         self,
         entries: list[Entry],  # questions with their answers
-        source: str = "",  # `phantom`, `hub`, `source` or `local`
+        source: str = "",  # `synthetic`, `hub`, `source` or `local`
         about: dict[str, str] | None = None,  # a few words on each model's completions
     ):
         self.entries, self.source, self.about = list(entries), source, about or {}
@@ -365,7 +366,7 @@ def browse(
     state: str = "",  # the view to open, such as benchmark=pmc_vqa&verdict=wrong&at=12
 ):
     "An ipywidgets browser of samples and rollouts; the arrow keys walk while the slider has the focus."
-    need("ipywidgets")
+    require_package("ipywidgets")
     import ipywidgets as widgets
 
     wide, busy = lambda size: widgets.Layout(width=size, max_width="98%"), []
@@ -400,7 +401,7 @@ def browse(
     place.observe(lambda change: react(lambda: _read(look, controls, place.value)), "value")
     view.observe(lambda change: react(lambda: parse_state(view.value)), "value")
     rows = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", max_width="64em"))
-    head = [widgets.HTML(f"<p>{html.escape(PHANTOM_NOTE)}</p>")] if look.source == "phantom" else []
+    head = [widgets.HTML(f"<p>{html.escape(SYNTHETIC_NOTE)}</p>")] if look.source == "synthetic" else []
     return widgets.VBox([*head, rows, widgets.HBox([back, place, forth], layout=widgets.Layout(flex_flow="row wrap")), count, view, page])
 
 
@@ -637,7 +638,7 @@ def _frame(title: str, notes: list[str], data: dict) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest(STYLE)}'; script-src 'sha256-{digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
     pick = lambda key, text: f'<label>{text} <select id="{key}" data-key="{key}"></select></label>'
     number = lambda key, text: f'<label>{text} <input id="{key}" data-key="{key}" type="number" min="0" max="{data["most"]}"></label>'
-    about = "".join(f'<p class="{"note" if note == PHANTOM_NOTE else "soft"}">{html.escape(note)}</p>\n' for note in notes)
+    about = "".join(f'<p class="{"note" if note == SYNTHETIC_NOTE else "soft"}">{html.escape(note)}</p>\n' for note in notes)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -674,11 +675,11 @@ def write_page(
     "Write the look as one self-contained HTML page."
     data = page_data(look, limit, quality, room)
     held, copies = len(data["entries"]), f"Images may be JPEG copies of quality {quality}. " if quality else ""
-    notes = [PHANTOM_NOTE] if look.source == "phantom" else []
+    notes = [SYNTHETIC_NOTE] if look.source == "synthetic" else []
     notes.append(f"This page holds {held:,} of {len(look.entries):,} questions" + (f": of each set {limit} at most, evenly spaced. " if held < len(look.entries) else ". ")
                  + copies + "The arrow keys, or j and k, go to the next question and back. The address names the view, so it can be sent as a link.")
     made = {words: ", ".join(visible(model) for model in look.about if look.about[model] == words) for words in look.about.values()}
     notes += [f"Completions of {models}: {visible(words)}." for words, models in made.items()]
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.write(_frame(title, notes, data))
     return Path(path)

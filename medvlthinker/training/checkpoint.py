@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..data.benchmarks import HUB
-from ..core.config import Profile, UserError, Workspace, _alive, command, file_hash, launch, load_profile, manifest_path, need, parse_words, recording, stale, unwritable, writing
+from ..core.files import UserError, is_alive, run_main, file_hash, run_logged, record_path, require_package, write_record, stale_reason, write_error, atomic_write
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from ..data.corpora import PUBLISHED, REASONED
 from ..generation.engine import model_fingerprint
 from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder
@@ -134,7 +135,7 @@ def _read_safetensors(folder: Path) -> dict:
 
 def _read_fsdp(folder: Path, spare: Path) -> dict:
     "The weights of a distributed checkpoint, put together by accelerate."
-    need("accelerate")
+    require_package("accelerate")
     from accelerate.utils import merge_fsdp_weights
     from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
 
@@ -154,8 +155,8 @@ def _read_verl(folder: Path, spare: Path, log) -> dict:
     for path in (folder / f"model_world_size_{world}_rank_{rank}.pt" for rank in range(world)):
         if not zipfile.is_zipfile(path):  # torch's files are; the list at their end is written last
             raise UserError(f"The shard {path} is {'cut' if path.exists() else 'missing'}; take an earlier checkpoint.")
-    need("verl")  # only verl can merge what it wrote
-    launch([sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(folder), "--target_dir", str(spare)], log, show=lambda line: None)
+    require_package("verl")  # only verl can merge what it wrote
+    run_logged([sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(folder), "--target_dir", str(spare)], log, show=lambda line: None)
     return _read_safetensors(spare)
 
 # %% ../../nbs/training/46_checkpoint.ipynb #3e736910
@@ -175,7 +176,7 @@ def skeleton(
     base,  # a model's folder
 ):
     "The model that a folder's config describes, without memory for its weights; `UserError` where it is none of vision and language."
-    need("torch")
+    require_package("torch")
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -191,7 +192,7 @@ def to_vlm_keys(
     net,  # what `skeleton` returned
 ) -> dict:
     "The same weights under the model's own names; `UserError` with the first three that do not fit."
-    need("torch")
+    require_package("torch")
     import torch
 
     named = {_vlm_name(name): weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -216,7 +217,7 @@ def merge_adapter(
     weights: dict | None = None,  # the base model's weights, where they are not those in the folder
 ) -> dict:  # name -> tensor
     "The base model's weights with an adapter merged into them; `UserError` where the adapter is damaged, or another model's."
-    need("peft", "torch")
+    require_package("peft", "torch")
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
@@ -257,7 +258,7 @@ def replacing(
         raise UserError(f"{folder} holds something that is not a model; name another folder, or empty this one.")
     part, old = (folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.{word}") for word in ("part", "old"))
     for torn in folder.parent.glob(f".{folder.name}.{platform.node()}.*.*"):
-        if torn.suffix in (".part", ".old", ".spare") and not _alive(torn.name.split(".")[-2]):
+        if torn.suffix in (".part", ".old", ".spare") and not is_alive(torn.name.split(".")[-2]):
             shutil.rmtree(torn, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -266,7 +267,7 @@ def replacing(
             folder.rename(old)
         part.rename(folder)
     except OSError as error:
-        raise unwritable(error, folder) from None
+        raise write_error(error, folder) from None
     finally:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -327,7 +328,7 @@ def merge(
     log=None,  # takes the output of verl's merger
 ) -> Path:
     "One Hugging Face folder from a checkpoint; returns at once where its manifest still holds, `UserError` where a part is missing, cut, a stranger's pickle or not finite."
-    need("torch")
+    require_package("torch")
     import torch
     from transformers.utils import logging
 
@@ -340,11 +341,11 @@ def merge(
     net, files = skeleton(origin), [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and _is_weights(path, checkpoint)]
     inputs: dict = {"layout": layout, "shards": {str(path.relative_to(checkpoint)): file_hash(path) for path in files},
               "base": model_fingerprint(base), "dtype": dtype or str(net.config.dtype or torch.float32).removeprefix("torch.")}
-    if not stale(folder, inputs):
+    if not stale_reason(folder, inputs):
         return folder
     logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with recording(folder, inputs) as facts, replacing(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.{platform.node()}.", suffix=f".{os.getpid()}.spare") as spare:
+    with write_record(folder, inputs) as facts, replacing(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.{platform.node()}.", suffix=f".{os.getpid()}.spare") as spare:
         weights = _completed(_weights_of(layout, checkpoint, base, Path(spare), log or Path(spare, "log")), net, base, getattr(torch, inputs["dtype"]))
         net.save_pretrained(part, state_dict=weights, max_shard_size="5GB")
         for name in FROM_BASE:
@@ -495,7 +496,7 @@ def stored_evaluation(
 ) -> list[dict]:
     "The stored evaluation of a model with its date; nothing where there is none."
     where = workspace.results / source_of(profile) / folder_name(model) / "evaluation.json"
-    made = (_read(manifest_path(where)) or {}).get("started", "")
+    made = (_read(record_path(where)) or {}).get("started", "")
     return [{**record, "date": made[:10] or "not recorded"}] if (record := _read(where)) else []
 
 
@@ -509,8 +510,8 @@ def write_card(
     folder = workspace.checkpoints / recipe.name
     if not (folder / "config.json").is_file():
         raise UserError(f"{recipe.name} is not in {workspace.checkpoints}; train and merge it first.")
-    data = _read(manifest_path(data_file(recipe, profile, workspace)))  # None if it is gone; the card then does not speak of it
-    with writing(folder / "README.md") as file:
+    data = _read(record_path(data_file(recipe, profile, workspace)))  # None if it is gone; the card then does not speak of it
+    with atomic_write(folder / "README.md") as file:
         file.write(model_card(recipe, stored_evaluation(recipe.name, profile, workspace), data, facts))
     return folder / "README.md"
 
@@ -583,4 +584,4 @@ def main(
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
-    command(main)
+    run_main(main)

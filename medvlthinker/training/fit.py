@@ -12,7 +12,8 @@ import dataclasses, itertools, os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..core.config import Profile, UserError, need
+from ..core.files import UserError, require_package
+from ..core.profile import Profile
 from .recipe import BASES, Grpo, Recipe, Sft, chain
 
 # %% ../../nbs/training/41_fit.ipynb #ecca4f05
@@ -106,7 +107,7 @@ ROWS = {  # (method, corpus): nine tenths for SFT, where the longest row of a ba
 def usual_row(
     recipe: Recipe,  # the training run
 ) -> Row:
-    "The row of a recipe's corpus; the embedded model's phantoms are shorter."
+    "The row of a recipe's corpus; the embedded model's drawn scans are shorter."
     return Row(prompt=95, image=32, answer=30, longest=200) if recipe.size == "tiny" else ROWS.get((recipe.method, recipe.corpus), ROWS[recipe.method, "pmc_vqa"])
 
 
@@ -353,7 +354,7 @@ def machine_of(
     "The machine that a profile describes, with the memory that is seen here; 79.6 GiB a GPU where no GPU is seen."
     if not profile.gpus:
         return Machine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    need("torch")
+    require_package("torch")
     import torch
 
     seen = min((torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())), default=0) / 2**30

@@ -9,7 +9,8 @@ __all__ = ['rewards', 'grpo_chat', 'beside', 'grpo_settings', 'train_grpo', 'mai
 import contextlib
 from pathlib import Path
 
-from ..core.config import Profile, UserError, command, need
+from ..core.files import UserError, run_main, require_package
+from ..core.profile import Profile
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from .recipe import Grpo, steps_per_epoch
@@ -72,7 +73,7 @@ def train_grpo(
     run: Run,  # what `plan` returned
 ) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
-    need("trl")
+    require_package("trl")
     from trl import GRPOConfig, GRPOTrainer
 
     passes = last_whole(run.folder)[1] // run.updates // steps_per_epoch(run.recipe, len(run.rows))
@@ -101,4 +102,4 @@ def main(
 
 # %% ../../nbs/training/43_grpo.ipynb #73a975ed
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

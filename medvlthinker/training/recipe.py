@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.config import Profile, UserError, Workspace
+from ..core.files import UserError
+from ..core.profile import Profile, Workspace
 from ..data.corpora import load_reasoned, reasoned_file
 from ..generation.engine import resolve_model
 from ..generation.rollout import folder_name

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.config import Profile, UserError, Workspace, changed, command, extended, file_hash, fingerprint, load_profile, need, parse_words, writing
+from ..core.files import UserError, run_main, file_hash, fingerprint, require_package, atomic_write
+from ..core.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words
 from ..generation.engine import model_fingerprint, only_safetensors
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import sft_target, user_text
@@ -86,7 +87,7 @@ def _check(recipe: Recipe, profile: Profile, start: str) -> None:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}) and the profile {profile.name} has gpus=0; "
                         "set gpus=N on a machine that has them, or train an embedded recipe (tiny-...).")
     if profile.gpus and (recipe.method == "SFT" or profile.trainer == "trl"):  # verl looks for itself, on several nodes too
-        need("torch")
+        require_package("torch")
         import torch
 
         if (here := torch.cuda.device_count()) < profile.gpus:
@@ -124,7 +125,7 @@ def plan(
         if recipe.method == "RL" and (lost := sum(map(len, found.values()))) > profile.max_rejected:
             raise UserError(f"{lost} of {len(samples)} rows of {data.name} cannot be trained on: {_reasons(found)}. "
                             f"Mend them, or leave them out with max_rejected={lost}.")
-        with writing(listed) as file:
+        with atomic_write(listed) as file:
             json.dump(found, file)
     dropped = json.loads(listed.read_text())
     rows = tuple(sorted(set(range(len(samples))) - {place for places in dropped.values() for place in places}))
@@ -189,7 +190,7 @@ def open_model(
     run: Run,  # what `plan` returned
 ) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
     "The model that a run starts from, ready to be trained; `UserError` where it does not load."
-    need("torch", "peft")
+    require_package("torch", "peft")
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -233,7 +234,7 @@ def cut_metrics(
 ) -> None:
     "Forget the lines after a step."
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    with writing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
 
 # %% ../../nbs/training/42_sft.ipynb #ae3f8619
@@ -252,7 +253,7 @@ def callbacks(
     run: Run,  # what `plan` returned
 ) -> list:
     "What a trainer calls: one writes the curves, one marks checkpoints as whole."
-    need("accelerate")
+    require_package("accelerate")
     from accelerate import PartialState
     from transformers import TrainerCallback
 
@@ -285,7 +286,7 @@ def callbacks(
                 folder = run.folder / f"checkpoint-{state.global_step}"
                 if adapters := getattr(model, "peft_config", None):  # shards of adapters do not say how strong they are
                     adapters["default"].save_pretrained(folder)
-                with writing(folder / WHOLE) as file:
+                with atomic_write(folder / WHOLE) as file:
                     json.dump({"step": state.global_step // run.updates, "of": run.steps}, file)
 
     return [Curves(), Whole()]
@@ -343,7 +344,7 @@ def train_sft(
     run: Run,  # what `plan` returned
 ) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
-    need("trl")
+    require_package("trl")
     from trl import SFTConfig, SFTTrainer
 
     if not ended(run):
@@ -379,7 +380,7 @@ def go(
     trainer.remove_callback(PrinterCallback)  # it would print every step of a week
     newest, update = last_whole(run.folder) if first else (None, 0)
     if trainer.accelerator.num_processes > 1:
-        need("accelerate")
+        require_package("accelerate")
         from accelerate.utils import broadcast_object_list
 
         newest, update = broadcast_object_list([newest, update])
@@ -414,7 +415,7 @@ def trl_command(
     "The command that trains a recipe through TRL; several processes read `accelerate_file`, which has to be written before."
     module = "medvlthinker.training.sft" if recipe.method == "SFT" else "medvlthinker.training.grpo"
     other = [f"init={recipe.init}"] if recipe.init != find(recipe.name).init else []
-    words = ["-m", module, profile.name, f"recipe={recipe.name}", *other, *(f"{key}={value}" for key, value in changed(profile).items())]
+    words = ["-m", module, profile.name, f"recipe={recipe.name}", *other, *(f"{key}={value}" for key, value in overrides(profile).items())]
     if processes(profile, recipe) == 1:
         return [python, *words]
     return [python, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_file(recipe, workspace)), *words]
@@ -444,7 +445,7 @@ def named(
     if "recipe" not in given:
         raise UserError("Name a recipe: recipe=NAME.")
     if given.get("extend"):  # the recipe may stand in there
-        extended(given["extend"])
+        load_plugin(given["extend"])
     recipe = find(given.pop("recipe"))
     return dataclasses.replace(recipe, init=given.pop("init", recipe.init))
 
@@ -460,7 +461,7 @@ def opened(
         raise UserError(f"{recipe.name} is a run of {recipe.method}; this module trains {method}.")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return announced(plan(recipe, profile, Workspace(name))), True
-    need("accelerate")
+    require_package("accelerate")
     from accelerate import PartialState
 
     state = PartialState(cpu=not profile.gpus)
@@ -478,4 +479,4 @@ def announced(
 
 # %% ../../nbs/training/42_sft.ipynb #5b5a24b5
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

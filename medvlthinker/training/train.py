@@ -12,7 +12,8 @@ from pathlib import Path
 
 from . import verl_backend, verl_cpu
 from .checkpoint import merge, replacing, write_card
-from ..core.config import Profile, Workspace, command, launch, load_profile, manifest_path, need, parse_words, recording, stale, writing
+from ..core.files import run_main, run_logged, record_path, require_package, write_record, stale_reason, atomic_write
+from ..core.profile import Profile, Workspace, load_profile, parse_words
 from .fit import refuse_unless_fits
 from .recipe import RECIPES, Recipe, data_file, model_folder, training_folder
 from .sft import Run, accelerate_config, accelerate_file, checkpoint, named, plan, read_metrics, trl_command
@@ -72,11 +73,11 @@ def finish(
     facts = {"rows": len(run.rows), "dropped": {reason: len(places) for reason, places in run.dropped.items()}, "steps": run.steps, "takes": run.takes,
              "trainer": run.inputs["trainer"], "seed": run.profile.seed, "lora_rank": run.profile.lora_rank, "profile": run.profile.name}
     kept = [path for path in [workspace.logs / run.recipe.name / "metrics.jsonl"] if path.is_file()]
-    with recording(final, run.inputs, kept) as record:
-        record.update(facts, start=run.start, data=run.data.name, merge=json.loads(manifest_path(made).read_text(encoding="utf-8"))["inputs"])
+    with write_record(final, run.inputs, kept) as record:
+        record.update(facts, start=run.start, data=run.data.name, merge=json.loads(record_path(made).read_text(encoding="utf-8"))["inputs"])
         with replacing(final) as part:
             os.replace(made, part)
-    manifest_path(made).unlink()
+    record_path(made).unlink()
     write_card(run.recipe, run.profile, workspace, facts)
     return final
 
@@ -89,7 +90,7 @@ def train(
 ) -> Path:  # checkpoints/<recipe>
     "Train a recipe, unless its model is there and still holds."
     run, final = plan(recipe, profile, workspace, show), workspace.checkpoints / recipe.name
-    if not (why := stale(final, run.inputs)):
+    if not (why := stale_reason(final, run.inputs)):
         return final
     show(f"{recipe.name}: {why[:200]}")
     refuse_unless_fits(recipe, profile, run.start, settable=("gpus", "nodes", "lora_rank", "engine"), show=show)
@@ -98,10 +99,10 @@ def train(
         taken = verl_backend.train(recipe, profile, workspace, show=show, **small)  # global_step_N; `merge` knows verl's layout
     else:
         words = trl_command(recipe, profile, workspace, sys.executable)
-        with writing(accelerate_file(recipe, workspace)) as file:
+        with atomic_write(accelerate_file(recipe, workspace)) as file:
             json.dump(accelerate_config(recipe, profile), file, indent=1)
         show("$ " + shlex.join(["python", *words[1:]]))
-        launch(words, workspace.logs / recipe.name / "train.log", show)
+        run_logged(words, workspace.logs / recipe.name / "train.log", show)
         taken = checkpoint(run, run.takes)
     return finish(run, taken, workspace)
 
@@ -125,7 +126,7 @@ def curve_figure(
     title: str = "",  # above the panels
 ):  # -> a plotly Figure
     "One small panel a curve; what a trainer does not report has none."
-    need("plotly")
+    require_package("plotly")
     from plotly.subplots import make_subplots
 
     names = [name for name in SHOWN if name in table and table[name].notna().any()] or ["loss"]
@@ -147,7 +148,7 @@ def watch(
     every: float = 5.0,  # seconds between two drawings
 ):
     "A `show` for `train` that prints each line, as the pipeline passes it on, and keeps a figure of the curves up to date."
-    need("IPython")
+    require_package("IPython")
     from IPython.display import display
 
     batch = "MEDVLTHINKER_BATCH" in os.environ  # the pipeline's executed copies would keep every drawing
@@ -173,4 +174,4 @@ def main(
 
 # %% ../../nbs/training/47_train.ipynb #252bb791
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    command(main)
+    run_main(main)

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..core.config import Profile, UserError, Workspace, file_hash, fingerprint, manifest_path, need, recording, redact_file, stale, writing
+from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, write_record, redact_file, stale_reason, atomic_write
+from ..core.profile import Profile, Workspace
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
@@ -61,7 +62,7 @@ def write_rows(
         raise UserError(f"There is no question to write to {path}.")
     schema = _schema(images := any("images" in row for row in batch))
     # snappy loses no time on pictures, which are compressed already; nothing repeats, so that dictionaries and statistics would be in vain
-    with writing(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, compression="snappy", use_dictionary=False, write_statistics=False) as out:
+    with atomic_write(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, compression="snappy", use_dictionary=False, write_statistics=False) as out:
         while batch:
             if not images and any("images" in row for row in batch):
                 raise UserError(f"The first {count} questions for {path} have no image, and a later one has; put those with images first.")
@@ -111,9 +112,9 @@ def parquet(
     path, processor = Path(path), open_processor(model)[0]
     inputs = {**source, "split": split, "max_prompt_length": most, "processor": _knowledge(processor)}
     with alone(path.parent):
-        if stale(path, inputs):
+        if stale_reason(path, inputs):
             left_out = Counter()
-            with recording(path, inputs) as facts:
+            with write_record(path, inputs) as facts:
                 rows = (verl_row(sample, place, path.stem, split) for place, sample in enumerate(usable(samples, processor, most, left_out)))
                 if not (first := next(rows, None)):
                     raise UserError(f"No question is left for verl: {_left(left_out) or 'there was none'}.")
@@ -357,7 +358,7 @@ def collect(
     for path in sorted(Path(logs).glob("verl-*.jsonl")):
         if more := _steps(path):
             rows = [row for row in rows if row["step"] < more[0]["step"]] + more
-    with writing(Path(logs) / "metrics.jsonl") as file:
+    with atomic_write(Path(logs) / "metrics.jsonl") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 
@@ -390,7 +391,7 @@ def mend(
     step, _ = latest_checkpoint(folder)
     tracker = Path(folder) / "latest_checkpointed_iteration.txt"
     if step:
-        with writing(tracker) as file:
+        with atomic_write(tracker) as file:
             file.write(str(step))
     else:
         tracker.unlink(missing_ok=True)
@@ -419,7 +420,7 @@ def agree(
         key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
         raise UserError(f"The checkpoints in {folder} were made with {key} {before.get(key)}, now it is {now.get(key)}; "
                         "go back to that, or delete the folder to start anew.")
-    with writing(path) as file:
+    with atomic_write(path) as file:
         json.dump(now, file, indent=1)
 
 # %% ../../nbs/training/44_verl_backend.ipynb #6a3bec29
@@ -429,7 +430,7 @@ def ready(
     words: Iterable[str] = (),  # settings behind those of the recipe
 ) -> None:
     "`UserError` where this machine cannot run a recipe through verl."
-    need("verl", "ray", "vllm", instead="use trainer=trl")
+    require_package("verl", "ray", "vllm", instead="use trainer=trl")
     if "trainer.device=cpu" in words:
         return
     if (profile.nodes or recipe.nodes) > 1:
@@ -437,7 +438,7 @@ def ready(
     elif not profile.gpus:
         raise UserError(f"{recipe.name} through verl needs GPUs, and the profile {profile.name} has gpus=0; say how many a node has, or use trainer=trl.")
     else:
-        need("torch")
+        require_package("torch")
         import torch
 
         if (there := torch.cuda.device_count()) < profile.gpus:
@@ -469,11 +470,11 @@ def start(
     logs, curves, told = Path(logs), Path(variables["VERL_FILE_LOGGER_PATH"]), 0
     if pid := _at_work(logs):
         raise UserError(f"verl is still at work on this run (process {pid}, log in {logs}); wait for it, or end it.")
-    with writing(curves.with_suffix(".sh")) as file:
+    with atomic_write(curves.with_suffix(".sh")) as file:
         file.write(printable(words, variables) + "\n")
     with open(log := curves.with_suffix(".log"), "w", encoding="utf-8") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1", **variables})
-    with writing(logs / "verl.pid") as file:
+    with atomic_write(logs / "verl.pid") as file:
         file.write(str(process.pid))
     try:
         ended = False
@@ -516,7 +517,7 @@ def train(
     with alone(folder, show):
         words = [*overrides(recipe, profile, model, data, folder, validation), f"trainer.total_training_steps={steps}",
                  f"hydra.run.dir={_written(str((logs / 'hydra').absolute()))}", *more]
-        agree(folder, words, fingerprint(json.loads(manifest_path(data).read_text(encoding="utf-8"))["inputs"]), file_hash(reward_file()))
+        agree(folder, words, fingerprint(json.loads(record_path(data).read_text(encoding="utf-8"))["inputs"]), file_hash(reward_file()))
         if (done := mend(folder)) < steps:
             show(f"{recipe.name}: step {done} of {steps}; verl's own words are in {logs}.")
             nodes = 1 if "trainer.device=cpu" in more else profile.nodes or recipe.nodes
