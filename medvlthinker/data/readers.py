@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_FILE', 'MAX_IMAGE', 'READERS', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_list',
            'csv_rows', 'read_rows', 'image_inside', 'image_reader', 'DatasetLayout', 'find_local', 'hub_table',
-           'hub_rows', 'content_of', 'code_of', 'written_in', 'own_copy', 'source_of', 'given_folder', 'hub_files',
-           'sample_indices', 'parallel_map', 'embedded', 'samples_from', 'csv_text', 'csv_plain', 'write_csv',
-           'read_csv']
+           'hub_rows', 'content_of', 'code_of', 'written_in', 'own_copy', 'DataSettings', 'source_of', 'given_folder',
+           'hub_files', 'sample_indices', 'parallel_map', 'embedded', 'samples_from', 'csv_text', 'csv_plain',
+           'write_csv', 'read_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
 import collections, contextlib, csv, functools, gzip, inspect, io, itertools, json, lzma, os, random, re, struct, zipfile, zlib
 from collections import deque
 from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 from collections.abc import Callable, Iterable, Iterator
 
 import medvlthinker
 from ..core.files import UserError, file_hash, fingerprint, atomic_write
-from ..core.profile import Profile, settings_file
+from ..core.profile import settings_file
 from .sample import InvalidRow, Sample, from_row, image_bytes
 
 # %% ../../nbs/data/13_readers.ipynb #0d7176fc
@@ -370,11 +371,24 @@ def own_copy(
     return folder, way, {**way.content(folder), "layout": written_in(way.convert)}
 
 
+@dataclass(frozen=True)
+class DataSettings:
+    "Which questions are read, and how many."
+    data: str = "synthetic"  # where questions come from: `synthetic` (drawn here), `hub` (the published sets) or `source` (what these were made from)
+    data_dir: str = ""  # a folder with local copies of the sources; when set, it is read instead of `data`
+    benchmark: str = ""  # which test sets, comma-separated; empty for all six
+    corpus: str = ""  # which training corpora, comma-separated; empty for both
+    limit: int = 0  # questions per test set at most; 0 for all
+    train_limit: int = 0  # questions per training corpus at most; 0 for all
+    max_rejected: int = 0  # broken rows that a source may hold before the run stops
+    seed: int = 42
+
+
 def source_of(
-    profile: Profile,  # how much to run, and on what hardware
+    settings,  # `DataSettings`, or a profile, which has its fields
 ) -> str:
     "`synthetic`, `hub`, `source` or `local`."
-    return "local" if profile.data_dir else profile.data
+    return "local" if settings.data_dir else settings.data
 
 
 def given_folder(
