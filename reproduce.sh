@@ -46,6 +46,7 @@ read_env() {  # keys may stand in .env, a NAME=value a line, which git ignores; 
     local line name value
     [ -f .env ] || return 0
     while IFS= read -r line || [ -n "$line" ]; do
+        line=${line#$'\xef\xbb\xbf'}  # a byte-order mark, as Windows' editors write it
         [[ ${line%$'\r'} =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)$ ]] || continue
         name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
         [[ $value =~ ^\"(.*)\"$ || $value =~ ^\'(.*)\'$ ]] && value=${BASH_REMATCH[1]}

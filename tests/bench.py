@@ -136,7 +136,7 @@ def rollout_overhead():
     from medvlthinker.data import synthetic
     from medvlthinker.generation.engine import Sampling, engine_version, open_engine, resolve_model
     from medvlthinker.data.prompt import messages
-    from medvlthinker.generation.rollout import identity, roll_out
+    from medvlthinker.generation.rollout import identity, generate
 
     profile = load_profile("smoke")
     torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def rollout_overhead():
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            roll_out(samples, lambda: engine, Path(folder), who, engine_version("transformers"), show=lambda line: None)
+            generate(samples, lambda: engine, Path(folder), who, engine_version("transformers"), show=lambda line: None)
 
     bare()
     turns = [(seconds(bare), seconds(ours)) for _ in range(5)]
@@ -467,7 +467,7 @@ def asked(number: int):
 def own_cost():
     "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
     from medvlthinker.generation.completion import Completion
-    from medvlthinker.generation.rollout import roll_out
+    from medvlthinker.generation.rollout import generate
 
     samples, _, _, _, who = asked(2000)
     text = "<think> " + "The lesion lies in the upper left of the picture. " * 20 + "</think>\n<answer> B </answer>"
@@ -481,7 +481,7 @@ def own_cost():
     for _ in range(5):
         with tempfile.TemporaryDirectory() as folder:
             began = time.process_time()
-            roll_out(samples, Instant, Path(folder), who, "instant 1", show=lambda line: None)
+            generate(samples, Instant, Path(folder), who, "instant 1", show=lambda line: None)
             spent.append(time.process_time() - began)
     yield 1000 * statistics.median(spent) / len(samples)
 
@@ -495,7 +495,7 @@ def vllm_overhead():
         raise NotHere("vLLM is not installed (./reproduce.sh setup full)")
     from medvlthinker.generation.completion import Shard
     from medvlthinker.generation.engine import engine_version, open_engine
-    from medvlthinker.generation.rollout import roll_out
+    from medvlthinker.generation.rollout import generate
     from vllm import SamplingParams
 
     samples, profile, model, sampling, who = asked(2000)
@@ -511,7 +511,7 @@ def vllm_overhead():
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            roll_out(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None)
+            generate(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None)
 
     def bare():
         engine.llm.chat(chats, how, use_tqdm=False)
@@ -539,7 +539,7 @@ def ray_overhead():
     from dataclasses import replace
 
     from medvlthinker.generation.engine import engine_version, open_engine
-    from medvlthinker.generation.rollout import roll_out
+    from medvlthinker.generation.rollout import generate
 
     samples, profile, model, _, who = asked(1000)
     taken = {}
@@ -547,7 +547,7 @@ def ray_overhead():
         engine = open_engine(replace(profile, engine=name), model)
         for turn in range(3):  # the first warms up
             with tempfile.TemporaryDirectory() as folder:
-                taken[name, turn] = seconds(lambda: roll_out(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None))
+                taken[name, turn] = seconds(lambda: generate(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None))
     yield min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2))
 
 
@@ -632,7 +632,7 @@ def regrading():
 @bench(Bound("resuming a finished rollout of 100,000 rows, the samples' fingerprint included", "s", 3))
 def resume():
     "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
-    from medvlthinker.generation.rollout import roll_out, samples_fingerprint
+    from medvlthinker.generation.rollout import generate, samples_fingerprint
     from medvlthinker.data.sample import SampleFile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -645,7 +645,7 @@ def resume():
 
         anew = seconds(lambda: samples_fingerprint(samples, keep=True))  # which the run that made the rollout did, and noted
         known = seconds(lambda: samples_fingerprint(samples), times=3)  # by which the rollout is found
-        taken = seconds(lambda: said.append(len(roll_out(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
+        taken = seconds(lambda: said.append(len(generate(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
         assert said == [100_000] * 3
     print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s for the shards")
     yield known + taken

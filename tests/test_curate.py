@@ -13,7 +13,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.core.profile import load_profile
 from medvlthinker.difficulty.curate import curate, decide, move, order, pass_counts
 from medvlthinker.generation.engine import Sampling, engine_version
-from medvlthinker.generation.rollout import identity, roll_out
+from medvlthinker.generation.rollout import identity, generate
 from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
 from medvlthinker.difficulty.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
 
@@ -167,7 +167,7 @@ def answered(warm_tiny, tmp_path_factory):
     samples = synthetic.corpus("pmc_vqa", 150)
     who = identity(samples, str(warm_tiny), PROFILE, FULL)
     engine = functools.cache(lambda: open_engine(PROFILE, str(warm_tiny)))
-    return samples, roll_out(samples, engine, tmp_path_factory.mktemp("rolled") / "full", who, engine_version("transformers"), QUIET), engine, who
+    return samples, generate(samples, engine, tmp_path_factory.mktemp("rolled") / "full", who, engine_version("transformers"), QUIET), engine, who
 
 
 def test_replay_on_real_completions(answered):

@@ -9,7 +9,7 @@ from medvlthinker.core.profile import load_profile
 from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
 from medvlthinker.generation.engine import Sampling, engine_version, model_fingerprint, open_engine
 from medvlthinker.core.grade import grade
-from medvlthinker.generation.rollout import identity, roll_out
+from medvlthinker.generation.rollout import identity, generate
 from medvlthinker.data.sample import read_samples
 
 
@@ -20,7 +20,7 @@ def test_tiny_teaches(warm_tiny, tmp_path):
     samples, model = synthetic.corpus("pmc_vqa", 60), str(warm_tiny)
     profile, sampling = load_profile("smoke", batch_size=30), Sampling(n=4, temperature=1.0, max_tokens=64)
     who = identity(samples, model, profile, sampling)
-    rolled = roll_out(samples, lambda: open_engine(profile, model), tmp_path / "rollout", who, engine_version("transformers"), show=lambda line: None)
+    rolled = generate(samples, lambda: open_engine(profile, model), tmp_path / "rollout", who, engine_version("transformers"), show=lambda line: None)
     rows = list(rolled)
     missing = rows.pop(7)
 

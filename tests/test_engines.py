@@ -14,7 +14,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.generation.completion import Sampling
 from medvlthinker.core.profile import load_profile
 from medvlthinker.generation.engine import answering, engine_version, open_engine
-from medvlthinker.generation.rollout import identity, read_shard, roll_out
+from medvlthinker.generation.rollout import identity, read_shard, generate
 
 pytestmark = pytest.mark.heavy
 MOMENTS = int(os.environ.get("MEDVLTHINKER_KILLS", "2"))  # random moments of each kill; CI is short of time, ten take about ten minutes
@@ -131,7 +131,7 @@ def roll(folder, model: str, profile) -> None:
     "One rollout of 768 questions, greedy."
     samples = [sample for name in ("pmc_vqa", "slake_closed") for sample in synthetic.benchmark(name, 384)]
     who = identity(samples, model, profile, Sampling(max_tokens=40))
-    roll_out(samples, lambda: open_engine(profile, model), Path(folder), who, engine_version(answering(profile)))
+    generate(samples, lambda: open_engine(profile, model), Path(folder), who, engine_version(answering(profile)))
 
 
 def below(pid: int) -> list[int]:

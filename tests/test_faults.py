@@ -22,7 +22,7 @@ from medvlthinker.generation.completion import Sampling
 from medvlthinker.core.files import FORMAT, UserError, record_path, record_text
 from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
-from medvlthinker.generation.rollout import read_shard, roll_out, rollout_identity, stored_rollout
+from medvlthinker.generation.rollout import read_shard, generate, rollout_identity, stored_rollout
 from medvlthinker.data.sample import read_samples, write_samples
 from medvlthinker.app.trust import TABLES, read_rows
 from safetensors.numpy import load_file
@@ -329,7 +329,7 @@ def test_what_a_newer_version_wrote_is_left_alone(home, tally):
     record_path(step).write_text(record_text({"inputs": {}}))
     uses = {record_path(workspace.samples / "synthetic" / "pmc_vqa.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace),
             record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa.parquet"): lambda: load_corpus("pmc_vqa", load_profile("smoke", train_limit=30), workspace),
-            folder / "rollout.json": lambda: [stored_rollout(folder), roll_out(samples, None, folder, who, "an engine")]}
+            folder / "rollout.json": lambda: [stored_rollout(folder), generate(samples, None, folder, who, "an engine")]}
     with tally("faults", "a record that a newer version wrote") as count:
         for path, use in uses.items():
             count.tried += 1

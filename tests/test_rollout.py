@@ -10,7 +10,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError, fingerprint
 from medvlthinker.core.profile import load_profile
 from medvlthinker.generation.engine import Sampling, engine_version
-from medvlthinker.generation.rollout import identity, read_shard, roll_out
+from medvlthinker.generation.rollout import identity, read_shard, generate
 
 PROFILE = load_profile("smoke", batch_size=8)
 SAMPLING = Sampling(n=2, temperature=1.0, max_tokens=24)  # sampled, so that a wrong seed after a restart shows
@@ -23,7 +23,7 @@ def act(model: str, samples: list, folder) -> None:
 
     torch.set_num_threads(1)
     who = identity(samples, model, PROFILE, SAMPLING)
-    roll_out(samples, lambda: open_engine(PROFILE, model), folder, who, engine_version("transformers"), show=lambda line: None)
+    generate(samples, lambda: open_engine(PROFILE, model), folder, who, engine_version("transformers"), show=lambda line: None)
 
 
 @pytest.fixture(scope="module")

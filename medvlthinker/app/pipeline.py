@@ -12,6 +12,7 @@ import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, js
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .. import NOUNS
 from ..core.files import UserError, run_main, file_hash, fingerprint, record_path, require_package, read_record, write_record, redact_file, redact, stale_reason, write_error, atomic_write
 from ..core.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
@@ -114,7 +115,8 @@ def _imported(code: str, floor: str = "") -> frozenset[str]:
             above = ("", f"medvlthinker.{floor}", "medvlthinker")[node.level]
             module = ".".join(filter(None, [above, node.module]))
             names = [f"{module}.{alias.name}" for alias in node.names]
-        found |= {".".join(name.split(".")[1:3]) for name in names if name.startswith("medvlthinker.")}
+        inside = [name.split(".")[1:3] for name in names if name.startswith("medvlthinker.")]
+        found |= {NOUNS.get(parts[0], ".".join(parts)) for parts in inside}  # from medvlthinker import grade
     return frozenset(found)
 
 # %% ../../nbs/app/73_pipeline.ipynb #86133176

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.files import UserError, fingerprint
 from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
-from ..generation.rollout import Rows, roll_out
+from ..generation.rollout import Rows, generate
 from ..data.sample import Sample
 from ..core.stats import wilson
 
@@ -173,7 +173,7 @@ class _Some(Sequence):
 def _round(samples: Sequence[Sample], positions: np.ndarray, number: int, n: int, engine, folder: Path, who: dict, version, show) -> Rows:
     "The rows of one round: n completions for each of the samples at these positions."
     who = {**who, "n": n, "seed": who["seed"] + 1_000_000 * number, "asked": fingerprint(positions.tolist())}
-    return roll_out(_Some(samples, positions), engine, folder / f"round-{number:02}-{fingerprint(who)}", who, version, show)
+    return generate(_Some(samples, positions), engine, folder / f"round-{number:02}-{fingerprint(who)}", who, version, show)
 
 
 def _add(rows: Iterable[dict], merged: dict, tally: dict, gold: dict, rule: str) -> None:

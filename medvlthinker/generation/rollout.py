@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'KINDS', 'samples_fingerprint', 'identity', 'write_shard', 'whole_shard', 'read_shard', 'Claims', 'alone',
-           'shard_rows', 'Rows', 'rollout_identity', 'shard_header', 'answers_hash', 'stored_rollout', 'roll_out',
+           'shard_rows', 'Rows', 'rollout_identity', 'shard_header', 'answers_hash', 'stored_rollout', 'generate',
            'question_sets', 'rollouts', 'asked_as', 'folder_name', 'main', 'read_eval_results', 'write_eval_results']
 
 # %% ../../nbs/generation/24_rollout.ipynb #95245c72
@@ -263,7 +263,7 @@ def stored_rollout(
     return who, Rows(shards)
 
 # %% ../../nbs/generation/24_rollout.ipynb #c7e2bd33
-def roll_out(
+def generate(
     samples: Sequence[Sample],  # a list, or a SampleFile: only the shards at hand are in memory
     engine,  # called only when a shard is missing; returns an engine
     folder: Path,  # of this one rollout; its name is the identity's fingerprint
@@ -421,7 +421,7 @@ def rollouts(
         who = {"model": model, **identity(samples, path, profile, sampling, instruction, weights, dialect)}
         place = Path(source_of(profile)) / ("corpus" if kind == "corpus" else "") / name
         folder = workspace.rollouts / folder_name(model) / place / fingerprint(who)
-        result[name] = samples, roll_out(samples, engine, folder, who, engine_version(answering(profile)), show, bool(profile.mix_engines)), folder
+        result[name] = samples, generate(samples, engine, folder, who, engine_version(answering(profile)), show, bool(profile.mix_engines)), folder
     return result
 
 

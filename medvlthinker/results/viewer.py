@@ -201,7 +201,7 @@ def rollout_of(
     for path in sorted(folder.glob("*/rollout.json"), key=lambda path: (path.stat().st_mtime, path), reverse=True):
         try:
             who = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # not one that `roll_out` wrote
+        except ValueError:  # not one that `generate` wrote
             continue
         fits = {"samples": samples, "n": n, "instruction": instruction, **({"temperature": 0} if n == 1 else {})}
         if all(who.get(key) == value for key, value in fits.items()) and (rows := _whole(path.parent, count)) is not None:
