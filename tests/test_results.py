@@ -1,6 +1,5 @@
-"""Results and audit: verdicts follow from the data, statistics agree with independent calculations, and bad input is one sentence."""
+"""Results and audit: verdicts follow from the data, and bad input is one sentence."""
 import ast
-import itertools
 import json
 from dataclasses import replace
 from decimal import Decimal
@@ -14,7 +13,6 @@ from medvlthinker.core.profile import load_profile
 from medvlthinker.results.contract import compare, counted, to_lines
 from medvlthinker.evaluation.evaluate import difference
 from medvlthinker.results.published import COLUMNS, published
-from medvlthinker.core.stats import clustered_mean, minimum_detectable_effect, clopper_pearson, holm, macro_average, majority, mcnemar, paired_bootstrap, pass_at_k, pass_curve, grim_test
 
 PAPER = published()
 
@@ -119,51 +117,6 @@ def test_other_questions_are_not_compared():
     changed[1]["gold"] = "B"
     with pytest.raises(UserError, match="same questions only"):
         difference(lines({"a": [1, 0]}), changed)
-
-
-def test_statistics_against_exact_enumeration():
-    for n, right, k in itertools.product((1, 4, 7), range(8), range(1, 8)):
-        if right <= n and k <= n:
-            answers = [1] * right + [0] * (n - right)
-            assert pass_at_k(right, n, k) == pytest.approx(np.mean([any(each) for each in itertools.combinations(answers, k)]), abs=1e-9)
-    for votes in itertools.product("AB", repeat=4):
-        share = majority(votes, "A", ties="shared")
-        assert share == (1 if votes.count("A") > 2 else .5 if votes.count("A") == 2 else 0)
-    small = {"x": [1, 0, -1], "y": [1, 1, 0, 0]}
-    every = np.array([(np.mean(a) + np.mean(b)) / 2 for a in itertools.product(small["x"], repeat=3) for b in itertools.product(small["y"], repeat=4)])
-    _, low, high = paired_bootstrap(small, repeats=400_000)
-    assert (low, high) == pytest.approx(tuple(np.quantile(every, (.025, .975))), abs=1e-3)
-
-
-def test_statistics_against_statsmodels():
-    from statsmodels.stats.multitest import multipletests
-    from statsmodels.stats.proportion import proportion_confint
-
-    for k, n in ((0, 7), (3, 170), (170, 170), (1020, 1996)):
-        assert clopper_pearson(k, n) == pytest.approx(proportion_confint(k, n, method="beta"), abs=1e-9)
-    p = np.random.default_rng(0).random(6)
-    assert list(holm(dict(enumerate(p))).values()) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-12)
-    for gained, lost in ((0, 0), (5, 0), (12, 3)):
-        assert 0 < mcnemar([1] * gained + [0] * lost, [0] * gained + [1] * lost)[2] <= 1
-    values = np.random.default_rng(0).random(500)
-    mean, error = clustered_mean(values)
-    assert error == pytest.approx(values.std(ddof=1) / 500 ** .5, abs=1e-12) and mean == pytest.approx(values.mean())
-    assert minimum_detectable_effect({"a": 100}) > minimum_detectable_effect({"a": 1000}) > minimum_detectable_effect({"a": 1000}, runs=3)
-    assert pass_curve([2, 0], 4, (1, 4))[4][0] == .5
-
-
-@pytest.mark.parametrize("call, part", [
-    (lambda: pass_at_k(3, 2, 1), "right <= n"), (lambda: pass_at_k(1, 2, 3), "k <= n"), (lambda: majority(["A"], "A", ties="coin"), "known are first and shared"),
-    (lambda: clustered_mean([]), "at least one question"), (lambda: paired_bootstrap({}), "at least one benchmark"), (lambda: mcnemar([1], []), "same questions"),
-    (lambda: macro_average({"a": (3, 2)}), "0 <= k <= n"), (lambda: clopper_pearson(1.5, 2), "whole counts")])
-def test_impossible_numbers_are_one_sentence(call, part):
-    with pytest.raises(UserError, match=part):
-        call()
-
-
-def test_printed_cells_that_cannot_be():
-    assert grim_test("44.12", 170) and not grim_test("44.13", 170) and grim_test("44.31", 170, 3)
-    assert grim_test("0.00", 3) and grim_test("100.00", 3) and not grim_test("100.01", 3)
 
 
 def test_contract_names_every_number_once():
