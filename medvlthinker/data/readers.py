@@ -254,14 +254,14 @@ def embedded(name: str) -> bytes:
     "ValueError for the name of an image in a source that has no folder of images."
     raise ValueError(f"{name[:80]!r} names a file, and this source has no folder of images")
 
-# %% ../../nbs/data/13_readers.ipynb #6fa4db5c
+# %% ../../nbs/data/13_readers.ipynb #a4f349e1
 def image_entry(value):
     "The name or the encoded image that a row holds; ValueError says what it holds instead."
     if isinstance(value, dict):
-        known = " and ".join(map(str, value)) or "nothing"
+        keys = ", ".join(map(str, value)) or "nothing"
         value = value.get("bytes") or value.get("path")
         if not value:
-            raise ValueError(f"an object with {known}, but no bytes and no file name of an image")
+            raise ValueError(f"an object that holds {keys}, and no bytes or path of an image")
     if isinstance(value, str) and not value.strip():
         raise ValueError("the name of the image is empty")
     if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "save"):
