@@ -426,6 +426,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/data/converters.py'),
                                               'medvlthinker.data.converters._mmmu_options': ( 'data/converters.html#_mmmu_options',
                                                                                               'medvlthinker/data/converters.py'),
+                                              'medvlthinker.data.converters._option': ( 'data/converters.html#_option',
+                                                                                        'medvlthinker/data/converters.py'),
                                               'medvlthinker.data.converters._pieces': ( 'data/converters.html#_pieces',
                                                                                         'medvlthinker/data/converters.py'),
                                               'medvlthinker.data.converters._pmc_choice': ( 'data/converters.html#_pmc_choice',

@@ -745,7 +745,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
     from medvlthinker.generation.completion import Completion
     from medvlthinker.evaluation.evaluate import grade_rows
-    from medvlthinker.evaluation.evaluate import store_samples as keep
+    from medvlthinker.evaluation.evaluate import store as keep
     from medvlthinker.generation.rollout import write_eval_results
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):

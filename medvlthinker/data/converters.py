@@ -54,13 +54,17 @@ PMC_COLUMNS = ("Figure_path", "Question", *_CHOICES, "Answer", "Answer_label")  
 _PMC_EDGES = string.whitespace + "'\"\u00a0\u200a"
 
 
+def _option(row: dict, column: str, where: str) -> str:
+    "The text of a column, which may be blank."
+    return require_text(row, column, where) if row.get(column) is None else str(row[column])
+
+
 def _pmc_choice(row: dict, column: str, where: str) -> str:
-    "The text of a choice, which may be blank."
-    if row.get(column) is None:
-        require_text(row, column, where)
-    letter, colon, text = str(row[column]).strip(_PMC_EDGES).partition(":")
+    "The text of a choice without its letter."
+    given = _option(row, column, where)
+    letter, colon, text = given.strip(_PMC_EDGES).partition(":")
     if not colon or letter.strip(_PMC_EDGES) != column[-1]:
-        reason = f"{str(row[column]).strip()[:40]!r} does not begin with {column[-1]}:"
+        reason = f"{given.strip()[:40]!r} does not begin with {column[-1]}:"
         raise InvalidRow(where, column, reason, filtered=True)
     return text.strip(_PMC_EDGES)
 
@@ -249,8 +253,7 @@ def path_vqa_hub(row: dict, where: str) -> dict:
 # %% ../../nbs/data/14_converters.ipynb #6689bdf9
 def adaptllm_pmc(row: dict, where: str) -> dict:
     "A row of PMC-VQA's test set: image, input, label, A, B, C, D."
-    options = {letter: row[letter] if row.get(letter) == "" else require_text(row, letter, where)
-               for letter in "ABCD"}
+    options = {letter: _option(row, letter, where) for letter in "ABCD"}
     question = require_text(row, "input", where).replace("Question: ", "", 1).strip()
     return {"question": question.split("\nThe choices are:")[0].strip(), "options": options,
             "answer_label": right_letter(options, row.get("label"), where, "label"),
