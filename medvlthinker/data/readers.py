@@ -9,8 +9,8 @@ __all__ = ['MAX_LINE', 'attempt', 'parse_json', 'opened', 'json_lines', 'json_li
            'samples_from', 'csv_text', 'csv_plain', 'write_csv', 'read_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
-import codecs, contextlib, csv, functools, gzip, inspect, io, itertools, json, lzma, os
-import random, re, struct, zipfile, zlib
+import codecs, contextlib, csv, functools, gzip, inspect, io, itertools, json, os, random, re
+import zipfile, zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,13 +178,13 @@ def read_rows(
 ) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
     read = reader or _READERS.get(Path(str(path).removesuffix(".gz")).suffix, json_list)
-    known: dict = {}
+    known: dict = {}  # columns
     number = 0
     for number, (where, row) in enumerate(read(Path(path)), 1):
+        if not isinstance(row, (dict, InvalidRow)):
+            row = InvalidRow(where, "row", f"{_kind(row)}, not an object with columns")
         if isinstance(row, dict) and number <= 1000:
             known.update(dict.fromkeys(row))
-        elif not isinstance(row, (dict, InvalidRow)):
-            row = InvalidRow(where, "row", f"{_kind(row)}, not an object with columns")
         if number == 1000:
             _require_columns(path, columns, known)
         yield where, row
@@ -201,8 +201,6 @@ def _require_columns(path, columns: tuple[str, ...], known: dict) -> None:
 
 # %% ../../nbs/data/13_readers.ipynb #206e464f
 _MAX_IMAGE = 1 << 26  # bytes
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError,
-               IndexError, RuntimeError, NotImplementedError, struct.error)
 
 
 def _from_folder(folder: Path, name: str) -> bytes:
@@ -232,7 +230,7 @@ def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: s
         if (size := archive.getinfo(fitting[0]).file_size) > _MAX_IMAGE:
             raise ValueError(f"it unfolds to {size:,} bytes, more than an image has")
         return archive.read(fitting[0])
-    except _ZIP_ERRORS as error:
+    except Exception as error:  # zipfile and its decompressors raise nearly everything
         raise ValueError(f"{name} cannot be read from {place.name} ({error})") from None
 
 # %% ../../nbs/data/13_readers.ipynb #8c46b675
@@ -242,7 +240,7 @@ def image_reader(place: Path) -> Callable[[str], bytes]:
         return functools.lru_cache(64)(functools.partial(_from_folder, place))
     try:
         archive = zipfile.ZipFile(place)
-    except _ZIP_ERRORS as error:
+    except Exception as error:
         raise UserError(f"{place} is no readable zip file ({error}).") from None
     members = defaultdict(list)  # by the last part of their names
     for member in archive.namelist():
@@ -325,13 +323,13 @@ def _hub_refusal(repo) -> Exception | None:
     return None
 
 
-def _not_read(repo, error: Exception) -> UserError:
-    "Why a data set cannot be read, in one sentence; the hub's own messages are paragraphs."
+def _hub_error(what: str, error: Exception) -> UserError:
+    "What failed and why, in one sentence; the hub's own messages are paragraphs."
     reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:160]
     if type(error).__name__ == "RepositoryNotFoundError":
         reason = "the hub knows no such id"
-    return UserError(f"The data set {repo} cannot be read ({reason}); "
-                     "without a network, name a folder with local copies by data_dir=.")
+    return UserError(f"{what} ({reason}); without a network, name a folder with local copies "
+                     "by data_dir=.")
 
 # %% ../../nbs/data/13_readers.ipynb #b295401b
 def hub_table(repo, columns: tuple[str, ...] = (), config: str | None = None, split="test"):
@@ -344,7 +342,7 @@ def hub_table(repo, columns: tuple[str, ...] = (), config: str | None = None, sp
         datasets.config.HF_HUB_OFFLINE = offline or problem is not None
         data = datasets.load_dataset(str(repo), config, split=split)
     except Exception as error:  # `datasets` raises nearly everything
-        raise _not_read(repo, problem or error) from None
+        raise _hub_error(f"The data set {repo} cannot be read", problem or error) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
     if missing := [column for column in columns if column not in data.column_names]:
@@ -368,7 +366,7 @@ def hub_files(repo: str, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:  # each of the hub's refusals is its own class
-        raise _not_read(repo, error) from None
+        raise _hub_error(f"The files of {repo} cannot be fetched", error) from None
 
 # %% ../../nbs/data/13_readers.ipynb #1fd18850
 def content_of(place: Path) -> str:
@@ -447,10 +445,7 @@ def parallel_map(function: Callable, items: Iterable, threads=2, ahead=128) -> I
         yield from (each.result() for each in waiting)
 
 # %% ../../nbs/data/13_readers.ipynb #06722e03
-_ODD_ROW = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError)
-
-
-def _converted(rows: Iterable, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:
+def _convert_rows(rows: Iterable, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:
     "Number, place and columns of each row, or the `InvalidRow` that it is."
     seen: dict = {}
     kept = 0
@@ -464,13 +459,13 @@ def _converted(rows: Iterable, convert: Callable, dataset_name: str, kept_count:
                 index = kept if kept_count else number
                 item = {"dataset_index": index, "dataset_name": dataset_name, **item}
                 kept += 1
-        except _ODD_ROW as error:  # a list where a text should be, and the like
+        except Exception as error:  # a list where a text should be, and the like
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             item = InvalidRow(where, "row", f"not what its source promises ({words})")
         yield number, where, item
 
 
-def _finished(where: str, item, images: Callable, fit: Callable | None) -> Sample | InvalidRow:
+def _make_sample(where: str, item, images: Callable, fit: Callable | None) -> Sample | InvalidRow:
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
@@ -494,24 +489,24 @@ def samples_from(
     kept_count: bool = False,  # `dataset_index` counts the converted rows, and not all rows
 ) -> Iterator[Sample | InvalidRow]:
     "The samples of a source in its order, and an `InvalidRow` for each row that became none."
-    def finished(chosen):
-        found = ((where, item, images, fit) for number, where, item in converted()
-                 if chosen is None or number in chosen or isinstance(item, InvalidRow))
-        return parallel_map(lambda each: _finished(*each), found)
+    def convert_rows():
+        return _convert_rows(rows(), convert, dataset_name, kept_count)
 
-    def converted():
-        return _converted(rows(), convert, dataset_name, kept_count)
+    def make_samples(numbers):
+        items = ((where, item, images, fit) for number, where, item in convert_rows()
+                 if numbers is None or number in numbers or isinstance(item, InvalidRow))
+        return parallel_map(lambda item: _make_sample(*item), items)
 
-    chosen: set | None = None
+    numbers: set | None = None  # of the rows that are taken
     if limit:
-        order = [number for number, _, item in converted() if isinstance(item, dict)]
+        order = [number for number, _, item in convert_rows() if isinstance(item, dict)]
         random.Random(seed).shuffle(order)
-        chosen, good = set(), 0
-        while good < limit and len(chosen) < len(order):
-            more = {*order[len(chosen):len(chosen) + limit - good]}
-            good += sum(isinstance(item, Sample) for item in finished(more))
-            chosen |= more
-    yield from finished(chosen)
+        numbers, good = set(), 0
+        while good < limit and len(numbers) < len(order):
+            more = {*order[len(numbers):len(numbers) + limit - good]}
+            good += sum(isinstance(item, Sample) for item in make_samples(more))
+            numbers |= more
+    yield from make_samples(numbers)
 
 # %% ../../nbs/data/13_readers.ipynb #c5f0a1e8
 _FORMULA = re.compile(r"[\s']*[=+\-@\t\r\n＝＋－＠]")
