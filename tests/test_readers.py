@@ -15,7 +15,7 @@ PHOTO = encoded(90, 60, "JPEG")
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 ENTRIES = (None, [], ["a.jpg"], {}, {"file": None}, {"file": "a.jpg"}, {"bytes": None, "path": None},
            {"bytes": {"bytes": "x"}}, {"bytes": 5}, 5, 1.5, True, "", "  ")  # in place of one image
-FIELDS = ("a.jpg", 5, True, {"bytes": "x"})  # in place of the list
+FIELDS = ("a.jpg", "", 5, 0, True, {}, {"bytes": "x"})  # in place of the list
 CODE_WORDS = re.compile(r"None|Type|Error|argument|iterable|subscript|PathLike|\\b(str|int|dict|bool)\\b")
 UNIFIED = {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_label": "B"}
 CLOSED = {"question": "Is it?", "answer": "yes", "answer_type": "CLOSED"}
