@@ -68,7 +68,7 @@ def _pmc_choice(row: dict, column: str, where: str) -> str:
         raise InvalidRow(where, column, reason, filtered=True)
     return text.strip(_PMC_EDGES)
 
-
+# %% ../../nbs/data/14_converters.ipynb #ad72c9e3
 def pmc_vqa(row: dict, where: str) -> dict:
     "A row of train.csv, test_clean.csv (version 1) or train_2.csv (version 2)."
     options = {column[-1]: _pmc_choice(row, column, where) for column in _CHOICES}

@@ -445,7 +445,7 @@ def parallel_map(function: Callable, items: Iterable, threads=2, ahead=128) -> I
         yield from (each.result() for each in waiting)
 
 # %% ../../nbs/data/13_readers.ipynb #06722e03
-def _convert_rows(rows: Iterable, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:
+def _convert_rows(rows, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:
     "Number, place and columns of each row, or the `InvalidRow` that it is."
     seen: dict = {}
     kept = 0
