@@ -17,7 +17,7 @@ from conftest import encoded, key_opens, python, says, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.core.files import UserError
 from medvlthinker.core.profile import Workspace, load_profile
-from medvlthinker.data.options import closed_options
+from medvlthinker.data.converters import closed_options
 from medvlthinker.data.readers import read_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")

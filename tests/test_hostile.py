@@ -126,7 +126,7 @@ def test_a_letter_that_only_looks_like_one_earns_nothing(tally):
 GIANTS = """
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.converters import mmmu, split_prompt, without_marks
-from medvlthinker.data.options import closed_options
+from medvlthinker.data.converters import closed_options
 from medvlthinker.evaluation.regrade import why
 from medvlthinker.data.sample import InvalidRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
@@ -745,7 +745,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
     from medvlthinker.generation.completion import Completion
     from medvlthinker.evaluation.evaluate import grade_rows
-    from medvlthinker.evaluation.evaluate import store_samples as keep
+    from medvlthinker.evaluation.evaluate import store as keep
     from medvlthinker.generation.rollout import write_eval_results
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
@@ -855,4 +855,4 @@ def test_tables_are_written_in_one_place():
         sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)
     calls = [(path.name, node.func.attr, node.func.value) for path, text in sources.items() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     writers = sorted((name, attribute) for name, attribute, owner in calls if attribute == "to_csv" or attribute in ("writer", "DictWriter") and isinstance(owner, ast.Name) and owner.id == "csv")
-    assert writers == [("figures.py", "writer"), ("report.py", "writer"), ("source.py", "to_csv"), ("trust.py", "DictWriter")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
+    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("report.py", "writer"), ("trust.py", "DictWriter")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from medvlthinker.data import options as o
+from medvlthinker.data import converters as o
 
 YES_NO = {"A": "Yes", "B": "No"}
 
@@ -13,7 +13,7 @@ YES_NO = {"A": "Yes", "B": "No"}
 def wild(seed: int, n: int) -> list[str]:
     "Random sentences of the words that the rule knows and of some that it does not."
     rng = random.Random(seed)
-    words = [*sorted(o._FRAME | o._LEADS | o._ASKS), "this", "lesion", "mass", "cystic", "pleural", "effusion", "CT", "patient's", "non", "non-contrast", "2", "é", "-", "/"] * 2
+    words = [*sorted(o._SMALL_WORDS | o._LEADS | o._QUESTION_WORDS), "this", "lesion", "mass", "cystic", "pleural", "effusion", "CT", "patient's", "non", "non-contrast", "2", "é", "-", "/"] * 2
     words += ["lesion", "mass", "left", "right", "cystic", "pleural", "CT"] * 30
     joints = [" ", " ", " ", " ", " or ", ", ", ", or ", " vs. ", " OR ", ": ", " (", ") ", "  ", "\n", ",", "? "]
     return ["".join(rng.choice(words) + rng.choice(joints) for _ in range(rng.randrange(1, 14))) for _ in range(n)]

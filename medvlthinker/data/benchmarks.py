@@ -268,7 +268,7 @@ def _no_copy(names: list[str], profile: Profile) -> str:
 def _origin(name: str, profile: Profile, repo, wording: str) -> tuple[Callable[[], Iterable], dict]:
     "What yields the rows of a set, and what they depend on."
     source, limit, seed = source_of(profile), profile.limit, profile.seed
-    drawn = {"seed": seed if limit else None, "code": code_of("data.benchmarks", "data.converters", "data.readers", "data.options", "data.sample")}
+    drawn = {"seed": seed if limit else None, "code": code_of("data.benchmarks", "data.converters", "data.readers", "data.sample")}
     if name in OWN:
         folder, way, content = own_copy(name, OWN[name])
         return lambda: local_rows(name, folder, way, limit, seed), {**content, **drawn}

@@ -206,7 +206,7 @@ def parse_options(
         raise ValueError(f"lettered {', '.join(options)}, not A, B, C ...")
     if len(options) < 2:
         raise ValueError(f"{len(options)} of them; a choice needs two")
-    if bad := [letter for letter, text in options.items() if not isinstance(text, str) or not text.strip()]:
+    if bad := [letter for letter, text in options.items() if not isinstance(text, str)]:
         raise ValueError(f"option {bad[0]} is {options[bad[0]]!r}, not a text")
     return options
 
