@@ -194,8 +194,9 @@ class DataSource(NamedTuple):
 
     def samples(self, name: str, limit: int = 0, seed: int = 42) -> Iterator[Sample | InvalidRow]:
         "Samples in the order of the rows, and why other rows became none; with a limit, drawn."
-        how = {"images": image_reader(self.images())} if self.images else {}
-        how |= {"limit": limit, "seed": seed, **self.how}
+        how: dict = {"limit": limit, "seed": seed, **self.how}
+        if self.images:
+            how["images"] = image_reader(self.images())
         return samples_from(self.rows, self.convert, name, **how)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c060
