@@ -55,7 +55,7 @@ def made(tmp_path_factory) -> Path:
         (workspace.notebooks / "3_train-tiny-RL_m23k.running.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "error", "ename": "UserError", "evalue": "No data."}]}]}))
         (workspace.notebooks / "4_evaluate-tiny.running.ipynb").write_text(json.dumps({"cells": [{"outputs": []}]}))
         said: list[str] = []
-        assert len(write_cards(load_profile("smoke"), said.append)) == 9, said
+        assert len(write_cards(load_profile("smoke", train_limit=12), said.append)) == 9, said
     return workspace.root
 
 
@@ -160,7 +160,7 @@ def test_what_was_measured_later_gets_into_the_models_card(run):
     with write_record(folder / "evaluation.json", {}):
         folder.mkdir(parents=True)
         (folder / "evaluation.json").write_text(json.dumps({"source": "synthetic", "rule": "regrade", "seed": 42, "counts": {"pmc_vqa": [71, 100]}}))
-    assert readme in write_cards(load_profile("smoke"), print)
+    assert readme in write_cards(load_profile("smoke", train_limit=12), print)
     assert "| pmc_vqa | 71 | 100 | 71.0 | 61.5 to 79.0 |" in readme.read_text()
 
 
@@ -170,7 +170,7 @@ def test_torn_files_cost_a_sentence(run):
     (run / ".hashes.json").write_text("[")
     next(run.rglob("shard-00000.jsonl")).write_text("\udcff{", errors="surrogateescape")
     said: list[str] = []
-    written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke"), said.append)}
+    written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke", train_limit=12), said.append)}
     assert len([line for line in said if "was not written" in line]) == 2, said  # card and Croissant of the torn set
     assert {"curated/synthetic/README.md", "rollouts/tiny/README.md", "ro-crate-metadata.json"} <= written, said
     with pytest.raises(UserError, match="2 cards could not be written; .*slake_closed.parquet"):
@@ -189,7 +189,7 @@ def test_without_the_libraries_there_is_a_sentence(run, monkeypatch, capsys):
 
 def test_where_there_is_nothing(home):
     says(python("-m", "medvlthinker.app.crate", "smoke"), "Nothing of the profile smoke has been made", "./reproduce.sh smoke")
-    assert write_cards(load_profile("smoke"), pytest.fail) == [] and not home.exists()
+    assert write_cards(load_profile("smoke", train_limit=12), pytest.fail) == [] and not home.exists()
 
 
 def test_the_script_knows_the_verb():
