@@ -145,6 +145,16 @@ def test_the_three_layouts_give_the_same_samples(tmp_path):
     assert len(list(rad(tmp_path / "b"))) == 3
 
 
+def test_the_test_questions_of_pmc_vqa_in_its_own_file(tmp_path):
+    where = tmp_path / "PMC-VQA"
+    (where / "images").mkdir(parents=True)
+    (where / "images" / "a.jpg").write_bytes(PHOTO)
+    (where / "test_clean.csv").write_text("Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
+                                          "a.jpg,What is it?,MRI, A:CT , B:MRI , C:PET , D:X-ray ,B\n")
+    sample, = b.open_benchmark("pmc_vqa", DataSettings(data_dir=str(tmp_path))).samples("pmc_vqa")
+    assert (sample.answer, sample.options["D"], sample.images) == ("MRI", "X-ray", (PHOTO,))
+
+
 def test_images_keep_their_bytes_and_hashes_are_the_papers(tmp_path):
     photo = encoded(200, 100, "JPEG")
     good, _ = split(rad(folder(tmp_path / "vqa_rad", [row(answer="yes", image="photo.jpg")], **{"photo.jpg": photo})))

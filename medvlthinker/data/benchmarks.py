@@ -107,7 +107,7 @@ def _rows(convert: Callable, columns: str = "", **more) -> Callable[..., Dataset
     return functools.partial(DatasetLayout, convert=convert, columns=tuple(columns.split()), **more)
 
 
-_PMC = _rows(converters.pmc_vqa, columns=" ".join(converters.PMC_COLUMNS))
+_PMC = functools.partial(DatasetLayout, convert=converters.pmc_vqa, columns=converters.PMC_COLUMNS)
 _PATH = _rows(converters.path_vqa, "img_id question answer")
 _NEST = _rows(converters.path_vqa, "img_id question answer",
               reader=lambda path: converters.path_vqa_nested(json_list(path)))
