@@ -95,7 +95,7 @@ def test_two_processes_share_a_run(ready):
     done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(curves(find("tiny-SFT_PMC"), workspace).index) == [1, 2, 3, 4]
-    assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
+    assert done.stdout.count("rows of pmc_vqa-64.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (workspace.checkpoints / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder)[1] == 4
 

@@ -62,7 +62,7 @@ def benchmark_names(
 def medmcqa_rows(path) -> Iterator[tuple[str, object]]:
     "MedMCQA's JSON lines with the `base` from which `cop` counts; `UserError` if that is unclear."
     rows = list(json_lines(path))
-    keys = {row.get("cop") for _, row in rows if isinstance(row, dict)}
+    keys = [row.get("cop") for _, row in rows if isinstance(row, dict)]
     seen = {key for key in keys if isinstance(key, int)}
     if {0, 4} <= seen or not seen & {0, 4}:
         values = ", ".join(map(str, sorted(seen)))
