@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'EXTRA', 'SHORT', 'LOCAL', 'HUB', 'SOURCES', 'nearest',
            'pubmedqa_rows', 'mmlu_rows', 'find_benchmark', 'DataSource', 'folder_source', 'hub_source',
            'published_source', 'files_source', 'original_source', 'published_copy', 'benchmark_source',
            'available_benchmarks', 'open_benchmark', 'sample_file', 'benchmark_file', 'hub_revision', 'store_source',
-           'load_benchmark', 'own_entry', 'register_benchmark']
+           'store_synthetic', 'load_benchmark', 'own_entry', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
 import difflib, functools, itertools, os, re
@@ -151,6 +151,8 @@ _PUBMED = _rows(converters.pubmedqa, "QUESTION final_decision", reader=pubmedqa_
                 beside="test_ground_truth.json")
 _MMLU = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
          "professional_medicine")
+
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c070
 LOCAL |= {
     "MedQA": ("MedQA medqa text_medqa", [
         _MEDQA("phrases_no_exclude_test.jsonl", ""), _MEDQA("test.jsonl", ""),
@@ -294,17 +296,6 @@ def benchmark_source(name: str, settings=DataSettings()) -> str:
     "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
     return "own" if name in _OWN else source_of(settings)
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c036
-def available_benchmarks(settings=DataSettings()) -> list[str]:
-    "The test sets that are asked for and can be had; `UserError` for a named one that cannot."
-    names = benchmark_names(settings.benchmark)
-    missing = [name for name in names if not _is_available(name, settings)]
-    if missing and (settings.benchmark or missing == names):
-        raise UserError(_missing(missing, settings))
-    if missing:
-        print(_missing(missing, settings))
-    return [name for name in names if name not in missing]
-
 
 def _is_available(name: str, settings) -> bool:
     source, folder = benchmark_source(name, settings), settings.data_dir
@@ -326,13 +317,25 @@ def _missing(names: list[str], settings) -> str:
     return (f"{settings.data_dir} holds no copy of {words} that can be read; it is looked for as "
             f"{'; '.join(ways)} and in other layouts, see nbs/data/15_benchmarks.ipynb.")
 
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c036
+def available_benchmarks(settings=DataSettings()) -> list[str]:
+    "The test sets that are asked for and can be had; `UserError` for a named one that cannot."
+    names = benchmark_names(settings.benchmark)
+    missing = [name for name in names if not _is_available(name, settings)]
+    if missing and (settings.benchmark or missing == names):
+        raise UserError(_missing(missing, settings))
+    if missing:
+        print(_missing(missing, settings))
+    return [name for name in names if name not in missing]
+
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c037
 def open_benchmark(
     name: str,  # in full
-    settings=DataSettings(),
+    settings=DataSettings("hub"),
     repo="",  # instead of the hub's: an id, or a folder in the hub's layout
+    wording: str = "spaced",  # of MMMU's questions from its source; `glued` as in the paper
 ) -> DataSource:
-    "Where a test set is read from; `UserError` where it is not there. Synthetic sets have no rows."
+    "Where the settings read a test set from; `UserError` where it is not."
     source = benchmark_source(name, settings)
     if source == "own":
         folder, layout, content = own_copy(name, _OWN[name])
@@ -341,9 +344,15 @@ def open_benchmark(
         data = _local_source(name, settings)
     elif source == "source":
         data = original_source(name, repo)
-    else:
+    elif source == "hub" and name in BENCHMARKS:
         data = published_source(name, repo or HUB)
-    return data._replace(inputs={"source": source, **data.inputs})
+    else:
+        raise UserError(_missing([name], settings))
+    data = data._replace(inputs={"source": source, **data.inputs})
+    if data.convert is not converters.mmmu:
+        return data
+    convert = functools.partial(converters.mmmu, wording=wording)
+    return data._replace(convert=convert, inputs=data.inputs | {"wording": wording})
 
 
 def _local_source(name: str, settings) -> DataSource:
@@ -414,35 +423,14 @@ def store_source(
     rows = functools.partial(data.samples, name, limit, seed)
     return store_samples(path, rows, inputs, settings.max_rejected)
 
-# %% ../../nbs/data/15_benchmarks.ipynb #0ef21dd3
-def load_benchmark(
-    name: str,  # of one test set; a short name will do
-    settings=DataSettings(),  # where questions come from, and how many
-    folder=None,  # where samples are stored, as for `sample_file`
-    repo="",  # as for `open_benchmark`
-    wording: str = "spaced",  # of MMMU's questions from its source; `glued` as in the paper
-) -> list[Sample]:
-    "The samples of a test set, stored for the next time; `UserError` where it cannot be had whole."
-    names = benchmark_names(name)
-    if len(names) != 1:
-        raise UserError(f"One benchmark at a time, not {name!r}.")
-    name, path = names[0], benchmark_file(names[0], settings, folder)
-    if benchmark_source(name, settings) == "synthetic":
-        n = settings.limit or BENCHMARKS[name]
-        inputs = {"source": "synthetic", "name": name, "limit": n,
-                  "code": code_of("data.synthetic", "data.sample")}
-        return list(store_samples(path, lambda: synthetic.benchmark(name, n), inputs))
-    data = open_benchmark(name, settings, repo)
-    if data.convert is converters.mmmu:
-        convert = functools.partial(converters.mmmu, wording=wording)
-        data = data._replace(convert=convert, inputs=data.inputs | {"wording": wording})
-    samples = store_source(path, name, data, settings)
-    if not settings.limit:
-        broken = read_json(record_path(path)).get("broken", 0)
-        _compare_count(name, data, len(samples) + broken)
-    return list(samples)
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c044
+def store_synthetic(path: Path, make: Callable, name: str, n: int) -> SampleFile:
+    "The first n samples that `make(name, n)` makes, from their file while it holds."
+    code = code_of("data.synthetic", "data.sample")
+    inputs = {"source": "synthetic", "name": name, "limit": n, "code": code}
+    return store_samples(path, lambda: make(name, n), inputs)
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c072
 def _compare_count(name: str, data: DataSource, count: int) -> None:
     "Say, or refuse, a whole set of another size than the published one."
     same_rows = name in ("pmc_vqa", "MMMU-medical", "MedXpertQA-MM")
@@ -454,6 +442,29 @@ def _compare_count(name: str, data: DataSource, count: int) -> None:
     if data.inputs["source"] != "local":
         raise UserError(f"{words}; to measure these all the same, set limit={count}.")
     print(f"{words}.")
+
+# %% ../../nbs/data/15_benchmarks.ipynb #0ef21dd3
+def load_benchmark(
+    name: str,  # of one test set; a short name will do
+    settings=DataSettings(),  # where questions come from, and how many
+    folder=None,  # where samples are stored, as for `sample_file`
+    repo="",  # as for `open_benchmark`, like `wording`
+    wording: str = "spaced",
+) -> list[Sample]:
+    "The samples of a test set, stored for the next time; `UserError` where it cannot be had whole."
+    names = benchmark_names(name)
+    if len(names) != 1:
+        raise UserError(f"One benchmark at a time, not {name!r}.")
+    name, path = names[0], benchmark_file(names[0], settings, folder)
+    if benchmark_source(name, settings) == "synthetic" and name in BENCHMARKS:
+        n = settings.limit or BENCHMARKS[name]
+        return list(store_synthetic(path, synthetic.benchmark, name, n))
+    data = open_benchmark(name, settings, repo, wording)
+    samples = store_source(path, name, data, settings)
+    if not settings.limit:
+        broken = read_json(record_path(path)).get("broken", 0)
+        _compare_count(name, data, len(samples) + broken)
+    return list(samples)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c047
 def own_entry(

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 from . import converters, synthetic
 from ..core.files import UserError
-from .sample import SampleFile, store_samples
-from .readers import (DataSettings, DatasetLayout, code_of, find_local, given_folder,
+from .sample import SampleFile
+from .readers import (DataSettings, DatasetLayout, find_local, given_folder,
                                        own_copy, source_of)
 from .benchmarks import (DataSource, files_source, folder_source, hub_source, nearest,
-                                          own_entry, sample_file, store_source)
+                                          own_entry, sample_file, store_source, store_synthetic)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024  # pixels
@@ -47,7 +47,9 @@ def paper_size(width: int, height: int) -> tuple[int, int]:
         edge, by_width = MAX_EDGE, width > height
     else:
         return width, height
-    return (edge, int(height * (edge / width))) if by_width else (int(width * (edge / height)), edge)
+    if by_width:
+        return edge, int(height * (edge / width))
+    return int(width * (edge / height)), edge
 
 # %% ../../nbs/data/16_corpora.ipynb #cd5f69bd
 RESIZE_RULES = {"both": training_size, "paper": paper_size, "none": None}  # None leaves it as it is
@@ -120,10 +122,10 @@ def corpus_source(name: str, settings=DataSettings()) -> str:
 # %% ../../nbs/data/16_corpora.ipynb #16a0c011
 def open_corpus(
     name: str,
-    settings=DataSettings(),
+    settings=DataSettings("hub"),
     resize: str = "both",  # of figures: one of `RESIZE_RULES`
 ) -> DataSource:
-    "Where a corpus is read from; `UserError` where it is not there. Synthetic ones have no rows."
+    "Where the settings read a corpus from; `UserError` where it is not there."
     source = corpus_source(name, settings)
     if source == "own":
         folder, layout, content = own_copy(name, _OWN[name])
@@ -135,6 +137,8 @@ def open_corpus(
         data = folder_source(*copy)
     elif source == "hub":
         data = hub_source(PUBLISHED[name], _UNIFIED, splits=("train",))
+    elif source == "synthetic":
+        raise UserError(f"The synthetic corpus {name} is made and not read; load_corpus makes it.")
     elif name == "m23k":
         data = hub_source(_M1, _M23K, converters.m23k, splits=("train",))
     else:
@@ -187,14 +191,12 @@ def load_corpus(
     resize_rule(resize)  # refuses an unknown one before anything is read
     path, limit = corpus_file(name, settings, folder), settings.train_limit
     if corpus_source(name, settings) == "synthetic":
-        n = limit or CORPORA[name]
-        inputs = {"source": "synthetic", "name": name, "limit": n,
-                  "code": code_of("data.synthetic", "data.sample")}
-        return store_samples(path, lambda: synthetic.corpus(name, n), inputs)
+        return store_synthetic(path, synthetic.corpus, name, limit or CORPORA[name])
     drawn = dataclasses.replace(settings, limit=limit)
     samples = store_source(path, name, open_corpus(name, settings, resize), drawn)
     if not limit and len(samples) != CORPORA.get(name, len(samples)):
-        print(f"{name} has {len(samples):,} samples here and {CORPORA[name]:,} in the published corpus.")
+        print(f"{name} has {len(samples):,} samples here and {CORPORA[name]:,} in the published "
+              "corpus.")
     return samples
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c017
@@ -228,7 +230,7 @@ def load_reasoning(
     settings=DataSettings(),
     folder=None,  # where samples are stored, as for `benchmarks.sample_file`
 ) -> SampleFile:
-    "One's own distilled file, the published reasoning, or the corpus itself; some rows may have none."
+    "One's own distilled file, the published reasoning, or the corpus; some rows may have none."
     path = reasoning_file(name, settings, folder)
     if path.stem.endswith("-distilled"):
         return SampleFile(path)
@@ -240,7 +242,7 @@ def load_reasoning(
         return store_source(path, name, data._replace(how=how), drawn)
     samples = load_corpus(name, settings, folder)
     if not any(sample.reasoning for sample in samples[:1000]):
-        source, distilled = corpus_source(name, settings), path.with_name(f"{name}-distilled.parquet")
+        source, own = corpus_source(name, settings), path.with_name(f"{name}-distilled.parquet")
         raise UserError(f"{name} from {source} has no reasoning to imitate; make it with a teacher "
-                        f"(31_distill) as {distilled}, or take data=hub.")
+                        f"(31_distill) as {own}, or take data=hub.")
     return samples
