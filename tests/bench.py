@@ -168,10 +168,10 @@ def rollout_overhead():
 
 CONVERT = """
 import json, resource, sys, time
-from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
+from medvlthinker.data.readers import DataSettings
 began = time.perf_counter()
-samples = load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
+samples = load_corpus("pmc_vqa", DataSettings(data_dir=sys.argv[1]))
 print(json.dumps([len(samples), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
 """
 
@@ -380,7 +380,7 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
         profile = load_profile("smoke", gpus=gpus, dtype="bfloat16" if gpus else "float32", max_steps=8, max_tokens=answer)
         drawn = synthetic.corpus("m23k", rows)
         write_samples([replace(sample, reasoning=(sample.reasoning + " ") * (chain // 12)) for sample in drawn], workspace.samples / "synthetic" / "corpus" / "m23k-distilled.parquet")
-        write_samples(drawn, workspace.curated / "synthetic" / "m23k-tiny-easy_to_hard.parquet")
+        write_samples(drawn, workspace.curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet")
         for name, change, act, work in (("3B-SFT_m23k", {}, train_sft, 6), ("3B-RL_m23k", {"batch": 8, "mini_batch": 8, "max_response_length": answer, "kl_coef": 0.0}, train_grpo, 8)):
             recipe = find(name)
             act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import encoded, key_opens, python, says, split
 from medvlthinker.data import benchmarks as b
-from medvlthinker.core.files import UserError
-from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.core.files import UserError, read_json, record_path
 from medvlthinker.data.converters import closed_options
-from medvlthinker.data.readers import read_rows
+from medvlthinker.data.readers import DataSettings, read_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -57,7 +56,8 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
 
 def rad(path: Path):
     "The samples of a local copy of VQA-RAD, and what became none."
-    return b.local_rows("vqa_rad_closed", path, next(way for way in b.LOCAL["vqa_rad_closed"][1] if way.found(path)))
+    layout = next(layout for layout in b.LOCAL["vqa_rad_closed"][1] if layout.found(path))
+    return b.folder_source(path, layout).samples("vqa_rad_closed")
 
 
 # ---- a local folder
@@ -145,6 +145,16 @@ def test_the_three_layouts_give_the_same_samples(tmp_path):
     assert len(list(rad(tmp_path / "b"))) == 3
 
 
+def test_the_test_questions_of_pmc_vqa_in_its_own_file(tmp_path):
+    where = tmp_path / "PMC-VQA"
+    (where / "images").mkdir(parents=True)
+    (where / "images" / "a.jpg").write_bytes(PHOTO)
+    (where / "test_clean.csv").write_text("Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
+                                          "a.jpg,What is it?,MRI, A:CT , B:MRI , C:PET , D:X-ray ,B\n")
+    sample, = b.open_benchmark("pmc_vqa", DataSettings(data_dir=str(tmp_path))).samples("pmc_vqa")
+    assert (sample.answer, sample.options["D"], sample.images) == ("MRI", "X-ray", (PHOTO,))
+
+
 def test_images_keep_their_bytes_and_hashes_are_the_papers(tmp_path):
     photo = encoded(200, 100, "JPEG")
     good, _ = split(rad(folder(tmp_path / "vqa_rad", [row(answer="yes", image="photo.jpg")], **{"photo.jpg": photo})))
@@ -178,23 +188,23 @@ def hub(tmp_path_factory) -> Path:
 
 
 def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
-    good, broken = split(b.published_rows("vqa_rad_closed", hub, limit=5))
+    good, broken = split(b.published_source("vqa_rad_closed", hub).samples("vqa_rad_closed", 5))
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
     assert all(sample.images == (PHOTO,) for sample in good)
     starts = [f"{hub} row 2, options: not JSON", f"{hub} row 3, answer: 'Maybe' is not the text of option B", f"{hub} row 5, images: not a readable image"]
     assert len(broken) == 3 and not any(bad.filtered for bad in broken)
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
-    pair, = b.published_rows("MMMU-medical", hub, limit=1)
+    pair, = b.published_source("MMMU-medical", hub).samples("MMMU-medical", 1)
     assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
-    assert all(map(key_opens, [*good, pair, *b.published_rows("pmc_vqa", hub, limit=1)]))
+    assert all(map(key_opens, [*good, pair, *b.published_source("pmc_vqa", hub).samples("pmc_vqa", 1)]))
 
 
 def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
-    with pytest.raises(UserError, match="has 5 rows of vqa_rad_closed, and the published set 272; to measure these all the same, set limit=5"):
-        b.load_benchmark("vqa_rad", load_profile("paper"), Workspace("paper"), repo=hub)
-    with pytest.raises(UserError, match="3 rows of vqa_rad_closed.parquet are broken, first .* row 2, options: not JSON"):
-        b.load_benchmark("vqa_rad", load_profile("paper", limit=5), Workspace("paper"), repo=hub)
-    allowed = b.load_benchmark("vqa_rad", load_profile("paper", limit=5, max_rejected=3), Workspace("paper"), repo=hub)
+    with pytest.raises(UserError, match="vqa_rad_closed has 5 questions here, and the published set 272; to measure these all the same, set limit=5"):
+        b.load_benchmark("vqa_rad", DataSettings("hub", max_rejected=3), repo=hub)
+    with pytest.raises(UserError, match="3 rows of vqa_rad_closed-5-seed42.parquet are broken, first .* row 2, options: not JSON"):
+        b.load_benchmark("vqa_rad", DataSettings("hub", limit=5), repo=hub)
+    allowed = b.load_benchmark("vqa_rad", DataSettings("hub", limit=5, max_rejected=3), repo=hub)
     assert [sample.dataset_index for sample in allowed] == [5779, 5782]
 
 
@@ -202,15 +212,15 @@ def test_a_table_without_a_column_or_a_set_says_what_it_has(hub, tmp_path):
     import pyarrow.parquet
 
     with pytest.raises(UserError, match="has no rows of slake_closed; it has pmc_vqa, vqa_rad_closed, MMMU-medical"):
-        list(b.published_rows("slake_closed", hub, limit=1))
+        list(b.published_source("slake_closed", hub).samples("slake_closed", 1))
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), tmp_path / "data" / "test-00000-of-00001.parquet")
     with pytest.raises(UserError, match="split test, has no column answer_label; there are images, question"):
-        list(b.published_rows("vqa_rad_closed", tmp_path, limit=1))
+        list(b.published_source("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
     (tmp_path / "data" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.published_rows("vqa_rad_closed", tmp_path, limit=1))
+        list(b.published_source("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
 
 
 def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
@@ -225,13 +235,13 @@ def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
     (path / "README.md").write_text("---\nconfigs:\n- config_name: VQA_RAD\n  data_files:\n  - split: test\n    path: VQA_RAD/test-*\n---\n")
     features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
     datasets.Dataset.from_list(rows, features=features).to_parquet(path / "VQA_RAD" / "test-00000-of-00001.parquet")
-    good, others = split(b.source_rows("vqa_rad_closed", repo=path))
+    good, others = split(b.original_source("vqa_rad_closed", path).samples("vqa_rad_closed"))
     expected = split(rad(local))[0][:2]
     assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
         (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
     assert [(bad.field, bad.filtered) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
     with pytest.raises(UserError, match="cannot be read"):
-        list(b.source_rows("vqa_rad_closed", repo=local))
+        list(b.original_source("vqa_rad_closed", local).rows())
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -272,13 +282,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 READ = """
-import datasets, huggingface_hub, sys, time
-from medvlthinker.data.benchmarks import published_rows as hub_rows
-from medvlthinker.core.files import UserError
+import sys, time
+from medvlthinker.core.files import UserError, read_json, record_path
+from medvlthinker.data import benchmarks
+from medvlthinker.data.readers import DataSettings
 for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
-    start = time.monotonic()
+    start, one = time.monotonic(), DataSettings("hub", limit=1)
     try:
-        print([row.dataset_index for row in hub_rows(name, repo, limit=1)], end=" ")
+        print([row.dataset_index for row in benchmarks.load_benchmark(name, one, repo=repo)], end=" ")
+        print(read_json(record_path(benchmarks.benchmark_file(name, one)))["inputs"]["revision"], end=" ")
     except UserError as error:
         print(error, end=" ")
     print("in time" if time.monotonic() - start < 15 else "late")
@@ -286,25 +298,43 @@ for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_over_http_and_afterwards_without_a_network(hub, tmp_path):
-    "The hub's id through the libraries' own clients: read once, then again from what was downloaded, though nobody answers any more."
+    "The hub's id through the libraries' own clients: read once, then again from what was downloaded, though nobody answers any more. The commit stands in the record."
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OneSet", (Hub,), {"root": hub}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path, "HF_DATASETS_CACHE": tmp_path / "datasets",
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path, "HF_DATASETS_CACHE": tmp_path / "datasets", "MEDVLTHINKER_HOME": tmp_path / "runs",
             "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    online = python("-c", READ, "pmc_vqa", b.HUB, "pmc_vqa", "nobody/none", **here).stdout.splitlines()
-    assert online == ["[5778] in time", "The data set nobody/none cannot be read (the hub knows no such id); "
+    online = python("-c", READ, "pmc_vqa", b.HUB, "slake", "nobody/none", **here).stdout.splitlines()
+    assert online == [f"[5778] {Hub.sha} in time", "The data set nobody/none cannot be read (the hub knows no such id); "
                       "without a network, name a folder with local copies by data_dir=. in time"]
     server.shutdown()
     server.server_close()
-    offline = python("-c", READ, "MMMU-medical", b.HUB, "pmc_vqa", "nobody/none", **here).stdout.splitlines()
-    assert offline[0] == "[5784] in time"  # from what was downloaded
-    assert offline[1].startswith("The data set nobody/none cannot be read (") and offline[1].endswith("by data_dir=. in time")
+    offline = python("-c", READ, "pmc_vqa", b.HUB, "MMMU-medical", b.HUB, "slake", "nobody/none", **here).stdout.splitlines()
+    assert offline[0] == f"[5778] {Hub.sha} in time"  # stored, so nobody is asked
+    assert offline[1] == f"[5784] {Hub.sha} in time"  # from what was downloaded
+    assert offline[2].startswith("The data set nobody/none cannot be read (") and offline[2].endswith("by data_dir=. in time")
+
+
+def test_a_folder_in_the_hubs_layout_has_no_commit(hub, home):
+    settings = DataSettings("hub", limit=1)
+    b.load_benchmark("pmc_vqa", settings, repo=hub)
+    inputs = read_json(record_path(b.benchmark_file("pmc_vqa", settings)))["inputs"]
+    assert inputs["revision"] is None and inputs["repo"] == str(hub) and inputs["content"]
+
+
+def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
+    folder(tmp_path / "vqa_rad", GOOD)
+    all_of_them, two = (DataSettings(data_dir=str(tmp_path), limit=limit) for limit in (0, 2))
+    first = b.load_benchmark("vqa_rad", all_of_them)
+    before = {path: path.read_bytes() for path in (home / "samples" / "local").iterdir()}
+    assert len(first) == 3 and len(b.load_benchmark("vqa_rad", two)) == 2
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert len({b.benchmark_file("vqa_rad_closed", replaced) for replaced in (all_of_them, two, dataclasses.replace(two, seed=1))}) == 3
 
 
 def test_no_network_by_choice_is_one_sentence_at_once():
     start = time.monotonic()
     with pytest.raises(UserError, match=f"The data set {b.HUB} cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.published_rows("pmc_vqa"))
+        list(b.published_source("pmc_vqa").rows())
     assert time.monotonic() - start < 15
 
 
@@ -315,40 +345,40 @@ def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
     folder(tmp_path / "vqa_rad", GOOD)
     for change, sentence in [({"data_dir": "no/where"}, "No folder no/where (data_dir)"),
                              ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; it is looked for as slake_closed as a folder SLAKE/ with test.json"),
-                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad; known are")]:
+                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad (did you mean vqa_rad?); known are")]:
         with pytest.raises(UserError) as raised:
-            b.available(load_profile("smoke", **change))
+            b.available_benchmarks(DataSettings(**change))
         assert sentence in str(raised.value)
     with pytest.raises(UserError, match="holds no copy of MMMU-medical"):
-        b.load_benchmark("mmmu", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
-    done = python("-c", "from medvlthinker.core import files, profile; from medvlthinker.data import benchmarks; files.run_main(lambda words: benchmarks.available(profile.load_profile(data_dir=words[0])))", "no/where")
+        b.load_benchmark("mmmu", DataSettings(data_dir=str(tmp_path)))
+    done = python("-c", "from medvlthinker.core import files; from medvlthinker.data import benchmarks, readers; files.run_main(lambda words: benchmarks.available_benchmarks(readers.DataSettings(data_dir=words[0])))", "no/where")
     says(done, "No folder no/where (data_dir)")
 
 
 def test_no_name_means_what_is_there_and_says_what_is_not(tmp_path, capsys):
     folder(tmp_path / "vqa_rad", GOOD)
-    assert b.available(load_profile("smoke", data_dir=str(tmp_path))) == ["vqa_rad_closed"]
+    assert b.available_benchmarks(DataSettings(data_dir=str(tmp_path))) == ["vqa_rad_closed"]
     assert "holds no copy of pmc_vqa, pathvqa_closed, slake_closed, MMMU-medical, MedXpertQA-MM that can be read" in capsys.readouterr().out
 
 
 def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, home, monkeypatch):
-    copy, profile = folder(tmp_path / "vqa_rad", GOOD), load_profile("smoke", data_dir=str(tmp_path), limit=0)
-    first = b.load_benchmark("vqa_rad", profile, Workspace("smoke"))
-    stored = home / "smoke" / "samples" / "local" / "vqa_rad_closed.parquet"
+    copy, profile = folder(tmp_path / "vqa_rad", GOOD), DataSettings(data_dir=str(tmp_path), limit=0)
+    first = b.load_benchmark("vqa_rad", profile)
+    stored = home / "samples" / "local" / "vqa_rad_closed.parquet"
     before = stored.read_bytes()
 
-    def fails(*_):
+    def fails(*_, **__):
         raise AssertionError("the copy was read again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(b, "local_rows", fails)
-        assert b.load_benchmark("vqa_rad", profile, Workspace("smoke")) == first
+        patched.setattr(b, "samples_from", fails)
+        assert b.load_benchmark("vqa_rad", profile) == first
     folder(tmp_path / "vqa_rad", [*GOOD, row("Is it round?", "no")], **{"good.png": first[0].images[0]})
-    assert [sample.answer for sample in b.load_benchmark("vqa_rad", profile, Workspace("smoke"))] == ["Yes", "right side", "Yes", "No"]
+    assert [sample.answer for sample in b.load_benchmark("vqa_rad", profile)] == ["Yes", "right side", "Yes", "No"]
     folder(tmp_path / "vqa_rad", GOOD, **{"good.png": first[0].images[0]})
-    assert b.load_benchmark("vqa_rad", profile, Workspace("smoke")) == first and stored.read_bytes() == before
+    assert b.load_benchmark("vqa_rad", profile) == first and stored.read_bytes() == before
     (copy / "images_dev" / "good.png").write_bytes(encoded(64, 64))
-    assert b.load_benchmark("vqa_rad", profile, Workspace("smoke"))[0].images != first[0].images
+    assert b.load_benchmark("vqa_rad", profile)[0].images != first[0].images
 
 
 def test_a_limit_draws_samples_keeps_their_order_and_reports_the_damage_that_it_met(tmp_path, home):
@@ -356,20 +386,20 @@ def test_a_limit_draws_samples_keeps_their_order_and_reports_the_damage_that_it_
     folder(tmp_path / "vqa_rad", rows)
     draws = {}
     for limit in (5, 20, 39, 99):
-        profile = load_profile("smoke", data_dir=str(tmp_path), limit=limit, max_rejected=1)
-        draws[limit] = [sample.dataset_index for sample in b.load_benchmark("vqa_rad", profile, Workspace("smoke"))]
+        profile = DataSettings(data_dir=str(tmp_path), limit=limit, max_rejected=1)
+        draws[limit] = [sample.dataset_index for sample in b.load_benchmark("vqa_rad", profile)]
         assert draws[limit] == sorted(draws[limit]) and len(draws[limit]) == min(limit, 39)
     assert set(draws[5]) < set(draws[20]) < set(draws[39]) and draws[39] == draws[99]
     assert draws[5] != draws[39][:5]
-    other = load_profile("smoke", data_dir=str(tmp_path), limit=5, max_rejected=1, seed=1)
-    assert [sample.dataset_index for sample in b.load_benchmark("vqa_rad", other, Workspace("smoke"))] != draws[5]
-    with pytest.raises(UserError, match="1 rows of vqa_rad_closed.parquet are broken, first dev.jsonl line 8, image_name: gone.png"):
-        b.load_benchmark("vqa_rad", load_profile("smoke", data_dir=str(tmp_path), limit=40), Workspace("smoke"))  # so many that the broken one is drawn
+    other = DataSettings(data_dir=str(tmp_path), limit=5, max_rejected=1, seed=1)
+    assert [sample.dataset_index for sample in b.load_benchmark("vqa_rad", other)] != draws[5]
+    with pytest.raises(UserError, match="1 rows of vqa_rad_closed-40-seed42.parquet are broken, first dev.jsonl line 8, image_name: gone.png"):
+        b.load_benchmark("vqa_rad", DataSettings(data_dir=str(tmp_path), limit=40))  # so many that the broken one is drawn
 
 
 @pytest.mark.parametrize("name", b.BENCHMARKS)
 def test_drawn_sets_come_through_the_same_door(home, name):
-    samples = b.load_benchmark(name, load_profile("smoke", limit=12), Workspace("smoke"))
+    samples = b.load_benchmark(name, DataSettings(limit=12))
     assert len(samples) == 12 and {sample.dataset_name for sample in samples} == {name} and all(map(key_opens, samples))
 
 
@@ -377,10 +407,10 @@ def test_drawn_sets_come_through_the_same_door(home, name):
 
 
 def test_every_closed_question_of_the_real_images_is_used_or_accounted_for(real_data, home):
-    profile = load_profile("smoke", data_dir=str(real_data), benchmark="vqa_rad", limit=0)
-    samples = b.load_benchmark("vqa_rad", profile, Workspace("smoke"))
+    profile = DataSettings(data_dir=str(real_data), benchmark="vqa_rad", limit=0)
+    samples = b.load_benchmark("vqa_rad", profile)
     source = [json.loads(line) for line in (real_data / "vqa_rad" / "dev.jsonl").read_text().splitlines()]
-    rejected = [json.loads(line) for line in (home / "smoke" / "samples" / "local" / "vqa_rad_closed.rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (home / "samples" / "local" / "vqa_rad_closed.rejected.jsonl").read_text().splitlines()]
     assert all(bad["filtered"] for bad in rejected) and len(samples) + len(rejected) == len(source) == 594
     assert collections.Counter(bad["field"] for bad in rejected) == {"answer_type": 248, "answer": 8}
     yes_no = [sample for sample in samples if sample.options == {"A": "Yes", "B": "No"}]

@@ -39,7 +39,7 @@ def made(tmp_path_factory) -> Path:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         workspace = Workspace("smoke")
         store_samples(workspace.samples / "local/slake_closed.parquet", odd_rows, {"source": "local", "seed": 42}, max_rejected=1)
-        corpus = load_corpus("pmc_vqa", load_profile("smoke", train_limit=12), workspace)
+        corpus = load_corpus("pmc_vqa", load_profile("smoke", train_limit=12), workspace.samples)
         answers = [[Completion(f"<think> x </think>\n<answer> {letter} </answer>", "stop", 9) for letter in "ABAB"] for _ in corpus]
         folder = workspace.rollouts / "tiny/synthetic/corpus/pmc_vqa/0123456789abcdef"
         write_shard(folder / "shard-00000.jsonl", corpus, answers, {"shard": 0, "shards": 1, "seed": 42, "engine": "transformers 5"})
@@ -55,7 +55,7 @@ def made(tmp_path_factory) -> Path:
         (workspace.notebooks / "3_train-tiny-RL_m23k.running.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "error", "ename": "UserError", "evalue": "No data."}]}]}))
         (workspace.notebooks / "4_evaluate-tiny.running.ipynb").write_text(json.dumps({"cells": [{"outputs": []}]}))
         said: list[str] = []
-        assert len(write_cards(load_profile("smoke"), said.append)) == 9, said
+        assert len(write_cards(load_profile("smoke", train_limit=12), said.append)) == 9, said
     return workspace.root
 
 
@@ -66,7 +66,7 @@ def run(made, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "smoke"))
 
 
-@pytest.mark.parametrize("path", ["samples/local/slake_closed", "samples/synthetic/corpus/pmc_vqa", "curated/synthetic/pmc_vqa-tiny-easy_to_hard"])
+@pytest.mark.parametrize("path", ["samples/local/slake_closed", "samples/synthetic/corpus/pmc_vqa-12", "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard"])
 def test_croissant_reads_our_rows_back(made, path):
     import mlcroissant
 
@@ -126,7 +126,7 @@ def test_rocrate_reads_the_run_back(made):
     actions = {each["name"]: each for each in described.root_dataset["mentions"] if each.type == "CreateAction"}
     assert all(each["instrument"].get("name") for each in actions.values())
     ids = lambda name, key: [each.id for each in actions[name].get(key, [])]
-    curated, corpus, answers = "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet", "samples/synthetic/corpus/pmc_vqa.parquet", "rollouts/tiny/synthetic/corpus/pmc_vqa/0123456789abcdef/"
+    curated, corpus, answers = "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet", "samples/synthetic/corpus/pmc_vqa-12.parquet", "rollouts/tiny/synthetic/corpus/pmc_vqa/0123456789abcdef/"
     assert ids(answers[:-1], "object") == [corpus] and ids(answers[:-1], "result") == [answers]
     assert ids(curated, "object") == [corpus] and ids("checkpoints/tiny-RL_PMC", "object") == [curated]  # the start was another run's
     assert ids("notebooks/2_difficulty.ipynb", "result") == ["notebooks/2_difficulty.ipynb", curated]
@@ -145,7 +145,7 @@ def test_a_second_call_writes_and_reads_nothing(run, monkeypatch):
 
 
 def test_a_hash_that_a_manifest_holds_is_taken_from_it(run, monkeypatch):
-    corpus, told = run / "samples/synthetic/corpus/pmc_vqa.parquet", "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet.manifest.json"
+    corpus, told = run / "samples/synthetic/corpus/pmc_vqa-12.parquet", "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet.manifest.json"
     (run / ".hashes.json").unlink()
     monkeypatch.setattr(card, "file_hash", lambda path: "read")
     os.utime(corpus, (1, 1))
@@ -160,17 +160,17 @@ def test_what_was_measured_later_gets_into_the_models_card(run):
     with write_record(folder / "evaluation.json", {}):
         folder.mkdir(parents=True)
         (folder / "evaluation.json").write_text(json.dumps({"source": "synthetic", "rule": "regrade", "seed": 42, "counts": {"pmc_vqa": [71, 100]}}))
-    assert readme in write_cards(load_profile("smoke"), print)
+    assert readme in write_cards(load_profile("smoke", train_limit=12), print)
     assert "| pmc_vqa | 71 | 100 | 71.0 | 61.5 to 79.0 |" in readme.read_text()
 
 
 def test_torn_files_cost_a_sentence(run):
     (run / "samples/local/slake_closed.parquet").write_bytes(b"PAR1")
-    record_path(run / "curated/synthetic/pmc_vqa-tiny-easy_to_hard.parquet").write_text("{")
+    record_path(run / "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet").write_text("{")
     (run / ".hashes.json").write_text("[")
     next(run.rglob("shard-00000.jsonl")).write_text("\udcff{", errors="surrogateescape")
     said: list[str] = []
-    written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke"), said.append)}
+    written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke", train_limit=12), said.append)}
     assert len([line for line in said if "was not written" in line]) == 2, said  # card and Croissant of the torn set
     assert {"curated/synthetic/README.md", "rollouts/tiny/README.md", "ro-crate-metadata.json"} <= written, said
     with pytest.raises(UserError, match="2 cards could not be written; .*slake_closed.parquet"):
@@ -189,7 +189,7 @@ def test_without_the_libraries_there_is_a_sentence(run, monkeypatch, capsys):
 
 def test_where_there_is_nothing(home):
     says(python("-m", "medvlthinker.app.crate", "smoke"), "Nothing of the profile smoke has been made", "./reproduce.sh smoke")
-    assert write_cards(load_profile("smoke"), pytest.fail) == [] and not home.exists()
+    assert write_cards(load_profile("smoke", train_limit=12), pytest.fail) == [] and not home.exists()
 
 
 def test_the_script_knows_the_verb():

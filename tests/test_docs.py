@@ -83,7 +83,7 @@ GIVEN = {  # what a chapter's example takes as known
     "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
                    "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
-    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-tiny-easy_to_hard.parquet')",
+    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
     "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
 }
 
@@ -179,7 +179,7 @@ def place(tmp_path_factory, warm_tiny):
                                        "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
     for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
         shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
-    tables = [benchmarks.OWN, corpora.OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    tables = [benchmarks._OWN, corpora._OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
     before, here = [dict(table) for table in tables], Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))

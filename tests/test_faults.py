@@ -273,7 +273,7 @@ def test_a_clock_that_goes_back(tree, undisturbed, tmp_path, tally):
         assert set(run.named("done in")) == missing
         assert_same(home, lasting(undisturbed))
         listed = json.loads(record_path(home / "smoke" / "notebooks" / "5_results.ipynb").read_text())["outputs"]
-        assert "results/table.txt" in listed and "samples/synthetic/pmc_vqa.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
+        assert "results/table.txt" in listed and "samples/synthetic/pmc_vqa-3.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
         again = Run(tree, home)
         assert again.ended() == 0 and "nothing ran" in again.out.read_text()
         count.survived += 1
@@ -297,8 +297,8 @@ def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, tally, dama
     "Test set, corpus, curated set: the sentence names the file; deleted, as it says, the file is made again with the same bytes."
     profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
     curated = workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
-    makers = {workspace.samples / "synthetic" / "pmc_vqa.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace)),
-              workspace.samples / "synthetic" / "corpus" / "pmc_vqa.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace)),
+    makers = {workspace.samples / "synthetic" / "pmc_vqa-6.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace.samples)),
+              workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace.samples)),
               curated: lambda: curated.exists() and read_samples(curated) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
     with tally("faults", f"samples in parquet: {damage}") as count:
         for path, make in makers.items():
@@ -321,14 +321,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_a_newer_version_wrote_is_left_alone(home, tally):
     "Samples, a corpus, a rollout, a step of the pipeline: one sentence that says so, and no byte is changed."
     profile, workspace, who = load_profile("smoke", **SMALL), Workspace("smoke"), {"shard_size": 4, "seed": 1, "instruction": "none", **vars(Sampling())}
-    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace), workspace.rollouts / "tiny" / "synthetic" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
-    list(load_corpus("pmc_vqa", profile, workspace))
+    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace.samples), workspace.rollouts / "tiny" / "synthetic" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
+    list(load_corpus("pmc_vqa", profile, workspace.samples))
     folder.mkdir(parents=True)
     (folder / "rollout.json").write_text(record_text(who))
     step.write_text("{}")
     record_path(step).write_text(record_text({"inputs": {}}))
-    uses = {record_path(workspace.samples / "synthetic" / "pmc_vqa.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace),
-            record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa.parquet"): lambda: load_corpus("pmc_vqa", load_profile("smoke", train_limit=30), workspace),
+    uses = {record_path(workspace.samples / "synthetic" / "pmc_vqa-6.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace.samples),
+            record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet"): lambda: load_corpus("pmc_vqa", profile, workspace.samples),
             folder / "rollout.json": lambda: [stored_rollout(folder), generate(samples, None, folder, who, "an engine")]}
     with tally("faults", "a record that a newer version wrote") as count:
         for path, use in uses.items():
@@ -357,7 +357,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
     try:
         monkeypatch.setenv("MEDVLTHINKER_HOME", str(disk))
         profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
-        made = list(load_benchmark("pmc_vqa", profile, workspace))
+        made = list(load_benchmark("pmc_vqa", profile, workspace.samples))
         assert all(getattr(workspace, name).is_dir() for name in Workspace.FOLDERS)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         before = contents(disk)
@@ -366,12 +366,12 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
             says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
             count.survived += 1
             with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
-                load_corpus("pmc_vqa", profile, workspace)
+                load_corpus("pmc_vqa", profile, workspace.samples)
             count.survived += 1
             done = python("-m", "medvlthinker.app.status", "smoke", "recipes=")
             assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
             count.survived += 1
-            assert list(load_benchmark("pmc_vqa", profile, workspace)) == made, "what is there can be read"
+            assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made, "what is there can be read"
             assert contents(disk) == before
     finally:
         subprocess.run(["umount", disk], check=True)

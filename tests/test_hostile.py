@@ -351,12 +351,12 @@ LAYOUTS = {  # of each layout one row that becomes a sample
     "PathVQA": (converters.path_vqa, {"img_id": "a", "question": "Is it a nest?", "answer": "yes"}),
     "PathVQA, on the hub": (converters.path_vqa_hub, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
     "closed sets, the paper's copy": (converters.adaptllm, {"image": PIXELS, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}),
-    "MMMU": (benchmarks._reads(converters.mmmu, "spaced"), {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
+    "MMMU": (converters.mmmu, {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
                                                        "question_type": "multiple-choice", "subfield": "Radiology", "image_1": PIXELS, "image_2": None}),
     "MedXpertQA": (converters.medxpertqa, {"id": "MM-1", "question": "Which?\nAnswer Choices: (A) x", "options": {"A": "x", "B": "y"}, "label": "B", "images": ["a.png"], "medical_task": "", "body_system": "", "question_type": "R"}),
     "MedXpertQA, options as a list": (converters.medxpertqa, {"id": "MM-1", "question": "Which?", "options": [{"letter": "A", "content": "x"}, {"letter": "B", "content": "y"}], "label": ["B"], "images": [{"image_path": "a.png"}]}),
     "MedQA": (converters.medqa, {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B"}),
-    "MedMCQA": (benchmarks.medmcqa, {"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None, "base": 0}),
+    "MedMCQA": (benchmarks._medmcqa, {"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None, "base": 0}),
     "MMLU": (converters.mmlu, {"question": "Which?", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C", "subject": "anatomy"}),
     "MMLU, on the hub": (converters.mmlu, {"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}),
     "PubMedQA": (converters.pubmedqa, {"id": "7", "QUESTION": "Does it?", "CONTEXTS": ["Background."], "final_decision": "maybe"}),
@@ -459,7 +459,7 @@ def test_nested_and_listed_files_with_one_thing_wrong(tally, tmp_path):
                 made = plain(changed(rows, rng))
                 (tmp_path / name).write_text(json.dumps(made) if name.startswith("ori") else "\n".join(map(json.dumps, made)) if isinstance(made, list) else json.dumps(made))
                 with contextlib.suppress(UserError):
-                    refusals(samples_from(lambda: read_rows(tmp_path / name, (), reader), converters.pubmedqa if name.startswith("ori") else benchmarks.medmcqa, "set"))
+                    refusals(samples_from(lambda: read_rows(tmp_path / name, (), reader), converters.pubmedqa if name.startswith("ori") else benchmarks._medmcqa, "set"))
                 count.survived += 1
 
 

@@ -2,6 +2,7 @@
 import collections
 import csv
 import io
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -12,14 +13,18 @@ from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
 from medvlthinker.core.files import UserError
-from medvlthinker.core.profile import Workspace, load_profile
 from medvlthinker.data.sample import InvalidRow
-from medvlthinker.data.readers import json_list, read_rows, samples_from
+from medvlthinker.data.readers import DataSettings, json_list, read_rows, samples_from
 from PIL import Image
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 PHOTO = encoded(90, 60, "JPEG")
+
+
+def local(name: str, folder: str, open_set=b.open_benchmark):
+    "The samples of a local copy, and what became none."
+    return open_set(name, DataSettings(data_dir=folder)).samples(name)
 
 
 # ---- the real rows
@@ -32,14 +37,14 @@ EXPECTED = {  # set: (rows, samples, left out by rule, broken, {field of a broke
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_real_layout_yields_the_expected_rows(real_data, name):
-    good, others = split(b.local_rows(name, *b.local_copy(name, str(real_data))))
+    good, others = split(local(name, str(real_data)))
     assert (len(good) + len(others), len(good), sum(bad.filtered for bad in others), sum(not bad.filtered for bad in others)) == EXPECTED[name]
     assert all(map(key_opens, good)) and {sample.dataset_name for sample in good} <= {name}
     assert {bad.field for bad in others if not bad.filtered} <= {"img_name"}  # only the images that the excerpt lacks
 
 
 def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
-    good, others = split(c.local_samples("pmc_vqa", *c.local_copy("pmc_vqa", str(real_data))))
+    good, others = split(local("pmc_vqa", str(real_data), c.open_corpus))
     assert [(s.dataset_index, s.answer) for s in good] == [(0, "Focal uptake pattern")]
     assert [(bad.row.split()[-1], bad.field, bad.filtered) for bad in others] == [
         ("3", "Answer_label", True), ("4", "Figure_path", False), ("5", "Figure_path", False), ("6", "Choice B", True), ("7", "Figure_path", False),
@@ -50,12 +55,12 @@ def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
     second, = [converters.pmc_vqa(row, where) for where, row in read_rows(real_data / "vqa_pmc" / "train_2.csv")]
     assert (second["answer_label"], second["options"]["B"]) == ("B", "Red")
     printed = json.loads((real_data / "medvlthinker_peer_facts" / "hf_rows_as_printed.json").read_text())[0]["row"]  # the published row of the one test question
-    ours, = split(b.local_rows("pmc_vqa", *b.local_copy("pmc_vqa", str(real_data))))[0]
+    ours, = split(local("pmc_vqa", str(real_data)))[0]
     assert (ours.question, json.dumps(ours.options), ours.answer_label, ours.answer) == tuple(printed[name] for name in ("question", "options", "answer_label", "answer"))
 
 
 def test_the_real_rows_of_m23k(real_data):
-    good, others = split(c.local_samples("m23k", *c.local_copy("m23k", str(real_data))))
+    good, others = split(local("m23k", str(real_data), c.open_corpus))
     assert len(good) == 3 and not others and all(map(key_opens, good))
     source = [json.loads(line) for line in (real_data / "m1_m23k_peer_facts" / "rows_as_printed.jsonl").read_text().splitlines()]
     for sample, row in zip(good, source):
@@ -75,7 +80,7 @@ def test_medmcqa_counts_from_one_here_and_the_explanations_agree(real_data):
     rows = [row for _, row in b.medmcqa_rows(real_data / "text_medmcqa" / "dev.jsonl")]
     assert {row["base"] for row in rows} == {1}
     said = [(row, row["exp"].lstrip()[5:].strip()[:1].upper()) for row in rows if (row["exp"] or "").lstrip().lower().startswith("ans:")]
-    agree = sum(b.medmcqa(row, "row")["answer_label"] == letter for row, letter in said if letter in "ABCD")
+    agree = sum(b._medmcqa(row, "row")["answer_label"] == letter for row, letter in said if letter in "ABCD")
     assert len(said) >= 5 and agree >= 0.9 * len(said)
 
 
@@ -91,7 +96,7 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
             for image in wanted(row):
                 (copy / place / image).parent.mkdir(parents=True, exist_ok=True)
                 (copy / place / image).write_bytes(PHOTO)
-        good, others = split(b.local_rows(name, *b.local_copy(name, str(tmp_path))))
+        good, others = split(local(name, str(tmp_path)))
         assert good and all(bad.filtered for bad in others), (name, [str(bad) for bad in others if not bad.filtered][:3])
         assert all(key_opens(sample, as_text=False) for sample in good) and all(sample.images for sample in good)
         # three rows of MedXpertQA have tables for options, of which the paper's rules read one line, and in two an option's text is another option's letter
@@ -159,24 +164,25 @@ HUB = {  # set: rows as on the hub, and what one sample must be
 @pytest.mark.parametrize("name", HUB)
 def test_each_source_as_the_hub_holds_it(tmp_path, name):
     rows, (question, answer, images) = HUB[name]
-    tables = [(config, split_name) for _, config, split_name in b.SOURCES[name][2]]
+    _, _, _, configs, splits = b.SOURCES[name] + ((None,), ("test",))[len(b.SOURCES[name]) - 3:]
+    tables = [*itertools.product(configs, splits)]
     for number, (config, split_name) in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
         put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image") and name not in ("HeadQA",)))
     declare(tmp_path, tables)
-    good, others = split(b.source_rows(name, repo=str(tmp_path)))
+    good, others = split(b.original_source(name, str(tmp_path)).samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
     assert all(data == PHOTO for sample in good for data in sample.images)
     if name == "MMMU-medical":
-        glued, _ = split(b.source_rows(name, repo=str(tmp_path), wording="glued"))
+        glued = b.load_benchmark("mmmu", DataSettings("source", limit=20), tmp_path / "samples", str(tmp_path), "glued")
         assert {sample.question for sample in glued} == {"Refer to thebelow. Which?"}
 
 
 def test_a_hub_table_that_lacks_a_column_says_so(tmp_path):
     put(tmp_path, None, "test", [{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "y"}])
     with pytest.raises(UserError, match="split test, has no column answer_idx; there are question, options, answer"):
-        list(b.source_rows("MedQA", repo=str(tmp_path)))
+        list(b.original_source("MedQA", str(tmp_path)).rows())
 
 
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
@@ -188,7 +194,7 @@ def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         archive.writestr("images/MM-0-a.jpeg", PHOTO)
         archive.writestr("../../MM-1-a.jpeg", PHOTO)  # a member that would leave the folder: it is read by name and never unpacked
-    good, others = split(b.local_rows("MedXpertQA-MM", *b.local_copy("MedXpertQA-MM", str(tmp_path))))
+    good, others = split(local("MedXpertQA-MM", str(tmp_path)))
     assert [sample.dataset_index for sample in good] == [0, 1] and str(others[0]) == "test.jsonl line 3, images: MM-2-a.jpeg is not in images.zip"
     assert not (tmp_path.parent / "MM-1-a.jpeg").exists()
 
@@ -202,7 +208,7 @@ def test_slakes_zip_has_one_source_jpg_for_each_scan(tmp_path):
     with zipfile.ZipFile(folder / "imgs.zip", "w") as archive:
         for n, photo in enumerate(photos):
             archive.writestr(f"imgs/xmlab{n}/source.jpg", photo)
-    good, others = split(b.local_rows("slake_closed", *b.local_copy("slake_closed", str(tmp_path))))
+    good, others = split(local("slake_closed", str(tmp_path)))
     assert [sample.images for sample in good] == [(photo,) for photo in photos] and not others
 
 
@@ -213,17 +219,17 @@ def test_one_way_at_a_time(tmp_path):
     row = {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}
     for name in ("test", "dev"):
         (folder / f"{name}.jsonl").write_text(json.dumps({**row, "question": name}))
-    assert [sample.question for sample in b.local_rows("MedQA", *b.local_copy("MedQA", str(tmp_path)))] == ["test"]
-    assert b.local_copy("MedQA", str(folder))[0] == folder and b.local_copy("MedXpertQA-Text", str(folder)) is None
+    assert [sample.question for sample in local("MedQA", str(tmp_path))] == ["test"]
+    assert b.find_benchmark("MedQA", str(folder))[0] == folder and b.find_benchmark("MedXpertQA-Text", str(folder)) is None
     (folder / "test.jsonl").rename(tmp_path / "test.jsonl")
-    assert b.local_copy("MedQA", str(tmp_path))[1].files == "dev.jsonl"
+    assert b.find_benchmark("MedQA", str(tmp_path))[1].files == "dev.jsonl"
 
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     folder = tmp_path / "MMMU"
     for number, subject in enumerate(converters.MMMU_SUBJECTS):
         put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
-    place, way = b.local_copy("MMMU-medical", str(tmp_path))
+    place, way = b.find_benchmark("MMMU-medical", str(tmp_path))
     before = way.content(place)
     put(folder, "Pharmacy", "validation", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
     assert len(before["questions"]) == 5 and way.content(place) != before
@@ -292,7 +298,7 @@ def test_omnimedvqa_in_its_own_folders(tmp_path):
     row = {"dataset": "Chest", "question_id": "c_1", "question_type": "Modality", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "Images/Chest/1.png"}
     (folder / "Chest CT Scan.json").write_text(json.dumps([{**row, "modality": "X-Ray"}, {**row, "question_id": "c_2", "image_path": "../../../secret.png"}]))
     (folder / "Other.json").write_text(json.dumps([{**row, "question_id": "o_1", "modality_type": "MR", "option_B": "MRI", "gt_answer": "MRI"}, {**row, "question_id": "c_1"}]))
-    good, others = split(b.local_rows("OmniMedVQA", *b.local_copy("OmniMedVQA", str(tmp_path))))
+    good, others = split(local("OmniMedVQA", str(tmp_path)))
     assert [(sample.answer, sample.misc["modality"]) for sample in good] == [("X-Ray", "X-Ray"), ("MRI", "MR")]
     assert [str(bad).split(", ", 1)[1] for bad in others] == ["image_path: ../../../secret.png leaves the folder OmniMedVQA/", "id: 'c_1' was given to Chest CT Scan.json row 0 already"]
 
@@ -302,11 +308,11 @@ def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch
     copy = tmp_path / "MedVLThinker-pmc_vqa"
     put(copy, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
     monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
-    samples = c.load_corpus("pmc_vqa", load_profile("mini", train_limit=2, max_rejected=1), Workspace("mini"))
+    samples = c.load_corpus("pmc_vqa", DataSettings("hub", train_limit=2, max_rejected=1))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
-    copy = c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))  # the same files as a local copy
+    copy = c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))  # the same files as a local copy
     assert list(copy) == list(samples)
-    assert c.local_copy("m23k", str(tmp_path / "MedVLThinker-pmc_vqa")) is None  # the same layout, another corpus
+    assert c.find_corpus("m23k", str(tmp_path / "MedVLThinker-pmc_vqa")) is None  # the same layout, another corpus
 
 
 # ---- PMC-VQA in bulk: bad files and bad rows
@@ -342,15 +348,15 @@ def pmc(path: Path, lines: list, columns=COLUMNS, encoding="utf-8", **images: by
 def test_a_broken_row_of_a_corpus_is_one_sentence_and_the_good_are_kept(tmp_path, home, lines, sentence):
     pmc(tmp_path, lines, **{"torn.jpg": encoded(300, 300, "JPEG")[:-900], "text.jpg": b"no image", "strip.png": encoded(4000, 30)})
     with pytest.raises(UserError) as raised:
-        c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path)), Workspace("smoke"))
+        c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path)))
     assert f"1 rows of pmc_vqa.parquet are broken, first {sentence}" in str(raised.value) and "\n" not in str(raised.value)
-    assert [s.answer for s in c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=1), Workspace("smoke"))] == ["MRI"]
+    assert [s.answer for s in c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))] == ["MRI"]
 
 
 def test_a_corpus_file_that_is_no_use_is_one_sentence(tmp_path, home):
     def refused(where, sentence, **profile):
         with pytest.raises(UserError, match=sentence):
-            c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(where), **profile), Workspace("smoke"))
+            c.load_corpus("pmc_vqa", DataSettings(data_dir=str(where), **profile))
 
     refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "no row has the column Answer_label; there are Figure_path, Question")
     refused(pmc(tmp_path / "b", []), "train.csv holds no list of rows")
@@ -360,7 +366,7 @@ def test_a_corpus_file_that_is_no_use_is_one_sentence(tmp_path, home):
     m23k.mkdir(parents=True)
     (m23k / "m23k.jsonl").write_text("")
     with pytest.raises(UserError, match="m23k.jsonl holds no list of rows"):
-        c.load_corpus("m23k", load_profile("smoke", data_dir=str(tmp_path / "e")), Workspace("smoke"))
+        c.load_corpus("m23k", DataSettings(data_dir=str(tmp_path / "e")))
 
 
 # ---- images: what is mended and what is set aside
@@ -379,25 +385,25 @@ def test_odd_images_are_mended_or_set_aside_with_the_reason(tmp_path, home):
               "moves.gif": saved(rgb.convert("P"), "GIF", save_all=True, append_images=[rgb.convert("P").rotate(180)]), "dot.png": saved(Image.new("RGB", (1, 1)), "PNG"),
               "large.png": saved(Image.effect_noise((1500, 900), 9), "PNG"), "small.png": saved(Image.new("L", (14, 20)), "PNG"), "drawn.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
     pmc(tmp_path, [pmc_line(name) for name in images], **images)
-    samples = list(c.load_corpus("pmc_vqa", load_profile("smoke", data_dir=str(tmp_path), max_rejected=2), Workspace("smoke")))
+    samples = list(c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=2)))
     by_name = {sample.misc["figure"]: sample for sample in samples}
     words = {name: sample.misc.get("mended") for name, sample in by_name.items()}
     assert words == {"turned.jpg": ["turned by its EXIF flag"], "ink.jpg": ["mode CMYK"], "deep.png": ["mode I;16"], "moves.gif": ["animated, its first frame"], "large.png": None, "small.png": None}
     assert {name: sample.pictures()[0].size for name, sample in by_name.items()} == {
         "turned.jpg": (40, 60), "ink.jpg": (60, 40), "deep.png": (60, 40), "moves.gif": (60, 40), "large.png": (1024, 614), "small.png": (28, 40)}
-    rejected = [json.loads(line) for line in (home / "smoke" / "samples" / "local" / "corpus" / "pmc_vqa.rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (home / "samples" / "local" / "corpus" / "pmc_vqa.rejected.jsonl").read_text().splitlines()]
     assert [(item["row"], item["reason"][:23]) for item in rejected] == [("train.csv line 6", "dot.png is 1x1 pixels, "), ("train.csv line 9", "drawn.svg is not a read")]
-    manifest = json.loads((home / "smoke" / "samples" / "local" / "corpus" / "pmc_vqa.parquet.manifest.json").read_text())
+    manifest = json.loads((home / "samples" / "local" / "corpus" / "pmc_vqa.parquet.manifest.json").read_text())
     assert manifest["mended"] == {"turned by its EXIF flag": 1, "mode CMYK": 1, "mode I;16": 1, "animated, its first frame": 1}
 
 
 def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
     pmc(tmp_path, [pmc_line("large.png")], **{"large.png": encoded(1500, 900)})
-    profile = load_profile("smoke", data_dir=str(tmp_path))
-    sizes = {rule: c.load_corpus("pmc_vqa", profile, Workspace("smoke"), resize=rule)[0].pictures()[0].size for rule in c.RULES}
+    profile = DataSettings(data_dir=str(tmp_path))
+    sizes = {rule: c.load_corpus("pmc_vqa", profile, resize=rule)[0].pictures()[0].size for rule in c.RESIZE_RULES}
     assert sizes == {"both": (1024, 614), "paper": (1024, 614), "none": (1500, 900)}
     with pytest.raises(UserError, match="No rule 'largest' for the size of figures; known are both, paper, none"):
-        c.load_corpus("pmc_vqa", profile, Workspace("smoke"), resize="largest")
+        c.load_corpus("pmc_vqa", profile, resize="largest")
 
 
 # ---- SIGKILL
@@ -406,8 +412,8 @@ def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
 CONVERT = """
 import sys
 from medvlthinker.data import corpora
-from medvlthinker.core.profile import Workspace, load_profile
-corpora.load_corpus("pmc_vqa", load_profile("smoke", data_dir=sys.argv[1]), Workspace("smoke"))
+from medvlthinker.data.readers import DataSettings
+corpora.load_corpus("pmc_vqa", DataSettings(data_dir=sys.argv[1]))
 """
 
 
@@ -426,7 +432,7 @@ def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path, mon
         return subprocess.Popen([sys.executable, "-c", CONVERT, str(source)], env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
 
     assert start(tmp_path / "whole").wait() == 0
-    stored, rng, halfway = "smoke/samples/local/corpus/pmc_vqa", random.Random(0), 0
+    stored, rng, halfway = "samples/local/corpus/pmc_vqa", random.Random(0), 0
     manifest = tmp_path / "killed" / f"{stored}.parquet.manifest.json"
     with tally("faults", "SIGKILL of a conversion", seed=0) as count:
         for _ in range(6):

@@ -159,7 +159,7 @@ def planted(home):
     for n, record in places.items():
         for name in ("slake_closed", "vqa_rad_closed"):
             record[name] = f"rollouts/tiny/synthetic/{name}/{n}"
-            store(workspace.root / record[name], list(load_benchmark(name, profile, workspace)), n, size=5)
+            store(workspace.root / record[name], list(load_benchmark(name, profile, workspace.samples)), n, size=5)
     (folder := workspace.results / "synthetic" / "tiny").mkdir(parents=True)
     for name, n in (("evaluation", 1), ("repeats", 4)):
         (folder / f"{name}.json").write_text(json.dumps({"model": "tiny", "source": "synthetic", "rollouts": places[n]}))

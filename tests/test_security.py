@@ -217,7 +217,7 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
 
     place, mark = traps
     pickled, smoke = place / "pickled", load_profile("smoke")
-    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     ways = {**{f"engine={name}": lambda name=name: open_engine(replace(smoke, engine=name), str(pickled)) for name in ("transformers", "vllm")},
             "copies": lambda: open_engine(replace(smoke, data_parallel=2), str(pickled)),
             **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
@@ -427,7 +427,7 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     file = Path(given["reward.custom_reward_function.path"])
     assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
-    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     start = replace(recipe, init=str(tiny.build(tmp_path / "start")))
     run = sft.plan(start, smoke, workspace)
     assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()

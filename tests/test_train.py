@@ -29,7 +29,7 @@ GRPO = ("medvlthinker.training.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=
 @pytest.fixture
 def ready(warm_home) -> Path:
     "A home with the warm model and a curated corpus."
-    write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     return warm_home
 
 
@@ -95,7 +95,7 @@ def test_two_processes_share_a_run(ready):
     done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(curves(find("tiny-SFT_PMC"), workspace).index) == [1, 2, 3, 4]
-    assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
+    assert done.stdout.count("rows of pmc_vqa-64.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (workspace.checkpoints / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder)[1] == 4
 
@@ -125,11 +125,11 @@ def blank(home, tmp_path) -> Path:
     (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
     (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors)"]),
     (["recipe=tiny-SFT_PMC", "init=nowhere"], ["No model 'nowhere'"]),
-    (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no chains of thought to imitate", "31_distill"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no reasoning to imitate", "31_distill"]),
     (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
-    (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
+    (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-200-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
     (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
-    (["recipe=tiny-RL_m23k", "init=BLANK", "max_rejected=1"], ["No row of m23k-tiny-easy_to_hard.parquet can be used for tiny-RL_m23k", "longer than 512 tokens"]),
+    (["recipe=tiny-RL_m23k", "init=BLANK", "max_rejected=1"], ["No row of m23k-200-tiny-easy_to_hard.parquet can be used for tiny-RL_m23k", "longer than 512 tokens"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=wandb"], ["report_to=wandb needs the package wandb"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "train_limit=40", "max_steps=2", "seed=x"], ["seed wants a whole number"]),
 ])
@@ -141,8 +141,8 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
     (tmp_path / "pictures" / "PMC-VQA" / "train.csv").write_text(columns + "a.png,What is it?,lung,A:lung,B:liver,C:knee,D:skull,A\n")
     long = synthetic.corpus("m23k", 1)[0]
-    write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "synthetic" / "m23k-tiny-easy_to_hard.parquet")
-    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as said:
         train.main(["smoke", *(word.replace("BLANK", str(blank)) for word in words)])
@@ -158,7 +158,7 @@ def test_a_mistake_ends_the_command_with_one_sentence(home):
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
     "The process that trains dies; its last words are in the message, and its log is kept."
-    curated = Workspace("smoke").curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
+    curated = Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet"
     assert warm.run("-m", *GRPO[:-1], "max_steps=1", cwd=ROOT).returncode == 0
     shutil.rmtree(next(Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/checkpoint-1")))
     arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")

@@ -103,7 +103,7 @@ def test_a_flipped_bit_is_found_in_every_file_of_the_whole_pipeline(tmp_path, ta
 
 def test_what_is_gone_unfinished_or_unknown_is_said(finished):
     shard = next(finished.glob("rollouts/raw/synthetic/corpus/*/*/shard-*.jsonl"))
-    table, note, old = finished / "results" / "comparison.csv", finished / "results" / "my-notes.txt", finished / "samples" / "synthetic" / "slake_closed.parquet.manifest.json"
+    table, note, old = finished / "results" / "comparison.csv", finished / "results" / "my-notes.txt", finished / "samples" / "synthetic" / "slake_closed-3.parquet.manifest.json"
     kept = {path: path.read_bytes() for path in (shard, table, old)}
     shard.unlink(), table.unlink(), note.write_text("mine")
     early = {key: value for key, value in json.loads(kept[old]).items() if key not in ("format", "seal")}
@@ -123,10 +123,10 @@ def test_other_weights_and_other_questions_are_found(finished):
     found = {finding.path: finding.why for finding in findings(finished) if finding.state == "changed"}
     assert "the weights in checkpoints/raw are others" in found["results/synthetic/raw/evaluation.json"]
     weights.write_bytes(before)
-    file = finished / "samples" / "synthetic" / "slake_closed.parquet"
+    file = finished / "samples" / "synthetic" / "slake_closed-3.parquet"
     before = file.read_bytes()
-    shutil.copy(finished / "samples" / "synthetic" / "pmc_vqa.parquet", file)
-    assert any("the questions in samples/synthetic/slake_closed.parquet are others" in finding.why for finding in findings(finished))
+    shutil.copy(finished / "samples" / "synthetic" / "pmc_vqa-3.parquet", file)
+    assert any("the questions in samples/synthetic/slake_closed-3.parquet are others" in finding.why for finding in findings(finished))
     file.write_bytes(before)
 
 

@@ -171,6 +171,7 @@ def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
 def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_tiny, real_data):
     "The same with pictures of real sizes under the limits of Qwen2.5-VL's processor, at five limits that cut through them."
     from medvlthinker.data import benchmarks
+    from medvlthinker.data.readers import DataSettings
     from medvlthinker.difficulty.preflight import lengths
     from transformers import AutoProcessor
 
@@ -180,7 +181,7 @@ def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_t
     processor.save_pretrained(tmp_path / "model")
     samples = []
     for name in ("vqa_rad_closed", "MMMU-medical", "pmc_vqa"):
-        samples += split(benchmarks.local_rows(name, *benchmarks.local_copy(name, str(real_data))))[0][:36]
+        samples += split(benchmarks.open_benchmark(name, DataSettings(data_dir=str(real_data))).samples(name))[0][:36]
     counted = sorted(lengths(samples, AutoProcessor.from_pretrained(tmp_path / "model")).prompt_tokens)
     write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
     assert len(samples) >= 20 and counted[-1] > 2 * counted[0]
@@ -245,7 +246,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_two_steps_with_a_kill_between_them(warm_home, tmp_path, tally):
     "Two steps of GRPO with images through verl itself, SIGKILL after the first; the same command goes on, and the merged model is the trained one."
-    write_samples(synthetic.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 40, 3), warm_home / "smoke" / "curated" / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     with tally("faults", "SIGKILL of a training by verl") as count:
         folder, logs = warm_home / "smoke" / "checkpoints" / "tiny-RL_PMC.training", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
         count.tried += 1

@@ -190,7 +190,7 @@ def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, name="0"
     "Samples and a rollout of three shards each, as a run leaves them."
     for number, each in enumerate(sets):
         samples = synthetic.corpus(each, 6) if part else synthetic.benchmark(each, 6)
-        path = home / "smoke" / "samples" / "synthetic" / part / f"{each}.parquet"
+        path = home / "smoke" / "samples" / "synthetic" / part / f"{each}-{200 if part else 100}.parquet"  # as many as `smoke` asks for, by name
         write_samples(samples, path)
         folder = home / "smoke" / "rollouts" / model / "synthetic" / part / each / name
         for i in range(3):
@@ -232,7 +232,7 @@ def test_stored_says_what_is_missing(home):
     with pytest.raises(UserError, match="No whole rollout of tiny on slake_closed"):
         stored(profile, ["tiny"])
     assert stored(profile).entries[6].answers == {}, "without names, what is there is shown"
-    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "synthetic" / "pmc_vqa.parquet")
+    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet")
     with pytest.raises(UserError, match="No whole rollout of tiny on pmc_vqa with n=1 is of the questions that are stored now"):
         stored(profile, ["tiny"])
 

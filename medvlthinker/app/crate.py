@@ -6,7 +6,7 @@
 __all__ = ['PROFILE', 'CRATE', 'run_files', 'model_place', 'questions_file', 'run_crate', 'write_cards', 'main']
 
 # %% ../../nbs/app/71_crate.ipynb #e981ac69
-import contextlib, datetime, functools, importlib.util, itertools, json, mimetypes
+import contextlib, datetime, functools, glob, importlib.util, itertools, json, mimetypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,7 +162,12 @@ def questions_file(
 ) -> Path:
     "Where the questions that a rollout answers lie; the run itself for a folder that is not filed by its questions."
     parts = folder.relative_to(root).parts[2:-1]
-    return (root / "samples").joinpath(*parts[:-1], f"{parts[-1]}.parquet") if parts else root
+    if not parts:
+        return root
+    base, mark = (root / "samples").joinpath(*parts[:-1]), read_json(folder / "rollout.json").get("samples")
+    named = [base / f"{parts[-1]}.parquet", *sorted(base.glob(f"{glob.escape(parts[-1])}-*.parquet"))]  # the whole set, and drawn ones
+    there = [path for path in named if path.is_file()] or named[:1]
+    return next((path for path in there if _holds(path, mark)), there[0])
 
 
 def _holds(path: Path, samples) -> bool:

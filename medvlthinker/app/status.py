@@ -64,11 +64,12 @@ def _files(step: Step, profile: Profile) -> dict[Path, int]:
     places: list[Path] = [root / name for name in run_manifest(executed(step.name, profile)).get("outputs", ())]
     places += [executed(step.name, profile), executed(step.name, profile, ".running.ipynb")]
     if step.notebook == "2_difficulty":
-        places += (root / "rollouts").glob(f"*/{source}/corpus")
+        places += [place for each in (source, "own") for place in (root / "rollouts").glob(f"*/{each}/corpus")]
     if step.notebook == "3_train":
         places += [root / "checkpoints" / step.value, root / "checkpoints" / f"{step.value}.training", root / "logs" / step.value]
     if step.notebook == "4_evaluate":
-        places += [place for place in (root / "rollouts" / model / source).glob("*") if place.name != "corpus"]
+        sets = [place for each in (source, "own") for place in (root / "rollouts" / model / each).glob("*")]
+        places += [place for place in sets if place.name != "corpus"]
     sizes = {}
     for place in places:
         for path in (Path(folder) / name for folder, _, names in os.walk(place) for name in names) if place.is_dir() else [place]:

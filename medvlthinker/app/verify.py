@@ -253,7 +253,8 @@ def _behind(cell: Cell, root: Path):
 
 def _behind_difficulty(cell: Cell, root: Path):
     source, n = cell.table.stem.removeprefix("difficulty_"), int(cell.lines[0]["of"])
-    places = sorted((root / "rollouts").glob(f"{cell.row.strip('./~').replace('/', '--')}/{source}/corpus/{cell.column}/*/rollout.json"))
+    model = root / "rollouts" / cell.row.strip("./~").replace("/", "--")
+    places = [path for each in (source, "own") for path in sorted(model.glob(f"{each}/corpus/{cell.column}/*/rollout.json"))]
     whole = [path.parent for path in places if rollout_identity(path.parent).get("n") == n]
     folders = {cell.column: whole[-1]} if whole else {}  # names sort, and the last is taken: any that is whole must give the counts
     if not folders:

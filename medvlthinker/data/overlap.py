@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .benchmarks import select
+from .benchmarks import benchmark_file, benchmark_names
 from ..core.files import UserError, fingerprint, record_path, read_json, write_record
 from ..core.profile import Profile, Workspace
-from .corpora import corpora
+from .corpora import corpus_file, corpus_names
 from .sample import Sample, to_rgb
 from .readers import source_of, read_csv, write_csv
 from ..core.stats import wilson
@@ -443,9 +443,10 @@ def overlap(
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
 def _searched(profile: Profile) -> dict:
     "What the stored sets of a profile were made from, by name."
-    folder = Workspace(profile.name).samples / source_of(profile)
-    files = [f"{name}.parquet" for name in select(profile.benchmark)] + [f"corpus/{name}.parquet" for name in corpora(profile.corpus)]
-    manifests = {name: record_path(folder / name) for name in files}
+    folder = Workspace(profile.name).samples
+    files = {name: benchmark_file(name, profile, folder) for name in benchmark_names(profile.benchmark)}
+    files |= {f"corpus/{name}": corpus_file(name, profile, folder) for name in corpus_names(profile.corpus)}
+    manifests = {name: record_path(path) for name, path in files.items()}
     return {name: fingerprint(read_json(path).get("inputs")) for name, path in manifests.items() if path.is_file()}
 
 

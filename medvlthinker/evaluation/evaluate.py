@@ -16,7 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from ..data.benchmarks import BENCHMARKS, source_of
+from ..data.benchmarks import BENCHMARKS
+from ..data.readers import source_of
 from ..generation.completion import Sampling
 from ..core.files import UserError, run_logged, write_record, atomic_write
 from ..core.profile import Profile, Workspace, overrides

@@ -10,7 +10,7 @@ import base64, dataclasses, datetime, hashlib, json, re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..data.benchmarks import select
+from ..data.benchmarks import benchmark_names
 from ..core.files import UserError, environment_info, run_main, fingerprint, atomic_write
 from ..core.profile import Profile, load_profile, parse_words
 from .evaluate import recount, results_folder
@@ -221,7 +221,7 @@ def told(
     if not path.is_file():
         raise UserError(f"{model} has no {answers} answers in the profile {profile.name}; run paper/4_evaluate with model={model} first.")
     record = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {name: place for name, place in record["rollouts"].items() if not profile.benchmark or name in select(profile.benchmark)}
+    wanted = {name: place for name, place in record["rollouts"].items() if not profile.benchmark or name in benchmark_names(profile.benchmark)}
     for name, samples, rows, who in stored_rollouts(profile, record | {"rollouts": wanted}):
         times = [shard.stat().st_mtime for shard in rows.shards]
         moments = [datetime.datetime.fromtimestamp(time, datetime.UTC) for time in (min(times), max(times))]

@@ -280,7 +280,7 @@ def stored_rollouts(
     workspace = Workspace(profile.name)
     for name, place in record["rollouts"].items():
         who, rows = stored_rollout(workspace.root / place)
-        samples = load_benchmark(name, profile, workspace)
+        samples = load_benchmark(name, profile, workspace.samples)
         if who["samples"] != samples_fingerprint(samples):
             raise UserError(f"{workspace.root / place} answers other questions than {name} of this profile; give the data and the limit that it was made with.")
         yield name, samples, rows, who

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from collections.abc import Iterable, Iterator
 
-from ..data.benchmarks import available, load_benchmark
-from ..data.corpora import available_corpora, load_corpus
+from ..data.benchmarks import available_benchmarks, benchmark_file, load_benchmark
+from ..data.corpora import available_corpora, corpus_file, load_corpus
 from ..core.files import UserError, environment_info, run_main, fingerprint, peak_memory, read_record, record_text, atomic_write
 from ..core.profile import Profile, Workspace, load_profile, parse_words
 from .completion import Completion, Sampling, Shard, stored
@@ -22,7 +22,7 @@ from .engine import BASELINES, Baseline, answering, engine_version, model_finger
 from ..core.grade import grade
 from ..data.prompt import DIALECTS, user_text
 from ..data.sample import InvalidRow, Sample, to_row
-from ..data.readers import json_lines, source_of
+from ..data.readers import json_lines
 
 # %% ../../nbs/generation/24_rollout.ipynb #426fcbf1
 def samples_fingerprint(
@@ -394,8 +394,8 @@ def question_sets(
     "Name and samples of each test set, or of each training corpus, that the profile asks for."
     if kind not in KINDS:
         raise UserError(f"No kind of questions {kind!r}; known are {', '.join(KINDS)}.")
-    names, load = (available, load_benchmark) if kind == "benchmark" else (available_corpora, load_corpus)
-    return ((name, load(name, profile, Workspace(profile.name))) for name in names(profile))
+    names, load = (available_benchmarks, load_benchmark) if kind == "benchmark" else (available_corpora, load_corpus)
+    return ((name, load(name, profile, Workspace(profile.name).samples)) for name in names(profile))
 
 
 def rollouts(
@@ -419,7 +419,8 @@ def rollouts(
     for name, samples in question_sets(profile, kind):
         samples = change(samples) if change else samples
         who = {"model": model, **identity(samples, path, profile, sampling, instruction, weights, dialect)}
-        place = Path(source_of(profile)) / ("corpus" if kind == "corpus" else "") / name
+        file = (benchmark_file if kind == "benchmark" else corpus_file)(name, profile, workspace.samples)
+        place = file.parent.relative_to(workspace.samples) / name
         folder = workspace.rollouts / folder_name(model) / place / fingerprint(who)
         result[name] = samples, generate(samples, engine, folder, who, engine_version(answering(profile)), show, bool(profile.mix_engines)), folder
     return result

@@ -14,10 +14,10 @@ from pathlib import Path
 from collections.abc import Callable
 from urllib.parse import parse_qsl, urlencode
 
-from ..data.benchmarks import select
+from ..data.benchmarks import benchmark_file, benchmark_names
 from ..core.files import UserError, require_package, atomic_write
 from ..core.profile import Profile, Workspace
-from ..data.corpora import corpora
+from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
@@ -222,14 +222,15 @@ def stored(
         raise UserError(f"No kind of questions {kind!r}; known are {', '.join(KINDS)}.")
     names = [*profile.models, *(recipe.name for recipe in wanted(profile))] if models is None else [models] if isinstance(models, str) else models
     n = n or (1 if kind == "benchmark" else profile.rollouts)
-    root, part, entries, about = Workspace(profile.name).root, "corpus" if kind == "corpus" else "", [], {}
-    for name in select(profile.benchmark) if kind == "benchmark" else corpora(profile.corpus):
-        if not (path := root / "samples" / source_of(profile) / part / f"{name}.parquet").is_file():
+    root, entries, about = Workspace(profile.name).root, [], {}
+    file_of = benchmark_file if kind == "benchmark" else corpus_file
+    for name in benchmark_names(profile.benchmark) if kind == "benchmark" else corpus_names(profile.corpus):
+        if not (path := file_of(name, profile, root / "samples")).is_file():
             continue
         samples = SampleFile(path, look=False)
         mark, found = samples_fingerprint(samples), {}
         for model in dict.fromkeys(names):
-            folder = root / "rollouts" / folder_name(model) / source_of(profile) / part / name
+            folder = root / "rollouts" / folder_name(model) / path.parent.relative_to(root / "samples") / name
             if (hit := rollout_of(folder, mark, len(samples), n, instruction)):
                 found[model] = hit[0]
                 about.setdefault(model, "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}".format_map(hit[1]))

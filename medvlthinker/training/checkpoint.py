@@ -16,7 +16,7 @@ from pathlib import Path
 from ..data.benchmarks import HUB
 from ..core.files import UserError, is_alive, run_main, file_hash, run_logged, record_path, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.profile import Profile, Workspace, load_profile, parse_words
-from ..data.corpora import PUBLISHED, REASONED
+from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..generation.engine import model_fingerprint
 from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder
 from ..generation.rollout import folder_name
@@ -396,7 +396,7 @@ def card_data(
     from huggingface_hub import EvalResult, ModelCardData
 
     first, embedded = chain(recipe)[0], recipe.size == "tiny"
-    known = [(PUBLISHED | REASONED if each.method == "SFT" else PUBLISHED).get(each.corpus) for each in chain(recipe)]
+    known = [(PUBLISHED | PUBLISHED_REASONING if each.method == "SFT" else PUBLISHED).get(each.corpus) for each in chain(recipe)]
     read = [name for name in known if name]  # a corpus of one's own has no id on the hub
     measured = [EvalResult(task_type="image-text-to-text", dataset_type=HUB if line["source"] == "hub" else line["source"] or "unknown", dataset_name=line["benchmark"], dataset_split="test",
                            metric_type="accuracy", metric_name=f"accuracy, % (n={line['n']}, 95 % interval {line['low']} to {line['high']})", metric_value=line["accuracy"],

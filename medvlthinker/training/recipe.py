@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import UserError
 from ..core.profile import Profile, Workspace
-from ..data.corpora import load_reasoned, reasoned_file
+from ..data.corpora import corpus_file, load_reasoning, reasoning_file
 from ..generation.engine import resolve_model
 from ..generation.rollout import folder_name
 from ..data.readers import source_of
@@ -68,7 +68,7 @@ class Recipe:
     "One training run."
     name: str
     init: str  # a base model or another recipe, `@STEP` behind it for a checkpoint on the way
-    corpus: str  # `m23k`, `pmc_vqa`, or one in corpus.OWN
+    corpus: str  # `m23k`, `pmc_vqa`, or one that `register_corpus` added
     how: Sft | Grpo
     published_step: int = 0  # of the checkpoint that was published; 0 where none was
     nodes: int = 1
@@ -275,8 +275,9 @@ def data_file(
 ) -> Path:
     "Where the file lies, or will lie, that a run reads."
     if recipe.method == "SFT":
-        return reasoned_file(recipe.corpus, profile, workspace)
-    return workspace.curated / source_of(profile) / f"{recipe.corpus}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
+        return reasoning_file(recipe.corpus, profile, workspace.samples)
+    drawn = corpus_file(recipe.corpus, profile, workspace.samples).stem  # the name says how many questions were asked
+    return workspace.curated / source_of(profile) / f"{drawn}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
 
 
 def training_data(
@@ -286,7 +287,7 @@ def training_data(
 ) -> Path:
     "The parquet file that a run reads, in the unified format, made if it can be; `UserError` where it is not there."
     if recipe.method == "SFT":
-        return load_reasoned(recipe.corpus, profile, workspace).path
+        return load_reasoning(recipe.corpus, profile, workspace.samples).path
     if not (path := data_file(recipe, profile, workspace)).is_file():
         raise UserError(f"{recipe.name} reads {recipe.corpus} as curated by {profile.models[0]}, and {path} is not there; run paper/2_difficulty first.")
     return path
