@@ -679,6 +679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'medvlthinker.data.sample._check_counts': ( 'data/sample.html#_check_counts',
                                                                                       'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._grey': ('data/sample.html#_grey', 'medvlthinker/data/sample.py'),
+                                          'medvlthinker.data.sample._images': ('data/sample.html#_images', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._index': ('data/sample.html#_index', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._inspect': ('data/sample.html#_inspect', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._misc': ('data/sample.html#_misc', 'medvlthinker/data/sample.py'),

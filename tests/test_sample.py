@@ -1,5 +1,4 @@
 """A row becomes a sample or a sentence; an image is stored as a person sees it."""
-import io
 import itertools
 import json
 import struct
@@ -9,8 +8,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, encoded
-from medvlthinker.core.files import UserError
-from medvlthinker.data.sample import InvalidRow, from_row, normalize_images, read_samples, to_rgb
+from medvlthinker.core.files import UserError, read_json, record_path
+from medvlthinker.data.sample import InvalidRow, from_row, normalize_images, read_samples, store_samples, to_rgb
 
 GOOD = {"question": "Is there a nodule?", "options": '{"A": "Yes", "B": "No"}', "answer_label": "B", "answer": "No"}
 SENTENCES = [
@@ -29,11 +28,16 @@ SENTENCES = [
     ({"images": [{"file": None}]}, "images: there is no image"),
     ({"images": [7]}, "images: no image: 7"),
     ({"hash": 7}, "hash: 7 is not a text"),
-    ({"dataset_index": "x"}, "dataset_index: invalid literal"),
+    ({"images": 7}, "images: of type int, not a list of images"),
+    ({"images": "a.png"}, "images: of type str, not a list of images"),
+    ({"images": {"bytes": encoded()}}, "images: of type dict, not a list of images"),
+    ({"dataset_index": "x"}, "dataset_index: 'x' is no whole number"),
+    ({"dataset_index": float("inf")}, "dataset_index: inf is no whole number"),
     ({"dataset_index": 1 << 70}, "dataset_index: 1180591620717411303424 is beyond 64 bits"),
-    ({"misc": "{"}, "misc: "),
-    ({"misc": "[7]"}, "misc: no JSON object: '[7]'"),
-    ({"misc": {"seen": io.BytesIO()}}, "misc: Object of type BytesIO is not JSON"),
+    ({"misc": "{"}, "misc: '{' is not JSON"),
+    ({"misc": "[7]"}, "misc: '[7]' is no JSON object"),
+    ({"misc": {"seen": b"x"}}, "misc: {'seen': b'x'} is not JSON"),
+    ({"misc": {"half": "\ud83d"}}, "misc: holds half a character"),
 ]
 
 
@@ -119,3 +123,9 @@ def test_what_is_no_number_does_not_hide_the_other_pixels(values):
     picture = to_rgb(tiff(np.tile(np.array(values, np.float32), (8, 4)), 32, False, False, False))
     shades = [picture.getpixel((x, 0))[0] for x in range(4)]
     assert shades[1:] == [0, 127, 255] if np.isfinite(values[1]) else len(set(shades)) == 1
+
+
+def test_what_a_source_itself_calls_mended_is_no_count_of_ours(tmp_path):
+    samples = [from_row(GOOD | {"misc": {"mended": value}}) for value in (5, {"a": 1}, [["x"], None, "mode CMYK"])]
+    assert list(store_samples(tmp_path / "odd.parquet", lambda: samples, {})) == samples
+    assert read_json(record_path(tmp_path / "odd.parquet"))["mended"] == {"['x']": 1, "mode CMYK": 1}

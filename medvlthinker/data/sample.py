@@ -232,26 +232,39 @@ def _text(value) -> str | None:
     return value
 
 
+def _images(value) -> tuple[bytes, ...]:
+    values = () if value is None else value
+    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        raise ValueError(f"of type {type(values).__name__}, not a list of images")
+    return tuple(map(image_bytes, values))
+
+
 def _index(value) -> int:
-    index = int(value or 0)
+    try:
+        index = int(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{value!r} is no whole number") from None
     if abs(index) >= 1 << 63:
         raise ValueError(f"{value!r} is beyond 64 bits")
     return index
 
 
 def _misc(value) -> dict | None:
-    misc = json.loads(value) if isinstance(value, str) else value
+    try:
+        misc = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(misc, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{value!r} is not JSON") from None
+    text.encode()
     if not isinstance(misc, dict | None):
-        raise ValueError(f"no JSON object: {value!r}")
-    json.dumps(misc, ensure_ascii=False).encode()
+        raise ValueError(f"{value!r} is no JSON object")
     return misc
 
 # %% ../../nbs/data/10_sample.ipynb #2d5b8e16
 _FIELDS: dict[str, Callable] = {  # field of a sample: what makes it from a column
     "question": _text, "options": parse_options, "answer_label": _text,
     "answer": lambda value: _text(None if value is None else str(value)),
-    "images": lambda values: tuple(map(image_bytes, () if values is None else values)),
-    "reasoning": _text, "dataset_name": lambda value: _text(value) or "",
+    "images": _images, "reasoning": _text, "dataset_name": lambda value: _text(value) or "",
     "dataset_index": _index, "hash": _text, "misc": _misc}
 
 
@@ -407,7 +420,8 @@ def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
     for item in rows:
         if isinstance(item, Sample):
             facts["samples"] += 1
-            for words in filter(None, (item.misc or {}).get("mended", ())):
+            mended = (item.misc or {}).get("mended")
+            for words in map(str, filter(None, mended if isinstance(mended, list) else ())):
                 facts["mended"][words] = facts["mended"].get(words, 0) + 1
             yield item
             continue
