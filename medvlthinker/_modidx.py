@@ -684,7 +684,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'medvlthinker.data.sample._inspect': ('data/sample.html#_inspect', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._misc': ('data/sample.html#_misc', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._misread': ('data/sample.html#_misread', 'medvlthinker/data/sample.py'),
-                                          'medvlthinker.data.sample._open': ('data/sample.html#_open', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._reading': ('data/sample.html#_reading', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._rows': ('data/sample.html#_rows', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample._text': ('data/sample.html#_text', 'medvlthinker/data/sample.py'),

@@ -78,11 +78,8 @@ def raw_prompt(
     text, n = user_text(sample, instruction), len(sample.images)
     if dialect == "plain":
         return "<image>\n" * n + text
-    if dialect != "gemma3":
-        raise UserError(f"No raw dialect {dialect!r}; known are plain and gemma3 "
-                        "(chat is the model's own template).")
-    if not n:
-        return text
-    # the paper wrote <bos> by hand and the tokenizer adds another: this is what was measured
-    return (f"<bos><start_of_turn>user\n{'<start_of_image>' * n}{text}<end_of_turn>\n"
-            "<start_of_turn>model\n")
+    if dialect == "gemma3":  # with a second <bos> from the tokenizer: this was measured
+        head = "<bos><start_of_turn>user\n" + "<start_of_image>" * n
+        return f"{head}{text}<end_of_turn>\n<start_of_turn>model\n" if n else text
+    raise UserError(f"No raw dialect {dialect!r}; known are plain and gemma3 "
+                    "(chat is the model's own template).")

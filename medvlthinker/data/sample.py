@@ -80,25 +80,6 @@ def _reading():
         words = re.sub(r"<_io\.BytesIO[^>]*>", "its bytes", " ".join(str(error).split()))
         raise ValueError(f"not a readable image ({words[:100]})") from None
 
-# %% ../../nbs/data/10_sample.ipynb #32012641
-MIN_SIDE, MAX_PIXELS = 8, 64_000_000
-
-
-def _open(data: bytes):
-    "An image of which only the header has been read; ValueError for what cannot be one."
-    from PIL import Image
-
-    if not data:
-        raise ValueError("an empty file")
-    with _reading():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{width}x{height} pixels, and a side under {MIN_SIDE} shows nothing")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
-    return image
-
 # %% ../../nbs/data/10_sample.ipynb #b7c6d5e4
 def _misread(image) -> list[str]:
     "What other programs may misread in an image, by its header."
@@ -116,18 +97,31 @@ def _misread(image) -> list[str]:
     return words
 
 # %% ../../nbs/data/10_sample.ipynb #7a0f3c55
+MIN_SIDE, MAX_PIXELS = 8, 64_000_000
+
+
 def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
     "An image's size, and what may be misread in it; ValueError for an unusable image."
-    image = _open(data)
-    size, words = image.size, _misread(image)
+    from PIL import Image
+
+    if not data:
+        raise ValueError("an empty file")
+    with _reading():
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # the header
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width}x{height} pixels, and a side under {MIN_SIDE} shows nothing")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
+    words = _misread(image)
     with _reading():
         if image.format == "JPEG":
-            image.draft("L", (image.width // 8, image.height // 8))  # reads all, computes little
+            image.draft("L", (width // 8, height // 8))  # reads all, computes little
         image.load()
         if image.has_transparency_data and not image.mode.startswith(("I", "F")):
-            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 words.append("see-through, painted on white")
-    return size, words
+    return (width, height), words
 
 # %% ../../nbs/data/10_sample.ipynb #d0a7713b
 def image_problem(
