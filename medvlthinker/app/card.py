@@ -21,7 +21,7 @@ from ..core.files import UserError, file_hash, record_path, require_package, rea
 from ..core.profile import Profile, Workspace
 from ..training.recipe import data_file, find
 from ..generation.rollout import folder_name, shard_header
-from ..data.sample import SampleFile
+from ..data.sample import open_parquet
 
 # %% ../../nbs/app/70_card.ipynb #283b5c23
 class Hashes:
@@ -68,7 +68,7 @@ def facts_of(
     hashes: Hashes,  # of the run's files
 ) -> dict:
     "What is known about a data file: rows, columns, size, hash, manifest, and what was set aside."
-    with SampleFile(path, look=False).opened() as file:
+    with open_parquet(path) as file:
         rows, columns = file.metadata.num_rows, {field.name: str(field.type) for field in file.schema_arrow}
     manifest = read_json(record_path(path))
     return {"name": path.stem, "file": path.name, "rows": rows, "columns": columns, "bytes": path.stat().st_size, "sha256": hashes[path], "manifest": manifest, "aside": _set_aside(path, manifest)}

@@ -11,15 +11,16 @@ from .sample import Sample
 
 # %% ../../nbs/data/11_prompt.ipynb #9d9a01b8
 INSTRUCTION = (
-    r"You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing the answer.\n"
-    r"Write your final answer within <answer> </answer> tags."
+    "You will solve a problem/request. You should provide your thoughts within <think> </think> "
+    r"tags before providing the answer.\n"
+    "Write your final answer within <answer> </answer> tags."
 )
 INSTRUCTIONS = {
-    "trained": INSTRUCTION,  # as in SFT, RL and the evaluation of Qwen models: a literal backslash-n
-    "newline": INSTRUCTION.replace(r"\n", "\n"),  # the same with a real line break, as in the paper's README
-    "pass_rate": INSTRUCTION + " Here is the question:\n\n",  # the older form that the stored 7B pass counts were measured with
-    "baseline": "You will solve a problem/request. First think step by step, and then answer with the option letter "
-                'from the given choices directly after "Answer: "',  # LLaVA-Med and HuatuoGPT-Vision-7B-Qwen2.5VL
+    "trained": INSTRUCTION,  # SFT, RL and the evaluation of Qwen models: a literal backslash-n
+    "newline": INSTRUCTION.replace(r"\n", "\n"),  # a real line break, as in the paper's README
+    "pass_rate": INSTRUCTION + r" Here is the question:\n\n",  # the stored 7B pass counts; literal
+    "baseline": "You will solve a problem/request. First think step by step, and then answer with "
+                'the option letter from the given choices directly after "Answer: "',  # LLaVA-Med
     "none": "",  # the question alone
 }
 
@@ -31,19 +32,20 @@ def user_text(
     "Instruction, question and options as one text."
     if instruction not in INSTRUCTIONS:
         raise UserError(f"No instruction {instruction!r}; known are {', '.join(INSTRUCTIONS)}.")
-    head, options = INSTRUCTIONS[instruction], "".join(f"\n\n{letter}. {text}" for letter, text in sample.options.items())
-    if instruction == "pass_rate":
-        return f"{head}Question: {sample.question}\nOptions:{options}"
-    return f"{head}\n\nQuestion: {sample.question}\n\nOptions:{options}".lstrip("\n")
+    gap = "\n" if instruction == "pass_rate" else "\n\n"
+    options = "".join(f"\n\n{letter}. {text}" for letter, text in sample.options.items())
+    head = f"{INSTRUCTIONS[instruction]}\n\n".lstrip("\n")  # nothing, where there is none
+    return f"{head}Question: {sample.question}{gap}Options:{options}"
 
 # %% ../../nbs/data/11_prompt.ipynb #6d8023b2
 def messages(
     sample: Sample,  # the question
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> list[dict]:
-    "One user turn in the form that chat templates and processors take; images are decoded RGB pictures."
+    "One user turn as chat templates and processors take it; images are decoded RGB pictures."
     images = [{"type": "image", "image": picture} for picture in sample.pictures()]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": user_text(sample, instruction)}]}]
+    text = {"type": "text", "text": user_text(sample, instruction)}
+    return [{"role": "user", "content": [*images, text]}]
 
 # %% ../../nbs/data/11_prompt.ipynb #ad1d9753
 def sft_target(
@@ -51,7 +53,7 @@ def sft_target(
     reasoning: str,  # the chain of thought
 ) -> str:
     "The assistant's turn of supervised training."
-    return f"<think> {reasoning} </think>\n<answer> {label} </answer>"
+    return f"<think> {reasoning.strip()} </think>\n<answer> {label.strip()} </answer>"
 
 # %% ../../nbs/data/11_prompt.ipynb #519e2070
 def verl_prompt(
@@ -59,7 +61,8 @@ def verl_prompt(
     instruction: str = "trained",  # a name in `INSTRUCTIONS`
 ) -> list[dict]:
     "One user turn as verl's parquet holds it: a mark per image, then the text."
-    text = user_text(sample, instruction).replace("<image>", "(image)")
+    text = user_text(sample, instruction)
+    text = text.replace("<image>", "(image)").replace("<video>", "(video)")
     return [{"role": "user", "content": "<image>" * len(sample.images) + text}]
 
 # %% ../../nbs/data/11_prompt.ipynb #5e58f18c
@@ -75,7 +78,8 @@ def raw_prompt(
     text, n = user_text(sample, instruction), len(sample.images)
     if dialect == "plain":
         return "<image>\n" * n + text
-    if dialect == "gemma3":
-        # the paper wrote <bos> by hand and the tokenizer adds another: both stay, they are what was measured
-        return f"<bos><start_of_turn>user\n{'<start_of_image>' * n}{text}<end_of_turn>\n<start_of_turn>model\n" if n else text
-    raise UserError(f"No raw dialect {dialect!r}; known are plain and gemma3 (chat is the model's own template).")
+    if dialect == "gemma3":  # with a second <bos> from the tokenizer: this was measured
+        head = "<bos><start_of_turn>user\n" + "<start_of_image>" * n
+        return f"{head}{text}<end_of_turn>\n<start_of_turn>model\n" if n else text
+    raise UserError(f"No raw dialect {dialect!r}; known are plain and gemma3 "
+                    "(chat is the model's own template).")

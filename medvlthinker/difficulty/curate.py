@@ -17,7 +17,7 @@ import numpy as np
 from ..core.files import UserError, file_hash, fingerprint, series_style, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.grade import RULES, grade
 from ..generation.rollout import alone, folder_name
-from ..data.sample import Sample, SampleFile, parquet_options
+from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 
 if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
     import pandas as pd
@@ -170,7 +170,7 @@ def _mapped(samples: Path, wanted: set, scratch) -> tuple[list, dict]:
     import pyarrow
 
     where = {}
-    with SampleFile(samples).opened() as source:
+    with open_parquet(samples) as source:
         schema = source.schema_arrow
         schema = pyarrow.schema([field for field in schema if field.name not in ADDED], schema.metadata)
         with pyarrow.ipc.new_file(scratch, schema) as out:
@@ -196,7 +196,7 @@ def _write_ordered(
         schema = batches[0].schema
         for name in ADDED:
             schema = schema.append(pyarrow.field(name, pyarrow.int64()))
-        with atomic_write(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema)) as out:
+        with atomic_write(path, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out:
             for start in range(0, len(chosen), 256):
                 part = chosen.iloc[start:start + 256]
                 rows = [batches[number].slice(row, 1) for number, row in map(where.__getitem__, part.dataset_index)]
@@ -230,7 +230,7 @@ def _write_dropped(marked: "pd.DataFrame", path: Path) -> dict:
 # %% ../../nbs/difficulty/30_curate.ipynb #9a378183
 def _check_same(samples: Path, decisions: "pd.DataFrame") -> None:
     "`UserError` where the decisions are not about the questions of this file, or name no band."
-    with SampleFile(samples).opened() as file:
+    with open_parquet(samples) as file:
         stored = file.read(columns=["dataset_index"])["dataset_index"].to_pylist()
     if stored != decisions.dataset_index.tolist():
         raise UserError(f"{samples.name} holds {len(stored)} questions, the decisions are about {len(decisions)}, and not the same ones in the same order; count again.")

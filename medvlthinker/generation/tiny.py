@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from ..core.files import UserError, run_main, file_hash, require_package
 from ..core.grade import grade
-from ..data.synthetic import BENCHMARKS, KINDS, MODALITIES, QUESTIONS, TWO_SCANS, Scene, any_scene, benchmark, draw, reasoning, report
+from ..data.synthetic import BENCHMARKS, KINDS, MODALITIES, QUESTIONS, TWO_SCANS, Scene, benchmark, draw, random_scene, write_reasoning, write_report
 from ..data.prompt import messages, sft_target, user_text
 from ..data.sample import Sample
 from ..core.stats import macro_average, wilson
@@ -44,18 +44,18 @@ def lesson(
     size: int = 4,  # questions at most
 ) -> tuple[list, list[Sample]]:  # scans as arrays, and samples without images
     "Scans with questions about them, in one of the two house styles."
-    scene, second = any_scene(rng), any_scene(rng)
+    scene, second = random_scene(rng), random_scene(rng)
     second = second if rng.random() < 0.3 else second._replace(modality=scene.modality)
     form = rng.choices(("report", "pair", "scan"), (WRITTEN, PAIRED, 1 - WRITTEN - PAIRED))[0]
     scenes = (scene, second) if form == "pair" else (scene,)
     told = tuple(map(other_style, scenes)) if rng.random() < OTHER_STYLE else scenes
-    lead = report(scene) + " " if form == "report" else ""
+    lead = write_report(scene) + " " if form == "report" else ""
     samples = []
     for kind, text, options in rng.sample(_ASKED, len(_ASKED)):
-        if len(samples) < size and (kind in TWO_SCANS) == (form == "pair") and (answer := KINDS[kind][1](*told)) in options:
+        if len(samples) < size and (kind in TWO_SCANS) == (form == "pair") and (answer := KINDS[kind].rule(*told)) in options:
             label = string.ascii_uppercase[options.index(answer)]
             lettered = dict(zip(string.ascii_uppercase, options))
-            samples.append(Sample(lead + text, lettered, label, answer, reasoning=reasoning(kind, told, answer, label)))
+            samples.append(Sample(lead + text, lettered, label, answer, reasoning=write_reasoning(kind, told, answer, label)))
     return [] if lead else [draw(s, rng, "train") for s in scenes], samples
 
 # %% ../../nbs/generation/20_tiny.ipynb #ecfee5d3
@@ -305,7 +305,7 @@ def learn_to_see(
     tower = list(net.model.visual.parameters())
 
     def loss_of():
-        scenes = [any_scene(rng) for _ in range(batch)]
+        scenes = [random_scene(rng) for _ in range(batch)]
         values, grid = patches([draw(scene, rng, "train") for scene in scenes])
         tokens = net.model.visual(values, grid_thw=grid).pooler_output.view(batch, -1, width)
         scores = (rms_norm(tokens, (width,)).mean(1) @ heads).split([len(w) for w in words], dim=1)
