@@ -316,18 +316,16 @@ def overlap():
     def train():  # bytes after the end of a JPEG make another file of the same picture, which is decoded all the same
         return (item("train", number, planted.get(number) or pool[number % 2000] + number.to_bytes(4, "big")) for number in range(200_000))
 
-    print(f"    {statistics.mean(map(len, pool)) / 1000:.0f} kB an image, {len(set(words))} words; two processes")
-    print(f"    the test side alone, two processes: {seconds(lambda: module.index(test, 2)):.0f} s")
-    index, some = module.index(test[:1000]), list(islice(train(), 1, 501))
-    views = [module.view(module.thumbnail(sample.images[0], 'L'), module.WHOLE) for sample in some]
-    reductions = module.reduce(views)
-    every = index._replace(bits=rng.integers(0, 2**63, 8220 * len(module.WINDOWS), np.uint64), spectra=np.zeros((8220 * len(module.WINDOWS), 64), np.float32))
-    for part, act in (("decoding", lambda: [module.thumbnail(sample.images[0], "L") for sample in some]), ("reducing one view", lambda: module.reduce(views)),
-                      ("139,740 comparisons of one view", lambda: [module.candidates(reduced, every) for reduced in reductions]),
-                      ("a question", lambda: [list(module._same_questions(module.normalise(sample.question), index.questions)) for sample in some])):
-        print(f"    {part}, one process: {1000 * seconds(act) / len(some):.2f} ms an item")
+    print(f"    {statistics.mean(map(len, pool)) / 1000:.0f} kB an image, {len(set(words))} words; two threads")
+    indexes, some = [], list(islice(train(), 1, 501))
+    print(f"    the test side alone: {seconds(lambda: indexes.append(module.SampleIndex(test))):.0f} s")
+    thumbs = [module.thumbnail(sample.images[0]) for sample in some]
+    for part, act in (("decoding", lambda: [module.thumbnail(sample.images[0]) for sample in some]),
+                      ("describing two windows", lambda: [module.spectra(thumb, (module.WHOLE, module.MIDDLE)) for thumb in thumbs]),
+                      ("all of it, with 139,740 comparisons of each window", lambda: [list(indexes[0].search(sample)) for sample in some])):
+        print(f"    {part}, one thread: {1000 * seconds(act) / len(some):.2f} ms an item")
     pairs = []
-    taken = seconds(lambda: pairs.append(module.overlap(train(), test, workers=2)))
+    taken = seconds(lambda: pairs.append(module.overlap({"train": train()}, test)))
     found = {(row.train_index, row.test_index) for row in pairs[0].itertuples() if row.level == "image"}
     hit = len(found & {(1999 * number, number) for number in range(100)})
     print(f"    planted crops found: {hit} of 100; other pairs at an image level: {len(found) - hit}")
