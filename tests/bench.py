@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medvlthinker.app.bench import add_line, latest, read_lines, write_history
-from medvlthinker.core.files import UserError, environment_info, run_main, atomic_write
-from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.core.files import UserError, environment_info, atomic_write
+from medvlthinker.core.commands import run_main
+from medvlthinker.generation.profile import Workspace, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = {}
@@ -412,7 +413,7 @@ def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
     from medvlthinker.generation import tiny
-    from medvlthinker.core.profile import overrides
+    from medvlthinker.generation.profile import overrides
     from medvlthinker.difficulty.curate import curate, decide, pass_counts
     from medvlthinker.generation.engine import Sampling
     from medvlthinker.core.grade import grade

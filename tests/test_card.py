@@ -13,7 +13,7 @@ from medvlthinker.app import card, crate
 from medvlthinker.app.card import Hashes
 from medvlthinker.generation.completion import Completion
 from medvlthinker.core.files import UserError, record_path, write_record
-from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.generation.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts

@@ -184,7 +184,7 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.core.profile import load_profile
+        from medvlthinker.generation.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(load_profile("smoke", limit=6), "tiny")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from medvlthinker.data import synthetic
 from medvlthinker.generation.completion import Sampling
-from medvlthinker.core.profile import load_profile
+from medvlthinker.generation.profile import load_profile
 from medvlthinker.generation.engine import answering, engine_version, open_engine
 from medvlthinker.generation.rollout import identity, read_shard, generate
 
@@ -61,7 +61,7 @@ def act(folder, main, *given) -> None:
     os.dup2(log, 2)
     for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):  # vLLM's processes begin as copies of this one, so that a start takes seconds, and ten of them are affordable
         module.get_mp_context = lambda: multiprocessing.get_context("fork")
-    medvlthinker.core.files.run_main(lambda _: main(folder, *given))
+    medvlthinker.core.commands.run_main(lambda _: main(folder, *given))
 
 
 def ask(home, *words: str) -> None:

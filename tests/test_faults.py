@@ -20,7 +20,7 @@ from medvlthinker.app import trust
 from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.completion import Sampling
 from medvlthinker.core.files import FORMAT, UserError, record_path, record_text
-from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.generation.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import read_shard, generate, rollout_identity, stored_rollout
 from medvlthinker.data.sample import read_samples, write_samples
@@ -379,8 +379,8 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
 
 def test_what_a_pipeline_launched_ends_with_it(tmp_path, tally):
     "SIGKILL leaves nobody the time to end what was started: a training that goes on unseen would hold its memory and its lock. What a notebook in JupyterLab launched goes on, as its chapter says."
-    patient = "import time; from medvlthinker.core.files import run_main; command(lambda words: print('ready', flush=True) or time.sleep(300))"
-    launches = f"import sys; from medvlthinker.core.files import run_logged; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
+    patient = "import time; from medvlthinker.core.commands import run_main; command(lambda words: print('ready', flush=True) or time.sleep(300))"
+    launches = f"import sys; from medvlthinker.core.commands import run_logged; launch([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
 
     def left(seconds: float, **environment) -> dict:
         plain = {key: value for key, value in os.environ.items() if key != "MEDVLTHINKER_BATCH"}

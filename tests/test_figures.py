@@ -326,7 +326,7 @@ def test_the_guard_itself_sees_an_overlap():
 
 @pytest.mark.heavy
 def test_no_text_overlaps_or_is_cut(tmp_path, browser, all_figures):
-    from medvlthinker.core.files import write_figure
+    from medvlthinker.core.plots import write_figure
 
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     wrong = []

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from medvlthinker.data import benchmarks, converters
 from medvlthinker.core import profile
 from medvlthinker.core.files import UserError, record_path, read_json, stale_reason
-from medvlthinker.core.profile import Profile, load_profile
+from medvlthinker.generation.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv

@@ -110,7 +110,7 @@ print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.mo
 SCRIPT = """
 from medvlthinker.data import synthetic
 from medvlthinker.data.benchmarks import BENCHMARKS
-from medvlthinker.core.profile import Workspace, load_profile
+from medvlthinker.generation.profile import Workspace, load_profile
 from medvlthinker.core.grade import grade
 from medvlthinker.data.sample import read_samples, write_samples
 profile = load_profile("smoke", limit=5)
@@ -125,7 +125,7 @@ def test_a_script_without_a_checkout(bare, tmp_path):
     done = alone(bare, tmp_path, "-c", SCRIPT)
     assert (done.returncode, done.stdout) == (0, "5 5 5\n"), done.stderr
     (tmp_path / "settings.ini").write_text("[mine]\nlimit = 7\n")
-    assert alone(bare, tmp_path, "-c", "from medvlthinker.core.profile import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
+    assert alone(bare, tmp_path, "-c", "from medvlthinker.generation.profile import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
 
 
 ABSENT = {  # what a user calls -> the extra that the sentence names
@@ -141,7 +141,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.verl_backend import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
     "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
-    "from medvlthinker.core.files import write_figure; write_figure('a', None, '.')": "notebooks",
+    "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.difficulty.curate import difficulty_figure; difficulty_figure({})": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.evaluation.look import look_figure; look_figure(None)": "notebooks",
@@ -155,7 +155,7 @@ def test_each_absent_extra_gives_its_sentence(bare, tmp_path):
     code = """
 import json, sys
 from medvlthinker.core.files import UserError
-from medvlthinker.core.profile import load_profile
+from medvlthinker.generation.profile import load_profile
 for call in json.loads(sys.argv[1]):
     try:
         exec(call)
@@ -203,7 +203,7 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.core.profile import load_profile
+from medvlthinker.generation.profile import load_profile
 from medvlthinker.evaluation.evaluate import evaluate
 record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
 print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))

@@ -9,7 +9,8 @@ __all__ = ['add_line', 'read_lines', 'share', 'latest', 'history_table', 'histor
 import datetime, html, json, math
 from pathlib import Path
 
-from ..core.files import COLOURS, require_package, write_figure, atomic_write
+from ..core.files import require_package, atomic_write
+from ..core.plots import COLOURS, write_figure
 from ..results.figures import lay_out
 
 # %% ../../nbs/app/76_bench.ipynb #72d31b4c

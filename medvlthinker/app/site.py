@@ -14,8 +14,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..core.files import UserError, run_main, run_logged, atomic_write
-from ..core.profile import Workspace, load_profile, project_root
+from ..core.files import UserError, atomic_write
+from ..core.commands import run_main, run_logged
+from ..generation.profile import Workspace, load_profile, project_root
 
 # %% ../../nbs/app/74_site.ipynb #5b93ac36
 def read_notebook(

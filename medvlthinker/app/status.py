@@ -10,8 +10,9 @@ import contextlib, dataclasses, datetime, json, os, sys, time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.files import UserError, run_main
-from ..core.profile import Profile, Workspace, load_profile, parse_words
+from ..core.files import UserError
+from ..core.commands import run_main
+from ..generation.profile import Profile, Workspace, load_profile, parse_words
 from .pipeline import Step, error_line, executed, forecast, lock_folder, run_manifest, shortened
 from ..generation.rollout import folder_name
 from ..data.readers import source_of

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..core.files import UserError, run_main, atomic_write
-from ..core.profile import project_root
+from ..core.files import UserError, atomic_write
+from ..core.commands import run_main
+from ..generation.profile import project_root
 from ..core.stats import wilson
 
 # %% ../../nbs/app/77_trust.ipynb #7440303e

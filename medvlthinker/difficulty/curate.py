@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import UserError, file_hash, fingerprint, series_style, require_package, write_record, stale_reason, write_error, atomic_write
+from ..core.files import UserError, file_hash, fingerprint, require_package, write_record, stale_reason, write_error, atomic_write
+from ..core.plots import series_style
 from ..core.grade import RULES, grade
 from ..generation.rollout import alone, folder_name
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet

@@ -19,8 +19,9 @@ from pathlib import Path
 from ..data.benchmarks import BENCHMARKS
 from ..data.readers import source_of
 from ..generation.completion import Sampling
-from ..core.files import UserError, run_logged, write_record, atomic_write
-from ..core.profile import Profile, Workspace, overrides
+from ..core.files import UserError, write_record, atomic_write
+from ..core.commands import run_logged
+from ..generation.profile import Profile, Workspace, overrides
 from ..generation.engine import answering
 from ..core.grade import RULES, grade
 from ..training.recipe import BASES, RECIPES, wanted

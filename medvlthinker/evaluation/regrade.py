@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..data.benchmarks import load_benchmark
-from ..core.files import UserError, run_main, file_hash
-from ..core.profile import Profile, Workspace, load_profile, own_module, parse_words
+from ..core.files import UserError, file_hash
+from ..core.commands import run_main
+from ..generation.profile import Profile, Workspace, load_profile, load_plugin, parse_words
 from .evaluate import evaluations, noting_images, over_shards, store
 from ..core.grade import RULES, Grade, grade
 from ..generation.rollout import Rows, samples_fingerprint, stored_rollout
@@ -36,7 +37,7 @@ def find_rule(
         raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}, and a function of your own as path/to/file.py:function.")
     if not Path(path).is_file():
         raise UserError(f"No file {path} with the rule {name}; give its path from here, or a whole one.")
-    if not callable(found := getattr(own_module(path), name, None)):
+    if not callable(found := getattr(load_plugin(path), name, None)):
         raise UserError(f"{path} has no function {name!r}; the rule is written path/to/file.py:function.")
     return found
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .completion import Completion, Sampling, Shard
 from ..core.files import UserError, fingerprint, require_package
-from ..core.profile import Profile, Workspace
+from .profile import Profile, Workspace
 from .server import ServerEngine
 
 # %% ../../nbs/generation/23_engine.ipynb #e0d55c45

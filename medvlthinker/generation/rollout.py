@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 
 from ..data.benchmarks import available_benchmarks, benchmark_file, load_benchmark
 from ..data.corpora import available_corpora, corpus_file, load_corpus
-from ..core.files import UserError, environment_info, run_main, fingerprint, peak_memory, read_record, record_text, atomic_write
-from ..core.profile import Profile, Workspace, load_profile, parse_words
+from ..core.files import UserError, environment_info, fingerprint, peak_memory, read_record, record_text, atomic_write
+from ..core.commands import run_main
+from .profile import Profile, Workspace, load_profile, parse_words
 from .completion import Completion, Sampling, Shard, stored
 from .engine import BASELINES, Baseline, answering, engine_version, model_fingerprint, open_engine, resolve_model, shard_size
 from ..core.grade import grade

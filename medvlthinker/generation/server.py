@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
 from .completion import Completion, Sampling, Shard
-from ..core.files import UserError, redact
-from ..core.profile import Profile
+from ..core.files import UserError
+from ..core.commands import redact
+from .profile import Profile
 from ..data.prompt import user_text
 from ..data.sample import Sample, to_rgb
 

@@ -15,7 +15,8 @@ from typing import Callable, Iterator
 
 from safetensors import SafetensorError
 
-from ..core.files import UserError, run_main, file_hash, require_package
+from ..core.files import UserError, file_hash, require_package
+from ..core.commands import run_main
 from ..core.grade import grade
 from ..data.synthetic import BENCHMARKS, KINDS, MODALITIES, QUESTIONS, TWO_SCANS, Scene, benchmark, draw, random_scene, write_reasoning, write_report
 from ..data.prompt import messages, sft_target, user_text

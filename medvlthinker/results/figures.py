@@ -14,7 +14,8 @@ import asyncio, atexit, csv, functools, html, io, os, re, shutil, textwrap, thre
 from pathlib import Path
 from zlib import crc32
 
-from ..core.files import COLOURS, UserError, series_style, require_package, write_figure, atomic_write
+from ..core.files import UserError, require_package, atomic_write
+from ..core.plots import COLOURS, series_style, write_figure
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
 from .report import AVERAGE, HEADINGS, SYNTHETIC_NOTE, _tex
 from ..data.readers import csv_text

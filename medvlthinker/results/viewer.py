@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from ..data.benchmarks import benchmark_file, benchmark_names
 from ..core.files import UserError, require_package, atomic_write
-from ..core.profile import Profile, Workspace
+from ..generation.profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted

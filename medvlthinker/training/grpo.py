@@ -9,8 +9,9 @@ __all__ = ['rewards', 'grpo_chat', 'beside', 'grpo_settings', 'train_grpo', 'mai
 import contextlib
 from pathlib import Path
 
-from ..core.files import UserError, run_main, require_package
-from ..core.profile import Profile
+from ..core.files import UserError, require_package
+from ..core.commands import run_main
+from ..generation.profile import Profile
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from .recipe import Grpo, steps_per_epoch
