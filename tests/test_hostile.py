@@ -36,7 +36,7 @@ from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv
 from medvlthinker.generation.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
 from medvlthinker.data.sample import InvalidRow, Sample, read_samples, store_samples, to_rgb, write_samples
-from medvlthinker.data.readers import csv_plain, csv_text, image_reader, read_csv, read_rows, samples_from, write_csv
+from medvlthinker.data.readers import unescape_formula, escape_formula, image_reader, read_csv, read_rows, samples_from, write_csv
 from PIL import Image
 
 FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples
@@ -125,7 +125,7 @@ def test_a_letter_that_only_looks_like_one_earns_nothing(tally):
 
 GIANTS = """
 from medvlthinker.core.grade import RULES, grade
-from medvlthinker.data.converters import mmmu, split_prompt, without_marks
+from medvlthinker.data.converters import mmmu, split_prompt, remove_image_marks
 from medvlthinker.data.converters import closed_options
 from medvlthinker.evaluation.regrade import why
 from medvlthinker.data.sample import InvalidRow, Sample
@@ -447,7 +447,7 @@ def test_nested_and_listed_files_with_one_thing_wrong(tally, tmp_path):
         rng = random.Random(SEED)
         for number in range(250 * FUZZ):
             exams = changed(headqa, rng)
-            for made, convert in ((converters.path_vqa_nested([("row 1", changed(path_vqa, rng)), ("row 2", path_vqa)]), converters.path_vqa), (converters.headqa_nested(exams.items() if isinstance(exams, dict) else [("row 1", exams)]), converters.headqa)):
+            for made, convert in ((converters.path_vqa_questions([("row 1", changed(path_vqa, rng)), ("row 2", path_vqa)]), converters.path_vqa), (converters.headqa_questions(exams.items() if isinstance(exams, dict) else [("row 1", exams)]), converters.headqa)):
                 count.tried += 1
                 refusals(samples_from(lambda rows=list(made): rows, convert, "set", lambda name: PIXELS["bytes"]))
                 count.survived += 1
@@ -836,7 +836,7 @@ def test_no_cell_of_a_table_is_a_formula(tally, tmp_path):
             for read in (lambda: (write_csv(frame, tmp_path / "table.csv"), (tmp_path / "table.csv").read_text(encoding="utf-8"))[1], lambda: frame_csv(frame)):
                 lines = list(csv.reader(io.StringIO(read(), newline="")))
                 assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
-            assert [csv_plain(csv_text(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
+            assert [unescape_formula(escape_formula(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
             again = read_csv(tmp_path / "table.csv")
             assert np.allclose(again.iloc[:, 1].astype(float), [number for _, number in rows], rtol=1e-6)
 

@@ -69,7 +69,7 @@ def test_the_real_rows_of_m23k(real_data):
 
 
 def test_nested_and_headerless_files(real_data, tmp_path):
-    head = [(where, row) for where, row in converters.headqa_nested(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
+    head = [(where, row) for where, row in converters.headqa_questions(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
     good, others = split(samples_from(lambda: head, converters.headqa, "HeadQA"))
     assert good and not [bad for bad in others if not bad.filtered] and all(map(key_opens, good))
     genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), converters.mmlu, "MMLU-medical"))
@@ -109,7 +109,7 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
 
 def json_rows(path):
     rows = json_list(path) if path.suffix == ".json" else read_rows(path)
-    return list(converters.path_vqa_nested(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
+    return list(converters.path_vqa_questions(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
 
 
 def wanted(row) -> list[str]:

@@ -24,7 +24,6 @@ from ..training.grpo import beside
 from ..training.recipe import RECIPES, Recipe, wanted
 from ..generation.rollout import alone, folder_name
 from ..training.sft import accelerate_config
-from ..data.readers import source_of
 from ..training.train import outline, uses_verl
 
 # %% ../../nbs/app/73_pipeline.ipynb #670e4509
@@ -465,7 +464,7 @@ def shortened(
 # %% ../../nbs/app/73_pipeline.ipynb #b9ce854f
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a step."
-    source = source_of(profile)
+    source = profile.source
     words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     call = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model

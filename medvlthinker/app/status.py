@@ -15,7 +15,7 @@ from ..core.commands import run_main
 from ..generation.profile import Profile, Workspace, load_profile, parse_words
 from .pipeline import Step, error_line, executed, forecast, lock_folder, run_manifest, shortened
 from ..generation.rollout import folder_name
-from ..data.readers import source_of
+
 
 # %% ../../nbs/app/75_status.ipynb #8b77ab43
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _progress(wreck: Path, alive: bool = False) -> tuple[str, float | None, str]
 # %% ../../nbs/app/75_status.ipynb #3c0f30e4
 def _files(step: Step, profile: Profile) -> dict[Path, int]:
     "What a step has written, in bytes, whole or not."
-    root, source, model = Workspace(profile.name).root, source_of(profile), folder_name(step.value)
+    root, source, model = Workspace(profile.name).root, profile.source, folder_name(step.value)
     places: list[Path] = [root / name for name in run_manifest(executed(step.name, profile)).get("outputs", ())]
     places += [executed(step.name, profile), executed(step.name, profile, ".running.ipynb")]
     if step.notebook == "2_difficulty":

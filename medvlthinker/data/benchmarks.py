@@ -18,10 +18,10 @@ from typing import NamedTuple
 from . import converters, synthetic
 from ..core.files import UserError, read_json, record_path, stale_reason
 from .sample import InvalidRow, Sample, SampleFile, store_samples
-from .readers import (MAX_LINE, DataSettings, DatasetLayout, code_of, content_of,
-                                       csv_rows, find_local, given_folder, hub_files, hub_rows,
-                                       image_reader, json_lines, json_list, opened, own_copy,
-                                       parse_json, samples_from, source_of)
+from .readers import (MAX_LINE, DataSettings, DatasetLayout, code_fingerprint, content_fingerprint,
+                                       csv_rows, find_local_copy, data_folder, download_hub_files, hub_rows,
+                                       image_reader, json_lines, json_list, open_stream, registered_copy,
+                                       parse_json, samples_from)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #349a0421
 BENCHMARKS = {"pmc_vqa": 2000, "pathvqa_closed": 3362, "slake_closed": 416,  # questions published
@@ -88,7 +88,7 @@ def pubmedqa_rows(path) -> Iterator[tuple[str, object]]:
 
 
 def _test_ids(path: Path) -> set[str]:
-    with opened(path) as stream:
+    with open_stream(path) as stream:
         ids = parse_json(stream.read(MAX_LINE), path.name)
     if not isinstance(ids, (list, dict)):
         raise UserError(f"{path} is no list of ids.")
@@ -110,7 +110,7 @@ def _rows(convert: Callable, columns: str = "", **more) -> Callable[..., Dataset
 _PMC = functools.partial(DatasetLayout, convert=converters.pmc_vqa, columns=converters.PMC_COLUMNS)
 _PATH = _rows(converters.path_vqa, "img_id question answer")
 _NEST = _rows(converters.path_vqa, "img_id question answer",
-              reader=lambda path: converters.path_vqa_nested(json_list(path)))
+              reader=lambda path: converters.path_vqa_questions(json_list(path)))
 _SLAKE = _rows(converters.slake, "question answer answer_type img_name q_lang")
 _RAD = _rows(converters.vqa_rad, "question answer answer_type image_name")
 _OSF = _rows(converters.vqa_rad_release, "question answer answer_type image_name phrase_type")
@@ -160,7 +160,7 @@ LOCAL |= {
     "MedMCQA": ("MedMCQA medmcqa text_medmcqa", [_MCQA("dev.json", ""), _MCQA("dev.jsonl", "")]),
     "HeadQA": ("HeadQA HEAD_EN headqa text_headqa", [
         _HEAD("test_HEAD_EN.json", "",
-              reader=lambda path: converters.headqa_nested(json_list(path))),
+              reader=lambda path: converters.headqa_questions(json_list(path))),
         _HEAD("dev.jsonl", "")]),
     "PubMedQA": ("PubMedQA pubmedqa text_pubmedqa", [
         _PUBMED("ori_pqal.json", ""), _PUBMED("dev.json", "")]),
@@ -183,7 +183,7 @@ def find_benchmark(
 ) -> tuple[Path, DatasetLayout] | None:
     "Where a local copy lies, and how; None for no copy, `UserError` for no such folder."
     folders, layouts = LOCAL[name]
-    return find_local(given_folder(str(data_dir)), folders.split(), layouts)
+    return find_local_copy(data_folder(str(data_dir)), folders.split(), layouts)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c031
 class DataSource(NamedTuple):
@@ -220,7 +220,7 @@ def hub_source(
         for config, split in itertools.product(configs, splits):
             yield from hub_rows(repo, tuple(columns.split()), config, split)
 
-    content = content_of(Path(repo)) if Path(repo).is_dir() else None
+    content = content_fingerprint(Path(repo)) if Path(repo).is_dir() else None
     return DataSource(rows, convert, {"repo": str(repo), "content": content})
 
 # %% ../../nbs/data/15_benchmarks.ipynb #343a69a7
@@ -246,7 +246,7 @@ def published_source(name: str, repo=HUB) -> DataSource:
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c062
 def files_source(repo: str, layout: DatasetLayout) -> DataSource:
     "Files of a data set on the hub, downloaded when their rows are asked for."
-    folder = functools.cache(lambda: hub_files(repo, *layout.files.split(), layout.images))
+    folder = functools.cache(lambda: download_hub_files(repo, *layout.files.split(), layout.images))
     return DataSource(lambda: layout.rows(folder()), layout.convert, {"repo": repo},
                       lambda: folder() / layout.images)
 
@@ -288,13 +288,13 @@ def original_source(
 def published_copy(data_dir) -> Path | None:
     "The copy of the published table in a folder; it may be the folder itself."
     layout = _rows(converters.unified)("data/test-*.parquet", "")
-    copy = find_local(given_folder(str(data_dir)), [HUB.split("/")[1]], [layout])
+    copy = find_local_copy(data_folder(str(data_dir)), [HUB.split("/")[1]], [layout])
     return copy[0] if copy else None
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c025
 def benchmark_source(name: str, settings=DataSettings()) -> str:
     "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
-    return "own" if name in _OWN else source_of(settings)
+    return "own" if name in _OWN else settings.source
 
 
 def _is_available(name: str, settings) -> bool:
@@ -338,7 +338,7 @@ def open_benchmark(
     "Where the settings read a test set from; `UserError` where it is not."
     source = benchmark_source(name, settings)
     if source == "own":
-        folder, layout, content = own_copy(name, _OWN[name])
+        folder, layout, content = registered_copy(name, _OWN[name])
         data = folder_source(folder, layout)._replace(inputs=content)
     elif source == "local":
         data = _local_source(name, settings)
@@ -414,7 +414,7 @@ def store_source(
     limit, seed = settings.limit, settings.seed
     modules = ("benchmarks", "corpora", "converters", "readers", "sample")
     inputs = {"name": name, "limit": limit, "seed": seed if limit else None, **data.inputs,
-              "code": code_of(*(f"data.{module}" for module in modules))}
+              "code": code_fingerprint(*(f"data.{module}" for module in modules))}
     if "repo" in inputs:
         stored = read_json(record_path(path)).get("inputs")
         inputs["revision"] = stored.get("revision") if isinstance(stored, dict) else None
@@ -426,7 +426,7 @@ def store_source(
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c044
 def store_synthetic(path: Path, make: Callable, name: str, n: int) -> SampleFile:
     "The first n samples that `make(name, n)` makes, from their file while it holds."
-    code = code_of("data.synthetic", "data.sample")
+    code = code_fingerprint("data.synthetic", "data.sample")
     inputs = {"source": "synthetic", "name": name, "limit": n, "code": code}
     return store_samples(path, lambda: make(name, n), inputs)
 

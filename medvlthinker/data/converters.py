@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PMC_COLUMNS', 'WORDINGS', 'MMMU_SUBJECTS', 'require_text', 'letter_options', 'right_letter', 'pmc_vqa',
            'alternatives', 'closed_options', 'closed_question', 'vqa_rad', 'vqa_rad_release', 'slake', 'path_vqa',
-           'path_vqa_nested', 'adaptllm', 'path_vqa_hub', 'adaptllm_pmc', 'without_marks', 'mmmu', 'medxpertqa',
-           'medqa', 'medmcqa', 'mmlu', 'pubmedqa', 'headqa', 'headqa_nested', 'omnimedvqa', 'split_prompt', 'm23k',
+           'path_vqa_questions', 'adaptllm', 'path_vqa_hub', 'adaptllm_pmc', 'remove_image_marks', 'mmmu', 'medxpertqa',
+           'medqa', 'medmcqa', 'mmlu', 'pubmedqa', 'headqa', 'headqa_questions', 'omnimedvqa', 'split_prompt', 'm23k',
            'unified']
 
 # %% ../../nbs/data/14_converters.ipynb #7a4fcfde
@@ -225,7 +225,7 @@ def path_vqa(row: dict, where: str) -> dict:
     return closed_question(row, where, kind="", image="image", keep=("img_id",))
 
 # %% ../../nbs/data/14_converters.ipynb #6eb24d94
-def path_vqa_nested(entries: Iterable) -> Iterator[tuple[str, dict | InvalidRow]]:
+def path_vqa_questions(entries: Iterable) -> Iterator[tuple[str, dict | InvalidRow]]:
     "The questions of PathVQA's entries {img_id, labelf: {pvqa: []}, sentf: {pvqa: []}}."
     for where, entry in entries:
         try:
@@ -263,7 +263,7 @@ def adaptllm_pmc(row: dict, where: str) -> dict:
 WORDINGS = {"spaced": " ", "glued": ""}
 
 
-def without_marks(question: str, wording: str = "spaced") -> str:
+def remove_image_marks(question: str, wording: str = "spaced") -> str:
     "The question without its image marks, in one of the `WORDINGS`."
     mark = r"(?:(?<!\s)\s+)?<image \d+>"  # blanks are tried from where they begin: linear time
     if wording == "spaced":
@@ -297,7 +297,7 @@ def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
     question = require_text(row, "question", where)
     marks = sorted(set(re.findall(r"<image (\d+)>", f"{question} {row['options']}")), key=int)
     images = [row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}")]
-    return {"question": without_marks(question, wording), "options": options,
+    return {"question": remove_image_marks(question, wording), "options": options,
             "answer_label": right_letter(options, row.get("answer"), where, "answer"),
             "images": images or [f"{require_text(row, 'id', where)}_{n}.png" for n in marks],
             "image_field": "image", "id": row.get("id"),
@@ -389,7 +389,7 @@ def headqa(row: dict, where: str) -> dict:
             "misc": _misc(row, "qid", "category", "year")}
 
 # %% ../../nbs/data/14_converters.ipynb #cc8848e4
-def headqa_nested(entries: Iterable) -> Iterator[tuple[str, object]]:
+def headqa_questions(entries: Iterable) -> Iterator[tuple[str, object]]:
     "The questions of HeadQA's files {exams: {name: {name, year, category, data: []}}}."
     for where, entry in entries:
         exams = [entry] if not isinstance(entry, dict) or "data" in entry else entry.values()

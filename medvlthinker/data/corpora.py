@@ -15,8 +15,8 @@ from collections.abc import Callable
 from . import converters, synthetic
 from ..core.files import UserError
 from .sample import SampleFile
-from .readers import (DataSettings, DatasetLayout, find_local, given_folder,
-                                       own_copy, source_of)
+from .readers import (DataSettings, DatasetLayout, find_local_copy, data_folder,
+                                       registered_copy)
 from .benchmarks import (DataSource, files_source, folder_source, hub_source, nearest,
                                           own_entry, sample_file, store_source, store_synthetic)
 
@@ -104,7 +104,7 @@ def find_corpus(
 ) -> tuple[Path, DatasetLayout] | None:
     "Where a local copy lies, and how; None for no copy, `UserError` for no such folder."
     folders, layouts = _LOCAL[name]
-    return find_local(given_folder(str(data_dir)), folders.split(), layouts)
+    return find_local_copy(data_folder(str(data_dir)), folders.split(), layouts)
 
 
 def _missing(name: str, data_dir: str) -> str:
@@ -117,7 +117,7 @@ def _missing(name: str, data_dir: str) -> str:
 # %% ../../nbs/data/16_corpora.ipynb #16a0c009
 def corpus_source(name: str, settings=DataSettings()) -> str:
     "`own` for a corpus that was registered; else `synthetic`, `hub`, `source` or `local`."
-    return "own" if name in _OWN else source_of(settings)
+    return "own" if name in _OWN else settings.source
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c011
 def open_corpus(
@@ -128,7 +128,7 @@ def open_corpus(
     "Where the settings read a corpus from; `UserError` where it is not there."
     source = corpus_source(name, settings)
     if source == "own":
-        folder, layout, content = own_copy(name, _OWN[name])
+        folder, layout, content = registered_copy(name, _OWN[name])
         data = folder_source(folder, layout)._replace(inputs=content)
     elif source == "local":
         copy = find_corpus(name, settings.data_dir)

@@ -17,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ..data.benchmarks import BENCHMARKS
-from ..data.readers import source_of
 from ..generation.completion import Sampling
 from ..core.files import UserError, write_record, atomic_write
 from ..core.commands import run_logged
@@ -77,7 +76,7 @@ def results_folder(
     model: str,  # as for `evaluate`
 ) -> Path:
     "Where the records of one model lie."
-    return Workspace(profile.name).results / source_of(profile) / folder_name(model)
+    return Workspace(profile.name).results / profile.source / folder_name(model)
 
 
 def store(
@@ -107,7 +106,7 @@ def evaluate(
     table = [line for samples, rows, _ in rolled.values() for line in grade_rows(samples, rows)]
     folder, root = results_folder(profile, model), Workspace(profile.name).root
     origin = {name: str(where.relative_to(root)) for name, (_, _, where) in rolled.items()}
-    record = {"model": model, "source": source_of(profile), "rule": rule, **dict(zip(("instruction", "dialect"), asked_as(model, instruction))), "counts": count(table, rule),
+    record = {"model": model, "source": profile.source, "rule": rule, **dict(zip(("instruction", "dialect"), asked_as(model, instruction))), "counts": count(table, rule),
               "rules": {each: count(table, each) for each in RULES}, "truncated": sum(line["finish_reason"] == "length" for line in table),
               "seed": profile.seed, "engine": answering(profile), "dtype": profile.dtype, "rollouts": origin}
     answers = {name: answers_hash(root / where) for name, where in origin.items()}
@@ -360,7 +359,7 @@ def evaluate_repeats(
     origin = {name: str(where.relative_to(root)) for name, (_, _, where) in rolled.items()}
     lines = [line for samples, rows, _ in rolled.values() for line in recount(samples, rows)]
     rules = {rule: repeated_table([line for line in lines if line["rule"] == rule]) for rule in RULES}
-    record = {"model": model, "source": source_of(profile), "answers": n, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": profile.seed, "engine": profile.engine,
+    record = {"model": model, "source": profile.source, "answers": n, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": profile.seed, "engine": profile.engine,
               "dtype": profile.dtype, "rules": rules, "rollouts": origin}
     store(folder / "repeats.json", record, lines, {"rollouts": origin, "answers": {name: answers_hash(root / where) for name, where in origin.items()}})
     return record

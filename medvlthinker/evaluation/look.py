@@ -20,7 +20,6 @@ from .evaluate import picture_key, results_folder, store
 from ..core.grade import RULES, grade
 from ..generation.rollout import asked_as, question_sets, rollouts
 from ..data.sample import Sample, to_rgb
-from ..data.readers import source_of
 from ..core.stats import macro_average, paired_bootstrap, wilson
 
 # %% ../../nbs/evaluation/52_look.ipynb #9b072c6a
@@ -244,7 +243,7 @@ def looks(
     lines = [line for name in rolled["real"] for line in joined({view: sets[name][:2] for view, sets in rolled.items()}, rule)]
     root = Workspace(profile.name).root
     origin = {view: {name: str(folder.relative_to(root)) for name, (_, _, folder) in sets.items()} for view, sets in rolled.items()}
-    record = {"model": model, "source": source_of(profile), "rule": rule, "instruction": asked_as(model, instruction)[0], "accuracy": accuracies(lines),
+    record = {"model": model, "source": profile.source, "rule": rule, "instruction": asked_as(model, instruction)[0], "accuracy": accuracies(lines),
               "unanswered": {view: sum(line.get(f"{view}_answer", "") is None for line in lines) for view in rolled}, "measures": measures(lines),
               "seed": profile.seed, "engine": profile.engine, "dtype": profile.dtype, "rollouts": origin}
     record["verdict"] = verdict(record)

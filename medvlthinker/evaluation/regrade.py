@@ -20,7 +20,6 @@ from .evaluate import evaluations, noting_images, over_shards, store
 from ..core.grade import RULES, Grade, grade
 from ..generation.rollout import Rows, samples_fingerprint, stored_rollout
 from ..data.sample import Sample
-from ..data.readers import source_of
 from ..core.stats import paired_bootstrap
 
 # %% ../../nbs/evaluation/53_regrade.ipynb #e84c151c
@@ -290,7 +289,7 @@ def stored_rollouts(
 def _place(profile: Profile, old: str, new: str) -> Path:
     "Where the diff of two rules is stored; of a rule in a file, the file's name and the function's."
     plain = [re.sub(r"[^\w.]+", "_", f"{Path(rule.rpartition(':')[0]).stem}.{rule.rpartition(':')[2]}" if ":" in rule else rule) for rule in (old, new)]
-    return Workspace(profile.name).results / source_of(profile) / f"regrade-{plain[0]}-{plain[1]}.json"
+    return Workspace(profile.name).results / profile.source / f"regrade-{plain[0]}-{plain[1]}.json"
 
 # %% ../../nbs/evaluation/53_regrade.ipynb #ea79f84f
 def regrade_profile(
@@ -319,7 +318,7 @@ def regrade_profile(
     explain(flips, answers, (old, new), show)
     causes = Counter((line["cause"], line["kind"]) for line in flips).most_common()
     origin = {record["model"]: record["rollouts"] for record in records}
-    made = {"old": old, "new": new, "source": source_of(profile), "answers": answers, "cells": lines,
+    made = {"old": old, "new": new, "source": profile.source, "answers": answers, "cells": lines,
             "causes": [{"cause": cause, "kind": kind, "answers": count} for (cause, kind), count in causes], "rollouts": origin}
     code = {rule: file_hash(rule.rpartition(":")[0]) for rule in (old, new) if rule not in RULES}
     store(_place(profile, old, new), made, flips, {"rollouts": origin, "rules": [old, new], "code": code})

@@ -22,7 +22,6 @@ from ..evaluation.evaluate import difference, evaluations, question_lines
 from ..core.grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of
 from ..training.recipe import BASES, RECIPES, ROWS, Grpo, total_steps
-from ..data.readers import source_of
 from ..core.stats import holm, grim_test
 
 # %% ../../nbs/results/63_audit.ipynb #12eb0ba2
@@ -510,7 +509,7 @@ def difference_rows(
             continue  # they were asked other questions; the audit says so
         cells = {name: (each["difference"], each["low"], each["high"], each["n"]) for name, each in made["benchmarks"].items()}
         average = {"average": (*made["macro"], made["n"])} if cells.keys() == COLUMNS.keys() else {}
-        rows.append({"model": f"{first} less {second}", "source": source_of(profile), "differences": cells | average})
+        rows.append({"model": f"{first} less {second}", "source": profile.source, "differences": cells | average})
     return rows
 
 
@@ -521,7 +520,7 @@ def audit_runs(
     "The claims that compare recipes, on the models of a profile that have been evaluated; a claim without a pair is open."
     measured, found = set(measured_models(profile)), {}
     asked = max((sum(n for _, n in record["counts"].values()) for record in evaluations(profile)), default=0)
-    on = f"profile {profile.name} ({source_of(profile)}), {asked:,} questions" + f", {profile.max_steps} training steps at most" * bool(profile.max_steps) + f", LoRA of rank {profile.lora_rank}" * bool(profile.lora_rank)
+    on = f"profile {profile.name} ({profile.source}), {asked:,} questions" + f", {profile.max_steps} training steps at most" * bool(profile.max_steps) + f", LoRA of rank {profile.lora_rank}" * bool(profile.lora_rank)
     for question in (rl_beats_sft, text_beats_images, text_beats_base, second_stage_beats_base):
         key = question.__name__
         lines = run_gaps(profile, pairs(key, measured), rule)

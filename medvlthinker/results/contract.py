@@ -17,7 +17,7 @@ from ..generation.profile import Profile, Workspace, load_profile, parse_words
 from ..evaluation.evaluate import evaluations, records
 from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table
-from ..data.readers import csv_plain, source_of
+from ..data.readers import unescape_formula
 from ..core.stats import wilson
 
 # %% ../../nbs/results/65_contract.ipynb #927534e6
@@ -103,11 +103,11 @@ def counted(
     profile: Profile,  # how much to run, and on what hardware
 ) -> list[dict]:
     "The pass counts that paper/2_difficulty left, where they are of the real corpora and of sixteen answers, as the published ones are."
-    path = Workspace(profile.name).results / f"difficulty_{source_of(profile)}.csv"
-    if source_of(profile) == "synthetic" or not path.is_file():
+    path = Workspace(profile.name).results / f"difficulty_{profile.source}.csv"
+    if profile.source == "synthetic" or not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        lines = [line | {"model": csv_plain(line["model"]), "right": int(line["right"]), "questions": int(line["questions"])} for line in csv.DictReader(file)]
+        lines = [line | {"model": unescape_formula(line["model"]), "right": int(line["right"]), "questions": int(line["questions"])} for line in csv.DictReader(file)]
     return [line for line in lines if line["of"] == "16"]
 
 

@@ -18,7 +18,7 @@ from ..core.files import UserError, require_package, atomic_write
 from ..core.plots import COLOURS, series_style, write_figure
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
 from .report import AVERAGE, HEADINGS, SYNTHETIC_NOTE, _tex
-from ..data.readers import csv_text
+from ..data.readers import escape_formula
 from ..core.stats import macro_average, wilson
 from ..training.train import SHOWN
 
@@ -651,9 +651,9 @@ def frame_csv(
     "The rows for a spreadsheet: no text that it takes for a formula, empty where a number is missing."
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(csv_text(str(column)) for column in frame.columns)
+    lines.writerow(escape_formula(str(column)) for column in frame.columns)
     for row in frame.itertuples(index=False):
-        lines.writerow(["" if x is None or x != x else f"{x:.8g}" if isinstance(x, float) else csv_text(str(x)) for x in row])
+        lines.writerow(["" if x is None or x != x else f"{x:.8g}" if isinstance(x, float) else escape_formula(str(x)) for x in row])
     return out.getvalue()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.files import UserError, require_package, atomic_write
 from .published import COLUMNS, SOURCE, TABLES, Published, find, recipe_label, rows
-from ..data.readers import csv_text
+from ..data.readers import escape_formula
 from ..core.stats import macro_average, wilson
 
 # %% ../../nbs/results/61_report.ipynb #295493b2
@@ -255,7 +255,7 @@ def to_csv(
     lines.writerow([*facts, *names, "note"])
     for first, cells in (row for _, group in _blocks(table) for row in group):
         numbers = [(getattr(cells.get(column), field, float("nan")), form) for field, form in fields.items() for column in HEADINGS]
-        lines.writerow([*(csv_text(str(first[key])) for key in facts),
+        lines.writerow([*(escape_formula(str(first[key])) for key in facts),
                         *("" if math.isnan(x) else f"{x:{form}}" for x, form in numbers),
                         SYNTHETIC_NOTE if first.source == "synthetic" else ""])
     return out.getvalue()

@@ -23,7 +23,7 @@ from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
 from ..generation.rollout import KINDS, Rows, folder_name, read_shard, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
-from ..data.readers import source_of
+
 
 # %% ../../nbs/results/64_viewer.ipynb #be6c6c6b
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def stored(
         entries += list(_entries(samples, found, limit))
     if not about:
         raise UserError(_missing(profile, (names or ["tiny"])[0], "any set", kind, n, root / "rollouts"))
-    return Look(entries, source_of(profile), about)
+    return Look(entries, profile.source, about)
 
 
 def _entries(samples: SampleFile, found: dict[str, Rows], limit: int) -> Iterator[Entry]:

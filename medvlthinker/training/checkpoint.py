@@ -21,7 +21,6 @@ from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..generation.engine import model_fingerprint
 from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder
 from ..generation.rollout import folder_name
-from ..data.readers import source_of
 from ..core.stats import wilson
 
 # %% ../../nbs/training/46_checkpoint.ipynb #9121ff9c
@@ -496,7 +495,7 @@ def stored_evaluation(
     workspace: Workspace,  # the folders of the run
 ) -> list[dict]:
     "The stored evaluation of a model with its date; nothing where there is none."
-    where = workspace.results / source_of(profile) / folder_name(model) / "evaluation.json"
+    where = workspace.results / profile.source / folder_name(model) / "evaluation.json"
     made = (_read(record_path(where)) or {}).get("started", "")
     return [{**record, "date": made[:10] or "not recorded"}] if (record := _read(where)) else []
 

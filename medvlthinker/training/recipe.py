@@ -17,7 +17,7 @@ from ..generation.profile import Profile, Workspace
 from ..data.corpora import corpus_file, load_reasoning, reasoning_file
 from ..generation.engine import resolve_model
 from ..generation.rollout import folder_name
-from ..data.readers import source_of
+
 
 # %% ../../nbs/training/40_recipe.ipynb #7b1c9fd6
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def data_file(
     if recipe.method == "SFT":
         return reasoning_file(recipe.corpus, profile, workspace.samples)
     drawn = corpus_file(recipe.corpus, profile, workspace.samples).stem  # the name says how many questions were asked
-    return workspace.curated / source_of(profile) / f"{drawn}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
+    return workspace.curated / profile.source / f"{drawn}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
 
 
 def training_data(

@@ -22,7 +22,7 @@ from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_st
 from ..generation.rollout import alone, question_sets, samples_fingerprint
 from ..data.sample import Sample, SampleFile
 from .sft import how_of, loggers, reward_file
-from ..data.readers import source_of
+
 
 # %% ../../nbs/training/44_verl_backend.ipynb #f5dd8372
 def verl_row(
@@ -166,7 +166,7 @@ def validation_parquet(
 ) -> Path:
     "The test sets of a profile as one parquet for verl's validation."
     sets, most = dict(question_sets(profile)), how_of(recipe, Grpo).max_prompt_length
-    path = workspace.curated / source_of(profile) / "verl" / f"validation-{most}.parquet"
+    path = workspace.curated / profile.source / "verl" / f"validation-{most}.parquet"
     hashes = {name: file_hash(samples.path) if isinstance(samples, SampleFile) else samples_fingerprint(samples) for name, samples in sets.items()}
     return parquet(itertools.chain.from_iterable(sets.values()), path, model, most, {"samples": hashes}, "test", show)
 
