@@ -46,10 +46,10 @@ import importlib, sys
 
 for name in sys.argv.pop(1).split(","):
     importlib.import_module(f"medvlthinker.{name}")
-from medvlthinker.core import files
+from medvlthinker.core import commands
 from medvlthinker.generation import rollout
 
-files.run_main(rollout.main)
+commands.run_main(rollout.main)
 """
 
 

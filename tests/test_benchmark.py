@@ -351,7 +351,7 @@ def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
         assert sentence in str(raised.value)
     with pytest.raises(UserError, match="holds no copy of MMMU-medical"):
         b.load_benchmark("mmmu", DataSettings(data_dir=str(tmp_path)))
-    done = python("-c", "from medvlthinker.core import files; from medvlthinker.data import benchmarks, readers; files.run_main(lambda words: benchmarks.available_benchmarks(readers.DataSettings(data_dir=words[0])))", "no/where")
+    done = python("-c", "from medvlthinker.core import commands; from medvlthinker.data import benchmarks, readers; commands.run_main(lambda words: benchmarks.available_benchmarks(readers.DataSettings(data_dir=words[0])))", "no/where")
     says(done, "No folder no/where (data_dir)")
 
 

@@ -50,7 +50,7 @@ def processes():
 
 def act(folder, main, *given) -> None:
     "In a process group of its own, a command with its output in `folder`/log; the exit code is that of the command line."
-    import medvlthinker.core.files
+    import medvlthinker.core.commands
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
 

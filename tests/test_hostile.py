@@ -153,8 +153,8 @@ def refused(error, act, *given):
 
 listed = lambda text: refused(InvalidRow, mmmu, {"question": "?", "options": text, "answer": "A", "id": "1"}, "row")
 acts = {name: lambda name=name: graded(name) for name in giants} | {f"why {name}": lambda name=name: explained(giants[name][:M // 5]) for name in ("opening tags", "answers", "nested answers", "blank in a tag", "half tags")} | {
-    "a prompt of A": lambda: split_prompt("\\nA. " * 500_000), "a prompt of options": lambda: split_prompt("\\nA. x\\nB. y" * 300_000), "a mark after blanks": lambda: without_marks(" " * M + "<image 1"),
-    "marks": lambda: without_marks("<image 1> " * 100_000), "a question of or": lambda: refused(ValueError, closed_options, "a or " * 100_000, "b"), "a question of commas": lambda: refused(ValueError, closed_options, "a, " * 100_000 + "or b", "b"),
+    "a prompt of A": lambda: split_prompt("\\nA. " * 500_000), "a prompt of options": lambda: split_prompt("\\nA. x\\nB. y" * 300_000), "a mark after blanks": lambda: remove_image_marks(" " * M + "<image 1"),
+    "marks": lambda: remove_image_marks("<image 1> " * 100_000), "a question of or": lambda: refused(ValueError, closed_options, "a or " * 100_000, "b"), "a question of commas": lambda: refused(ValueError, closed_options, "a, " * 100_000 + "or b", "b"),
     "a list of lists": lambda: listed("[" * 90_000), "a list of signs": lambda: listed("[" + "-" * 90_000 + "1]"), "a list of sums": lambda: listed("[" + "1+" * 40_000 + "1]")}
 print(len(acts))
 for name, act in acts.items():

@@ -190,11 +190,11 @@ def test_every_heavy_import_is_asked_for_first():
         if path.stem in ("files", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        asked = {word.value.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need" for word in node.args if isinstance(word, ast.Constant)}
+        asked = {word.value.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_package" for word in node.args if isinstance(word, ast.Constant)}
         for node in ast.walk(tree):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.partition(".")[0] for name in names} & set(EXTRAS):
-                assert top in asked, f"{path.name}, line {node.lineno}: {top} comes with the extra {EXTRAS[top]}; call need({top!r}) before it is imported"
+                assert top in asked, f"{path.name}, line {node.lineno}: {top} comes with the extra {EXTRAS[top]}; call require_package({top!r}) before it is imported"
                 seen += 1
     assert seen > 30
 
