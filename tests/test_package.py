@@ -109,12 +109,11 @@ print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.mo
 
 SCRIPT = """
 from medvlthinker.data import synthetic
-from medvlthinker.data.benchmarks import BENCHMARKS
 from medvlthinker.generation.profile import Workspace, load_profile
 from medvlthinker.core.grade import grade
 from medvlthinker.data.sample import read_samples, write_samples
 profile = load_profile("smoke", limit=5)
-write_samples(synthetic.benchmark(BENCHMARKS[0], profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
+write_samples(synthetic.benchmark("pmc_vqa", profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
 right = [grade(f"<answer> {sample.answer_label} </answer>", sample.options, sample.answer_label).correct for sample in read_samples("_runs/smoke/samples/some.parquet")]
 print(profile.limit, sum(right), len(right))
 """

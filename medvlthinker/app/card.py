@@ -110,7 +110,7 @@ ORIGINS = {
     "m23k": Origin("m23k: MedMCQA, MedQA and HEAD-QA with chains of DeepSeek-R1", _HF + "UCSC-VLAA/m23k-tokenized", "MIT for the questions; of the chains not known", "arXiv:2504.00869"),
     "MedQA": Origin("MedQA", _HF + "GBaker/MedQA-USMLE-4-options", "MIT", "arXiv:2009.13081"),
     "MedMCQA": Origin("MedMCQA", _HF + "openlifescienceai/medmcqa", "MIT", "arXiv:2203.14371"),
-    "HeadQA": Origin("HEAD-QA", _HF + "openlifescienceai/headqa", "MIT", "arXiv:1906.04701"),
+    "HeadQA": Origin("HEAD-QA", _HF + "EleutherAI/headqa", "MIT", "arXiv:1906.04701"),
     "PubMedQA": Origin("PubMedQA", _HF + "qiaojin/PubMedQA", "MIT", "arXiv:1909.06146"),
     "MMLU-medical": Origin("MMLU, six medical subjects", _HF + "cais/mmlu", "MIT", "arXiv:2009.03300"),
     "OmniMedVQA": Origin("OmniMedVQA, open access", "", "not known", "arXiv:2402.09181"),
