@@ -1,21 +1,25 @@
-"""Properties of grading that a notebook's examples cannot show: the published rules against their plain expressions, every text, every length."""
+"""What grading promises: the published rules, every text, the cases, two laws, real outputs."""
+import hashlib
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
 import medvlthinker.core.grade as module
+import pytest
+from hypothesis import HealthCheck, example, given, seed, settings
+from hypothesis import strategies as st
 from medvlthinker.core.grade import RULES, Grade, compute_score, extract, grade
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples of the two laws
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The published rules, written down as plainly as the paper's programs have them: slow on purpose, and independent of the module.
+# ------------------------------------------------------------------------------------------------
+# The published rules, written down plainly: slow on purpose, and independent of the module.
 
 
 def plain_block(text: str, flags: int) -> str | None:
@@ -29,15 +33,17 @@ def plain_strict(text: str, flags: int = re.DOTALL) -> str:
 
 
 def plain_reward(text: str) -> str | None:
-    return plain_strict(text, 0) if re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.DOTALL) else None
+    form = r"<think>.*?</think>\s*<answer>.*?</answer>"
+    return plain_strict(text, 0) if re.fullmatch(form, text, re.DOTALL) else None
 
 
 def plain_regrade(text: str) -> str:
     blocks = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if blocks:
-        text = next((line for line in blocks[-1].strip().split("\n") if line.strip()), "")
+        text = re.split(r"[\r\n]", blocks[-1].strip())[0]
     else:
-        for pattern in (r"answer:\s*(.*)", r"answer is:\s*(.*)", r"answer is\s*(.*)", r"is:\s*(.*)"):
+        cues = (r"answer:\s*(.*)", r"answer is:\s*(.*)", r"answer is\s*(.*)", r"is:\s*(.*)")
+        for pattern in cues:
             if found := re.findall(pattern, text, re.IGNORECASE):
                 text = found[-1]
                 break
@@ -46,33 +52,44 @@ def plain_regrade(text: str) -> str:
     return text.strip()
 
 
-PLAIN = {"reward": plain_reward, "strict": plain_strict, "regrade": plain_regrade, "llava": plain_regrade}
+PLAIN = {"reward": plain_reward, "strict": plain_strict, "regrade": plain_regrade,
+         "llava": plain_regrade}
 
 
 def plain_right(prediction: str | None, label: str, text: str, substring: bool) -> bool:
     if prediction is None:
         return False
-    said, text = prediction.strip().lower(), text.strip().lower()
-    return said in (f"{label}. {text}".strip().lower(), label.lower(), text) or substring and text in said
+    said = prediction.strip().lower()
+    forms = (f"{label}. {text}".strip().lower(), label.strip().lower(), text.strip().lower())
+    return said in forms or substring and text.lower() in said
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Texts: pieces of what models write, shuffled, and anything at all.
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer", "answer", "Answer:", "the answer is", "ANſWER ıs", "answer is: ", "İs:", " is: ",
-          "A", "B", "b", "C.", "(B)", "B. No", "No", "no", "NO.", "normal", "Yes", "I", "a", " ", "\n", "\n\n", "\t", "\r", "\u2028", "\x1c", ",", ".", ":", "**", "and",
-          "or", "not", "because", r"\boxed{", "}", "{", '"answer": "', '"', "'", "Question:", "Option ", "x", "Ｂ", "İ", "é", "-20", "20", "1.5", "\ud800", "ﷺ"]
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer", "answer",
+          "Answer:", "the answer is", "ANſWER ıs", "answer is: ", "İs:", " is: ", "A", "B", "b",
+          "C.", "(B)", "B. No", "No", "no", "NO.", "normal", "Yes", "I", "a", " ", "\n", "\n\n",
+          "\t", "\r", "\v", "\u2028", "\x1c", ",", ".", ":", "**", "and", "or", "not", "because",
+          r"\boxed{", "}", "{", '"answer": "', '"', "'", "Question:", "Option ", "x", "Ｂ", "İ", "é",
+          "-20", "20", "1.5", "\ud800", "ﷺ", " leading", "A.  leading"]
 soup = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
 # nearly well-formed, so that the reward's format holds often enough to be tested on both sides
-inner = st.lists(st.sampled_from(["A", "B", "No", " ", "\n", "<answer>", "</answer>", "<think>", "</think>", "x", "B. No"]), max_size=4).map("".join)
-gap = st.sampled_from(["", "\n", " ", "\u2028", "x"])
-formed = st.builds(lambda a, b, c, d, e: f"{d}<think>{a}</think>{e}<answer>{b}</answer>{c}", inner, inner, st.sampled_from(["", "", "", "\n", "B"]),
-                   st.sampled_from(["", "", "", " "]), gap)
+INNER = ["A", "B", "No", " ", "\n", "\r", "<answer>", "</answer>", "<think>", "</think>", "x",
+         "B. No"]
+inner = st.lists(st.sampled_from(INNER), max_size=4).map("".join)
+formed = st.builds(lambda a, b, c, d, e: f"{d}<think>{a}</think>{e}<answer>{b}</answer>{c}",
+                   inner, inner, st.sampled_from(["", "", "", "\n", "B"]),
+                   st.sampled_from(["", "", "", " "]),
+                   st.sampled_from(["", "\n", " ", "\u2028", "x"]))
 texts = st.one_of(soup, formed, st.text(max_size=60))
-OPTIONS = [{"A": "Yes", "B": "No"}, {"A": "normal", "B": "abnormal", "C": "not known"}, {"A": "20", "B": "-20", "C": "1.5", "D": "15"}, {"A": "B", "B": "A"},
-           {"A": "", "B": " "}, {"A": "x", "B": "B. No"}, {"A": "slow", "B": "slow"}, dict(zip("ABCDEFGHIJ", "one two three I a no 7 <b> ( and".split()))]
-questions = st.sampled_from(OPTIONS).flatmap(lambda options: st.tuples(st.just(options), st.sampled_from(sorted(options))))
-
+OPTIONS = [{"A": "Yes", "B": "No"}, {"A": "normal", "B": "abnormal", "C": "not known"},
+           {"A": "20", "B": "-20", "C": "1.5", "D": "15"}, {"A": "B", "B": "A"},
+           {"A": "", "B": " "}, {"A": "x", "B": "B. No"}, {"A": "slow", "B": "slow"},
+           {"A": " leading", "B": "trailing "},
+           dict(zip("ABCDEFGHIJ", "one two three I a no 7 <b> ( and".split()))]
+questions = st.sampled_from(OPTIONS).flatmap(
+    lambda options: st.tuples(st.just(options), st.sampled_from(sorted(options))))
 
 @settings(max_examples=1500, deadline=None)
 @given(texts, st.sampled_from(sorted(PLAIN)))
@@ -83,37 +100,65 @@ questions = st.sampled_from(OPTIONS).flatmap(lambda options: st.tuples(st.just(o
 @example("<answer>A\n</answer>B</answer>", "reward")
 @example("answer:\nanswer: B", "regrade")
 @example("İs: B", "regrade")
+@example("<answer>A\rB</answer>", "regrade")
 def test_extraction_is_that_of_the_plain_expression(text, rule):
     wanted = PLAIN[rule](text)
-    assert [said for group, _ in extract(text, rule) for said in group] == ([] if wanted is None else [wanted])
+    found = [said for group, _ in extract(text, rule) for said in group]
+    assert found == ([] if wanted is None else [wanted])
 
 
 @settings(max_examples=1500, deadline=None)
 @given(texts, questions, st.sampled_from(sorted(PLAIN)))
 def test_verdict_is_that_of_the_plain_expression(text, question, rule):
     options, label = question
-    assert grade(text, options, label, rule).correct == plain_right(PLAIN[rule](text), label, options[label], rule == "llava")
+    right = plain_right(PLAIN[rule](text), label, options[label], rule == "llava")
+    assert grade(text, options, label, rule).correct == right
 
 
-@pytest.mark.parametrize("frame", ["{}", "<think>x</think><answer>{}</answer>", "<think>x</think>\n<answer>\n{}\n</answer>\n", "The answer is {}", "<answer>{}"])
-@pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "{label}.", "({label})", "{label}: {text}", "{label}.{text}", "{text}.", " {label} "])
+def test_options_with_outer_blanks_are_compared_as_the_paper_does():
+    options = {"A": " leading", "B": "other"}
+    for rule in ("strict", "regrade", "llava"):
+        right = [grade(text, options, "A", rule).correct
+                 for text in ("A.  leading", "leading", "A. leading")]
+        assert right == [True, True, rule == "llava"]
+    assert not grade("so:leading", options, "A", "llava").correct   # the blank has to occur, too
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\f", "\x1c", "\u2028", "\x85"])
+def test_only_newline_and_carriage_return_end_the_first_line_of_a_block(end):
+    right = grade(f"<answer>B{end}x</answer>", {"A": "Yes", "B": "No"}, "B", "regrade").correct
+    assert right == (end in "\r\n")
+
+
+def test_of_several_wrong_options_the_first_is_noted_and_of_right_ones_the_right():
+    options = {"A": "stop", "B": "slow", "C": "slow"}
+    assert [grade("slow", options, label, "regrade").label for label in "ABC"] == ["B", "B", "C"]
+    verdict = grade("slow or stop", options, "C", "llava")
+    assert (verdict.label, verdict.correct) == ("C", True)
+
+
+@pytest.mark.parametrize("frame", ["{}", "<think>x</think><answer>{}</answer>", "The answer is {}",
+                                   "<think>x</think>\n<answer>\n{}\n</answer>\n", "<answer>{}"])
+@pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "{label}.", "({label})",
+                                  "{label}: {text}", "{label}.{text}", "{text}.", " {label} "])
 def test_verdict_on_every_form_of_every_option(frame, form):
     for options in OPTIONS:
         for named, label in ((named, label) for named in options for label in options):
             for case in (str, str.lower, str.upper):
                 text = frame.format(case(form.format(label=named, text=options[named])))
                 for rule, plain in PLAIN.items():
-                    assert grade(text, options, label, rule).correct == plain_right(plain(text), label, options[label], rule == "llava"), (text, rule)
+                    right = plain_right(plain(text), label, options[label], rule == "llava")
+                    assert grade(text, options, label, rule).correct == right, (text, rule)
 
 
 def test_both_sides_of_the_format_are_generated():
-    "The property above would be empty if no generated text passed the reward's format; these are the shapes it is made of."
+    "The property above would be empty if no generated text passed the reward's format."
     assert plain_reward("<think>x\n</think>\n<answer>B</answer>") == "B"
     assert plain_reward("<think></think><answer>\nB\n</answer>") not in (None, "B")
     assert plain_reward("<think></think>x<answer>B</answer>") is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What holds for every rule and every text.
 
 
@@ -131,11 +176,12 @@ def test_every_text_gets_a_verdict_that_is_consistent(text, question, rule):
 
 
 @settings(max_examples=800, deadline=None)
-@given(texts, st.sampled_from([options for options in OPTIONS if len(set(options.values())) == len(options)]))
+@given(texts, st.sampled_from([options for options in OPTIONS if "slow" not in options.values()]))
 @example("A#B", {"A": "B", "B": "A"})
 def test_lenient_does_not_know_the_right_answer(text, options):
-    "What is read may not depend on what is right; only options with one text between them are told apart by it."
-    assert len({(verdict.answer, verdict.label) for verdict in (grade(text, options, label) for label in options)}) == 1
+    "What is read may not depend on what is right, but for options that share one text."
+    verdicts = [grade(text, options, label) for label in options]
+    assert len({(verdict.answer, verdict.label) for verdict in verdicts}) == 1
 
 
 @settings(max_examples=400, deadline=None)
@@ -144,44 +190,312 @@ def test_what_training_rewards_every_rule_reads(label, thought):
     options = dict(zip("ABCD", ("liver", "spleen", "left lung", "right lung")))
     text = f"<think>{thought}</think>\n<answer> {label} </answer>"
     assert [grade(text, options, label, rule).correct for rule in RULES] == [True] * len(RULES)
-    assert compute_score("any", text, options[label], {"answer_label": label, "answer": options[label], "options": options}) == 1.0
+    info = {"answer_label": label, "answer": options[label], "options": options}
+    assert compute_score("any", text, options[label], info) == 1.0
 
 
-@pytest.mark.parametrize("separator", [", ", " ", "\n", "; ", " and ", "/", "</answer><answer>", " or "])
-@pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "({label}) {text}", "**{label}**", r"\boxed{{{label}}}", "Option {label}"])
-@pytest.mark.parametrize("frame", ["{}", "<answer>{}</answer>", "The answer is {}", "Answer: {}", "<think>x</think>{}"])
+@pytest.mark.parametrize("separator", [", ", " ", "\n", "; ", " and ", "/", " or ",
+                                       "</answer><answer>"])
+@pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "({label}) {text}",
+                                  "**{label}**", r"\boxed{{{label}}}", "Option {label}"])
+@pytest.mark.parametrize("frame", ["{}", "<answer>{}</answer>", "The answer is {}", "Answer: {}",
+                                   "<think>x</think>{}"])
 def test_naming_several_options_earns_nothing(frame, form, separator):
     options = {"A": "liver", "B": "spleen", "C": "left lung", "D": "right lung"}
     for labels in ("ABCD", "AB", "CA", "DCB"):
-        text = frame.format(separator.join(form.format(label=label, text=options[label]) for label in labels))
-        assert {grade(text, options, label) for label in options} == {Grade(None, None, False)}, text
+        named = [form.format(label=label, text=options[label]) for label in labels]
+        text = frame.format(separator.join(named))
+        verdicts = {grade(text, options, label) for label in options}
+        assert verdicts == {Grade(None, None, False)}, text
 
 
-@pytest.mark.parametrize("text", ["B. slow", "slow (B)", "slow, so probably B", "<answer>slow</answer><answer>B</answer>", "The answer is slow. The answer is B."])
+@pytest.mark.parametrize("text", ["B. slow", "slow (B)", "slow, so probably B",
+                                  "<answer>slow</answer><answer>B</answer>",
+                                  "The answer is slow. The answer is B."])
 def test_a_letter_tells_apart_what_a_text_cannot(text):
     options = {"A": "stop", "B": "slow", "C": "slow"}
     assert [grade(text, options, label).correct for label in options] == [False, True, False]
     assert [grade("slow", options, label).correct for label in options] == [False, True, True]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time is measured by tests/bench.py. Here stands only what does not end at all where a rule backtracks.
+# ------------------------------------------------------------------------------------------------
+# Kinds of completions that a grader gets wrong: the cases, and made siblings of each kind.
+
+
+def shared_cases() -> list:
+    "Every case and control of ../shared/cases; one skipped entry where they are absent."
+    found = []
+    for path in sorted((SHARED / "cases").glob("grade-*.json")):
+        content = json.loads(path.read_text())
+        for key in ("cases", "controls_that_pass_and_must_stay"):
+            found += [pytest.param(case, id=f"{path.stem}-{key[:4]}-{number}")
+                      for number, case in enumerate(content[key])]
+    missing = pytest.mark.skip(reason="The cases (../shared/cases) are not on this machine.")
+    return found or [pytest.param(None, marks=missing)]
+
+
+@pytest.mark.parametrize("case", shared_cases())
+def test_every_shared_case_and_control_gets_its_value(case):
+    verdict = grade(case["completion"], case["options"], case["answer_label"], case["rule"])
+    assert {"label": verdict.label, "correct": verdict.correct} == case["expected"]
+
+
+SALTS = dict(zip("ABCD", ("Hypocalcemia", "Hypomagnesemia", "Hyponatremia", "Hypokalemia")))
+TISSUE = dict(zip("ABC", ("Fetal steroids", "Vascular dementia", "Smooth muscle")))
+FINDINGS = dict(zip("ABC", ("a bicuspid valve", "a lung mass", "a rib fracture")))
+DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
+CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
+PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
+TEN = dict(zip("ABCDEFGHIJ", "one two three four five six seven eight nine ten".split()))
+SIBLINGS = [  # kind, options, what it must read, completions
+    ("a letter that is denied", SALTS, None, [
+        "B cannot be correct.", "I would rule out (B).", "This excludes option B.", "Not B.",
+        "(B) is incorrect, (C) is incorrect.", "Hypomagnesemia (B) is not supported.",
+        "It is unlikely to be B.", "We can eliminate A and B.", "Neither A nor B fits.", "B? No.",
+        "The answer isn't B.", "Answer: not B", "<answer>not B</answer>", "B is a distractor.",
+        r"\boxed{\text{not B}}", '{"answer": "not B"}', "Option B would be wrong.", "B: no",
+        "I don't think the answer is B.", "The wrong answer is B.", "Incorrect answer: B",
+        "B\n\nB is wrong.", "A. It is B\n\nOption (B) is not correct."]),
+    ("a text that is denied", TISSUE, None, [
+        "There is no vascular dementia.", "Vascular dementia is ruled out.", "Is it smooth muscle?",
+        "This patient does not have vascular dementia.", "It may be vascular dementia.",
+        "Image shows vascular dementia and smooth muscle."]),
+    ("a denial in Chinese", CHEST, None, ["B不正确。", "排除B", "答案不是B", "不选B", "选项B是错误的"]),
+    ("a denial beside the answer", SALTS, "C", [
+        "The answer cannot be B, so it must be C.", "The answer is C rather than B.",
+        "The answer is C, since B is wrong.", "It's not A, it's not B. The answer is C.",
+        "Answer: C (B is wrong)", "C is correct and not B", "The answer is C instead of D."]),
+    ("a list that was cut off", SALTS, None, [
+        "a) Hypocalcemia: no.\nb) Hypomagnesemia: no.\nc) Hyponatremia", "A) no B) no C",
+        "- Hypocalcemia: no\n- Hypomagnesemia: plausible\n- Hyponatremia",
+        "**A.** no\n**B.** no\n**C", "Option A: no.\nOption B: maybe.\nOption C",
+        "1) A. no\n2) B. no\n3) C. Hyponatremia", "A: low\nB: normal\nC: ",
+        "A) Hypocalcemia\nLow.\nB) Hypomagnesemia\nPlausible.\nC) Hyponatremia",
+        "C) Hyponatremia: no.\nA) Hypocalcemia: no.\nB) Hypomagnesemia"]),
+    ("a list with an answer", SALTS, "B", [
+        "B. Hypomagnesemia", "B\n\nA: no.\nC: no.", "A: no.\nB: yes.\nC: no.\nD: no.\n\nB",
+        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes.\n\nThe answer is B."]),
+    ("an article that was cut off", FINDINGS, None, [
+        "The answer is a", "It must be a", "I would choose a", "So I think it is a",
+        "The answer is an", "Final answer: a lung"]),
+    ("an article before a text", FINDINGS, "B", [
+        "The answer is a lung mass", "A lung mass", "<answer>A lung mass</answer>", "Lung mass"]),
+    ("other marks of thought", SALTS, "B", [
+        "<thought>A?</thought>B", "<seed:think>The answer is A</seed:think>B", "[THINK]A[/THINK]B",
+        "<|channel|>analysis<|message|>A.<|end|><|start|>assistant<|channel|>final<|message|>B",
+        "<unused94>thought\nThe answer is A.<unused95>B", "<answer=B</answer>",
+        "<|begin_of_thought|>The answer is A<|end_of_thought|>\n\nThe answer is B",
+        "<reasoning>The answer is A.</reasoning><final_answer>B</final_answer>"]),
+    ("the last line declares", SALTS, "B", [
+        "(A) (B) (C)\nAnswer: B", "The answer is A.\nWait.\nThe answer is B.",
+        r"x = \boxed{4}. So the answer is (B).", "low after that. **Answer: B**",
+        "so the final answer: B", "Answer: B\nConfidence: 90%", "A\n\nThe answer is B."]),
+    ("two declarations elsewhere", SALTS, None, [
+        "The answer is A.\nThe answer is B.\nThat is all."]),
+    ("usual forms", SALTS, "B", [
+        "I believe the answer is B.", "I'd go with B.", "My answer is B", "Selected answer: B",
+        "Selected option: (B)", "Prediction: Hypomagnesemia", "This points to (B).", "Answer (B)",
+        "The findings are consistent with option B.", '{"result": {"answer": "B"}}', "{answer: B}",
+        '{"selectedOption": "B"}', '{"answer": {"id": "B"}}', r"\fbox{\text{B}}",
+        '{"answer": {"option": "B"}, "options": {"A": "x", "B": "y"}}']),
+    ("usual forms in Chinese", CHEST, "B", [
+        "故选：B。", "【答案】 B【解析】气体", "因此，正确选项是B", "本题答案为B。", "我选择B",
+        "答案应该是B", "应选择 B。", "答案：气胸", "最终答案是：B"]),
+    ("numbers with units", DOSES, "B", [
+        "10mg", "The answer is 10 mg.", "The dose is 10mg.", r"\boxed{10\,\text{mg}}", "10-mg"]),
+    ("other numbers", DOSES, None, ["100 mg", "1 0 mg", "10 g", "110 mg"]),
+    ("pictures", PICTURES, "B", ["Answer: image 2", "The answer is <image 2>", "B. <image 2>"]),
+    ("next questions and loops", SALTS, "B", [
+        "Answer: B\n\nProblem: Which?\nAnswer: C",
+        "Answer: B\n\n**Next question**: Which?\nAnswer: C",
+        "B<|im_end|>\n<|im_start|>user\nWhich?\nAnswer: C", "答案：B\n\n问题：哪个？\n答案：C",
+        "Answer: B\n\n[Question 2]\nAnswer: C", "Answer: B\n\nUser: Which?\nAssistant: C",
+        "\\boxed{B}\n\\boxed{B}\n\\boxed{", '{"answer":"B"}\n{"answer":"C']),
+    ("a pronoun", TEN, None, ["I cannot say.", "I think so.", "I do not know."]),
+    ("option I", TEN, "I", ["I", "I think I", "Answer: I", "(I)"]),
+]
+
+
+@pytest.mark.parametrize("options, label, text", [
+    pytest.param(options, label, text, id=f"{kind}: {text!r:.40}")
+    for kind, options, label, completions in SIBLINGS for text in completions])
+def test_every_made_sibling_gets_its_value(options, label, text):
+    assert grade(text, options, label or "B").label == label
+
+
+# ------------------------------------------------------------------------------------------------
+# Two laws. A completion is a list of pieces: prose as it stands, or a name of an option.
+
+QUESTIONS = [
+    ("lung mass", "normal heart", "pleural effusion", "rib fracture"), ("Yes", "No"),
+    ("a bicuspid valve", "a lung mass", "the left lung", "an ulcer"),
+    ("10 mg", "5 mg", "20 mg", "1.5 mg"), ("20", "-20", "1.5", "60-70%"),
+    ("Hepatitis B", "Vitamin C", "Vitamin B12", "E. coli", "Klebsiella"),
+    ("Not known", "No fracture", "Fracture of the rib", "None of the above"),
+    ("<image 1>", "<image 2>", "<image 3>"), ("肺炎", "气胸", "胸腔积液", "正常"),
+    tuple(TEN.values())]
+PROSE = [
+    "The answer is", " ", "Answer:", ". A scan shows this", " I think so", " I think", "\n", "\n\n",
+    ". ", ", ", ".", " because the lobe is dense", " is correct", " is wrong", " not ", " or ",
+    " and ", "(", ")", "**", "<answer>", "</answer>", "<think>", "</think>", "\\boxed{", "}",
+    '{"answer": "', '"}', "Final answer:", "So", " most likely", "the correct option is", "选",
+    "答案是", "corresponds to", "Option ", " option ", "Conclusion: ", ": no.",
+    " can be ruled out", "but ", "rather than ", ". A biopsy is due.", "I cannot tell", "It is",
+    " seems to be ", "?", "If", "1. ", "- ", " - ", "the "]
+CUT_OFF = ["", "", "", " The defect is a", " The most likely defect is a", " It is an"]
+named_piece = st.tuples(st.sampled_from(["letter", "letter", "letter", "bracket", "small letter",
+                                         "text", "text", "small text", "article"]),
+                        st.integers(0, 9))
+completions = st.lists(st.one_of(st.sampled_from(PROSE), st.sampled_from(PROSE), named_piece),
+                       min_size=1, max_size=14)
+
+
+def name_of(kind: str, letter: str, text: str) -> str:
+    article = "a " + text.removeprefix("a ")
+    return {"letter": letter, "small letter": letter.lower(), "bracket": f"({letter})",
+            "text": text, "small text": text.lower(), "article": article}[kind]
+
+
+def write(pieces: list, letters: str, option_texts: tuple) -> str:
+    "The completion with these letters; words that would touch get a blank between them."
+    written = ""
+    for piece in pieces:
+        if not isinstance(piece, str):
+            kind, i = piece[0], piece[1] % len(option_texts)
+            piece = name_of(kind, letters[i], option_texts[i])
+        written += " " * (written[-1:].isalnum() and piece[:1].isalnum()) + piece
+    return written
+
+
+def law(function):
+    "400 examples, the same each time; MEDVLTHINKER_FUZZ=50 makes them 20,000."
+    return seed(20261128)(settings(max_examples=400 * FUZZ, deadline=None, database=None,
+                                   suppress_health_check=list(HealthCheck))(function))
+
+
+@law
+@given(completions, st.sampled_from(QUESTIONS), st.data(), st.integers(0, 9),
+       st.sampled_from(CUT_OFF))
+def test_renaming_letters_and_reordering_options_never_changes_the_verdict(
+        pieces, option_texts, data, gold, end):
+    verdicts = []
+    for _ in range(2):
+        letters = "".join(data.draw(st.permutations("ABCDEFGHIJ"[:len(option_texts)])))
+        order = data.draw(st.permutations(range(len(option_texts))))
+        options = {letters[i]: option_texts[i] for i in order}
+        text = write([*pieces, end], letters, option_texts)
+        verdict = grade(text, options, letters[gold % len(option_texts)])
+        label = verdict.label and letters.index(verdict.label)
+        verdicts.append((verdict.correct, label, text, options))
+    assert verdicts[0][:2] == verdicts[1][:2], verdicts
+
+
+DENIALS = [
+    "Option ({L}) is not correct.", "Option {L} is incorrect.", "{L} is wrong.", "{L} is out.",
+    "{L} can be ruled out.", "It is not {L}.", "I can exclude ({L}).", "({L}) is unlikely.",
+    "The answer is not {L}.", "This rules out {L}.", "{L} does not fit.", "{L} isn't right.",
+    "{T} ({L}) is less likely because the level is normal.", "{L}. {T} is not the right answer.",
+    "{T} is unlikely.", "It is not {T}.", "We can eliminate option {L}.", "{L}: wrong.", "Not {L}.",
+    "Therefore, option ({L}) is not the correct answer.", "The correct answer cannot be {L}.",
+    "I do not think it is {L}.", "{L} has been excluded.", "There is no {T}.",
+    "{L}, however, is incorrect.", "答案不是{L}。", "排除{L}。", "{L}是错误的。", "{L}不正确。", "不选{L}。"]
+
+
+@law
+@given(completions, st.sampled_from(QUESTIONS[:-1]), st.integers(0, 9), st.sampled_from(DENIALS),
+       st.sampled_from(["\n", "\n\n", ". "]), st.booleans())
+def test_adding_a_denial_of_an_option_never_turns_a_wrong_answer_into_it(
+        pieces, option_texts, number, denial, between, before):
+    letters = "ABCDEFGHIJ"[:len(option_texts)]
+    number %= len(option_texts)
+    options, label = dict(zip(letters, option_texts)), letters[number]
+    text = write(pieces, letters, option_texts)
+    denial = denial.format(L=label, T=option_texts[number])
+    longer = denial + between + text if before else text + between + denial
+    if not grade(text, options, label).correct:
+        assert not grade(longer, options, label).correct, (longer, options, label)
+
+
+# ------------------------------------------------------------------------------------------------
+# Real outputs. The ids of the rows on which the peer's verdict is another than ours, as judged by
+# a reader: first those where the peer is wrong, then those where we are.
+
+PEER_WRONG = {*"""
+gpt-4o_standard(10_options)_direct/test_Diagnostics_and_Laboratory_Medicine_72
+gpt-4o_standard(10_options)_direct/validation_Diagnostics_and_Laboratory_Medicine_5
+gpt-4o_vision_direct/validation_Basic_Medical_Science_1
+mirage/medmcqa/cot/gpt-35-turbo-16k/132fec12-271f-4778-93af-042d6ec32a22
+mirage/medmcqa/cot/gpt-35-turbo-16k/2e13cc41-3244-4a86-a776-cb24e05b8a91
+mirage/medmcqa/cot/gpt-4-32k/7afc56e6-6ada-4418-9d5a-68b7b061c5e3
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/0aa00d57-86a2-4699-ab06-82f22ecf5438
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/0e7c7436-6b35-4b36-b2f2-914d34992d11
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/17360c6c-2c98-4fe2-aa85-487dcf4678df
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/3d2b968e-f973-423f-a0e9-1aab41489e9f
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/9c621803-2e70-4cbd-8b4a-729370ae6e3c
+mirage/medmcqa/rag_32/gpt-35-turbo-16k/fa2a0cb0-f5b4-4353-9c23-b256c3e73e71
+mirage/medmcqa/rag_32/gpt-4-32k/280724b1-2ca3-416f-beb6-3e06c2511b1f
+mirage/medmcqa/rag_32/gpt-4-32k/431cd080-eae1-4b26-a7d5-42475e01fcd3
+mirage/medqa/cot/gpt-4-32k/0580 mirage/medqa/rag_32/gpt-35-turbo-16k/0580
+mirage/medqa/rag_32/gpt-4-32k/0580 mmlupro/Meta-Llama-3_1-70B-Instruct/6317
+mmlupro/Meta-Llama-3_1-8B-Instruct/6360 mmlupro/Phi-3-mini-4k-instruct/6677
+mmlupro/Qwen1.5-7B-Chat/6344 mmlupro/c4ai-command-r-v01/6236 trl_dapo/20251022_181457/1/59
+trl_dapo/20251022_181457/11/251 trl_dapo/20251022_181457/14/231 trl_dapo/20251022_181457/15/140
+trl_dapo/20251022_181457/24/104 trl_dapo/20251022_181457/25/229 trl_dapo/20251022_181457/29/210
+trl_dapo/20251022_181457/29/79 trl_dapo/20251022_181457/32/22 trl_dapo/20251022_181457/33/40
+trl_dapo/20251022_181457/35/92 trl_dapo/20251022_181457/39/265 trl_dapo/20251022_181457/7/257
+trl_dapo/20251022_181457/8/242 trl_dapo/20251028_165141/104/274 trl_dapo/20251028_165141/115/47
+trl_dapo/20251028_165141/136/10 trl_dapo/20251028_165141/189/12 trl_dapo/20251028_195736/1/51
+trl_dapo/20251101_193625/13/197
+""".split()}
+OURS_WRONG = {*"""
+trl_dapo/20251022_181457/11/188 trl_dapo/20251022_181457/16/158 trl_dapo/20251022_181457/19/126
+trl_dapo/20251022_181457/19/32 trl_dapo/20251022_181457/28/271 trl_dapo/20251022_181457/34/30
+trl_dapo/20251022_181457/36/233
+""".split()}
+
+
+def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
+    "And without the rows whose verdict is wrong at least 97 % agree, in every set and both halves."
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("The real outputs (../shared/data) are not on this machine.")
+    seen, counts = set(), {}
+    for path in sorted(folder.glob("raw_*/dev.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            peer, options = row.get("peer"), row.get("options", dict.fromkeys("ABCDE", ""))
+            ours = grade(row["output_text"], options, row.get("gold_label", "A"))
+            verdict = peer and bool(peer.get("is_correct", peer.get("accuracy")))
+            same = ours.correct == verdict if peer else ours.label is None  # m1's hold no answer
+            key = row["id"].replace(" ", "_")
+            seen |= set() if same else {key}
+            half = hashlib.sha256(row["id"].encode()).digest()[0] % 2
+            for part in (path.parent.name, half):
+                rows, agreed = counts.get(part, (0, 0))
+                counts[part] = rows + (key not in PEER_WRONG), agreed + same
+    assert seen == PEER_WRONG | OURS_WRONG
+    assert all(agreed >= 0.97 * rows for rows, agreed in counts.values()), counts
+
+
+# ------------------------------------------------------------------------------------------------
+# Time is measured elsewhere. Here stands only what does not end where a rule backtracks.
 
 
 def test_a_loop_that_the_plain_expression_cannot_survive():
     text = "<answer>" * 100_000   # the plain search takes minutes on it
-    assert [grade(text, {"A": "x", "B": "y"}, "A", rule).correct for rule in RULES] == [False] * len(RULES)
+    verdicts = [grade(text, {"A": "x", "B": "y"}, "A", rule).correct for rule in RULES]
+    assert verdicts == [False] * len(RULES)
 
 
 @settings(max_examples=50, deadline=None)
 @given(soup, soup)
 def test_lenient_reads_a_long_text_at_its_ends(start, end):
     start, end = start.ljust(module._REACH, "~"), end.rjust(module._REACH, "~")
-    question = {"A": "Yes", "B": "No"}, "B"
-    assert grade(start + "~" * 10_000 + end, *question) == grade(start + "~" * 20_000 + end, *question)
+    short, long = (grade(start + "~" * gap + end, {"A": "Yes", "B": "No"}, "B")
+                   for gap in (10_000, 20_000))
+    assert short == long
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # As verl loads it, and what an import costs.
 
 BY_PATH = """
@@ -191,7 +505,9 @@ module = importlib.util.module_from_spec(spec)
 if sys.argv[2] == "registered": sys.modules["custom_module"] = module
 spec.loader.exec_module(module)
 info = {"answer_label": "B", "answer": "No", "options": '{"A": "Yes", "B": "No"}', "index": 0}
-print(module.compute_score(data_source="d", solution_str="<think>x</think><answer>B</answer>", ground_truth="No", extra_info=info, reward_router_address=None))
+text = "<think>x</think><answer>B</answer>"
+print(module.compute_score(data_source="d", solution_str=text, ground_truth="No", extra_info=info,
+                           reward_router_address=None))
 assert not any(name.startswith("medvlthinker") for name in sys.modules)
 """
 
@@ -199,43 +515,56 @@ assert not any(name.startswith("medvlthinker") for name in sys.modules)
 @pytest.mark.parametrize("registered", ["registered", "alone"])
 def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
     "In a bare interpreter (-I -S: no site packages, no current folder): the file stands alone."
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", BY_PATH, module.__file__, registered], cwd=tmp_path, check=False, capture_output=True, text=True)
+    command = [sys.executable, "-I", "-S", "-c", BY_PATH, module.__file__, registered]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("1.0", 0), done.stderr
 
 
 def test_import_loads_the_standard_library_alone():
-    code = ("import sys; before = set(sys.modules); import medvlthinker.core.grade; new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+    code = ("import sys; before = set(sys.modules); import medvlthinker.core.grade; "
+            "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
             "print(sorted(new - set(sys.stdlib_module_names) - {'medvlthinker'}))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_module_imports_the_standard_library_alone():
     spec = importlib.util.find_spec("medvlthinker.core.grade")
-    imports = re.findall(r"^(?:from|import) +([\w., ]+?)(?: import|$)", Path(spec.origin).read_text(), re.M)
+    source = Path(spec.origin).read_text()
+    imports = re.findall(r"^(?:from|import) +([\w., ]+?)(?: import|$)", source, re.M)
     names = {name.strip().partition(".")[0] for line in imports for name in line.split(",")}
     assert names and names <= set(sys.stdlib_module_names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # compute_score meets whatever verl hands over.
 
 
-@pytest.mark.parametrize("info", [None, {}, {"answer_label": "B"}, {"answer_label": "B", "answer": "Yes"}])
+@pytest.mark.parametrize("info", [None, {}, {"answer_label": "B"},
+                                  {"answer_label": "B", "answer": "Yes"}])
 def test_a_gold_answer_that_stands_twice_and_differs_stops_the_run(info):
     with pytest.raises(ValueError, match="ground_truth"):
         compute_score("d", "B", "No", info)
+
+
+def test_a_row_without_its_letter_stops_the_run():
+    "The original compares such a row by its text alone; a run that trains on it is a mistake."
+    with pytest.raises(ValueError, match="answer_label"):
+        compute_score("d", "B", "No", {"answer": "No"})
 
 
 @settings(max_examples=300, deadline=None)
 @given(texts, st.sampled_from(RULES), st.booleans())
 def test_the_reward_is_the_verdict(text, rule, as_json):
     options = {"A": "Yes", "B": "No"}
-    info = {"answer_label": "B", "answer": "No", "options": '{"A": "Yes", "B": "No"}' if as_json else {**options, "C": None}}
-    assert compute_score("d", text, "No", info, rule=rule, step=1) == float(grade(text, options, "B", rule).correct)
+    stored = '{"A": "Yes", "B": "No"}' if as_json else {**options, "C": None}
+    info = {"answer_label": "B", "answer": "No", "options": stored}
+    score = compute_score("d", text, "No", info, rule=rule, step=1)
+    assert score == float(grade(text, options, "B", rule).correct)
 
 
 def test_letters_that_only_other_rows_have_are_not_options():
-    "Parquet gives every row of a struct column the letters of all rows, with None for those it lacks."
+    "Parquet gives every row the letters of all rows, with None for those it lacks."
     info = {"answer_label": "A", "answer": "Some", "options": {"A": "Some", "B": "Few", "C": None}}
-    assert compute_score("d", "A. None", "Some", info, rule="lenient") == 1.0   # no option is called None, so the letter stands alone
+    assert compute_score("d", "A. None", "Some", info, rule="lenient") == 1.0

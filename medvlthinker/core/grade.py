@@ -10,7 +10,7 @@ import json, re, unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple
 
 # %% ../../nbs/core/02_grade.ipynb #9e6da611
 RULES = ("reward", "strict", "regrade", "llava", "lenient")
@@ -35,20 +35,24 @@ def _block(
         if "<answer>" in part: return part.split("<answer>", 1)[1]
     return None
 
-_MIDDLE = re.compile(r"</think>\s*<answer>")
-
-def _formatted(text: str) -> bool:
+# %% ../../nbs/core/02_grade.ipynb #9a4e0007
+def _is_formatted(text: str) -> bool:
     "Whether the whole text is <think>...</think><answer>...</answer>, as the reward demands."
-    return text.startswith("<think>") and text.endswith("</answer>") and _MIDDLE.search(text) is not None
+    ends = text.startswith("<think>") and text.endswith("</answer>")
+    return ends and re.search(r"</think>\s*<answer>", text) is not None
 
 # %% ../../nbs/core/02_grade.ipynb #30391519
-_CUES = tuple((cue, re.compile(cue + r"\s*(.*)", re.I)) for cue in ("answer:", "answer is:", "answer is", "is:"))
+_CUES = tuple((cue, re.compile(cue + r"\s*(.*)", re.I))
+              for cue in ("answer:", "answer is:", "answer is", "is:"))
 
-def _cued(text: str) -> str:
+def _after_cue(text: str) -> str:
     "What follows the last cue of the first kind that occurs; the whole text where none does."
-    heard = text.lower().replace("ſ", "s").replace("ı", "i").replace("i̇", "i")
-    return next((found[-1] for cue, pattern in _CUES if cue in heard and (found := pattern.findall(text))), text)
+    folded = text.lower().replace("ſ", "s").replace("ı", "i").replace("i̇", "i")
+    for cue, pattern in _CUES:
+        if cue in folded and (found := pattern.findall(text)): return found[-1]
+    return text
 
+# %% ../../nbs/core/02_grade.ipynb #9a4e000d
 def _published(
     text: str,
     rule: str,  # any rule but lenient
@@ -56,10 +60,11 @@ def _published(
     "The text that a published rule grades."
     if rule in ("regrade", "llava"):
         block = _block(text, last=True)
-        said = _cued(text) if block is None else block.strip().split("\n")[0]   # of a block, the first line that is not blank
-        for tag in ("<think>", "</think>", "<answer>", "</answer>"): said = said.replace(tag, "")
-        return said.strip()
-    if rule == "strict" or _formatted(text):
+        answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
+        for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+            answer = answer.replace(tag, "")
+        return answer.strip()
+    if rule == "strict" or _is_formatted(text):
         block = _block(text, one_line=rule == "reward")
         return (text if block is None else block).strip()
     return None
@@ -71,182 +76,410 @@ def _exact(
     substring: bool = False,  # an option's text anywhere in the answer is enough (llava)
 ) -> set[str]:  # the letters of the options that the answer matches
     "The published comparison, put to each option."
-    said, same = answer.strip().lower(), set()
+    answer, same = answer.strip().lower(), set()
     for label, text in options.items():
-        text = str(text).strip().lower()
-        forms = f"{label}. {text}".strip().lower(), str(label).strip().lower(), text
-        if said in forms or substring and text in said: same.add(label)
+        text = str(text).lower()
+        forms = f"{label}. {text}".strip().lower(), str(label).strip().lower(), text.strip()
+        if answer in forms or substring and text in answer: same.add(label)
     return same
 
-# %% ../../nbs/core/02_grade.ipynb #bda5a3a5
+# %% ../../nbs/core/02_grade.ipynb #9a4e0014
 _REACH = 16_384
-_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x3002: "."}
-_TAG = re.compile(r"<[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)|\b(?:answer|think)>", re.I)   # also cut off, or without its first bracket
+_WIDE = ({code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+         | {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]"})
+_SEAM = re.compile("(?<=[\u4e00-\u9fff])(?=[A-Z])|(?<=[A-Z])(?=[\u4e00-\u9fff])")
 
-_Long = TypeVar("_Long", list, str)
-
-def _ends(items: _Long, most: int, between: _Long) -> _Long:
-    "The first and the last of very many."
+def _ends(items, most: int, between):
+    "The first and the last of very many: a list or a text."
     return items if len(items) <= 2 * most else items[:most] + between + items[-most:]
+
+def _normal(text: str) -> str:
+    "The ends of a text, with plain letters for wide ones, and blanks beside Chinese."
+    text = _ends(text, _REACH, "\n")
+    return text if text.isascii() else _SEAM.sub(" ", text.translate(_WIDE))
+
+# %% ../../nbs/core/02_grade.ipynb #bda5a3a5
+_THOUGHT = (r"(?:seed:)?(?:cot_)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection"
+            r"|scratchpad)")
+_MARK = re.compile(rf"[<\[◁](?:(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?){_THOUGHT}\|?[>\]▷]"
+                   r"|unused9(?:4>(?:thought)?|5>)|\|channel\|>(?:analysis|commentary)<\|message\|>"
+                   r"|(?:\|end\|><)?\|start\|>assistant<\|channel\|>final<\|message\|>)", re.I)
+_CLOSES = re.compile("/|end|95|final", re.I)
+_TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)"
+                  r"|\b(?:answer|think)>", re.I)   # also cut off, or without its first bracket
 
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
-    text = _ends(text, _REACH, "\n")
-    text = text if text.isascii() else text.translate(_WIDE)  # most text has nothing to translate, and looking costs more
-    *thoughts, rest = re.split("</think>", text, flags=re.I)
+    text = _MARK.sub(lambda mark: "</think>" if _CLOSES.search(mark[0]) else "<think>", text)
+    if "assistantfinal" in text:
+        text = re.sub(r"\Aanalysis", "<think>", text).replace("assistantfinal", "</think>")
+    *thoughts, rest = text.split("</think>")
     if thoughts and "<think>" not in thoughts[0]: thoughts[0] = ""
     said = "\n".join([thought.partition("<think>")[0] for thought in thoughts] + [rest])
-    return said if re.search(r"\w", _TAG.sub("", said)) else text
+    return said if re.search(r"\w|<", _TAG.sub("", said)) else text
 
 # %% ../../nbs/core/02_grade.ipynb #b0f44d6b
-_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)")
-_FIELD = re.compile(r"""["'](?:final_|correct_)?(?:answer|choice|option)(?:_?(?:choice|letter|label|option))?["']\s*:\s*"""
-                    r"""(?:"((?:[^"\\]|\\.)*)|'([^']*)|\[([^\[\]]{0,300})|([^\s,}\]]{1,80}))""", re.I)
+_ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?(?:answer|solution)\s*(?:>|[:=](?=[^<>\n]*</))",
+                     re.I)
 
 def _tags(text: str) -> list[str]:
-    "What stands after each <answer>, up to its end; of a block that lost its opening tag, the lines of its last paragraph."
-    parts = re.split("<answer>", text, flags=re.I)
-    (before, *closed), *cut = (re.split("</answer>?", part, maxsplit=1, flags=re.I) for part in parts)
+    "What stands in each <answer>; of one without opening tag, the lines of its last paragraph."
+    parts = _ANSWER.sub(r"<\1answer>", text).split("<answer>")
+    (before, *closed), *rest = (re.split("</answer>?", part, maxsplit=1, flags=re.I)
+                                for part in parts)
     lines = before.strip().split("\n\n")[-1].split("\n") if closed else []
-    return [line for line in lines if line.strip()] + [inside for inside, *closed in cut if closed or inside.strip()]
+    found = [line for line in lines if line.strip()]
+    return found + [inside for inside, *closed in rest if closed or inside.strip()]
 
-def _forms(text: str) -> list[str] | None:  # None where there is no form; empty where the last one is blank
-    "What the model wrote into tags, boxes or JSON fields made for the answer."
-    forms = None
-    for find in (_tags, _BOX.findall, lambda text: ["".join(values) for values in _FIELD.findall(text)]):
-        if found := find(text):
-            forms = found if found[-1].strip() else []
-            text = "\n".join(forms)
-    return forms
+# %% ../../nbs/core/02_grade.ipynb #9a4e001d
+_OWN = r"(?:(?:final|correct|right|best|selected|chosen|predicted|my|the|model)[_ -]?)*"
+_KEY = (r"(?:answer|ans|choice|option|letter|label|prediction|pred|selection|response|result|output"
+        r"|decision|verdict|diagnosis)(?:[_ -]?(?:choice|letter|label|option|text|id|value|key))?")
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*)")
+_FIELD = re.compile(rf"""["']{_OWN}{_KEY}["']\s*:\s*(?:\{{\s*["'][^"'{{}}]{{1,40}}["']\s*:\s*)?"""
+                    r"""(?:"((?:[^"\\]|\\.)*)|'([^']*)|\[([^\[\]]{0,300})"""
+                    r"""|([^\s,{}\]"'\[]{1,80}))""", re.I)
+
+def _filled(text: str, form: re.Pattern) -> list[str]:
+    "What the model wrote into the boxes, or the JSON fields, that are made for the answer."
+    matches = [*form.finditer(text)]
+    values = ["".join(match.groups("")) for match in matches]
+    cut_off = bool(matches) and matches[-1].end() >= len(text.rstrip())
+    return values[:-1] if cut_off and (len(values) > 1 or not values[0].strip()) else values
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0020
+_ADJ = (r"(?:(?:the|my|our|your) )?(?:(?:final|correct|best|right|single|most (?:likely|appropriate"
+        r"|suitable|probable)|appropriate|likely|chosen|selected|predicted) ){0,2}")
+_KIND = r"(?: choice| option| letter)?"
+_IS = (r"(?:'s| (?:is|was|would be|should be|must be|will be|has to be|seems(?: to be)?"
+       r"|appears(?: to be)?|remains))")
+_SURELY = (r"(?: (?:most likely|most probably|likely|probably|clearly|definitely|therefore|thus"
+           r"|indeed|simply|actually|then|to be)){0,3}")
+_WHOLE = r"(?! ?(?-i:[a-z])[ \t]*(?:\n|\Z))"   # no article of a sentence that was cut off
+_DECLARED = tuple(re.compile(pattern, re.I | re.M) for pattern in (
+    # Answer: ...   anywhere; Selected option: ...   where a sentence begins
+    rf"\b(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
+    r"[ \t*_\"')\]]{0,4}[:=]",
+    rf"(?:^|[.!?;)][ \n])[^\w\n]{{0,8}}{_ADJ}(?:choice|option|selection|selected|prediction|guess"
+    rf"|predicted|conclusion|decision|response|verdict|diagnosis|pick)(?: is| answer|{_KIND})"
+    r"[ \t*_]{0,4}[:=]",
+    rf"^[^\w\n]{{0,8}}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$",
+    # ... the answer to this question is most likely ...
+    r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
+    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?{_IS}{_SURELY}[ \t]*:?{_WHOLE}",
+    # I would choose ...
+    r"\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? (?:choose|chose|select(?:ed)?"
+    rf"|pick(?:ed)?|go(?:ing)? (?:with|for)|opt for|vote for|settle on)\b{_WHOLE}",
+    # so option ... is the best
+    r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
+    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)",
+    # Qwen falls into Chinese
+    r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?[是为选择:=]+)", r"正确(?:的|选项)应?[是为]",
+    r"选(?<![不未非]选)择?[ :]*(?=[*_(\[]{0,4}(?-i:[A-Z])\b)", r"选项 ?(?=(?-i:[A-Z]) ?是?(?:正确|对))"))
 
 # %% ../../nbs/core/02_grade.ipynb #d5d796b5
-_NAME, _IS = r"(?:answer|choice|option)(?: choice| option| letter)?", r"(?:is|was|would be|should be|must be|will be)"
-_DECLARED = tuple(re.compile(pattern, re.I | re.M) for pattern in (
-    # Final answer: ...   in Chinese, too, for Qwen falls into it
-    rf"^[^\w\n]{{0,8}}(?:(?:(?:the|my) )?(?:(?:final|correct|best|right) )?{_NAME}(?: is)?|答案)[ \t*_]{{0,4}}(?::|$)",
-    r"^[^\w\n]{0,8}答案是",
-    # ... the answer to this question is most likely ...
-    r"\b(?=[tacbr])(?:\bthe (?:(?:final|correct|best|right) )?)?(?<!if the )(?<!wrong )(?<!incorrect )"
-    r"\b(?:answer|(?:correct|best|right|appropriate) (?:option|choice))"
-    rf"(?: choice| option| letter)?(?: to (?:this|the) question)?(?:'s| {_IS})"
-    r"(?: (?:most likely|likely|probably|clearly|definitely|therefore|thus|indeed|simply|to be)){0,3}[ \t]*:?",
-    # I would choose ...
-    r"\bi(?:'d| would| will)? (?:choose|select|pick|go with)\b",
-    r"(?=^[^\w\n]*[a-z][^\w\n]*$)",   # a line that is one letter
-    # so option ... is the best
-    r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )"
-    r"(?=\(?[A-Z]\)? (?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"))
-_CONCLUDED = (  # ... is (B); the most likely diagnosis is ...
-    re.compile(r"\b(?:is|are|be|was):?\s+(?=[*(\[]{0,3}(?:[Oo]ption |[Cc]hoice )?\(?[A-Z][).:\]])"),
-    re.compile(rf"\b(?:most (?:likely|appropriate|probable)|best|correct|final)\b[^.\n]{{0,80}}? (?:are|{_IS})\b", re.I))
+_DOUBT = re.compile(r"\b(?:not|never|if|whether|unless|wrong|incorrect|false|less|least|unlikely"
+                    r"|cannot|i doubt)\b|n't\b|错|不|非", re.I)
 
-def _after(text: str, cues: tuple) -> list[str]:
-    "The statements that follow the cues, each up to the next cue or the end of its paragraph; a list of options may follow."
-    found = sorted((match.start(), match.end()) for cue in cues for match in _ends([*cue.finditer(text)], 32, []))
-    stops = [start for start, _ in found[1:]] + [len(text)]
-    said = [text[end:min(max(stop, end), end + 2000)].strip(" \t\n\r*_") for (_, end), stop in zip(found, stops)]
-    return [re.split(r"\n\n(?!\(?[A-Z][).:])", statement, maxsplit=1)[0] for statement in said]
+def _after(text: str, cues: tuple) -> list[tuple[int, str]]:  # where each begins, and the statement
+    "The statements that follow the cues, each up to the next cue or the end of its paragraph."
+    found = sorted((match.start(), match.end()) for cue in cues
+                   for match in _ends([*cue.finditer(text)], 32, []))
+    stops, statements = [start for start, _ in found[1:]] + [len(text)], []
+    for (start, end), stop in zip(found, stops):
+        clause = re.split(r"[.,;:!?\n]", text[max(0, start - 200):start])[-1] + text[start:end]
+        if _DOUBT.search(clause): continue
+        statement = text[end:min(max(stop, end), end + 2000)].strip(" \t\n\r*_")
+        statements.append((end, re.split(r"\n\n(?!\(?[A-Z][).:])", statement, maxsplit=1)[0]))
+    return statements
 
 # %% ../../nbs/core/02_grade.ipynb #a180cedf
-_NEXT = re.compile(r"\n[ \t]*(?:question|human|user)[ \t]*:", re.I)
-_REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
-                      r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
-_INSIDE = re.compile(r"\((?:[Oo]ption |[Cc]hoice )?([A-Z])\)")
+_NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[*_ \[]{0,4}"
+                   r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
+                   r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
+                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
 
-def _statements(text: str) -> Iterator[tuple[list[str], bool]]:
-    "Groups of statements, firmest first, each with whether a statement must be an option as a whole."
-    said = _speech(text)
-    for region in dict.fromkeys((_NEXT.split(said, maxsplit=1)[0], said)):
-        forms = _forms(region)
-        if forms is not None:
-            yield [_TAG.sub("\n", form) for form in forms], False
-            region = "\n".join(forms)   # a form was filled in: nothing outside it counts
-        region = _TAG.sub("\n", region)
-        lines = [line for line in region.split("\n") if line.strip()] or [""]
-        yield _after(region, _DECLARED), False
-        yield lines if forms is None else lines[:1], True
-        yield lines[:1], False
-        yield _after(region, _CONCLUDED), False
-        yield [] if _REFUSAL.search(lines[-1]) else _INSIDE.findall(lines[-1]), True
-        if forms is not None: return
+def _statements(text: str) -> Iterator[tuple[list[str], str]]:
+    "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."
+    speech = _speech(_normal(text))
+    for region in dict.fromkeys((_NEXT.split(speech, maxsplit=1)[0], speech)):
+        if tags := _tags(region):
+            if not tags[-1].strip(): return   # an answer withheld
+            yield [_TAG.sub("\n", tag) for tag in tags], "start"
+            region = "\n".join(tags)   # a tag was filled in: nothing outside it counts
+        for values in (_filled(region, _BOX), _filled(region, _FIELD)):
+            if values and not values[-1].strip(): return
+            yield values, "start"
+        region = _TAG.sub("\n", region).strip()
+        declared, last = _after(region, _DECLARED), region.rfind("\n") + 1
+        on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
+        yield on_last[-1:], "start"
+        yield [text for _, text in declared], "start"
+        how = "thought" if "<think>" in speech else "tag" if tags else "lines"
+        yield [line for line in region.split("\n") if line.strip()], how
+        if tags: return
 
 # %% ../../nbs/core/02_grade.ipynb #da68aca1
 def extract(
-    completion: str | None,  # what the model wrote; None, as some services return for a filtered answer, counts as empty
+    completion: str | None,  # what the model wrote; None (a filtered answer) counts as empty
     rule: str = "lenient",   # one of RULES
-) -> Iterator[tuple[list[str], bool]]:  # statements of equal firmness; whether each must be an option as a whole
-    "Where a completion states its answer, firmest statements first; at most one statement for a published rule. ValueError for an unknown rule."
-    if rule not in RULES: raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
+) -> Iterator[tuple[list[str], str]]:  # statements of equal firmness; how they are read
+    """Where a completion states its answer, firmest statements first.
+
+    At most one statement for a published rule. ValueError for an unknown rule."""
+    if rule not in RULES:
+        raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
     text = completion or ""
     if rule == "lenient":
-        for group, whole in _statements(text):
+        for group, how in _statements(text):
             said = dict.fromkeys(statement.strip() for statement in group if statement.strip())
-            if said: yield _ends([*said], 16, []), whole
-    elif (answer := _published(text, rule)) is not None: yield [answer], False
+            if said: yield _ends([*said], 16, []), how
+    elif (answer := _published(text, rule)) is not None: yield [answer], "exact"
 
 # %% ../../nbs/core/02_grade.ipynb #4bc15bcd
-_WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|boxed)\b|[\^*_`$\\\"“”‘’']")
-_TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\w+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
+_WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|f?boxed|fbox)\b|\\[,; ]"
+                   r"|[\^*_`$\\\"“”‘]|</?(?:b|i|u|em|strong|su[bp])>", re.I)
+_PICTURE = re.compile(r"<((?:image|img|picture|figure)[ _]?\d+)>", re.I)   # an option of MMMU
 
 def _clean(text: str) -> str:
     "Without markdown and LaTeX wrapping; one form for each character."
-    return _WRAP.sub("", text if text.isascii() else unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-"))
+    if not text.isascii():
+        text = re.sub("[−–]", "-", unicodedata.normalize("NFKC", text)).replace("’", "'")
+    return _WRAP.sub("", _PICTURE.sub(r"\1", text))
 
-def _plain(text: str) -> str:
-    "The words, numbers and signs of a cleaned text."
-    return " ".join(_TOKEN.findall(text.casefold()))
+# %% ../../nbs/core/02_grade.ipynb #9a4e002d
+_TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\d+|[\u4e00-\u9fff]+"
+                    r"|[^\W\d\u4e00-\u9fff]+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
+
+def _words(text: str) -> tuple[str, ...]:
+    "The words, numbers and signs of an option's text, but for an article before them."
+    words = _TOKEN.findall(re.sub(r"\A\s*(?:an?|the)\s+(?=\w)", "", _clean(text).lower()))
+    return tuple(words) or (text.strip(),)
+
+def _pattern(words: tuple[str, ...]) -> str:
+    "An expression for these words, whatever punctuation stands between them."
+    parts = [f"(?i:{re.escape(word)})" for word in words]
+    if words[0][:1].isdigit(): parts[0] = "(?<![-+])" + parts[0]   # -20 is not 20
+    gaps = [int(a[-1].isdigit() == b[0].isdigit()) for a, b in zip(words, words[1:])]
+    return parts[0] + "".join(f"[-\\s,.;:'()[\\]{{}}/&|]{{{gap},4}}{part}"
+                              for gap, part in zip(gaps, parts[1:]))
 
 # %% ../../nbs/core/02_grade.ipynb #bbc6e6f1
-_LEAD = re.compile(r"(?:(?:the|an|my|final|correct|best|right|is|it|its|this|would|should|be|most|likely|probably|possibly|maybe"
-                   r"|perhaps|also|either|both|so|thus|therefore|hence) |(option|choice|answer|letter) )*")
+_VERB = (r"(?:is|was|are|were|can|could|may|might|must|should|would|will|do|does|did|has|have|had"
+         r"|seems?|looks?|appears?|remains?|sounds?)")
+_AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|contradicts?|not?|wrong"
+                 r"|incorrect|false|unlikely|out|and|n?or|vs|th[ae]n|because|since|due|given|rather"
+                 r"|instead|which|while|whereas|(?:al)?though|but|as|the|option|choice)\b")
 
-@lru_cache   # the rollouts of a question share its options
-def _keys(options: tuple[tuple[str, str], ...]) -> tuple[dict, dict]:
-    "Everything that an option is called -> the letters it may mean; and of these the names made of letter and text."
-    keys, full = {}, {}
-    for label, text in options:
-        letter, text = str(label).lower(), _plain(_clean(str(text))) or str(text).strip()
-        for names, form in ((keys, text), (full, f"{letter} {text}"), (full, f"{text} {letter}")):
-            if text: names.setdefault(form, set()).add(label)
-    return keys | full | {str(label).lower(): {label} for label, _ in options}, full
+def _letters(labels: tuple[str, ...]) -> re.Pattern:
+    "An expression for letters: capitals that stand alone, and small ones that are no article."
+    upper = "|".join(re.escape(label.upper()) for label in labels) or "(?!)"
+    small = f"({upper}|{upper.lower()})"   # not (?i:...), to which a dotless i is an I
+    return re.compile(
+        rf"(?<![\w'+-])(?<!\w\.)({upper})(?![\w'+]|-\w|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
+        rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))"   # an article, a pronoun
+        rf"|(?:(?<=option )|(?<=choice )|(?<=letter )){small}(?!\w| [ⓐ-ⓩ])"
+        rf"|\A[^\w]{{0,9}}{small}(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))")
 
-def _lookup(text: str, keys: dict) -> set[str] | None:
-    "What a cleaned text means as a whole, with or without its first small words; None where it is no option."
-    plain = _plain(text) or text.strip()
-    lead = _LEAD.match(plain)
-    assert lead  # it matches the empty text too
-    for form in (plain, plain[lead.end():]):
-        if form in keys and (len(form) > 1 or form == plain or lead[1] or text.rstrip(" .")[-1:].isupper()): return keys[form]
-    return None
+# %% ../../nbs/core/02_grade.ipynb #9a4e0033
+class _Names(NamedTuple):
+    "What the options of a question are called."
+    texts: re.Pattern     # a group for each text
+    letters: re.Pattern
+    marks: dict           # small letter -> mark
+    meaning: dict         # mark -> the labels that it may mean
+
+@lru_cache(maxsize=512)   # the rollouts of a question share its options
+def _names(options: tuple[tuple[str, str], ...]) -> _Names:
+    "The names of the options, of 26 at most."
+    marks, meaning, texts = {}, {}, {}
+    for i, (label, text) in enumerate(options[:26]):
+        marks[str(label).lower()] = chr(ord("Ⓐ") + i)
+        meaning[chr(ord("Ⓐ") + i)] = {label}
+        first = texts.setdefault(_words(str(text)), i)   # options of one text share its mark
+        meaning.setdefault(chr(ord("ⓐ") + first), set()).add(label)
+    longest = sorted(texts, key=lambda words: (-len("".join(words)), words))
+    groups = [f"(?P<o{texts[words]}>{_pattern(words)})" for words in longest
+              if words[0] and " ".join(words) not in marks]
+    found = re.compile(rf"(?<![A-Za-z0-9_])(?<!\d[.,])(?:{'|'.join(groups) or '(?!)'})"
+                       r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
+    return _Names(found, _letters(tuple(marks)), marks, meaning)
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0036
+def _mark(text: str, names: _Names) -> str:
+    "A cleaned text with marks for the names of options: 'B. Pneumonia' is 'Ⓑ. ⓑ'."
+    def letter(found):
+        name = found[found.lastindex]
+        return found[0].removesuffix(name) + names.marks[name.lower()]
+    text = names.texts.sub(lambda found: chr(ord("ⓐ") + int(str(found.lastgroup)[1:])), text)
+    return re.sub("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])", "", names.letters.sub(letter, text))
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0039
+_AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
+_MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
+          rf"|(?:[)\]]? ?{_AND}[Ⓐ-ⓩ]){{1,9}})?[)\]*\"']{{0,3}}")
+_FEW = (r"(?: +(?!(?:and|but|so|because|since|as|while|whereas|which|that|leaving|making|then"
+        r"|therefore|correct|right|best)\b)[\w'-]+){0,5}?")
+_NO = (r"(?:not|never|wrong|incorrect\w*|inaccurate|inappropriate|inadequate|false|untrue|unlikely"
+       r"|improbable|implausible|impossible|(?:less|least) \w+|(?:ruled|left|crossed) out|excluded"
+       r"|eliminated|rejected|dismissed|discarded|discounted|out|contraindicated|inconsistent"
+       r"|incompatible|unsupported|unrelated|irrelevant|invalid|absent|no longer|a distract[eo]r"
+       r"|a trap)\b")
+_BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
+    rf"{_MANY}(?:,[^,.;\nⒶ-ⓩ]{{1,40}},)?"
+    r"(?: *(?:\w+n't|cannot|fails?|failed|lacks?|contradicts?|conflicts?)\b"
+    rf"| *{_VERB}(?:n't\b|{_FEW} +{_NO})"
+    rf"| *(?:[:=?–—-] *| )(?:no(?= *(?:[.,;\n(Ⓐ-ⓩ]|\Z))|{_NO})"
+    r"| *(?:不|错|有误|(?:可以?|应)?排除|是?错误))", re.I)
+_BEFORE = re.compile(   # not B, rules out A and C, rather than B
+    r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat\w+|reject\w*"
+    r"|dismiss\w*|discard\w*|rather than|instead of|than|against|without(?! (?:a )?doubt)|unlike"
+    r"|no(?! doubt)|wrong|incorrect|false|absence of|negative for|unlikely|cannot)|n't)\b"
+    rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
+    r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I)
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e003a
+def _without_denied(marked: str) -> str:
+    "A marked text with commas in place of the names that are denied and the words that deny them."
+    spans = [match.span() for deny in (_BEHIND, _BEFORE) for match in deny.finditer(marked)]
+    for start, end in spans: marked = marked[:start] + "," * (end - start) + marked[end:]
+    return marked
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e003b
+def _denied(marked: str, left: str) -> set[str]:
+    "The small marks of the options that denial took out of a marked text, of which this is left."
+    return {old.lower() for old, new in zip(marked, left) if old != new and "Ⓐ" <= old <= "ⓩ"}
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e003e
+_GAP = r"[^\w\n<>=%+≤≥±Ⓐ-ⓩ]"   # neither a word nor a sign nor a mark
+_LEAD = (r"(?:the|an|[a-z](?=\s(?-i:[ⓐ-ⓩ]))|my|final|correct|best|right|is|it|it's|its|this|that"
+         r"|would|should|be|must|most|likely|probably|possibly|maybe|perhaps|also|either|both|so"
+         r"|thus|therefore|hence|but|leaving|rather|instead|option|choice|answer|letter|and|or|to)")
+_ALONE = re.compile(rf"(?!{_GAP}*(?:is|are|was) (?:it|this|that)\b){_GAP}*(?:{_LEAD}\b{_GAP}*)*"
+                    rf"([Ⓐ-ⓩ](?:{_GAP}*(?:(?:option|choice|letter) )?[Ⓐ-ⓩ])*){_GAP}*", re.I)
+
+_EMPTY = re.compile(rf"{_GAP}*(?:{_LEAD}\b{_GAP}*)*", re.I)
+
+def _common(readings) -> set | None:
+    "The letters that all readings allow, but for those that name no option; None if none does."
+    named = [labels for labels in readings if labels is not None]
+    return set.intersection(*named) if named else None
+
+def _alone(piece: str, names: _Names) -> set | None:
+    "What a marked piece means that holds names alone; None if more is said."
+    found = _ALONE.fullmatch(piece)
+    return _common(names.meaning.get(mark) for mark in found[1]) if found else None
 
 # %% ../../nbs/core/02_grade.ipynb #9b6330dc
-_WHY = re.compile(r"(?:^|[\s,;(])(?:because|since|due to|given|not|rather|instead|which|while|whereas|(?:al)?though|but)\b"
-                  r"|(?<!,)\sas\b", re.I)
-_SENTENCE = re.compile(r"(?<!\b[A-Z])\.(?!\d)|(?<=\b[A-Z])\.(?=\s*(?:[^a-z\s]|$))|[;\n!?]|\s(?=\(?[A-Z][.):])")
-_PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(and|or|vs|then)\b|(?<=\b[A-Z])\s+(?=(?:is|are|was)\b)")
+_WHY = re.compile(r"[\s,;(](?:because|since|due to|given|rather|instead|which|while|whereas"
+                  r"|(?:al)?though|but|not)\b|(?<!,)\sas\b", re.I)
+_SENTENCE = re.compile(r"\.(?!\d)|[;\n!?]|(?<=[Ⓐ-ⓩ)])\s(?=\(?[Ⓐ-Ⓩ][.):])")
+_PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(?:and|or|vs|then)\b"
+                    r"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|是?(?:正确|对))")
+_REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
+                      r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
 
-def _run(pieces: list[str], keys: dict, full: dict) -> tuple[set[str] | None, int]:  # what it means, how many pieces it takes
-    "The longest run from the first piece on that is an option, or that opens with a letter and its text."
-    for size in range(min(len(pieces), 8), 0, -1):
-        if hit := _lookup(" ".join(pieces[:size]), keys): return hit, size
-    plain = f" {_plain(pieces[0])} "
-    inside = [labels for name, labels in full.items() if f" {name} " in plain]
-    return (set.intersection(*inside) if any(plain.startswith(f" {name} ") for name in full) else None), 1
+def _opening(marked: str, names: _Names) -> set | None:
+    "What a statement means that begins with its answer; the empty set if it contradicts itself."
+    if (labels := _alone(marked, names)) is not None: return labels
+    text = _without_denied(marked)
+    first = re.search("[Ⓐ-ⓩ]", text)
+    why = first and _WHY.search(text, first.end())
+    sentences = _SENTENCE.split(text[:why.start()] if why else text)[:24]
+    pieces = [(n, _alone(piece, names)) for n, part in enumerate(sentences)
+              for piece in _PIECE.split(part) if not _EMPTY.fullmatch(piece)][:24]
+    if not pieces or pieces[0][1] is None or pieces[0][0] > 0 and text != marked: return None
+    if _REFUSAL.search(sentences[pieces[0][0]]): return None
+    denied = _denied(marked, sentences[0]) | _denied(re.sub("[ⓐ-ⓩ]", " ", marked), text)
+    if denied & set(sentences[0].lower()): return set()   # also a letter denied later
+    prose = {n for n, labels in pieces if labels is None} - {pieces[0][0]}
+    return _common(labels for n, labels in pieces if n not in prose)
 
-def _named(statement: str, keys: dict, full: dict, whole: bool = False) -> set[str] | None:
-    "The letters that a statement may mean: none of them if it contradicts itself, None if it names no option."
-    if (hit := _lookup(text := _clean(statement[:2000]), keys)) or whole: return hit
-    sentences = _SENTENCE.split(_WHY.split(text, maxsplit=1)[0])[:24]
-    pieces = [(n, piece) for n, part in enumerate(sentences) for piece in _PIECE.split(part) if re.search(r"\w", piece or "")][:24]
-    found, prose, at = [], set(), 0
-    while at < len(pieces):
-        hit, size = _run([piece for _, piece in pieces[at:at + 8]], keys, full)
-        if hit is not None: found.append((pieces[at][0], hit))
-        elif not found: return None
-        elif pieces[at][1] not in ("and", "or", "vs", "then"): prose.add(pieces[at][0])
-        at += size
-    if not found or _REFUSAL.search(sentences[0]): return None
-    return set.intersection(*(labels for n, labels in found if n == found[0][0] or n not in prose))
+# %% ../../nbs/core/02_grade.ipynb #9a4e0044
+_HEAD = re.compile(r"[^\wⒶ-ⓩ]{0,8}(?:\d+[.)]\s*)?(?:(?:option|choice) )?\(?([Ⓐ-ⓩ]|[a-z](?=\.))"
+                   r"[^\wⒶ-ⓩ]{0,2}?(?:[).:–—]|\s-\s)", re.I)
+_BARE = re.compile(rf"{_GAP}*(?:(?:option|choice) )?([Ⓐ-ⓩ]){_GAP}*", re.I)
+
+def _items(lines: list[str], names: _Names) -> list[bool]:
+    "Which marked lines are items of a list of options; the last one may be cut off."
+    heads = [match and str(names.marks.get(match[1].lower(), match[1])).lower()
+             for match in map(_HEAD.match, lines)]
+    listed = {head for head in heads if head}
+    items = [head is not None and len(listed) > 1 for head in heads]
+    bare = _BARE.fullmatch(lines[-1])
+    if bare and listed - {bare[1].lower()} and bare[1].lower() not in heads[:-1]: items[-1] = True
+    return items
+
+def _kept(lines: list[str], names: _Names) -> list[str]:
+    "The marked lines without denials; blank for an item, a heading, a name denied elsewhere."
+    rest, several = [_without_denied(line) for line in lines], len(lines) > 1
+    denied = set().union(*map(_denied, lines, rest))
+    headings = [several and left.rstrip().endswith(":") for left in rest]
+    return ["" if item or heading or denied & set(left.lower()) else left
+            for left, item, heading in zip(rest, _items(lines, names), headings)]
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0047
+_LETTER = r"(?:(?:option|choice|answer|letter) )?[(\[]?(?-i:[Ⓐ-Ⓩ])"
+_CONCLUDED = tuple(re.compile(pattern, re.I) for pattern in (
+    # ... is (B); this is a B
+    rf"\b(?:is|are|be|was):? +(?:(?:an|[a-z]) )?(?=[(\[]{{0,2}}{_LETTER}(?:[).:\]]|\s*$))",
+    # I think it's ...; which corresponds to option ...
+    r"\b(?:i|we) (?:think|believe|say|guess|suspect|conclude)"
+    rf"(?: (?:that|it's|it is|it must be))*\b(?= ?{_LETTER})",
+    r"\b(?:correspond(?:s|ing)? to|match(?:es|ing)?|consistent with|points? to|leaving|leaves"
+    r"|indicat(?:es|ing)|suggest(?:s|ing)?|supports?|fits?|is|be|are)\b"
+    rf"(?= (?:option|choice|answer|[(\[]) ?{_LETTER})",
+    # the most likely diagnosis is ...
+    r"\b(?:most (?:likely|appropriate|probable)|best|correct|final)\b[^.\n]{0,80}?"
+    rf"(?: are|{_IS})\b{_WHOLE}"))
+
+def _conclusion(line: str, names: _Names) -> set | None:
+    "What a marked line concludes."
+    return _common(_opening(statement, names) for _, statement in _after(line, _CONCLUDED))
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0049
+_VAGUE = re.compile(r"\b(?:no|non|not|never|without|wrong|incorrect|false|may|might|could"
+                    r"|can(?:not)?|possibl[ey]|if|whether|or|un\w*likely|rul\w+|exclud\w*"
+                    r"|absen\w+|negative|versus|history|den(?:y|ies|ied)|than)\b|n't|[?]"
+                    r"|(?-i:[(\[][Ⓐ-Ⓩ]|[Oo]ption [Ⓐ-Ⓩ])|[.!]\s+\S", re.I)
+
+def _sentence(text: str, names: _Names) -> set | None:
+    "What a single sentence means: the only option whose text it holds, if it is not vague."
+    if _VAGUE.search(_mark(text, names)): return None
+    found = [match for match in names.texts.finditer(text)
+             if re.search(r"[^\W\d_]{4}|[\u4e00-\u9fff]{2}|\d\W?[a-z]", match[0])]
+    return _common(names.meaning[chr(ord("ⓐ") + int(str(match.lastgroup)[1:]))] for match in found)
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e004c
+def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a reading a line
+    "What lines without a declaration answer."
+    lines = [_mark(text, names) for text in texts]
+    kept = _kept(lines, names)
+    whole = [_alone(line, names) for line in (kept[:1] if how == "tag" else kept)]
+    if _common(whole) is not None: return whole
+    first = next((i for i, (line, left) in enumerate(zip(lines, kept)) if left == line), 0)
+    opening = _opening(kept[first], names)
+    if opening is not None: return [None] * first + [opening]
+    concluded = [_conclusion(line, names) for line in kept]
+    if _common(concluded) is not None: return concluded
+    inside = re.findall(r"\((?:option |choice )?([Ⓐ-Ⓩ])\)", kept[-1])
+    last = None if _REFUSAL.search(kept[-1]) else _common(names.meaning[mark] for mark in inside)
+    if last is None and len(texts) == 1 and how != "thought": last = _sentence(texts[0], names)
+    return [None] * (len(lines) - 1) + [last]
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e004f
+def _readings(
+    statements: list[str],
+    how: str,  # as extract says
+    options: dict,
+    rule: str,
+) -> list[set | None]:  # of each: the letters it may mean; None if it names no option
+    "What the statements of one group mean."
+    if rule != "lenient": return [_exact(statements[0], options, substring=rule == "llava")]
+    names = _names(tuple(options.items()))
+    texts = [_clean(statement[:2000]) for statement in statements]
+    if how != "start": return _lines(texts, how, names)
+    return [_opening(_mark(text, names), names) for text in texts]
 
 # %% ../../nbs/core/02_grade.ipynb #47b6eddc
 def grade(
@@ -255,17 +488,15 @@ def grade(
     answer_label: str,       # the letter of the right option
     rule: str = "lenient",   # one of RULES
 ) -> Grade:
-    "What a completion answers, and whether that is right."
-    keys, full = _keys(tuple(options.items())) if rule == "lenient" else ({}, {})
-    for statements, whole in extract(completion, rule):
-        if rule == "lenient": readings = [_named(statement, keys, full, whole) for statement in statements]
-        else: readings = [_exact(statements[0], options, substring=rule == "llava")]
-        if all(reading is None for reading in readings): continue
-        labels = set.intersection(*(reading for reading in readings if reading is not None))
-        if rule == "lenient" and len({_plain(_clean(str(options[label]))) for label in labels}) > 1: labels = set()
-        label = answer_label if answer_label in labels else max(labels, default=None)
-        answer = next(said for said, reading in zip(statements, readings) if reading is not None)
-        return Grade(None if rule == "lenient" and not labels else answer, label, answer_label in labels)
+    "What a completion answers, and whether that is right. ValueError for an unknown rule."
+    lenient = rule == "lenient"
+    for statements, how in extract(completion, rule):
+        readings = _readings(statements, how, options, rule)
+        if (labels := _common(readings)) is None: continue
+        if lenient and len({_words(str(options[label])) for label in labels}) > 1: labels = set()
+        label = answer_label if answer_label in labels else min(labels, default=None)
+        answer = next(said for said, read in zip(statements, readings) if read is not None)
+        return Grade(None if lenient and not labels else answer, label, answer_label in labels)
     return Grade(None, None, False)
 
 # %% ../../nbs/core/02_grade.ipynb #30c03b7f
@@ -277,11 +508,14 @@ def compute_score(
     rule: str = "reward",  # one of RULES; verl passes it through reward_kwargs
     **kwargs,  # whatever else a version of verl hands over
 ) -> float:  # 1.0 or 0.0
-    "The verifiable reward of one rollout, under verl's signature; ValueError where a row contradicts itself."
+    "The reward of one rollout, under verl's signature; ValueError where a row contradicts itself."
     info = extra_info or {}
-    if ground_truth != info.get("answer"):
-        raise ValueError(f"ground_truth {ground_truth!r} is not extra_info['answer'] {info.get('answer')!r}; make the rows again.")
+    answer, label = info.get("answer"), info.get("answer_label")
+    if ground_truth != answer:
+        raise ValueError(f"ground_truth {ground_truth!r} is not extra_info['answer'] {answer!r}; "
+                         "make the rows again.")
+    if label is None: raise ValueError("extra_info has no 'answer_label'; make the rows again.")
     options = info.get("options") or {}
     options = json.loads(options) if isinstance(options, str) else options
-    options = {label: text for label, text in options.items() if text is not None} | {info["answer_label"]: info["answer"]}
-    return float(grade(solution_str, options, info["answer_label"], rule).correct)
+    options = {letter: text for letter, text in options.items() if text is not None}
+    return float(grade(solution_str, options | {label: answer}, label, rule).correct)
