@@ -379,7 +379,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
 
 def test_what_a_pipeline_launched_ends_with_it(tmp_path, tally):
     "SIGKILL leaves nobody the time to end what was started: a training that goes on unseen would hold its memory and its lock. What a notebook in JupyterLab launched goes on, as its chapter says."
-    patient = "import time; from medvlthinker.core.commands import run_main; command(lambda words: print('ready', flush=True) or time.sleep(300))"
+    patient = "import time; from medvlthinker.core.commands import run_main; run_main(lambda words: print('ready', flush=True) or time.sleep(300))"
     launches = f"import sys; from medvlthinker.core.commands import run_logged; run_logged([sys.executable, '-c', {patient!r}], {str(tmp_path / 'log')!r}, lambda line: print(line, flush=True))"
 
     def left(seconds: float, **environment) -> dict:

@@ -274,7 +274,7 @@ def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
     papermill = Path(sys.executable).with_name("papermill")
     done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, check=False, capture_output=True,
                           text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
-    assert done.returncode and "Unknown parameter gpu; this notebook knows profile, model, and the keys of a profile: data, data_dir" in done.stderr
+    assert done.returncode and "Unknown parameter gpu; did you mean gpus? Known are profile, model, data, data_dir" in done.stderr
 
 
 PAPER = ["1_data", "2_difficulty", "3_train", "4_evaluate", "5_results", "6_audit"]
@@ -295,7 +295,7 @@ def test_parameters_are_explained_and_unknown_ones_refused(name):
     names: dict = {}
     exec("".join(cells[0]["source"]), names)
     names |= {"gpu": 1, "limit": 5}  # as papermill writes them into the notebook
-    with pytest.raises(UserError, match=rf"^Unknown parameter gpu; this notebook knows {', '.join(found)}, and the keys of a profile: data, "):
+    with pytest.raises(UserError, match=rf"^Unknown parameter gpu; did you mean gpus\? Known are {', '.join(found)}, data, "):
         exec("".join(cells[1]["source"]), names)
     del names["gpu"]
     exec("".join(cells[1]["source"]), names)

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import NOUNS
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_record, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import run_main, redact_file, redact
-from ..generation.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words, project_root
+from ..generation.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
 from .crate import write_cards
 from ..generation.engine import answering, one_machine, vllm_settings
@@ -142,7 +142,7 @@ def step_inputs(
     unread = {"1_data": TRAINING, "2_difficulty": TRAINING, "3_train": ("recipes",), "4_evaluate": ("models", *TRAINING)}.get(step.notebook, ())
     how = {key: value for key, value in dataclasses.asdict(profile).items() if key not in unread}
     if profile.extend:
-        how["own file"] = file_hash(load_plugin(profile.extend))[:12]
+        how["own file"] = file_hash(find_path(profile.extend))[:12]
     return {"of": step.value, **how, **code(step.notebook), **first}
 
 

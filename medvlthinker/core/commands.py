@@ -49,10 +49,12 @@ class RedactedStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        "Write the text without its secrets."
         self.stream.write(redact(text))
         return len(text)
 
     def writelines(self, lines) -> None:
+        "Write each of the lines so."
         self.write("".join(lines))
 
     def __getattr__(self, name):
