@@ -523,7 +523,7 @@ def escape_formula(value):
 
 # %% ../../nbs/data/13_readers.ipynb #8a494101
 def unescape_formula(cell):
-    "The value again that `csv_text` made a cell of."
+    "The value again that `escape_formula` made a cell of."
     marked = isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell[1:])
     return cell[1:] if marked else cell
 
