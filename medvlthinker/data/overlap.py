@@ -28,7 +28,7 @@ from ..core.stats import wilson
 # %% ../../nbs/data/17_overlap.ipynb #e2c93916
 IMAGE_LEVELS = ("image bytes", "image pixels", "image")
 LEVELS = ("question", "question and image", *IMAGE_LEVELS, "figure id", "patient id", "article id")
-LEAKS = LEVELS[:-1]
+LEAKS = LEVELS[:-1]  # what counts as a leak unless a caller says otherwise
 COLUMNS = ["train_name", "train_index", "test_name", "test_index", "level", "similarity"]
 
 # %% ../../nbs/data/17_overlap.ipynb #e448d949
@@ -138,8 +138,7 @@ def sign_bits(spectra: np.ndarray) -> np.ndarray:
 # %% ../../nbs/data/17_overlap.ipynb #d8cd4eeb
 def similar_windows(
     spectrum: np.ndarray,  # of a window of a training image
-    rows: np.ndarray,  # spectra of all windows of all test images, 17 rows an image
-    bits: np.ndarray,  # their sign bits
+    rows: np.ndarray, bits: np.ndarray,  # of all windows of all test images, 17 rows an image
 ) -> dict[int, tuple]:  # number of a test image -> its most similar window
     "The test images that may show what a window shows."
     near = np.flatnonzero(np.bitwise_count(bits ^ sign_bits(spectrum)) <= NEAR_BITS)
@@ -158,12 +157,8 @@ def _standardized(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
     return values / np.maximum(values.std((1, 2), keepdims=True), 1e-6)
 
 
-def align_windows(
-    target,  # a picture of 32 x 32 pixels, from `crop`
-    thumbs: list,  # thumbnails in which to find it
-    starts: Sequence,  # a window of each, where to begin
-) -> np.ndarray:  # n x 4: left, top, right, bottom
-    "The window of each thumbnail that shows what the target shows, if it shows it."
+def align_windows(target, thumbs: list, starts: Sequence) -> np.ndarray:  # n windows x 4 edges
+    "The window of each thumbnail that shows what the target, from `crop`, shows, if it shows it."
     windows, along = np.array(starts, float), (np.arange(32) + 0.5) / 32
     for blur in (2, 2, 0.7, 0.7, 0.7, 0.7):  # in pixels, one round each
         now = _standardized([crop(*pair) for pair in zip(thumbs, windows)], blur)
@@ -183,11 +178,8 @@ def align_windows(
 SAME_DETAIL, SAME_TILE = 0.7, 38
 
 
-def detail_similarity(
-    target,  # a picture of 32 x 32 pixels, from `crop`
-    others: list,  # such pictures that lie on it
-) -> np.ndarray:  # n values from -1 to 1
-    "Correlation of the detail; 0 where some tile differs too much."
+def detail_similarity(target, others: list) -> np.ndarray:  # n values from -1 to 1
+    "Correlation of the detail with pictures that lie on it; 0 where some tile differs too much."
     from scipy.ndimage import gaussian_filter, uniform_filter
 
     a, b = np.asarray(target, np.float32)[None], np.stack(others).astype(np.float32)
@@ -315,10 +307,7 @@ def overlap(
     return pairs.loc[order.index].reset_index(drop=True)
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
-def searched_files(
-    settings=DataSettings(),
-    folder=None,  # of samples, as for `load_benchmark`
-) -> list[Path]:
+def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
     "The sample files that are compared: those of every test set and corpus that the settings name."
     tests = [benchmark_file(name, settings, folder) for name in benchmark_names(settings.benchmark)]
     return tests + [corpus_file(name, settings, folder) for name in corpus_names(settings.corpus)]
@@ -326,27 +315,19 @@ def searched_files(
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
 def _origins(sample_files: Iterable) -> dict[str, str]:
     "What each sample file that exists was made from, as a fingerprint, by folder and name."
-    manifests = {path: record_path(path) for path in map(Path, sample_files)}
-    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(manifest).get("inputs"))
-            for path, manifest in manifests.items() if manifest.is_file()}
+    records = {path: record_path(path) for path in map(Path, sample_files)}
+    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(record).get("inputs"))
+            for path, record in records.items() if record.is_file()}
 
 
-def store_pairs(
-    pairs,  # of `overlap`
-    path,  # the CSV file to write
-    sample_files: Iterable,  # paths of the training and test samples that were compared
-) -> None:
-    "Keep the pairs, with what they were found in."
+def store_pairs(pairs, path, sample_files: Iterable) -> None:
+    "Keep the pairs as a CSV file, with what the sample files that were compared are made from."
     with write_record(path, _origins(sample_files)):
         write_csv(pairs, path)
 
 # %% ../../nbs/data/17_overlap.ipynb #394abadb
-def stored_pairs(
-    path,  # the CSV file
-    sample_files: Iterable,  # paths of the training and test samples that are used now
-    show=print,  # takes the reason why there are no pairs
-):  # -> pandas.DataFrame, or None
-    "The pairs that were found among the very samples that are stored now."
+def stored_pairs(path, sample_files: Iterable, show=print):  # -> pandas.DataFrame, or None
+    "The pairs that were found among the very samples stored now; else `show` says why not."
     then = read_json(record_path(path)).get("inputs")
     if not isinstance(then, dict):
         return show("No pairs of training and test questions are known; paper/1_data finds them.")
@@ -365,9 +346,8 @@ def _at_levels(pairs, levels: Sequence[str]):
 
 
 def overlap_matrix(
-    pairs,  # of `overlap`
-    sizes: dict[str, int] | None = None,  # items of each test set; adds the sets without a pair
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    pairs, sizes: dict[str, int] | None = None,  # items of each test set; adds sets without a pair
+    levels: Sequence[str] = LEAKS,
 ):  # -> pandas.DataFrame, one row for each training and test set
     "How many distinct test items each training set repeats, by level."
     import pandas
@@ -383,20 +363,14 @@ def overlap_matrix(
     return table.fillna(0).astype(int)
 
 # %% ../../nbs/data/17_overlap.ipynb #30c629e1
-def overlapping_questions(
-    pairs,  # of `overlap`
-    corpus: str,  # its name in the pairs
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
-) -> set[int]:  # dataset_index
-    "The questions of a training corpus that stand in a test set."
+def overlapping_questions(pairs, corpus: str, levels: Sequence[str] = LEAKS) -> set[int]:
+    "The questions of a training corpus that stand in a test set, by their `dataset_index`."
     leaks = _at_levels(pairs, levels)
     return set(leaks.loc[leaks["train_name"] == corpus, "train_index"].tolist())
 
 # %% ../../nbs/data/17_overlap.ipynb #8d9b1e1c
 def without_overlap(
-    samples: Iterable[Sample],  # of test sets
-    pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    samples: Iterable[Sample], pairs, levels: Sequence[str] = LEAKS,
 ) -> Iterator[Sample]:
     "The test samples that no training item repeats."
     leaks = _at_levels(pairs, levels)
@@ -406,21 +380,19 @@ def without_overlap(
 # %% ../../nbs/data/17_overlap.ipynb #4fb15bce
 def accuracy_by_overlap(
     grades,  # a pandas.DataFrame with dataset, index and correct, one row a test item
-    pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    pairs, levels: Sequence[str] = LEAKS,
 ):  # -> pandas.DataFrame: dataset, items, n, accuracy, low, high
     "Accuracy on all items of each test set, on those without overlap and on the overlapping ones."
     import pandas
 
-    leaks, parts = _at_levels(pairs, levels), ("all", "without overlap", "overlapping")
-    is_leak = pandas.MultiIndex.from_frame(grades[["dataset", "index"]]).isin(
-        list(zip(leaks["test_name"], leaks["test_index"])))
-    marks, rows = grades["correct"].astype(bool), []
-    for name, part in itertools.product(grades["dataset"].unique(), parts):
-        belongs = True if part == "all" else is_leak == (part == "overlapping")
-        right = marks[(grades["dataset"] == name) & belongs]
-        k, n = int(right.sum()), len(right)
-        rows.append((name, part, n, *((k / n, *wilson(k, n)) if n else (None,) * 3)))
+    leaks, rows = _at_levels(pairs, levels), []
+    keys = pandas.MultiIndex.from_frame(leaks[["test_name", "test_index"]])
+    for name, own in grades.groupby("dataset", sort=False):
+        is_leak = pandas.MultiIndex.from_frame(own[["dataset", "index"]]).isin(keys)
+        parts = {"all": own, "without overlap": own[~is_leak], "overlapping": own[is_leak]}
+        for part, items in parts.items():
+            k, n = int(items["correct"].astype(bool).sum()), len(items)
+            rows.append((name, part, n, *((k / n, *wilson(k, n)) if n else (None,) * 3)))
     return pandas.DataFrame(rows, columns=["dataset", "items", "n", "accuracy", "low", "high"])
 
 # %% ../../nbs/data/17_overlap.ipynb #732cbe58
@@ -434,22 +406,18 @@ def _cell(sample: Sample, title: str) -> str:
     return f"{cell}<br>{html.escape(sample.question[:400])}</td>"
 
 
-def side_by_side(
-    pairs,  # of `overlap`
-    corpora: dict[str, Iterable[Sample]],  # as for `overlap`; read once more
-    test: Iterable[Sample],  # read once more
-    n: int = 20,  # how many pairs at most
-) -> str:  # HTML
-    "Pairs of each level with their pictures and questions."
+def side_by_side(pairs, corpora: dict[str, Iterable], test: Iterable[Sample], n: int = 20) -> str:
+    "HTML with n pairs at most, some of each level: pictures and questions, read once more."
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
-    keys = set(zip(first["train_name"], first["train_index"]))
-    train = {key: _cell(s, f"train {key[0]} {key[1]}") for name, samples in corpora.items()
-             for s in samples if (key := (name, s.dataset_index)) in keys}
-    keys = set(zip(first["test_name"], first["test_index"]))
-    tests = {key: _cell(s, f"test {key[0]} {key[1]}") for s in test
-             if (key := (s.dataset_name, s.dataset_index)) in keys}
+    sides = {"train": ((name, s) for name, samples in corpora.items() for s in samples),
+             "test": ((s.dataset_name, s) for s in test)}
+    cells = {}
+    for side, samples in sides.items():
+        keys = set(zip(first[f"{side}_name"], first[f"{side}_index"]))
+        cells |= {(side, *key): _cell(s, f"{side} {key[0]} {key[1]}") for name, s in samples
+                  if (key := (name, s.dataset_index)) in keys}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
-            f"{train[pair.train_name, pair.train_index]}"
-            f"{tests[pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]
+            f"{cells['train', pair.train_name, pair.train_index]}"
+            f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]
     return f"<table>{''.join(rows)}</table>"
