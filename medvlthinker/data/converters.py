@@ -31,8 +31,10 @@ def letter_options(texts: Iterable) -> dict[str, str]:
     return dict(zip(string.ascii_uppercase, (str(text) for text in texts)))
 
 # %% ../../nbs/data/14_converters.ipynb #d0143608
-def right_letter(options: dict, label, where: str, column: str) -> str:
-    "The letter of the right option, from a letter or a list of one; else `InvalidRow`."
+def right_letter(options, label, where: str, column: str) -> str:
+    "The letter of the right one of {letter: text}, from it or a list of it; else `InvalidRow`."
+    if not isinstance(options, dict):
+        raise InvalidRow(where, "options", "no object of letters and texts")
     labels = label if isinstance(label, list) else [label]
     if len(labels) != 1:
         marked = f"{len(labels)} answers are marked right ({', '.join(map(str, labels))})"
@@ -297,9 +299,6 @@ def medxpertqa(row: dict, where: str) -> dict:
     if isinstance(options, list):
         options = {item.get("letter"): item.get("content") for item in options
                    if isinstance(item, dict)}
-    if not isinstance(options, dict):
-        raise InvalidRow(where, "options", "neither an object nor a list of letter and content")
-    options = {letter: text for letter, text in options.items() if text is not None}  # of parquet
     if isinstance(images, list):
         images = [image.get("image_path") or image if isinstance(image, dict) else image
                   for image in images]
@@ -311,12 +310,9 @@ def medxpertqa(row: dict, where: str) -> dict:
 # %% ../../nbs/data/14_converters.ipynb #ee871a55
 def medqa(row: dict, where: str) -> dict:
     "A row of MedQA (USMLE): options by letter, answer_idx, answer."
-    options = row.get("options")
-    if not isinstance(options, dict):
-        raise InvalidRow(where, "options", "no object of letters and texts")
-    return {"question": require_text(row, "question", where), "options": options,
-            "answer_label": right_letter(options, row.get("answer_idx"), where, "answer_idx"),
-            "answer": row.get("answer"), "misc": _misc(row, "meta_info")}
+    label = right_letter(row.get("options"), row.get("answer_idx"), where, "answer_idx")
+    return {"question": require_text(row, "question", where), "options": row["options"],
+            "answer_label": label, "answer": row.get("answer"), "misc": _misc(row, "meta_info")}
 
 # %% ../../nbs/data/14_converters.ipynb #832b41a3
 def medmcqa(row: dict, where: str, base: int) -> dict:

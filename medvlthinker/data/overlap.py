@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import UserError, fingerprint, record_path, read_json, write_record
-from .sample import FORMATS, Sample, to_rgb
+from .sample import Sample, to_rgb
 from .benchmarks import benchmark_file, benchmark_names
 from .corpora import corpus_file, corpus_names
 from .readers import DataSettings, parallel_map, read_csv, write_csv
@@ -89,16 +89,8 @@ class QuestionIndex:
 # %% ../../nbs/data/17_overlap.ipynb #435f176a
 def thumbnail(data: bytes, side: int = 64):
     "An encoded image in side x side RGB pixels; None where the bytes are no readable image."
-    from PIL import Image, ImageOps
-
     try:
-        if data[:2] == b"\xff\xd8":  # JPEG: decode at the smallest scale that is not below `side`
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            picture.draft("RGB", (side, side))
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        else:
-            upright = to_rgb(data)
-        return upright.resize((side, side), Image.Resampling.BOX)
+        return to_rgb(data, draft=side).resize((side, side), resample=4)  # 4: mean of a box
     except Exception:  # Pillow's decoders raise nearly everything
         return None
 
@@ -112,18 +104,18 @@ def crop(thumb, window: Sequence[float]):
     return thumb.resize((32, 32), 2, box=tuple(np.multiply(window, thumb.width)))  # 2: bilinear
 
 # %% ../../nbs/data/17_overlap.ipynb #45b2be61
-_COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)).astype(np.float32)
-_COSINES[0] /= 2**0.5  # as in the orthonormal transform
 _WEIGHTS = np.sqrt(np.hypot(*np.mgrid[:8, :8])).astype(np.float32)
 
 
 def spectra(thumb, windows: Sequence) -> np.ndarray:  # windows x 64
     "Low frequencies of each window, of length one; zeros where nothing has contrast."
+    from scipy.fft import dctn
+
     if thumb is None:
         return np.zeros((len(windows), 64), np.float32)
     grey = thumb.convert("L")
     pixels = np.stack([np.asarray(crop(grey, window), np.float32) for window in windows])
-    low = (_COSINES @ pixels @ _COSINES.T * _WEIGHTS).reshape(-1, 64)
+    low = (dctn(pixels, axes=(1, 2), norm="ortho")[:, :8, :8] * _WEIGHTS).reshape(-1, 64)
     low *= (pixels.std((1, 2)) >= 2)[:, None]
     return low / np.maximum(np.linalg.norm(low, axis=1, keepdims=True), 1e-9)
 
@@ -242,15 +234,15 @@ def _identifier(value, source: str) -> str:
 
 def identifiers(sample: Sample) -> set[tuple[str, str]]:  # level, identifier
     "What the source says about figure, patient and article."
-    found = set()
+    misc, source, found = sample.misc or {}, sample.dataset_name, set()
     for level, keys in _KEYS.items():
-        for value in map((sample.misc or {}).get, keys.split()):
+        for value in map(misc.get, keys.split()):
             values = value if isinstance(value, list) else [value]
-            values = [value for value in values if isinstance(value, (str, int))]
-            found |= {(level, _identifier(value, sample.dataset_name)) for value in values}
-    articles = filter(None, [re.match(r"pmc\d+", name) for _, name in found])
-    named = {(level, name) for level, name in found if name and level != "article id"}
-    return named | {("article id", article[0]) for article in articles}
+            found |= {(level, _identifier(each, source)) for each in values
+                      if isinstance(each, (str, int))}
+    articles = {("article id", article[0]) for _, name in found
+                if (article := re.match(r"pmc\d+", name))}
+    return articles | {(level, name) for level, name in found if name and level != "article id"}
 
 # %% ../../nbs/data/17_overlap.ipynb #3c552091
 class SampleIndex:
@@ -284,11 +276,9 @@ class SampleIndex:
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba3
 def overlap(
-    corpora: dict[str, Iterable[Sample]],  # by name; each is read once
-    test: Iterable[Sample],  # several test sets may follow each other
-    threads: int = 2,
+    corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2,
 ):  # -> pandas.DataFrame with `COLUMNS`, the strongest pairs of each level first
-    "All pairs of a training and a test item that are the same at some level."
+    "All pairs of a training and a test item, each read once, that are the same at some level."
     import pandas
 
     test = list(test)

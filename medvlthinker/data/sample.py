@@ -53,11 +53,13 @@ def _grey(image, white_is_zero: bool):
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")  # what opens as MPO is a JPEG, too
 
 
-def to_rgb(data: bytes):
+def to_rgb(data: bytes, draft: int = 0):  # a JPEG may be decoded smaller, no side below draft
     "An encoded image as a person sees it, decoded to 8-bit RGB."
     from PIL import Image, ImageOps
 
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if draft:
+        image.draft("RGB", (draft, draft))
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # 262 is PhotometricInterpretation
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
         image = ImageOps.exif_transpose(image)
@@ -406,13 +408,8 @@ def _check_counts(path: Path, max_rejected: int) -> None:
                         f"see {rejected}.")
 
 # %% ../../nbs/data/10_sample.ipynb #189fbe39
-def store_samples(
-    path,  # the parquet file of the samples; `.rejected.jsonl` lies beside it
-    rows: Callable[[], Iterable],  # yields Samples and InvalidRows; called if the file is stale
-    inputs: dict,  # what the samples are made from, for the record
-    max_rejected: int = 0,  # how many broken rows are allowed
-) -> SampleFile:
-    "The samples of a source, made where the file is stale; `UserError` for too many broken rows."
+def store_samples(path, rows: Callable, inputs: dict, max_rejected: int = 0) -> SampleFile:
+    "The samples of `rows()`, made where the file is stale; `UserError` for too many broken rows."
     path = Path(path)
     if stale_reason(path, inputs):
         beside = path.with_suffix(".rejected.jsonl")
