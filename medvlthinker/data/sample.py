@@ -394,7 +394,7 @@ def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
 def _check_counts(path: Path, max_rejected: int) -> None:
     "`UserError` where too many rows were broken, or none is left."
     facts, rejected = read_json(record_path(path)), path.with_suffix(".rejected.jsonl")
-    counts = [facts.get(name) for name in ("samples", "left_out", "broken")]
+    counts: list = [facts.get(name) for name in ("samples", "left_out", "broken")]
     if not all(isinstance(count, int) for count in counts):
         raise UserError(f"{record_path(path)} does not say how many samples there are; delete it, "
                         "and the same command makes them again.")
