@@ -18,7 +18,7 @@ _Filtered = functools.partial(InvalidRow, filtered=True)
 
 # %% ../../nbs/data/14_converters.ipynb #0358cec5
 def require_text(row: dict, column: str, where: str, blank: bool = False) -> str:
-    "The text of a column, which may be blank if that is said; `InvalidRow` where there is none."
+    "The text of a column; `InvalidRow` where there is none, or only blanks that are not allowed."
     text = row.get(column)
     if text is None or not blank and not str(text).strip():
         reason = f"empty ({text!r})" if column in row else "there is no such column"
