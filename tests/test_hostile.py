@@ -349,7 +349,7 @@ LAYOUTS = {  # of each layout one row that becomes a sample
     "VQA-RAD, the public file": (converters.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
     "SLAKE": (converters.slake, {"qid": 1, "img_name": "a.png", "location": "Lung", "modality": "CT", "content_type": "Organ", "question": "Is this CT or MRI?", "answer": "CT", "answer_type": "CLOSED", "q_lang": "en"}),
     "PathVQA": (converters.path_vqa, {"img_id": "a", "question": "Is it a nest?", "answer": "yes"}),
-    "PathVQA, on the hub": (converters.path_vqa_hub, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
+    "PathVQA, on the hub": (converters.path_vqa, {"image": PIXELS, "question": "Is it a nest?", "answer": "yes"}),
     "closed sets, the paper's copy": (converters.adaptllm, {"image": PIXELS, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}),
     "MMMU": (converters.mmmu, {"id": "X_1", "question": "Refer to <image 1>. Which?", "options": "['CT', 'MRI']", "explanation": "", "img_type": "['CT']", "answer": "B", "topic_difficulty": "Easy",
                                                        "question_type": "multiple-choice", "subfield": "Radiology", "image_1": PIXELS, "image_2": None}),

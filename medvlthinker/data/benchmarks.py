@@ -129,7 +129,7 @@ LOCAL: dict[str, tuple[str, list[DatasetLayout]]] = {
         *(_NEST(files, place) for files in ("pvqa_test.json", "raw_layout_pvqa_test*.json")
           for place in ("images/test", "images")),
         _PATH("dev.jsonl", "images"), _ADAPT("PathVQA/test-*.parquet", ""),
-        _rows(converters.path_vqa_hub, "image question answer")("data/test-*.parquet", "")]),
+        _rows(converters.path_vqa, "image question answer")("data/test-*.parquet", "")]),
     "slake_closed": ("SLAKE Slake1.0 slake vqa_slake biomed-VQA-benchmark", [
         _SLAKE("test.json", "imgs"), _SLAKE("test.json", "imgs.zip"),
         _SLAKE("train_dev400.json", "images"), _ADAPT("SLAKE/test-*.parquet", "")]),

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import UserError, fingerprint, record_path, read_json, write_record
-from .sample import FORMATS, Sample, to_rgb
+from .sample import Sample, to_rgb
 from .benchmarks import benchmark_file, benchmark_names
 from .corpora import corpus_file, corpus_names
 from .readers import DataSettings, parallel_map, read_csv, write_csv
@@ -28,7 +28,7 @@ from ..core.stats import wilson
 # %% ../../nbs/data/17_overlap.ipynb #e2c93916
 IMAGE_LEVELS = ("image bytes", "image pixels", "image")
 LEVELS = ("question", "question and image", *IMAGE_LEVELS, "figure id", "patient id", "article id")
-LEAKS = LEVELS[:-1]
+LEAKS = LEVELS[:-1]  # what counts as a leak unless a caller says otherwise
 COLUMNS = ["train_name", "train_index", "test_name", "test_index", "level", "similarity"]
 
 # %% ../../nbs/data/17_overlap.ipynb #e448d949
@@ -89,16 +89,8 @@ class QuestionIndex:
 # %% ../../nbs/data/17_overlap.ipynb #435f176a
 def thumbnail(data: bytes, side: int = 64):
     "An encoded image in side x side RGB pixels; None where the bytes are no readable image."
-    from PIL import Image, ImageOps
-
     try:
-        if data[:2] == b"\xff\xd8":  # JPEG: decode at the smallest scale that is not below `side`
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            picture.draft("RGB", (side, side))
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        else:
-            upright = to_rgb(data)
-        return upright.resize((side, side), Image.Resampling.BOX)
+        return to_rgb(data, draft=side).resize((side, side), resample=4)  # 4: mean of a box
     except Exception:  # Pillow's decoders raise nearly everything
         return None
 
@@ -112,18 +104,18 @@ def crop(thumb, window: Sequence[float]):
     return thumb.resize((32, 32), 2, box=tuple(np.multiply(window, thumb.width)))  # 2: bilinear
 
 # %% ../../nbs/data/17_overlap.ipynb #45b2be61
-_COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)).astype(np.float32)
-_COSINES[0] /= 2**0.5  # as in the orthonormal transform
 _WEIGHTS = np.sqrt(np.hypot(*np.mgrid[:8, :8])).astype(np.float32)
 
 
 def spectra(thumb, windows: Sequence) -> np.ndarray:  # windows x 64
     "Low frequencies of each window, of length one; zeros where nothing has contrast."
+    from scipy.fft import dctn
+
     if thumb is None:
         return np.zeros((len(windows), 64), np.float32)
     grey = thumb.convert("L")
     pixels = np.stack([np.asarray(crop(grey, window), np.float32) for window in windows])
-    low = (_COSINES @ pixels @ _COSINES.T * _WEIGHTS).reshape(-1, 64)
+    low = (dctn(pixels, axes=(1, 2), norm="ortho")[:, :8, :8] * _WEIGHTS).reshape(-1, 64)
     low *= (pixels.std((1, 2)) >= 2)[:, None]
     return low / np.maximum(np.linalg.norm(low, axis=1, keepdims=True), 1e-9)
 
@@ -138,8 +130,7 @@ def sign_bits(spectra: np.ndarray) -> np.ndarray:
 # %% ../../nbs/data/17_overlap.ipynb #d8cd4eeb
 def similar_windows(
     spectrum: np.ndarray,  # of a window of a training image
-    rows: np.ndarray,  # spectra of all windows of all test images, 17 rows an image
-    bits: np.ndarray,  # their sign bits
+    rows: np.ndarray, bits: np.ndarray,  # of all windows of all test images, 17 rows an image
 ) -> dict[int, tuple]:  # number of a test image -> its most similar window
     "The test images that may show what a window shows."
     near = np.flatnonzero(np.bitwise_count(bits ^ sign_bits(spectrum)) <= NEAR_BITS)
@@ -158,12 +149,8 @@ def _standardized(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
     return values / np.maximum(values.std((1, 2), keepdims=True), 1e-6)
 
 
-def align_windows(
-    target,  # a picture of 32 x 32 pixels, from `crop`
-    thumbs: list,  # thumbnails in which to find it
-    starts: Sequence,  # a window of each, where to begin
-) -> np.ndarray:  # n x 4: left, top, right, bottom
-    "The window of each thumbnail that shows what the target shows, if it shows it."
+def align_windows(target, thumbs: list, starts: Sequence) -> np.ndarray:  # n windows x 4 edges
+    "The window of each thumbnail that shows what the target, from `crop`, shows, if it shows it."
     windows, along = np.array(starts, float), (np.arange(32) + 0.5) / 32
     for blur in (2, 2, 0.7, 0.7, 0.7, 0.7):  # in pixels, one round each
         now = _standardized([crop(*pair) for pair in zip(thumbs, windows)], blur)
@@ -183,11 +170,8 @@ def align_windows(
 SAME_DETAIL, SAME_TILE = 0.7, 38
 
 
-def detail_similarity(
-    target,  # a picture of 32 x 32 pixels, from `crop`
-    others: list,  # such pictures that lie on it
-) -> np.ndarray:  # n values from -1 to 1
-    "Correlation of the detail; 0 where some tile differs too much."
+def detail_similarity(target, others: list) -> np.ndarray:  # n values from -1 to 1
+    "Correlation of the detail with pictures that lie on it; 0 where some tile differs too much."
     from scipy.ndimage import gaussian_filter, uniform_filter
 
     a, b = np.asarray(target, np.float32)[None], np.stack(others).astype(np.float32)
@@ -250,15 +234,15 @@ def _identifier(value, source: str) -> str:
 
 def identifiers(sample: Sample) -> set[tuple[str, str]]:  # level, identifier
     "What the source says about figure, patient and article."
-    found = set()
+    misc, source, found = sample.misc or {}, sample.dataset_name, set()
     for level, keys in _KEYS.items():
-        for value in map((sample.misc or {}).get, keys.split()):
+        for value in map(misc.get, keys.split()):
             values = value if isinstance(value, list) else [value]
-            values = [value for value in values if isinstance(value, (str, int))]
-            found |= {(level, _identifier(value, sample.dataset_name)) for value in values}
-    articles = filter(None, [re.match(r"pmc\d+", name) for _, name in found])
-    named = {(level, name) for level, name in found if name and level != "article id"}
-    return named | {("article id", article[0]) for article in articles}
+            found |= {(level, _identifier(each, source)) for each in values
+                      if isinstance(each, (str, int))}
+    articles = {("article id", article[0]) for _, name in found
+                if (article := re.match(r"pmc\d+", name))}
+    return articles | {(level, name) for level, name in found if name and level != "article id"}
 
 # %% ../../nbs/data/17_overlap.ipynb #3c552091
 class SampleIndex:
@@ -292,11 +276,9 @@ class SampleIndex:
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba3
 def overlap(
-    corpora: dict[str, Iterable[Sample]],  # by name; each is read once
-    test: Iterable[Sample],  # several test sets may follow each other
-    threads: int = 2,
+    corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2,
 ):  # -> pandas.DataFrame with `COLUMNS`, the strongest pairs of each level first
-    "All pairs of a training and a test item that are the same at some level."
+    "All pairs of a training and a test item, each read once, that are the same at some level."
     import pandas
 
     test = list(test)
@@ -315,10 +297,7 @@ def overlap(
     return pairs.loc[order.index].reset_index(drop=True)
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
-def searched_files(
-    settings=DataSettings(),
-    folder=None,  # of samples, as for `load_benchmark`
-) -> list[Path]:
+def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
     "The sample files that are compared: those of every test set and corpus that the settings name."
     tests = [benchmark_file(name, settings, folder) for name in benchmark_names(settings.benchmark)]
     return tests + [corpus_file(name, settings, folder) for name in corpus_names(settings.corpus)]
@@ -326,27 +305,19 @@ def searched_files(
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
 def _origins(sample_files: Iterable) -> dict[str, str]:
     "What each sample file that exists was made from, as a fingerprint, by folder and name."
-    manifests = {path: record_path(path) for path in map(Path, sample_files)}
-    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(manifest).get("inputs"))
-            for path, manifest in manifests.items() if manifest.is_file()}
+    records = {path: record_path(path) for path in map(Path, sample_files)}
+    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(record).get("inputs"))
+            for path, record in records.items() if record.is_file()}
 
 
-def store_pairs(
-    pairs,  # of `overlap`
-    path,  # the CSV file to write
-    sample_files: Iterable,  # paths of the training and test samples that were compared
-) -> None:
-    "Keep the pairs, with what they were found in."
+def store_pairs(pairs, path, sample_files: Iterable) -> None:
+    "Keep the pairs as a CSV file, with what the sample files that were compared are made from."
     with write_record(path, _origins(sample_files)):
         write_csv(pairs, path)
 
 # %% ../../nbs/data/17_overlap.ipynb #394abadb
-def stored_pairs(
-    path,  # the CSV file
-    sample_files: Iterable,  # paths of the training and test samples that are used now
-    show=print,  # takes the reason why there are no pairs
-):  # -> pandas.DataFrame, or None
-    "The pairs that were found among the very samples that are stored now."
+def stored_pairs(path, sample_files: Iterable, show=print):  # -> pandas.DataFrame, or None
+    "The pairs that were found among the very samples stored now; else `show` says why not."
     then = read_json(record_path(path)).get("inputs")
     if not isinstance(then, dict):
         return show("No pairs of training and test questions are known; paper/1_data finds them.")
@@ -365,9 +336,8 @@ def _at_levels(pairs, levels: Sequence[str]):
 
 
 def overlap_matrix(
-    pairs,  # of `overlap`
-    sizes: dict[str, int] | None = None,  # items of each test set; adds the sets without a pair
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    pairs, sizes: dict[str, int] | None = None,  # items of each test set; adds sets without a pair
+    levels: Sequence[str] = LEAKS,
 ):  # -> pandas.DataFrame, one row for each training and test set
     "How many distinct test items each training set repeats, by level."
     import pandas
@@ -383,20 +353,14 @@ def overlap_matrix(
     return table.fillna(0).astype(int)
 
 # %% ../../nbs/data/17_overlap.ipynb #30c629e1
-def overlapping_questions(
-    pairs,  # of `overlap`
-    corpus: str,  # its name in the pairs
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
-) -> set[int]:  # dataset_index
-    "The questions of a training corpus that stand in a test set."
+def overlapping_questions(pairs, corpus: str, levels: Sequence[str] = LEAKS) -> set[int]:
+    "The questions of a training corpus that stand in a test set, by their `dataset_index`."
     leaks = _at_levels(pairs, levels)
     return set(leaks.loc[leaks["train_name"] == corpus, "train_index"].tolist())
 
 # %% ../../nbs/data/17_overlap.ipynb #8d9b1e1c
 def without_overlap(
-    samples: Iterable[Sample],  # of test sets
-    pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    samples: Iterable[Sample], pairs, levels: Sequence[str] = LEAKS,
 ) -> Iterator[Sample]:
     "The test samples that no training item repeats."
     leaks = _at_levels(pairs, levels)
@@ -406,21 +370,19 @@ def without_overlap(
 # %% ../../nbs/data/17_overlap.ipynb #4fb15bce
 def accuracy_by_overlap(
     grades,  # a pandas.DataFrame with dataset, index and correct, one row a test item
-    pairs,  # of `overlap`
-    levels: Sequence[str] = LEAKS,  # what counts as a leak
+    pairs, levels: Sequence[str] = LEAKS,
 ):  # -> pandas.DataFrame: dataset, items, n, accuracy, low, high
     "Accuracy on all items of each test set, on those without overlap and on the overlapping ones."
     import pandas
 
-    leaks, parts = _at_levels(pairs, levels), ("all", "without overlap", "overlapping")
-    is_leak = pandas.MultiIndex.from_frame(grades[["dataset", "index"]]).isin(
-        list(zip(leaks["test_name"], leaks["test_index"])))
-    marks, rows = grades["correct"].astype(bool), []
-    for name, part in itertools.product(grades["dataset"].unique(), parts):
-        belongs = True if part == "all" else is_leak == (part == "overlapping")
-        right = marks[(grades["dataset"] == name) & belongs]
-        k, n = int(right.sum()), len(right)
-        rows.append((name, part, n, *((k / n, *wilson(k, n)) if n else (None,) * 3)))
+    leaks, rows = _at_levels(pairs, levels), []
+    keys = pandas.MultiIndex.from_frame(leaks[["test_name", "test_index"]])
+    for name, own in grades.groupby("dataset", sort=False):
+        is_leak = pandas.MultiIndex.from_frame(own[["dataset", "index"]]).isin(keys)
+        parts = {"all": own, "without overlap": own[~is_leak], "overlapping": own[is_leak]}
+        for part, items in parts.items():
+            k, n = int(items["correct"].astype(bool).sum()), len(items)
+            rows.append((name, part, n, *((k / n, *wilson(k, n)) if n else (None,) * 3)))
     return pandas.DataFrame(rows, columns=["dataset", "items", "n", "accuracy", "low", "high"])
 
 # %% ../../nbs/data/17_overlap.ipynb #732cbe58
@@ -434,22 +396,18 @@ def _cell(sample: Sample, title: str) -> str:
     return f"{cell}<br>{html.escape(sample.question[:400])}</td>"
 
 
-def side_by_side(
-    pairs,  # of `overlap`
-    corpora: dict[str, Iterable[Sample]],  # as for `overlap`; read once more
-    test: Iterable[Sample],  # read once more
-    n: int = 20,  # how many pairs at most
-) -> str:  # HTML
-    "Pairs of each level with their pictures and questions."
+def side_by_side(pairs, corpora: dict[str, Iterable], test: Iterable[Sample], n: int = 20) -> str:
+    "HTML with n pairs at most, some of each level: pictures and questions, read once more."
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
-    keys = set(zip(first["train_name"], first["train_index"]))
-    train = {key: _cell(s, f"train {key[0]} {key[1]}") for name, samples in corpora.items()
-             for s in samples if (key := (name, s.dataset_index)) in keys}
-    keys = set(zip(first["test_name"], first["test_index"]))
-    tests = {key: _cell(s, f"test {key[0]} {key[1]}") for s in test
-             if (key := (s.dataset_name, s.dataset_index)) in keys}
+    sides = {"train": ((name, s) for name, samples in corpora.items() for s in samples),
+             "test": ((s.dataset_name, s) for s in test)}
+    cells = {}
+    for side, samples in sides.items():
+        keys = set(zip(first[f"{side}_name"], first[f"{side}_index"]))
+        cells |= {(side, *key): _cell(s, f"{side} {key[0]} {key[1]}") for name, s in samples
+                  if (key := (name, s.dataset_index)) in keys}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
-            f"{train[pair.train_name, pair.train_index]}"
-            f"{tests[pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]
+            f"{cells['train', pair.train_name, pair.train_index]}"
+            f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]
     return f"<table>{''.join(rows)}</table>"

@@ -39,9 +39,7 @@ class Scene(NamedTuple):
         return ORGANS[self.modality]
 
 # %% ../../nbs/data/12_synthetic.ipynb #4e1fac82
-def random_scene(
-    rng: random.Random,  # where the choices come from
-) -> Scene:
+def random_scene(rng: random.Random) -> Scene:
     "A scene with each fact chosen on its own; one in four has no lesion."
     side = rng.choice((*SIDES, "both", "none"))
     level, size = rng.choice(LEVELS), rng.choice(SIZES)
@@ -89,12 +87,8 @@ RADIUS = {"small": 5, "medium": 8, "large": 12}  # pixels
 HEIGHT = {"upper": -25, "middle": 0, "lower": 25}
 
 
-def draw(
-    scene: Scene,  # the facts to draw
-    rng: random.Random,  # position, shape and noise
-    part: str,  # "train" or "test"
-) -> np.ndarray:  # 112 x 112 x 3, 8 bit
-    "One scan of a scene."
+def draw(scene: Scene, rng: random.Random, part: str) -> np.ndarray:  # 112 x 112 x 3, 8 bit
+    "One scan of a scene, for the part train or test."
     x, y = (PIXELS // 2 + rng.choice(CENTRES[part]) for _ in "xy")
     image = np.repeat(_body(scene.modality, x, y)[..., None], 3, axis=2)
     for side, sign in (("left", -1), ("right", 1)):
@@ -112,9 +106,7 @@ def draw(
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/data/12_synthetic.ipynb #2a452cd9
-def png(
-    pixels: np.ndarray,  # height x width x 3, 8 bit; at most 65535 bytes in all
-) -> bytes:
+def png(pixels: np.ndarray) -> bytes:  # height x width x 3, 8 bit; at most 65535 bytes in all
     "An uncompressed PNG file: the same bytes everywhere."
     def chunk(kind, data):
         checksum = struct.pack(">I", zlib.crc32(kind + data))
@@ -190,13 +182,8 @@ TWO_SCANS = {
 KINDS = ONE_SCAN | TWO_SCANS
 
 # %% ../../nbs/data/12_synthetic.ipynb #42d04381
-def write_reasoning(
-    kind: str,  # a key of `KINDS`
-    scenes: tuple,  # one `Scene`, or two
-    answer: str,  # the option's text
-    label: str,  # the option's letter
-) -> str:
-    "The facts that decide a question, and what follows from them."
+def write_reasoning(kind: str, scenes: tuple[Scene, ...], answer: str, label: str) -> str:
+    "The facts that decide a kind of question, and the answer that follows, with its letter."
     facts, word = [], ""
     for name in KINDS[kind].facts:
         word = " then ".join(getattr(scene, name) for scene in scenes)
@@ -254,14 +241,8 @@ def _random_scenes(kind: str, rng: random.Random) -> tuple[Scene, ...]:
     return (first, second) if kind in TWO_SCANS else (first,)
 
 
-def make_sample(
-    name: str,  # of the set
-    part: str,  # "train" or "test"
-    questions: tuple,  # (kind, text, options) each
-    index: int,  # in the set; it says which question, and which of its options is right
-    seed: int,  # of scenes and pictures
-) -> Sample:
-    "A question with scans that make one of its options true."
+def make_sample(name: str, part: str, questions: tuple, index: int, seed: int) -> Sample:
+    "One of the questions with scans that make one of its options true; both by the index."
     rng = random.Random(f"{seed}/{part}/{name}/{index}")
     kind, text, options = questions[index % len(questions)]
     right = index // len(questions) % len(options)
@@ -282,20 +263,14 @@ def _check_name(name: str, names: tuple[str, ...]) -> None:
         raise UserError(f"No synthetic set {name!r}; known are {', '.join(names)}.")
 
 
-def benchmark(
-    name: str,  # one of `BENCHMARKS`
-    n: int,  # how many samples
-    seed: int = 0,  # another one draws other scans
-) -> list[Sample]:
-    "The first n samples of a miniature benchmark."
+def benchmark(name: str, n: int, seed: int = 0) -> list[Sample]:
+    "The first n samples of one of the `BENCHMARKS`; another seed draws other scans."
     _check_name(name, BENCHMARKS)
     samples = [make_sample(name, "test", QUESTIONS[name], i, seed) for i in range(n)]
     return [dataclasses.replace(sample, reasoning=None) for sample in samples]
 
 # %% ../../nbs/data/12_synthetic.ipynb #cf28e069
-def write_report(
-    scene: Scene,  # what the report is of
-) -> str:
+def write_report(scene: Scene) -> str:
     "The findings of a scan, in words."
     lesion = f"a {scene.size} lesion, side {scene.side}, level {scene.level}"
     lesion = "no lesion" if scene.side == "none" else lesion
@@ -312,12 +287,8 @@ def _as_text(sample: Sample) -> Sample:
     return dataclasses.replace(sample, images=(), question=f"{report} {sample.question}")
 
 
-def corpus(
-    name: str,  # one of `CORPORA`
-    n: int,  # how many samples
-    seed: int = 0,  # another one draws other scans
-) -> list[Sample]:
-    "The first n samples of a miniature training corpus."
+def corpus(name: str, n: int, seed: int = 0) -> list[Sample]:
+    "The first n samples of one of the `CORPORA`; another seed draws other scans."
     _check_name(name, CORPORA)
     samples = [make_sample(name, "train", FOUR_OPTIONS, i, seed) for i in range(n)]
     return [_as_text(sample) for sample in samples] if name == "m23k" else samples
