@@ -89,24 +89,19 @@ _CLOSED, _PATH = "question answer answer_type", "img_id question answer"
 _ADAPT = functools.partial(layouts, converters.adaptllm, "input label image answer_type")
 _PARTS = " ".join(f"{subject}/{split}-*.parquet" for subject in converters.MMMU_SUBJECTS
                   for split in ("validation", "dev"))
-_PMC_IMAGES = ("images/images", "images", "images.zip")
-
-
-def _path_vqa_rows(path) -> Iterator:
-    return converters.path_vqa_questions(json_list(path))
-
-
-def _headqa_rows(path) -> Iterator:
-    return converters.headqa_questions(json_list(path))
+_MMLU = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
+         "professional_medicine")
 
 # %% ../../nbs/data/15_benchmarks.ipynb #434bdf08
 LOCAL: dict[str, tuple[list[str], list[DatasetLayout]]] = {
     "pmc_vqa": (["PMC-VQA", "pmc_vqa", "vqa_pmc", _TABLES], [
-        *layouts(converters.pmc_vqa, converters.PMC_COLUMNS, "test_clean.csv", images=_PMC_IMAGES),
+        *layouts(converters.pmc_vqa, converters.PMC_COLUMNS, "test_clean.csv",
+                 images=("images/images", "images", "images.zip")),
         *layouts(converters.adaptllm_pmc, "image input label", "PMC-VQA/test-*.parquet")]),
     "pathvqa_closed": (["PathVQA", "pathvqa", "vqa_path", _TABLES], [
         *layouts(converters.path_vqa, _PATH, "pvqa_test.json", "raw_layout_pvqa_test*.json",
-                 images=("images/test", "images"), reader=_path_vqa_rows),
+                 images=("images/test", "images"),
+                 reader=lambda path: converters.path_vqa_questions(json_list(path))),
         *layouts(converters.path_vqa, _PATH, "dev.jsonl", images=("images",)),
         *_ADAPT("PathVQA/test-*.parquet"),
         *layouts(converters.path_vqa_hub, "image question answer", "data/test-*.parquet")]),
@@ -121,13 +116,6 @@ LOCAL: dict[str, tuple[list[str], list[DatasetLayout]]] = {
         *_ADAPT("VQA_RAD/test-*.parquet")]),
 }
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c017
-_MMLU = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
-         "professional_medicine")
-_MMLU_FILES = [" ".join(f"{folder}{subject}_test.csv" for subject in _MMLU)
-               for folder in ("", "test/")]
-_MEDX = "question options label"
-
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c070
 LOCAL |= {
     "MMMU-medical": (["MMMU", "mmmu", "vqa_mmmu"], [
@@ -135,15 +123,16 @@ LOCAL |= {
         *layouts(converters.mmmu, "question options answer", "rows_for_images.jsonl",
                  images=("images",))]),
     "MedXpertQA-MM": (["MedXpertQA", "medxpertqa_mm", "vqa_medxpertqa_mm"], layouts(
-        converters.medxpertqa, f"{_MEDX} images", "MM/test.jsonl", "medxpertqa_mm_input.jsonl",
-        "dev.jsonl", images=("images", "images.zip"))),
+        converters.medxpertqa, "question options label images", "MM/test.jsonl",
+        "medxpertqa_mm_input.jsonl", "dev.jsonl", images=("images", "images.zip"))),
     "MedQA": (["MedQA", "medqa", "text_medqa"], layouts(
         converters.medqa, "question options answer_idx answer", "phrases_no_exclude_test.jsonl",
         "test.jsonl", "dev.jsonl")),
     "MedMCQA": (["MedMCQA", "medmcqa", "text_medmcqa"], layouts(
         _medmcqa, "question opa opd cop", "dev.json", "dev.jsonl", reader=medmcqa_rows)),
     "HeadQA": (["HeadQA", "HEAD_EN", "headqa", "text_headqa"], [
-        *layouts(converters.headqa, "qtext ra answers", "test_HEAD_EN.json", reader=_headqa_rows),
+        *layouts(converters.headqa, "qtext ra answers", "test_HEAD_EN.json",
+                 reader=lambda path: converters.headqa_questions(json_list(path))),
         *layouts(converters.headqa, "qtext ra answers", "dev.jsonl")]),
 }
 
@@ -153,11 +142,12 @@ LOCAL |= {
         converters.pubmedqa, "QUESTION final_decision", "ori_pqal.json", "dev.json",
         reader=pubmedqa_rows, beside="test_ground_truth.json")),
     "MMLU-medical": (["MMLU", "mmlu", "text_mmlu_med"], [
-        *layouts(converters.mmlu, "", *_MMLU_FILES, reader=mmlu_rows),
+        *layouts(converters.mmlu, "", " ".join(f"{subject}_test.csv" for subject in _MMLU),
+                 " ".join(f"test/{subject}_test.csv" for subject in _MMLU), reader=mmlu_rows),
         *layouts(converters.mmlu, "question A D answer", "dev.jsonl")]),
-    "MedXpertQA-Text": (["MedXpertQA", "medxpertqa_text", "text_medxpertqa"], [
-        *layouts(converters.medxpertqa, _MEDX, "Text/test.jsonl"),
-        *layouts(converters.medxpertqa, f"{_MEDX} body_system", "dev.jsonl")]),
+    "MedXpertQA-Text": (["MedXpertQA", "medxpertqa_text", "text_medxpertqa"], layouts(
+        converters.medxpertqa, "question options label body_system", "Text/test.jsonl",
+        "dev.jsonl")),
     "OmniMedVQA": (["OmniMedVQA", "omnimedvqa"], layouts(  # its images' paths begin at its folder
         converters.omnimedvqa, "question gt_answer image_path option_A",
         "QA_information/Open-access/*.json", images=(".",))),
@@ -169,11 +159,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c005
+
 def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c005
 def benchmark_names(
     names: str = "",  # comma-separated; empty for the six, and for your own
 ) -> list[str]:
@@ -186,6 +176,11 @@ def benchmark_names(
                             f"{', '.join(LOCAL)} (short: {', '.join(SHORT)}).")
     chosen = {known[_plain(word)] for word in words} or {*LOCAL} - {*EXTRA}
     return [name for name in LOCAL if name in chosen]
+
+
+def _source(name: str, settings) -> str:
+    "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
+    return settings.source if name in (*BENCHMARKS, *EXTRA) else "own"
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c031
 class DataSource(NamedTuple):
@@ -271,6 +266,12 @@ def published_source(name: str, repo=HUB) -> DataSource:
 
     return data._replace(rows=rows)
 
+
+def _published_copy(name: str, settings) -> DataSource | None:
+    ways = layouts(converters.unified, "", "data/test-*.parquet")
+    copy = find_local_copy(settings.data_dir, [HUB.split("/")[1]], ways)
+    return published_source(name, copy[0]) if copy and name in BENCHMARKS else None
+
 # %% ../../nbs/data/15_benchmarks.ipynb #ed7414b0
 _ADAPTLLM, _IMAGE = "AdaptLLM/biomed-VQA-benchmark", "image input label"
 SOURCES: dict[str, tuple] = {  # the arguments of `hub_source`
@@ -287,15 +288,11 @@ SOURCES: dict[str, tuple] = {  # the arguments of `hub_source`
     "PubMedQA": ("qiaojin/PubMedQA", "question context final_decision", converters.pubmedqa,
                  ("pqa_labeled",), ("train",)),
     "MMLU-medical": ("cais/mmlu", "question choices answer", converters.mmlu, _MMLU),
-    "MedXpertQA-Text": ("TsinghuaC3I/MedXpertQA", _MEDX, converters.medxpertqa, ("Text",)),
+    "MedXpertQA-Text": ("TsinghuaC3I/MedXpertQA", "question options label",
+                        converters.medxpertqa, ("Text",)),
 }
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c037
-def _source(name: str, settings) -> str:
-    "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
-    return settings.source if name in (*BENCHMARKS, *EXTRA) else "own"
-
-
 def open_benchmark(
     name: str,  # in full
     settings=DataSettings("hub"),
@@ -317,24 +314,19 @@ def open_benchmark(
         data = data._replace(convert=functools.partial(converters.mmmu, wording=wording))
     return data
 
-
-def _published_copy(name: str, settings) -> DataSource | None:
-    ways = layouts(converters.unified, "", "data/test-*.parquet")
-    copy = find_local_copy(settings.data_dir, [HUB.split("/")[1]], ways)
-    return published_source(name, copy[0]) if copy and name in BENCHMARKS else None
-
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c074
 def missing_error(names: list[str], settings, local: dict) -> UserError:
     "The sentence for sets that cannot be had."
-    words = ", ".join(names)
-    ways = "; ".join(f"{name} as a folder {local[name][0][0]}/ with "
-                     f"{local[name][1][0].files.split()[0]}" for name in names)
+    words, places = ", ".join(names), []
+    for name in names:
+        folders, ways = local[name]
+        places.append(f"{name} as a folder {folders[0]}/ with {ways[0].files.split()[0]}")
     reason = (f"{settings.data_dir} holds no copy of {words} that can be read; it is looked for as"
-              if settings.data_dir else f"data={settings.data} does not give {words}; others come "
-              "by data=source, or by data_dir= with")
-    return UserError(f"{reason} {ways} and in other layouts, see nbs/data.")
+              if settings.data_dir else f"data={settings.data} does not give {words}; another "
+              "data= may, or a local copy in data_dir=:")
+    return UserError(f"{reason} {'; '.join(places)}, and in other layouts (see LOCAL in nbs/data).")
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c076
 def without_missing(names: list[str], missing: list[str], named: str, settings, local) -> list[str]:
     "The names that can be had; `UserError` where a named one cannot, or none can."
     if missing and (named or missing == names):
@@ -380,20 +372,21 @@ def store_source(
     path: Path,  # of the samples
     name: str,  # of the set
     data: DataSource,
-    settings,  # `limit`, `seed` and `max_rejected` are used
+    limit: int,
+    settings,  # `seed` and `max_rejected` are used
     **facts,  # more for the record
 ) -> SampleFile:
     "The samples of a source: from their file while it holds, else made; see `store_samples`."
-    limit, seed = settings.limit, settings.seed
     modules = ("benchmarks", "corpora", "converters", "readers", "sample")
-    inputs = {"name": name, "limit": limit, "seed": seed if limit else None, **facts,
-              **data.inputs(), "code": code_fingerprint(*(f"data.{each}" for each in modules))}
+    inputs = {"name": name, "limit": limit, "seed": settings.seed if limit else None,
+              **facts, **data.inputs(),
+              "code": code_fingerprint(*(f"data.{each}" for each in modules))}
     if "repo" in inputs:
         stored = read_json(record_path(path)).get("inputs")
         inputs["revision"] = stored.get("revision") if isinstance(stored, dict) else None
         if stale_reason(path, inputs):
             inputs["revision"], _ = hub_revision(inputs["repo"])
-    rows = functools.partial(data.samples, name, limit, seed)
+    rows = functools.partial(data.samples, name, limit, settings.seed)
     return store_samples(path, rows, inputs, settings.max_rejected)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c044
@@ -434,7 +427,8 @@ def load_benchmark(
     data = open_benchmark(name, settings, repo, wording)
     if data is None:
         raise missing_error([name], settings, LOCAL)
-    samples = store_source(path, name, data, settings, source=source, wording=wording)
+    samples = store_source(path, name, data, settings.limit, settings, source=source,
+                           wording=wording)
     if not settings.limit:
         broken = read_json(record_path(path)).get("broken", 0)
         _compare_count(name, len(samples) + broken, data, source)

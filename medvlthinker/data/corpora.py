@@ -8,7 +8,6 @@ __all__ = ['MIN_EDGE', 'MAX_EDGE', 'RESIZE_RULES', 'CORPORA', 'PUBLISHED', 'LOCA
            'corpus_file', 'load_corpus', 'register_corpus', 'reasoning_file', 'load_reasoning']
 
 # %% ../../nbs/data/16_corpora.ipynb #6106c2d7
-import dataclasses
 from pathlib import Path
 from collections.abc import Callable
 
@@ -160,8 +159,7 @@ def load_corpus(
         return store_synthetic(path, synthetic.corpus, name, limit or CORPORA[name])
     if data is None:
         raise missing_error([name], settings, LOCAL)
-    drawn = dataclasses.replace(settings, limit=limit)
-    samples = store_source(path, name, data, drawn, source=source, resize=resize)
+    samples = store_source(path, name, data, limit, settings, source=source, resize=resize)
     if not limit and len(samples) != CORPORA.get(name, len(samples)):
         print(f"{name} has {len(samples):,} samples here and {CORPORA[name]:,} in the published "
               "corpus.")
@@ -206,8 +204,7 @@ def load_reasoning(
         columns = f"{_UNIFIED} reasoning"
         data = hub_source(PUBLISHED_REASONING[name], columns, splits=("train",))
         data = data._replace(options={"fit": resize_rule("both")})
-        drawn = dataclasses.replace(settings, limit=settings.train_limit)
-        return store_source(path, name, data, drawn)
+        return store_source(path, name, data, settings.train_limit, settings)
     samples = load_corpus(name, settings, folder)
     if not any(sample.reasoning for sample in samples[:1000]):
         own = path.with_name(f"{name}-distilled.parquet")

@@ -23,28 +23,27 @@ from ..core.files import UserError, atomic_write, file_hash, fingerprint
 from .sample import InvalidRow, Sample, from_row, image_bytes
 
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
-def _unique_keys(pairs: list) -> dict:
-    "An object; KeyError for a key that stands twice."
-    if len(made := dict(pairs)) < len(pairs):
-        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return made
-
-
 def parse_json(data: bytes, name: str, line: int = 1):
     "The value of a JSON text that begins in this line of a file; `InvalidRow` where it is none."
     field = "JSON"
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line, field = line + data.count(b"\n", 0, error.start), "encoding"
         reason = f"the byte {data[error.start]:#04x} is not UTF-8"
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except KeyError as error:
-        reason = f"{error.args[0][:40]!r} stands twice in one object"
     except (RecursionError, ValueError):
         reason = "nested too deeply, or a number of thousands of digits"
     raise InvalidRow(f"{name} line {line}", field, reason)
+
+
+def _attempt(make: Callable, *args, **kwargs):
+    "What `make` returns, or the `InvalidRow` that it raises."
+    try:
+        return make(*args, **kwargs)
+    except InvalidRow as bad:
+        return bad
 
 # %% ../../nbs/data/13_readers.ipynb #4e3a0051
 @contextlib.contextmanager
@@ -69,14 +68,6 @@ def _lines(stream, path, size: list) -> Iterator:
             raise UserError(f"{path} has a row of more than {MAX_LINE >> 20} MB, which no row has; "
                             "look for a line without an end, or a quotation mark without another.")
         yield line
-
-
-def _attempt(make: Callable, *args, **kwargs):
-    "What `make` returns, or the `InvalidRow` that it raises."
-    try:
-        return make(*args, **kwargs)
-    except InvalidRow as bad:
-        return bad
 
 
 def json_lines(path) -> Iterator[tuple[str, object]]:
@@ -152,6 +143,8 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
 
 
 _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet": _parquet_rows}
+
+# %% ../../nbs/data/13_readers.ipynb #624a23eb
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
           str: "a text", bytes: "bytes", list: "a list", tuple: "a list", dict: "an object"}
 
@@ -159,6 +152,13 @@ _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a 
 def _kind(value) -> str:
     "What a value is, in the words of JSON."
     return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _require_columns(path, columns: tuple[str, ...], known: dict) -> None:
+    "`UserError` where rows were read and none has one of the columns."
+    if known and (missing := [column for column in columns if column not in known]):
+        there = ", ".join(map(str, itertools.islice(known, 50)))
+        raise UserError(f"{path}: no row has the column {', '.join(missing)}; there are {there}.")
 
 # %% ../../nbs/data/13_readers.ipynb #5ea91f2d
 def read_rows(
@@ -182,13 +182,6 @@ def read_rows(
         raise UserError(f"{path} holds no list of rows.")
     _require_columns(path, columns, known)
 
-
-def _require_columns(path, columns: tuple[str, ...], known: dict) -> None:
-    "`UserError` where rows were read and none has one of the columns."
-    if known and (missing := [column for column in columns if column not in known]):
-        there = ", ".join(map(str, itertools.islice(known, 50)))
-        raise UserError(f"{path}: no row has the column {', '.join(missing)}; there are {there}.")
-
 # %% ../../nbs/data/13_readers.ipynb #206e464f
 _MAX_IMAGE = 1 << 26  # bytes
 
@@ -199,17 +192,16 @@ def _from_folder(folder: Path, name: str) -> bytes:
     path = os.path.normpath(os.path.join(root, name))
     if path != root and not path.startswith(os.path.join(root, "")):
         raise ValueError(f"{name} leaves the folder {folder.name}/")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} is not in {folder.name}/")
+    if (size := os.path.getsize(path)) > _MAX_IMAGE:
+        raise ValueError(f"{name} has {size:,} bytes, more than an image has")
     try:
-        if not os.path.isfile(path):
-            raise ValueError(f"{name} is not in {folder.name}/")
-        if (size := os.path.getsize(path)) > _MAX_IMAGE:
-            raise ValueError(f"{name} has {size:,} bytes, more than an image has")
-        with open(path, "rb") as file:
-            return file.read(_MAX_IMAGE)
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{name!r} cannot be read ({error.strerror})") from None
 
-
+# %% ../../nbs/data/13_readers.ipynb #8c46b675
 def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: str) -> bytes:
     "The bytes of the one member that ends in a name; ValueError where there is none."
     fitting = [member for member in members if f"/{member}".endswith(f"/{name}")]
@@ -223,7 +215,7 @@ def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: s
     except Exception as error:  # zipfile and its decompressors raise nearly everything
         raise ValueError(f"{name} cannot be read from {place.name} ({error})") from None
 
-# %% ../../nbs/data/13_readers.ipynb #8c46b675
+
 def image_reader(place: Path) -> Callable[[str], bytes]:
     "From an image's name to its bytes, in a folder or a zip; ValueError where there is none."
     if place.is_dir():
@@ -239,24 +231,21 @@ def image_reader(place: Path) -> Callable[[str], bytes]:
 
 # %% ../../nbs/data/13_readers.ipynb #a4f349e1
 def _image_entry(value):
-    "The name or the encoded image that a row holds; ValueError says what it holds instead."
+    "The name of an image, or what holds its bytes."
     if isinstance(value, dict):
-        keys = ", ".join(map(str, value)) or "nothing"
         value = value.get("bytes") or value.get("path")
-        if not value:
-            raise ValueError(f"an object that holds {keys}, and no bytes or path of an image")
     if isinstance(value, str) and not value.strip():
         raise ValueError("the name of the image is empty")
-    if isinstance(value, (str, bytes, bytearray)) or hasattr(value, "save"):
-        return value
-    raise ValueError(f"{_kind(value)}, where an image or its file name should be")
+    return value
 
 
-def _read_image(entry, images: Callable | None) -> bytes:
-    "The bytes of an entry; `images` reads what is a name."
-    if isinstance(entry, str) and images is None:
-        raise ValueError(f"{entry[:80]!r} names a file, and this source has no folder of images")
-    return image_bytes(images(entry) if isinstance(entry, str) and images else entry)
+def _read_images(entries, images: Callable | None) -> tuple[list, list[bytes]]:
+    "Entries and bytes of the images that a row lists; ValueError says what it holds instead."
+    if entries is not None and not isinstance(entries, (list, tuple)):
+        raise ValueError(f"{_kind(entries)}, where a list of images should be")
+    names = [_image_entry(entry) for entry in entries or ()]
+    return names, [image_bytes(images(name) if images and isinstance(name, str) else name)
+                   for name in names]
 
 # %% ../../nbs/data/13_readers.ipynb #ebc8fcfc
 class DatasetLayout(NamedTuple):
@@ -433,17 +422,14 @@ def _convert_rows(rows, convert: Callable, dataset_name: str, kept_count: bool) 
             item = InvalidRow(where, "row", f"not what its source promises ({words})")
         yield number, where, item
 
-
+# %% ../../nbs/data/13_readers.ipynb #06722e04
 def _make_sample(where: str, item, images, fit: Callable | None) -> Sample | InvalidRow:
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
-    field, entries = str(item.get("image_field", "images")), item.get("images")
+    field = str(item.get("image_field", "images"))
     try:
-        if entries is not None and not isinstance(entries, (list, tuple)):
-            raise ValueError(f"{_kind(entries)}, where a list of images should be")
-        names = [_image_entry(entry) for entry in entries or ()]
-        data = [_read_image(name, images) for name in names]
+        names, data = _read_images(item.get("images"), images)
     except (TypeError, ValueError) as error:
         return InvalidRow(where, field, str(error))
     return _attempt(from_row, {**item, "images": data}, where, names=names, fit=fit, field=field)
