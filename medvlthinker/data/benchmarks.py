@@ -202,7 +202,7 @@ def layout_source(
     place,  # a folder, or the id of a data set on the hub whose files are downloaded when read
     layout: DatasetLayout,
 ) -> DataSource:
-    "Files in a known layout."
+    "A set whose files lie in a known way."
     @functools.cache
     def folder() -> Path:
         if Path(place).is_dir():

@@ -17,7 +17,7 @@ from .sample import SampleFile
 from .readers import DataSettings, DatasetLayout
 from .benchmarks import (
     DataSource, hub_source, layout_source, layouts, local_source, nearest, own_entry, sample_file,
-    store_source, store_synthetic, without_missing, missing_error)
+    store_source, store_synthetic, missing_error, without_missing)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024  # pixels
@@ -65,7 +65,6 @@ def resize_rule(name: str) -> Callable | None:
 CORPORA = {"m23k": 23460, "pmc_vqa": 176917}  # questions published
 PUBLISHED = {"m23k": "UCSC-VLAA/MedVLThinker-m23k-tokenized",
              "pmc_vqa": "UCSC-VLAA/MedVLThinker-pmc_vqa"}
-_M1, _PMC_VQA = "UCSC-VLAA/m23k-tokenized", "RadGenome/PMC-VQA"
 _UNIFIED = "question options answer_label answer dataset_name"
 _M23K = "prompt answer_letter answer_string source"
 _HUB_COPY = layouts(converters.unified, _UNIFIED, "data/train-*.parquet", "train-*.parquet")
@@ -108,9 +107,9 @@ def open_corpus(
     elif source == "hub":
         data = hub_source(PUBLISHED[name], _UNIFIED, splits=("train",))
     elif source == "source" and name == "m23k":
-        data = hub_source(_M1, _M23K, converters.m23k, splits=("train",))
+        data = hub_source("UCSC-VLAA/m23k-tokenized", _M23K, converters.m23k, splits=("train",))
     elif source == "source":
-        data = layout_source(_PMC_VQA, _PMC_COPY[2])
+        data = layout_source("RadGenome/PMC-VQA", _PMC_COPY[2])  # its figures are a zip
     # the paper numbers the kept rows of PMC-VQA, and m23k's rows as they stand in m1's table
     options = {"fit": resize_rule(resize), "kept_count": name == "pmc_vqa"}
     return data and data._replace(options=options)
@@ -201,13 +200,13 @@ def load_reasoning(
     if path.stem.endswith("-distilled"):
         return SampleFile(path)
     if path != corpus_file(name, settings, folder):
-        columns = f"{_UNIFIED} reasoning"
-        data = hub_source(PUBLISHED_REASONING[name], columns, splits=("train",))
+        repo, columns = PUBLISHED_REASONING[name], f"{_UNIFIED} reasoning"
+        data = hub_source(repo, columns, splits=("train",))
         data = data._replace(options={"fit": resize_rule("both")})
         return store_source(path, name, data, settings.train_limit, settings)
     samples = load_corpus(name, settings, folder)
     if not any(sample.reasoning for sample in samples[:1000]):
         own = path.with_name(f"{name}-distilled.parquet")
-        raise UserError(f"{name} from {_source(name, settings)} has no reasoning to imitate; make it "
-                        f"with a teacher (31_distill) as {own}, or take data=hub.")
+        raise UserError(f"{name} from {_source(name, settings)} has no reasoning to imitate; make "
+                        f"it with a teacher (31_distill) as {own}, or take data=hub.")
     return samples

@@ -146,7 +146,7 @@ _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parque
 
 # %% ../../nbs/data/13_readers.ipynb #624a23eb
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
-          str: "a text", bytes: "bytes", list: "a list", tuple: "a list", dict: "an object"}
+          str: "a text", bytes: "bytes", list: "a list", dict: "an object"}
 
 
 def _kind(value) -> str:
