@@ -28,7 +28,7 @@ from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.data import benchmarks, converters
-from medvlthinker.core import profile
+from medvlthinker.generation import profile
 from medvlthinker.core.files import UserError, record_path, read_json, stale_reason
 from medvlthinker.generation.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
