@@ -57,7 +57,7 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
 def rad(path: Path):
     "The samples of a local copy of VQA-RAD, and what became none."
     layout = next(layout for layout in b.LOCAL["vqa_rad_closed"][1] if layout.found(path))
-    return b.folder_source(path, layout).samples("vqa_rad_closed")
+    return b.layout_source(path, layout).samples("vqa_rad_closed")
 
 
 # ---- a local folder
@@ -235,13 +235,13 @@ def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
     (path / "README.md").write_text("---\nconfigs:\n- config_name: VQA_RAD\n  data_files:\n  - split: test\n    path: VQA_RAD/test-*\n---\n")
     features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
     datasets.Dataset.from_list(rows, features=features).to_parquet(path / "VQA_RAD" / "test-00000-of-00001.parquet")
-    good, others = split(b.original_source("vqa_rad_closed", path).samples("vqa_rad_closed"))
+    good, others = split(b.open_benchmark("vqa_rad_closed", DataSettings("source"), path).samples("vqa_rad_closed"))
     expected = split(rad(local))[0][:2]
     assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
         (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
     assert [(bad.field, bad.filtered) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
     with pytest.raises(UserError, match="cannot be read"):
-        list(b.original_source("vqa_rad_closed", local).rows())
+        list(b.open_benchmark("vqa_rad_closed", DataSettings("source"), local).rows())
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

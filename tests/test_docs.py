@@ -179,7 +179,7 @@ def place(tmp_path_factory, warm_tiny):
                                        "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
     for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
         shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
-    tables = [benchmarks._OWN, corpora._OWN, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    tables = [benchmarks.LOCAL, corpora.LOCAL, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
     before, here = [dict(table) for table in tables], Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))

@@ -610,11 +610,11 @@ def parquet():
 
 drain = lambda rows: sum(1 for _ in rows)
 acts = {
-    "a line": lambda: refused(UserError, "longer than 64 MB, which no row is", lambda: drain(read_rows(gz("line.jsonl.gz", '{"a": 1}\\n', " " * M)))),
-    "a line of results": lambda: refused(UserError, "longer than 64 MB, which no row is", lambda: drain(read_eval_results(gz("eval_results.jsonl.gz", '{"a": "', "x" * M)))),
+    "a line": lambda: refused(UserError, "a row of more than 64 MB", lambda: drain(read_rows(gz("line.jsonl.gz", '{"a": 1}\\n', " " * M)))),
+    "a line of results": lambda: refused(UserError, "a row of more than 64 MB", lambda: drain(read_eval_results(gz("eval_results.jsonl.gz", '{"a": "', "x" * M)))),
     "a list": lambda: refused(UserError, "holds more than 256 MB, and is read as a whole", lambda: drain(read_rows(gz("list.json.gz", '[{"a": 1}', " " * M)))),
     "a cell": lambda: refused(UserError, "", lambda: drain(csv_rows(gz("cell.csv.gz", "a,b\\n", "x" * M)))),
-    "a record of many lines": lambda: refused(UserError, "a record of more than 64 MB", lambda: drain(csv_rows(gz("record.csv.gz", "a,b\\n", ('"' + "x" * 1000 + '\\n",') * 1000)))),
+    "a record of many lines": lambda: refused(UserError, "a row of more than 64 MB", lambda: drain(csv_rows(gz("record.csv.gz", "a,b\\n", ('"' + "x" * 1000 + '\\n",') * 1000)))),
     "a header": lambda: refused(UserError, "", lambda: drain(csv_rows(gz("header.csv.gz", "a", ",b" * (M // 2))))),
     "rows without the column": lambda: refused(UserError, "no row has the column question", lambda: drain(read_rows(gz("rows.jsonl.gz", "", '{"a": "' + "x" * M + '"}\\n'), ("question",)))),
     "many small rows": lambda: drain(read_rows(gz("many.jsonl.gz", "", '{"a": 1}\\n' * (M // 90), times=6))),

@@ -14,7 +14,7 @@ from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import InvalidRow
-from medvlthinker.data.readers import DataSettings, json_list, read_rows, samples_from
+from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, json_list, read_rows, samples_from
 from PIL import Image
 
 
@@ -170,7 +170,7 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
         put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image") and name not in ("HeadQA",)))
     declare(tmp_path, tables)
-    good, others = split(b.original_source(name, str(tmp_path)).samples(name))
+    good, others = split(b.open_benchmark(name, DataSettings("source"), str(tmp_path)).samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
     assert all(data == PHOTO for sample in good for data in sample.images)
@@ -182,7 +182,7 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
 def test_a_hub_table_that_lacks_a_column_says_so(tmp_path):
     put(tmp_path, None, "test", [{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "y"}])
     with pytest.raises(UserError, match="split test, has no column answer_idx; there are question, options, answer"):
-        list(b.original_source("MedQA", str(tmp_path)).rows())
+        list(b.open_benchmark("MedQA", DataSettings("source"), str(tmp_path)).rows())
 
 
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
@@ -220,19 +220,19 @@ def test_one_way_at_a_time(tmp_path):
     for name in ("test", "dev"):
         (folder / f"{name}.jsonl").write_text(json.dumps({**row, "question": name}))
     assert [sample.question for sample in local("MedQA", str(tmp_path))] == ["test"]
-    assert b.find_benchmark("MedQA", str(folder))[0] == folder and b.find_benchmark("MedXpertQA-Text", str(folder)) is None
+    assert find_local_copy(folder, *b.LOCAL["MedQA"])[0] == folder and find_local_copy(folder, *b.LOCAL["MedXpertQA-Text"]) is None
     (folder / "test.jsonl").rename(tmp_path / "test.jsonl")
-    assert b.find_benchmark("MedQA", str(tmp_path))[1].files == "dev.jsonl"
+    assert find_local_copy(tmp_path, *b.LOCAL["MedQA"])[1].files == "dev.jsonl"
 
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     folder = tmp_path / "MMMU"
     for number, subject in enumerate(converters.MMMU_SUBJECTS):
         put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
-    place, way = b.find_benchmark("MMMU-medical", str(tmp_path))
-    before = way.content(place)
+    copy = find_local_copy(tmp_path, *b.LOCAL["MMMU-medical"])
+    before = copy_fingerprint(*copy)
     put(folder, "Pharmacy", "validation", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
-    assert len(before["questions"]) == 5 and way.content(place) != before
+    assert len(before["questions"]) == 5 and copy_fingerprint(*copy) != before
 
 
 ODD = [(converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": [{"file": "a.png"}]}),
@@ -312,7 +312,7 @@ def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))  # the same files as a local copy
     assert list(copy) == list(samples)
-    assert c.find_corpus("m23k", str(tmp_path / "MedVLThinker-pmc_vqa")) is None  # the same layout, another corpus
+    assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", *c.LOCAL["m23k"]) is None  # the same layout, another corpus
 
 
 # ---- PMC-VQA in bulk: bad files and bad rows

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, encoded, key_opens
 from medvlthinker.core.files import UserError
 from medvlthinker.data import converters
-from medvlthinker.data.readers import embedded, image_reader, read_rows, samples_from
+from medvlthinker.data.readers import image_reader, read_rows, samples_from
 from medvlthinker.data.sample import InvalidRow
 
 PHOTO = encoded(90, 60, "JPEG")
@@ -42,7 +42,7 @@ def test_what_stands_in_place_of_an_image_is_said_in_plain_words(tmp_path, name)
     values = [*([entry] for entry in ENTRIES), *FIELDS] if field == "images" else ENTRIES
     for value in values:
         (tmp_path / "rows.jsonl").write_text(json.dumps({**row, field: value}))
-        for images in (image_reader(tmp_path), image_reader(tmp_path / "images.zip"), embedded):
+        for images in (image_reader(tmp_path), image_reader(tmp_path / "images.zip"), None):
             item, = samples_from(lambda: read_rows(tmp_path / "rows.jsonl"), convert, "odd", images)
             assert is_plain(item, field), (value, str(item))
 
@@ -53,7 +53,7 @@ def test_the_odd_image_fields_that_others_met(tmp_path):
         pytest.skip("the collected cases (../shared/cases) are not on this machine; the kinds are tested without them")
     for case in json.loads(path.read_text())["cases"]:
         (tmp_path / "rows.jsonl").write_text(json.dumps(case["row"]))
-        for images in (image_reader(tmp_path), embedded):
+        for images in (image_reader(tmp_path), None):
             item, = samples_from(lambda: read_rows(tmp_path / "rows.jsonl"), converters.unified, "odd", images)
             assert is_plain(item, "images"), str(item)
 
