@@ -68,8 +68,8 @@ def test_without_a_network_everything_imports_and_the_data_of_the_hub_are_a_sent
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("words, parts", [(["pipeline", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
-                                          (["rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["The hub cannot be reached", "Qwen2.5-VL-3B-Instruct has not been downloaded"])])
+@pytest.mark.parametrize("words, parts", [(["app.pipeline", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
+                                          (["generation.rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["The hub cannot be reached", "Qwen2.5-VL-3B-Instruct has not been downloaded"])])
 def test_without_a_network_the_hub_is_a_sentence_and_soon(cut_off, tmp_path, words, parts):
     began = time.monotonic()
     says(cut_off("-m", f"medvlthinker.{words[0]}", *words[1:], MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path), *parts)
@@ -97,7 +97,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
 # --- a GPU -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, gpus", [(["rollout", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
+@pytest.mark.parametrize("words, gpus", [(["generation.rollout", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["training.train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
 def test_without_a_gpu_whatever_asks_for_one_says_so(home, model, words, gpus):
     "An engine before the model is loaded, training before the data are read."
     says(python("-m", f"medvlthinker.{words[0]}", *(word.format(model) for word in words[1:]), CUDA_VISIBLE_DEVICES=""), f"gpus={gpus}", "this machine shows none")

@@ -119,7 +119,7 @@ def test_no_code_out_of_data_and_no_shell():
     lone = {path.stem for path in SOURCES if re.search(r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|joblib)\b", path.read_text(encoding="utf-8"), re.M)}
     assert lone == {"checkpoint"}, "only the list of a distributed checkpoint is a pickle, and its reader refuses every class but a dozen"
     runs = {path.stem for path in SOURCES if "exec_module" in path.read_text(encoding="utf-8")}
-    assert runs == {"config"}, "a user's own Python file is run where extend= names it, and in one place"
+    assert runs == {"profile"}, "a user's own Python file is run where extend= names it, and in one place"
 
 
 def test_models_bring_neither_code_nor_pickles():
@@ -381,7 +381,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     from medvlthinker.training import train, verl_backend
     from medvlthinker.app.pipeline import dry_run
 
-    crash = "import os\nfrom medvlthinker.core.commands import run_main\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\ncommand(main)"
+    crash = "import os\nfrom medvlthinker.core.commands import run_main\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\nrun_main(main)"
     done = python("-c", crash)
     assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
     workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"

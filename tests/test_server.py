@@ -347,7 +347,7 @@ def main(words):
     for shard, answers in ServerEngine("tiny", Profile(engine="openai", base_url=words[0], concurrency=2)).stream([Shard(0, samples, 42)], Sampling()):
         print([answer[0].finish_reason for answer in answers])
 
-command(main)
+run_main(main)
 """
 
 
