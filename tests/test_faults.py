@@ -24,7 +24,7 @@ from medvlthinker.generation.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import read_shard, generate, rollout_identity, stored_rollout
 from medvlthinker.data.sample import read_samples, write_samples
-from medvlthinker.app.trust import TABLES, read_rows
+from medvlthinker.app.trust import TABLES, read_trust_rows
 from safetensors.numpy import load_file
 
 KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "3"))  # at random moments; CI is short of time, a hundred take most of an hour
@@ -415,7 +415,7 @@ def named() -> set[tuple[str, str]]:
 
 def test_the_table_is_what_the_tests_counted():
     "Each row of the committed table is a case that a test names, was tried, and survived as often as it was tried."
-    rows, cases = read_rows(), named()
+    rows, cases = read_trust_rows(), named()
     assert {row["table"] for row in rows} == set(TABLES) and len(rows) > 20
     for row in rows:
         assert any(table == row["table"] and re.fullmatch(pattern, row["case"]) for table, pattern in cases if pattern != ".+"), f"no test counts {row['case']}"
@@ -433,5 +433,5 @@ def test_a_planted_failure_is_shown(tmp_path, tally, monkeypatch, capsys):
         1 / 0  # noqa: B018
     assert trust.main([str(tmp_path / "tally.jsonl"), str(tmp_path / "trust.csv")]) == 1
     assert "not survived: faults, a planted failure, which must not stand in the table: 1 of 2" in capsys.readouterr().err
-    table = trust.shown(read_rows(tmp_path / "trust.csv"), "faults")
+    table = trust.shown(read_trust_rows(tmp_path / "trust.csv"), "faults")
     assert list(table[""]) == ["NOT SURVIVED"]

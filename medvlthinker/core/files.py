@@ -214,7 +214,7 @@ def record_path(
     "Where its record lies."
     return Path(path).with_name(Path(path).name + ".manifest.json")
 
-
+# %% ../../nbs/core/00_files.ipynb #9f00a1b3
 def read_record(
     path,  # of the record itself
 ) -> dict:
