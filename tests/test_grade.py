@@ -568,3 +568,37 @@ def test_letters_that_only_other_rows_have_are_not_options():
     "Parquet gives every row the letters of all rows, with None for those it lacks."
     info = {"answer_label": "A", "answer": "Some", "options": {"A": "Some", "B": "Few", "C": None}}
     assert compute_score("d", "A. None", "Some", info, rule="lenient") == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set proves its key: what is an option's text as a whole is that option, whatever signs and words it holds.
+
+ODD = [["Na+ efflux", "Na+ influx", "K+ efflux", "K+ influx"], ["Carboxyl group", "C=C double bond", "NH3 + 2 ATP --> carbamoyl phosphate", "C-C bond"],
+       ["46,XX,der(14;21)(q10;q10)pat+21", "47,XY,+13", "45,XX,rob,(14;21)(q10;q10)", "46,XY,t(2;3)(q21;q12)"],
+       ["Can be safely heated above 700°C", "Not pneumonia", "None of the above", "Cannot be determined"], ["A is wrong", "B", "Yes, but not A", "In the interval E0 / n."]]
+WAYS = ["{}", "<answer> {} </answer>", "<think> . </think>\n<answer>{}</answer>", "Answer: {}", "\\boxed{{{}}}", "**{}**"]
+
+
+def own_texts_are_read(options: dict, ways=WAYS) -> None:
+    for label, text in options.items():
+        for way in ways:
+            assert grade(way.format(text), options, label).label == label, (way, text)
+
+
+@pytest.mark.parametrize("texts", ODD, ids=lambda texts: texts[0])
+def test_a_text_of_an_option_is_that_option(texts):
+    own_texts_are_read(dict(zip("ABCD", texts)))
+
+
+def test_every_key_of_the_real_questions_is_read(real_data):
+    from medvlthinker.data.benchmarks import LOCAL, local_source
+    from medvlthinker.data.sample import Sample
+
+    seen = 0
+    for name in LOCAL:
+        copy = local_source(name, real_data, LOCAL)
+        for sample in copy.samples(name) if copy else ():
+            if isinstance(sample, Sample) and len({text.strip().lower() for text in sample.options.values()}) == len(sample.options):
+                own_texts_are_read(sample.options, WAYS[1:3])
+                seen += 1
+    assert seen > 800

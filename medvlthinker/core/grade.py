@@ -288,6 +288,7 @@ class _Names(NamedTuple):
     letters: re.Pattern
     marks: dict           # small letter -> mark
     meaning: dict         # mark -> the labels that it may mean
+    whole: dict           # the words of a text -> mark
 
 @lru_cache(maxsize=512)   # the rollouts of a question share its options
 def _names(options: tuple[tuple[str, str], ...]) -> _Names:
@@ -299,11 +300,12 @@ def _names(options: tuple[tuple[str, str], ...]) -> _Names:
         first = texts.setdefault(_words(str(text)), i)   # options of one text share its mark
         meaning.setdefault(chr(ord("ⓐ") + first), set()).add(label)
     longest = sorted(texts, key=lambda words: (-len("".join(words)), words))
-    groups = [f"(?P<o{texts[words]}>{_pattern(words)})" for words in longest
-              if words[0] and " ".join(words) not in marks]
+    named = [words for words in longest if words[0] and " ".join(words) not in marks]
+    groups = [f"(?P<o{texts[words]}>{_pattern(words)})" for words in named]
+    whole = {words: chr(ord("ⓐ") + texts[words]) for words in named}
     found = re.compile(rf"(?<![A-Za-z0-9_])(?<!\d[.,])(?:{'|'.join(groups) or '(?!)'})"
                        r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
-    return _Names(found, _letters(tuple(marks)), marks, meaning)
+    return _Names(found, _letters(tuple(marks)), marks, meaning, whole)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
 def _mark(text: str, names: _Names) -> str:
@@ -311,6 +313,7 @@ def _mark(text: str, names: _Names) -> str:
     def letter(found):
         name = found[found.lastindex]
         return found[0].removesuffix(name) + names.marks[name.lower()]
+    if len(text) < 1000 and (mark := names.whole.get(_words(text))): return mark
     text = names.texts.sub(lambda found: chr(ord("ⓐ") + int(str(found.lastgroup)[1:])), text)
     return re.sub("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])", "", names.letters.sub(letter, text))
 
