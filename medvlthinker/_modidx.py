@@ -642,6 +642,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers._require_columns': ( 'data/readers.html#_require_columns',
                                                                                            'medvlthinker/data/readers.py'),
+                                           'medvlthinker.data.readers._unique_keys': ( 'data/readers.html#_unique_keys',
+                                                                                       'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers.code_fingerprint': ( 'data/readers.html#code_fingerprint',
                                                                                            'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers.content_fingerprint': ( 'data/readers.html#content_fingerprint',

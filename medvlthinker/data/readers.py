@@ -22,17 +22,27 @@ import medvlthinker
 from ..core.files import UserError, atomic_write, file_hash, fingerprint
 from .sample import InvalidRow, Sample, from_row, image_bytes
 
+# %% ../../nbs/data/13_readers.ipynb #13a0de01
+def _unique_keys(pairs: list) -> dict:
+    "An object; KeyError for a key that stands twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise KeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
 def parse_json(data: bytes, name: str, line: int = 1):
     "The value of a JSON text that begins in this line of a file; `InvalidRow` where it is none."
     field = "JSON"
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         line, field = line + data.count(b"\n", 0, error.start), "encoding"
         reason = f"the byte {data[error.start]:#04x} is not UTF-8"
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except KeyError as error:
+        reason = f"{error.args[0][:40]!r} stands twice in one object"
     except (RecursionError, ValueError):
         reason = "nested too deeply, or a number of thousands of digits"
     raise InvalidRow(f"{name} line {line}", field, reason)
