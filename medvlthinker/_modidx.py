@@ -1750,6 +1750,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._shown': ( 'results/viewer.html#_shown',
                                                                                      'medvlthinker/results/viewer.py'),
+                                             'medvlthinker.results.viewer._stored_file': ( 'results/viewer.html#_stored_file',
+                                                                                           'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._tests': ( 'results/viewer.html#_tests',
                                                                                      'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._verdict': ( 'results/viewer.html#_verdict',

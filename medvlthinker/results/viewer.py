@@ -225,7 +225,7 @@ def stored(
     root, entries, about = Workspace(profile.name).root, [], {}
     file_of = benchmark_file if kind == "benchmark" else corpus_file
     for name in benchmark_names(profile.benchmark) if kind == "benchmark" else corpus_names(profile.corpus):
-        if not (path := file_of(name, profile, root / "samples")).is_file():
+        if not (path := _stored_file(file_of(name, profile, root / "samples"), name)):
             continue
         samples = SampleFile(path, look=False)
         mark, found = samples_fingerprint(samples), {}
@@ -240,6 +240,12 @@ def stored(
     if not about:
         raise UserError(_missing(profile, (names or ["tiny"])[0], "any set", kind, n, root / "rollouts"))
     return Look(entries, profile.source, about)
+
+
+def _stored_file(path: Path, name: str) -> Path | None:
+    "The profile's own file of samples; else the newest one of this set, for whoever looks takes what there is."
+    drawn = [each for each in path.parent.glob(f"{name}*.parquet") if re.fullmatch(r"(-\d+(-seed\d+)?)?", each.stem.removeprefix(name))]
+    return path if path in drawn else max(drawn, key=lambda each: each.stat().st_mtime, default=None)
 
 
 def _entries(samples: SampleFile, found: dict[str, Rows], limit: int) -> Iterator[Entry]:
