@@ -6,8 +6,8 @@
 __all__ = ['BENCHMARKS', 'EXTRA', 'SHORT', 'LOCAL', 'HUB', 'SOURCES', 'medmcqa_rows', 'pubmedqa_rows', 'mmlu_rows', 'layouts',
            'nearest', 'benchmark_names', 'DataSource', 'layout_source', 'local_source', 'hub_source',
            'published_source', 'open_benchmark', 'missing_error', 'without_missing', 'available_benchmarks',
-           'sample_file', 'benchmark_file', 'store_source', 'store_synthetic', 'load_benchmark', 'own_entry',
-           'register_benchmark']
+           'sample_file', 'newest_sample_file', 'benchmark_file', 'store_source', 'store_synthetic', 'load_benchmark',
+           'own_entry', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
 import difflib, functools, itertools, os, re
@@ -357,6 +357,17 @@ def sample_file(
     if limit and not source.startswith("synthetic"):
         drawn += f"-seed{seed}"
     return Path(base) / source / f"{name}{drawn}.parquet"
+
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c081
+def newest_sample_file(
+    path: Path,  # of `sample_file`
+    name: str,
+) -> Path | None:
+    "The file itself; where it is not there, the newest one of this set, of any size."
+    sizes = re.compile(rf"{re.escape(name)}(-\d+(-seed\d+)?)?")
+    stored = [each for each in path.parent.glob("*.parquet") if sizes.fullmatch(each.stem)]
+    newest = max(stored, key=lambda each: each.stat().st_mtime, default=None)
+    return path if path in stored else newest
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c039
 def benchmark_file(

@@ -14,7 +14,7 @@ from pathlib import Path
 from collections.abc import Callable
 from urllib.parse import parse_qsl, urlencode
 
-from ..data.benchmarks import benchmark_file, benchmark_names
+from ..data.benchmarks import benchmark_file, benchmark_names, newest_sample_file
 from ..core.files import UserError, require_package, atomic_write
 from ..generation.profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
@@ -225,7 +225,7 @@ def stored(
     root, entries, about = Workspace(profile.name).root, [], {}
     file_of = benchmark_file if kind == "benchmark" else corpus_file
     for name in benchmark_names(profile.benchmark) if kind == "benchmark" else corpus_names(profile.corpus):
-        if not (path := _stored_file(file_of(name, profile, root / "samples"), name)):
+        if not (path := newest_sample_file(file_of(name, profile, root / "samples"), name)):
             continue
         samples = SampleFile(path, look=False)
         mark, found = samples_fingerprint(samples), {}
@@ -240,12 +240,6 @@ def stored(
     if not about:
         raise UserError(_missing(profile, (names or ["tiny"])[0], "any set", kind, n, root / "rollouts"))
     return Look(entries, profile.source, about)
-
-
-def _stored_file(path: Path, name: str) -> Path | None:
-    "The profile's own file of samples; else the newest one of this set, for whoever looks takes what there is."
-    drawn = [each for each in path.parent.glob(f"{name}*.parquet") if re.fullmatch(r"(-\d+(-seed\d+)?)?", each.stem.removeprefix(name))]
-    return path if path in drawn else max(drawn, key=lambda each: each.stat().st_mtime, default=None)
 
 
 def _entries(samples: SampleFile, found: dict[str, Rows], limit: int) -> Iterator[Entry]:
