@@ -23,7 +23,7 @@ from typing import NamedTuple
 from medvlthinker.app.bench import add_line, latest, read_lines, write_history
 from medvlthinker.core.files import UserError, environment_info, atomic_write
 from medvlthinker.core.commands import run_main
-from medvlthinker.generation.profile import Workspace, load_profile
+from medvlthinker.difficulty.profile import Workspace, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = {}
@@ -365,7 +365,7 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     from dataclasses import replace
 
     from medvlthinker.data import synthetic
-    from medvlthinker.generation.completion import Sampling, Shard
+    from medvlthinker.generation.request import Sampling, Shard
     from medvlthinker.generation.engine import open_engine, shard_size
     from medvlthinker.training.grpo import train_grpo
     from medvlthinker.training.recipe import find
@@ -413,7 +413,7 @@ def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
     from medvlthinker.generation import tiny
-    from medvlthinker.generation.profile import overrides
+    from medvlthinker.difficulty.profile import overrides
     from medvlthinker.difficulty.curate import curate, decide, pass_counts
     from medvlthinker.generation.engine import Sampling
     from medvlthinker.core.grade import grade
@@ -452,7 +452,7 @@ def three_seeds():
 def asked(number: int):
     "A rollout of image questions: (samples, profile, model, sampling, who), four sampled answers each."
     from medvlthinker.data import synthetic
-    from medvlthinker.generation.completion import Sampling
+    from medvlthinker.generation.request import Sampling
     from medvlthinker.generation.engine import resolve_model
     from medvlthinker.generation.rollout import identity
 
@@ -465,7 +465,7 @@ def asked(number: int):
 @bench(Bound("our own processor time per question (n=4), image decoded, with an engine that answers at once", "ms", 1))
 def own_cost():
     "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
-    from medvlthinker.generation.completion import Completion
+    from medvlthinker.generation.request import Completion
     from medvlthinker.generation.rollout import generate
 
     samples, _, _, _, who = asked(2000)
@@ -492,7 +492,7 @@ def vllm_overhead():
 
     if not importlib.util.find_spec("vllm"):
         raise NotHere("vLLM is not installed (./reproduce.sh setup full)")
-    from medvlthinker.generation.completion import Shard
+    from medvlthinker.generation.request import Shard
     from medvlthinker.generation.engine import engine_version, open_engine
     from medvlthinker.generation.rollout import generate
     from vllm import SamplingParams
@@ -571,7 +571,7 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
     "A finished rollout in shards of so many questions, and the file of its samples."
     import random
 
-    from medvlthinker.generation.completion import Completion
+    from medvlthinker.generation.request import Completion
     from medvlthinker.generation.rollout import write_shard
     from medvlthinker.data.sample import Sample, write_samples
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, encoded, python, says
 from medvlthinker.app import card, crate
 from medvlthinker.app.card import Hashes
-from medvlthinker.generation.completion import Completion
+from medvlthinker.generation.request import Completion
 from medvlthinker.core.files import UserError, record_path, write_record
-from medvlthinker.generation.profile import Workspace, load_profile
+from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts

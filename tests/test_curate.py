@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import warm
 from medvlthinker.data import synthetic
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.difficulty.curate import curate, decide, move, order, pass_counts
 from medvlthinker.generation.engine import Sampling, engine_version
 from medvlthinker.generation.rollout import identity, generate

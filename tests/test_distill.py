@@ -5,7 +5,7 @@ from collections import Counter
 
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import record_path
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
 from medvlthinker.generation.engine import Sampling, engine_version, model_fingerprint, open_engine
 from medvlthinker.core.grade import grade

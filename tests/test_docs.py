@@ -75,7 +75,7 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    "21_completion": "from medvlthinker.generation.engine import open_engine, resolve_model\n"
+    "21_request": "from medvlthinker.generation.engine import open_engine, resolve_model\n"
                      "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
     "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
@@ -184,7 +184,7 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.generation.profile import load_profile
+        from medvlthinker.difficulty.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(load_profile("smoke", limit=6), "tiny")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from medvlthinker.data import synthetic
-from medvlthinker.generation.completion import Sampling
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.generation.request import Sampling
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.generation.engine import answering, engine_version, open_engine
 from medvlthinker.generation.rollout import identity, read_shard, generate
 

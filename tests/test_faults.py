@@ -18,9 +18,9 @@ from conftest import ROOT, at_work, python, says
 from medvlthinker.data import synthetic
 from medvlthinker.app import trust
 from medvlthinker.data.benchmarks import load_benchmark
-from medvlthinker.generation.completion import Sampling
+from medvlthinker.generation.request import Sampling
 from medvlthinker.core.files import FORMAT, UserError, record_path, record_text
-from medvlthinker.generation.profile import Workspace, load_profile
+from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import read_shard, generate, rollout_identity, stored_rollout
 from medvlthinker.data.sample import read_samples, write_samples

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from medvlthinker.data import benchmarks, converters
 from medvlthinker.generation import profile
 from medvlthinker.core.files import UserError, record_path, read_json, stale_reason
-from medvlthinker.generation.profile import Profile, load_profile
+from medvlthinker.difficulty.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv
@@ -743,7 +743,7 @@ def test_any_line_of_results_is_a_row_or_a_sentence(tally, tmp_path):
 def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path):
     "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it."
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
-    from medvlthinker.generation.completion import Completion
+    from medvlthinker.generation.request import Completion
     from medvlthinker.evaluation.evaluate import grade_rows
     from medvlthinker.evaluation.evaluate import store as keep
     from medvlthinker.generation.rollout import write_eval_results

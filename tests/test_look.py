@@ -10,7 +10,7 @@ from conftest import ROOT, says
 from medvlthinker.evaluation import look, parity
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.data.prompt import messages
 from medvlthinker.data.sample import Sample
 

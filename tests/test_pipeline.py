@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, at_work, python, says
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import load_profile, parse_words
+from medvlthinker.difficulty.profile import load_profile, parse_words
 from medvlthinker.app.pipeline import dry_run
 from medvlthinker.data.sample import read_samples
 

@@ -8,9 +8,9 @@ from conftest import encoded, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.data.benchmarks import load_benchmark
-from medvlthinker.generation.completion import Completion
+from medvlthinker.generation.request import Completion
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import Workspace, load_profile
+from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.evaluation.evaluate import recount, count, grade_rows, repeated_counts
 from medvlthinker.evaluation.exchange import Told, exchange, to_inspect, to_lm_eval
 from medvlthinker.core.grade import RULES, grade

@@ -8,7 +8,7 @@ import time
 import pytest
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError, fingerprint
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.generation.engine import Sampling, engine_version
 from medvlthinker.generation.rollout import identity, read_shard, generate
 

@@ -23,7 +23,7 @@ from medvlthinker.training import sft
 from medvlthinker.generation import tiny
 from medvlthinker.core.files import UserError
 from medvlthinker.core.commands import run_logged, redact
-from medvlthinker.generation.profile import Profile, Workspace, load_profile
+from medvlthinker.difficulty.profile import Profile, Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.data.sample import write_samples
 
@@ -177,7 +177,7 @@ def traps(tmp_path_factory):
 OPEN = """
 import json, sys
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.training.checkpoint import skeleton
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.training.fit import shape_of
@@ -306,7 +306,7 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     (tmp_path / "own.py").write_text(OWN)
     notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
     cell, = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    text = "from medvlthinker.generation.profile import load_plugin\nload_plugin({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
+    text = "from medvlthinker.difficulty.profile import load_plugin\nload_plugin({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
     notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
     monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")

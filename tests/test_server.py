@@ -19,9 +19,9 @@ from conftest import ROOT, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.data import synthetic
-from medvlthinker.generation.completion import Completion, Sampling, Shard
+from medvlthinker.generation.request import Completion, Sampling, Shard
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import Profile
+from medvlthinker.difficulty.profile import Profile
 from medvlthinker.generation.rollout import read_shard
 from medvlthinker.data.sample import Sample
 from medvlthinker.generation.server import ServerEngine, read_answer
@@ -335,9 +335,9 @@ def test_any_json_is_an_answer_or_is_not(body):
 
 RUN = """
 import sys
-from medvlthinker.generation.completion import Sampling, Shard
+from medvlthinker.generation.request import Sampling, Shard
 from medvlthinker.core.commands import run_main
-from medvlthinker.generation.profile import Profile
+from medvlthinker.difficulty.profile import Profile
 from medvlthinker.generation.rollout import read_shard
 from medvlthinker.data.sample import Sample
 from medvlthinker.generation.server import ServerEngine

@@ -13,7 +13,7 @@ from conftest import ROOT, python, says
 
 from medvlthinker.generation import tiny
 from medvlthinker.core.files import file_hash, record_path, write_record, atomic_write
-from medvlthinker.generation.profile import Workspace, load_profile
+from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts
 from medvlthinker.generation.engine import Sampling

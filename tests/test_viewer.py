@@ -20,7 +20,7 @@ from conftest import encoded, python, watched
 
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.profile import load_profile
+from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.generation.engine import Completion
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.generation.rollout import samples_fingerprint, write_shard
@@ -210,7 +210,7 @@ def test_stored_reads_and_makes_nothing(home):
     assert look.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
     assert sorted(path for path in home.rglob("*")) == before
     assert [len(stored(load_profile("smoke"), "tiny", limit=2).entries), len(stored(load_profile("smoke", benchmark="slake")).entries)] == [4, 6]
-    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.generation.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
+    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.difficulty.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
                   MEDVLTHINKER_HOME=home)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from medvlthinker.generation.profile import load_plugin, load_profile
+from medvlthinker.difficulty.profile import load_plugin, load_profile
 
 BOM = b"\xef\xbb\xbf"
 

@@ -18,7 +18,7 @@ from ..data import synthetic
 from ..data.benchmarks import HUB
 from ..training.checkpoint import MACHINERY, WARNING, check_card, markdown_table, model_card, results_lines, stored_evaluation
 from ..core.files import UserError, file_hash, record_path, require_package, read_json, atomic_write
-from ..generation.profile import Profile, Workspace
+from ..difficulty.profile import Profile, Workspace
 from ..training.recipe import data_file, find
 from ..generation.rollout import folder_name, shard_header
 from ..data.sample import open_parquet

@@ -13,7 +13,7 @@ from pathlib import Path
 from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, rollout_facts, tree_state
 from ..core.files import UserError, environment_info, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
 from ..core.commands import run_main
-from ..generation.profile import Profile, Workspace, load_profile, parse_words, project_root
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words, project_root
 from ..generation.engine import model_fingerprint
 from ..training.recipe import RECIPES
 from ..generation.rollout import MEASURED, folder_name, samples_fingerprint

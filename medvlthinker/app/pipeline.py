@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import NOUNS
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_record, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import run_main, redact_file, redact
-from ..generation.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
+from ..difficulty.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
 from .crate import write_cards
 from ..generation.engine import answering, one_machine, vllm_settings

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..core.files import UserError, environment_info, file_hash, fingerprint, verify_checksum, record_path, read_json, read_record
 from ..core.commands import run_main
-from ..generation.profile import Workspace, load_profile, parse_words
+from ..difficulty.profile import Workspace, load_profile, parse_words
 from .crate import CRATE, model_place, questions_file, run_files
 from ..generation.engine import model_fingerprint
 from ..evaluation.evaluate import count, grade_rows

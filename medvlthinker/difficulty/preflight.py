@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from ..core.files import UserError, require_package
 from ..core.commands import run_main
 from ..core.plots import series_style
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from .profile import Profile, Workspace, load_profile, parse_words
 from ..generation.engine import ask_hub, resolve_model
 from ..data.prompt import user_text
 from ..generation.rollout import question_sets

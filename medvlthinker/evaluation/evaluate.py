@@ -17,10 +17,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ..data.benchmarks import BENCHMARKS
-from ..generation.completion import Sampling
+from ..generation.request import Sampling
 from ..core.files import UserError, write_record, atomic_write
 from ..core.commands import run_logged
-from ..generation.profile import Profile, Workspace, overrides
+from ..difficulty.profile import Profile, Workspace, overrides
 from ..generation.engine import answering
 from ..core.grade import RULES, grade
 from ..training.recipe import BASES, RECIPES, wanted

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data.benchmarks import benchmark_names
 from ..core.files import UserError, environment_info, fingerprint, atomic_write
 from ..core.commands import run_main
-from ..generation.profile import Profile, load_profile, parse_words
+from ..difficulty.profile import Profile, load_profile, parse_words
 from .evaluate import recount, results_folder
 from ..core.grade import RULES, grade
 from ..data.prompt import user_text

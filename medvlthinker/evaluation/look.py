@@ -11,11 +11,11 @@ import dataclasses, functools, hashlib, io, random, re
 from collections import Counter
 from collections.abc import Sequence
 
-from ..generation.completion import Sampling
+from ..generation.request import Sampling
 from ..core.files import UserError, require_package
 from ..core.commands import run_main
 from ..core.plots import series_style
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from .evaluate import picture_key, results_folder, store
 from ..core.grade import RULES, grade
 from ..generation.rollout import asked_as, question_sets, rollouts

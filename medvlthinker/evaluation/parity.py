@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import UserError
 from ..core.commands import run_main
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.engine import resolve_model
 from .evaluate import launch_rollout, picture_key, results_folder, store
 from ..core.grade import RULES, grade

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..data.benchmarks import load_benchmark
 from ..core.files import UserError, file_hash
 from ..core.commands import run_main
-from ..generation.profile import Profile, Workspace, load_profile, load_plugin, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, load_plugin, parse_words
 from .evaluate import evaluations, noting_images, over_shards, store
 from ..core.grade import RULES, Grade, grade
 from ..generation.rollout import Rows, samples_fingerprint, stored_rollout

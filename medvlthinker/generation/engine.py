@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .completion import Completion, Sampling, Shard
+from .request import Completion, Sampling, Shard
 from ..core.files import UserError, fingerprint, require_package
-from .profile import Profile, Workspace
+from ..difficulty.profile import Profile, Workspace
 from .server import ServerEngine
 
 # %% ../../nbs/generation/23_engine.ipynb #e0d55c45

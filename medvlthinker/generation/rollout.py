@@ -17,8 +17,8 @@ from ..data.benchmarks import available_benchmarks, benchmark_file, load_benchma
 from ..data.corpora import available_corpora, corpus_file, load_corpus
 from ..core.files import UserError, environment_info, fingerprint, peak_memory, read_record, record_text, atomic_write
 from ..core.commands import run_main
-from .profile import Profile, Workspace, load_profile, parse_words
-from .completion import Completion, Sampling, Shard, stored
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
+from .request import Completion, Sampling, Shard, stored
 from .engine import BASELINES, Baseline, answering, engine_version, model_fingerprint, open_engine, resolve_model, shard_size
 from ..core.grade import grade
 from ..data.prompt import DIALECTS, user_text

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
-from .completion import Completion, Sampling, Shard
+from .request import Completion, Sampling, Shard
 from ..core.files import UserError
 from ..core.commands import redact
-from .profile import Profile
+from ..difficulty.profile import Profile
 from ..data.prompt import user_text
 from ..data.sample import Sample, to_rgb
 

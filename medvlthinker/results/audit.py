@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..core.files import UserError
-from ..generation.profile import Profile
+from ..difficulty.profile import Profile
 from ..evaluation.evaluate import difference, evaluations, question_lines
 from ..core.grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of

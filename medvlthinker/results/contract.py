@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from ..core.files import UserError
 from ..core.commands import run_main
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from ..evaluation.evaluate import evaluations, records
 from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from ..data.benchmarks import benchmark_file, benchmark_names, newest_sample_file
 from ..core.files import UserError, require_package, atomic_write
-from ..generation.profile import Profile, Workspace
+from ..difficulty.profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted

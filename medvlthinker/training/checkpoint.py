@@ -16,7 +16,7 @@ from pathlib import Path
 from ..data.benchmarks import HUB
 from ..core.files import UserError, is_alive, file_hash, record_path, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import run_main, run_logged
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..generation.engine import model_fingerprint
 from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import UserError
-from ..generation.profile import Profile, Workspace
+from ..difficulty.profile import Profile, Workspace
 from ..data.corpora import corpus_file, load_reasoning, reasoning_file
 from ..generation.engine import resolve_model
 from ..generation.rollout import folder_name

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from ..core.files import UserError, file_hash, fingerprint, require_package, atomic_write
 from ..core.commands import run_main
-from ..generation.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words
 from ..generation.engine import model_fingerprint, only_safetensors
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import sft_target, user_text

@@ -14,7 +14,7 @@ from . import verl_backend, verl_cpu
 from .checkpoint import merge, replacing, write_card
 from ..core.files import record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import run_main, run_logged
-from ..generation.profile import Profile, Workspace, load_profile, parse_words
+from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from .fit import refuse_unless_fits
 from .recipe import RECIPES, Recipe, data_file, model_folder, training_folder
 from .sft import Run, accelerate_config, accelerate_file, checkpoint, named, plan, read_metrics, trl_command

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import redact_file
-from ..generation.profile import Profile, Workspace
+from ..difficulty.profile import Profile, Workspace
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
