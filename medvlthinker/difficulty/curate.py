@@ -17,7 +17,8 @@ import numpy as np
 from ..core.files import UserError, file_hash, fingerprint, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.plots import series_style
 from ..core.grade import RULES, grade
-from ..generation.rollout import alone, folder_name
+from ..generation.model import folder_name
+from ..generation.rollout import alone
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 
 if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
