@@ -323,7 +323,9 @@ def check_weights(
         return  # its weights have names and shapes of their own
     if (net := _empty_model(folder)) is None:
         return
-    report = _loading_report(net, {name: stored[name] for name in stored if name not in heads})
+    if getattr(net.config, "tie_word_embeddings", False):
+        stored = {name: path for name, path in stored.items() if name not in heads}
+    report = _loading_report(net, stored)
     # a layer that the config does not count is wrong; what has no place at all may be left over
     places = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     extra = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
