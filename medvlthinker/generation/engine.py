@@ -21,6 +21,7 @@ from medvlthinker.generation.model import (
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
 from .request import Completion, EngineSettings, Hardware, Request, Sampling
+from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #cfac8dae
 _STRUCTURE = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
@@ -501,8 +502,6 @@ class Engine:
     def _load(self):
         settings = self.settings
         if settings.engine_name == "openai":
-            from medvlthinker.generation.server import ServerEngine
-
             return ServerEngine(replace(settings, model=self.model))
         check_hardware(settings)
         folder = download_model(self.model, self.revision)
