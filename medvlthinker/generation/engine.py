@@ -54,9 +54,9 @@ def resolve_model(
 ) -> str:
     "A folder, a hub id or a served name; `UserError` for what is none of them."
     if model == "tiny":
-        from medvlthinker.generation import tiny
+        from medvlthinker.generation.tiny_model import make_tiny_model
 
-        return str(tiny.make(workspace.checkpoints / "tiny"))
+        return str(make_tiny_model(workspace.checkpoints / "tiny"))
     if (workspace.checkpoints / model / "config.json").is_file():
         return str(workspace.checkpoints / model)
     if model in BASELINES:
