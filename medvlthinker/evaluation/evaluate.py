@@ -46,33 +46,39 @@ def _grade_questions(
     "The grades of some questions, in the columns of `grade_rollout`."
     import pyarrow as pa
 
+    lines = []
+    for sample, image, row in questions:
+        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
+        for number, completion in enumerate(row["completions"]):
+            verdicts = itertools.chain.from_iterable(
+                _verdict(completion["text"], sample, rule) for rule in rules)
+            ending = completion["finish_reason"], completion["tokens"]
+            lines.append((*about, number, *verdicts, *ending))
+    kinds = _columns(rules)
+    columns = zip(*lines) if lines else [()] * len(kinds)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds.values(), strict=True)]
+    return pa.table(arrays, names=list(kinds))
+
+
+def _columns(rules: tuple[str, ...]) -> dict[str, "pa.DataType"]:
+    "Name and type of each column; a text that is repeated takes four bytes."
+    import pyarrow as pa
+
     text = pa.dictionary(pa.int32(), pa.string())
-    kinds = {"dataset_name": text, "dataset_index": pa.int64(), "image": text,
-             "completion": pa.int32(), "gold": text}
+    kinds = {"dataset_name": text, "dataset_index": pa.int64(), "image": text, "gold": text,
+             "completion": pa.int32()}
     for rule in rules:
         kinds |= {f"{rule}_label": text, f"{rule}_answer": text, f"{rule}_correct": pa.bool_()}
-    kinds |= {"finish_reason": text, "tokens": pa.int32()}
-    columns: list[list] = [[] for _ in kinds]
-    for sample, image, row in questions:
-        about = sample.dataset_name, sample.dataset_index, image
-        for number, completion in enumerate(row["completions"]):
-            cells = [*about, number, sample.answer_label]
-            for rule in rules:
-                cells += _verdict(completion["text"], sample, rule)
-            cells += completion["finish_reason"], completion["tokens"]
-            for column, cell in zip(columns, cells, strict=True):
-                column.append(cell)
-    return pa.table([pa.array(column, kind) for column, kind in zip(columns, kinds.values())],
-                    names=list(kinds))
+    return kinds | {"finish_reason": text, "tokens": pa.int32()}
 
 
 def _verdict(text: str | None, sample: Sample, rule: str) -> tuple[str | None, str | None, bool]:
-    "The label; the label again or, where there is none, the beginning of the answer; is it right?"
+    "The label; the label or, where there is none, the beginning of the answer; is it right?"
     found = grade(text, sample.options, sample.answer_label, rule)
-    answer = found.label or found.answer
-    if answer:  # half a character cannot be stored in a table
-        answer = answer[:80].encode("utf-8", "backslashreplace").decode()
-    return found.label, answer, found.correct
+    if found.label or not found.answer:
+        return found.label, found.label or found.answer, found.correct
+    answer = found.answer[:80].encode("utf-8", "backslashreplace")  # half a character, too
+    return None, answer.decode(), found.correct
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #ed0079fe
 _WORTHWHILE = 20_000  # answers; fewer are graded before a process has started
@@ -144,7 +150,7 @@ def grade_rollout(
 ) -> "pd.DataFrame":
     """A row for each question and completion, graded under each rule.
 
-    Columns: dataset_name, dataset_index, image (`image_cluster_id`), completion (0, 1, ...), gold;
+    Columns: dataset_name, dataset_index, image (`image_cluster_id`), gold, completion (0, 1, ...);
     for each rule <rule>_label (the option's letter, missing where none is named), <rule>_answer
     (the letter, else what was read as the answer) and <rule>_correct; finish_reason, tokens.
     `UserError` where the rows are not those of the samples."""
