@@ -940,6 +940,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._describe': ( 'evaluation/evaluate.html#_describe',
                                                                                                   'medvlthinker/evaluation/evaluate.py'),
+                                                  'medvlthinker.evaluation.evaluate._exit_with_parent': ( 'evaluation/evaluate.html#_exit_with_parent',
+                                                                                                          'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._grade_all': ( 'evaluation/evaluate.html#_grade_all',
                                                                                                    'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._grade_in_processes': ( 'evaluation/evaluate.html#_grade_in_processes',

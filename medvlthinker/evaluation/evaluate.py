@@ -8,7 +8,7 @@ __all__ = ['VOTERS', 'image_cluster_id', 'cores', 'grade_rollout', 'count_right'
            'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
-import hashlib, itertools, json, multiprocessing, os
+import hashlib, itertools, json, multiprocessing, os, threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -112,7 +112,8 @@ def _batches(questions: Iterator[tuple], size: int = 64) -> Iterator[list[tuple]
 # %% ../../nbs/evaluation/50_evaluate.ipynb #91bb9d0b
 def _grade_in_processes(batches: Iterable, rules: tuple, workers: int) -> Iterator["pa.Table"]:
     "The tables of `_grade_questions`, in order; `UserError` where a process was killed."
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_exit_with_parent) as pool:
         def work(batch):
             return pool.submit(_grade_questions, batch, rules).result()
 
@@ -121,6 +122,15 @@ def _grade_in_processes(batches: Iterable, rules: tuple, workers: int) -> Iterat
         except BrokenProcessPool:
             raise UserError("A process that graded was ended from outside, perhaps because memory "
                             "ran out; use fewer workers.") from None
+
+
+def _exit_with_parent() -> None:
+    "End this process when the one that started it has ended, however that happened."
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _grade_all(rolled: Sequence[tuple], rules: tuple[str, ...], workers: int) -> "pd.DataFrame":
