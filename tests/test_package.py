@@ -202,9 +202,12 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.difficulty.profile import load_profile
-from medvlthinker.evaluation.evaluate import evaluate
-record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
+from medvlthinker.difficulty.ask import rollouts
+from medvlthinker.difficulty.profile import Workspace, load_profile
+from medvlthinker.evaluation.evaluate import read_records
+folder = Workspace("smoke").results / "synthetic"
+medvlthinker.evaluate(rollouts(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny"), folder)
+record, = read_records(folder, ["tiny"])
 print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
 """
 
