@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'generation_config', 'ignored_settings', 'batches', 'TransformersEngine', 'too_long_error', 'prefetch',
-           'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies', 'check_hardware', 'engine_version',
-           'Engine', 'open_engine']
+           'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies', 'check_nodes', 'check_gpus',
+           'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import contextlib, functools, importlib.metadata, itertools, json, operator, os, queue, re, socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -439,16 +439,18 @@ def copies(
     nodes = max(1, settings.nodes) if settings.engine == "ray" else 1
     return settings.data_parallel or max(1, settings.gpus * nodes // tensor_parallel)
 
-# %% ../../nbs/generation/24_engine.ipynb #b7d41bb8
-def check_hardware(settings: Hardware) -> None:
-    "`UserError` where an engine is asked for more machines or GPUs than there are."
-    if settings.engine not in ("transformers", "vllm"):
-        return
-    if settings.nodes > 1:
+# %% ../../nbs/generation/24_engine.ipynb #47275c37
+def check_nodes(settings: Hardware) -> None:
+    "`UserError` where an engine is asked for more machines than it can use."
+    if settings.engine in ("transformers", "vllm") and settings.nodes > 1:
         raise UserError(f"The engine {settings.engine} works on one machine; "
                         f"nodes={settings.nodes} needs engine=ray (with ray_address=auto on a "
                         "running cluster).")
-    if settings.gpus:
+
+
+def check_gpus(settings: Hardware) -> None:
+    "`UserError` where this machine has fewer GPUs than an engine on it is to use."
+    if settings.engine in ("transformers", "vllm") and settings.gpus:
         import torch
 
         if (here := torch.cuda.device_count()) < settings.gpus:
@@ -499,7 +501,8 @@ class Engine:
         settings = self.settings
         if settings.engine_name == "openai":
             return ServerEngine(replace(settings, model=self.model))
-        check_hardware(settings)
+        check_nodes(settings)
+        check_gpus(settings)
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)
@@ -514,3 +517,23 @@ class Engine:
 def open_engine(settings: EngineSettings) -> Engine:
     "An engine for one model; `UserError` for a model or an engine that there is not."
     return Engine(settings)
+
+# %% ../../nbs/generation/24_engine.ipynb #d1a4bb43
+class FunctionEngine:
+    "An engine whose answers come from a function."
+    weights, revision, instruction, dialect, batch_size = "", "", "trained", "chat", 1
+    dropped: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        answer: Callable[[Request], list[Completion]],
+        model: str = "function",  # the name under which its answers stand
+        version: str = "1",  # of the function: another one makes another rollout
+    ):
+        self.function, self.version = answer, version
+        self.settings = EngineSettings(model=model, engine="function", dtype="")
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+        "Each request with what the function gives for it."
+        for request in requests:
+            yield request, self.function(request)
