@@ -19,9 +19,11 @@ from ..difficulty.profile import Profile, Workspace, overrides, find_path, load_
 from ..data.corpora import has_corpora
 from .crate import write_cards
 from ..generation.engine import answering, one_machine, vllm_settings
-from ..evaluation.evaluate import evaluations, rollout_words
+from ..difficulty.ask import ask_words
 from ..training.grpo import beside
-from ..training.recipe import RECIPES, Recipe, wanted
+from ..generation.request import Sampling
+from ..results.report import stored_records
+from ..training.recipe import RECIPES, Recipe, evaluation_samplings, wanted
 from ..generation.rollout import alone, folder_name
 from ..training.sft import accelerate_config
 from ..training.train import outline, uses_verl
@@ -468,14 +470,20 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
     words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     call = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
-    asking = lambda models, **how: {"command": "\n".join(shlex.join(["python", *rollout_words(profile, model, **how)]) for model in models), **_answers(profile)}
+    sampled = [Sampling(n=profile.rollouts, temperature=1.0)]
     return {"1_data": lambda: {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv", "hardware": "CPU"},
             "2_difficulty": lambda: {"reads": f"samples/{source}/corpus/, {', '.join(map(place, profile.models))}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
-                                     **asking(profile.models, kind="corpus", n=profile.rollouts, temperature=1.0)},
+                                     **_asking(profile, dict.fromkeys(profile.models, sampled), "corpus")},
             "3_train": lambda: outline(RECIPES[step.value], profile, Workspace(profile.name)) | _trains(RECIPES[step.value], profile),
-            "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **asking([step.value])},
+            "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **_asking(profile, {step.value: evaluation_samplings(profile, step.value)})},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
             "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": call}
+
+
+def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = "benchmark") -> dict[str, str]:
+    "The commands that ask models in these ways, and what their engine is told."
+    commands = [shlex.join(["python", *ask_words(profile, model, ways, kind)]) for model, ways in samplings.items()]
+    return {"command": "\n".join(commands), **_answers(profile)}
 
 
 def _answers(profile: Profile) -> dict[str, str]:
@@ -523,7 +531,7 @@ def main(
     profile = load_profile(name, **given)
     if options.dry_run:
         return print(*dry_run(profile), sep="\n")
-    if words[0] == "results" and not evaluations(profile):
+    if words[0] == "results" and not stored_records(profile):
         raise UserError(f"Nothing of the profile {name} has been evaluated in {Workspace(name).root}, so there is nothing to draw; run ./reproduce.sh {name} first.")
     began = time.monotonic()
     ran = run(profile, options.n, RESULTS if words[0] == "results" else ())
