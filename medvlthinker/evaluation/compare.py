@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_words', 'SAFE', 'UNSAFE', 'TOO_FEW', 'MAX_DIFFERENCE', 'MAX_FLIPS', 'Rule', 'find_rule', 'answer_kind',
-           'flip_cause', 'config_difference', 'rescore', 'compare_rollouts', 'paired_changes', 'explain_flips',
-           'Agreement', 'engine_agreement']
+           'flip_cause', 'config_difference', 'check_questions', 'rescore', 'compare_rollouts', 'paired_changes',
+           'explain_flips', 'Agreement', 'engine_agreement']
 
 # %% ../../nbs/evaluation/51_compare.ipynb #5901689a
 import functools, itertools, os, re, statistics
@@ -210,18 +210,16 @@ def config_difference(
                      if not (served and key == "weights"))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb13
-def _check_comparable(samples: Sequence[Sample], *rollouts, same_model: bool = True) -> None:
-    "`UserError` for rollouts of other questions, or that differ in more than the computation."
-    rollouts = [rollout for rollout in rollouts if hasattr(rollout, "config")]  # no plain list
-    for rollout in rollouts:
-        if rollout.config.samples != samples_fingerprint(samples):
-            raise UserError(f"{rollout.folder} answers other questions than these of "
-                            f"{samples[0].dataset_name}; give the data and the limit that it was "
-                            "made with.")
-    configs = [rollout.config for rollout in rollouts]
-    if same_model and len(configs) > 1 and (words := config_difference(*configs)):
-        raise UserError("These two rollouts cannot be compared, they differ in more than how the "
-                        f"answers were computed: {words}.")
+def check_questions(
+    samples: Sequence[Sample],
+    rollout: Sequence[dict],  # a `Rollout`; a list of rows cannot tell
+) -> None:
+    "`UserError` where a rollout answers other questions than these."
+    config = getattr(rollout, "config", None)
+    if config and config.samples != samples_fingerprint(samples):
+        raise UserError(f"{rollout.folder} answers other questions than these of "
+                        f"{samples[0].dataset_name}; give the data and the limit that it was made "
+                        "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #a894f80a
 def _compare_rules(questions: list[tuple], old: str, new: str) -> list[dict]:
@@ -242,7 +240,7 @@ def rescore(
     "A row for each stored answer: what two rules make of it."
     import pandas as pd
 
-    _check_comparable(samples, rollout)
+    check_questions(samples, rollout)
     work = functools.partial(_compare_rules, old=old, new=new)
     workers = 1 if callable(old) or callable(new) else workers
     parts = map_questions(work, [(samples, rollout)], workers)
@@ -260,7 +258,12 @@ def compare_rollouts(
     "A row for each pair of answers: both verdicts, and where the texts part."
     import pandas as pd
 
-    _check_comparable(samples, first, second, same_model=same_model)
+    for rollout in (first, second):
+        check_questions(samples, rollout)
+    configs = [rollout.config for rollout in (first, second) if hasattr(rollout, "config")]
+    if same_model and len(configs) == 2 and (words := config_difference(*configs)):
+        raise UserError("These two rollouts cannot be compared, they differ in more than how the "
+                        f"answers were computed: {words}.")
     sides = [itertools.chain.from_iterable(map_questions(list, [(samples, rollout)], workers=1))
              for rollout in (first, second)]
     rules, rows = (find_rule(rule),) * 2, []
