@@ -42,7 +42,7 @@ _NOTEBOOKS = (
     "nbconvert", "plotly", "kaleido", "pypandoc", "bs4", "mlcroissant", "rocrate")
 EXTRAS = {  # module -> the extra of this package that brings it
     "torch": "torch", "torchvision": "torch", "trl": "train", "peft": "train",
-    "accelerate": "train", "vllm": "vllm", "verl": "verl", "ray": "ray",
+    "accelerate": "torch", "vllm": "vllm", "verl": "verl", "ray": "ray",
     **dict.fromkeys(_NOTEBOOKS, "notebooks")}
 _TITLES = {"torch": "PyTorch", "trl": "TRL", "vllm": "vLLM", "ray": "Ray", "pypandoc": "pandoc",
            "bs4": "Beautiful Soup"}
