@@ -56,8 +56,8 @@ def fit_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
         return width, height
     scale = math.sqrt(max_pixels / (width * height))
     if math.prod(sides) > max_pixels:
-        sides = [int(side * scale / 28) * 28 for side in (width, height)]
-    if 0 in sides:  # a narrow strip
+        sides = [max(28, int(side * scale / 28) * 28) for side in (width, height)]
+    if math.prod(sides) > max_pixels or 0 in sides:  # a narrow strip
         sides = [max(1, int(side * scale)) for side in (width, height)]
     return sides[0], sides[1]
 
