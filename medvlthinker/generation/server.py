@@ -54,11 +54,11 @@ def fit_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     sides = [round(side / 28) * 28 for side in (width, height)]
     if not max_pixels or max(width * height, math.prod(sides)) <= max_pixels:
         return width, height
-    scale = math.sqrt(max_pixels / (width * height))
+    factor = math.sqrt(width * height / max_pixels)
     if math.prod(sides) > max_pixels:
-        sides = [max(28, int(side * scale / 28) * 28) for side in (width, height)]
+        sides = [max(28, int(side / factor / 28) * 28) for side in (width, height)]
     if math.prod(sides) > max_pixels or 0 in sides:  # a narrow strip
-        sides = [max(1, int(side * scale)) for side in (width, height)]
+        sides = [max(1, int(side / factor)) for side in (width, height)]
     return sides[0], sides[1]
 
 # %% ../../nbs/generation/23_server.ipynb #3bbec8d9
