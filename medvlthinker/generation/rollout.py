@@ -8,7 +8,7 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
            'write_eval_results']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
-import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, time, zlib
+import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,7 +250,7 @@ class _Writer:
         with contextlib.suppress(UserError):
             self.before = rollout_record(folder)
         self._read()
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until `finish`
+        self.file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - until `finish`
         self._record({key: self.before[key] for key in ("seconds",) if key in self.before})
 
     def _read(self) -> None:
@@ -288,26 +288,27 @@ class _Writer:
         "Append the completions of a question that is owed; says whether it was."
         if request.index in self.lines and not self.lines[request.index].failed:
             return False
-        line, start = to_line(request.index, request.sample, completions), self.file.tell()
+        line = to_line(request.index, request.sample, completions)
         try:
             if (written := self.file.write(line)) < len(line):  # a disk that is nearly full
                 self.file.write(line[written:])
         except OSError as error:
             raise write_error(error, self.path) from None
-        rows = [completion.to_row() for completion in completions]
-        self.lines[request.index] = _line(start, start + len(line), rows)
+        end, rows = self.file.tell(), [completion.to_row() for completion in completions]
+        self.lines[request.index] = _line(end - len(line), end, rows)
         return True
 
     def finish(self, dropped: list[str]) -> dict:
         "Put the lines in order, and write the record with counts, cost and checksum."
-        self.file.close()
-        lines, at = [self.lines[index] for index in range(len(self.samples))], 0
-        if any(line.start != end for line, end in zip(lines, [0, *(line.end for line in lines)])) \
-                or self.path.stat().st_size > (lines[-1].end if lines else 0):
-            with open(self.path, "rb") as old, atomic_write(self.path, "wb") as new:
+        lines, file = [self.lines[index] for index in range(len(self.samples))], self.file.fileno()
+        ends = [0, *(line.end for line in lines)]
+        in_order = all(line.start == end for line, end in zip(lines, ends))
+        if not in_order or ends[-1] < os.fstat(file).st_size:
+            with atomic_write(self.path, "wb") as new:
                 for line in lines:
-                    old.seek(line.start)
-                    new.write(old.read(line.end - line.start))
+                    new.write(os.pread(file, line.end - line.start, line.start))
+        else:
+            os.fsync(file)
         total = {key: sum(getattr(line, key) for line in lines)
                  for key in ("completions", "length", "empty", "failed")}
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
