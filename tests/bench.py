@@ -135,13 +135,14 @@ def rollout_overhead():
     "A rollout's wall time over that of bare `generate` on inputs prepared beforehand: tiny model, 200 questions, five turns each."
     import torch
     from medvlthinker.data import synthetic
-    from medvlthinker.generation.engine import Sampling, engine_version, open_engine, resolve_model
+    from medvlthinker.generation.engine import Sampling, engine_version, open_engine
+    from medvlthinker.generation.model import resolve_model
     from medvlthinker.data.prompt import messages
     from medvlthinker.generation.rollout import identity, generate
 
     profile = load_profile("smoke")
     torch.set_num_threads(1)
-    model = resolve_model("tiny", Workspace(profile.name))
+    model = resolve_model("tiny", Workspace(profile.name).checkpoints)
     engine, sampling, samples = open_engine(profile, model), Sampling(max_tokens=64), synthetic.benchmark("pmc_vqa", 200)
     who, size = identity(samples, model, profile, sampling), profile.batch_size
     prepared = []
@@ -453,11 +454,11 @@ def asked(number: int):
     "A rollout of image questions: (samples, profile, model, sampling, who), four sampled answers each."
     from medvlthinker.data import synthetic
     from medvlthinker.generation.request import Sampling
-    from medvlthinker.generation.engine import resolve_model
+    from medvlthinker.generation.model import resolve_model
     from medvlthinker.generation.rollout import identity
 
     profile = load_profile("smoke", engine="vllm")
-    samples, model = synthetic.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke"))
+    samples, model = synthetic.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke").checkpoints)
     sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
     return samples, profile, model, sampling, identity(samples, model, profile, sampling)
 

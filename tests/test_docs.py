@@ -21,7 +21,7 @@ import pytest
 import warm
 from conftest import ROOT
 from medvlthinker.data import benchmarks, corpora, synthetic, prompt
-from medvlthinker.generation import engine
+from medvlthinker.generation import model
 from medvlthinker.training import recipe
 
 NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs").glob("[!_]*/[!_.]*.ipynb")], key=lambda path: path.name)
@@ -74,13 +74,13 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    "21_request": "from medvlthinker.generation.engine import open_engine, resolve_model\n"
-                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
+    "21_request": "from medvlthinker.generation.engine import open_engine\nfrom medvlthinker.generation.model import resolve_model\n"
+                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke').checkpoints))",
     "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                  "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
-    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
-                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
+    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine\nfrom medvlthinker.generation.model import resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
+                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke').checkpoints), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
     "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
     "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
@@ -178,7 +178,7 @@ def place(tmp_path_factory, warm_tiny):
                                        "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
     for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
         shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
-    tables = [benchmarks.LOCAL, corpora.LOCAL, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    tables = [benchmarks.LOCAL, corpora.LOCAL, model.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
     before, here = [dict(table) for table in tables], Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))

@@ -157,7 +157,7 @@ def test_commands_say_what_is_wrong_in_one_sentence(home):
 
 def evaluated(home, profile, source, model, right):
     "What paper/4_evaluate leaves of a model, written by hand."
-    from medvlthinker.generation.rollout import folder_name
+    from medvlthinker.generation.model import folder_name
 
     folder = home / profile / "results" / source / folder_name(model)
     folder.mkdir(parents=True)

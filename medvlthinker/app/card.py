@@ -20,7 +20,8 @@ from ..training.checkpoint import MACHINERY, WARNING, check_card, markdown_table
 from ..core.files import UserError, file_hash, record_path, require_package, read_json, atomic_write
 from ..difficulty.profile import Profile, Workspace
 from ..training.recipe import data_file, find
-from ..generation.rollout import folder_name, shard_header
+from ..generation.model import folder_name
+from ..generation.rollout import shard_header
 from ..data.sample import open_parquet
 
 # %% ../../nbs/app/70_card.ipynb #283b5c23

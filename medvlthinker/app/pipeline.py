@@ -22,7 +22,8 @@ from ..generation.engine import answering, one_machine, vllm_settings
 from ..evaluation.evaluate import evaluations, rollout_words
 from ..training.grpo import beside
 from ..training.recipe import RECIPES, Recipe, wanted
-from ..generation.rollout import alone, folder_name
+from ..generation.model import folder_name
+from ..generation.rollout import alone
 from ..training.sft import accelerate_config
 from ..training.train import outline, uses_verl
 

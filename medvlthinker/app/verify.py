@@ -17,7 +17,7 @@ from ..core.files import UserError, environment_info, file_hash, fingerprint, ve
 from ..core.commands import run_main
 from ..difficulty.profile import Workspace, load_profile, parse_words
 from .crate import CRATE, model_place, questions_file, run_files
-from ..generation.engine import model_fingerprint
+from ..generation.model import model_fingerprint
 from ..evaluation.evaluate import count, grade_rows
 from ..core.grade import RULES
 from ..data.prompt import INSTRUCTIONS
