@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, says
 
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import file_hash, record_path, write_record, atomic_write
 from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
@@ -29,7 +29,7 @@ def finished(tmp_path_factory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setenv("MEDVLTHINKER_HOME", str(tmp_path_factory.mktemp("runs")))
     profile, workspace = load_profile("smoke", limit=3, train_limit=6, max_tokens=6, corpus="pmc_vqa"), Workspace("smoke")
-    tiny.build(workspace.checkpoints / "raw", 0)
+    make_tiny_model(workspace.checkpoints / "raw", steps=0)
     with contextlib.redirect_stdout(io.StringIO()), write_record(workspace.notebooks / "5_results.ipynb", {"its code": "0", "seed": 42}) as facts:
         evaluate(rollouts(profile, "raw"), workspace.results / "synthetic")
         record, = read_records(workspace.results / "synthetic", ["raw"])

@@ -21,7 +21,6 @@ from ..core.files import UserError, file_hash, record_path, require_package, rea
 from ..difficulty.profile import Profile, Workspace
 from ..training.recipe import data_file, find
 from ..generation.model import folder_name
-from ..generation.rollout import shard_header
 from ..data.sample import open_parquet
 
 # %% ../../nbs/app/70_card.ipynb #283b5c23
@@ -331,10 +330,9 @@ def croissant(
 def rollout_facts(
     path: Path,  # of its rollout.json
 ) -> dict:
-    "One rollout by its rollout.json, with what the headers of its shards add up to."
-    heads = [shard_header(shard) for shard in sorted(path.parent.glob("shard-*.jsonl"))]
-    total = lambda key: sum(head[key] for head in heads) if all(key in head for head in heads) else None  # older shards count less
-    return {**read_json(path), "folder": path.parent, "shards": len(heads), "of": max((head.get("shards", 0) for head in heads), default=0), "rows": total("rows"), "cut": total("length"), "failed": total("failed")}
+    "One rollout by its rollout.json; how many answers it has, and how they ended, is said when it is finished."
+    record = read_json(path)
+    return record | {"folder": path.parent, "state": "whole" if record.get("finished") else "unfinished"}
 
 
 def rollout_card(
@@ -345,10 +343,10 @@ def rollout_card(
 
     found = [rollout_facts(path) for path in sorted(folder.rglob("rollout.json"))]
     model, drawn = found[0].get("model", folder.name), {each["folder"].relative_to(folder).parts[0] for each in found} == {"synthetic"}
-    rows = [(f"`{each['folder'].relative_to(folder)}`", each["rows"] if each["rows"] is not None else "not counted", each.get("n"), each.get("temperature"), each.get("max_tokens"), each.get("engine"), each.get("seed"), *("not counted" if each[key] is None else each[key] for key in ("cut", "failed")),
-             "whole" if each["shards"] == each["of"] else f"{each['shards']} of {each['of']} shards") for each in found]
+    rows = [(f"`{each['folder'].relative_to(folder)}`", each.get("rows", "not counted"), each.get("n"), each.get("temperature"), each.get("max_tokens"), each.get("engine"), each.get("seed"), *(each.get(key, "not counted") for key in ("length", "failed")),
+             each["state"]) for each in found]
     licence = {"license": "apache-2.0"} if drawn else {"license": "other", "license_name": "as-the-model", "license_link": "README.md#limits"}
-    total = sum(each["rows"] or 0 for each in found)
+    total = sum(each.get("rows", 0) for each in found)
     data = DatasetCardData(language="en", **licence, pretty_name=f"MedVLThinker, answers of {model}", size_categories=next(name for most, name in _SIZES if total < most), tags=["medical", "medvlthinker", *(["machinery-test"] if drawn else [])])
     sections = {
         f"Answers of {model}": ("**These answers test machinery and mean nothing medical.** The questions are about pictures that a program drew." if drawn else WARNING) + f"\n\nWhat {model} wrote when it was asked multiple-choice questions. Text only: questions and images are in samples/, and grades are worked out anew whenever they are wanted.",
@@ -356,7 +354,7 @@ def rollout_card(
         "Columns": markdown_table(("column", "type", "meaning"), [("dataset_name", "text", "the set"), ("dataset_index", "whole number", "number of the question within its set"), ("completions", "list of objects", "`text`; `finish_reason`: stop, length (cut) or failed; `tokens`")]),
         "How they were made": "\n".join(f"- {words} ({count} of {len(found)} rollouts)" for words, count in Counter(map(made_by, found)).items()) + "\n\nEach folder's rollout.json holds all settings, and fingerprints of weights and questions.",
         "Limits": "Wrong answers stand beside right ones, and reasoning need not be the cause of an answer. The terms of the model hold for what it wrote. Answers to test questions must not be trained on.",
-        "Use": f'```python\nfrom medvlthinker.generation.rollout import read_shard\nheader, rows = read_shard("{found[0]["folder"].relative_to(folder)}/shard-00000.jsonl")\nprint(len(rows), rows[0]["completions"][0]["text"])\n```'}
+        "Use": f'```python\nfrom medvlthinker.generation.rollout import load_rollout\nrollout = load_rollout("{found[0]["folder"].relative_to(folder)}")\nprint(len(rollout), rollout[0]["completions"][0]["text"])\n```'}
     text = _joined(data, sections.items())
     check_dataset_card(text, set())
     return text
@@ -398,7 +396,7 @@ def base_card(
     made = read_json(workspace.checkpoints / "tiny/tiny.json")
     lines = [(line["benchmark"], line["right"], line["n"], f"{line['accuracy']:.1f}", f"{line['low']:.1f} to {line['high']:.1f}", line["rule"], line["seed"], line["date"]) for line in results_lines(stored_evaluation("tiny", profile, workspace))]
     data = ModelCardData(language="en", license="apache-2.0", library_name="transformers", pipeline_tag="image-text-to-text", model_name="tiny", tags=["medical", "vision-language", "medvlthinker", "machinery-test"])
-    sections = {"tiny": f"{MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.generation.tiny` builds and warms up on drawn scans; the embedded recipes start from it.",
+    sections = {"tiny": f"{MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.generation.tiny_model` builds and warms up on drawn scans; the embedded recipes start from it.",
                 "How it was made": in_words(made),
                 "Results": markdown_table(("benchmark", "right", "n", "accuracy, %", "95 % interval (Wilson)", "rule", "seed", "date"), lines) if lines else "Not measured.",
                 "Limits": WARNING + " It knows the drawn scans and their questions, and nothing else."}

@@ -16,7 +16,7 @@ from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words, project_root
 from ..generation.model import folder_name, model_fingerprint
 from ..training.recipe import RECIPES
-from ..generation.rollout import MEASURED, samples_fingerprint
+from ..generation.rollout import RolloutConfig, samples_fingerprint
 from ..data.sample import SampleFile
 
 # %% ../../nbs/app/71_crate.ipynb #a23545f8
@@ -183,10 +183,10 @@ def _act_of_rollout(crate, path: Path, root: Path) -> None:
     "The action that wrote a rollout."
     who, asked, there = read_json(path), questions_file(path.parent, root), rollout_facts(path)
     objects = [crate.get(asked.relative_to(root).as_posix()) if _holds(asked, who.get("samples")) else None, _model(crate, str(who.get("model")), root, who.get("weights"))]
-    settings = {key: value for key, value in who.items() if key not in (*environment_info(), *MEASURED)}
+    settings = {key: who[key] for key in RolloutConfig.__dataclass_fields__ if key in who}
     folder = path.parent.relative_to(root).as_posix()
-    _act(crate, folder, _package(crate, who), [each for each in objects if each], [crate.get(folder)], f"{there['shards']} of {there['of']} shards; {in_words(settings)}; on {who.get('machine')}", who,
-         status="Completed" if there["shards"] == there["of"] else "Active")
+    _act(crate, folder, _package(crate, who), [each for each in objects if each], [crate.get(folder)], f"{there['state']}; {in_words(settings)}; on {who.get('machine')}", who,
+         status="Completed" if there["state"] == "whole" else "Active")
 
 
 def _act_of_wreck(crate, path: Path) -> None:
