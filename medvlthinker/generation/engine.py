@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.files import UserError, require_package
 from medvlthinker.generation.model import (
-    BASELINES, check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
+    check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
 from .request import Completion, EngineSettings, Hardware, Request, Sampling
@@ -477,10 +477,6 @@ class Engine:
 
     def __init__(self, settings: EngineSettings):
         self.settings, served = settings, settings.engine_name == "openai"
-        known = BASELINES.get(settings.model)
-        if known and (known.engine == "openai") != served:
-            raise UserError(f"The model {settings.model} is asked through engine={known.engine}; "
-                            f"this is engine={settings.engine}.")
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
         self.weights = model_fingerprint(self.model, self.revision)

@@ -8,7 +8,7 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
            'write_eval_results']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
-import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, time, zlib
+import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,12 +81,13 @@ def rollout_config(
 ) -> RolloutConfig:
     "What a rollout of these samples by this engine is."
     settings = engine.settings
-    size = engine.batch_size if engine.batch_size > 1 or settings.engine_name == "transformers" else 0
+    batched = settings.engine_name == "transformers"
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
         dialect=engine.dialect, engine=settings.engine_name, version=engine.version,
-        dtype=settings.dtype, **asdict(sampling), batch_size=size,
+        dtype=settings.dtype, **asdict(sampling),
+        batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
 
 # %% ../../nbs/generation/25_rollout.ipynb #3d054a5e
@@ -199,12 +200,14 @@ def rollout_record(
     "What rollout.json says; `UserError` where there is none that can be read."
     try:
         record = read_record(Path(folder) / "rollout.json")
-        missing = [field.name for field in dataclasses.fields(RolloutConfig) if field.name not in record]
+        names = [field.name for field in dataclasses.fields(RolloutConfig)]
+        missing = [name for name in names if name not in record]
     except (OSError, ValueError):
         missing = ["rollout.json"]
     if missing:
         raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read "
-                        f"({', '.join(missing)}); name a folder with rollout.json and rollout.jsonl.")
+                        f"({', '.join(missing)}); name a folder with rollout.json and "
+                        "rollout.jsonl.")
     return record
 
 
@@ -250,7 +253,7 @@ class _Writer:
         with contextlib.suppress(UserError):
             self.before = rollout_record(folder)
         self._read()
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until `finish`
+        self.file = open(self.path, "ab+", buffering=0)
         self._record({key: self.before[key] for key in ("seconds",) if key in self.before})
 
     def _read(self) -> None:
@@ -288,26 +291,27 @@ class _Writer:
         "Append the completions of a question that is owed; says whether it was."
         if request.index in self.lines and not self.lines[request.index].failed:
             return False
-        line, start = to_line(request.index, request.sample, completions), self.file.tell()
+        line = to_line(request.index, request.sample, completions)
         try:
             if (written := self.file.write(line)) < len(line):  # a disk that is nearly full
                 self.file.write(line[written:])
         except OSError as error:
             raise write_error(error, self.path) from None
-        rows = [completion.to_row() for completion in completions]
-        self.lines[request.index] = _line(start, start + len(line), rows)
+        end, rows = self.file.tell(), [completion.to_row() for completion in completions]
+        self.lines[request.index] = _line(end - len(line), end, rows)
         return True
 
     def finish(self, dropped: list[str]) -> dict:
         "Put the lines in order, and write the record with counts, cost and checksum."
-        self.file.close()
-        lines, at = [self.lines[index] for index in range(len(self.samples))], 0
-        if any(line.start != end for line, end in zip(lines, [0, *(line.end for line in lines)])) \
-                or self.path.stat().st_size > (lines[-1].end if lines else 0):
-            with open(self.path, "rb") as old, atomic_write(self.path, "wb") as new:
+        lines, file = [self.lines[index] for index in range(len(self.samples))], self.file.fileno()
+        ends = [0, *(line.end for line in lines)]
+        in_order = all(line.start == end for line, end in zip(lines, ends))
+        if not in_order or ends[-1] < os.fstat(file).st_size:
+            with atomic_write(self.path, "wb") as new:
                 for line in lines:
-                    old.seek(line.start)
-                    new.write(old.read(line.end - line.start))
+                    new.write(os.pread(file, line.end - line.start, line.start))
+        else:
+            os.fsync(file)
         total = {key: sum(getattr(line, key) for line in lines)
                  for key in ("completions", "length", "empty", "failed")}
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
@@ -450,7 +454,8 @@ def _published_row(where: str, line) -> dict:
     for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
         if not isinstance(line.get(field), kind):
             raise InvalidRow(where, field, "absent, or of another type than in the published files")
-    texts = [out.get("output_text", 0) if isinstance(out, dict) else 0 for out in line["parsed_outputs"]]
+    outputs = line["parsed_outputs"]
+    texts = [out.get("output_text", 0) if isinstance(out, dict) else 0 for out in outputs]
     if any(not isinstance(text, str | None) for text in texts):
         raise InvalidRow(where, "output_text", "neither a text nor empty")
     ends = {"finish_reason": "unknown", "tokens": 0}
