@@ -94,6 +94,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'medvlthinker.app.pipeline._apart': ('app/pipeline.html#_apart', 'medvlthinker/app/pipeline.py'),
                                            'medvlthinker.app.pipeline._asking': ( 'app/pipeline.html#_asking',
                                                                                   'medvlthinker/app/pipeline.py'),
+                                           'medvlthinker.app.pipeline._copies': ( 'app/pipeline.html#_copies',
+                                                                                  'medvlthinker/app/pipeline.py'),
                                            'medvlthinker.app.pipeline._end_kernels': ( 'app/pipeline.html#_end_kernels',
                                                                                        'medvlthinker/app/pipeline.py'),
                                            'medvlthinker.app.pipeline._imported': ( 'app/pipeline.html#_imported',
