@@ -22,8 +22,7 @@ CLOSED = {"question": "Is it?", "answer": "yes", "answer_type": "CLOSED"}
 WITH_IMAGES = {  # a field with a list of images and fields with one: the converter, its row, the field
     "a set of one's own": (converters.unified, UNIFIED, "images"), "VQA-RAD": (converters.vqa_rad, CLOSED, "image_name"),
     "MedXpertQA": (converters.medxpertqa, {**UNIFIED, "label": "B"}, "images"),
-    "PMC-VQA": (converters.adaptllm_pmc, {"input": "Which?", "label": "B", **ABCD}, "image"),
-    "OmniMedVQA": (converters.omnimedvqa, {"question": "Which?", "option_A": "x", "option_B": "y", "gt_answer": "x"}, "image_path")}
+    "PMC-VQA": (converters.adaptllm_pmc, {"input": "Which?", "label": "B", **ABCD}, "image")}
 
 
 def is_plain(item, field: str) -> bool:

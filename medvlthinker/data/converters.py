@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PMC_COLUMNS', 'MMMU_SUBJECTS', 'require_text', 'letter_options', 'right_letter', 'pmc_vqa', 'alternatives',
            'closed_options', 'closed_question', 'vqa_rad', 'vqa_rad_release', 'slake', 'path_vqa', 'path_vqa_questions',
-           'adaptllm', 'adaptllm_pmc', 'remove_image_marks', 'mmmu', 'medxpertqa', 'medqa', 'medmcqa', 'mmlu',
-           'pubmedqa', 'headqa', 'headqa_questions', 'omnimedvqa', 'split_prompt', 'm23k', 'unified']
+           'adaptllm', 'adaptllm_pmc', 'remove_image_marks', 'mmmu', 'medxpertqa', 'split_prompt', 'm23k', 'unified']
 
 # %% ../../nbs/data/14_converters.ipynb #7a4fcfde
 import ast, functools, hashlib, re, string
@@ -306,98 +305,6 @@ def medxpertqa(row: dict, where: str) -> dict:
     return {"question": question, "options": options, "images": images, "id": row.get("id"),
             "answer_label": right_letter(options, row.get("label"), where, "label"),
             "misc": _misc(row, "id", "body_system", "medical_task", "question_type")}
-
-# %% ../../nbs/data/14_converters.ipynb #ee871a55
-def medqa(row: dict, where: str) -> dict:
-    "A row of MedQA (USMLE): options by letter, answer_idx, answer."
-    label = right_letter(row.get("options"), row.get("answer_idx"), where, "answer_idx")
-    return {"question": require_text(row, "question", where), "options": row["options"],
-            "answer_label": label, "answer": row.get("answer"), "misc": _misc(row, "meta_info")}
-
-# %% ../../nbs/data/14_converters.ipynb #832b41a3
-def medmcqa(row: dict, where: str, base: int) -> dict:
-    "A row of MedMCQA; `base` is what `cop` calls the first option."
-    options = letter_options(require_text(row, f"op{letter}", where) for letter in "abcd")
-    cop = row.get("cop")
-    if cop == -1:
-        raise _Filtered(where, "cop", "the answers of its test split are secret")
-    if not isinstance(cop, int) or not 0 <= cop - base < 4:
-        reason = f"{cop!r} names none of the four options counted from {base}"
-        raise InvalidRow(where, "cop", reason)
-    return {"question": require_text(row, "question", where), "options": options,
-            "answer_label": "ABCD"[cop - base], "id": row.get("id"),
-            "misc": _misc(row, "id", "choice_type", "subject_name", "topic_name")}
-
-# %% ../../nbs/data/14_converters.ipynb #ca77ece3
-def mmlu(row: dict, where: str) -> dict:
-    "A row of MMLU: question, A to D and answer, or on the hub choices and answer."
-    if "choices" in row:
-        place = row.get("answer")
-        letter = "ABCD"[place] if isinstance(place, int) and 0 <= place < 4 else place
-        row = {**row, **letter_options(row["choices"]), "answer": letter}
-    options = {letter: require_text(row, letter, where) for letter in "ABCD"}
-    return {"question": require_text(row, "question", where), "options": options,
-            "answer_label": right_letter(options, row.get("answer"), where, "answer"),
-            "misc": _misc(row, "subject")}
-
-# %% ../../nbs/data/14_converters.ipynb #18cda0f7
-def pubmedqa(row: dict, where: str) -> dict:
-    "A row of PubMedQA, from the authors' file or the hub."
-    context = row.get("CONTEXTS") or (row.get("context") or {}).get("contexts") or []
-    if not isinstance(context, list):
-        raise InvalidRow(where, "CONTEXTS", "no list of paragraphs")
-    question = require_text(row, "QUESTION" if "QUESTION" in row else "question", where)
-    labels = {"yes": "A", "no": "B", "maybe": "C"}
-    if (decision := str(row.get("final_decision")).strip().lower()) not in labels:
-        raise InvalidRow(where, "final_decision", f"{decision!r} is not yes, no or maybe")
-    pmid = row.get("id", row.get("pubid"))
-    return {"question": "\n\n".join([*context, question]), "id": pmid, "misc": {"pmid": pmid},
-            "options": letter_options(["Yes", "No", "Maybe"]), "answer_label": labels[decision]}
-
-# %% ../../nbs/data/14_converters.ipynb #1a0f143d
-def headqa(row: dict, where: str) -> dict:
-    "A row of HeadQA: qtext, ra (the right answer's aid), answers with aid and atext."
-    if row.get("image"):
-        reason = f"the question shows a picture ({row['image']}) that the file does not hold"
-        raise _Filtered(where, "image", reason)
-    answers = row.get("answers") or []
-    options = letter_options(str(answer.get("atext") or "").strip() for answer in answers)
-    right = [letter for letter, answer in zip(options, answers)
-             if str(answer.get("aid")) == str(row.get("ra"))]
-    exam = row.get("exam") or row.get("name")
-    return {"question": require_text(row, "qtext", where), "options": options,
-            "answer_label": right_letter(options, right, where, "ra"),
-            "id": f"{exam}/{row['qid']}" if row.get("qid") else None,
-            "misc": _misc(row, "qid", "category", "year")}
-
-# %% ../../nbs/data/14_converters.ipynb #cc8848e4
-def headqa_questions(entries: Iterable) -> Iterator[tuple[str, object]]:
-    "The questions of HeadQA's files {exams: {name: {name, year, category, data: []}}}."
-    for where, entry in entries:
-        exams = [entry] if not isinstance(entry, dict) or "data" in entry else entry.values()
-        for exam in exams:
-            if isinstance(exam, dict) and isinstance(exam.get("data"), list):
-                for number, row in enumerate(exam["data"]):
-                    place = f"{where} {exam.get('name')} question {number}"
-                    about = _misc(exam, "name", "year", "category")
-                    yield place, {**about, **row} if isinstance(row, dict) else row
-            elif not isinstance(exam, str):
-                broken = InvalidRow(where, "data", "no exam of HeadQA")
-                yield where, exam if isinstance(exam, InvalidRow) else broken
-
-# %% ../../nbs/data/14_converters.ipynb #58d75620
-def omnimedvqa(row: dict, where: str) -> dict:
-    "A row of OmniMedVQA: question, option_A.., gt_answer (a text), image_path."
-    options = {letter: row[f"option_{letter}"] for letter in "ABCD"
-               if row.get(f"option_{letter}") is not None}
-    answer = require_text(row, "gt_answer", where).strip()
-    right = [letter for letter, text in options.items() if str(text).strip() == answer]
-    modality = row.get("modality_type") or row.get("modality")
-    return {"question": require_text(row, "question", where), "options": options,
-            "answer_label": right_letter(options, right, where, "gt_answer"),
-            "images": [row.get("image_path")], "image_field": "image_path",
-            "id": row.get("question_id"), "misc": {
-                **_misc(row, "question_id", "dataset", "question_type"), "modality": modality}}
 
 # %% ../../nbs/data/14_converters.ipynb #626d2f8d
 def split_prompt(prompt: str) -> tuple[str, dict[str, str]]:

@@ -119,15 +119,15 @@ def _csv_record(columns: list, cells: list, where: str) -> dict:
     return dict(zip(columns, cells))
 
 # %% ../../nbs/data/13_readers.ipynb #3b77d111
-def csv_rows(path, header: tuple[str, ...] = ()) -> Iterator[tuple[str, dict | InvalidRow]]:
-    "The records of a CSV file by its header or a given one; `UserError` where the file is none."
+def csv_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
+    "The records of a CSV file by its header; `UserError` where the file is none."
     csv.field_size_limit(1 << 24)
     with open_stream(path) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         size = [0]
         reader = csv.reader(_lines(text, path, size), strict=True)
         try:
-            columns = list(header) or next(reader, [])
+            columns = next(reader, [])
             if len({*columns}) < len(columns):
                 twice = Counter(columns).most_common(1)[0][0]
                 raise UserError(f"{path}: two columns are called {twice[:80]!r}.")
@@ -265,7 +265,6 @@ class DatasetLayout(NamedTuple):
     convert: Callable  # from a row and its place to columns of the unified format
     columns: tuple[str, ...] = ()  # which some row must have
     reader: Callable | None = None  # where the ending of the name does not tell how to read
-    beside: str = ""  # a file that the reader looks at too
 
     def found(self, folder: Path) -> list[Path]:
         "The files of questions; none where the set does not lie here in this way."
@@ -377,9 +376,8 @@ def _convert_fingerprint(convert: Callable) -> str:
 
 def copy_fingerprint(folder: Path, layout: DatasetLayout) -> dict:
     "What the samples of a local copy depend on; parquet counts by name and size, as images do."
-    files = [*layout.found(folder), *filter(Path.is_file, [folder / layout.beside])]
     hashes = {str(path.relative_to(folder)): content_fingerprint(path) if path.suffix == ".parquet"
-              else file_hash(path) for path in files}
+              else file_hash(path) for path in layout.found(folder)}
     images = content_fingerprint(folder / layout.images) if layout.images else None
     return {"questions": hashes, "images": images, "layout": _convert_fingerprint(layout.convert)}
 
