@@ -2,7 +2,6 @@
 import collections
 import csv
 import io
-import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import InvalidRow
-from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, json_list, read_rows, samples_from
+from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, read_rows, samples_from
 from PIL import Image
 
 
@@ -68,10 +67,10 @@ def test_the_real_rows_of_m23k(real_data):
 
 
 def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
-    "MedXpertQA, PathVQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
+    "MedXpertQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
     import shutil
 
-    for name, source, place in (("MedXpertQA-MM", "vqa_medxpertqa_mm", "images"), ("pathvqa_closed", "vqa_path", "images"), ("slake_closed", "vqa_slake", "images")):
+    for name, source, place in (("MedXpertQA-MM", "vqa_medxpertqa_mm", "images"), ("slake_closed", "vqa_slake", "images")):
         copy = tmp_path / source
         shutil.copytree(real_data / source, copy)
         (copy / place).mkdir(exist_ok=True)
@@ -91,38 +90,27 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
 
 
 def json_rows(path):
-    rows = json_list(path) if path.suffix == ".json" else read_rows(path)
-    return list(converters.path_vqa_questions(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
+    return list(read_rows(path))
 
 
 def wanted(row) -> list[str]:
     if not isinstance(row, dict):
         return []
     named = [image["image_path"] if isinstance(image, dict) else image for image in row.get("images") or ()]
-    return [*named, row["img_name"]] if "img_name" in row else [*named, f"{row['img_id']}.jpg"] if "img_id" in row else named
+    return [*named, row["img_name"]] if "img_name" in row else named
 
 
 # ---- what the hub holds, with the features that are recorded of it
 
 
-def put(folder: Path, config: str | None, split_name: str, rows: list[dict], images: tuple[str, ...] = ()) -> None:
-    "One split as parquet, as the hub's own viewer would store it."
+def put(path: Path, rows: list[dict], images: tuple[str, ...] = ()) -> None:
+    "A file of a table as parquet, as `datasets` stores it."
     import datasets
 
     features = datasets.Dataset.from_list([{key: value for key, value in row.items() if key not in images} for row in rows]).features
     features = datasets.Features({**features, **{name: datasets.Image() for name in images}})
-    where = folder / (config or "data")
-    where.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(where / f"{split_name}-00000-of-00001.parquet")
-
-
-def declare(folder: Path, tables: list[tuple[str | None, str]]) -> None:
-    "The card that tells which files belong to which configuration."
-    lines = ["---", "configs:"]
-    for config in dict.fromkeys(config for config, _ in tables):
-        lines += [f"- config_name: {config or 'default'}", "  data_files:"]
-        lines += [f"  - split: {name}\n    path: {config or 'data'}/{name}-*" for other, name in tables if other == config]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
 
 
 IMAGE = {"bytes": PHOTO, "path": None}
@@ -141,12 +129,10 @@ HUB = {  # set: rows as on the hub, and what one sample must be
 @pytest.mark.parametrize("name", HUB)
 def test_each_source_as_the_hub_holds_it(tmp_path, name):
     rows, (question, answer, images) = HUB[name]
-    _, _, _, configs, splits = b.SOURCES[name] + ((None,), ("test",))[len(b.SOURCES[name]) - 3:]
-    tables = [*itertools.product(configs, splits)]
-    for number, (config, split_name) in enumerate(tables):
+    tables = b.SOURCES[name][1].files.split()
+    for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
-        put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image")))
-    declare(tmp_path, tables)
+        put(tmp_path / table.replace("*", "00000-of-00001"), own, tuple(column for column in rows[0] if column.startswith("image")))
     good, others = split(b.open_benchmark(name, DataSettings("source"), str(tmp_path)).samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
@@ -154,13 +140,6 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
     if name == "MMMU-medical":
         glued = b.load_benchmark("mmmu", DataSettings("source", limit=20), tmp_path / "samples", str(tmp_path), "glued")
         assert {sample.question for sample in glued} == {"Refer to thebelow. Which?"}
-
-
-def test_a_hub_table_that_lacks_a_column_says_so(tmp_path):
-    put(tmp_path, "VQA_RAD", "test", [{"input": "Is it?", "answer_type": "CLOSED", "image": None}])
-    declare(tmp_path, [("VQA_RAD", "test")])
-    with pytest.raises(UserError, match="split test, has no column label; there are input, answer_type, image"):
-        list(b.open_benchmark("vqa_rad_closed", DataSettings("source"), str(tmp_path)).rows())
 
 
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
@@ -199,16 +178,16 @@ def test_one_way_at_a_time(tmp_path):
     for name in ("MM/test", "dev"):
         (folder / f"{name}.jsonl").write_text(json.dumps({**row, "question": name}))
     assert [sample.question for sample in local("MedXpertQA-MM", str(tmp_path))] == ["MM/test"]
-    assert find_local_copy(folder, *b.LOCAL["MedXpertQA-MM"])[0] == folder and find_local_copy(folder, *b.LOCAL["pathvqa_closed"]) is None
+    assert find_local_copy(folder, b.LOCAL["MedXpertQA-MM"])[0] == folder and find_local_copy(folder, b.LOCAL["pathvqa_closed"]) is None
 
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     folder = tmp_path / "MMMU"
     for number, subject in enumerate(converters.MMMU_SUBJECTS):
-        put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
-    copy = find_local_copy(tmp_path, *b.LOCAL["MMMU-medical"])
+        put(folder / subject / "validation-00000-of-00001.parquet", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
+    copy = find_local_copy(tmp_path, b.LOCAL["MMMU-medical"])
     before = copy_fingerprint(*copy)
-    put(folder, "Pharmacy", "validation", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
+    put(folder / "Pharmacy" / "validation-00000-of-00001.parquet", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
     assert len(before["questions"]) == 5 and copy_fingerprint(*copy) != before
 
 
@@ -268,13 +247,13 @@ def test_damaged_images_never_end_in_a_traceback(tally):
 def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch):
     base = {"question": "Which?", "options": json.dumps(ABCD), "answer_label": "B", "answer": "MRI", "dataset_name": "pmc_vqa", "hash": None, "dataset_index": 0}
     copy = tmp_path / "MedVLThinker-pmc_vqa"
-    put(copy, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
+    put(copy / "data" / "train-00000-of-00001.parquet", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}])
     monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
     samples = c.load_corpus("pmc_vqa", DataSettings("hub", train_limit=2, max_rejected=1))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))  # the same files as a local copy
     assert list(copy) == list(samples)
-    assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", *c.LOCAL["m23k"]) is None  # the same layout, another corpus
+    assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", c.LOCAL["m23k"]) is None  # the same layout, another corpus
 
 
 # ---- PMC-VQA in bulk: bad files and bad rows
@@ -320,7 +299,7 @@ def test_a_corpus_file_that_is_no_use_is_one_sentence(tmp_path, home):
         with pytest.raises(UserError, match=sentence):
             c.load_corpus("pmc_vqa", DataSettings(data_dir=str(where), **profile))
 
-    refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "no row has the column Answer_label; there are Figure_path, Question")
+    refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "holds no sample: 1 rows were left out by rule")
     refused(pmc(tmp_path / "b", []), "train.csv holds no list of rows")
     latin = pmc(tmp_path / "c", [pmc_line(question="Wo ist der Schädel?")], encoding="latin-1")
     refused(latin, "first train.csv line 2, encoding: the byte 0xe4 is not UTF-8")

@@ -319,7 +319,7 @@ def write_samples(samples: Iterable[Sample], path) -> None:
 # %% ../../nbs/data/10_sample.ipynb #0fa1b2c3
 @contextlib.contextmanager
 def open_parquet(path):
-    "A `pyarrow.parquet.ParquetFile`, which is not read ahead; `UserError` for a damaged one."
+    "A `pyarrow.parquet.ParquetFile`, which is not read ahead; `UserError` where it is none."
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -332,8 +332,8 @@ def open_parquet(path):
                         "first.") from None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         words = " ".join(str(error).split())[:80]
-        raise UserError(f"{path} is not a readable parquet file ({words}); delete it and run "
-                        "the data notebook again.") from None
+        raise UserError(f"{path} is not a readable parquet file ({words}); delete it, and make "
+                        "or get it again.") from None
 
 # %% ../../nbs/data/10_sample.ipynb #c48c58c7
 class SampleFile(Sequence):
