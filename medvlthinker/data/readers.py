@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import medvlthinker
 from ..core.files import UserError, atomic_write, file_hash, fingerprint
-from .sample import InvalidRow, Sample, from_row, image_bytes, open_parquet
+from .sample import InvalidRow, Sample, from_row, json_kind, open_parquet
 
 # %% ../../nbs/data/13_readers.ipynb #13a0de01
 def _unique_keys(pairs: list) -> dict:
@@ -148,15 +148,6 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
 
 _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet": _parquet_rows}
 
-# %% ../../nbs/data/13_readers.ipynb #624a23eb
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
-          str: "a text", bytes: "bytes", list: "a list", dict: "an object"}
-
-
-def _kind(value) -> str:
-    "What a value is, in the words of JSON."
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
-
 # %% ../../nbs/data/13_readers.ipynb #5ea91f2d
 def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
@@ -164,7 +155,7 @@ def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     number = 0
     for number, (where, row) in enumerate(read(Path(path)), 1):
         if not isinstance(row, (dict, InvalidRow)):
-            row = InvalidRow(where, "row", f"{_kind(row)}, not an object with columns")
+            row = InvalidRow(where, "row", f"{json_kind(row)}, not an object with columns")
         yield where, row
     if not number:
         raise UserError(f"{path} holds no list of rows.")
@@ -175,18 +166,13 @@ _MAX_IMAGE = 1 << 26  # bytes
 
 def _from_folder(folder: Path, name: str) -> bytes:
     "The bytes of an image; ValueError where its name leaves the folder or names no file."
-    root = os.path.abspath(folder)
+    root = os.path.join(os.path.abspath(folder), "")
     path = os.path.normpath(os.path.join(root, name))
-    if path != root and not path.startswith(os.path.join(root, "")):
+    if not f"{path}/".startswith(root):
         raise ValueError(f"{name} leaves the folder {folder.name}/")
     if not os.path.isfile(path):
         raise ValueError(f"{name} is not in {folder.name}/")
-    if (size := os.path.getsize(path)) > _MAX_IMAGE:
-        raise ValueError(f"{name} has {size:,} bytes, more than an image has")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name!r} cannot be read ({error.strerror})") from None
+    return Path(path).read_bytes()
 
 # %% ../../nbs/data/13_readers.ipynb #8c46b675
 def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: str) -> bytes:
@@ -215,24 +201,6 @@ def image_reader(place: Path) -> Callable[[str], bytes]:
     for member in archive.namelist():
         members[os.path.basename(member)].append(member)
     return lambda name: _from_zip(archive, members[os.path.basename(name)], place, name)
-
-# %% ../../nbs/data/13_readers.ipynb #a4f349e1
-def _image_entry(value):
-    "The name of an image, or what holds its bytes."
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and not value.strip():
-        raise ValueError("the name of the image is empty")
-    return value
-
-
-def _read_images(entries, images: Callable | None) -> tuple[list, list[bytes]]:
-    "Entries and bytes of the images that a row lists; ValueError says what it holds instead."
-    if entries is not None and not isinstance(entries, (list, tuple)):
-        raise ValueError(f"{_kind(entries)}, where a list of images should be")
-    names = [_image_entry(entry) for entry in entries or ()]
-    return names, [image_bytes(images(name) if images and isinstance(name, str) else name)
-                   for name in names]
 
 # %% ../../nbs/data/13_readers.ipynb #17c0a001
 def _table_of(path: Path) -> tuple[str, int]:
@@ -386,16 +354,12 @@ def _convert_rows(rows, convert: Callable, dataset_name: str, kept_count: bool) 
         yield number, where, item
 
 # %% ../../nbs/data/13_readers.ipynb #06722e04
-def _make_sample(where: str, item, images, fit: Callable | None) -> Sample | InvalidRow:
+def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | InvalidRow:
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
     field = str(item.get("image_field", "images"))
-    try:
-        names, data = _read_images(item.get("images"), images)
-    except (TypeError, ValueError) as error:
-        return InvalidRow(where, field, str(error))
-    return _attempt(from_row, {**item, "images": data}, where, names=names, fit=fit, field=field)
+    return _attempt(from_row, item, where, read=read, fit=fit, field=field)
 
 # %% ../../nbs/data/13_readers.ipynb #bc0c18d6
 def samples_from(
