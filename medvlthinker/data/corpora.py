@@ -16,8 +16,8 @@ from ..core.files import UserError
 from .sample import SampleFile
 from .readers import DataSettings, DatasetLayout
 from .benchmarks import (
-    DataSource, local_source, missing_error, nearest, own_entry, sample_file, store_source,
-    store_synthetic, without_missing)
+    DataSource, available_sets, local_source, missing_error, own_set, sample_file, set_names,
+    store_source, store_synthetic)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024  # pixels
@@ -85,16 +85,9 @@ for _name, _repo in PUBLISHED.items():
     LOCAL[_name] += [_published(_repo)]
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c006
-def corpus_names(
-    names: str = "",  # comma-separated; empty for both, and for your own
-) -> list[str]:
-    "The corpora that are meant, each once, in order; `UserError` for a name that is not known."
-    words = [word.strip() for word in names.split(",") if word.strip()]
-    for word in words:
-        if word not in LOCAL:
-            raise UserError(f"Unknown corpus {word}{nearest(word, LOCAL)}; "
-                            f"known are {', '.join(LOCAL)}.")
-    return [name for name in LOCAL if name in words or not words]
+def corpus_names(names: str = "") -> list[str]:
+    "The corpora of a comma-separated list, in order; all of them, with your own, for no name."
+    return set_names(names, LOCAL, "corpus")
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c011
 def _source(name: str, settings) -> str:
@@ -128,8 +121,8 @@ def _is_available(name: str, settings) -> bool:
 def available_corpora(settings=DataSettings()) -> list[str]:
     "The corpora that are asked for and can be had; `UserError` for a named one that cannot."
     names = corpus_names(settings.corpus)
-    missing = [name for name in names if not _is_available(name, settings)]
-    return without_missing(names, missing, settings.corpus, settings, LOCAL)
+    return available_sets(names, settings.corpus, settings, LOCAL,
+                          lambda name: _is_available(name, settings))
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c013
 def has_corpora(settings=DataSettings()) -> bool:
@@ -137,12 +130,7 @@ def has_corpora(settings=DataSettings()) -> bool:
     return bool(settings.corpus) or any(_is_available(name, settings) for name in corpus_names())
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c015
-def corpus_file(
-    name: str,
-    settings=DataSettings(),
-    folder=None,  # as for `benchmarks.sample_file`
-    suffix: str = "",  # of a derived corpus, such as `-distilled`
-) -> Path:
+def corpus_file(name: str, settings=DataSettings(), folder=None, suffix: str = "") -> Path:
     "Where the samples of a corpus lie, or will lie: in corpus/, for PMC-VQA is also a test set."
     path = sample_file(f"{name}{suffix}", _source(name, settings), settings.train_limit,
                        settings.seed, folder)
@@ -170,23 +158,15 @@ def load_corpus(
     return samples
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c017
-def register_corpus(
-    name: str,  # a second call with the same name replaces the first
-    folder,  # holds the files of questions; from the working folder
-    layout: DatasetLayout,
-) -> None:
-    "Add a training corpus of your own; `UserError` for the name of a published one."
-    LOCAL[name] = own_entry(name, folder, layout, CORPORA)
+def register_corpus(name: str, folder, layout: DatasetLayout) -> None:
+    "Add a corpus of your own, or replace it; the folder is seen from the working folder."
+    LOCAL[name] = own_set(name, folder, layout, CORPORA)
 
 # %% ../../nbs/data/16_corpora.ipynb #a293a32d
 PUBLISHED_REASONING = {"pmc_vqa": "UCSC-VLAA/MedVLThinker-pmc_vqa-gpt_4o_reasoning-tokenized"}
 
 
-def reasoning_file(
-    name: str,
-    settings=DataSettings(),
-    folder=None,  # as for `benchmarks.sample_file`
-) -> Path:
+def reasoning_file(name: str, settings=DataSettings(), folder=None) -> Path:
     "Where the corpus with reasoning to imitate lies, or will lie."
     name, = corpus_names(name)
     own = corpus_file(name, settings, folder).with_name(f"{name}-distilled.parquet")
@@ -195,11 +175,7 @@ def reasoning_file(
     return own if own.is_file() else corpus_file(name, settings, folder, suffix)
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c019
-def load_reasoning(
-    name: str,
-    settings=DataSettings(),
-    folder=None,  # where samples are stored, as for `benchmarks.sample_file`
-) -> SampleFile:
+def load_reasoning(name: str, settings=DataSettings(), folder=None) -> SampleFile:
     "One's own distilled file, the published reasoning, or the corpus; some rows may have none."
     path = reasoning_file(name, settings, folder)
     if path.stem.endswith("-distilled"):

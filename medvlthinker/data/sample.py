@@ -283,10 +283,10 @@ def from_row(
             found[name] = convert(row.get(name))
             json.dumps(found[name], ensure_ascii=False).encode()
         _check_answer(found, where)
-        name, entries = field, row.get("images")
-        found["images"] = _images(entries, read)
+        name = field
+        found["images"] = _images(row.get("images"), read)
         if look and found["images"]:
-            images, misc = normalize_images(found["images"], found["misc"], entries, fit)
+            images, misc = normalize_images(found["images"], found["misc"], row["images"], fit)
             found |= {"images": images, "misc": misc}
     except UnicodeEncodeError:
         raise InvalidRow(where, name, "holds half a character, which no file can store") from None
