@@ -57,7 +57,7 @@ class RolloutConfig:
     instruction: str  # a name in prompt.INSTRUCTIONS
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
-    version: str  # of the engine's library
+    engine_version: str  # such as `transformers 5.10.4`
     dtype: str
     n: int
     temperature: float
@@ -85,7 +85,7 @@ def rollout_config(
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
-        dialect=engine.dialect, engine=settings.engine_name, version=engine.version,
+        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
