@@ -7,7 +7,8 @@ from medvlthinker.data import synthetic
 from medvlthinker.core.files import record_path
 from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
-from medvlthinker.generation.engine import Sampling, engine_version, model_fingerprint, open_engine
+from medvlthinker.generation.engine import Sampling, engine_version, open_engine
+from medvlthinker.generation.model import model_fingerprint
 from medvlthinker.core.grade import grade
 from medvlthinker.generation.rollout import identity, generate
 from medvlthinker.data.sample import read_samples

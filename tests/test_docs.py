@@ -21,7 +21,7 @@ import pytest
 import warm
 from conftest import ROOT
 from medvlthinker.data import benchmarks, corpora, synthetic, prompt
-from medvlthinker.generation import engine
+from medvlthinker.generation import model
 from medvlthinker.training import recipe
 
 NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs").glob("[!_]*/[!_.]*.ipynb")], key=lambda path: path.name)
@@ -32,7 +32,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
     "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
-    "checkpoints/tiny": "{place}/checkpoints/tiny", "checkpoints/quizzed": "{place}/checkpoints/tiny", "--seed S": "--seed 0"}
+    "checkpoints/tiny": "{place}/checkpoints/tiny"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
     "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
@@ -51,7 +51,6 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
-    "python -m medvlthinker.generation.tiny checkpoints/quizzed": "--quiz 2",  # 1,200 questions; the model is there
     "python -m medvlthinker.evaluation.regrade smoke": "limit=6",  # the answers that the fixture has asked for
     "python -m medvlthinker.evaluation.exchange smoke": "limit=6"}
 
@@ -75,13 +74,13 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    "21_request": "from medvlthinker.generation.engine import open_engine, resolve_model\n"
-                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke')))",
+    "21_request": "from medvlthinker.generation.engine import open_engine\nfrom medvlthinker.generation.model import resolve_model\n"
+                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke').checkpoints))",
     "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                  "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
-    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine, resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
-                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke')), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
+    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine\nfrom medvlthinker.generation.model import resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
+                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke').checkpoints), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
     "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
     "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
@@ -179,15 +178,16 @@ def place(tmp_path_factory, warm_tiny):
                                        "    found = re.search(r'\\b[A-Z]\\b', text)\n    letter = found[0] if found else None\n    return Grade(letter, letter, letter == label)\n")
     for there in (home / "smoke", place):  # in the second as for whoever calls the command again: it was made for `warm_tiny`
         shutil.copytree(warm_tiny, there / "checkpoints" / "tiny")
-    tables = [benchmarks.LOCAL, corpora.LOCAL, engine.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
+    tables = [benchmarks.LOCAL, corpora.LOCAL, model.BASELINES, prompt.INSTRUCTIONS, recipe.RECIPES]
     before, here = [dict(table) for table in tables], Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
+        from medvlthinker.difficulty.ask import rollouts
         from medvlthinker.difficulty.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
-        evaluate(load_profile("smoke", limit=6), "tiny")
+        evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), home / "smoke" / "results" / "synthetic")
         os.chdir(place)
         yield SimpleNamespace(path=place, values=values)
     os.chdir(here)

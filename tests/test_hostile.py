@@ -744,8 +744,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
     "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it."
     samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
     from medvlthinker.generation.request import Completion
-    from medvlthinker.evaluation.evaluate import grade_rows
-    from medvlthinker.evaluation.evaluate import store as keep
+    from medvlthinker.evaluation.evaluate import grade_rollout, store_record
     from medvlthinker.generation.rollout import write_eval_results
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
@@ -757,8 +756,8 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path)
             write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")
             again, = read_eval_results(tmp_path / "eval_results.jsonl")
             assert again["completions"][0]["text"] == same
-            lines = [{**line, "text": same} for line in grade_rows(samples, [again])]
-            keep(tmp_path / "record.json", {"text": same}, lines, {})
+            lines = [{**line, "text": same} for line in grade_rollout(samples, [again]).to_dict("records")]
+            store_record(tmp_path / "record.json", {"text": same}, lines, {})
             assert json.loads((tmp_path / "record.json").read_text())["text"] == same
             count.survived += 1
 

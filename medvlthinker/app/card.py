@@ -20,7 +20,8 @@ from ..training.checkpoint import MACHINERY, WARNING, check_card, markdown_table
 from ..core.files import UserError, file_hash, record_path, require_package, read_json, atomic_write
 from ..difficulty.profile import Profile, Workspace
 from ..training.recipe import data_file, find
-from ..generation.rollout import folder_name, shard_header
+from ..generation.model import folder_name
+from ..generation.rollout import shard_header
 from ..data.sample import open_parquet
 
 # %% ../../nbs/app/70_card.ipynb #283b5c23
@@ -397,7 +398,7 @@ def base_card(
     made = read_json(workspace.checkpoints / "tiny/tiny.json")
     lines = [(line["benchmark"], line["right"], line["n"], f"{line['accuracy']:.1f}", f"{line['low']:.1f} to {line['high']:.1f}", line["rule"], line["seed"], line["date"]) for line in results_lines(stored_evaluation("tiny", profile, workspace))]
     data = ModelCardData(language="en", license="apache-2.0", library_name="transformers", pipeline_tag="image-text-to-text", model_name="tiny", tags=["medical", "vision-language", "medvlthinker", "machinery-test"])
-    sections = {"tiny": f"{MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.generation.tiny` builds and warms up on drawn scans; the embedded recipes start from it.",
+    sections = {"tiny": f"{MACHINERY}\n\nA Qwen2.5-VL of {sum(path.stat().st_size for path in (workspace.checkpoints / 'tiny').glob('*.safetensors')) / 1e6:.1f} MB that `medvlthinker.generation.tiny_model` builds and warms up on drawn scans; the embedded recipes start from it.",
                 "How it was made": in_words(made),
                 "Results": markdown_table(("benchmark", "right", "n", "accuracy, %", "95 % interval (Wilson)", "rule", "seed", "date"), lines) if lines else "Not measured.",
                 "Limits": WARNING + " It knows the drawn scans and their questions, and nothing else."}

@@ -14,9 +14,9 @@ from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, 
 from ..core.files import UserError, environment_info, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
 from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words, project_root
-from ..generation.engine import model_fingerprint
+from ..generation.model import folder_name, model_fingerprint
 from ..training.recipe import RECIPES
-from ..generation.rollout import MEASURED, folder_name, samples_fingerprint
+from ..generation.rollout import MEASURED, samples_fingerprint
 from ..data.sample import SampleFile
 
 # %% ../../nbs/app/71_crate.ipynb #a23545f8

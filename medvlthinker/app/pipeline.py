@@ -24,7 +24,8 @@ from ..training.grpo import beside
 from ..generation.request import Sampling
 from ..results.report import stored_records
 from ..training.recipe import RECIPES, Recipe, evaluation_samplings, wanted
-from ..generation.rollout import alone, folder_name
+from ..generation.model import folder_name
+from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
 from ..training.train import outline, uses_verl
 
@@ -282,7 +283,7 @@ def execute(
     given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every override, and load_profile has already judged them
     waited: list[str] = []
-    with alone(lock_folder(step, profile), waited.append):
+    with file_lock(lock_folder(step, profile), waited.append):
         if waited and not why_stale(step, profile):
             return False  # whoever was at it has done it
         before = _state(workspace)

@@ -14,7 +14,7 @@ from ..core.files import UserError
 from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from .pipeline import Step, error_line, executed, forecast, lock_folder, run_manifest, shortened
-from ..generation.rollout import folder_name
+from ..generation.model import folder_name
 
 
 # %% ../../nbs/app/75_status.ipynb #8b77ab43

@@ -14,9 +14,9 @@ from ..core.files import UserError, require_package
 from ..core.commands import run_main
 from ..core.plots import series_style
 from .profile import Profile, Workspace, load_profile, parse_words
-from ..generation.engine import ask_hub, resolve_model
+from ..generation.model import check_chat_template, pixel_limits, resolve_model, resolve_revision
 from ..data.prompt import user_text
-from ..generation.rollout import question_sets
+from .ask import question_sets
 from ..data.sample import FORMATS, Sample, image_problem
 from ..data.readers import write_csv
 
@@ -188,19 +188,22 @@ def length_figure(
 # %% ../../nbs/difficulty/32_preflight.ipynb #94e7ed1a
 def open_processor(
     model: str,  # what `resolve_model` returned
+    max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit
 ) -> tuple:  # the processor, and {"max_model_len", "min_pixels", "max_pixels"}
     "A model's processor with the limits that it and the model's configuration set; the weights are not loaded. `UserError` for a model without pictures."
     require_package("torch", "torchvision")
     from transformers import AutoConfig, AutoProcessor
 
-    ask_hub(model)
+    resolve_revision(model)  # which stays off the hub where nobody answers
     try:
-        processor, config = AutoProcessor.from_pretrained(model, trust_remote_code=False), AutoConfig.from_pretrained(model, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False, **pixel_limits(model, max_pixels))
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"The processor of {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     images = getattr(processor, "image_processor", None)
     if images is None or not (hasattr(images, "get_number_of_image_patches") and hasattr(images, "merge_size")):
         raise UserError(f"The processor of {model} does not say how many tokens a picture takes; preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
+    check_chat_template(processor, model)
     size = images.size
     context = config.get_text_config().max_position_embeddings
     return processor, {"max_model_len": context, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -217,7 +220,7 @@ def preflight(
     "The findings on all corpora and test sets of a profile, as one pandas table."
     import pandas as pd
 
-    processor, limits = open_processor(resolve_model(model, Workspace(profile.name)))
+    processor, limits = open_processor(resolve_model(model, Workspace(profile.name).checkpoints), profile.max_pixels)
     limits |= {"max_prompt_length": max_prompt_length, "max_tokens": profile.max_tokens}
     limits |= {"max_model_len": max_model_len} if max_model_len else {}
     reports = []

@@ -8,7 +8,7 @@ __all__ = ['VOTERS', 'image_cluster_id', 'cores', 'map_questions', 'grade_rollou
            'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
-import functools, hashlib, itertools, json, multiprocessing, os
+import functools, hashlib, itertools, json, multiprocessing, os, threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -124,7 +124,8 @@ def map_questions(
     if workers == 1:
         yield from map(work, batches)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_exit_with_parent) as pool:
         def run(batch):
             return pool.submit(work, batch).result()
 
@@ -133,6 +134,15 @@ def map_questions(
         except BrokenProcessPool:
             raise UserError("A process that graded was ended from outside, perhaps because memory "
                             "ran out; use fewer workers.") from None
+
+
+def _exit_with_parent() -> None:
+    "End this process when the one that started it has ended, however that happened."
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9a1c7e03
 def _grade_all(rolled: Sequence[tuple], rules: tuple[str, ...], workers: int) -> "pd.DataFrame":

@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from ..core.files import UserError
 from ..difficulty.curate import PUBLISHED_7B
-from ..generation.engine import BASELINES
+from ..generation.model import BASELINES
 from ..training.recipe import RECIPES, ROWS, total_steps
 
 # %% ../../nbs/results/60_published.ipynb #f683000d

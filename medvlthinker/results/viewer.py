@@ -21,7 +21,8 @@ from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
-from ..generation.rollout import KINDS, Rows, folder_name, read_shard, samples_fingerprint
+from ..generation.model import folder_name
+from ..generation.rollout import KINDS, Rows, read_shard, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
 
 

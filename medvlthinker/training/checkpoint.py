@@ -18,9 +18,8 @@ from ..core.files import UserError, is_alive, file_hash, record_path, require_pa
 from ..core.commands import run_main, run_logged
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
-from ..generation.engine import model_fingerprint
+from ..generation.model import folder_name, model_fingerprint
 from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder
-from ..generation.rollout import folder_name
 from ..core.stats import wilson
 
 # %% ../../nbs/training/46_checkpoint.ipynb #9121ff9c

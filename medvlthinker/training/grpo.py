@@ -15,7 +15,7 @@ from ..difficulty.profile import Profile
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from .recipe import Grpo, steps_per_epoch
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from .sft import Run, callbacks, chats, checkpoint, ended, go, how_of, last_whole, open_model, opened, processes, shared_settings
 
 # %% ../../nbs/training/43_grpo.ipynb #a2dea907
@@ -61,6 +61,8 @@ def grpo_settings(
     rest = update // (share * at_once)
     unseen = [processor.tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>")]
     vllm = beside(run.profile)
+    if vllm and run.profile.max_pixels:
+        raise UserError(f"max_pixels={run.profile.max_pixels} does not reach the vLLM that TRL starts; leave it out, or use engine=transformers or trainer=verl.")
     if vllm and share % vllm["vllm_tensor_parallel_size"]:
         raise UserError(f"tensor_parallel={vllm['vllm_tensor_parallel_size']} does not divide the {share} GPUs of {run.recipe.name}; take a number that does.")
     return {**shared_settings(run, how.save_every * updates), "max_steps": run.steps * updates, "per_device_train_batch_size": at_once, "gradient_accumulation_steps": rest,
@@ -98,7 +100,7 @@ def main(
 ) -> None:
     "The command line of a run of GRPO through TRL."
     run, first = opened(words, "RL")
-    with alone(run.folder) if first else contextlib.nullcontext():
+    with file_lock(run.folder) if first else contextlib.nullcontext():
         train_grpo(run)
 
 # %% ../../nbs/training/43_grpo.ipynb #73a975ed

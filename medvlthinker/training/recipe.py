@@ -15,10 +15,8 @@ from pathlib import Path
 from ..core.files import UserError
 from ..difficulty.profile import Profile, Workspace
 from ..data.corpora import corpus_file, load_reasoning, reasoning_file
-from ..generation.engine import resolve_model
+from ..generation.model import folder_name, resolve_model
 from ..generation.request import Sampling
-from ..generation.rollout import folder_name
-
 
 # %% ../../nbs/training/40_recipe.ipynb #7b1c9fd6
 @dataclass(frozen=True)
@@ -285,7 +283,7 @@ def starting_point(
     "The folder or hub id of the model that a run starts from; `UserError` where it is not there."
     name, _, step = recipe.init.partition("@")
     if name not in RECIPES:
-        return resolve_model(name, workspace)
+        return resolve_model(name, workspace.checkpoints)
     here = model_folder(recipe.init, workspace)
     if (here / "config.json").is_file():
         return str(here)
@@ -293,7 +291,7 @@ def starting_point(
         raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {workspace.checkpoints}; train {name} first (recipe={name})"
                         + (f", then `python -m medvlthinker.training.checkpoint merge {name} --step {step}`." if step else "."))
     show(f"{name} is not in {workspace.checkpoints}; {recipe.name} starts from the published one.")
-    return resolve_model(name, workspace)
+    return resolve_model(name, workspace.checkpoints)
 
 # %% ../../nbs/training/40_recipe.ipynb #142f36d0
 def data_file(

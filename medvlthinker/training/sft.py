@@ -17,11 +17,11 @@ from typing import TypeVar
 from ..core.files import UserError, file_hash, fingerprint, require_package, atomic_write
 from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words
-from ..generation.engine import model_fingerprint, only_safetensors
+from ..generation.model import check_weights, download_model, model_fingerprint, pixel_limits
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import sft_target, user_text
 from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from ..data.sample import SampleFile, from_row
 
 # %% ../../nbs/training/42_sft.ipynb #f5c1b405
@@ -78,12 +78,12 @@ def _inputs(recipe: Recipe, profile: Profile, start: str, data: Path) -> dict:
     how = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(recipe.how).items()}
     how |= {"reward": file_hash(reward_file())} if recipe.method == "RL" else {}
     return {"recipe": recipe.name, **how, "start": model_fingerprint(start), "data": file_hash(data), "seed": profile.seed, "max_steps": profile.max_steps,
-            "lora_rank": profile.lora_rank, "dtype": profile.dtype, "trainer": profile.trainer if recipe.method == "RL" else "trl"}
+            "lora_rank": profile.lora_rank, "dtype": profile.dtype, "trainer": profile.trainer if recipe.method == "RL" else "trl",
+            **({"max_pixels": profile.max_pixels} if profile.max_pixels else {})}
 
 # %% ../../nbs/training/42_sft.ipynb #4fb368de
 def _check(recipe: Recipe, profile: Profile, start: str) -> None:
-    "`UserError` for a model without weights, missing GPUs, or a logger that is not installed."
-    only_safetensors(start)
+    "`UserError` for missing GPUs, a logger that is not installed, or a model that is not whole."
     if recipe.gpus and not profile.gpus:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}) and the profile {profile.name} has gpus=0; "
                         "set gpus=N on a machine that has them, or train an embedded recipe (tiny-...).")
@@ -95,6 +95,7 @@ def _check(recipe: Recipe, profile: Profile, start: str) -> None:
             raise UserError(f"{recipe.name} was to run on gpus={profile.gpus} and this machine shows {here or 'none'}; {f'set gpus={here}' if here else 'run it on a machine with GPUs'}.")
     if missing := [name for name in loggers(profile) if not importlib.util.find_spec(name)]:
         raise UserError(f"report_to={missing[0]} needs the package {missing[0]}, which is not installed; pip install {missing[0]}, or leave it out.")
+    check_weights(download_model(start))
 
 
 def loggers(
@@ -121,7 +122,7 @@ def plan(
     folder = training_folder(recipe, workspace) / fingerprint(inputs)
     samples, listed = SampleFile(data, look=False), folder / "dropped.json"
     if not listed.is_file():
-        processor, limits = open_processor(start)
+        processor, limits = open_processor(start, profile.max_pixels)
         found = unusable(samples, recipe, processor, limits["max_model_len"])
         if recipe.method == "RL" and (lost := sum(map(len, found.values()))) > profile.max_rejected:
             raise UserError(f"{lost} of {len(samples)} rows of {data.name} cannot be trained on: {_reasons(found)}. "
@@ -184,7 +185,7 @@ def weights_at_hand(
 ) -> str:
     "The newest whole checkpoint with weights in one piece, else what the run starts from."
     found = {update: path for update, path in whole_checkpoints(run.folder).items() if any(path.glob("model*.safetensors"))}
-    return str(found[max(found)] if found else run.start)
+    return str(found[max(found)] if found else download_model(run.start))
 
 
 def open_model(
@@ -202,12 +203,14 @@ def open_model(
     profile = run.profile
     if not profile.gpus:
         torch.set_num_threads(1)
+    base, weights = download_model(run.start), weights_at_hand(run)
+    check_weights(weights)
     try:
-        processor = AutoProcessor.from_pretrained(run.start, padding_side="left" if run.recipe.method == "RL" else "right", trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(weights_at_hand(run), dtype=profile.dtype if profile.lora_rank else "float32", use_safetensors=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(base, padding_side="left" if run.recipe.method == "RL" else "right", trust_remote_code=False, **pixel_limits(base, profile.max_pixels))
+        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=profile.dtype if profile.lora_rank else "float32", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"The model {run.start} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    model.config._name_or_path = run.start  # from where GRPO takes the model that it must not leave too far
+    model.config._name_or_path = str(base)  # from where GRPO takes the model that it must not leave too far
     if run.recipe.how.freeze_vision:
         model.model.visual.requires_grad_(False)
     inner = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -435,7 +438,7 @@ def main(
 ) -> None:
     "The command line of a supervised run."
     run, first = opened(words, "SFT")
-    with alone(run.folder) if first else contextlib.nullcontext():  # a process whose parent died may still be at work there
+    with file_lock(run.folder) if first else contextlib.nullcontext():  # a process whose parent died may still be at work there
         train_sft(run)
 
 

@@ -19,7 +19,9 @@ from ..difficulty.profile import Profile, Workspace
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
-from ..generation.rollout import alone, question_sets, samples_fingerprint
+from ..difficulty.ask import question_sets
+from ..generation.rollout import file_lock, samples_fingerprint
+from ..generation.model import pixel_limits
 from ..data.sample import Sample, SampleFile
 from .sft import how_of, loggers, reward_file
 
@@ -108,11 +110,12 @@ def parquet(
     source: dict,  # what the samples are, for the manifest
     split: str = "train",  # as verl's own data name it
     show=print,  # takes a sentence
+    max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit
 ) -> Path:
     "verl's parquet of these samples, from the file while it holds, else made; what is too long is left out and reported."
-    path, processor = Path(path), open_processor(model)[0]
+    path, processor = Path(path), open_processor(model, max_pixels)[0]
     inputs = {**source, "split": split, "max_prompt_length": most, "processor": _knowledge(processor)}
-    with alone(path.parent):
+    with file_lock(path.parent):
         if stale_reason(path, inputs):
             left_out = Counter()
             with write_record(path, inputs) as facts:
@@ -154,7 +157,7 @@ def training_parquet(
     "The parquet that a recipe's run reads."
     curated = training_data(recipe, profile, workspace)
     source = {"samples": file_hash(curated)}
-    return parquet(SampleFile(curated, look=False), verl_file(curated, recipe), model, how_of(recipe, Grpo).max_prompt_length, source, show=show)
+    return parquet(SampleFile(curated, look=False), verl_file(curated, recipe), model, how_of(recipe, Grpo).max_prompt_length, source, show=show, max_pixels=profile.max_pixels)
 
 
 def validation_parquet(
@@ -168,7 +171,7 @@ def validation_parquet(
     sets, most = dict(question_sets(profile)), how_of(recipe, Grpo).max_prompt_length
     path = workspace.curated / profile.source / "verl" / f"validation-{most}.parquet"
     hashes = {name: file_hash(samples.path) if isinstance(samples, SampleFile) else samples_fingerprint(samples) for name, samples in sets.items()}
-    return parquet(itertools.chain.from_iterable(sets.values()), path, model, most, {"samples": hashes}, "test", show)
+    return parquet(itertools.chain.from_iterable(sets.values()), path, model, most, {"samples": hashes}, "test", show, profile.max_pixels)
 
 # %% ../../nbs/training/44_verl_backend.ipynb #17ca4b51
 def _data(how: Grpo, data, validation, seed: int) -> dict:
@@ -248,7 +251,8 @@ def settings(
         words |= {"lora_rank": profile.lora_rank, "lora_alpha": 2 * profile.lora_rank, "target_modules": "all-linear"}
     parts = {f"model.{key}": value for key, value in words.items()} | _actor(how, gpus, profile) | _rollout(how, gpus, profile)
     parts |= {"rollout.load_format": "safetensors"} if profile.lora_rank else {}
-    return {**_data(how, data, validation, profile.seed), **{f"{'+' * key.startswith('+')}actor_rollout_ref.{key.removeprefix('+')}": value for key, value in parts.items()},
+    limits = {f"+data.mm_processor_kwargs.{key}": value for key, value in pixel_limits(model, profile.max_pixels).items()}
+    return {**_data(how, data, validation, profile.seed), **limits, **{f"{'+' * key.startswith('+')}actor_rollout_ref.{key.removeprefix('+')}": value for key, value in parts.items()},
             **_trainer(recipe, profile, folder, validation)}
 
 # %% ../../nbs/training/44_verl_backend.ipynb #1e7f7350
@@ -515,7 +519,7 @@ def train(
     steps, _ = steps_to_train(recipe, rows_of(data), profile.max_steps)
     for sentence in differences(recipe):
         show(sentence)
-    with alone(folder, show):
+    with file_lock(folder, show):
         words = [*overrides(recipe, profile, model, data, folder, validation), f"trainer.total_training_steps={steps}",
                  f"hydra.run.dir={_written(str((logs / 'hydra').absolute()))}", *more]
         agree(folder, words, fingerprint(json.loads(record_path(data).read_text(encoding="utf-8"))["inputs"]), file_hash(reward_file()))

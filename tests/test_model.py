@@ -1,0 +1,444 @@
+"What a model is: its identity on the hub and in the cache, weights that do not fit, GPUs that hold it, and the limits of its images."
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import python
+from medvlthinker.core.files import UserError
+from medvlthinker.data import synthetic
+from medvlthinker.data.prompt import messages
+from medvlthinker.generation.tiny_model import make_tiny_model
+from medvlthinker.generation.model import (
+    BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, refuse_too_large, resolve_model, tensor_parallel_size, weight_bytes)
+from medvlthinker.generation.request import EngineSettings
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory) -> Path:
+    "The tiny model with random weights."
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
+
+
+def copied(blank: Path, place: Path, rename=lambda name: name, **config) -> Path:
+    "A copy whose weights have other names (None drops one), and whose config.json says other things."
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(blank, place / "copy"))
+    weights = {rename(name): weight for name, weight in load_file(blank / "model.safetensors").items()}
+    save_file({name: weight for name, weight in weights.items() if name}, folder / "model.safetensors", {"format": "pt"})
+    known = json.loads((folder / "config.json").read_text())
+    for key, value in config.items():
+        inner = known["text_config"] if key.startswith("text_") else known
+        inner[key.removeprefix("text_")] = value
+    (folder / "config.json").write_text(json.dumps(known))
+    return folder
+
+
+def with_head(folder: Path, change: float) -> Path:
+    "The same folder with a head of its own: the embedding, changed by so much."
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    embedding = next(weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    save_file({**weights, "lm_head.weight": embedding + change}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+# --- weights --------------------------------------------------------------------------------------------------------------------
+
+
+def dropped(pattern: str):
+    return lambda name: None if re.search(pattern, name) else name
+
+
+BROKEN = {  # how the names are changed -> what the sentence holds
+    "a layer is missing": (dropped(r"\.layers\.1\."), ["12 missing (model.language_model.layers.1."]),
+    "the vision tower is missing": (dropped(r"visual\."), ["missing (model.visual."]),
+    "the embedding is missing": (dropped("embed_tokens"), ["2 missing (lm_head.weight, model.language_model.embed_tokens.weight)"]),
+    "one weight is missing": (dropped(r"layers\.2\.self_attn\.k_proj\.bias"), ["1 missing (model.language_model.layers.2.self_attn.k_proj.bias)"]),
+    **{f"a wrapper left {prefix}": (lambda name, prefix=prefix: prefix + name, ["missing (lm_head.weight", f"unexpected ({prefix}", f"begin with {prefix}"])
+       for prefix in ("module.", "base_model.model.", "_orig_mod.")},
+    "the layers are those of another model": (lambda name: name.replace("layers.", "blocks."), ["missing", "unexpected"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_weights_that_do_not_fit_are_named(blank, tmp_path, case):
+    rename, parts = BROKEN[case]
+    with pytest.raises(UserError) as said:
+        check_weights(copied(blank, tmp_path, rename))
+    assert all(part in str(said.value) for part in parts), said.value
+
+
+def test_a_config_that_counts_fewer_or_wider_layers_than_the_file_is_refused(blank, tmp_path):
+    config = json.loads((blank / "config.json").read_text())
+    few = copied(blank, tmp_path / "few", text_num_hidden_layers=2, text_layer_types=config["text_config"]["layer_types"][:2])
+    with pytest.raises(UserError, match=r"12 unexpected \(model\.language_model\.layers\.2\."):
+        check_weights(few)
+    with pytest.raises(UserError, match=r"mismatched \(.*mlp"):
+        check_weights(copied(blank, tmp_path / "wide", text_intermediate_size=512))
+
+
+def test_an_untied_model_without_a_head_is_refused(blank, tmp_path):
+    with pytest.raises(UserError, match=r"1 missing \(lm_head\.weight\)"):
+        check_weights(copied(blank, tmp_path, tie_word_embeddings=False, text_tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_two_words_on_tied_embeddings_are_refused_where_the_file_does_not_decide(blank, tmp_path, outer):
+    folder = copied(blank, tmp_path, tie_word_embeddings=outer, text_tie_word_embeddings=not outer)
+    with pytest.raises(UserError, match="both tie_word_embeddings=true and false"):
+        check_weights(folder)
+    check_weights(with_head(folder, 0.0))  # the head is the embedding, whatever is read
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true and holds lm_head\.weight, which is not its embedding"):
+        check_weights(with_head(folder, 0.5))
+
+
+def test_a_tied_model_with_another_head_is_refused(blank, tmp_path):
+    with pytest.raises(UserError, match="which is not its embedding"):
+        check_weights(with_head(copied(blank, tmp_path), 0.5))
+
+
+def test_weights_that_fit_are_not_refused(blank, tmp_path):
+    "The names of the hub's Qwen2.5-VL and today's, in one file and in several, tied and untied."
+    from transformers import AutoModelForImageTextToText
+
+    check_weights(blank)
+    check_weights(with_head(copied(blank, tmp_path / "tied"), 0.0))
+    check_weights(with_head(copied(blank, tmp_path / "untied", tie_word_embeddings=False, text_tie_word_embeddings=False), 0.5))
+    model = AutoModelForImageTextToText.from_pretrained(blank)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    check_weights(tmp_path / "parts")
+    today = lambda name: f"model.{name}" if name.startswith("visual") else name.replace("model.", "model.language_model.", 1)
+    check_weights(copied(blank, tmp_path / "today", today))
+    next((tmp_path / "parts").glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of \d+ weight files, model-00002"):
+        check_weights(tmp_path / "parts")
+
+
+def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
+    from transformers import CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
+    sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+    made = {"llava": LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**sight), text_config=LlamaConfig(**text), image_token_index=199)),
+            "gemma": Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, "head_dim": 8}, vision_config=sight, mm_tokens_per_image=4))}
+    for name, model in made.items():
+        model.save_pretrained(tmp_path / name)
+        check_weights(tmp_path / name)
+        assert weight_bytes(tmp_path / name, "float32") == 4 * sum(weight.numel() for weight in model.parameters())
+        with pytest.raises(UserError, match=r"missing \(.*vision_tower"):
+            check_weights(copied_plain(tmp_path / name, tmp_path / f"{name}-blind", "vision_tower"))
+
+
+def copied_plain(folder: Path, place: Path, without: str) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, place)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if without not in name}, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
+    check_weights(copied(blank, tmp_path / "quantised", dropped("layers.1"), quantization_config={"quant_method": "awq", "bits": 4}))
+    check_weights(copied(blank, tmp_path / "unknown", dropped("layers.1"), model_type="nobody_knows"))
+
+
+def test_adapters_alone_are_no_model(blank, tmp_path):
+    folder = copied(blank, tmp_path, lambda name: f"base_model.model.{name}.lora_A" if "q_proj.weight" in name else None)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"missing .* Their names begin with base_model\.model\."):
+        check_weights(folder)
+
+
+def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
+    from medvlthinker.data.sample import write_samples
+    from medvlthinker.difficulty.profile import Workspace, load_profile
+    from medvlthinker.training import sft
+    from medvlthinker.training.recipe import find as get
+
+    smoke, workspace = load_profile("smoke", train_limit=8), Workspace("smoke")
+    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-8-tiny-easy_to_hard.parquet")
+    torn = copied(blank, tmp_path, dropped(r"\.layers\.1\."))
+    for name in ("tiny-SFT_PMC", "tiny-RL_PMC"):
+        with pytest.raises(UserError, match="12 missing"):
+            sft.plan(replace(get(name), init=str(torn)), smoke, workspace)
+    run = sft.plan(replace(get("tiny-SFT_PMC"), init=str(blank)), smoke, workspace)
+    with pytest.raises(UserError, match="12 missing"):
+        sft.open_model(replace(run, start=str(torn)))
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "As much of the hub as a download asks for; the server holds `folder`, `commit` and `asked`."
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body: bytes, code: int = 200, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path, commit = self.path.partition("?")[0], self.server.commit
+        self.server.asked.append(f"{self.command} {path}")
+        files = sorted(self.server.folder.iterdir())
+        if path.startswith("/api/models/acme/tiny/tree"):
+            return self.reply(json.dumps([{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files]).encode())
+        if path.startswith("/api/models/acme/tiny"):
+            return self.reply(json.dumps({"id": "acme/tiny", "sha": commit, "siblings": [{"rfilename": file.name} for file in files]}).encode())
+        file = self.server.folder / path.rpartition("/")[2]
+        if path.startswith("/acme/tiny/resolve/") and file.is_file():
+            return self.reply(file.read_bytes(), X_Repo_Commit=commit, ETag=f'"{file.name}-{file.stat().st_size}"')
+        return self.reply(b"{}", 404, X_Error_Code="EntryNotFound" if "acme/tiny" in path else "RepoNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(blank):
+    "A hub on this machine with one model."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.commit, server.asked = blank, "0123456789abcdef0123456789abcdef01234567", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+IDENTITY = """
+import json, sys
+from medvlthinker.core.files import UserError
+from medvlthinker.generation.model import *
+def say(*values): print(json.dumps(values))
+try:
+    say("before", model_fingerprint("acme/tiny"), resolve_revision("acme/tiny"))
+    folder = download_model("acme/tiny", resolve_revision("acme/tiny"))
+    say("after", model_fingerprint("acme/tiny"), model_fingerprint(folder))
+    check_weights(folder)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+    say("files", *sorted(path.name for path in folder.iterdir()))
+except UserError as error:
+    say("error", str(error))
+"""
+
+
+def identities(place: Path, endpoint: str) -> dict[str, list]:
+    "What a new process says of acme/tiny, with its own cache."
+    done = python("-c", IDENTITY, HF_HUB_OFFLINE="0", HF_HOME=place / "hf", HF_ENDPOINT=endpoint)
+    assert done.returncode == 0, done.stderr
+    return {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
+
+
+def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, tmp_path):
+    endpoint, nobody = f"http://127.0.0.1:{hub.server_port}", "http://127.0.0.1:9"
+    (blank / "pytorch_model.bin").write_bytes(b"a program")
+    try:
+        assert "acme/tiny" in identities(tmp_path, nobody)["error"][0]  # no hub, no cache: one sentence
+        first = identities(tmp_path, endpoint)
+    finally:
+        (blank / "pytorch_model.bin").unlink()
+    assert first["before"] == ["0123456789abcdef", hub.commit]
+    assert first["after"] == ["0123456789abcdef"] * 2
+    assert first["files"] == sorted(path.name for path in blank.iterdir())  # and no pickle
+
+    fetched = [line for line in hub.asked if line.startswith("GET") and line.endswith("model.safetensors")]
+    assert len(fetched) == 1
+    assert identities(tmp_path, endpoint) == first and identities(tmp_path, nobody) == first  # from the cache
+    assert [line for line in hub.asked if line.startswith("GET") and line.endswith("model.safetensors")] == fetched
+
+    hub.commit = "fedcba9876543210fedcba9876543210fedcba98"  # somebody has changed the model
+    moved = identities(tmp_path, endpoint)
+    assert moved["before"] == ["fedcba9876543210", hub.commit] and moved["after"] == ["fedcba9876543210"] * 2
+    assert identities(tmp_path, nobody) == moved
+
+
+# --- chat template --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_chat_template_is_one_sentence(blank, tmp_path):
+    from medvlthinker.difficulty.preflight import open_processor
+    from transformers import AutoProcessor
+
+    folder = copied(blank, tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        check_chat_template(AutoProcessor.from_pretrained(folder), folder)
+    with pytest.raises(UserError, match="has no chat template"):
+        open_processor(str(folder))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # as older models store it
+    check_chat_template(AutoProcessor.from_pretrained(folder), folder)
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------------------
+
+QWEN = {  # Qwen2.5-VL as published: hidden, inner, layers, heads, key-value heads, vocabulary, tied, inner of the vision tower, parameters
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420, 3_754_622_976),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420, 8_292_166_656),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456, 33_452_718_336),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, Path]:
+    "The config.json of each size, in the form that the hub holds."
+    made = {}
+    for size, (hidden, inner, layers, heads, pairs, vocabulary, tied, sight, _) in QWEN.items():
+        made[size] = tmp_path_factory.mktemp(size)
+        vision = {"model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": sight, "num_heads": 16, "out_hidden_size": hidden}
+        (made[size] / "config.json").write_text(json.dumps({
+            "model_type": "qwen2_5_vl", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": pairs, "vocab_size": vocabulary, "tie_word_embeddings": tied, "max_position_embeddings": 128000, "vision_config": vision}))
+    return made
+
+
+def test_the_size_of_a_model_follows_from_its_config(published):
+    for size, folder in published.items():
+        assert weight_bytes(folder, "bfloat16") == 2 * QWEN[size][-1], size
+        assert weight_bytes(folder, "float32") == 4 * QWEN[size][-1], size
+
+
+H100 = EngineSettings(engine="vllm", gpus=8, tensor_parallel=0, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("size, memory, settings, gpus", [
+    ("3B", 80, H100, 1), ("7B", 80, H100, 1), ("32B", 80, H100, 2),
+    ("32B", 80, replace(H100, max_model_len=8192), 2),  # the weights alone would leave room for two sequences
+    ("3B", 24, H100, 1), ("7B", 24, H100, 2), ("7B", 24, replace(H100, max_model_len=8192), 1),
+    ("7B", 40, replace(H100, dtype="float32"), 2),
+    ("32B", 24, H100, 8), ("32B", 40, H100, 4),
+    ("7B", 80, replace(H100, tensor_parallel=4), 4),  # whoever names a number gets it
+    ("7B", 12, replace(H100, data_parallel=4), 2),  # four copies of at most two GPUs
+    ("7B", 24, replace(H100, gpus=1), 1),  # it may fit with shorter sequences: vLLM says what does
+    ("7B", 80, replace(H100, engine="ray"), 1), ("7B", 80, replace(H100, engine="ray", ray_engine="transformers"), 1),
+    ("7B", 80, replace(H100, gpus=0), 1), ("7B", 80, replace(H100, engine="transformers"), 1),
+])
+def test_the_fewest_gpus_that_hold_a_model(published, size, memory, settings, gpus):
+    assert tensor_parallel_size(published[size], settings, memory * 2**30) == gpus
+
+
+def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
+    with pytest.raises(UserError, match="tensor_parallel=8 does not divide the heads"):
+        tensor_parallel_size(published["7B"], replace(H100, tensor_parallel=8), 80 * 2**30)
+    with pytest.raises(UserError, match=r"takes 62\.3 GiB in bfloat16, and 2 GPUs with 21\.6 GiB each"):
+        tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
+
+
+def test_a_model_that_the_memory_cannot_hold_is_refused(blank, published):
+    with pytest.raises(UserError, match="1000000 copies"):
+        refuse_too_large(blank, EngineSettings(data_parallel=10**6))
+    refuse_too_large(blank, EngineSettings())
+    refuse_too_large(published["32B"], EngineSettings(gpus=1, engine="vllm"))  # the GPUs hold it
+
+
+# --- names and prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_asked_in_its_own_words_by_row_and_by_hub_id():
+    for name, row in BASELINES.items():
+        assert prompt_format(name) == prompt_format(row.model) == (row.instruction, row.dialect)
+    assert prompt_format("3B-RL_m23k") == prompt_format("somebody/model") == ("trained", "chat")
+    assert prompt_format("google/gemma-3-4b-it", "none", "chat") == ("none", "chat")
+    with pytest.raises(UserError, match="No dialect 'chatty'"):
+        prompt_format("tiny", dialect="chatty")
+
+
+def test_a_served_model_is_not_opened_here_and_the_other_way_round(tmp_path):
+    assert resolve_model("GPT-4o", tmp_path, served=True) == "gpt-4o-2024-11-20"
+    with pytest.raises(UserError, match="engine=openai"):
+        resolve_model("GPT-4o", tmp_path)
+    with pytest.raises(UserError, match="engine=vllm"):
+        resolve_model("MedGemma 4B", tmp_path, served=True)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_tokens(folder: Path, max_pixels: int, size: tuple[int, int]) -> int:
+    "Tokens that an image takes when the model's processor reads it."
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, **pixel_limits(folder, max_pixels))
+    images = processor.image_processor
+    count = images(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"].prod().item() // images.merge_size**2
+    assert count == images.get_number_of_image_patches(size[1], size[0], {}) // images.merge_size**2
+    return count
+
+
+def test_max_pixels_has_effect_down_to_one_token(blank):
+    assert [image_tokens(blank, most, (112, 112)) for most in (0, 12544, 3136, 784)] == [16, 16, 4, 1]
+    assert [image_tokens(blank, most, (28, 28)) for most in (0, 3136, 784)] == [4, 4, 1]  # not enlarged beyond the limit
+    assert pixel_limits(blank, 50000) == {"min_pixels": 3136, "max_pixels": 50000}
+
+
+def test_limits_hold_in_a_call_as_in_a_processor(blank):
+    "vLLM and verl give them with each call, where an upper limit alone would be ignored."
+    from transformers import AutoProcessor
+
+    processor, sample = AutoProcessor.from_pretrained(blank), synthetic.benchmark("vqa_rad_closed", 1)[0]
+    text = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True)
+    call = partial(processor, text=[text], images=sample.pictures())
+    count = [list(call(**limits)["input_ids"][0]).count(processor.image_token_id) for limits in ({}, {"max_pixels": 3136}, pixel_limits(blank, 3136))]
+    assert count == [16, 16, 4]
+
+
+def test_max_pixels_is_refused_where_a_model_brings_images_to_one_size(tmp_path):
+    from transformers import CLIPImageProcessor
+
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="max_pixels=3136 would do nothing"):
+        pixel_limits(tmp_path, 3136)
+    assert pixel_limits(tmp_path, 0) == {}
+
+
+def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
+    from medvlthinker.difficulty.preflight import main
+
+    words = ["smoke", f"model={blank}", "limit=20", "train_limit=40", "benchmark=vqa_rad"]
+    with_limit, without = (main([*words, *more]) or capsys.readouterr().out for more in (["max_pixels=3136"], []))
+    told = [float(number) for number in re.findall(r"([\d.]+) of them for images", with_limit)]
+    assert told and all(2 <= number <= 4 for number in told), with_limit
+    assert "16.0 of them for images" in without
+
+
+def test_max_pixels_means_the_same_in_training(blank, home):
+    from medvlthinker.data.sample import write_samples
+    from medvlthinker.difficulty.profile import Workspace, load_profile
+    from medvlthinker.training import grpo, sft, verl_backend
+    from medvlthinker.training.recipe import find as get
+
+    smoke, workspace = load_profile("smoke", train_limit=8, max_pixels=3136), Workspace("smoke")
+    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-8-tiny-easy_to_hard.parquet")
+    recipe = replace(get("tiny-RL_PMC"), init=str(blank))
+    run, plain = (sft.plan(recipe, profile, workspace) for profile in (smoke, replace(smoke, max_pixels=0)))
+    assert run.inputs["max_pixels"] == 3136 and run.folder != plain.folder and "max_pixels" not in plain.inputs
+    _, processor, _ = sft.open_model(run)
+    assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (3136, 3136)
+    with pytest.raises(UserError, match="max_pixels=3136 does not reach the vLLM that TRL starts"):
+        grpo.grpo_settings(replace(run, profile=replace(smoke, engine="vllm", gpus=1)), processor)
+    told = verl_backend.settings(recipe, smoke, str(blank), "data.parquet", "folder")
+    assert {key: value for key, value in told.items() if "pixels" in key} == {
+        "+data.mm_processor_kwargs.min_pixels": 3136, "+data.mm_processor_kwargs.max_pixels": 3136}
+
+
+def test_importing_needs_neither_torch_nor_transformers():
+    done = python("-c", "import sys, medvlthinker.generation.model; print({'torch', 'transformers', 'huggingface_hub'} & {*sys.modules})", **os.environ)
+    assert done.stdout.strip() == "set()", done.stderr
