@@ -230,11 +230,13 @@ def _same_weights(
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
+    tied: bool,  # what transformers takes where config.json says nothing
 ) -> list[str]:  # names of stored heads that repeat the embedding
     "`UserError` where config.json and file contradict each other about the head."
     config = read_json(folder / "config.json")
     parts = (config, config.get("text_config") or {})
     said = {part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part}
+    said = said or {tied}
     heads = [name for name in stored if name.endswith("lm_head.weight")]
     embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
     if said == {True, False} and not heads:
@@ -264,8 +266,8 @@ def _empty_model(folder: Path):
         return None
 
 
-def _loading_report(net, stored: dict) -> dict[str, list]:
-    "What transformers says on weights of these names and shapes: missing, unexpected, mismatched."
+def _loading_report(net, stored: dict) -> dict[str, list] | None:
+    "What transformers says of weights with these names and shapes; None where it stops."
     import torch
     from safetensors import safe_open
     from transformers.utils import logging
@@ -282,6 +284,8 @@ def _loading_report(net, stored: dict) -> dict[str, list]:
         found = type(net).from_pretrained(
             None, config=net.config, state_dict=tensors, device_map={"": "meta"},
             output_loading_info=True, ignore_mismatched_sizes=True)[1]
+    except Exception:  # loading stops in the same place, with a sentence of its own
+        return None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -315,13 +319,14 @@ def check_weights(
                 stored |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise unloadable_error(path, error) from None
-    heads = _check_head(folder, stored)
     quantized = "quantization_config" in read_json(folder / "config.json")
     if quantized or (net := _empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
-    if getattr(net.config, "tie_word_embeddings", False):
-        stored = {name: path for name, path in stored.items() if name not in heads}
-    report = _loading_report(net, stored)
+    tied = bool(getattr(net.config, "tie_word_embeddings", False))
+    repeated = _check_head(folder, stored, tied)
+    needed = {name: path for name, path in stored.items() if not tied or name not in repeated}
+    if (report := _loading_report(net, needed)) is None:
+        return
     # a layer that the config does not count is wrong; what has no place at all may be left over
     places = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
