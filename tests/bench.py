@@ -341,11 +341,11 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 
 def random_model(folder: Path, shape) -> Path:
     "A model of a given shape with random weights, under the embedded tokenizer and processor."
     import torch
-    from medvlthinker.generation import tiny
+    from medvlthinker.generation.tiny_model import tiny_config, tiny_processor
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    cut = tiny.processor()
-    config = tiny.config(cut.tokenizer)
+    cut = tiny_processor()
+    config = tiny_config(cut.tokenizer)
     half = shape.hidden // shape.heads // 2
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
     text = {"hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
@@ -413,7 +413,7 @@ def gpu_training():
 def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
-    from medvlthinker.generation import tiny
+    from medvlthinker.generation.tiny_model import make_tiny_model
     from medvlthinker.difficulty.profile import overrides
     from medvlthinker.difficulty.curate import curate, decide, pass_counts
     from medvlthinker.generation.engine import Sampling
@@ -430,7 +430,7 @@ def three_seeds():
     for seed in range(3):
         workspace = Workspace("smoke")
         shutil.rmtree(workspace.root, ignore_errors=True)  # a recipe's name stands for one seed at a time
-        base = tiny.make(workspace.home / f"seed-{seed}", seed=seed, log=lambda line: None)
+        base = make_tiny_model(workspace.home / f"seed-{seed}", seed=seed, show=lambda line: None)
         profile = load_profile("smoke", seed=seed, limit=200, models=str(base), corpus="pmc_vqa")
         samples, rows, _ = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
         curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "synthetic", by=str(base))
@@ -600,13 +600,15 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
 REGRADE = """
 import json, resource, sys, time
 from pathlib import Path
-from medvlthinker.evaluation.evaluate import cores, recount
-from medvlthinker.generation.rollout import stored_rollout
+from medvlthinker.core.grade import RULES
+from medvlthinker.evaluation.evaluate import cores, grade_rollout, question_scores
+from medvlthinker.generation.rollout import load_rollout
 from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     began = time.perf_counter()
-    lines = recount(SampleFile(folder / "samples.parquet", look=False), stored_rollout(folder)[1])
+    grades = grade_rollout(SampleFile(folder / "samples.parquet", look=False), load_rollout(folder))
+    lines = [score for rule in RULES for score in question_scores(grades, rule).itertuples()]
     taken = time.perf_counter() - began
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     busy = sum(each.ru_utime + each.ru_stime for each in (own, others))

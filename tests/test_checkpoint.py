@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import warm
 from conftest import ROOT, python, says
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.core.files import UserError, record_path
 
@@ -83,7 +83,7 @@ def sharded_run(tmp_path, lora: str = "full", how: str = "accelerate"):
     "A base model, and the training folder that two processes left."
     import socket
 
-    base, own = tiny.build(tmp_path / "base", seed=3), tmp_path / "r.training"
+    base, own = make_tiny_model(tmp_path / "base", seed=3, steps=0), tmp_path / "r.training"
     checkpoint = own / ("global_step_2/actor" if how == "verl" else "checkpoint-2")
     checkpoint.mkdir(parents=True)
     with socket.socket() as free:
@@ -232,7 +232,7 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.seen, server.status = [], 200
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    model = tiny.build(tmp_path / "model", seed=2)
+    model = make_tiny_model(tmp_path / "model", seed=2, steps=0)
     from medvlthinker.training.checkpoint import model_card
     from medvlthinker.training.recipe import find
 

@@ -32,7 +32,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
     "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
-    "checkpoints/tiny": "{place}/checkpoints/tiny", "checkpoints/quizzed": "{place}/checkpoints/tiny", "--seed S": "--seed 0"}
+    "checkpoints/tiny": "{place}/checkpoints/tiny"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
     "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
@@ -51,7 +51,6 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
-    "python -m medvlthinker.generation.tiny checkpoints/quizzed": "--quiz 2",  # 1,200 questions; the model is there
     "python -m medvlthinker.evaluation.regrade smoke": "limit=6",  # the answers that the fixture has asked for
     "python -m medvlthinker.evaluation.exchange smoke": "limit=6"}
 
@@ -184,10 +183,11 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
+        from medvlthinker.difficulty.ask import rollouts
         from medvlthinker.difficulty.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
-        evaluate(load_profile("smoke", limit=6), "tiny")
+        evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), home / "smoke" / "results" / "synthetic")
         os.chdir(place)
         yield SimpleNamespace(path=place, values=values)
     os.chdir(here)

@@ -14,7 +14,7 @@ from conftest import python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.data.prompt import messages
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.generation.model import (
     BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, refuse_too_large, resolve_model, tensor_parallel_size, weight_bytes)
 from medvlthinker.generation.request import EngineSettings
@@ -23,7 +23,7 @@ from medvlthinker.generation.request import EngineSettings
 @pytest.fixture(scope="module")
 def blank(tmp_path_factory) -> Path:
     "The tiny model with random weights."
-    return tiny.build(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
 def copied(blank: Path, place: Path, rename=lambda name: name, **config) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import warm
 from conftest import ROOT, says
 from medvlthinker.data import synthetic
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model, tiny_processor
 from medvlthinker.core.files import UserError
 from medvlthinker.difficulty.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
 from medvlthinker.data.prompt import messages
@@ -25,7 +25,7 @@ def processor(request):
     from transformers import Qwen2VLImageProcessor
 
     shortest, longest = LIMITS[request.param]
-    made = tiny.processor()
+    made = tiny_processor()
     made.image_processor = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size={"shortest_edge": shortest, "longest_edge": longest},
                                                  resample=0, do_rescale=False, do_normalize=False)  # what a pixel becomes changes no count, and takes most of the time
     return made
@@ -91,7 +91,7 @@ def test_what_the_processor_refuses(processor):
 
 
 def test_limits_are_those_of_a_stored_model(tmp_path):
-    folder = tiny.build(tmp_path / "tiny")
+    folder = make_tiny_model(tmp_path / "tiny", steps=0)
     processor, limits = open_processor(str(folder))
     assert limits == {"max_model_len": 4096, "min_pixels": 3136, "max_pixels": 12544}
     assert lengths(synthetic.corpus("pmc_vqa", 3), processor).image_tokens.tolist() == [16] * 3
@@ -101,7 +101,7 @@ def test_limits_are_those_of_a_stored_model(tmp_path):
 
 def test_edges_of_the_limits():
     samples = synthetic.corpus("m23k", 30)
-    table = lengths(samples, tiny.processor())
+    table = lengths(samples, tiny_processor())
     longest = int(table.prompt_tokens.max())
     limits = {"max_model_len": 4096, "max_tokens": 64, "max_prompt_length": longest, "min_pixels": 3136, "max_pixels": 12544}
 
@@ -116,7 +116,7 @@ def test_edges_of_the_limits():
 
 
 def test_command_line(home, tmp_path):
-    folder = tiny.build(tmp_path / "tiny")
+    folder = make_tiny_model(tmp_path / "tiny", steps=0)
     words = ("-m", "medvlthinker.difficulty.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
     done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr

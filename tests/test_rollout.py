@@ -36,9 +36,9 @@ def processes():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from medvlthinker.generation import tiny
+    from medvlthinker.generation.tiny_model import make_tiny_model
 
-    return str(tiny.build(tmp_path_factory.mktemp("model") / "tiny", seed=0))
+    return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
 
 
 def shards(folder) -> dict:

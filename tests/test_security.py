@@ -20,7 +20,7 @@ import warm
 from conftest import ROOT, python
 from medvlthinker.data import synthetic
 from medvlthinker.training import sft
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import UserError
 from medvlthinker.core.commands import run_logged, redact
 from medvlthinker.difficulty.profile import Profile, Workspace, load_profile
@@ -125,7 +125,7 @@ def test_no_code_out_of_data_and_no_shell():
 def test_models_bring_neither_code_nor_pickles():
     "Every call that opens a model says so: weights as safetensors alone, and none of the model's own code."
     asked = 0
-    for path in (path for path in PACKAGE if path.stem != "tiny"):  # that one opens what it has just written
+    for path in PACKAGE:
         for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
             name, given = ast.unparse(call.func), {each.arg: ast.unparse(each.value) for each in call.keywords}
             if re.fullmatch(r"Auto\w+\.from_pretrained|LLM", name):
@@ -159,14 +159,14 @@ def traps(tmp_path_factory):
     import torch
 
     place = tmp_path_factory.mktemp("traps")
-    mark, pickled = place / "it ran", tiny.build(place / "pickled")
+    mark, pickled = place / "it ran", make_tiny_model(place / "pickled", steps=0)
     (pickled / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Program(mark)}, pickled / "pytorch_model.bin")
     cached = place / "hf" / "hub" / "models--someone--thing"
     shutil.copytree(pickled, cached / "snapshots" / ("1" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1" * 40)
-    own_code = tiny.build(place / "own-code")
+    own_code = make_tiny_model(place / "own-code", steps=0)
     names = {"AutoConfig": "own.Config", "AutoProcessor": "own.Processor", "AutoModelForImageTextToText": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
     for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
         (own_code / file).write_text(json.dumps({"model_type": "own", "auto_map": names}))
@@ -429,7 +429,7 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
     write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
-    start = replace(recipe, init=str(tiny.build(tmp_path / "start")))
+    start = replace(recipe, init=str(make_tiny_model(tmp_path / "start", steps=0)))
     run = sft.plan(start, smoke, workspace)
     assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
     final = workspace.checkpoints / recipe.name

@@ -11,7 +11,7 @@ import pytest
 import warm
 from conftest import ROOT, python, says
 from medvlthinker.data import synthetic
-from medvlthinker.generation import tiny
+from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training import train
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.core.files import UserError
@@ -117,7 +117,7 @@ def test_adapters_become_a_model(ready):
 @pytest.fixture
 def blank(home, tmp_path) -> Path:
     "A home without models, and beside it an embedded one that was not warmed up."
-    return tiny.build(tmp_path / "blank")
+    return make_tiny_model(tmp_path / "blank", steps=0)
 
 
 @pytest.mark.parametrize("words, parts", [

@@ -130,9 +130,9 @@ def verl_dataset(path, model: Path, most: int, filtered: bool = False):
 
 @pytest.fixture(scope="module")
 def blank_tiny(tmp_path_factory) -> Path:
-    from medvlthinker.generation import tiny
+    from medvlthinker.generation.tiny_model import make_tiny_model
 
-    return tiny.build(tmp_path_factory.mktemp("model") / "tiny")
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
 def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):

@@ -18,7 +18,7 @@ from ..core.files import UserError, file_hash, fingerprint, require_package, wri
 from ..core.plots import series_style
 from ..core.grade import RULES, grade
 from ..generation.model import folder_name
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 
 if TYPE_CHECKING:  # pandas takes a second to load, so that it is loaded where it is used
@@ -271,7 +271,7 @@ def curate(
     counted = decisions[["dataset_index", "n", "correct", "decision", "level"]].to_numpy().tolist()
     inputs = {"samples": file_hash(samples), "counts": fingerprint(counted), "by": by, "band": decisions.attrs, "order": direction, "seed": seed,
               "overlap": overlap, "without": fingerprint(without)}
-    with alone(path.parent):
+    with file_lock(path.parent):
         if stale_reason(path, inputs):
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
                 facts.update(_make(samples, _reasons(decisions, without), path, seed, hard_first))

@@ -16,7 +16,7 @@ from ..core.plots import series_style
 from .profile import Profile, Workspace, load_profile, parse_words
 from ..generation.model import check_chat_template, pixel_limits, prompt_format, resolve_model, resolve_revision
 from ..data.prompt import user_text
-from ..generation.rollout import question_sets
+from .ask import question_sets
 from ..data.sample import FORMATS, Sample, image_problem
 from ..data.readers import write_csv
 

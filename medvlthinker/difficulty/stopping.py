@@ -8,14 +8,16 @@ __all__ = ['expected', 'stopping_rule', 'smoothed', 'replay', 'sample_until_deci
 # %% ../../nbs/difficulty/33_stopping.ipynb #5110801e
 import functools, itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import UserError, fingerprint
+from ..core.files import UserError
 from .curate import DECISIONS, _check_band, _correct, _gold, _table, _verdict
-from ..generation.rollout import Rows, generate
+from ..generation.request import Sampling
+from ..generation.rollout import Rollout, generate
 from ..data.sample import Sample
 from ..core.stats import wilson
 
@@ -170,10 +172,10 @@ class _Some(Sequence):
             yield from (window[position % 256] for position in group)
 
 
-def _round(samples: Sequence[Sample], positions: np.ndarray, number: int, n: int, engine, folder: Path, who: dict, version, show) -> Rows:
-    "The rows of one round: n completions for each of the samples at these positions."
-    who = {**who, "n": n, "seed": who["seed"] + 1_000_000 * number, "asked": fingerprint(positions.tolist())}
-    return generate(_Some(samples, positions), engine, folder / f"round-{number:02}-{fingerprint(who)}", who, version, show)
+def _round(samples: Sequence[Sample], positions: np.ndarray, number: int, n: int, engine, sampling: Sampling, folder: Path, show) -> Rollout:
+    "One round: n completions for each of the samples at these positions."
+    sampling = replace(sampling, n=n, seed=sampling.seed + 1_000_000 * number)
+    return generate(_Some(samples, positions), engine, sampling, folder / f"round-{number:02}", show)
 
 
 def _add(rows: Iterable[dict], merged: dict, tally: dict, gold: dict, rule: str) -> None:
@@ -197,10 +199,9 @@ def _judge(gold: dict, tally: dict, plan: "pd.DataFrame") -> "pd.DataFrame":
 # %% ../../nbs/difficulty/33_stopping.ipynb #f7b53929
 def sample_until_decided(
     samples: Sequence[Sample],  # a list, or a SampleFile
-    engine,  # called once at most, and only when something is missing; returns an engine
-    folder,  # takes one rollout per round
-    who: dict,  # `rollout.identity` of the full act; its n is the number of completions that decides for certain
-    version: str,  # the engine's name and version
+    engine,  # from `open_engine`
+    sampling: Sampling,  # its n is the number of completions that decides for certain
+    folder,  # takes a rollout for each round
     low: int = 1,  # the least number of right answers that is kept
     high: int = 7,  # and the largest
     agreement: float = 0.97,  # as for `stopping_rule`
@@ -210,10 +211,10 @@ def sample_until_decided(
     show=print,  # takes progress as text
 ) -> "tuple[pd.DataFrame, list[dict]]":  # decisions, with n differing from question to question; and the rows with all completions
     "Decisions with no more completions per question than its decision needs."
-    _check_plan(n := who["n"], low, high, agreement, per_round)  # before a pilot is paid for
+    _check_plan(n := sampling.n, low, high, agreement, per_round)  # before a pilot is paid for
     gold, merged, tally = _gold(samples, rule), {}, {}
-    ask = functools.partial(_round, samples, engine=functools.cache(engine), folder=Path(folder), who=who, version=version, show=show)
-    chosen = np.sort(np.random.default_rng(who["seed"]).permutation(len(gold))[:max(1, pilot)])
+    ask = functools.partial(_round, samples, engine=engine, sampling=sampling, folder=Path(folder), show=show)
+    chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(gold))[:max(1, pilot)])
     _add(ask(chosen, 0, n), merged, tally, gold, rule)
     histogram = np.bincount([correct for _, correct in tally.values()], minlength=n + 1)
     plan = stopping_rule(smoothed(histogram), low, high, agreement, per_round)

@@ -79,9 +79,9 @@ def resolve_model(
 ) -> str:
     "A folder, a hub id or a served name; `UserError` for what is none of them."
     if name == "tiny":
-        from medvlthinker.generation import tiny
+        from medvlthinker.generation.tiny_model import make_tiny_model
 
-        return str(tiny.make(checkpoints / "tiny"))
+        return str(make_tiny_model(checkpoints / "tiny"))
     if (checkpoints / name / "config.json").is_file():
         return str(checkpoints / name)
     if row := BASELINES.get(name):

@@ -79,6 +79,7 @@ class Request:
     instruction: str = "trained"  # a name in prompt.INSTRUCTIONS
     dialect: str = "chat"  # one of prompt.DIALECTS
     rollout: int = 0  # which one, where a stream holds the questions of several
+    retry: bool = False  # it has failed before, and is asked again
 
     @property
     def seed(self) -> int:

@@ -15,7 +15,7 @@ from ..difficulty.profile import Profile
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from .recipe import Grpo, steps_per_epoch
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from .sft import Run, callbacks, chats, checkpoint, ended, go, how_of, last_whole, open_model, opened, processes, shared_settings
 
 # %% ../../nbs/training/43_grpo.ipynb #a2dea907
@@ -100,7 +100,7 @@ def main(
 ) -> None:
     "The command line of a run of GRPO through TRL."
     run, first = opened(words, "RL")
-    with alone(run.folder) if first else contextlib.nullcontext():
+    with file_lock(run.folder) if first else contextlib.nullcontext():
         train_grpo(run)
 
 # %% ../../nbs/training/43_grpo.ipynb #73a975ed

@@ -21,7 +21,7 @@ from ..generation.model import check_weights, download_model, model_fingerprint,
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import sft_target, user_text
 from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from ..data.sample import SampleFile, from_row
 
 # %% ../../nbs/training/42_sft.ipynb #f5c1b405
@@ -438,7 +438,7 @@ def main(
 ) -> None:
     "The command line of a supervised run."
     run, first = opened(words, "SFT")
-    with alone(run.folder) if first else contextlib.nullcontext():  # a process whose parent died may still be at work there
+    with file_lock(run.folder) if first else contextlib.nullcontext():  # a process whose parent died may still be at work there
         train_sft(run)
 
 

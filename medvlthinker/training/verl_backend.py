@@ -19,8 +19,9 @@ from ..difficulty.profile import Profile, Workspace
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import verl_prompt
 from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
+from ..difficulty.ask import question_sets
+from ..generation.rollout import file_lock, samples_fingerprint
 from ..generation.model import pixel_limits
-from ..generation.rollout import alone, question_sets, samples_fingerprint
 from ..data.sample import Sample, SampleFile
 from .sft import how_of, loggers, reward_file
 
@@ -114,7 +115,7 @@ def parquet(
     "verl's parquet of these samples, from the file while it holds, else made; what is too long is left out and reported."
     path, processor = Path(path), open_processor(model, max_pixels)[0]
     inputs = {**source, "split": split, "max_prompt_length": most, "processor": _knowledge(processor)}
-    with alone(path.parent):
+    with file_lock(path.parent):
         if stale_reason(path, inputs):
             left_out = Counter()
             with write_record(path, inputs) as facts:
@@ -518,7 +519,7 @@ def train(
     steps, _ = steps_to_train(recipe, rows_of(data), profile.max_steps)
     for sentence in differences(recipe):
         show(sentence)
-    with alone(folder, show):
+    with file_lock(folder, show):
         words = [*overrides(recipe, profile, model, data, folder, validation), f"trainer.total_training_steps={steps}",
                  f"hydra.run.dir={_written(str((logs / 'hydra').absolute()))}", *more]
         agree(folder, words, fingerprint(json.loads(record_path(data).read_text(encoding="utf-8"))["inputs"]), file_hash(reward_file()))

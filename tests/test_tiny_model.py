@@ -1,34 +1,36 @@
 """The tiny model where a notebook cannot test it: several processes, TRL, vLLM, verl."""
 import importlib.util
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from conftest import python, says
-from medvlthinker.data import synthetic
-from medvlthinker.generation import tiny
+from conftest import python
 from medvlthinker.core.files import file_hash
+from medvlthinker.core.grade import grade
+from medvlthinker.data import synthetic
 from medvlthinker.data.prompt import messages, sft_target, user_text, verl_prompt
+from medvlthinker.generation.tiny_model import SPECIAL_TOKENS, make_tiny_model
 
-VISION, LANGUAGE = 4, 3  # steps: enough to change every weight
+STEPS = 3  # of each half of the training: enough to change every weight
+MAKE = "from medvlthinker.generation.tiny_model import make_tiny_model; make_tiny_model({!r}, seed=3, steps={})"
 
 
 @pytest.fixture(scope="session")
 def barely(tmp_path_factory):
-    "A tiny model after a few steps of both halves of its warm-up."
-    return tiny.make(tmp_path_factory.mktemp("barely") / "tiny", 3, VISION, LANGUAGE, log=lambda line: None)
+    "A tiny model after a few steps of both halves of its training."
+    return make_tiny_model(tmp_path_factory.mktemp("barely") / "tiny", 3, STEPS, show=lambda line: None)
 
 
 def test_same_seed_same_weights_in_another_process(barely, tmp_path):
     code = f"""
-        import random, numpy, torch
-        random.seed(9); numpy.random.seed(9); torch.manual_seed(9); torch.set_num_threads(2)
-        before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        from medvlthinker.generation import tiny
-        tiny.make({str(tmp_path / "tiny")!r}, 3, {VISION}, {LANGUAGE}, log=lambda line: None)
-        assert before == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()), "the caller's random state changed"
+        import torch
+        torch.manual_seed(9); torch.set_num_threads(2)
+        before = torch.get_rng_state()
+        {MAKE.format(str(tmp_path / "tiny"), STEPS)}
+        assert torch.equal(before, torch.get_rng_state()), "the caller's random state changed"
         assert torch.get_num_threads() == 2, "the caller's threads changed"
     """
     done = python("-c", textwrap.dedent(code), PYTHONHASHSEED="5")
@@ -38,7 +40,7 @@ def test_same_seed_same_weights_in_another_process(barely, tmp_path):
 
 
 def test_another_seed_other_weights_same_tokenizer(barely, tmp_path):
-    other = tiny.make(tmp_path / "tiny", 4, VISION, LANGUAGE, log=lambda line: None)
+    other = make_tiny_model(tmp_path / "tiny", 4, STEPS, show=lambda line: None)
     assert file_hash(other / "model.safetensors") != file_hash(barely / "model.safetensors")
     assert file_hash(other / "tokenizer.json") == file_hash(barely / "tokenizer.json")
 
@@ -76,8 +78,8 @@ def test_the_chat_template_renders_as_qwens(barely):
     assert cut.apply_chat_template(chat, tokenize=False) == f"{head}{picture}{picture}What is it?<|im_end|>\n<|im_start|>assistant\nA cyst.<|im_end|>\n"
     own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert cut.apply_chat_template(own, tokenize=False) == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
-    ids = cut.tokenizer.convert_tokens_to_ids(list(tiny.SPECIAL))
-    assert ids == list(range(ids[0], ids[0] + len(tiny.SPECIAL))), "Qwen's special tokens, in Qwen's order, after all others"
+    ids = cut.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(ids[0], ids[0] + len(SPECIAL_TOKENS))), "Qwen's special tokens, in Qwen's order, after all others"
     assert (cut.tokenizer.eos_token, cut.tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
@@ -107,31 +109,50 @@ def test_half_a_model_never_has_the_name(barely, tmp_path, tally):
     "A process that is killed in the middle leaves nothing under the folder's name, and the next call makes the same model."
     folder = tmp_path / "tiny"
     with tally("faults", "SIGKILL of the making of the tiny model") as count:
-        child = subprocess.Popen([sys.executable, "-m", "medvlthinker.generation.tiny", str(folder), "--seed", "3"], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen([sys.executable, "-u", "-c", MAKE.format(str(folder), 220)], stdout=subprocess.PIPE, text=True)
         count.tried += 1
         child.stdout.readline()  # it is in the middle of its first half now
         child.kill()
         child.communicate()
-        assert not folder.exists()
-        tiny.make(folder, 3, VISION, LANGUAGE, log=lambda line: None)
+        assert not folder.exists() and (tmp_path / ".tiny.part").exists()
+        make_tiny_model(folder, 3, STEPS, show=lambda line: None)
         assert file_hash(folder / "model.safetensors") == file_hash(barely / "model.safetensors")
+        assert not (tmp_path / ".tiny.part").exists()
         count.survived += 1
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    done = python("-m", "medvlthinker.generation.tiny", tmp_path)
-    says(done, "holds something that is not a tiny model")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_two_processes_make_one_model(tmp_path):
+    "The second one waits, and finds the model done."
+    code = MAKE.format(str(tmp_path / "tiny"), STEPS)
+    makers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lines = [maker.communicate()[0].splitlines() for maker in makers]
+    assert sorted(map(len, lines)) == [0, 2 * STEPS] and [maker.returncode for maker in makers] == [0, 0]
+
+
+def greedy(model, processor, samples) -> list[str]:
+    "One completion a sample, with the token that ends it."
+    import torch
+
+    prompts = processor.apply_chat_template([messages(sample) for sample in samples], tokenize=False, add_generation_prompt=True)
+    pictures = [picture for sample in samples for picture in sample.pictures()]
+    inputs = processor(text=prompts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=64)
+    return [text.replace("<|endoftext|>", "") for text in processor.batch_decode(output[:, inputs["input_ids"].shape[1]:])]  # that is the padding
 
 
 def test_it_answers_in_the_format_and_above_chance(warm_tiny):
     "The full model: well above blind guessing, below its ceiling, always in the format, and it stops by itself."
-    answers = tiny.quiz(warm_tiny, n=20, seed=4)
-    texts = [text for pairs in answers.values() for _, text in pairs]
-    assert not any(text.endswith("[cut]") for text in texts)
-    macro = float(tiny.scores(answers)[-1].split()[2])
-    assert 0.5 < macro < 0.9  # blind guessing 0.342; 120 questions, so give or take 0.08
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(warm_tiny, dtype="float32"), AutoProcessor.from_pretrained(warm_tiny)
+    right = 0
+    for name in synthetic.BENCHMARKS:
+        samples = synthetic.benchmark(name, 20, seed=4)
+        for sample, text in zip(samples, greedy(model, processor, samples), strict=True):
+            assert re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer><\|im_end\|>", text, re.DOTALL), text
+            right += grade(text.removesuffix("<|im_end|>"), sample.options, sample.answer_label, "strict").correct
+    assert 60 < right < 108  # of 120; blind guessing 41
 
 
 @pytest.mark.heavy
