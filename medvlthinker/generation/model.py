@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_model', 'resolve_revision', 'model_fingerprint',
-           'download_model', 'weight_files', 'check_weights', 'unloadable_error', 'check_chat_template', 'weight_bytes',
+           'download_model', 'weight_files', 'unloadable_error', 'check_weights', 'check_chat_template', 'weight_bytes',
            'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
@@ -28,7 +28,7 @@ class Baseline:
     tensor_parallel: int = 1
     note: str = ""
 
-
+# %% ../../nbs/generation/22_model.ipynb #a829e8db
 _BIG = {"data_parallel": 2, "tensor_parallel": 4}
 _AZURE = {"engine": "openai", "data_parallel": 4, "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
@@ -145,7 +145,7 @@ def _hash_blocks(path: Path, digest) -> None:
             file.seek(start)
             digest.update(file.read(_BLOCK))
 
-
+# %% ../../nbs/generation/22_model.ipynb #fa445e5b
 def model_fingerprint(
     model: str | Path,  # what `resolve_model` returned
     revision: str = "",  # of a hub id, where it is known already
@@ -226,7 +226,7 @@ def _same_weights(
     with safe_open(files[one], "pt") as file, safe_open(files[other], "pt") as second:
         return torch.equal(file.get_tensor(one), second.get_tensor(other))
 
-
+# %% ../../nbs/generation/22_model.ipynb #620a97e6
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
@@ -265,7 +265,7 @@ def _empty_model(folder: Path):
     except Exception:  # an architecture that is not known, or needs a package, or code of its own
         return None
 
-
+# %% ../../nbs/generation/22_model.ipynb #6ec3f606
 def _loading_report(net, stored: dict) -> dict[str, list] | None:
     "What transformers says of weights with these names and shapes; None where it stops."
     import torch
@@ -292,6 +292,17 @@ def _loading_report(net, stored: dict) -> dict[str, list] | None:
             logging.enable_progress_bar()
     return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
 
+# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
+def unloadable_error(
+    model: str | Path,
+    error: Exception,  # what its library said
+) -> UserError:
+    "The sentence for a model that does not load: none, damaged, or too large."
+    words = " ".join(str(error).split())[:300]
+    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
+                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
+                     "dtype=bfloat16.")
+
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
 _WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
 
@@ -305,7 +316,7 @@ def _misfit_error(folder: Path, report: dict[str, list], stored: dict) -> UserEr
     return UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
                      f"{hint} Save or copy the model again.")
 
-
+# %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(
     folder: str | Path,  # a model
 ) -> None:
@@ -332,17 +343,6 @@ def check_weights(
     layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
     if report["missing"] or report["mismatched"] or layers:
         raise _misfit_error(folder, report, stored)
-
-# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
-def unloadable_error(
-    model: str | Path,
-    error: Exception,  # what its library said
-) -> UserError:
-    "The sentence for a model that does not load: none, damaged, or too large."
-    words = " ".join(str(error).split())[:300]
-    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
-                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
-                     "dtype=bfloat16.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -381,7 +381,7 @@ def _gpu_bytes() -> int:
     sizes = [int(line) * 2**20 for line in done.stdout.split() if line.isdecimal()]
     return min(sizes, default=80 * 10**9)
 
-
+# %% ../../nbs/generation/22_model.ipynb #46555893
 def _can_share(config, gpus: int) -> bool:
     "Can this many GPUs share the heads of a model?"
     parts = [config.get_text_config(), getattr(config, "vision_config", None)]
