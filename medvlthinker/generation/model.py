@@ -29,8 +29,9 @@ class Baseline:
     note: str = ""
 
 # %% ../../nbs/generation/22_model.ipynb #a829e8db
-_BIG = {"data_parallel": 2, "tensor_parallel": 4}
-_AZURE = {"engine": "openai", "data_parallel": 4, "note": "through Azure, API 2024-12-01-preview"}
+_BIG: dict = {"data_parallel": 2, "tensor_parallel": 4}
+_AZURE: dict = {"engine": "openai", "data_parallel": 4,
+                "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
     "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3", **_BIG),
