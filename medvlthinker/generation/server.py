@@ -99,9 +99,9 @@ def request_body(
     "What is posted to get the completions that are missing."
     sampling, count = request.sampling, request.sampling.n - found
     limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
-    values = {limit: sampling.max_tokens, "temperature": sampling.temperature,
-              "top_p": sampling.top_p, "seed": request.seed + found,
-              **({"n": count} if count > 1 else {})}
+    values: dict = {} if "max_completion_tokens" in refused else {limit: sampling.max_tokens}
+    values |= {"temperature": sampling.temperature, "top_p": sampling.top_p,
+               "seed": request.seed + found, **({"n": count} if count > 1 else {})}
     kept = {name: value for name, value in values.items() if name not in refused}
     return {"model": model, "messages": messages, **kept}
 
@@ -399,7 +399,8 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
             break
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             reason = str(error.body).replace("\\n", " ")
-            if not (name := drop_refused_parameter(body, reason, owner)):
+            name = drop_refused_parameter(body, reason, owner)
+            if not name or name in refused:
                 raise
             refused |= {name}
     before, engine.refused = engine.dropped, engine.refused | refused - {"max_completion_tokens"}
