@@ -600,13 +600,15 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
 REGRADE = """
 import json, resource, sys, time
 from pathlib import Path
-from medvlthinker.evaluation.evaluate import cores, recount
-from medvlthinker.generation.rollout import stored_rollout
+from medvlthinker.core.grade import RULES
+from medvlthinker.evaluation.evaluate import cores, grade_rollout, question_scores
+from medvlthinker.generation.rollout import load_rollout
 from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     began = time.perf_counter()
-    lines = recount(SampleFile(folder / "samples.parquet", look=False), stored_rollout(folder)[1])
+    grades = grade_rollout(SampleFile(folder / "samples.parquet", look=False), load_rollout(folder))
+    lines = [score for rule in RULES for score in question_scores(grades, rule).itertuples()]
     taken = time.perf_counter() - began
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     busy = sum(each.ru_utime + each.ru_stime for each in (own, others))

@@ -183,10 +183,11 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
+        from medvlthinker.difficulty.ask import rollouts
         from medvlthinker.difficulty.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
-        evaluate(load_profile("smoke", limit=6), "tiny")
+        evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), home / "smoke" / "results" / "synthetic")
         os.chdir(place)
         yield SimpleNamespace(path=place, values=values)
     os.chdir(here)

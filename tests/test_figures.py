@@ -14,7 +14,7 @@ pytest.importorskip("plotly", reason="figures need plotly")
 
 from medvlthinker.results import figures as drawing
 from medvlthinker.core.files import UserError
-from medvlthinker.evaluation.evaluate import repeated_table
+from medvlthinker.evaluation.evaluate import repeated_accuracy
 from medvlthinker.results.published import COLUMNS, SIZES, published
 from medvlthinker.results.report import SYNTHETIC_NOTE
 from medvlthinker.core.stats import majority, pass_at_k
@@ -32,7 +32,7 @@ def toy_lines(questions=12, answers=8, seed=0):
 
 
 def toy_repeats(model, lines):
-    return {"model": model, "source": "synthetic", "rules": {rule: repeated_table(lines) for rule in ("strict", "regrade")}}
+    return {"model": model, "source": "synthetic", "rules": {rule: repeated_accuracy(pd.DataFrame(lines)).to_dict("records") for rule in ("strict", "regrade")}}
 
 
 def toy_record(model, right):

@@ -132,6 +132,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
     "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
     "from medvlthinker.generation.tiny_model import tiny_processor; tiny_processor()": "torch",
+    "from medvlthinker.generation.tiny_model import make_tiny_model; make_tiny_model('x')": "torch",
     "from medvlthinker.difficulty.preflight import open_processor; open_processor('x/y')": "torch",
     "from medvlthinker.training.checkpoint import merge; merge('a', 'b', 'c', 'd')": "torch",
     "from medvlthinker.training.sft import train_sft; train_sft(None)": "train",
@@ -202,9 +203,12 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.difficulty.profile import load_profile
-from medvlthinker.evaluation.evaluate import evaluate
-record = evaluate(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny")
+from medvlthinker.difficulty.ask import rollouts
+from medvlthinker.difficulty.profile import Workspace, load_profile
+from medvlthinker.evaluation.evaluate import read_records
+folder = Workspace("smoke").results / "synthetic"
+medvlthinker.evaluate(rollouts(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny"), folder)
+record, = read_records(folder, ["tiny"])
 print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
 """
 

@@ -16,10 +16,10 @@ from medvlthinker.core.files import file_hash, record_path, write_record, atomic
 from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts
-from medvlthinker.generation.engine import Sampling
-from medvlthinker.evaluation.evaluate import evaluate
+from medvlthinker.generation.request import Sampling
+from medvlthinker.evaluation.evaluate import evaluate, read_records
 from medvlthinker.results.report import results_table, write_table
-from medvlthinker.generation.rollout import rollouts
+from medvlthinker.difficulty.ask import rollouts
 from medvlthinker.app.verify import findings, main
 
 
@@ -31,8 +31,9 @@ def finished(tmp_path_factory) -> Path:
     profile, workspace = load_profile("smoke", limit=3, train_limit=6, max_tokens=6, corpus="pmc_vqa"), Workspace("smoke")
     make_tiny_model(workspace.checkpoints / "raw", steps=0)
     with contextlib.redirect_stdout(io.StringIO()), write_record(workspace.notebooks / "5_results.ipynb", {"its code": "0", "seed": 42}) as facts:
-        record = evaluate(profile, "raw")
-        samples, rows, _ = rollouts(profile, "raw", Sampling(n=2, temperature=1.0, max_tokens=6), kind="corpus")["pmc_vqa"]
+        evaluate(rollouts(profile, "raw"), workspace.results / "synthetic")
+        record, = read_records(workspace.results / "synthetic", ["raw"])
+        samples, rows = rollouts(profile, "raw", Sampling(n=2, temperature=1.0, max_tokens=6), kind="corpus")["pmc_vqa"]
         counts = decide(pass_counts(samples, rows), 0, 1)
         curate(samples.path, counts, workspace.curated / "synthetic", by="raw")
         with atomic_write(workspace.results / "difficulty_synthetic.csv") as file:
@@ -102,13 +103,13 @@ def test_a_flipped_bit_is_found_in_every_file_of_the_whole_pipeline(tmp_path, ta
 
 
 def test_what_is_gone_unfinished_or_unknown_is_said(finished):
-    shard = next(finished.glob("rollouts/raw/synthetic/corpus/*/*/shard-*.jsonl"))
+    answers = next(finished.glob("rollouts/raw/synthetic/corpus/*/*/rollout.jsonl"))
     table, note, old = finished / "results" / "comparison.csv", finished / "results" / "my-notes.txt", finished / "samples" / "synthetic" / "slake_closed-3.parquet.manifest.json"
-    kept = {path: path.read_bytes() for path in (shard, table, old)}
-    shard.unlink(), table.unlink(), note.write_text("mine")
+    kept = {path: path.read_bytes() for path in (answers, table, old)}
+    answers.unlink(), table.unlink(), note.write_text("mine")
     early = {key: value for key, value in json.loads(kept[old]).items() if key not in ("format", "seal")}
     old.write_text(json.dumps(early, indent=1))
-    assert wrong(finished) == {table.relative_to(finished).as_posix(): "gone", note.relative_to(finished).as_posix(): "not recorded", shard.parent.relative_to(finished).as_posix(): "unfinished",
+    assert wrong(finished) == {table.relative_to(finished).as_posix(): "gone", note.relative_to(finished).as_posix(): "not recorded", answers.relative_to(finished).as_posix(): "gone",
                                old.relative_to(finished).as_posix(): "not recorded"}
     note.unlink()
     for path, data in kept.items():
@@ -140,7 +141,7 @@ def test_a_cell_leads_to_its_completions(finished, capsys):
     place = re.search(r"completions +(rollouts/raw/synthetic/slake_closed/\w{16}): 3 answers to 3 questions, as they were written", text)[1]
     who = json.loads((finished / place / "rollout.json").read_text())
     assert f"weights {who['weights']}, in checkpoints/raw" in text and f"commit {who['commit'][:12]}" in text and "trained (chat): You will solve" in text
-    shown = re.findall(r"(shard-\d{5}\.jsonl) line (\d+) +question (\d+), gold (\w), (right|wrong)", text)
+    shown = re.findall(r"(rollout\.jsonl) line (\d+) +question (\d+), gold (\w), (right|wrong)", text)
     assert len(shown) == 2
     for name, line, question, _, _ in shown:
         row = json.loads((finished / place / name).read_text().split("\n")[int(line) - 1])
@@ -161,11 +162,11 @@ def test_a_number_that_does_not_come_out_again_is_a_sentence(finished):
     says(python("-m", "medvlthinker.app.verify", "smoke", MEDVLTHINKER_HOME=home), "1 of", "not what was recorded")
     table.write_text(whole)
     folder = next(finished.glob("rollouts/raw/synthetic/slake_closed/*"))
-    shard = folder / "shard-00000.jsonl"
-    before = shard.read_bytes()
-    shard.write_bytes(before.replace(b'"stop"', b'"stap"').replace(b'"length"', b'"lenght"'))
-    says(python("-m", "medvlthinker.app.verify", "smoke", "cell=raw/SLAKE", MEDVLTHINKER_HOME=home), "missing or damaged")
-    shard.write_bytes(before)
+    answers = folder / "rollout.jsonl"
+    before = answers.read_bytes()
+    answers.write_bytes(before.replace(b'"stop"', b'"stap"').replace(b'"length"', b'"lenght"'))
+    says(python("-m", "medvlthinker.app.verify", "smoke", "cell=raw/SLAKE", MEDVLTHINKER_HOME=home), "line 1 is damaged")
+    answers.write_bytes(before)
 
 
 @pytest.mark.parametrize("words, parts", [(["cell=raw/SLAKEN"], ["No cell 'raw/SLAKEN' in comparison.csv", "a row of GPT-4o, raw"]), (["cell=nonsense"], ["No cell"]), (["cell=nowhere:raw/PMC"], ["no table nowhere"]),

@@ -18,12 +18,14 @@ from ..core.commands import run_main, redact_file, redact
 from ..difficulty.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
 from .crate import write_cards
-from ..generation.engine import answering, one_machine, vllm_settings
-from ..evaluation.evaluate import evaluations, rollout_words
+from ..generation.engine import check_nodes, copies, vllm_arguments
+from ..difficulty.ask import ask_words
 from ..training.grpo import beside
-from ..training.recipe import RECIPES, Recipe, wanted
+from ..generation.request import Sampling
+from ..results.report import stored_records
+from ..training.recipe import RECIPES, Recipe, evaluation_samplings, wanted
 from ..generation.model import folder_name
-from ..generation.rollout import alone
+from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
 from ..training.train import outline, uses_verl
 
@@ -281,7 +283,7 @@ def execute(
     given = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every override, and load_profile has already judged them
     waited: list[str] = []
-    with alone(lock_folder(step, profile), waited.append):
+    with file_lock(lock_folder(step, profile), waited.append):
         if waited and not why_stale(step, profile):
             return False  # whoever was at it has done it
         before = _state(workspace)
@@ -409,7 +411,7 @@ def run(
     from doit.cmd_base import NamespaceTaskLoader
     from doit.doit_cmd import DoitMain
 
-    one_machine(profile)
+    check_nodes(profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
@@ -469,23 +471,43 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
     words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
     call = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
-    asking = lambda models, **how: {"command": "\n".join(shlex.join(["python", *rollout_words(profile, model, **how)]) for model in models), **_answers(profile)}
+    sampled = [Sampling(n=profile.rollouts, temperature=1.0)]
     return {"1_data": lambda: {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv", "hardware": "CPU"},
             "2_difficulty": lambda: {"reads": f"samples/{source}/corpus/, {', '.join(map(place, profile.models))}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
-                                     **asking(profile.models, kind="corpus", n=profile.rollouts, temperature=1.0)},
+                                     **_asking(profile, dict.fromkeys(profile.models, sampled), "corpus")},
             "3_train": lambda: outline(RECIPES[step.value], profile, Workspace(profile.name)) | _trains(RECIPES[step.value], profile),
-            "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **asking([step.value])},
+            "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **_asking(profile, {step.value: evaluation_samplings(profile, step.value)})},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
             "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": call}
 
 
+def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = "benchmark") -> dict[str, str]:
+    "The commands that ask models in these ways, and what their engine is told."
+    commands = [shlex.join(["python", *ask_words(profile, model, ways, kind)]) for model, ways in samplings.items()]
+    return {"command": "\n".join(commands), **_answers(profile)}
+
+
 def _answers(profile: Profile) -> dict[str, str]:
     "On what models answer, and what their engine is told."
-    nodes, name = profile.nodes if profile.engine == "ray" and profile.nodes else 1, answering(profile)
-    how = vllm_settings(profile) if name == "vllm" else {"dtype": profile.dtype, "batch_size": profile.batch_size} if name == "transformers" else {"concurrency": profile.concurrency}
-    copies = f", {profile.copies} cop{'ies' if profile.copies > 1 else 'y'} of the model on {profile.together} each" if profile.gpus and name != "openai" else ""
-    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}{copies}" if profile.gpus else "CPU" + f", {profile.copies} copies of the model" * (profile.copies > 1)
-    return {"hardware": hardware, "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+    nodes, name = profile.nodes if profile.engine == "ray" and profile.nodes else 1, profile.engine_name
+    shared = profile.tensor_parallel or int(profile.gpus == 1)  # 0: known when the model is
+    how: dict = {"concurrency": profile.concurrency}
+    if name == "transformers":
+        how = {"dtype": profile.dtype, "batch_size": profile.batch_size}
+    elif name == "vllm":
+        how = vllm_arguments(profile, shared) | ({} if shared or not profile.gpus else {"tensor_parallel_size": "(as few as hold the model)"})
+    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}" if profile.gpus else "CPU"
+    return {"hardware": hardware + ("" if name == "openai" else _copies(profile, shared)), "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+
+
+def _copies(profile: Profile, shared: int) -> str:
+    "How many copies of a model answer, as the end of a phrase."
+    if not profile.gpus:
+        return f", {copies(profile)} copies of the model" * (copies(profile) > 1)
+    if not shared:
+        return ", copies of the model on as few GPUs each as hold it"
+    count = copies(profile, shared)
+    return f", {count} cop{'ies' if count > 1 else 'y'} of the model on {shared} each"
 
 
 def _trains(recipe: Recipe, profile: Profile) -> dict[str, str]:
@@ -501,7 +523,7 @@ def dry_run(
     profile: Profile,  # what is to run, and how
 ) -> Iterator[str]:
     "What a run would do, as text, a step at a time."
-    one_machine(profile)
+    check_nodes(profile)
     for step, reason in forecast(profile).items():
         said = _outline(step, profile)
         yield f"{step.name}\n  state     {reason or 'done'}\n" + "".join(
@@ -524,7 +546,7 @@ def main(
     profile = load_profile(name, **given)
     if options.dry_run:
         return print(*dry_run(profile), sep="\n")
-    if words[0] == "results" and not evaluations(profile):
+    if words[0] == "results" and not stored_records(profile):
         raise UserError(f"Nothing of the profile {name} has been evaluated in {Workspace(name).root}, so there is nothing to draw; run ./reproduce.sh {name} first.")
     began = time.monotonic()
     ran = run(profile, options.n, RESULTS if words[0] == "results" else ())

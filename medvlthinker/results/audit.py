@@ -15,14 +15,19 @@ __all__ = ['PAIRS', 'CLOSED', 'CHANCE', 'WRITINGS', 'CLAIMED', 'ASKED', 'OPEN', 
 import functools, html, inspect, math, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..core.files import UserError
-from ..difficulty.profile import Profile
-from ..evaluation.evaluate import difference, evaluations, question_lines
+from ..difficulty.profile import Profile, Workspace
+from ..evaluation.evaluate import paired_difference, read_grades
 from ..core.grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of
+from .report import stored_records
 from ..training.recipe import BASES, RECIPES, ROWS, Grpo, total_steps
 from ..core.stats import holm, grim_test
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/results/63_audit.ipynb #12eb0ba2
 def gap(
@@ -437,10 +442,11 @@ def audit(
     return {question.__name__: _asked(question.__name__, question, paper, question(paper)) for question in (*CLAIMED, *ASKED)}
 
 # %% ../../nbs/results/63_audit.ipynb #1b46ed7c
-def _answers(profile: Profile, model: str) -> list[dict]:
-    "A model's lines on the paper's six sets, or on what there is where none of them was asked."
-    lines = question_lines(profile, model)
-    return [line for line in lines if line["dataset_name"] in COLUMNS] or lines
+def _grades(profile: Profile, model: str) -> "pd.DataFrame":
+    "A model's grades on the paper's six sets, or on what there is where none of them was asked."
+    grades = read_grades(Workspace(profile.name).results / profile.source, model)
+    six = grades[grades["dataset_name"].isin(COLUMNS)]
+    return six if len(six) else grades
 
 
 def measured_models(
@@ -448,24 +454,24 @@ def measured_models(
 ) -> dict[str, str]:
     "The evaluated models: by recipe or base model, as the audit names them, the name under which each was evaluated."
     named = {}
-    for record in evaluations(profile):
+    for record in stored_records(profile):
         row = row_of(record["model"])  # none for a model that the paper does not have
         named[row.recipe or row.hub_id or row.model if row else record["model"]] = record["model"]
     return named
 
 
-def _paired(profile: Profile, wanted: Iterable[tuple[str, str]], rule: str) -> Iterator[tuple[str, str, dict | UserError]]:
-    "For each pair what `difference` says, or why the two cannot be compared; a model that was not evaluated is an error."
+def _paired(profile: Profile, wanted: Iterable[tuple[str, str]], rule: str) -> "Iterator[tuple[str, str, pd.DataFrame | UserError]]":
+    "For each pair what `paired_difference` says, or why the two cannot be compared; a model that was not evaluated is an error."
     known = measured_models(profile)
 
     @functools.cache
-    def answers(model):
-        return _answers(profile, known.get(model, model))
+    def grades(model):
+        return _grades(profile, known.get(model, model))
 
     for first, second in wanted:
-        lines = answers(first), answers(second)
+        sides = grades(first), grades(second)
         try:
-            yield first, second, difference(*lines, rule)
+            yield first, second, paired_difference(*sides, rule)
         except UserError as error:
             if rule not in RULES:
                 raise
@@ -483,10 +489,10 @@ def run_gaps(
         if isinstance(made, UserError):
             lines.append({"first": first, "second": second, "verdict": "open", "why": str(made)})
             continue
-        value, low, high = (100 * x for x in made["macro"])
-        apart = [f"{COLUMNS.get(name, name)} {100 * each['difference']:+.1f}" for name, each in made["benchmarks"].items() if each["holm"] < 0.05]
-        lines.append({"first": first, "second": second, "difference": value, "low": low, "high": high, "n": made["n"], "rule": rule,
-                      "apart on": ", ".join(apart) or "none", "verdict": judge(low, high)})
+        macro, differ = made.loc["macro average"], made[made["holm"] < 0.05]["difference"]
+        apart = [f"{COLUMNS.get(name, name)} {value:+.1f}" for name, value in differ.items()]
+        lines.append({"first": first, "second": second, **macro[["difference", "low", "high"]], "n": int(macro["n"]), "rule": rule,
+                      "apart on": ", ".join(apart) or "none", "verdict": judge(macro["low"], macro["high"])})
     return lines
 
 
@@ -507,9 +513,11 @@ def difference_rows(
     for first, second, made in _paired(profile, wanted, rule):
         if isinstance(made, UserError):
             continue  # they were asked other questions; the audit says so
-        cells = {name: (each["difference"], each["low"], each["high"], each["n"]) for name, each in made["benchmarks"].items()}
-        average = {"average": (*made["macro"], made["n"])} if cells.keys() == COLUMNS.keys() else {}
-        rows.append({"model": f"{first} less {second}", "source": profile.source, "differences": cells | average})
+        cells = {line.Index: (line.difference / 100, line.low / 100, line.high / 100, line.n) for line in made.itertuples()}
+        average = cells.pop("macro average")
+        if cells.keys() == COLUMNS.keys():
+            cells["average"] = average
+        rows.append({"model": f"{first} less {second}", "source": profile.source, "differences": cells})
     return rows
 
 
@@ -519,7 +527,7 @@ def audit_runs(
 ) -> dict[str, Verdict]:
     "The claims that compare recipes, on the models of a profile that have been evaluated; a claim without a pair is open."
     measured, found = set(measured_models(profile)), {}
-    asked = max((sum(n for _, n in record["counts"].values()) for record in evaluations(profile)), default=0)
+    asked = max((sum(n for _, n in record["counts"].values()) for record in stored_records(profile)), default=0)
     on = f"profile {profile.name} ({profile.source}), {asked:,} questions" + f", {profile.max_steps} training steps at most" * bool(profile.max_steps) + f", LoRA of rank {profile.lora_rank}" * bool(profile.lora_rank)
     for question in (rl_beats_sft, text_beats_images, text_beats_base, second_stage_beats_base):
         key = question.__name__

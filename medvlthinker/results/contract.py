@@ -14,9 +14,9 @@ from decimal import Decimal
 from ..core.files import UserError
 from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
-from ..evaluation.evaluate import evaluations, records
+from ..generation.model import prompt_format
 from .published import COLUMNS, Paper, find, published, row_of
-from .report import results_table
+from .report import results_table, stored_records
 from ..data.readers import unescape_formula
 from ..core.stats import wilson
 
@@ -31,7 +31,8 @@ def _measured(measured: Iterable[dict], repeats: Iterable[dict], difficulty: Seq
     "(what, model, benchmark, k) -> ours, low, high, n; of runs on the real questions."
     found: dict[tuple, tuple] = {}
     name_of = lambda model: (row := row_of(model)) and row.model
-    for record in (each for each in measured if each["source"] != "synthetic" and each.get("instruction", "trained") == "trained" and name_of(each["model"])):
+    as_published = lambda record: record.get("instruction", "trained") == prompt_format(record["model"])[0]  # another prompt is another measurement
+    for record in (each for each in measured if each["source"] != "synthetic" and as_published(each) and name_of(each["model"])):
         six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}  # the rule of the paper's tables, whatever the record's own
         cells = results_table({**record, "counts": six})
         for cell in cells[cells.origin == "ours"].itertuples():
@@ -72,8 +73,8 @@ def contract(
 
 def compare(
     paper: Paper,  # the published numbers and claims
-    measured: list[dict],  # from evaluate.evaluations
-    repeats: Iterable[dict] = (),  # from evaluate.records(profile, "repeats.json")
+    measured: list[dict],  # from `stored_records`
+    repeats: Iterable[dict] = (),  # from stored_records(profile, "repeats.json")
     difficulty: Sequence[dict] = (),  # model, corpus, right, questions: the lines of paper/2_difficulty's table, of rollouts of sixteen on the real corpora
 ):  # a pandas DataFrame: what, model, benchmark, printed, ours, low, high, n, difference (ours less printed; its interval is low and high less printed), status
     "Each published number beside what a run measured."
@@ -119,8 +120,8 @@ def main(
         raise UserError("Say `compare [PROFILE] [key=value ...]`; ./reproduce.sh --help lists everything.")
     name, given = parse_words(words[1:])
     profile = load_profile(name, **given)
-    measured = evaluations(profile)
-    print(*to_lines(compare(published(), measured, records(profile, "repeats.json"), counted(profile))), sep="\n")
+    measured, repeats = stored_records(profile), stored_records(profile, "repeats.json")
+    print(*to_lines(compare(published(), measured, repeats, counted(profile))), sep="\n")
     if not measured:
         print(f"Nothing has been evaluated in the profile {profile.name} yet; ./reproduce.sh {profile.name} does it.")
     elif any(record["source"] == "synthetic" for record in measured):

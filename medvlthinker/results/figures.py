@@ -261,7 +261,7 @@ def repeated_figure(
 
 # %% ../../nbs/results/62_figures.ipynb #e00c9203
 def our_repeated_frame(
-    records: list[dict],  # from evaluate.records(profile, "repeats.json")
+    records: list[dict],  # from report.stored_records(profile, "repeats.json")
     rule: str = "regrade",  # one of grade.RULES
 ):  # as `repeated_frame`
     "Average, majority and pass@5 of our own answers."
@@ -385,7 +385,7 @@ def rules_frame(
 
 
 def our_rules_frame(
-    records: list[dict],  # what evaluate.evaluations returned
+    records: list[dict],  # from report.stored_records(profile)
 ):  # as `rules_frame`
     "Our stored completions under every rule, with intervals; an average only over all six benchmarks."
     lines = []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'Recipe', 'find', 'steps_per_epoch', 'total_steps', 'steps_to_train',
-           'chain', 'table', 'wanted', 'training_folder', 'model_folder', 'starting_point', 'data_file',
-           'training_data']
+           'chain', 'table', 'wanted', 'num_samples', 'evaluation_samplings', 'training_folder', 'model_folder',
+           'starting_point', 'data_file', 'training_data']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import math
@@ -16,7 +16,7 @@ from ..core.files import UserError
 from ..difficulty.profile import Profile, Workspace
 from ..data.corpora import corpus_file, load_reasoning, reasoning_file
 from ..generation.model import folder_name, resolve_model
-
+from ..generation.request import Sampling
 
 # %% ../../nbs/training/40_recipe.ipynb #7b1c9fd6
 @dataclass(frozen=True)
@@ -229,6 +229,33 @@ def wanted(
     for word in profile.recipes:
         names += [name for name, recipe in RECIPES.items() if recipe.published_step] if word == "published" else [word]
     return list({step.name: step for name in names for step in chain(find(name))}.values())
+
+# %% ../../nbs/training/40_recipe.ipynb #a7aba49a
+_CURVED = ("RL_m23k", "RL_PMC")  # beside the base models, what the paper's pass@k curves show
+
+
+def num_samples(
+    profile: Profile,
+    model: str,  # `tiny`, a recipe's name, a folder, or a hub id
+) -> int:
+    "Answers to each test question at a temperature above zero; 0 for none."
+    recipe = RECIPES.get(model.removeprefix("UCSC-VLAA/MedVLThinker-"))
+    if recipe is None:
+        has_curve = model != BASES["32B"]
+    else:
+        has_curve = recipe.size != "32B" and recipe.name.split("-", 1)[1] in _CURVED
+    return profile.repeats if has_curve else profile.repeats_others
+
+# %% ../../nbs/training/40_recipe.ipynb #21415842
+def evaluation_samplings(
+    profile: Profile,
+    model: str,  # as for `num_samples`
+) -> list[Sampling]:
+    "The ways in which a model is asked the test questions: greedy, and several times if wanted."
+    ways = [Sampling(max_tokens=profile.max_tokens)]
+    if n := num_samples(profile, model):  # as in the paper's runs of sixty-four
+        ways.append(Sampling(n, temperature=0.5, top_p=0.95, max_tokens=profile.max_tokens))
+    return ways
 
 # %% ../../nbs/training/40_recipe.ipynb #0245851e
 def training_folder(

@@ -1,0 +1,225 @@
+"""Grades, accuracies, paired differences and several answers a question: against direct loops, scipy and each other, and refused where they would say something else."""
+import json
+import multiprocessing
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import encoded
+from medvlthinker.core.files import UserError
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.core.stats import majority
+from medvlthinker.data.benchmarks import BENCHMARKS
+from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.evaluation.evaluate import (
+    accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_grades, read_records, repeated_accuracy, store_record)
+
+ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
+SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
+          "<think></think><answer>{odd} elsewhere</answer>")
+TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    "Sixty questions in a file; every second pair shares an image."
+    pictures = [encoded() for _ in range(30)]
+    made = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (pictures[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+    return write_samples(made, path := tmp_path_factory.mktemp("samples") / "samples.parquet") or SampleFile(path)
+
+
+def rows(samples, n):
+    "Answers of many shapes, with odd characters, the same each time."
+    text = lambda i, k: SHAPES[(i + 3 * k) % len(SHAPES)].format(odd=ODD[(3 * i + k) % len(ODD)], x="ABCD"[(i * k) % 4])
+    return [{"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index,
+             "completions": [{"text": text(i, k), "finish_reason": "length" if k == 3 else "stop", "tokens": 9} for k in range(n)]} for i, sample in enumerate(samples)]
+
+
+def test_several_processes_grade_as_one(samples):
+    answers = rows(samples, 4)
+    alone = grade_rollout(samples, answers, workers=1)
+    assert len(alone) == 240 and alone["image"].nunique() > 30
+    pd.testing.assert_frame_equal(grade_rollout(samples, answers, workers=2), alone)
+    pd.testing.assert_frame_equal(grade_rollout(list(samples), iter(answers), workers=2), alone)
+
+
+def test_a_row_says_what_the_grader_says(samples):
+    answers = rows(samples, 4)
+    line = grade_rollout(samples, answers).itertuples()
+    for sample, row in zip(samples, answers):
+        for k, completion in enumerate(row["completions"]):
+            found = next(line)
+            assert (found.dataset_index, found.completion, found.gold, found.image) == (sample.dataset_index, k, sample.answer_label, image_cluster_id(sample))
+            for rule in RULES:
+                verdict, label = grade(completion["text"], sample.options, sample.answer_label, rule), getattr(found, f"{rule}_label")
+                assert (None if pd.isna(label) else label, getattr(found, f"{rule}_correct")) == (verdict.label, verdict.correct)
+
+
+def test_answers_to_other_questions_are_refused(samples):
+    answers = rows(samples, 1)
+    for workers in (1, 2):
+        with pytest.raises(UserError, match="The answers to pmc_vqa 1 and after are not those to these questions"):
+            grade_rollout(samples, answers[1:] + answers[:1], workers=workers)
+    for some, others in ((samples[:59], answers), (samples, answers[:59])):
+        with pytest.raises(UserError, match="not as many questions as rows"):
+            grade_rollout(some, others)
+    with pytest.raises(UserError, match="No rule 'kind'; known are reward"):
+        grade_rollout(samples, answers, ("kind",))
+
+
+def test_a_process_that_is_killed_while_it_grades_is_a_sentence(samples):
+    def killing():
+        for i, sample in enumerate(samples[:10] * 100):
+            if i == 400:  # the first are graded
+                for child in multiprocessing.active_children():
+                    child.kill()
+            yield sample
+
+    with pytest.raises(UserError, match="ended from outside"):
+        grade_rollout(killing(), rows(samples[:10], 2) * 100, workers=2)
+
+
+def test_scores_are_those_of_a_direct_loop(samples):
+    answers = rows(samples, 7)
+    grades = grade_rollout(samples, answers)
+    for rule in RULES:
+        scores = question_scores(grades, rule)
+        for sample, row, score in zip(samples, answers, scores.itertuples(), strict=True):
+            verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule) for completion in row["completions"]]
+            votes = [verdict.label or verdict.answer for verdict in verdicts[:5]]
+            assert (score.dataset_index, score.image, score.n) == (sample.dataset_index, image_cluster_id(sample), 7)
+            assert (score.right, score.majority) == (sum(verdict.correct for verdict in verdicts), majority(votes, sample.answer_label)), rule
+
+
+def test_answers_that_name_no_option_are_votes_of_their_own(samples):
+    said = lambda *words: [{"completions": [{"text": f"<answer>{word}</answer>", "finish_reason": "stop", "tokens": 3} for word in words]}]
+    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "spleen", "B", "B")), "strict").majority.tolist() == [0]
+    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "lung", "heart", "B")), "strict").majority.tolist() == [1], "four wrong words are not one wrong answer"
+
+
+def test_several_answers_have_no_single_accuracy(samples):
+    grades = grade_rollout(samples, rows(samples, 2))
+    single = grades[grades.completion == 0]
+    for refused in (lambda: accuracy(grades), lambda: count_right(grades), lambda: paired_difference(grades, grades), lambda: paired_difference(single, grades)):
+        with pytest.raises(UserError, match="one answer a question"):
+            refused()
+
+
+def test_a_table_of_cut_answers_says_so_above_its_numbers(samples):
+    answers = rows(samples, 1)
+    assert "CUT" not in accuracy(grade_rollout(samples, answers)).to_string()
+    for row in answers[:3]:  # 5 %
+        row["completions"][0]["finish_reason"] = "length"
+    assert "CUT" not in accuracy(grade_rollout(samples, answers)).to_string()
+    answers[3]["completions"][0]["finish_reason"] = "length"
+    table = accuracy(grade_rollout(samples, answers))
+    assert table.to_string().startswith("7% CUT at max_tokens") and "7% CUT at max_tokens" in table.to_html().partition("<tbody>")[0]
+
+
+class Stored(list):
+    "The rows of a rollout, with what a rollout knows of itself."
+
+    def __init__(self, rows, folder, **config):
+        super().__init__(rows)
+        self.folder, self.record = folder, {"sha256": folder.name}
+        self.config = SimpleNamespace(**{"model": "llava/med", "instruction": "none", "dialect": "llava_med", "seed": 7, "engine": "vllm", "dtype": "bfloat16", "n": 1, "temperature": 0.0, "top_p": 1.0} | config)
+
+
+def test_a_record_says_how_the_model_was_asked_and_not_how_others_are(samples, tmp_path):
+    folder = tmp_path / "run" / "results" / "hub"
+    rolled = {"pmc_vqa": (samples, Stored(rows(samples, 1), tmp_path / "run" / "rollouts" / "ab"))}
+    grades = evaluate(rolled, folder, "strict")
+    (record,) = read_records(folder, ["tiny", "llava/med"])
+    assert {key: record[key] for key in ("model", "source", "rule", "instruction", "dialect", "seed", "engine", "dtype", "rollouts")} == {
+        "model": "llava/med", "source": "hub", "rule": "strict", "instruction": "none", "dialect": "llava_med", "seed": 7, "engine": "vllm", "dtype": "bfloat16", "rollouts": {"pmc_vqa": "rollouts/ab"}}
+    assert record["counts"] == record["rules"]["strict"] == count_right(grades, "strict") and record["truncated"] == 0
+    manifest = json.loads((folder / "llava--med" / "evaluation.json.manifest.json").read_text())
+    assert manifest["inputs"] == {"rollouts": {"pmc_vqa": "rollouts/ab"}, "answers": {"pmc_vqa": "ab"}, "rule": "strict"}
+
+
+def test_stored_grades_are_read_as_they_were_made(samples, tmp_path):
+    grades = evaluate({"pmc_vqa": (samples, Stored(rows(samples, 1), tmp_path / "a" / "ab"))}, tmp_path / "results" / "hub")
+    read = read_grades(tmp_path / "results" / "hub", "llava/med")
+    assert list(read.columns) == list(grades.columns)
+    pd.testing.assert_frame_equal(read.astype(object).where(read.notna(), None), grades.astype(object).where(grades.notna(), None))
+    assert (paired_difference(read, grades)["difference"] == 0).all()
+
+
+def test_several_answers_are_stored_under_every_rule(samples, tmp_path):
+    rolled = {"pmc_vqa": (samples, Stored(rows(samples, 4), tmp_path / "a" / "ab", n=4, temperature=0.5, top_p=0.95))}
+    tables = evaluate_repeats(rolled, tmp_path / "results" / "hub")
+    (record,) = read_records(tmp_path / "results" / "hub", ["llava/med"], "repeats.json")
+    assert (record["answers"], record["temperature"], record["top_p"], list(record["rules"])) == (4, 0.5, 0.95, list(RULES))
+    assert record["rules"]["regrade"] == tables["regrade"].to_dict("records")
+    lines = [json.loads(line) for line in (tmp_path / "results" / "hub" / "llava--med" / "repeats.jsonl").open()]
+    assert len(lines) == 60 * len(RULES) and lines[0].keys() == {"dataset_name", "dataset_index", "image", "n", "rule", "right", "majority"}
+
+
+def test_nothing_to_evaluate_is_a_sentence(tmp_path):
+    for function in (evaluate, evaluate_repeats):
+        with pytest.raises(UserError, match="no rollout to evaluate"):
+            function({}, tmp_path)
+
+
+def graded(right, images=None, gold="A"):
+    "Grades by hand: benchmark -> whether each question was answered correctly."
+    return pd.DataFrame([{"dataset_name": name, "dataset_index": i, "image": images[i] if images else f"{name}/{i}", "gold": gold, "regrade_correct": bool(hit)} for name, hits in right.items() for i, hit in enumerate(hits)])
+
+
+def test_a_paired_difference_against_hand_and_scipy():
+    from scipy.stats import binomtest
+
+    rng = np.random.default_rng(1)
+    first, second = ({name: rng.random(200) < p for name in ("b", "a")} for p in (.6, .5))
+    made = paired_difference(graded(first), graded(second))
+    assert list(made.index) == ["b", "a", "macro average"]
+    for name in ("a", "b"):
+        gained, lost = (first[name] & ~second[name]).sum(), (second[name] & ~first[name]).sum()
+        assert (made.gained[name], made.lost[name], made.n[name]) == (gained, lost, 200)
+        assert made.p[name] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue, abs=1e-12)
+    assert made.holm[made.p.idxmin()] == pytest.approx(min(1, 2 * made.p.min()))
+    assert made.difference["macro average"] == pytest.approx(100 * np.mean([first[name].mean() - second[name].mean() for name in ("a", "b")]), abs=1e-9)
+
+
+def test_the_order_of_the_second_models_rows_does_not_matter():
+    first, second = graded({"a": [1, 0, 1, 1], "b": [0, 1]}), graded({"a": [0, 0, 1, 0], "b": [0, 0]})
+    pd.testing.assert_frame_equal(paired_difference(first, second), paired_difference(first, second[::-1]))
+
+
+def test_shared_images_widen_the_interval():
+    rng = np.random.default_rng(0)
+    hits = np.repeat(rng.random(60) < .5, 5)  # an image's five questions are right together
+    worse, images = np.zeros(300, bool), [f"image {i // 5}" for i in range(300)]
+    width = lambda made: made.high["macro average"] - made.low["macro average"]
+    alone = width(paired_difference(graded({"a": hits}), graded({"a": worse})))
+    together = width(paired_difference(graded({"a": hits}, images), graded({"a": worse}, images)))
+    assert together > 1.8 * alone, "five copies of an answer are one piece of evidence: the square root of five"
+
+
+def test_other_questions_are_not_compared():
+    one = graded({"a": [1, 0]})
+    for other in (graded({"a": [1]}), graded({"a": [1, 0, 0]}), graded({"b": [1, 0]}), graded({"a": [1, 0]}, gold="B"), graded({"a": [1, 0]}, images=["x", "y"])):
+        with pytest.raises(UserError, match="same questions only"):
+            paired_difference(one, other)
+
+
+def test_what_is_all_alike_is_not_certain():
+    same = paired_difference(graded({"a": [1] * 20}), graded({"a": [1] * 20})).loc["macro average"]
+    assert same["low"] < -1 and same["high"] > 1
+    one = paired_difference(graded({"a": [1]}), graded({"a": [0]})).loc["macro average"]
+    assert one["low"] < 0, "one question decides nothing"
+    asked = pd.DataFrame([{"dataset_name": name, "image": f"{name}{i}", "n": 4, "right": 4, "majority": 1.0} for name in BENCHMARKS for i in range(10)])
+    table = repeated_accuracy(asked)
+    assert table.percent.tolist() == pytest.approx([100] * len(table)) and (table.low < 99).all()
+    assert set(repeated_accuracy(asked.assign(dataset_name="OmniMedVQA")).dataset_name) == {"OmniMedVQA"}, "the paper's averages are over its six sets"
+
+
+def test_a_record_never_stands_without_its_lines(tmp_path):
+    def lines():
+        yield {"a": 1}
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        store_record(tmp_path / "toy.json", {"n": 2}, lines(), {})
+    assert not (tmp_path / "toy.json").exists()
