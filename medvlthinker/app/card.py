@@ -106,14 +106,7 @@ ORIGINS = {
     "vqa_rad_closed": Origin("VQA-RAD, closed questions", "https://osf.io/89kps", "CC0 1.0", "doi:10.1038/sdata.2018.251"),
     "MMMU-medical": Origin("MMMU, Health & Medicine", _HF + "MMMU/MMMU", "Apache-2.0; the images are third parties'", "arXiv:2311.16502"),
     "MedXpertQA-MM": Origin("MedXpertQA, MM", _HF + "TsinghuaC3I/MedXpertQA", "MIT", "arXiv:2501.18362"),
-    "MedXpertQA-Text": Origin("MedXpertQA, Text", _HF + "TsinghuaC3I/MedXpertQA", "MIT", "arXiv:2501.18362"),
     "m23k": Origin("m23k: MedMCQA, MedQA and HEAD-QA with chains of DeepSeek-R1", _HF + "UCSC-VLAA/m23k-tokenized", "MIT for the questions; of the chains not known", "arXiv:2504.00869"),
-    "MedQA": Origin("MedQA", _HF + "GBaker/MedQA-USMLE-4-options", "MIT", "arXiv:2009.13081"),
-    "MedMCQA": Origin("MedMCQA", _HF + "openlifescienceai/medmcqa", "MIT", "arXiv:2203.14371"),
-    "HeadQA": Origin("HEAD-QA", _HF + "EleutherAI/headqa", "MIT", "arXiv:1906.04701"),
-    "PubMedQA": Origin("PubMedQA", _HF + "qiaojin/PubMedQA", "MIT", "arXiv:1909.06146"),
-    "MMLU-medical": Origin("MMLU, six medical subjects", _HF + "cais/mmlu", "MIT", "arXiv:2009.03300"),
-    "OmniMedVQA": Origin("OmniMedVQA, open access", "", "not known", "arXiv:2402.09181"),
 }
 
 

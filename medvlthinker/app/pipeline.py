@@ -489,11 +489,25 @@ def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = 
 
 def _answers(profile: Profile) -> dict[str, str]:
     "On what models answer, and what their engine is told."
-    nodes, name, shared = profile.nodes if profile.engine == "ray" and profile.nodes else 1, profile.engine_name, profile.tensor_parallel
-    how = vllm_arguments(profile, shared or "as few as hold the model") if name == "vllm" else {"dtype": profile.dtype, "batch_size": profile.batch_size} if name == "transformers" else {"concurrency": profile.concurrency}
-    together = f", {count} cop{'ies' if (count := copies(profile, shared)) > 1 else 'y'} of the model on {shared} each" if shared else ", each copy of the model on as few as hold it"
-    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}{together if name != 'openai' else ''}" if profile.gpus else "CPU" + f", {copies(profile)} copies of the model" * (copies(profile) > 1)
-    return {"hardware": hardware, "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+    nodes, name = profile.nodes if profile.engine == "ray" and profile.nodes else 1, profile.engine_name
+    shared = profile.tensor_parallel or int(profile.gpus == 1)  # 0: known when the model is
+    how: dict = {"concurrency": profile.concurrency}
+    if name == "transformers":
+        how = {"dtype": profile.dtype, "batch_size": profile.batch_size}
+    elif name == "vllm":
+        how = vllm_arguments(profile, shared) | ({} if shared or not profile.gpus else {"tensor_parallel_size": "(as few as hold the model)"})
+    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}" if profile.gpus else "CPU"
+    return {"hardware": hardware + ("" if name == "openai" else _copies(profile, shared)), "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+
+
+def _copies(profile: Profile, shared: int) -> str:
+    "How many copies of a model answer, as the end of a phrase."
+    if not profile.gpus:
+        return f", {copies(profile)} copies of the model" * (copies(profile) > 1)
+    if not shared:
+        return ", copies of the model on as few GPUs each as hold it"
+    count = copies(profile, shared)
+    return f", {count} cop{'ies' if count > 1 else 'y'} of the model on {shared} each"
 
 
 def _trains(recipe: Recipe, profile: Profile) -> dict[str, str]:

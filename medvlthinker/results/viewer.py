@@ -21,8 +21,8 @@ from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
-from ..generation.model import folder_name
 from ..difficulty.ask import KINDS
+from ..generation.model import folder_name, prompt_format
 from ..generation.rollout import Rollout, load_rollout, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
 
@@ -184,16 +184,14 @@ def _words(entry: Entry, models) -> str:
 def rollout_of(
     folder: Path,  # rollouts/<model>/<source>/[corpus/]<set>
     samples: str,  # their fingerprint
-    count: int,  # and their number
     n: int,  # completions per question; 1 for greedy
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ) -> Rollout | None:
     "The newest finished rollout of these samples; None where there is none."
-    fits = {"samples": samples, "n": n, "instruction": instruction, **({"temperature": 0} if n == 1 else {})}
     for path in sorted(folder.glob("*/rollout.json"), key=lambda path: (path.stat().st_mtime, path), reverse=True):
-        with contextlib.suppress(UserError):  # not one that `generate` wrote, or not finished
-            rollout = load_rollout(path.parent)
-            if all(rollout.record[key] == value for key, value in fits.items()) and len(rollout) == count:
+        with contextlib.suppress(UserError):  # unfinished, or not one that `generate` wrote
+            config = (rollout := load_rollout(path.parent)).config
+            if (config.samples, config.n, config.instruction) == (samples, n, instruction) and (n > 1 or config.temperature == 0):
                 return rollout
     return None
 
@@ -203,7 +201,7 @@ def stored(
     models: tuple[str, ...] | None = None,  # None: those of the profile that have rollouts
     kind: str = "benchmark",  # or `corpus`
     n: int | None = None,  # completions per question; None: greedy for test sets, the profile's `rollouts` for corpora
-    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
+    instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for each model's own
     limit: int = 0,  # the first questions of each set; 0 for all
 ) -> Look:
     "The stored samples and rollouts of a profile; loads no model and makes nothing. `UserError` names the command that makes what is missing."
@@ -220,9 +218,9 @@ def stored(
         mark, found = samples_fingerprint(samples), {}
         for model in dict.fromkeys(names):
             folder = root / "rollouts" / folder_name(model) / path.parent.relative_to(root / "samples") / name
-            if (hit := rollout_of(folder, mark, len(samples), n, instruction)):
-                found[model] = hit
-                about.setdefault(model, "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}".format_map(hit.record))
+            if (rollout := rollout_of(folder, mark, n, prompt_format(model, instruction)[0])):
+                found[model] = rollout
+                about.setdefault(model, "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}".format_map(rollout.record))
             elif models is not None:
                 raise UserError(_missing(profile, model, name, kind, n, folder))
         entries += list(_entries(samples, found, limit))
