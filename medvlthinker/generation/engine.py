@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..core.files import UserError, require_package
 from medvlthinker.generation.model import (
@@ -147,7 +148,7 @@ def too_long_error(
 def prefetch(
     requests: Iterable[Request | None],  # None: there is nothing at this moment
     ahead: int = 64,
-) -> Iterator[tuple[Request, list[dict] | dict] | None]:
+) -> Iterator[tuple[Request, Any] | None]:
     "Each request with its chat, whose images a thread decodes while the caller works."
     with ThreadPoolExecutor(1) as pool:
         waiting: deque = deque()
@@ -218,9 +219,9 @@ class VllmEngine:
                 held = sum(request.sampling.n for request in waiting.values())
                 if more and held < self.queue:
                     part = list(itertools.islice(source, self.step))
-                    more, part = len(part) == self.step, [each for each in part if each]
-                    waiting |= self._add(part)
-                    if part:
+                    more, found = len(part) == self.step, [each for each in part if each]
+                    waiting |= self._add(found)
+                    if found:
                         continue  # a step takes time, and meanwhile nothing would be added
                 for output in engine.step():
                     if output.finished:
@@ -235,7 +236,7 @@ class VllmEngine:
             if waiting:
                 engine.abort_request(list(waiting))
 
-    def _add(self, part: list[tuple[Request, list[dict] | dict]]) -> dict[str, Request]:
+    def _add(self, part: list[tuple[Request, Any]]) -> dict[str, Request]:
         "Queue some requests; each under vLLM's name for it."
         from vllm.exceptions import VLLMClientError
 
@@ -252,7 +253,7 @@ class VllmEngine:
         # vLLM appends a random word to the names that its outputs carry
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
-    def _enqueue(self, part: list[tuple[Request, list[dict] | dict]]) -> list[str]:
+    def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
         from vllm import SamplingParams
 
         params = [SamplingParams(n=request.sampling.n, temperature=request.sampling.temperature,
@@ -316,7 +317,7 @@ class _Worker:
 @dataclass
 class _Running:
     "A worker as the driver sees it."
-    worker: object
+    worker: Any  # a handle of Ray
     owed: dict = field(default_factory=dict)  # (rollout, place) -> request
     more: bool = True  # it has not been told that there is nothing more
     deaths: int = 0  # without an answer in between
@@ -459,7 +460,7 @@ def check_gpus(settings: Hardware) -> None:
                             "engine=transformers.")
 
 # %% ../../nbs/generation/24_engine.ipynb #02201dd6
-ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 def engine_version(
@@ -485,7 +486,7 @@ class Engine:
         self.instruction, self.dialect = prompt_format(settings.model, settings.instruction)
         self.version = engine_version(settings.engine_name)
         self.batch_size = settings.batch_size if settings.engine_name == "transformers" else 1
-        self._loaded = None
+        self._loaded: Any = None
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, in any order."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_model', 'resolve_revision', 'model_fingerprint',
-           'download_model', 'weight_files', 'check_weights', 'unloadable_error', 'check_chat_template', 'weight_bytes',
+           'download_model', 'weight_files', 'unloadable_error', 'check_weights', 'check_chat_template', 'weight_bytes',
            'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
@@ -28,9 +28,10 @@ class Baseline:
     tensor_parallel: int = 1
     note: str = ""
 
-
-_BIG = {"data_parallel": 2, "tensor_parallel": 4}
-_AZURE = {"engine": "openai", "data_parallel": 4, "note": "through Azure, API 2024-12-01-preview"}
+# %% ../../nbs/generation/22_model.ipynb #a829e8db
+_BIG: dict = {"data_parallel": 2, "tensor_parallel": 4}
+_AZURE: dict = {"engine": "openai", "data_parallel": 4,
+                "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
     "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3", **_BIG),
@@ -145,7 +146,7 @@ def _hash_blocks(path: Path, digest) -> None:
             file.seek(start)
             digest.update(file.read(_BLOCK))
 
-
+# %% ../../nbs/generation/22_model.ipynb #fa445e5b
 def model_fingerprint(
     model: str | Path,  # what `resolve_model` returned
     revision: str = "",  # of a hub id, where it is known already
@@ -226,15 +227,17 @@ def _same_weights(
     with safe_open(files[one], "pt") as file, safe_open(files[other], "pt") as second:
         return torch.equal(file.get_tensor(one), second.get_tensor(other))
 
-
+# %% ../../nbs/generation/22_model.ipynb #620a97e6
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
+    tied: bool,  # what transformers takes where config.json says nothing
 ) -> list[str]:  # names of stored heads that repeat the embedding
     "`UserError` where config.json and file contradict each other about the head."
     config = read_json(folder / "config.json")
     parts = (config, config.get("text_config") or {})
     said = {part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part}
+    said = said or {tied}
     heads = [name for name in stored if name.endswith("lm_head.weight")]
     embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
     if said == {True, False} and not heads:
@@ -263,9 +266,9 @@ def _empty_model(folder: Path):
     except Exception:  # an architecture that is not known, or needs a package, or code of its own
         return None
 
-
-def _loading_report(net, stored: dict) -> dict[str, list]:
-    "What transformers says on weights of these names and shapes: missing, unexpected, mismatched."
+# %% ../../nbs/generation/22_model.ipynb #6ec3f606
+def _loading_report(net, stored: dict) -> dict[str, list] | None:
+    "What transformers says of weights with these names and shapes; None where it stops."
     import torch
     from safetensors import safe_open
     from transformers.utils import logging
@@ -282,11 +285,24 @@ def _loading_report(net, stored: dict) -> dict[str, list]:
         found = type(net).from_pretrained(
             None, config=net.config, state_dict=tensors, device_map={"": "meta"},
             output_loading_info=True, ignore_mismatched_sizes=True)[1]
+    except Exception:  # loading stops in the same place, with a sentence of its own
+        return None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+
+# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
+def unloadable_error(
+    model: str | Path,
+    error: Exception,  # what its library said
+) -> UserError:
+    "The sentence for a model that does not load: none, damaged, or too large."
+    words = " ".join(str(error).split())[:300]
+    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
+                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
+                     "dtype=bfloat16.")
 
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
 _WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
@@ -301,7 +317,7 @@ def _misfit_error(folder: Path, report: dict[str, list], stored: dict) -> UserEr
     return UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
                      f"{hint} Save or copy the model again.")
 
-
+# %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(
     folder: str | Path,  # a model
 ) -> None:
@@ -315,29 +331,19 @@ def check_weights(
                 stored |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise unloadable_error(path, error) from None
-    heads = _check_head(folder, stored)
     quantized = "quantization_config" in read_json(folder / "config.json")
     if quantized or (net := _empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
-    if getattr(net.config, "tie_word_embeddings", False):
-        stored = {name: path for name, path in stored.items() if name not in heads}
-    report = _loading_report(net, stored)
+    tied = bool(getattr(net.config, "tie_word_embeddings", False))
+    repeated = _check_head(folder, stored, tied)
+    needed = {name: path for name, path in stored.items() if not tied or name not in repeated}
+    if (report := _loading_report(net, needed)) is None:
+        return
     # a layer that the config does not count is wrong; what has no place at all may be left over
     places = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
     if report["missing"] or report["mismatched"] or layers:
         raise _misfit_error(folder, report, stored)
-
-# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
-def unloadable_error(
-    model: str | Path,
-    error: Exception,  # what its library said
-) -> UserError:
-    "The sentence for a model that does not load: none, damaged, or too large."
-    words = " ".join(str(error).split())[:300]
-    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
-                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
-                     "dtype=bfloat16.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -376,7 +382,7 @@ def _gpu_bytes() -> int:
     sizes = [int(line) * 2**20 for line in done.stdout.split() if line.isdecimal()]
     return min(sizes, default=80 * 10**9)
 
-
+# %% ../../nbs/generation/22_model.ipynb #46555893
 def _can_share(config, gpus: int) -> bool:
     "Can this many GPUs share the heads of a model?"
     parts = [config.get_text_config(), getattr(config, "vision_config", None)]

@@ -12,6 +12,7 @@ import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, o
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.files import (
     UserError, atomic_write, environment_info, file_hash, fingerprint, peak_memory, read_record,
@@ -447,8 +448,8 @@ def generate(
     return generate_all([Job(samples, sampling, folder)], engine, show)[0]
 
 # %% ../../nbs/generation/25_rollout.ipynb #17015000
-def _published_row(where: str, line) -> dict:
-    "A line of eval_results.jsonl as a row; `InvalidRow` where it is none."
+def _published_row(where: str, line) -> tuple[dict, Any]:
+    "A line of eval_results.jsonl as a row, and its right letter; `InvalidRow` where it is none."
     if not isinstance(line, dict):
         raise InvalidRow(where, "line", f"a {type(line).__name__}, not an object")
     for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
@@ -459,8 +460,9 @@ def _published_row(where: str, line) -> dict:
     if any(not isinstance(text, str | None) for text in texts):
         raise InvalidRow(where, "output_text", "neither a text nor empty")
     ends = {"finish_reason": "unknown", "tokens": 0}
-    return {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
-            "completions": [{"text": text or "", **ends} for text in texts]}
+    row = {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
+           "completions": [{"text": text or "", **ends} for text in texts]}
+    return row, line.get("answer_label")
 
 
 def read_eval_results(
@@ -474,8 +476,8 @@ def read_eval_results(
         try:
             if isinstance(line, InvalidRow):
                 raise line
-            row = _published_row(where, line)
-            index, label = row["dataset_index"], line.get("answer_label")
+            row, label = _published_row(where, line)
+            index = row["dataset_index"]
             if (first := seen.setdefault(index, where)) != where:
                 raise InvalidRow(where, "dataset_index", f"{index} stands in {first} already; keep "
                                  "one of them")

@@ -74,10 +74,10 @@ def image_uri(data: bytes, max_pixels: int = 0) -> str:
         plain = image.mode in ("RGB", "L", "P") and not image.has_transparency_data
         still = not getattr(image, "is_animated", False)
         upright = image.getexif().get(0x112, 1) == 1
-    fits = fit_size(*size, max_pixels) == size
+    fits = fit_size(size[0], size[1], max_pixels) == size
     if not (kind in _SENT_AS_THEY_ARE and plain and still and upright and fits):
         picture, kind, file = to_rgb(data), "PNG", io.BytesIO()
-        size = fit_size(*picture.size, max_pixels)
+        size = fit_size(picture.width, picture.height, max_pixels)
         picture.resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
         data = file.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
@@ -99,7 +99,7 @@ def request_body(
     "What is posted to get the completions that are missing."
     sampling, count = request.sampling, request.sampling.n - found
     limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
-    values = {} if "max_completion_tokens" in refused else {limit: sampling.max_tokens}
+    values: dict = {} if "max_completion_tokens" in refused else {limit: sampling.max_tokens}
     values |= {"temperature": sampling.temperature, "top_p": sampling.top_p,
                "seed": request.seed + found, **({"n": count} if count > 1 else {})}
     kept = {name: value for name, value in values.items() if name not in refused}
