@@ -168,7 +168,7 @@ def test_torn_files_cost_a_sentence(run):
     (run / "samples/local/slake_closed.parquet").write_bytes(b"PAR1")
     record_path(run / "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet").write_text("{")
     (run / ".hashes.json").write_text("[")
-    next(run.rglob("rollout.jsonl")).write_text("\udcff{", errors="surrogateescape")
+    next(run.rglob("rollout.json")).write_text("\udcff{", errors="surrogateescape")
     said: list[str] = []
     written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke", train_limit=12), said.append)}
     assert len([line for line in said if "was not written" in line]) == 2, said  # card and Croissant of the torn set
