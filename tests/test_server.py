@@ -47,7 +47,8 @@ class Faulty(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "tiny"}, {"id": "other"}]})
+        owner = {"owned_by": self.server.owner}
+        self.reply(200, {"data": [{"id": "tiny", **owner}, {"id": "other", **owner}]})
 
     def do_POST(self):
         server = self.server
@@ -172,7 +173,7 @@ def faulty_server():
     server = Quiet(("127.0.0.1", 0), Faulty)
     server.lock, server.stopping = threading.Lock(), threading.Event()
     server.asked, server.waits, server.plan, server.authorized = [], {}, {}, []
-    server.now = server.most = 0
+    server.now, server.most, server.owner = 0, 0, "us"
     server.forever, server.pause, server.rule = False, lambda number: 0.01, lambda body: None
     options = {"poll_interval": 0.02}
     threading.Thread(target=server.serve_forever, kwargs=options, daemon=True).start()
@@ -558,6 +559,20 @@ def test_where_a_server_names_a_parameter(faulty, says):
     server = engine(faulty.url, request_timeout=0.5)
     gather(server.answer(requests(1)))
     assert server.dropped == {"seed"}
+
+
+@pytest.mark.parametrize("says", VLLM)
+def test_vllm_is_asked_again_without_a_limit_that_does_not_fit(faulty, says):
+    "For this question alone; and with neutral values for what vLLM takes from the model's folder."
+    faulty.owner = "vllm"
+    faulty.rule = lambda body: ((400, {"error": {"message": says}})
+                                if "max_tokens" in body and "number 1?" in json.dumps(body) else None)
+    server = engine(faulty.url, concurrency=1)
+    found, reason = gather(server.answer(requests(3)))
+    right(requests(3), found)
+    assert ["max_tokens" in body for _, body in faulty.asked] == [True, True, False, True]
+    assert all(body["repetition_penalty"] == 1.0 for _, body in faulty.asked)
+    assert reason == "" and server.dropped == server.refused == set()
 
 
 def test_a_temperature_that_is_refused_is_recorded_and_said_once(faulty, capsys):

@@ -70,11 +70,11 @@ def image_uri(data: bytes, max_pixels: int = 0) -> str:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        kind, size = image.format or "", image.size
+        kind, (width, height) = image.format or "", image.size
         plain = image.mode in ("RGB", "L", "P") and not image.has_transparency_data
         still = not getattr(image, "is_animated", False)
         upright = image.getexif().get(0x112, 1) == 1
-    fits = fit_size(size[0], size[1], max_pixels) == size
+    fits = fit_size(width, height, max_pixels) == (width, height)
     if not (kind in _SENT_AS_THEY_ARE and plain and still and upright and fits):
         picture, kind, file = to_rgb(data), "PNG", io.BytesIO()
         size = fit_size(picture.width, picture.height, max_pixels)
@@ -399,7 +399,8 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
             break
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             reason = str(error.body).replace("\\n", " ")
-            if not (name := drop_refused_parameter(body, reason, owner)):
+            name = drop_refused_parameter(body, reason, owner)
+            if not name or name in refused:
                 raise
             refused |= {name}
     before, engine.refused = engine.dropped, engine.refused | refused - {"max_completion_tokens"}
