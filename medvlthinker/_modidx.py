@@ -998,6 +998,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'medvlthinker/evaluation/compare.py'),
                                                  'medvlthinker.evaluation.compare._rate': ( 'evaluation/compare.html#_rate',
                                                                                             'medvlthinker/evaluation/compare.py'),
+                                                 'medvlthinker.evaluation.compare._storable': ( 'evaluation/compare.html#_storable',
+                                                                                                'medvlthinker/evaluation/compare.py'),
                                                  'medvlthinker.evaluation.compare._words': ( 'evaluation/compare.html#_words',
                                                                                              'medvlthinker/evaluation/compare.py'),
                                                  'medvlthinker.evaluation.compare.answer_kind': ( 'evaluation/compare.html#answer_kind',
