@@ -64,11 +64,11 @@ class ByHand:
 def warm_tiny(tmp_path_factory) -> Path:
     "The embedded model, fully warmed up as in `smoke`: about a minute, once for all test workers, and for all test runs that share a folder MEDVLTHINKER_WARM."
     from medvlthinker.generation.tiny_model import make_tiny_model
-    from medvlthinker.generation.rollout import alone
+    from medvlthinker.generation.rollout import file_lock
 
     base = tmp_path_factory.getbasetemp()
     folder = Path(os.environ.get("MEDVLTHINKER_WARM") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm")
-    with alone(folder):  # one worker works, the others wait and find it done
+    with file_lock(folder):  # one worker works, the others wait and find it done
         return make_tiny_model(folder / "tiny")
 
 

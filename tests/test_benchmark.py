@@ -56,8 +56,8 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
 
 def rad(path: Path):
     "The samples of a local copy of VQA-RAD, and what became none."
-    layout = next(layout for layout in b.LOCAL["vqa_rad_closed"][1] if layout.found(path))
-    return b.layout_source(path, layout).samples("vqa_rad_closed")
+    layout = next(layout for layout in b.LOCAL["vqa_rad_closed"] if layout.found(path))
+    return b.DataSource(path, layout).samples("vqa_rad_closed")
 
 
 # ---- a local folder
@@ -77,7 +77,7 @@ BROKEN = {
     "a name that is no text": (row(image=["good.png"]), "image_name: "),
     "no answer": (row(answer=None), "answer: empty (None)"),
     "a blank question": (row("  "), "question: empty ('  ')"),
-    "a missing column": ({key: value for key, value in row().items() if key != "answer_type"}, "answer_type: there is no such column"),
+    "a missing column": ({key: value for key, value in row().items() if key != "answer_type"}, "answer_type: there is no such column; there are qid, image_name,"),
     "a line that is not JSON": (b'{"question": "Is', "JSON: Unterminated string"),
     "a line that is no object": (b'["Is there a nodule?", "Yes"]', "row: a list, not an object"),
     "a line that is not UTF-8": ('{"question": "Schädel?"}'.encode("latin-1"), "encoding: the byte 0xe4 is not UTF-8"),
@@ -121,7 +121,6 @@ def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
     ("testset.json", '[{"question":\n "Schädel?"}]'.encode("latin-1"), "testset.json line 2, encoding: the byte 0xe4 is not UTF-8"),
     ("testset.json", b'"Is it?"', "testset.json holds no list of rows"),
     ("testset.json", b'[]', "testset.json holds no list of rows"),
-    ("testset.json", b'[{"question": "Is it?", "Answer": "Yes"}]', "testset.json: no row has the column answer, answer_type, image_name; there are question, Answer"),
     ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
 ])
 def test_a_file_that_is_no_use_is_one_sentence(tmp_path, layout, content, sentence):
@@ -187,16 +186,20 @@ def hub(tmp_path_factory) -> Path:
     return path
 
 
+def published(name: str, place) -> b.DataSource:
+    return b.DataSource(place, b.published_layout(name))
+
+
 def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
-    good, broken = split(b.published_source("vqa_rad_closed", hub).samples("vqa_rad_closed", 5))
+    good, broken = split(published("vqa_rad_closed", hub).samples("vqa_rad_closed", 5))
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
     assert all(sample.images == (PHOTO,) for sample in good)
-    starts = [f"{hub} row 2, options: not JSON", f"{hub} row 3, answer: 'Maybe' is not the text of option B", f"{hub} row 5, images: not a readable image"]
+    starts = ["data/test-00000-of-00001.parquet row 2, options: not JSON", "data/test-00000-of-00001.parquet row 3, answer: 'Maybe' is not the text of option B", "data/test-00000-of-00001.parquet row 5, images: not a readable image"]
     assert len(broken) == 3 and not any(bad.filtered for bad in broken)
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
-    pair, = b.published_source("MMMU-medical", hub).samples("MMMU-medical", 1)
+    pair, = published("MMMU-medical", hub).samples("MMMU-medical", 1)
     assert len(pair.images) == 2 and pair.misc == {"subfield": "Pharmacy"}
-    assert all(map(key_opens, [*good, pair, *b.published_source("pmc_vqa", hub).samples("pmc_vqa", 1)]))
+    assert all(map(key_opens, [*good, pair, *published("pmc_vqa", hub).samples("pmc_vqa", 1)]))
 
 
 def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
@@ -208,19 +211,23 @@ def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
     assert [sample.dataset_index for sample in allowed] == [5779, 5782]
 
 
-def test_a_table_without_a_column_or_a_set_says_what_it_has(hub, tmp_path):
+def test_a_table_without_a_column_or_a_set_says_so(hub, tmp_path, home):
     import pyarrow.parquet
 
-    with pytest.raises(UserError, match="has no rows of slake_closed; it has pmc_vqa, vqa_rad_closed, MMMU-medical"):
-        list(b.published_source("slake_closed", hub).samples("slake_closed", 1))
+    with pytest.raises(UserError, match="slake_closed-1-seed42.parquet holds no sample: 0 rows were left out by rule"):
+        b.load_benchmark("slake", DataSettings("hub", limit=1), repo=hub)
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
-    pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), tmp_path / "data" / "test-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="split test, has no column answer_label; there are images, question"):
-        list(b.published_source("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
-    (tmp_path / "data" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match="cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.published_source("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
+    part = tmp_path / "data" / "test-00000-of-00002.parquet"
+    pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), part)
+    with pytest.raises(UserError, match="holds 1 of the 2 files data/test-.-of-00002; get the others."):
+        list(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
+    part = part.rename(tmp_path / "data" / "test-00000-of-00001.parquet")
+    broken = split(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed"))[1]
+    assert str(broken[0]) == "data/test-00000-of-00001.parquet row 1, answer_label: None is not among the letters A, B"
+    part.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="test-00000-of-00001.parquet is not a readable parquet file"):
+        list(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
 
 
 def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
@@ -230,17 +237,16 @@ def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
     picture = {"bytes": (local / "images_dev" / "good.png").read_bytes(), "path": None}
     rows = [{"image": picture, "input": item["question"], "label": item["answer"], "answer_type": item["answer_type"]} for _, item in read_rows(local / "dev.jsonl")]
     rows[2]["image"] = {"bytes": b"torn", "path": None}
-    path = tmp_path / "source"
-    (path / "VQA_RAD").mkdir(parents=True)
-    (path / "README.md").write_text("---\nconfigs:\n- config_name: VQA_RAD\n  data_files:\n  - split: test\n    path: VQA_RAD/test-*\n---\n")
+    path = tmp_path / "source" / "VQA_RAD" / "test"
+    path.mkdir(parents=True)
     features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "VQA_RAD" / "test-00000-of-00001.parquet")
-    good, others = split(b.open_benchmark("vqa_rad_closed", DataSettings("source"), path).samples("vqa_rad_closed"))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "0000.parquet")
+    good, others = split(b.open_benchmark("vqa_rad_closed", DataSettings("source"), tmp_path / "source").samples("vqa_rad_closed"))
     expected = split(rad(local))[0][:2]
     assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
         (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
     assert [(bad.field, bad.filtered) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="vqa_rad holds no VQA_RAD/test/"):
         list(b.open_benchmark("vqa_rad_closed", DataSettings("source"), local).rows())
 
 
@@ -318,7 +324,7 @@ def test_a_folder_in_the_hubs_layout_has_no_commit(hub, home):
     settings = DataSettings("hub", limit=1)
     b.load_benchmark("pmc_vqa", settings, repo=hub)
     inputs = read_json(record_path(b.benchmark_file("pmc_vqa", settings)))["inputs"]
-    assert inputs["revision"] is None and inputs["repo"] == str(hub) and inputs["content"]
+    assert "revision" not in inputs and list(inputs["questions"]) == ["data/test-00000-of-00001.parquet"]
 
 
 def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
@@ -334,7 +340,7 @@ def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
 def test_no_network_by_choice_is_one_sentence_at_once():
     start = time.monotonic()
     with pytest.raises(UserError, match=f"The data set {b.HUB} cannot be read .*; without a network, name a folder with local copies by data_dir="):
-        list(b.published_source("pmc_vqa").rows())
+        list(published("pmc_vqa", b.HUB).rows())
     assert time.monotonic() - start < 15
 
 

@@ -306,7 +306,7 @@ def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, tally, dama
             whole = path.read_bytes()
             count.tried += 1
             path.write_bytes(DAMAGES[damage](whole))
-            with pytest.raises(UserError, match=f"{path.name} is not a readable parquet file .*; delete it and run the data notebook again"):
+            with pytest.raises(UserError, match=f"{path.name} is not a readable parquet file .*; delete it, and make or get it again"):
                 make()
             path.unlink()
             make()

@@ -2,7 +2,6 @@
 import collections
 import csv
 import io
-import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import InvalidRow
-from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, json_list, read_rows, samples_from
+from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, read_rows, samples_from
 from PIL import Image
 
 
@@ -31,8 +30,7 @@ def local(name: str, folder: str, open_set=b.open_benchmark):
 
 
 EXPECTED = {  # set: (rows, samples, left out by rule, broken, {field of a broken row: how many})
-    "pmc_vqa": (1, 1, 0, 0), "slake_closed": (400, 0, 324, 76), "vqa_rad_closed": (594, 338, 256, 0), "MMMU-medical": (4, 4, 0, 0), "MedQA": (150, 150, 0, 0),
-    "MedMCQA": (150, 150, 0, 0), "HeadQA": (150, 148, 2, 0), "PubMedQA": (100, 100, 0, 0), "MMLU-medical": (150, 150, 0, 0), "MedXpertQA-Text": (60, 60, 0, 0)}
+    "pmc_vqa": (1, 1, 0, 0), "slake_closed": (400, 0, 324, 76), "vqa_rad_closed": (594, 338, 256, 0), "MMMU-medical": (4, 4, 0, 0)}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -68,27 +66,11 @@ def test_the_real_rows_of_m23k(real_data):
         assert row["prompt"] == sample.question + "".join(f"\n{letter}. {text}" for letter, text in sample.options.items())
 
 
-def test_nested_and_headerless_files(real_data, tmp_path):
-    head = [(where, row) for where, row in converters.headqa_questions(json_list(real_data / "text_headqa" / "raw_layout_train_HEAD_EN_mini.json"))]
-    good, others = split(samples_from(lambda: head, converters.headqa, "HeadQA"))
-    assert good and not [bad for bad in others if not bad.filtered] and all(map(key_opens, good))
-    genetics, others = split(samples_from(lambda: b.mmlu_rows(real_data / "text_mmlu_med" / "raw_medical_genetics_test.csv"), converters.mmlu, "MMLU-medical"))
-    assert len(genetics) == 100 and not others and {sample.misc["subject"] for sample in genetics} == {"medical_genetics"} and all(map(key_opens, genetics))
-
-
-def test_medmcqa_counts_from_one_here_and_the_explanations_agree(real_data):
-    rows = [row for _, row in b.medmcqa_rows(real_data / "text_medmcqa" / "dev.jsonl")]
-    assert {row["base"] for row in rows} == {1}
-    said = [(row, row["exp"].lstrip()[5:].strip()[:1].upper()) for row in rows if (row["exp"] or "").lstrip().lower().startswith("ans:")]
-    agree = sum(b._medmcqa(row, "row")["answer_label"] == letter for row, letter in said if letter in "ABCD")
-    assert len(said) >= 5 and agree >= 0.9 * len(said)
-
-
 def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
-    "MedXpertQA, PathVQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
+    "MedXpertQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
     import shutil
 
-    for name, source, place in (("MedXpertQA-MM", "vqa_medxpertqa_mm", "images"), ("pathvqa_closed", "vqa_path", "images"), ("slake_closed", "vqa_slake", "images")):
+    for name, source, place in (("MedXpertQA-MM", "vqa_medxpertqa_mm", "images"), ("slake_closed", "vqa_slake", "images")):
         copy = tmp_path / source
         shutil.copytree(real_data / source, copy)
         (copy / place).mkdir(exist_ok=True)
@@ -108,38 +90,27 @@ def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
 
 
 def json_rows(path):
-    rows = json_list(path) if path.suffix == ".json" else read_rows(path)
-    return list(converters.path_vqa_questions(rows)) if path.name.startswith("raw_layout_pvqa") else list(rows)
+    return list(read_rows(path))
 
 
 def wanted(row) -> list[str]:
     if not isinstance(row, dict):
         return []
     named = [image["image_path"] if isinstance(image, dict) else image for image in row.get("images") or ()]
-    return [*named, row["img_name"]] if "img_name" in row else [*named, f"{row['img_id']}.jpg"] if "img_id" in row else named
+    return [*named, row["img_name"]] if "img_name" in row else named
 
 
 # ---- what the hub holds, with the features that are recorded of it
 
 
-def put(folder: Path, config: str | None, split_name: str, rows: list[dict], images: tuple[str, ...] = ()) -> None:
-    "One split as parquet, as the hub's own viewer would store it."
+def put(path: Path, rows: list[dict], images: tuple[str, ...] = ()) -> None:
+    "A file of a table as parquet, as `datasets` stores it."
     import datasets
 
     features = datasets.Dataset.from_list([{key: value for key, value in row.items() if key not in images} for row in rows]).features
     features = datasets.Features({**features, **{name: datasets.Image() for name in images}})
-    where = folder / (config or "data")
-    where.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(where / f"{split_name}-00000-of-00001.parquet")
-
-
-def declare(folder: Path, tables: list[tuple[str | None, str]]) -> None:
-    "The card that tells which files belong to which configuration."
-    lines = ["---", "configs:"]
-    for config in dict.fromkeys(config for config, _ in tables):
-        lines += [f"- config_name: {config or 'default'}", "  data_files:"]
-        lines += [f"  - split: {name}\n    path: {config or 'data'}/{name}-*" for other, name in tables if other == config]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
 
 
 IMAGE = {"bytes": PHOTO, "path": None}
@@ -152,24 +123,16 @@ HUB = {  # set: rows as on the hub, and what one sample must be
     "slake_closed": ([{"image": IMAGE, "input": "Is this CT or MRI?", "label": "CT", "answer_type": "CLOSED"}], ("Is this CT or MRI?", "CT", 1)),
     "vqa_rad_closed": ([{"image": IMAGE, "input": "Is it old?", "label": "No", "answer_type": "CLOSED"}], ("Is it old?", "No", 1)),
     "MMMU-medical": ([{"id": "validation_X_1", **MMMU_ROW}, {"id": "validation_X_2", **MMMU_ROW, "question_type": "open"}], ("Refer to the below. Which?", "MRI", 2)),
-    "MedXpertQA-Text": ([{"id": "Text-1", "question": "Which?\nAnswer Choices: (A) x (B) y", "options": {"A": "x", "B": "y"}, "label": "B", "medical_task": "", "body_system": "", "question_type": "Reasoning"}], ("Which?", "y", 0)),
-    "MedQA": ([{"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "meta_info": "step1", "answer_idx": "B", "metamap_phrases": ["x"]}], ("Which?", "y", 0)),
-    "MedMCQA": ([{"id": "1", "question": "Which?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 3, "choice_type": "single", "exp": None, "subject_name": "Dental", "topic_name": None}], ("Which?", "z", 0)),
-    "HeadQA": ([{"qid": 1, "qtext": "Which?", "ra": 2, "answers": [{"aid": 1, "atext": "x"}, {"aid": 2, "atext": "y"}], "image": "", "name": "Cuaderno", "year": "2013", "category": "biology"}], ("Which?", "y", 0)),
-    "PubMedQA": ([{"pubid": 7, "question": "Does it?", "context": {"contexts": ["Background."], "labels": ["B"], "meshes": ["M"]}, "long_answer": "", "final_decision": "maybe"}], ("Background.\n\nDoes it?", "Maybe", 0)),
-    "MMLU-medical": ([{"question": "Which?", "subject": "anatomy", "choices": ["w", "x", "y", "z"], "answer": 2}], ("Which?", "y", 0)),
 }
 
 
 @pytest.mark.parametrize("name", HUB)
 def test_each_source_as_the_hub_holds_it(tmp_path, name):
     rows, (question, answer, images) = HUB[name]
-    _, _, _, configs, splits = b.SOURCES[name] + ((None,), ("test",))[len(b.SOURCES[name]) - 3:]
-    tables = [*itertools.product(configs, splits)]
-    for number, (config, split_name) in enumerate(tables):
+    tables = b.SOURCES[name][1].files.split()
+    for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
-        put(tmp_path, config, split_name, own, tuple(column for column in rows[0] if column.startswith("image") and name not in ("HeadQA",)))
-    declare(tmp_path, tables)
+        put(tmp_path / table.replace("*", "00000-of-00001"), own, tuple(column for column in rows[0] if column.startswith("image")))
     good, others = split(b.open_benchmark(name, DataSettings("source"), str(tmp_path)).samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
@@ -177,12 +140,6 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
     if name == "MMMU-medical":
         glued = b.load_benchmark("mmmu", DataSettings("source", limit=20), tmp_path / "samples", str(tmp_path), "glued")
         assert {sample.question for sample in glued} == {"Refer to thebelow. Which?"}
-
-
-def test_a_hub_table_that_lacks_a_column_says_so(tmp_path):
-    put(tmp_path, None, "test", [{"question": "Which?", "options": {"A": "x", "B": "y"}, "answer": "y"}])
-    with pytest.raises(UserError, match="split test, has no column answer_idx; there are question, options, answer"):
-        list(b.open_benchmark("MedQA", DataSettings("source"), str(tmp_path)).rows())
 
 
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
@@ -214,24 +171,23 @@ def test_slakes_zip_has_one_source_jpg_for_each_scan(tmp_path):
 
 def test_one_way_at_a_time(tmp_path):
     "A folder with the test file and the development file gives the test file; a folder of another name is nobody's."
-    folder = tmp_path / "MedQA"
-    folder.mkdir()
-    row = {"question": "Which?", "answer": "y", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}
-    for name in ("test", "dev"):
+    folder = tmp_path / "MedXpertQA"
+    (folder / "MM").mkdir(parents=True)
+    (folder / "images").mkdir()
+    row = {"options": {"A": "x", "B": "y"}, "label": "A", "images": []}
+    for name in ("MM/test", "dev"):
         (folder / f"{name}.jsonl").write_text(json.dumps({**row, "question": name}))
-    assert [sample.question for sample in local("MedQA", str(tmp_path))] == ["test"]
-    assert find_local_copy(folder, *b.LOCAL["MedQA"])[0] == folder and find_local_copy(folder, *b.LOCAL["MedXpertQA-Text"]) is None
-    (folder / "test.jsonl").rename(tmp_path / "test.jsonl")
-    assert find_local_copy(tmp_path, *b.LOCAL["MedQA"])[1].files == "dev.jsonl"
+    assert [sample.question for sample in local("MedXpertQA-MM", str(tmp_path))] == ["MM/test"]
+    assert find_local_copy(folder, b.LOCAL["MedXpertQA-MM"])[0] == folder and find_local_copy(folder, b.LOCAL["pathvqa_closed"]) is None
 
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     folder = tmp_path / "MMMU"
     for number, subject in enumerate(converters.MMMU_SUBJECTS):
-        put(folder, subject, "validation", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
-    copy = find_local_copy(tmp_path, *b.LOCAL["MMMU-medical"])
+        put(folder / subject / "validation-00000-of-00001.parquet", [{"id": f"{subject}_{number}", **MMMU_ROW}], ("image_1", "image_2"))
+    copy = find_local_copy(tmp_path, b.LOCAL["MMMU-medical"])
     before = copy_fingerprint(*copy)
-    put(folder, "Pharmacy", "validation", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
+    put(folder / "Pharmacy" / "validation-00000-of-00001.parquet", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
     assert len(before["questions"]) == 5 and copy_fingerprint(*copy) != before
 
 
@@ -240,8 +196,7 @@ ODD = [(converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B":
        (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": {"l": "A"}}),
        (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": [["A"]]}),
        (converters.medxpertqa, {"question": "Which?", "options": {"A": "x", "B": "y"}, "label": "A", "images": ["/etc/hostname"]}),
-       (converters.headqa, {"qtext": "Which?", "ra": 1, "answers": ["a", "b"]}), (converters.pubmedqa, {"question": "Does it?", "context": "text", "final_decision": "yes"}),
-       (converters.mmlu, {"question": "Which?", "choices": None, "answer": 1}), (converters.medqa, {"question": "Half \ud83d", "options": {"A": "x", "B": "y"}, "answer_idx": "A"}),
+       (converters.unified, {"question": "Half \ud83d", "options": {"A": "x", "B": "y"}, "answer_label": "A"}),
        (converters.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "misc": "[]"}),
        (converters.unified, {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": None, "path": "/etc/hostname"}]})]
 
@@ -289,30 +244,16 @@ def test_damaged_images_never_end_in_a_traceback(tally):
     assert min(seen["Sample"], seen["InvalidRow"]) > 50
 
 
-def test_omnimedvqa_in_its_own_folders(tmp_path):
-    folder = tmp_path / "OmniMedVQA" / "QA_information" / "Open-access"
-    folder.mkdir(parents=True)
-    image = tmp_path / "OmniMedVQA" / "Images" / "Chest" / "1.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(encoded())
-    row = {"dataset": "Chest", "question_id": "c_1", "question_type": "Modality", "question": "Which?", "gt_answer": "X-Ray", "option_A": "CT", "option_B": "X-Ray", "image_path": "Images/Chest/1.png"}
-    (folder / "Chest CT Scan.json").write_text(json.dumps([{**row, "modality": "X-Ray"}, {**row, "question_id": "c_2", "image_path": "../../../secret.png"}]))
-    (folder / "Other.json").write_text(json.dumps([{**row, "question_id": "o_1", "modality_type": "MR", "option_B": "MRI", "gt_answer": "MRI"}, {**row, "question_id": "c_1"}]))
-    good, others = split(local("OmniMedVQA", str(tmp_path)))
-    assert [(sample.answer, sample.misc["modality"]) for sample in good] == [("X-Ray", "X-Ray"), ("MRI", "MR")]
-    assert [str(bad).split(", ", 1)[1] for bad in others] == ["image_path: ../../../secret.png leaves the folder OmniMedVQA/", "id: 'c_1' was given to Chest CT Scan.json row 0 already"]
-
-
 def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch):
     base = {"question": "Which?", "options": json.dumps(ABCD), "answer_label": "B", "answer": "MRI", "dataset_name": "pmc_vqa", "hash": None, "dataset_index": 0}
     copy = tmp_path / "MedVLThinker-pmc_vqa"
-    put(copy, None, "train", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}], ())
+    put(copy / "data" / "train-00000-of-00001.parquet", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}])
     monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
     samples = c.load_corpus("pmc_vqa", DataSettings("hub", train_limit=2, max_rejected=1))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))  # the same files as a local copy
     assert list(copy) == list(samples)
-    assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", *c.LOCAL["m23k"]) is None  # the same layout, another corpus
+    assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", c.LOCAL["m23k"]) is None  # the same layout, another corpus
 
 
 # ---- PMC-VQA in bulk: bad files and bad rows
@@ -358,7 +299,7 @@ def test_a_corpus_file_that_is_no_use_is_one_sentence(tmp_path, home):
         with pytest.raises(UserError, match=sentence):
             c.load_corpus("pmc_vqa", DataSettings(data_dir=str(where), **profile))
 
-    refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "no row has the column Answer_label; there are Figure_path, Question")
+    refused(pmc(tmp_path / "a", [pmc_line()[:-1]], COLUMNS[:-1]), "holds no sample: 1 rows were left out by rule")
     refused(pmc(tmp_path / "b", []), "train.csv holds no list of rows")
     latin = pmc(tmp_path / "c", [pmc_line(question="Wo ist der Schädel?")], encoding="latin-1")
     refused(latin, "first train.csv line 2, encoding: the byte 0xe4 is not UTF-8")

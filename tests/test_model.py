@@ -106,6 +106,28 @@ def test_a_tied_model_with_another_head_is_refused(blank, tmp_path):
         check_weights(with_head(copied(blank, tmp_path), 0.5))
 
 
+def silent(folder: Path) -> Path:
+    "The same folder, whose config.json says nothing on tied embeddings."
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_config_that_says_nothing_on_the_head_means_what_transformers_takes(blank, tmp_path):
+    "A Qwen2.5-VL is untied then, a Gemma 3 tied."
+    folder = silent(copied(blank, tmp_path))
+    with pytest.raises(UserError, match=r"1 missing \(lm_head\.weight\)"):
+        check_weights(folder)
+    check_weights(with_head(folder, 0.5))
+    gemma = silent(small_models(tmp_path)["gemma"])
+    check_weights(gemma)
+    check_weights(with_head(gemma, 0.0))
+    with pytest.raises(UserError, match="which is not its embedding"):
+        check_weights(with_head(gemma, 0.5))
+
+
 def test_weights_that_fit_are_not_refused(blank, tmp_path):
     "The names of the hub's Qwen2.5-VL and today's, in one file and in several, tied and untied."
     from transformers import AutoModelForImageTextToText
@@ -124,19 +146,28 @@ def test_weights_that_fit_are_not_refused(blank, tmp_path):
         check_weights(tmp_path / "parts")
 
 
-def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
+def small_models(place: Path) -> dict[str, Path]:
+    "A LLaVA and a Gemma 3 with random weights."
     from transformers import CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
     sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
-    made = {"llava": LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**sight), text_config=LlamaConfig(**text), image_token_index=199)),
-            "gemma": Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, "head_dim": 8}, vision_config=sight, mm_tokens_per_image=4))}
-    for name, model in made.items():
-        model.save_pretrained(tmp_path / name)
-        check_weights(tmp_path / name)
-        assert weight_bytes(tmp_path / name, "float32") == 4 * sum(weight.numel() for weight in model.parameters())
+    llava = LlavaConfig(vision_config=CLIPVisionConfig(**sight), text_config=LlamaConfig(**text), image_token_index=199)
+    gemma = Gemma3Config(text_config={**text, "head_dim": 8}, vision_config=sight, mm_tokens_per_image=4)
+    LlavaForConditionalGeneration(llava).save_pretrained(place / "llava")
+    Gemma3ForConditionalGeneration(gemma).save_pretrained(place / "gemma")
+    return {"llava": place / "llava", "gemma": place / "gemma"}
+
+
+def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    for name, folder in small_models(tmp_path).items():
+        check_weights(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert weight_bytes(folder, "float32") == 4 * sum(weight.numel() for weight in model.parameters()), name
         with pytest.raises(UserError, match=r"missing \(.*vision_tower"):
-            check_weights(copied_plain(tmp_path / name, tmp_path / f"{name}-blind", "vision_tower"))
+            check_weights(copied_plain(folder, tmp_path / f"{name}-blind", "vision_tower"))
 
 
 def copied_plain(folder: Path, place: Path, without: str) -> Path:

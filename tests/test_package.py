@@ -132,6 +132,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
     "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
     "from medvlthinker.generation.tiny_model import tiny_processor; tiny_processor()": "torch",
+    "from medvlthinker.generation.tiny_model import make_tiny_model; make_tiny_model('x')": "torch",
     "from medvlthinker.difficulty.preflight import open_processor; open_processor('x/y')": "torch",
     "from medvlthinker.training.checkpoint import merge; merge('a', 'b', 'c', 'd')": "torch",
     "from medvlthinker.training.sft import train_sft; train_sft(None)": "train",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWN', 'ORIGINS', 'KINDS', 'COLUMNS', 'MEANS_NOTHING', 'NOT_CLINICAL', 'Hashes', 'facts_of', 'Origin', 'origin_of',
            'card_metadata', 'limits', 'in_words', 'made_by', 'tree_state', 'dataset_card', 'check_dataset_card',
-           'croissant', 'rollout_facts', 'rollout_card', 'data_folders', 'refreshed_card', 'base_card']
+           'croissant', 'rollout_card', 'data_folders', 'refreshed_card', 'base_card']
 
 # %% ../../nbs/app/70_card.ipynb #f90b2679
 import datetime, inspect, json
@@ -21,7 +21,6 @@ from ..core.files import UserError, file_hash, record_path, require_package, rea
 from ..difficulty.profile import Profile, Workspace
 from ..training.recipe import data_file, find
 from ..generation.model import folder_name
-from ..generation.rollout import shard_header
 from ..data.sample import open_parquet
 
 # %% ../../nbs/app/70_card.ipynb #283b5c23
@@ -107,14 +106,7 @@ ORIGINS = {
     "vqa_rad_closed": Origin("VQA-RAD, closed questions", "https://osf.io/89kps", "CC0 1.0", "doi:10.1038/sdata.2018.251"),
     "MMMU-medical": Origin("MMMU, Health & Medicine", _HF + "MMMU/MMMU", "Apache-2.0; the images are third parties'", "arXiv:2311.16502"),
     "MedXpertQA-MM": Origin("MedXpertQA, MM", _HF + "TsinghuaC3I/MedXpertQA", "MIT", "arXiv:2501.18362"),
-    "MedXpertQA-Text": Origin("MedXpertQA, Text", _HF + "TsinghuaC3I/MedXpertQA", "MIT", "arXiv:2501.18362"),
     "m23k": Origin("m23k: MedMCQA, MedQA and HEAD-QA with chains of DeepSeek-R1", _HF + "UCSC-VLAA/m23k-tokenized", "MIT for the questions; of the chains not known", "arXiv:2504.00869"),
-    "MedQA": Origin("MedQA", _HF + "GBaker/MedQA-USMLE-4-options", "MIT", "arXiv:2009.13081"),
-    "MedMCQA": Origin("MedMCQA", _HF + "openlifescienceai/medmcqa", "MIT", "arXiv:2203.14371"),
-    "HeadQA": Origin("HEAD-QA", _HF + "EleutherAI/headqa", "MIT", "arXiv:1906.04701"),
-    "PubMedQA": Origin("PubMedQA", _HF + "qiaojin/PubMedQA", "MIT", "arXiv:1909.06146"),
-    "MMLU-medical": Origin("MMLU, six medical subjects", _HF + "cais/mmlu", "MIT", "arXiv:2009.03300"),
-    "OmniMedVQA": Origin("OmniMedVQA, open access", "", "not known", "arXiv:2402.09181"),
 }
 
 
@@ -328,27 +320,18 @@ def croissant(
     return found
 
 # %% ../../nbs/app/70_card.ipynb #3ccb1b52
-def rollout_facts(
-    path: Path,  # of its rollout.json
-) -> dict:
-    "One rollout by its rollout.json, with what the headers of its shards add up to."
-    heads = [shard_header(shard) for shard in sorted(path.parent.glob("shard-*.jsonl"))]
-    total = lambda key: sum(head[key] for head in heads) if all(key in head for head in heads) else None  # older shards count less
-    return {**read_json(path), "folder": path.parent, "shards": len(heads), "of": max((head.get("shards", 0) for head in heads), default=0), "rows": total("rows"), "cut": total("length"), "failed": total("failed")}
-
-
 def rollout_card(
     folder: Path,  # rollouts/<model>
 ) -> str:
     "The card of what one model wrote."
     from huggingface_hub import DatasetCardData
 
-    found = [rollout_facts(path) for path in sorted(folder.rglob("rollout.json"))]
+    found = [{**read_json(path), "folder": path.parent} for path in sorted(folder.rglob("rollout.json"))]
     model, drawn = found[0].get("model", folder.name), {each["folder"].relative_to(folder).parts[0] for each in found} == {"synthetic"}
-    rows = [(f"`{each['folder'].relative_to(folder)}`", each["rows"] if each["rows"] is not None else "not counted", each.get("n"), each.get("temperature"), each.get("max_tokens"), each.get("engine"), each.get("seed"), *("not counted" if each[key] is None else each[key] for key in ("cut", "failed")),
-             "whole" if each["shards"] == each["of"] else f"{each['shards']} of {each['of']} shards") for each in found]
+    rows = [(f"`{each['folder'].relative_to(folder)}`", each.get("rows", "not counted"), each.get("n"), each.get("temperature"), each.get("max_tokens"), each.get("engine"), each.get("seed"), *(each.get(key, "not counted") for key in ("length", "failed")),
+             "finished" if "finished" in each else "not finished") for each in found]
     licence = {"license": "apache-2.0"} if drawn else {"license": "other", "license_name": "as-the-model", "license_link": "README.md#limits"}
-    total = sum(each["rows"] or 0 for each in found)
+    total = sum(each.get("rows", 0) for each in found)
     data = DatasetCardData(language="en", **licence, pretty_name=f"MedVLThinker, answers of {model}", size_categories=next(name for most, name in _SIZES if total < most), tags=["medical", "medvlthinker", *(["machinery-test"] if drawn else [])])
     sections = {
         f"Answers of {model}": ("**These answers test machinery and mean nothing medical.** The questions are about pictures that a program drew." if drawn else WARNING) + f"\n\nWhat {model} wrote when it was asked multiple-choice questions. Text only: questions and images are in samples/, and grades are worked out anew whenever they are wanted.",
@@ -356,7 +339,7 @@ def rollout_card(
         "Columns": markdown_table(("column", "type", "meaning"), [("dataset_name", "text", "the set"), ("dataset_index", "whole number", "number of the question within its set"), ("completions", "list of objects", "`text`; `finish_reason`: stop, length (cut) or failed; `tokens`")]),
         "How they were made": "\n".join(f"- {words} ({count} of {len(found)} rollouts)" for words, count in Counter(map(made_by, found)).items()) + "\n\nEach folder's rollout.json holds all settings, and fingerprints of weights and questions.",
         "Limits": "Wrong answers stand beside right ones, and reasoning need not be the cause of an answer. The terms of the model hold for what it wrote. Answers to test questions must not be trained on.",
-        "Use": f'```python\nfrom medvlthinker.generation.rollout import read_shard\nheader, rows = read_shard("{found[0]["folder"].relative_to(folder)}/shard-00000.jsonl")\nprint(len(rows), rows[0]["completions"][0]["text"])\n```'}
+        "Use": f'```python\nfrom medvlthinker.generation.rollout import load_rollout\nrollout = load_rollout("{found[0]["folder"].relative_to(folder)}")\nprint(len(rollout), rollout[0]["completions"][0]["text"])\n```'}
     text = _joined(data, sections.items())
     check_dataset_card(text, set())
     return text

@@ -6,17 +6,17 @@
 __all__ = ['PROFILE', 'CRATE', 'run_files', 'model_place', 'questions_file', 'run_crate', 'write_cards', 'main']
 
 # %% ../../nbs/app/71_crate.ipynb #e981ac69
-import contextlib, datetime, functools, glob, importlib.util, itertools, json, mimetypes
+import contextlib, dataclasses, datetime, functools, glob, importlib.util, itertools, json, mimetypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, rollout_facts, tree_state
-from ..core.files import UserError, environment_info, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
+from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, tree_state
+from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
 from ..core.commands import run_main
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words, project_root
 from ..generation.model import folder_name, model_fingerprint
 from ..training.recipe import RECIPES
-from ..generation.rollout import MEASURED, samples_fingerprint
+from ..generation.rollout import RolloutConfig, samples_fingerprint
 from ..data.sample import SampleFile
 
 # %% ../../nbs/app/71_crate.ipynb #a23545f8
@@ -181,12 +181,12 @@ def _holds(path: Path, samples) -> bool:
 
 def _act_of_rollout(crate, path: Path, root: Path) -> None:
     "The action that wrote a rollout."
-    who, asked, there = read_json(path), questions_file(path.parent, root), rollout_facts(path)
+    who, asked = read_json(path), questions_file(path.parent, root)
     objects = [crate.get(asked.relative_to(root).as_posix()) if _holds(asked, who.get("samples")) else None, _model(crate, str(who.get("model")), root, who.get("weights"))]
-    settings = {key: value for key, value in who.items() if key not in (*environment_info(), *MEASURED)}
+    settings = {field.name: who.get(field.name) for field in dataclasses.fields(RolloutConfig)}
     folder = path.parent.relative_to(root).as_posix()
-    _act(crate, folder, _package(crate, who), [each for each in objects if each], [crate.get(folder)], f"{there['shards']} of {there['of']} shards; {in_words(settings)}; on {who.get('machine')}", who,
-         status="Completed" if there["shards"] == there["of"] else "Active")
+    _act(crate, folder, _package(crate, who), [each for each in objects if each], [crate.get(folder)], f"{who.get('rows', 'some')} questions; {in_words(settings)}; on {who.get('machine')}", who,
+         status="Completed" if "finished" in who else "Active")
 
 
 def _act_of_wreck(crate, path: Path) -> None:

@@ -18,7 +18,7 @@ from ..core.commands import run_main, redact_file, redact
 from ..difficulty.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
 from ..data.corpora import has_corpora
 from .crate import write_cards
-from ..generation.engine import answering, one_machine, vllm_settings
+from ..generation.engine import check_nodes, copies, vllm_arguments
 from ..difficulty.ask import ask_words
 from ..training.grpo import beside
 from ..generation.request import Sampling
@@ -411,7 +411,7 @@ def run(
     from doit.cmd_base import NamespaceTaskLoader
     from doit.doit_cmd import DoitMain
 
-    one_machine(profile)
+    check_nodes(profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
@@ -489,11 +489,25 @@ def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = 
 
 def _answers(profile: Profile) -> dict[str, str]:
     "On what models answer, and what their engine is told."
-    nodes, name = profile.nodes if profile.engine == "ray" and profile.nodes else 1, answering(profile)
-    how = vllm_settings(profile) if name == "vllm" else {"dtype": profile.dtype, "batch_size": profile.batch_size} if name == "transformers" else {"concurrency": profile.concurrency}
-    copies = f", {profile.copies} cop{'ies' if profile.copies > 1 else 'y'} of the model on {profile.together} each" if profile.gpus and name != "openai" else ""
-    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}{copies}" if profile.gpus else "CPU" + f", {profile.copies} copies of the model" * (profile.copies > 1)
-    return {"hardware": hardware, "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+    nodes, name = profile.nodes if profile.engine == "ray" and profile.nodes else 1, profile.engine_name
+    shared = profile.tensor_parallel or int(profile.gpus == 1)  # 0: known when the model is
+    how: dict = {"concurrency": profile.concurrency}
+    if name == "transformers":
+        how = {"dtype": profile.dtype, "batch_size": profile.batch_size}
+    elif name == "vllm":
+        how = vllm_arguments(profile, shared) | ({} if shared or not profile.gpus else {"tensor_parallel_size": "(as few as hold the model)"})
+    hardware = f"{nodes} node{'s' * (nodes > 1)} of {profile.gpus} GPU{'s' * (profile.gpus > 1)}" if profile.gpus else "CPU"
+    return {"hardware": hardware + ("" if name == "openai" else _copies(profile, shared)), "engine": f"{name}{' on Ray' * (profile.engine == 'ray')}: " + " ".join(f"{key}={value}" for key, value in how.items())}
+
+
+def _copies(profile: Profile, shared: int) -> str:
+    "How many copies of a model answer, as the end of a phrase."
+    if not profile.gpus:
+        return f", {copies(profile)} copies of the model" * (copies(profile) > 1)
+    if not shared:
+        return ", copies of the model on as few GPUs each as hold it"
+    count = copies(profile, shared)
+    return f", {count} cop{'ies' if count > 1 else 'y'} of the model on {shared} each"
 
 
 def _trains(recipe: Recipe, profile: Profile) -> dict[str, str]:
@@ -509,7 +523,7 @@ def dry_run(
     profile: Profile,  # what is to run, and how
 ) -> Iterator[str]:
     "What a run would do, as text, a step at a time."
-    one_machine(profile)
+    check_nodes(profile)
     for step, reason in forecast(profile).items():
         said = _outline(step, profile)
         yield f"{step.name}\n  state     {reason or 'done'}\n" + "".join(

@@ -103,7 +103,10 @@ def _check_record(path: Path, name: str) -> Finding:
         return Finding(name, "not recorded", "an early version wrote it, without a seal") if early else Finding(name, "changed", "its seal does not hold")
     if path.name != "rollout.json":
         return Finding(name, "fits")
-    config = Rollout(path.parent, rollout_record(path.parent)).config
+    try:
+        config = Rollout(path.parent, rollout_record(path.parent)).config
+    except UserError as error:  # another version's
+        return Finding(name, "changed", str(error).removesuffix("."))
     if config.fingerprint != path.parent.name:
         return Finding(name, "changed", f"it describes the rollout {config.fingerprint}, and the folder is another's")
     return Finding(name, "fits")

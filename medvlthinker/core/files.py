@@ -14,10 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # %% ../../nbs/core/00_files.ipynb #3ede1c3b
-def sanitize(
-    text,
-    max_length: int = 300,
-) -> str:
+def sanitize(text, max_length: int = 300) -> str:
     "One printable line: what steers a terminal is escaped, a long text loses its middle."
     text = str(text)
     if len(text) > max_length:
@@ -42,53 +39,40 @@ _NOTEBOOKS = (
     "nbconvert", "plotly", "kaleido", "pypandoc", "bs4", "mlcroissant", "rocrate")
 EXTRAS = {  # module -> the extra of this package that brings it
     "torch": "torch", "torchvision": "torch", "trl": "train", "peft": "train",
-    "accelerate": "train", "vllm": "vllm", "verl": "verl", "ray": "ray",
+    "accelerate": "torch", "vllm": "vllm", "verl": "verl", "ray": "ray",
     **dict.fromkeys(_NOTEBOOKS, "notebooks")}
-_TITLES = {"torch": "PyTorch", "trl": "TRL", "vllm": "vLLM", "ray": "Ray", "pypandoc": "pandoc",
-           "bs4": "Beautiful Soup"}
 
 
-def missing_package_error(
-    *modules: str,  # keys of `EXTRAS`, or modules in them
-    instead: str = "",  # what works without them, such as "use engine=transformers"
-) -> UserError:
-    "The sentence for modules that are not installed."
+def missing_package_error(*modules: str, instead: str = "") -> UserError:
+    "The sentence for modules in `EXTRAS` that are not installed, with what works without them."
     tops = [module.partition(".")[0] for module in modules]
-    names = " and ".join(_TITLES.get(top, top) for top in tops)
-    are = "are" if len(tops) > 1 else "is"
+    names = f"{' and '.join(tops)} {'are' if len(tops) > 1 else 'is'} not installed"
     extras = ",".join(dict.fromkeys(EXTRAS[top] for top in tops))
     full = " full" if {"vllm", "verl", "ray"} & {*tops} else ""
     ways = f"pip install 'medvlthinker[{extras}]' (in a checkout ./reproduce.sh setup{full})"
-    return UserError(f"{names} {are} not installed; {ways}{f', or {instead}' if instead else ''}.")
+    return UserError(f"{names}; {ways}{f', or {instead}' if instead else ''}.")
 
 # %% ../../nbs/core/00_files.ipynb #f2f64dcd
-def require_package(
-    *modules: str,  # keys of `EXTRAS`
-    instead: str = "",  # what works without them
-) -> None:
-    "`UserError` where one of these modules is not installed."
-    found = lambda module: module in sys.modules or importlib.util.find_spec(module)
-    if missing := [module for module in modules if not found(module)]:
+def require_package(*modules: str, instead: str = "") -> None:
+    "`UserError` where one of these modules in `EXTRAS` is not installed."
+    missing = [module for module in modules
+               if module not in sys.modules and not importlib.util.find_spec(module)]
+    if missing:
         raise missing_package_error(*missing, instead=instead)
 
 # %% ../../nbs/core/00_files.ipynb #0a8c5d94
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
-def write_error(
-    error: OSError,
-    what="A file",  # what was being written
-) -> UserError:
-    "The sentence for a disk that takes no more; any other error is raised again."
+def write_error(error: OSError, what="A file") -> UserError:
+    "The sentence for a disk that takes no more of something; any other error is raised again."
     if error.errno not in _NO_ROOM:
         raise error
     return UserError(f"{what} cannot be written ({error.strerror}); what was finished before is "
                      "kept. Make room or set MEDVLTHINKER_HOME, and run again.")
 
 # %% ../../nbs/core/00_files.ipynb #f8f0eac8
-def is_alive(
-    pid: int | str,
-) -> bool:
+def is_alive(pid: int | str) -> bool:
     "Does a process of this number run on this machine? One that waits to be reaped does not."
     try:
         os.kill(int(pid), 0)
@@ -102,21 +86,18 @@ def is_alive(
 
 # %% ../../nbs/core/00_files.ipynb #0ada4ca1
 @contextlib.contextmanager
-def atomic_write(
-    path,  # parent folders are made
-    mode: str = "w",  # "w" for text (UTF-8), "wb" for bytes
-):
+def atomic_write(path, mode: str = "w"):  # or "wb" for bytes
     "A file to write, which gets its name when the block ends well; a full disk is a `UserError`."
     path, binary = Path(path), "b" in mode
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     # half a character, as a server may send it, is written as \ud800, which JSON reads back
-    text: dict = {} if binary else {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
+    text: dict = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for torn in path.parent.glob(glob.escape(f".{path.name}.{platform.node()}.") + "*.part"):
             if not is_alive(torn.name.split(".")[-2]):
                 torn.unlink(missing_ok=True)
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, **({} if binary else text)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -128,18 +109,14 @@ def atomic_write(
             temporary.unlink()
 
 # %% ../../nbs/core/00_files.ipynb #f62d6924
-def file_hash(
-    path,
-) -> str:
+def file_hash(path) -> str:
     "SHA-256 of a file's bytes, in hexadecimal."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/core/00_files.ipynb #9d7497b7
-def fingerprint(
-    value,  # anything that JSON can hold
-) -> str:
-    "Sixteen hexadecimal digits that name a value; the order of keys does not matter."
+def fingerprint(value) -> str:
+    "Sixteen hexadecimal digits that name a value of JSON; the order of keys does not matter."
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -188,18 +165,14 @@ def peak_memory() -> dict[str, float]:
 FORMAT = 1  # of the records that this version writes and reads
 
 
-def record_text(
-    record: dict,
-) -> str:
+def record_text(record: dict) -> str:
     "A record as the text of its file, with its format and, as `seal`, a checksum of the rest."
     record = json.loads(json.dumps({"format": FORMAT, **record}))
     return json.dumps({**record, "seal": fingerprint(record)}, indent=1, ensure_ascii=False)
 
 # %% ../../nbs/core/00_files.ipynb #3f6ff30d
-def verify_checksum(
-    text: str,  # of a record's file
-) -> bool:
-    "Is every byte of a record as it was written?"
+def verify_checksum(text: str) -> bool:
+    "Is every byte of a record's file as it was written?"
     try:
         record = json.loads(text)
         sealed = isinstance(record, dict) and record.pop("seal", None) is not None
@@ -208,16 +181,12 @@ def verify_checksum(
         return False
 
 # %% ../../nbs/core/00_files.ipynb #b26b87db
-def record_path(
-    path,  # of a file or a folder
-) -> Path:
-    "Where its record lies."
+def record_path(path) -> Path:
+    "Where the record of a file or folder lies."
     return Path(path).with_name(Path(path).name + ".manifest.json")
 
 # %% ../../nbs/core/00_files.ipynb #9f00a1b3
-def read_record(
-    path,  # of the record itself
-) -> dict:
+def read_record(path) -> dict:  # of the record itself
     "A record; `UserError` where a newer version wrote it, ValueError where it cannot be read."
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -232,24 +201,17 @@ def read_record(
     return record
 
 # %% ../../nbs/core/00_files.ipynb #118df7c9
-def read_json(
-    path,
-) -> dict:
+def read_json(path) -> dict:
     "A JSON object; empty where there is none that can be read."
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(Path(path).read_text(encoding="utf-8")), dict):
+            return found
+    return {}
 
 # %% ../../nbs/core/00_files.ipynb #ea83c27e
 @contextlib.contextmanager
-def write_record(
-    path,  # what is made: a file or a folder
-    inputs: dict,  # what it is made from: values, or checksums of files
-    beside: Iterable = (),  # further files that are made with it
-):
-    "Make a file or folder in the block; its record follows. Yields a dict for further facts."
+def write_record(path, inputs: dict, beside: Iterable = ()):  # further files that are made
+    "Make a file or folder of `inputs` in the block; its record follows. Yields a dict for facts."
     path, start, facts = Path(path), time.monotonic(), {}
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -267,11 +229,8 @@ def write_record(
         file.write(record_text(record))
 
 # %% ../../nbs/core/00_files.ipynb #ea4b9668
-def stale_reason(
-    path,  # a file or folder that may have been made before
-    inputs: dict,  # what it would be made from now
-) -> str:
-    "Why it must be made again; empty where it need not."
+def stale_reason(path, inputs: dict) -> str:
+    "Why a file or folder must be made (again) of these inputs; empty where it need not."
     path = Path(path)
     try:
         old = read_record(record_path(path))["inputs"]

@@ -28,7 +28,7 @@ from ..core.stats import wilson
 # %% ../../nbs/data/17_overlap.ipynb #e2c93916
 IMAGE_LEVELS = ("image bytes", "image pixels", "image")
 LEVELS = ("question", "question and image", *IMAGE_LEVELS, "figure id", "patient id", "article id")
-LEAKS = LEVELS[:-1]  # what counts as a leak unless a caller says otherwise
+LEAKS = LEVELS[:-1]  # what counts as a leak
 COLUMNS = ["train_name", "train_index", "test_name", "test_index", "level", "similarity"]
 
 # %% ../../nbs/data/17_overlap.ipynb #e448d949
@@ -275,10 +275,8 @@ class SampleIndex:
             yield from ((row, level, 1.0) for row in self._identifiers.get((level, name), ()))
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba3
-def overlap(
-    corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2,
-):  # -> pandas.DataFrame with `COLUMNS`, the strongest pairs of each level first
-    "All pairs of a training and a test item, each read once, that are the same at some level."
+def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
+    "A DataFrame of all training and test items that are the same at some level, strongest first."
     import pandas
 
     test = list(test)
@@ -327,25 +325,18 @@ def stored_pairs(path, sample_files: Iterable, show=print):  # -> pandas.DataFra
     return read_csv(path)
 
 # %% ../../nbs/data/17_overlap.ipynb #9f539955
-def _at_levels(pairs, levels: Sequence[str]):
-    "The pairs of these levels; `UserError` for a level that does not exist."
-    if unknown := set(levels) - set(LEVELS):
-        wrong, known = (", ".join(sorted(names)) for names in (unknown, LEVELS))
-        raise UserError(f"No overlap level {wrong}; known are {known}.")
-    return pairs[pairs["level"].isin(levels)]
+def _leaks(pairs):
+    return pairs[pairs["level"].isin(LEAKS)]
 
 
-def overlap_matrix(
-    pairs, sizes: dict[str, int] | None = None,  # items of each test set; adds sets without a pair
-    levels: Sequence[str] = LEAKS,
-):  # -> pandas.DataFrame, one row for each training and test set
-    "How many distinct test items each training set repeats, by level."
+def overlap_matrix(pairs, sizes: dict[str, int] | None = None):  # adds sets without a pair
+    "A DataFrame: how many distinct test items each training set repeats, by level."
     import pandas
 
     keys = ["train_name", "test_name"]
     table = pairs.groupby([*keys, "level"])["test_index"].nunique().unstack()
     table = table.reindex(columns=list(LEVELS))
-    table["any leak"] = _at_levels(pairs, levels).groupby(keys)["test_index"].nunique()
+    table["any leak"] = _leaks(pairs).groupby(keys)["test_index"].nunique()
     if sizes:
         rows = itertools.product(dict.fromkeys(pairs["train_name"]), sizes)
         table = table.reindex(pandas.MultiIndex.from_tuples(rows, names=keys))
@@ -353,29 +344,24 @@ def overlap_matrix(
     return table.fillna(0).astype(int)
 
 # %% ../../nbs/data/17_overlap.ipynb #30c629e1
-def overlapping_questions(pairs, corpus: str, levels: Sequence[str] = LEAKS) -> set[int]:
+def overlapping_questions(pairs, corpus: str) -> set[int]:
     "The questions of a training corpus that stand in a test set, by their `dataset_index`."
-    leaks = _at_levels(pairs, levels)
+    leaks = _leaks(pairs)
     return set(leaks.loc[leaks["train_name"] == corpus, "train_index"].tolist())
 
 # %% ../../nbs/data/17_overlap.ipynb #8d9b1e1c
-def without_overlap(
-    samples: Iterable[Sample], pairs, levels: Sequence[str] = LEAKS,
-) -> Iterator[Sample]:
+def without_overlap(samples: Iterable[Sample], pairs) -> Iterator[Sample]:
     "The test samples that no training item repeats."
-    leaks = _at_levels(pairs, levels)
+    leaks = _leaks(pairs)
     keys = set(zip(leaks["test_name"], leaks["test_index"]))
     return (s for s in samples if (s.dataset_name, s.dataset_index) not in keys)
 
 # %% ../../nbs/data/17_overlap.ipynb #4fb15bce
-def accuracy_by_overlap(
-    grades,  # a pandas.DataFrame with dataset, index and correct, one row a test item
-    pairs, levels: Sequence[str] = LEAKS,
-):  # -> pandas.DataFrame: dataset, items, n, accuracy, low, high
+def accuracy_by_overlap(grades, pairs):  # a test item a row: dataset, index, correct
     "Accuracy on all items of each test set, on those without overlap and on the overlapping ones."
     import pandas
 
-    leaks, rows = _at_levels(pairs, levels), []
+    leaks, rows = _leaks(pairs), []
     keys = pandas.MultiIndex.from_frame(leaks[["test_name", "test_index"]])
     for name, own in grades.groupby("dataset", sort=False):
         is_leak = pandas.MultiIndex.from_frame(own[["dataset", "index"]]).isin(keys)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to_rgb', 'image_problem', 'normalize_images',
-           'InvalidRow', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples', 'open_parquet',
-           'SampleFile', 'read_samples', 'store_samples']
+           'InvalidRow', 'json_kind', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples',
+           'open_parquet', 'SampleFile', 'read_samples', 'store_samples']
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
@@ -168,30 +168,40 @@ class InvalidRow(UserError):
         self.filtered = filtered
         super().__init__(f"{self.row}, {self.field}: {self.reason}")
 
+# %% ../../nbs/data/10_sample.ipynb #17c0d001
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
+          str: "a text", bytes: "bytes", list: "a list", dict: "an object"}
+
+
+def json_kind(value) -> str:
+    "What a value is, in the words of JSON."
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _from_json(value):
+    "The value of a text that is JSON; what is no text is a value already."
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON: {value[:40]!r}") from None
+
 # %% ../../nbs/data/10_sample.ipynb #dc930de8
 def parse_options(value) -> dict[str, str]:
     "The options of a dict or of its JSON, as {letter: text}; else ValueError with the reason."
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"not JSON: {value[:40]!r}") from None
+    value = _from_json(value)
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not a mapping of letters to texts")
+        raise ValueError(f"{json_kind(value)}, not a mapping of letters to texts")
     options = {str(letter): text for letter, text in value.items() if text is not None}
-    if list(options) != list(string.ascii_uppercase[:len(options)]):
-        raise ValueError(f"lettered {', '.join(options)}, not A, B, C ...")
-    if len(options) < 2:
-        raise ValueError(f"{len(options)} of them; a choice needs two")
+    if len(options) < 2 or list(options) != list(string.ascii_uppercase[:len(options)]):
+        raise ValueError(f"lettered {', '.join(options)}, not A, B and so on")
     for letter, text in options.items():
         if not isinstance(text, str):
             raise ValueError(f"option {letter} is {text!r}, not a text")
-        text.encode()  # half a character cannot be stored
     return options
 
 # %% ../../nbs/data/10_sample.ipynb #82520ddc
-def image_bytes(value) -> bytes:
-    "Bytes, the {bytes, path} of a data file or a PIL image as an encoded image; else ValueError."
+def image_bytes(value, read: Callable | None = None) -> bytes:
+    "Bytes, {bytes, path}, a PIL image or a name that `read` knows, as a file; else ValueError."
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray)):
@@ -200,50 +210,45 @@ def image_bytes(value) -> bytes:
         file = io.BytesIO()
         value.save(file, "PNG")
         return file.getvalue()
-    if isinstance(value, str):
+    if not value or isinstance(value, str) and not value.strip():
+        raise ValueError("there is no image")
+    if not isinstance(value, str):
+        raise ValueError(f"no image: {value!r}")
+    if not read:
         raise ValueError(f"the data holds only the path {value!r} of it, which is not followed")
-    raise ValueError("there is no image" if value is None else f"no image: {value!r}")
+    return read(value)
 
 # %% ../../nbs/data/10_sample.ipynb #c8d7e6f5
 def _text(value) -> str | None:
     if not isinstance(value, str | None):
         raise ValueError(f"{value!r} is not a text")
-    (value or "").encode()  # half a character cannot be stored
     return value
 
 
-def _images(value) -> tuple[bytes, ...]:
-    values = () if value is None else value
-    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
-        raise ValueError(f"of type {type(values).__name__}, not a list of images")
-    return tuple(map(image_bytes, values))
-
-
 def _index(value) -> int:
-    try:
-        index = int(value or 0)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{value!r} is no whole number") from None
-    if abs(index) >= 1 << 63:
-        raise ValueError(f"{value!r} is beyond 64 bits")
-    return index
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if abs(index := int(value or 0)) < 1 << 63:
+            return index
+    raise ValueError(f"{value!r} is no whole number of 64 bits")
 
 
 def _misc(value) -> dict | None:
-    try:
-        misc = json.loads(value) if isinstance(value, str) else value
-        text = json.dumps(misc, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"{value!r} is not JSON") from None
-    text.encode()
+    misc = _from_json(value)
     if not isinstance(misc, dict | None):
-        raise ValueError(f"{value!r} is no JSON object")
+        raise ValueError(f"{json_kind(misc)}, not an object")
     return misc
+
+
+def _images(values, read: Callable | None) -> tuple[bytes, ...]:
+    values = () if values is None else values
+    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{json_kind(values)}, where a list of images should be")
+    return tuple(image_bytes(value, read) for value in values)
 
 # %% ../../nbs/data/10_sample.ipynb #2d5b8e16
 _FIELDS: dict[str, Callable] = {  # column of the published sets: what makes a field from it
-    "images": _images, "question": _text, "options": parse_options, "answer_label": _text,
-    "answer": lambda value: _text(None if value is None else str(value)), "reasoning": _text,
+    "question": _text, "options": parse_options, "answer_label": _text,
+    "answer": lambda value: None if value is None else str(value), "reasoning": _text,
     "dataset_name": lambda value: _text(value) or "", "dataset_index": _index, "hash": _text,
     "misc": _misc}
 
@@ -267,22 +272,25 @@ def from_row(
     row: dict,  # columns of the unified format; unknown columns are ignored
     where: str = "row",  # how a message names this row
     look: bool = True,  # decode and normalize the images
-    names: Iterable = (), fit: Callable | None = None,  # for `normalize_images`
+    read: Callable | None = None,  # from an image's name to its bytes
+    fit: Callable | None = None,  # as for `normalize_images`
     field: str = "images",  # what the source calls its images, for the message
 ) -> Sample:
     "A checked `Sample`; `InvalidRow` names the field and the reason."
     name, found = "", {}
     try:
-        for name, read in _FIELDS.items():
-            found[name] = read(row.get(name))
+        for name, convert in _FIELDS.items():
+            found[name] = convert(row.get(name))
+            json.dumps(found[name], ensure_ascii=False).encode()
         _check_answer(found, where)
         name = field
-        if look:
-            images, misc = normalize_images(found["images"], found["misc"], names, fit)
+        found["images"] = _images(row.get("images"), read)
+        if look and found["images"]:
+            images, misc = normalize_images(found["images"], found["misc"], row["images"], fit)
             found |= {"images": images, "misc": misc}
     except UnicodeEncodeError:
         raise InvalidRow(where, name, "holds half a character, which no file can store") from None
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         raise InvalidRow(where, name, str(error)) from None
     return Sample(**found)
 
@@ -296,7 +304,7 @@ def to_row(sample: Sample) -> dict:
 
 # %% ../../nbs/data/10_sample.ipynb #54dda6af
 PARQUET_OPTIONS = {
-    "compression": {name: "zstd" for name in _FIELDS if name != "images"},
+    "compression": dict.fromkeys(_FIELDS, "zstd"),
     "use_dictionary": ["dataset_name", "answer_label"],
     "write_statistics": ["dataset_name", "dataset_index"],
     "write_page_checksum": True}
@@ -308,8 +316,8 @@ def write_samples(samples: Iterable[Sample], path) -> None:
     from pyarrow import Table
     from pyarrow.parquet import ParquetWriter
 
-    special = {"images": List(Image()), "dataset_index": Value("int64")}
-    schema = Features(dict.fromkeys(_FIELDS, Value("string")) | special).arrow_schema
+    features = {"images": List(Image()), **dict.fromkeys(_FIELDS, Value("string"))}
+    schema = Features({**features, "dataset_index": Value("int64")}).arrow_schema
     rows = map(to_row, samples)
     with (atomic_write(path, "wb") as file,
           ParquetWriter(file, schema, **PARQUET_OPTIONS) as writer):
@@ -319,7 +327,7 @@ def write_samples(samples: Iterable[Sample], path) -> None:
 # %% ../../nbs/data/10_sample.ipynb #0fa1b2c3
 @contextlib.contextmanager
 def open_parquet(path):
-    "A `pyarrow.parquet.ParquetFile`, which is not read ahead; `UserError` for a damaged one."
+    "A `pyarrow.parquet.ParquetFile`, which is not read ahead; `UserError` where it is none."
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -332,8 +340,8 @@ def open_parquet(path):
                         "first.") from None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         words = " ".join(str(error).split())[:80]
-        raise UserError(f"{path} is not a readable parquet file ({words}); delete it and run "
-                        "the data notebook again.") from None
+        raise UserError(f"{path} is not a readable parquet file ({words}); delete it, and make "
+                        "or get it again.") from None
 
 # %% ../../nbs/data/10_sample.ipynb #c48c58c7
 class SampleFile(Sequence):
@@ -381,31 +389,25 @@ def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
         if isinstance(item, Sample):
             facts["samples"] += 1
             mended = (item.misc or {}).get("mended")
-            mended = mended if isinstance(mended, list) else []  # a source may call anything so
-            facts["mended"].update(map(str, filter(None, mended)))
+            if isinstance(mended, list):  # a source may call anything so
+                facts["mended"].update(map(str, filter(None, mended)))
             yield item
-            continue
-        facts["left_out" if item.filtered else "broken"] += 1
-        if not item.filtered:
-            facts["first_broken"] = facts["first_broken"] or str(item)
-        rejected.write(json.dumps(vars(item)) + "\n")  # ASCII, for a broken row may hold anything
+        else:
+            facts["left_out" if item.filtered else "broken"] += 1
+            facts["first_broken"] = facts["first_broken"] or (None if item.filtered else str(item))
+            rejected.write(json.dumps(vars(item)) + "\n")  # ASCII: a broken row may hold anything
 
 # %% ../../nbs/data/10_sample.ipynb #e2c70b61
 def _check_counts(path: Path, max_rejected: int) -> None:
     "`UserError` where too many rows were broken, or none is left."
     facts, rejected = read_json(record_path(path)), path.with_suffix(".rejected.jsonl")
-    counts: list = [facts.get(name) for name in ("samples", "left_out", "broken")]
-    if not all(isinstance(count, int) for count in counts):
-        raise UserError(f"{record_path(path)} does not say how many samples there are; delete it, "
-                        "and the same command makes them again.")
-    samples, left_out, broken = counts
-    if broken > max_rejected:
-        raise UserError(f"{broken} rows of {path.name} are broken, first "
-                        f"{facts.get('first_broken')}; all are listed in {rejected}. Mend them, "
-                        f"or allow them with max_rejected={broken}.")
-    if not samples:
-        raise UserError(f"{path.name} holds no sample: {left_out} rows were left out by rule, "
-                        f"see {rejected}.")
+    if (broken := facts["broken"]) > max_rejected:
+        raise UserError(f"{broken} rows of {path.name} are broken, first {facts['first_broken']}; "
+                        f"all are listed in {rejected}. Mend them, or allow them with "
+                        f"max_rejected={broken}.")
+    if not facts["samples"]:
+        raise UserError(f"{path.name} holds no sample: {facts['left_out']} rows were left out by "
+                        f"rule, see {rejected}.")
 
 # %% ../../nbs/data/10_sample.ipynb #189fbe39
 def store_samples(path, rows: Callable, inputs: dict, max_rejected: int = 0) -> SampleFile:

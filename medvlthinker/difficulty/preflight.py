@@ -14,7 +14,7 @@ from ..core.files import UserError, require_package
 from ..core.commands import run_main
 from ..core.plots import series_style
 from .profile import Profile, Workspace, load_profile, parse_words
-from ..generation.model import check_chat_template, pixel_limits, resolve_model, resolve_revision
+from ..generation.model import check_chat_template, pixel_limits, prompt_format, resolve_model, resolve_revision
 from ..data.prompt import user_text
 from .ask import question_sets
 from ..data.sample import FORMATS, Sample, image_problem
@@ -212,7 +212,6 @@ def open_processor(
 def preflight(
     profile: Profile,  # how much to run, and on what hardware
     model: str,  # `tiny`, a recipe's name, a folder, or a hub id
-    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
     max_prompt_length: int = 2048,  # the paper's value in RL; 0 for none
     max_model_len: int = 0,  # 0 for what the model's configuration says
     show=print,  # takes each sentence
@@ -223,10 +222,11 @@ def preflight(
     processor, limits = open_processor(resolve_model(model, Workspace(profile.name).checkpoints), profile.max_pixels)
     limits |= {"max_prompt_length": max_prompt_length, "max_tokens": profile.max_tokens}
     limits |= {"max_model_len": max_model_len} if max_model_len else {}
+    instructions = {"corpus": "trained", "benchmark": prompt_format(model, profile.instruction)[0]}
     reports = []
     for kind in ("corpus", "benchmark"):
         for name, samples in question_sets(profile, kind):
-            found = findings(lengths(samples, processor, instruction), f"{kind} {name}", limits, training=kind == "corpus")  # two sets are called pmc_vqa
+            found = findings(lengths(samples, processor, instructions[kind]), f"{kind} {name}", limits, training=kind == "corpus")  # two sets are called pmc_vqa
             reports.append(found.assign(name=name, model=model, kind=kind))
             for sentence in found.sentence:
                 show(sentence)
@@ -234,18 +234,18 @@ def preflight(
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #4a2a7fbb
 def main(
-    words: list[str],  # [profile] model=NAME [key=value ...]; instruction, max_prompt_length and max_model_len too
+    words: list[str],  # [profile] model=NAME [key=value ...]; max_prompt_length and max_model_len too
 ):
     "The command line of the preflight."
     import pandas as pd
 
     name, given = parse_words(words)
-    model, instruction = given.pop("model", None), given.pop("instruction", "trained")
+    model = given.pop("model", None)
     own = {key: given.pop(key) for key in ("max_prompt_length", "max_model_len") if key in given}
     if bad := [key for key, value in own.items() if not value.isdecimal()]:
         raise UserError(f"{bad[0]} wants a whole number of tokens, not {own[bad[0]]!r}.")
     profile, limits = load_profile(name, **given), {key: int(value) for key, value in own.items()}
-    reports = [preflight(profile, each, instruction, **limits) for each in ([model] if model else profile.models)]
+    reports = [preflight(profile, each, **limits) for each in ([model] if model else profile.models)]
     report, path = pd.concat(reports, ignore_index=True), Workspace(profile.name).results / "preflight.csv"
     write_csv(report, path)
     if (stops := report[report.refused]).empty:

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'generation_config', 'ignored_settings', 'batches', 'TransformersEngine', 'too_long_error', 'prefetch',
-           'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies', 'check_hardware', 'engine_version',
-           'Engine', 'open_engine']
+           'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies', 'check_nodes', 'check_gpus',
+           'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import contextlib, functools, importlib.metadata, itertools, json, operator, os, queue, re, socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..core.files import UserError, require_package
 from medvlthinker.generation.model import (
@@ -147,7 +148,7 @@ def too_long_error(
 def prefetch(
     requests: Iterable[Request | None],  # None: there is nothing at this moment
     ahead: int = 64,
-) -> Iterator[tuple[Request, list[dict] | dict] | None]:
+) -> Iterator[tuple[Request, Any] | None]:
     "Each request with its chat, whose images a thread decodes while the caller works."
     with ThreadPoolExecutor(1) as pool:
         waiting: deque = deque()
@@ -218,9 +219,9 @@ class VllmEngine:
                 held = sum(request.sampling.n for request in waiting.values())
                 if more and held < self.queue:
                     part = list(itertools.islice(source, self.step))
-                    more, part = len(part) == self.step, [each for each in part if each]
-                    waiting |= self._add(part)
-                    if part:
+                    more, found = len(part) == self.step, [each for each in part if each]
+                    waiting |= self._add(found)
+                    if found:
                         continue  # a step takes time, and meanwhile nothing would be added
                 for output in engine.step():
                     if output.finished:
@@ -235,7 +236,7 @@ class VllmEngine:
             if waiting:
                 engine.abort_request(list(waiting))
 
-    def _add(self, part: list[tuple[Request, list[dict] | dict]]) -> dict[str, Request]:
+    def _add(self, part: list[tuple[Request, Any]]) -> dict[str, Request]:
         "Queue some requests; each under vLLM's name for it."
         from vllm.exceptions import VLLMClientError
 
@@ -252,7 +253,7 @@ class VllmEngine:
         # vLLM appends a random word to the names that its outputs carry
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
-    def _enqueue(self, part: list[tuple[Request, list[dict] | dict]]) -> list[str]:
+    def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
         from vllm import SamplingParams
 
         params = [SamplingParams(n=request.sampling.n, temperature=request.sampling.temperature,
@@ -316,7 +317,7 @@ class _Worker:
 @dataclass
 class _Running:
     "A worker as the driver sees it."
-    worker: object
+    worker: Any  # a handle of Ray
     owed: dict = field(default_factory=dict)  # (rollout, place) -> request
     more: bool = True  # it has not been told that there is nothing more
     deaths: int = 0  # without an answer in between
@@ -439,16 +440,18 @@ def copies(
     nodes = max(1, settings.nodes) if settings.engine == "ray" else 1
     return settings.data_parallel or max(1, settings.gpus * nodes // tensor_parallel)
 
-# %% ../../nbs/generation/24_engine.ipynb #b7d41bb8
-def check_hardware(settings: Hardware) -> None:
-    "`UserError` where an engine is asked for more machines or GPUs than there are."
-    if settings.engine not in ("transformers", "vllm"):
-        return
-    if settings.nodes > 1:
+# %% ../../nbs/generation/24_engine.ipynb #47275c37
+def check_nodes(settings: Hardware) -> None:
+    "`UserError` where an engine is asked for more machines than it can use."
+    if settings.engine in ("transformers", "vllm") and settings.nodes > 1:
         raise UserError(f"The engine {settings.engine} works on one machine; "
                         f"nodes={settings.nodes} needs engine=ray (with ray_address=auto on a "
                         "running cluster).")
-    if settings.gpus:
+
+
+def check_gpus(settings: Hardware) -> None:
+    "`UserError` where this machine has fewer GPUs than an engine on it is to use."
+    if settings.engine in ("transformers", "vllm") and settings.gpus:
         import torch
 
         if (here := torch.cuda.device_count()) < settings.gpus:
@@ -457,7 +460,7 @@ def check_hardware(settings: Hardware) -> None:
                             "engine=transformers.")
 
 # %% ../../nbs/generation/24_engine.ipynb #02201dd6
-ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 def engine_version(
@@ -483,7 +486,7 @@ class Engine:
         self.instruction, self.dialect = prompt_format(settings.model, settings.instruction)
         self.version = engine_version(settings.engine_name)
         self.batch_size = settings.batch_size if settings.engine_name == "transformers" else 1
-        self._loaded = None
+        self._loaded: Any = None
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, in any order."
@@ -499,7 +502,8 @@ class Engine:
         settings = self.settings
         if settings.engine_name == "openai":
             return ServerEngine(replace(settings, model=self.model))
-        check_hardware(settings)
+        check_nodes(settings)
+        check_gpus(settings)
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)
@@ -514,3 +518,23 @@ class Engine:
 def open_engine(settings: EngineSettings) -> Engine:
     "An engine for one model; `UserError` for a model or an engine that there is not."
     return Engine(settings)
+
+# %% ../../nbs/generation/24_engine.ipynb #d1a4bb43
+class FunctionEngine:
+    "An engine whose answers come from a function."
+    weights, revision, instruction, dialect, batch_size = "", "", "trained", "chat", 1
+    dropped: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        answer: Callable[[Request], list[Completion]],
+        model: str = "function",  # the name under which its answers stand
+        version: str = "1",  # of the function: another one makes another rollout
+    ):
+        self.function, self.version = answer, version
+        self.settings = EngineSettings(model=model, engine="function", dtype="")
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+        "Each request with what the function gives for it."
+        for request in requests:
+            yield request, self.function(request)

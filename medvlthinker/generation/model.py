@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_model', 'resolve_revision', 'model_fingerprint',
-           'download_model', 'only_safetensors', 'weight_files', 'check_weights', 'unloadable_error',
-           'check_chat_template', 'weight_bytes', 'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
+           'download_model', 'weight_files', 'unloadable_error', 'check_weights', 'check_chat_template', 'weight_bytes',
+           'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
 import hashlib, os, re, shutil, subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import UserError, read_json, require_package, write_error
 from ..data.prompt import DIALECTS
-from .request import EngineSettings, Hardware
+from .request import Hardware
 
 # %% ../../nbs/generation/22_model.ipynb #98b9b99b
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Baseline:
     tensor_parallel: int = 1
     note: str = ""
 
-
-_BIG = {"data_parallel": 2, "tensor_parallel": 4}
-_AZURE = {"engine": "openai", "data_parallel": 4, "note": "through Azure, API 2024-12-01-preview"}
+# %% ../../nbs/generation/22_model.ipynb #a829e8db
+_BIG: dict = {"data_parallel": 2, "tensor_parallel": 4}
+_AZURE: dict = {"engine": "openai", "data_parallel": 4,
+                "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
     "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3", **_BIG),
@@ -145,7 +146,7 @@ def _hash_blocks(path: Path, digest) -> None:
             file.seek(start)
             digest.update(file.read(_BLOCK))
 
-
+# %% ../../nbs/generation/22_model.ipynb #fa445e5b
 def model_fingerprint(
     model: str | Path,  # what `resolve_model` returned
     revision: str = "",  # of a hub id, where it is known already
@@ -193,61 +194,50 @@ def download_model(
         raise UserError(f"{model} changed on the hub during the download; run again.")
     return folder
 
-# %% ../../nbs/generation/22_model.ipynb #3426c001
-def only_safetensors(
-    folder: str | Path,
-) -> None:
-    "`UserError` for a folder without weights as safetensors."
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        return
-    kinds = ("bin", "pt", "pth", "ckpt", "pkl")
-    others = sorted(path.name for kind in kinds for path in folder.glob(f"*.{kind}"))
-    pickle = (f"; {others[0]} is a pickle, which can run code when it is read, and is not opened"
-              if others else "")
-    raise UserError(f"{folder} holds no weights (*.safetensors){pickle}; name a folder written by "
-                    "save_pretrained.")
-
 # %% ../../nbs/generation/22_model.ipynb #d14a2f62
 def weight_files(
     folder: str | Path,
 ) -> list[Path]:
-    "The files that hold a model's weights; `UserError` where one of them is not there."
-    only_safetensors(folder)
-    index = read_json(Path(folder, "model.safetensors.index.json"))
-    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
-    files = [Path(folder, name) for name in names]
-    if not index and not files[0].is_file():
-        return sorted(Path(folder).glob("*.safetensors"))
+    "The files that hold a model's weights; `UserError` where they are not there, or pickles."
+    folder = Path(folder)
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+    files = [folder / name for name in sorted({*index.values()})] or [folder / "model.safetensors"]
+    files = files if index or files[0].is_file() else sorted(folder.glob("*.safetensors"))
     if absent := [path.name for path in files if not path.is_file()]:
         raise UserError(f"{folder} lacks {len(absent)} of {len(files)} weight files, {absent[0]} "
                         "first; download or copy the model again.")
-    return files
+    if files:
+        return files
+    kinds = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
+    pickle = f"; {others[0]} is a pickle and is not opened" if others else ""
+    raise UserError(f"{folder} holds no weights (*.safetensors){pickle}; name a folder written by "
+                    "save_pretrained.")
 
 # %% ../../nbs/generation/22_model.ipynb #8180c391
-def _same_weights(places: list[tuple[Path, str]]) -> bool:
+def _same_weights(
+    one: str,
+    other: str,
+    files: dict,  # a weight's name -> its file
+) -> bool:
     "Are two stored tensors equal?"
+    import torch
     from safetensors import safe_open
 
-    (path, name), (other_path, other) = places
-    with safe_open(path, "pt") as file, safe_open(other_path, "pt") as other_file:
-        left, right = file.get_slice(name), other_file.get_slice(other)
-        rows, width = left.get_shape()
-        if right.get_shape() != [rows, width]:
-            return False
-        step = max(1, _BLOCK // width)
-        starts = range(0, rows, step)
-        return all(bool((left[i:i + step] == right[i:i + step]).all()) for i in starts)
+    with safe_open(files[one], "pt") as file, safe_open(files[other], "pt") as second:
+        return torch.equal(file.get_tensor(one), second.get_tensor(other))
 
-
+# %% ../../nbs/generation/22_model.ipynb #620a97e6
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
+    tied: bool,  # what transformers takes where config.json says nothing
 ) -> list[str]:  # names of stored heads that repeat the embedding
     "`UserError` where config.json and file contradict each other about the head."
     config = read_json(folder / "config.json")
     parts = (config, config.get("text_config") or {})
     said = {part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part}
+    said = said or {tied}
     heads = [name for name in stored if name.endswith("lm_head.weight")]
     embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
     if said == {True, False} and not heads:
@@ -256,7 +246,7 @@ def _check_head(
                         "or copy the model again.")
     if True not in said or not len(heads) == len(embeddings) == 1:
         return []
-    if not _same_weights([(stored[name], name) for name in (heads[0], embeddings[0])]):
+    if not _same_weights(heads[0], embeddings[0], stored):
         raise UserError(f"{folder} says tie_word_embeddings=true and holds {heads[0]}, which is "
                         "not its embedding; set tie_word_embeddings to false in config.json and in "
                         "its text_config, or take the head out.")
@@ -276,9 +266,9 @@ def _empty_model(folder: Path):
     except Exception:  # an architecture that is not known, or needs a package, or code of its own
         return None
 
-
-def _loading_report(net, stored: dict) -> dict[str, list]:
-    "What transformers says on weights of these names and shapes: missing, unexpected, mismatched."
+# %% ../../nbs/generation/22_model.ipynb #6ec3f606
+def _loading_report(net, stored: dict) -> dict[str, list] | None:
+    "What transformers says of weights with these names and shapes; None where it stops."
     import torch
     from safetensors import safe_open
     from transformers.utils import logging
@@ -295,16 +285,39 @@ def _loading_report(net, stored: dict) -> dict[str, list]:
         found = type(net).from_pretrained(
             None, config=net.config, state_dict=tensors, device_map={"": "meta"},
             output_loading_info=True, ignore_mismatched_sizes=True)[1]
+    except Exception:  # loading stops in the same place, with a sentence of its own
+        return None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
     return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
 
-# %% ../../nbs/generation/22_model.ipynb #52e53f27
+# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
+def unloadable_error(
+    model: str | Path,
+    error: Exception,  # what its library said
+) -> UserError:
+    "The sentence for a model that does not load: none, damaged, or too large."
+    words = " ".join(str(error).split())[:300]
+    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
+                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
+                     "dtype=bfloat16.")
+
+# %% ../../nbs/generation/22_model.ipynb #0fd148b8
 _WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
 
 
+def _misfit_error(folder: Path, report: dict[str, list], stored: dict) -> UserError:
+    "The sentence for weights that do not fit: some of each kind, and how many there are."
+    parts = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)})"
+             for kind, names in report.items() if names]
+    left = [prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in stored)]
+    hint = f" Their names begin with {left[0]}, which a wrapper has left." if left else ""
+    return UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
+                     f"{hint} Save or copy the model again.")
+
+# %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(
     folder: str | Path,  # a model
 ) -> None:
@@ -318,36 +331,19 @@ def check_weights(
                 stored |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise unloadable_error(path, error) from None
-    heads = _check_head(folder, stored)
-    if "quantization_config" in read_json(folder / "config.json"):
-        return  # its weights have names and shapes of their own
-    if (net := _empty_model(folder)) is None:
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    if quantized or (net := _empty_model(folder)) is None:
+        return  # what transformers cannot build here, it cannot judge
+    tied = bool(getattr(net.config, "tie_word_embeddings", False))
+    repeated = _check_head(folder, stored, tied)
+    needed = {name: path for name, path in stored.items() if not tied or name not in repeated}
+    if (report := _loading_report(net, needed)) is None:
         return
-    if getattr(net.config, "tie_word_embeddings", False):
-        stored = {name: path for name, path in stored.items() if name not in heads}
-    report = _loading_report(net, stored)
     # a layer that the config does not count is wrong; what has no place at all may be left over
     places = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
-    extra = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
-    if not report["missing"] and not report["mismatched"] and not extra:
-        return
-    words = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)})"
-             for kind, names in report.items() if names]
-    prefix = next((word for word in _WRAPPERS if any(name.startswith(word) for name in stored)), "")
-    hint = f" Their names begin with {prefix}, which a wrapper has left." if prefix else ""
-    raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(words)}."
-                    f"{hint} Save or copy the model again.")
-
-# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
-def unloadable_error(
-    model: str | Path,
-    error: Exception,  # what its library said
-) -> UserError:
-    "The sentence for a model that does not load: none, damaged, or too large."
-    words = " ".join(str(error).split())[:300]
-    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
-                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
-                     "dtype=bfloat16.")
+    layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
+    if report["missing"] or report["mismatched"] or layers:
+        raise _misfit_error(folder, report, stored)
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -386,7 +382,7 @@ def _gpu_bytes() -> int:
     sizes = [int(line) * 2**20 for line in done.stdout.split() if line.isdecimal()]
     return min(sizes, default=80 * 10**9)
 
-
+# %% ../../nbs/generation/22_model.ipynb #46555893
 def _can_share(config, gpus: int) -> bool:
     "Can this many GPUs share the heads of a model?"
     parts = [config.get_text_config(), getattr(config, "vision_config", None)]
@@ -397,44 +393,47 @@ def _can_share(config, gpus: int) -> bool:
     return divide and (pairs % gpus == 0 or gpus % pairs == 0)
 
 
-def _cache_bytes(config, tokens: int, gpus: int, width: int) -> int:
-    "What the keys and values of this many tokens take on each of the GPUs that share a model."
+def _cache_bytes(config, settings: Hardware, gpus: int) -> int:
+    "Keys and values of one sequence of full length, on each of the GPUs that share a model."
     text = config.get_text_config()
+    tokens = max(settings.max_model_len or text.max_position_embeddings, 32_768)
     pairs = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return tokens * text.num_hidden_layers * 2 * -(-pairs // gpus) * size * width
+    kept = -(-pairs // gpus)  # at least one on each
+    return tokens * text.num_hidden_layers * 2 * kept * size * _WIDTH[settings.dtype]
 
 # %% ../../nbs/generation/22_model.ipynb #c5b6b1db
+_SPARE = 4 * 2**30  # activations
+
+
 def tensor_parallel_size(
     folder: str | Path,
     settings: Hardware,
-    gpu_bytes: int | None = None,  # of one GPU; None asks this machine
+    gpu_bytes: int | None = None,  # memory of one GPU; None asks this machine
 ) -> int:
     "GPUs that share a copy of a model; `UserError` where they cannot, or do not hold it."
+    fixed = settings.tensor_parallel
     if settings.engine_name != "vllm" or not settings.gpus:
         return 1
-    net = _empty_model(Path(folder))
-    if net is None:
-        return settings.tensor_parallel or 1
-    if (fixed := settings.tensor_parallel) and not _can_share(net.config, fixed):
+    if (net := _empty_model(Path(folder))) is None:
+        return fixed or 1
+    if fixed and not _can_share(net.config, fixed):
         raise UserError(f"tensor_parallel={fixed} does not divide the heads of {folder}; set it to "
                         "0 for the fewest GPUs that hold the model.")
+    if fixed:
+        return fixed
     everywhere = settings.gpus * (max(1, settings.nodes) if settings.engine == "ray" else 1)
     most = max(1, min(settings.gpus, everywhere // max(1, settings.data_parallel)))
     sizes = [size for size in range(1, most + 1) if _can_share(net.config, size)]
-    width, weights = _WIDTH[settings.dtype], weight_bytes(folder, settings.dtype)
-    room = (gpu_bytes or _gpu_bytes()) * (settings.gpu_memory_utilization or 0.9)
-    longest = settings.max_model_len or net.config.get_text_config().max_position_embeddings
-    tokens = max(longest, 32_768)
-    needs = {size: weights / size + _cache_bytes(net.config, tokens, size, width) + 2**32
-             for size in sizes}
-    if fixed:
-        return fixed
-    if weights / sizes[-1] > room:
+    weights = weight_bytes(folder, settings.dtype)
+    memory = (gpu_bytes or _gpu_bytes()) * (settings.gpu_memory_utilization or 0.9)
+    if weights / sizes[-1] > memory:
         raise UserError(f"The model {folder} takes {weights / 2**30:,.1f} GiB in {settings.dtype}, "
-                        f"and {sizes[-1]} GPUs with {room / 2**30:,.1f} GiB each do not hold it; "
+                        f"and {sizes[-1]} GPUs with {memory / 2**30:,.1f} GiB each do not hold it; "
                         "use more GPUs, dtype=bfloat16 or fewer copies (data_parallel).")
-    return next((size for size in sizes if needs[size] <= room), sizes[-1])
+    fits = [size for size in sizes
+            if weights / size + _cache_bytes(net.config, settings, size) + _SPARE <= memory]
+    return fits[0] if fits else sizes[-1]  # vLLM says how long a sequence may be
 
 # %% ../../nbs/generation/22_model.ipynb #b1d587f8
 def refuse_too_large(

@@ -7,6 +7,7 @@ __all__ = ['Hardware', 'EngineSettings', 'Sampling', 'Completion', 'Request']
 
 # %% ../../nbs/generation/21_request.ipynb #7c0c35c6
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..data.prompt import messages, raw_prompt
 from ..data.sample import Sample
@@ -86,7 +87,7 @@ class Request:
         "The question's seed; its k-th completion takes the k-th number from there on."
         return (self.sampling.seed << 32) + (self.index << 10)
 
-    def chat(self) -> list[dict] | dict:
+    def chat(self) -> Any:
         "Messages with decoded images; in a raw dialect {prompt, images}."
         if self.dialect == "chat":
             return messages(self.sample, self.instruction)

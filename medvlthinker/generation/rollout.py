@@ -9,9 +9,11 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
 import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.files import (
     UserError, atomic_write, environment_info, file_hash, fingerprint, peak_memory, read_record,
@@ -57,7 +59,7 @@ class RolloutConfig:
     instruction: str  # a name in prompt.INSTRUCTIONS
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
-    version: str  # of the engine's library
+    engine_version: str  # such as `transformers 5.10.4`
     dtype: str
     n: int
     temperature: float
@@ -85,7 +87,7 @@ def rollout_config(
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
-        dialect=engine.dialect, engine=settings.engine_name, version=engine.version,
+        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
@@ -194,27 +196,29 @@ class Rollout(Sequence):
         return row
 
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
+def _stored_record(folder: Path) -> dict:
+    "What rollout.json says; empty where it cannot be read, `UserError` where it is newer than us."
+    try:
+        return read_record(folder / "rollout.json")
+    except (OSError, ValueError):
+        return {}
+
+
 def rollout_record(
     folder,  # of one rollout
 ) -> dict:
     "What rollout.json says; `UserError` where there is none that can be read."
-    try:
-        record = read_record(Path(folder) / "rollout.json")
-        names = [field.name for field in dataclasses.fields(RolloutConfig)]
-        missing = [name for name in names if name not in record]
-    except (OSError, ValueError):
-        missing = ["rollout.json"]
-    if missing:
-        raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read "
-                        f"({', '.join(missing)}); name a folder with rollout.json and "
-                        "rollout.jsonl.")
+    record = _stored_record(Path(folder))
+    if any(field.name not in record for field in dataclasses.fields(RolloutConfig)):
+        raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a "
+                        "folder with rollout.json and rollout.jsonl.")
     return record
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #5e0f1c2a
 def load_rollout(
     folder,  # of one rollout
 ) -> Rollout:
-    "A finished rollout; `UserError` where questions are missing or the file has changed."
+    "A finished rollout; `UserError` where questions are missing or the file has another size."
     folder, record = Path(folder), rollout_record(folder)
     path = folder / "rollout.jsonl"
     if not record.get("finished"):
@@ -225,100 +229,82 @@ def load_rollout(
     return Rollout(folder, record)
 
 # %% ../../nbs/generation/25_rollout.ipynb #02efab17
-@dataclass(frozen=True)
-class _Line:
-    "Where a question's line stands in the file, and how its completions ended."
-    start: int
-    end: int
-    completions: int
-    length: int  # cut at max_tokens
-    empty: int
-    failed: int
-
-
-def _line(start: int, end: int, completions: list[dict]) -> _Line:
-    reasons = [each["finish_reason"] for each in completions]
-    empty = sum(not each["text"].strip() for each in completions) - reasons.count("failed")
-    return _Line(start, end, len(reasons), reasons.count("length"), empty, reasons.count("failed"))
-
-
 class _Writer:
     "A rollout that is being made; its folder is locked."
 
-    def __init__(self, job: "Job", config: RolloutConfig, folder: Path):
-        self.job, self.samples, self.config, self.folder = job, job.samples, config, folder
+    def __init__(self, job: "Job", config: RolloutConfig, folder: Path, lock):
+        self.job, self.config, self.folder, self.lock = job, config, folder, lock
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
-        self.lines: dict[int, _Line] = {}
-        self.before: dict = {}
-        with contextlib.suppress(UserError):
-            self.before = rollout_record(folder)
-        self._read()
+        self.before = _stored_record(folder)
+        self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
+        self.failed: set[int] = set()
         self.file = open(self.path, "ab+", buffering=0)
+        self._read()
+        self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
         self._record({key: self.before[key] for key in ("seconds",) if key in self.before})
 
     def _read(self) -> None:
-        "Find whole lines, and cut a torn one off."
-        at = whole = 0
-        with open(self.path, "ab+") as file:
+        "Find the whole lines; what follows a torn one stands on a line of its own."
+        at, line = 0, b"\n"
+        with open(self.file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             for line in file:
-                row, start, at = from_line(line), at, at + len(line)
-                if row is not None and row["index"] < len(self.samples):
-                    self.lines[row["index"]] = _line(start, at, row["completions"])
-                whole = at if line.endswith(b"\n") else whole
-            if whole < at:
-                file.truncate(whole)
-
-    def owed(self) -> set[int]:
-        "The places of questions without a whole answer."
-        whole = {index for index, line in self.lines.items() if not line.failed}
-        return set(range(len(self.samples))) - whole
+                if row := from_line(line):
+                    self.places[row["index"]] = at, len(line)
+                    is_failed = _endings(row["completions"])["failed"] > 0
+                    (self.failed.add if is_failed else self.failed.discard)(row["index"])
+                at += len(line)
+        if not line.endswith(b"\n"):
+            self._append(b"\n")
 
     def requests(self, number: int, engine) -> Iterator[Request]:
         "What is to be asked; questions that are computed together are asked together."
         unit = engine.batch_size
         window = unit * max(1, 128 // unit)  # read from the samples' file at once
-        owed = {index // unit for index in self.owed()}
-        for start in range(0, len(self.samples), window):
-            if owed.isdisjoint(range(start // unit, (start + window) // unit)):
+        units = {index // unit for index in self.owed}
+        for start in range(0, len(self.job.samples), window):
+            if units.isdisjoint(range(start // unit, (start + window) // unit)):
                 continue
-            for index, sample in enumerate(self.samples[start:start + window], start):
-                if index // unit in owed:
+            for index, sample in enumerate(self.job.samples[start:start + window], start):
+                if index // unit in units:
                     yield Request(sample, index, self.job.sampling, engine.instruction,
-                                  engine.dialect, number)
+                                  engine.dialect, number, retry=index in self.failed)
 
     def add(self, request: Request, completions: list[Completion]) -> bool:
         "Append the completions of a question that is owed; says whether it was."
-        if request.index in self.lines and not self.lines[request.index].failed:
+        if request.index not in self.owed:
             return False
         line = to_line(request.index, request.sample, completions)
-        try:
-            if (written := self.file.write(line)) < len(line):  # a disk that is nearly full
-                self.file.write(line[written:])
-        except OSError as error:
-            raise write_error(error, self.path) from None
-        end, rows = self.file.tell(), [completion.to_row() for completion in completions]
-        self.lines[request.index] = _line(end - len(line), end, rows)
+        self.places[request.index] = self._append(line), len(line)
+        self.owed.remove(request.index)
         return True
 
-    def finish(self, dropped: list[str]) -> dict:
+    def _append(self, data: bytes) -> int:
+        "Write at the end of the file; returns where that was."
+        try:
+            if (written := self.file.write(data)) < len(data):  # a disk that is nearly full
+                self.file.write(data[written:])
+        except OSError as error:
+            raise write_error(error, self.path) from None
+        return self.file.tell() - len(data)
+
+    def finish(self, dropped: Iterable[str] = ()) -> dict:
         "Put the lines in order, and write the record with counts, cost and checksum."
-        lines, file = [self.lines[index] for index in range(len(self.samples))], self.file.fileno()
-        ends = [0, *(line.end for line in lines)]
-        in_order = all(line.start == end for line, end in zip(lines, ends))
-        if not in_order or ends[-1] < os.fstat(file).st_size:
-            with atomic_write(self.path, "wb") as new:
-                for line in lines:
-                    new.write(os.pread(file, line.end - line.start, line.start))
-        else:
-            os.fsync(file)
-        total = {key: sum(getattr(line, key) for line in lines)
-                 for key in ("completions", "length", "empty", "failed")}
+        total, digest, size = Counter(), hashlib.sha256(), 0
+        with atomic_write(self.path, "wb") as new:
+            for index in range(len(self.job.samples)):
+                start, length = self.places[index]
+                line = os.pread(self.file.fileno(), length, start)
+                if (row := from_line(line)) is None:
+                    raise UserError(f"{self.path} was changed while it was written; run again.")
+                total.update(_endings(row["completions"]))
+                digest.update(line)
+                size += new.write(line)
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
         return self._record({
-            "rows": len(lines), **total, **({"dropped_parameters": dropped} if dropped else {}),
-            "seconds": round(seconds, 3), **peak_memory(), "bytes": self.path.stat().st_size,
-            "sha256": file_hash(self.path), "finished": _now()})
+            "rows": len(self.places), **total, "dropped_parameters": [*dropped],
+            "seconds": round(seconds, 3), **peak_memory(), "bytes": size,
+            "sha256": digest.hexdigest(), "finished": _now()})
 
     def _record(self, facts: dict) -> dict:
         started = self.before.get("started") or _now()
@@ -326,6 +312,19 @@ class _Writer:
         with atomic_write(self.folder / "rollout.json") as file:
             file.write(record_text(record))
         return record
+
+    def close(self) -> None:
+        "Let others work on the rollout."
+        self.file.close()
+        self.lock.release()
+
+
+def _endings(completions: list[dict]) -> dict[str, int]:
+    "How many completions there are, and how many were cut, said nothing, or failed."
+    reasons = Counter(each["finish_reason"] for each in completions)
+    blank = sum(not each["text"].strip() for each in completions)
+    return {"completions": len(completions), "length": reasons["length"],
+            "empty": blank - reasons["failed"], "failed": reasons["failed"]}
 
 
 def _now() -> str:
@@ -340,6 +339,12 @@ class _Bar:
 
         self.show, self.tokens = show, 0
         self.bar = tqdm(total=total, unit=" questions", file=self, mininterval=2, ncols=80)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
 
     def write(self, text: str) -> None:
         if text.strip() and "  0%|" not in text:  # nothing done yet is no news
@@ -391,12 +396,9 @@ def generate_all(
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
     todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
             if not _is_finished(folder)}
-    while todo:
-        busy = _make(todo, engine, show)
-        if busy:
-            with file_lock(busy[0], show):
-                pass
-        todo = {folder: todo[folder] for folder in busy if not _is_finished(folder)}
+    while busy := _make(todo, engine, show):
+        with file_lock(busy[0], show):
+            todo = {folder: todo[folder] for folder in busy}
     return [load_rollout(folder) for folder in folders]
 
 
@@ -404,7 +406,6 @@ def _make(todo: dict[Path, tuple], engine, show: Callable) -> list[Path]:
     "Make these rollouts in one stream; returns those that another process is making."
     writers: list[_Writer] = []
     busy: list[Path] = []
-    bar = _Bar(sum(len(job.samples) for job, _ in todo.values()), show)
 
     def requests() -> Iterator[Request]:
         for folder, (job, config) in todo.items():
@@ -412,27 +413,40 @@ def _make(todo: dict[Path, tuple], engine, show: Callable) -> list[Path]:
                 busy.append(folder)
                 continue
             stack.callback(lock.release)
-            writers.append(writer := _Writer(job, config, folder))
-            stack.callback(writer.file.close)
-            bar.skip(len(job.samples) - len(writer.owed()))
+            if _is_finished(folder):  # by another process, in the meantime
+                lock.release()
+                continue
+            writers.append(writer := _Writer(job, config, folder, lock))
+            stack.callback(writer.close)
+            bar.skip(len(job.samples) - len(writer.owed))
+            if not writer.owed:  # a kill came between the last answer and the record
+                finish(writer)
             yield from writer.requests(len(writers) - 1, engine)
 
+    def finish(writer: _Writer) -> None:
+        show(ending(writer.finish(engine.dropped), writer.folder.parent.name))
+        writer.close()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(bar.bar.close)
+        bar = stack.enter_context(_Bar(sum(len(job.samples) for job, _ in todo.values()), show))
         stream = requests()
         if first := next(stream, None):  # else nothing is owed, and no model is loaded
             for request, completions in engine.answer(itertools.chain([first], stream)):
-                if writers[request.rollout].add(request, completions):
+                writer = writers[request.rollout]
+                if writer.add(request, completions):
                     bar.add(completions)
-        bar.bar.close()
-        for writer in writers:
-            show(ending(writer.finish(engine.dropped), writer.folder.parent.name))
+                    if not writer.owed:
+                        finish(writer)
     return busy
 
 
 def _is_finished(folder: Path) -> bool:
+    "Is nothing of this rollout owed, and its file whole?"
+    if not _stored_record(folder).get("finished"):
+        return False
     with contextlib.suppress(UserError):
-        return not load_rollout(folder).record["failed"]
+        rollout = load_rollout(folder)
+        return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
     return False
 
 
@@ -447,8 +461,8 @@ def generate(
     return generate_all([Job(samples, sampling, folder)], engine, show)[0]
 
 # %% ../../nbs/generation/25_rollout.ipynb #17015000
-def _published_row(where: str, line) -> dict:
-    "A line of eval_results.jsonl as a row; `InvalidRow` where it is none."
+def _published_row(where: str, line) -> tuple[dict, Any]:
+    "A line of eval_results.jsonl as a row, and its right letter; `InvalidRow` where it is none."
     if not isinstance(line, dict):
         raise InvalidRow(where, "line", f"a {type(line).__name__}, not an object")
     for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
@@ -459,8 +473,9 @@ def _published_row(where: str, line) -> dict:
     if any(not isinstance(text, str | None) for text in texts):
         raise InvalidRow(where, "output_text", "neither a text nor empty")
     ends = {"finish_reason": "unknown", "tokens": 0}
-    return {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
-            "completions": [{"text": text or "", **ends} for text in texts]}
+    row = {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
+           "completions": [{"text": text or "", **ends} for text in texts]}
+    return row, line.get("answer_label")
 
 
 def read_eval_results(
@@ -474,8 +489,8 @@ def read_eval_results(
         try:
             if isinstance(line, InvalidRow):
                 raise line
-            row = _published_row(where, line)
-            index, label = row["dataset_index"], line.get("answer_label")
+            row, label = _published_row(where, line)
+            index = row["dataset_index"]
             if (first := seen.setdefault(index, where)) != where:
                 raise InvalidRow(where, "dataset_index", f"{index} stands in {first} already; keep "
                                  "one of them")

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['server_address', 'api_key', 'fit_size', 'image_uri', 'request_messages', 'request_body', 'drop_refused_parameter',
-           'part_text', 'read_choice', 'count_tokens', 'read_answer', 'embedded_status', 'actual_status',
-           'message_text', 'error_text', 'permanent_error', 'Budget', 'ServerHealth', 'served_models',
-           'answer_concurrently', 'ServerEngine']
+           'part_text', 'read_choice', 'count_tokens', 'read_answer', 'actual_status', 'error_text', 'permanent_error',
+           'Budget', 'ServerHealth', 'served_models', 'answer_concurrently', 'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
-import asyncio, base64, concurrent.futures, functools, io, json, math, os, re
+import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ from ..core.commands import redact
 from ..core.files import UserError, sanitize
 from ..data.prompt import user_text
 from ..data.sample import to_rgb
-from .request import Completion, EngineSettings, Request, Sampling
+from .request import Completion, EngineSettings, Request
 
 # %% ../../nbs/generation/23_server.ipynb #d2df1de4
 def server_address(base_url: str) -> str:
@@ -55,11 +54,11 @@ def fit_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     sides = [round(side / 28) * 28 for side in (width, height)]
     if not max_pixels or max(width * height, math.prod(sides)) <= max_pixels:
         return width, height
-    scale = math.sqrt(max_pixels / (width * height))
-    if math.prod(sides) > max_pixels or 0 in sides:
-        sides = [int(side * scale / 28) * 28 for side in (width, height)]
-    if 0 in sides:  # a narrow strip
-        sides = [max(1, int(side * scale)) for side in (width, height)]
+    factor = math.sqrt(width * height / max_pixels)
+    if math.prod(sides) > max_pixels:
+        sides = [max(28, int(side / factor / 28) * 28) for side in (width, height)]
+    if math.prod(sides) > max_pixels or 0 in sides:  # a narrow strip
+        sides = [max(1, int(side / factor)) for side in (width, height)]
     return sides[0], sides[1]
 
 # %% ../../nbs/generation/23_server.ipynb #3bbec8d9
@@ -71,14 +70,14 @@ def image_uri(data: bytes, max_pixels: int = 0) -> str:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        kind, size = image.format or "", image.size
+        kind, (width, height) = image.format or "", image.size
         plain = image.mode in ("RGB", "L", "P") and not image.has_transparency_data
         still = not getattr(image, "is_animated", False)
         upright = image.getexif().get(0x112, 1) == 1
-    fits = fit_size(*size, max_pixels) == size
+    fits = fit_size(width, height, max_pixels) == (width, height)
     if not (kind in _SENT_AS_THEY_ARE and plain and still and upright and fits):
         picture, kind, file = to_rgb(data), "PNG", io.BytesIO()
-        size = fit_size(*picture.size, max_pixels)
+        size = fit_size(picture.width, picture.height, max_pixels)
         picture.resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
         data = file.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
@@ -93,16 +92,14 @@ def request_messages(request: Request, max_pixels: int = 0) -> list[dict]:
 
 # %% ../../nbs/generation/23_server.ipynb #eba676d3
 def request_body(
-    model: str,  # as the server calls it
-    messages: list[dict],  # of `request_messages`
-    request: Request,
+    model: str, messages: list[dict], request: Request,
     found: int = 0,  # completions that are there already
     refused: frozenset = frozenset(),  # names of parameters
 ) -> dict:
     "What is posted to get the completions that are missing."
     sampling, count = request.sampling, request.sampling.n - found
     limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
-    values = {} if "max_completion_tokens" in refused else {limit: sampling.max_tokens}
+    values: dict = {} if "max_completion_tokens" in refused else {limit: sampling.max_tokens}
     values |= {"temperature": sampling.temperature, "top_p": sampling.top_p,
                "seed": request.seed + found, **({"n": count} if count > 1 else {})}
     kept = {name: value for name, value in values.items() if name not in refused}
@@ -111,17 +108,13 @@ def request_body(
 # %% ../../nbs/generation/23_server.ipynb #eed55a0c
 _OWN_DEFAULTS = ("vllm", "sglang")  # these servers take defaults from the model's folder
 _TOO_LONG = re.compile(
-    r"context (length|window|size)|max_model_len|max_seq_len|too (long|large|many)|exceed", re.I)
+    r"context (length|window|size)|max(imum)?[_ ](model|seq|sequence|total)[_ ](len|tokens)", re.I)
 _NOT_KNOWN = re.compile(
     r"max_completion_tokens|not (supported|permitted)|un(supported|known|recogni|expected)", re.I)
 
 
-def drop_refused_parameter(
-    body: dict,  # of the request
-    reason: str,  # what the server said
-    owner: str = "",  # who signs the server's list of models
-) -> str:
-    "The parameter that the request can do without; empty where there is none."
+def drop_refused_parameter(body: dict, reason: str, owner: str = "") -> str:
+    "The parameter that a request can do without; empty where there is none. Owner: `vllm` or so."
     names, limits = set(re.findall(r"\w+", reason)), {"max_tokens", "max_completion_tokens"}
     if _TOO_LONG.search(reason) and owner == "vllm" and limits & body.keys():
         return "max_completion_tokens"
@@ -195,22 +188,8 @@ def read_answer(body) -> list[Completion]:
 # %% ../../nbs/generation/23_server.ipynb #63e2a9c5
 _NO_CREDIT = re.compile(
     r"insufficient[ _](quota|credit|fund|balance)|(no|out of) credit|credit balance is too", re.I)
-_STATUS = {"invalid_request_error": 400, "context_length_exceeded": 400, "invalid_api_key": 401,
-           "authentication_error": 401, "permission_error": 403, "not_found_error": 404,
-           "rate_limit_error": 429, "rate_limit_exceeded": 429}
 
 
-def embedded_status(error) -> int:
-    "The HTTP status that an `error` in an answer names; 500 where it names none."
-    fields = error if isinstance(error, dict) else {}
-    for value in (str(fields.get(key)) for key in ("code", "status", "status_code", "type")):
-        if value.isdecimal() and 400 <= int(value) < 600:
-            return int(value)
-        if value in _STATUS:
-            return _STATUS[value]
-    return 500
-
-# %% ../../nbs/generation/23_server.ipynb #8b3d5e20
 def actual_status(status: int, body) -> tuple[int, str]:
     "The HTTP status that an answer should have had; and what an answer lacks that holds nothing."
     if status < 300:
@@ -221,38 +200,26 @@ def actual_status(status: int, body) -> tuple[int, str]:
             error = body.get("error") if isinstance(body, dict) else None
             if not error:
                 return 502, str(problem)
-            status = embedded_status(error)
+            code = str(error.get("code", error.get("status")) if isinstance(error, dict) else "")
+            status = int(code) if code.isdecimal() and 400 <= int(code) < 600 else 500
     return (402 if _NO_CREDIT.search(json.dumps(body)) else status), ""
 
 # %% ../../nbs/generation/23_server.ipynb #554f69bd
-def message_text(body) -> str:
-    "The words in the body of an error, whatever its form."
+def error_text(error: Exception, key: str = "") -> str:
+    "What went wrong, in one line of at most 300 characters and without the key."
+    body, cause = getattr(error, "body", None), f"{error.__cause__ or ''}"
+    said = body
     if isinstance(body, dict):
-        keys = ("code", "loc", "message", "msg", "detail", "error", "param")
-        return ": ".join(message_text(body[key]) for key in keys if body.get(key))
-    if isinstance(body, list):
-        return ", ".join(message_text(each) for each in body)
-    return re.sub(r"</?[A-Za-z!][^>]*>", " ", str(body or ""))
-
-# %% ../../nbs/generation/23_server.ipynb #ad52e1c7
-def error_text(error: Exception, key: str = "", max_length: int = 300) -> str:
-    "What went wrong, in one line and without the key."
+        said = body.get("message") or body.get("detail") or body
+    if said and (status := getattr(error, "status_code", None)):
+        said = f"{status}: " + re.sub(r"</?[A-Za-z!][^>]*>", " ", str(said))
     reason = getattr(getattr(error, "response", None), "extensions", {}).get("reason")
-    said = reason or message_text(getattr(error, "body", None))
-    status, cause = getattr(error, "status_code", None), error.__cause__
-    if said and status and not reason and not said.startswith(str(status)):
-        said = f"{status}: {said}"
-    if not said:
-        said = f"{error}{f' ({cause})' if cause and str(cause) else ''}" or type(error).__name__
-    line = " ".join(redact(said.replace(key, "***") if key else said).split())
-    return sanitize(line, max_length)
+    said = str(reason or said or error or type(error).__name__) + (f" ({cause})" if cause else "")
+    return sanitize(" ".join(redact(said.replace(key or "\0", "***")).split()))
 
 # %% ../../nbs/generation/23_server.ipynb #b846a872
 def permanent_error(
-    status: int,
-    reason: str,  # of `error_text`
-    address: str,
-    model: str,  # as the server calls it
+    status: int, reason: str, address: str, model: str,
     served: tuple[str, ...] = (),  # models that the server lists
 ) -> str:
     "The sentence that ends the run; empty where only this question has failed."
@@ -262,13 +229,11 @@ def permanent_error(
     if status == 402:
         return (f"The account at {address} has no credit left ({reason}); what was answered is "
                 "kept, and the same command goes on from there.")
-    if status == 404 and served:
-        others = " and others" if len(served) > 12 else ""
-        return f"{address} has no model {model!r}; it has {', '.join(served[:12])}{others}."
-    if status == 404:
-        return (f"{address} does not know the model {model!r} or has nothing at this address "
-                f"({reason}); most servers need a base_url that ends in /v1.")
-    return ""
+    if status != 404:
+        return ""
+    others = f"{', '.join(served[:12])}{' and others' if len(served) > 12 else ''}"
+    return f"{address} has no model {model!r}; " + (
+        f"it has {others}." if served else f"it says: {reason} (most addresses end in /v1).")
 
 # %% ../../nbs/generation/23_server.ipynb #66ff1425
 @dataclass
@@ -297,28 +262,21 @@ class ServerHealth:
     "How a server has answered up to now."
     answered: int = 0  # questions
     failed: int = 0  # questions in a row
-    refused: int = 0  # questions
     reason: str = ""  # of the last failure
 
     def stop_reason(self, concurrency: int) -> str:
         "Why it is of no use to go on, in a sentence; empty while it is."
-        if not self.answered and self.refused >= concurrency:
-            return (f"The server refused the first {self.refused} questions, the last with: "
-                    f"{self.reason}; change what it refuses, then run again.")
-        if self.failed >= 3 * concurrency:
-            return (f"{self.failed} questions in a row were not answered, the last one because of "
-                    f"this: {self.reason}; what was answered is kept, run again to go on.")
-        return ""
+        if self.failed < (3 * concurrency if self.answered else max(3, concurrency)):
+            return ""
+        which = f"{self.failed} questions in a row" if self.answered else "The first questions"
+        return (f"{which} were not answered, the last one because of this: {self.reason}; what was "
+                "answered is kept, run again to go on.")
 
 # %% ../../nbs/generation/23_server.ipynb #8c744b95
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def served_models(
-    address: str,
-    key: str = "",
-    timeout: float = 30.0,  # seconds
-) -> tuple[tuple[str, ...], str]:
+def served_models(address: str, key: str = "", timeout: float = 30) -> tuple[tuple[str, ...], str]:
     "The models that a server lists and who signs the list; `UserError` where nobody answers."
     import openai
 
@@ -390,8 +348,8 @@ class ServerEngine:
         "Each request as soon as it is answered; before a `UserError` all that was answered."
         from anyio.from_thread import start_blocking_portal
 
-        client, concurrency = _client(self, *self.served), max(1, self.settings.concurrency)
-        ask = functools.partial(_ask, self, client)
+        _, client = self.served, _client(self)
+        ask, concurrency = functools.partial(_ask, self, client), max(1, self.settings.concurrency)
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
             yield from answer_concurrently(portal, ask, requests, concurrency)
 
@@ -399,56 +357,73 @@ class ServerEngine:
         "Nothing is open between two calls of `answer`."
 
 # %% ../../nbs/generation/23_server.ipynb #1ea4da90
-def _client(engine: ServerEngine, served: tuple[str, ...], owner: str):
+def _client(engine: ServerEngine):
     "The official client, with the budget before each request and the check after each answer."
     import openai
 
+    budget = engine.budget
+
     async def check_budget(request):
-        if reason := engine.budget.limit_reached():
+        if reason := budget.limit_reached():
             raise openai.OpenAIError(reason)
-        engine.budget.requests += 1
+        budget.requests += 1
 
     async def check_answer(response):
         await response.aread()
-        body, tokens = _json(response.text), engine.budget.tokens
-        engine.budget.tokens += count_tokens(body)[1]
+        body = redact(response.text)  # a server may repeat the key
+        with contextlib.suppress(ValueError, RecursionError):
+            body = json.loads(body)
         response.status_code, reason = actual_status(response.status_code, body)
-        response.extensions["reason"] = reason
-        engine.budget.uncounted += response.status_code == 200 and tokens == engine.budget.tokens
+        response.extensions |= {"body": body, "reason": reason}
+        tokens = count_tokens(body)[1]
+        budget.tokens, budget.uncounted = budget.tokens + tokens, budget.uncounted + (
+            response.status_code == 200 and not tokens)
 
     hooks = {"request": [check_budget], "response": [check_answer]}
     return openai.AsyncOpenAI(
         base_url=engine.address, api_key=engine.key or "none", timeout=engine.seconds,
         max_retries=5, http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks))
 
+# %% ../../nbs/generation/23_server.ipynb #d46a0b97
+async def _complete(engine: ServerEngine, client, request: Request, messages: list, found: int):
+    import anyio, openai
 
-def _json(text: str):
-    "The server's JSON without the key, which a server may repeat; the text itself if it is none."
-    try:
-        return json.loads(redact(text))
-    except (ValueError, RecursionError):
-        return redact(text)
+    refused, owner = engine.refused, engine.served[1]
+    extra = _NEUTRAL if owner in _OWN_DEFAULTS else {}
+    while True:
+        body = request_body(engine.settings.model, messages, request, found, refused)
+        try:
+            with anyio.fail_after(engine.seconds and 3 * engine.seconds):
+                create = client.chat.completions.with_raw_response.create
+                raw = await create(**body, extra_body=extra)
+            break
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            reason = str(error.body).replace("\\n", " ")
+            name = drop_refused_parameter(body, reason, owner)
+            if not name or name in refused:
+                raise
+            refused |= {name}
+    before, engine.refused = engine.dropped, engine.refused | refused - {"max_completion_tokens"}
+    if new := engine.dropped - before:
+        print(f"{engine.address} refuses {' and '.join(sorted(new))}; it is asked without, and the "
+              "rollout's record says so.")
+    return read_answer(raw.http_response.extensions["body"])
 
 # %% ../../nbs/generation/23_server.ipynb #c888c0fd
 async def _ask(engine: ServerEngine, client, request: Request) -> list[Completion]:
-    "The completions of one question; those that the server failed to give are marked."
     import openai
 
-    _check_may_ask(engine, request)
-    found, refused, (_, owner) = [], frozenset(), engine.served
-    n, model = request.sampling.n, engine.settings.model
+    if request.dialect != "chat":
+        raise UserError("A server applies its model's own chat template, so the dialect "
+                        f"{request.dialect} cannot be asked there; use engine=vllm or "
+                        "engine=transformers.")
+    if reason := engine.health.stop_reason(max(1, engine.settings.concurrency)):
+        raise UserError(reason)
+    found, n = [], request.sampling.n
     try:
         messages = await asyncio.to_thread(request_messages, request, engine.settings.max_pixels)
         while len(found) < n:
-            body = request_body(model, messages, request, len(found), refused | engine.refused)
-            try:
-                found += await _post(engine, client, body)
-                _remember(engine, refused)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                reason = error_text(error, engine.key, 2000)
-                if not (name := drop_refused_parameter(body, reason, owner)):
-                    raise
-                refused |= {name}
+            found += await _complete(engine, client, request, messages, len(found))
         engine.health.answered, engine.health.failed = engine.health.answered + 1, 0
     except (openai.OpenAIError, OSError, ValueError) as error:
         reason, permanent = _judge(engine, request, error)
@@ -457,48 +432,18 @@ async def _ask(engine: ServerEngine, client, request: Request) -> list[Completio
         found += [Completion("", "failed", 0, reason)] * (n - len(found))
     return found[:n]
 
-# %% ../../nbs/generation/23_server.ipynb #59e8f1c2
-def _check_may_ask(engine: ServerEngine, request: Request) -> None:
-    "`UserError` where this question cannot be asked of a server, or no question should be."
-    if request.dialect != "chat":
-        raise UserError("A server applies its model's own chat template, so the dialect "
-                        f"{request.dialect} cannot be asked there; use engine=vllm or "
-                        "engine=transformers.")
-    if reason := engine.health.stop_reason(max(1, engine.settings.concurrency)):
-        raise UserError(reason)
-
-# %% ../../nbs/generation/23_server.ipynb #d46a0b97
-async def _post(engine: ServerEngine, client, body: dict) -> list[Completion]:
-    "The completions of one request, which the client repeats where that helps."
-    import anyio
-
-    extra = _NEUTRAL if engine.served[1] in _OWN_DEFAULTS else {}
-    with anyio.fail_after(engine.seconds and 3 * engine.seconds):
-        create = client.chat.completions.with_raw_response.create
-        return read_answer(_json((await create(**body, extra_body=extra)).text))
-
-# %% ../../nbs/generation/23_server.ipynb #f2c9178a
-def _remember(engine: ServerEngine, refused: frozenset) -> None:
-    "Leave these parameters out from now on, and say so where this changes the sampling."
-    before = engine.dropped
-    engine.refused |= refused - {"max_completion_tokens"}  # that was about one question
-    if new := engine.dropped - before:
-        print(f"{engine.address} refuses {' and '.join(sorted(new))}; it is asked without, and the "
-              "rollout's record says so.")
-
 # %% ../../nbs/generation/23_server.ipynb #6b0d93ce
 def _judge(engine: ServerEngine, request: Request, error: Exception) -> tuple[str, bool]:
-    "Why a question failed, in a line; and whether all others would fail too."
+    import openai
+
+    if not isinstance(error, openai.APIError) and isinstance(error, openai.OpenAIError):
+        return str(error), True  # of the budget
     reason, status = error_text(error, engine.key), getattr(error, "status_code", 0)
-    if type(error).__name__ == "OpenAIError":  # of the budget
-        return str(error), True
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
     model, served = engine.settings.model, engine.served[0]
     if sentence := permanent_error(status, reason, engine.address, model, served):
         return sentence, True
-    refused, health = status in (400, 413, 422), engine.health
-    health.reason = reason
-    health.refused += refused and not request.retry
-    health.failed += not (refused and request.retry)
+    engine.health.reason = reason
+    engine.health.failed += not (request.retry and status in (400, 413, 422))
     return reason, False

@@ -405,10 +405,10 @@ def make_tiny_model(
     show: Callable = print,  # gets progress, one line at a time
 ) -> Path:
     "A trained tiny Qwen2.5-VL, made unless it is there; `UserError` where anything else is."
+    require_package("torch", "torchvision")
     folder, card = Path(folder), _make_card(seed, steps)
     if read_json(folder / CARD) == card:
         return folder
-    require_package("torch", "torchvision")
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
     def write(part: Path) -> None:

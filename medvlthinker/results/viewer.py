@@ -7,7 +7,7 @@ __all__ = ['VERDICTS', 'SCRIPT', 'STYLE', 'Entry', 'visible', 'readings', 'State
            'rollout_of', 'stored', 'data_uri', 'entry_html', 'browse', 'island', 'spread', 'page_data', 'write_page']
 
 # %% ../../nbs/results/64_viewer.ipynb #4db78798
-import base64, dataclasses, functools, hashlib, html, io, json, re
+import base64, contextlib, dataclasses, functools, hashlib, html, io, json, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
-from ..generation.model import folder_name
-from ..generation.rollout import KINDS, Rows, read_shard, samples_fingerprint
+from ..difficulty.ask import KINDS
+from ..generation.model import folder_name, prompt_format
+from ..generation.rollout import Rollout, load_rollout, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
 
 
@@ -180,33 +181,18 @@ def _words(entry: Entry, models) -> str:
     return "\n".join(visible(text) for text in (entry.sample.question, *entry.sample.options.values(), *texts)).lower()
 
 # %% ../../nbs/results/64_viewer.ipynb #2412bfc8
-def _whole(folder: Path, samples: int) -> Rows | None:
-    "The rows of a rollout, if every shard is there and undamaged."
-    paths = sorted(folder.glob("shard-*.jsonl"))
-    shards, start = {}, 0
-    for path in paths:
-        if not (shard := read_shard(path)) or shard[0].get("shards") != len(paths):
-            return None
-        shards[path] = range(start, start := start + len(shard[1]))
-    return Rows(shards) if start == samples else None
-
-
 def rollout_of(
     folder: Path,  # rollouts/<model>/<source>/[corpus/]<set>
     samples: str,  # their fingerprint
-    count: int,  # and their number
     n: int,  # completions per question; 1 for greedy
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
-) -> tuple[Rows, dict] | None:
-    "Rows and record of the newest whole rollout of these samples; None where there is none."
+) -> Rollout | None:
+    "The newest finished rollout of these samples; None where there is none."
     for path in sorted(folder.glob("*/rollout.json"), key=lambda path: (path.stat().st_mtime, path), reverse=True):
-        try:
-            who = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # not one that `generate` wrote
-            continue
-        fits = {"samples": samples, "n": n, "instruction": instruction, **({"temperature": 0} if n == 1 else {})}
-        if all(who.get(key) == value for key, value in fits.items()) and (rows := _whole(path.parent, count)) is not None:
-            return rows, who
+        with contextlib.suppress(UserError):  # unfinished, or not one that `generate` wrote
+            config = (rollout := load_rollout(path.parent)).config
+            if (config.samples, config.n, config.instruction) == (samples, n, instruction) and (n > 1 or config.temperature == 0):
+                return rollout
     return None
 
 # %% ../../nbs/results/64_viewer.ipynb #f77ef049
@@ -215,7 +201,7 @@ def stored(
     models: tuple[str, ...] | None = None,  # None: those of the profile that have rollouts
     kind: str = "benchmark",  # or `corpus`
     n: int | None = None,  # completions per question; None: greedy for test sets, the profile's `rollouts` for corpora
-    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
+    instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for each model's own
     limit: int = 0,  # the first questions of each set; 0 for all
 ) -> Look:
     "The stored samples and rollouts of a profile; loads no model and makes nothing. `UserError` names the command that makes what is missing."
@@ -232,9 +218,9 @@ def stored(
         mark, found = samples_fingerprint(samples), {}
         for model in dict.fromkeys(names):
             folder = root / "rollouts" / folder_name(model) / path.parent.relative_to(root / "samples") / name
-            if (hit := rollout_of(folder, mark, len(samples), n, instruction)):
-                found[model] = hit[0]
-                about.setdefault(model, "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}".format_map(hit[1]))
+            if (rollout := rollout_of(folder, mark, n, prompt_format(model, instruction)[0])):
+                found[model] = rollout
+                about.setdefault(model, "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}".format_map(rollout.record))
             elif models is not None:
                 raise UserError(_missing(profile, model, name, kind, n, folder))
         entries += list(_entries(samples, found, limit))
@@ -243,7 +229,7 @@ def stored(
     return Look(entries, profile.source, about)
 
 
-def _entries(samples: SampleFile, found: dict[str, Rows], limit: int) -> Iterator[Entry]:
+def _entries(samples: SampleFile, found: dict[str, Rollout], limit: int) -> Iterator[Entry]:
     "The entries of one set; their images stay in the file."
     columns = [iter(rows) for rows in found.values()]
     for place, sample in zip(range(limit or len(samples)), samples):
@@ -257,7 +243,7 @@ def _missing(profile: Profile, model: str, name: str, kind: str, n: int, folder:
     step = "paper/4_evaluate" if kind == "benchmark" else "paper/2_difficulty"
     made = f"`./reproduce.sh {profile.name}` makes it ({step})"
     if kind == "benchmark" and n > 1:
-        made = f"`python -m medvlthinker.generation.rollout {profile.name} model={model} n={n} temperature=0.5` makes it"
+        made = f"`python -m medvlthinker.difficulty.ask {profile.name} model={model} n={n} temperature=0.5` makes it"
     return f"No whole rollout of {model} on {name} with n={n} is {why}; {made}."
 
 # %% ../../nbs/results/64_viewer.ipynb #a0eda4ee
