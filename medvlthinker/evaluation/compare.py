@@ -162,6 +162,11 @@ def _difference_cause(completions: Sequence[dict], grades: Sequence[Grade]) -> s
     return "no option read" if None in [each.label for each in grades] else "another option"
 
 
+def _storable(text: str | None) -> str:
+    "A text that a table can hold: half a character becomes an escape."
+    return (text or "").encode("utf-8", "backslashreplace").decode()
+
+
 split_words = re.compile(r"\s*\S+|\s+").findall  # nothing of a text is lost
 
 
@@ -187,9 +192,9 @@ def _compare(
         "completion": number, "gold": sample.answer_label, "flip": flip, "cause": cause,
         "first_label": one.label, "second_label": two.label,
         "first_correct": one.correct, "second_correct": two.correct,
-        "first_answer": (one.answer or "")[:200] if flip else "",
-        "second_answer": (two.answer or "")[:200] if flip else "",
-        "ending": texts[1][-200:] if flip else "",
+        "first_answer": _storable(one.answer)[:200] if flip else "",
+        "second_answer": _storable(two.answer)[:200] if flip else "",
+        "ending": _storable(texts[1][-200:]) if flip else "",
         "parts_at": None if same else len(os.path.commonprefix(pieces)),
         "failed": "failed" in [completion["finish_reason"] for completion in completions]}
 

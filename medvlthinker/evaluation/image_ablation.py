@@ -123,7 +123,7 @@ CONDITIONS: dict[str, Callable] = {
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c3a6c41
 def ablation_answers(
-    asked: dict[str, dict],  # condition -> dataset_name -> samples and their rollout; with `original`
+    asked: dict[str, dict],  # condition -> dataset_name -> samples and rollout; with `original`
     rule: str = "regrade",  # one of grade.RULES
 ) -> "pd.DataFrame":
     """A row for each question: dataset_name, dataset_index, image, guess (the chance to be right).
