@@ -44,7 +44,7 @@ def stored_rollouts(
     "The rollouts that a record was made from."
     workspace, wanted = Workspace(profile.name), benchmark_names(profile.benchmark)
     places = record.get("rollouts", {})
-    found = {}
+    found: dict[str, tuple[Sequence, Rollout]] = {}
     for name in [name for name in places if not profile.benchmark or name in wanted]:
         samples = load_benchmark(name, profile, workspace.samples)
         found[name] = samples, load_rollout(workspace.root / places[name])
