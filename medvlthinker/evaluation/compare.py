@@ -19,7 +19,7 @@ from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
 from ..difficulty.profile import load_plugin
 from .evaluate import map_questions, paired_difference
-from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
+from ..generation.rollout import RolloutConfig, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
@@ -220,8 +220,9 @@ def check_questions(
     rollout: Sequence[dict],  # a `Rollout`; a list of rows cannot tell
 ) -> None:
     "`UserError` where a rollout answers other questions than these."
-    if isinstance(rollout, Rollout) and rollout.config.samples != samples_fingerprint(samples):
-        raise UserError(f"{rollout.folder} answers other questions than these of "
+    config, folder = getattr(rollout, "config", None), getattr(rollout, "folder", "")
+    if config and config.samples != samples_fingerprint(samples):
+        raise UserError(f"{folder} answers other questions than these of "
                         f"{samples[0].dataset_name}; give the data and the limit that it was made "
                         "with.")
 
