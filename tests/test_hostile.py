@@ -127,7 +127,7 @@ GIANTS = """
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.converters import mmmu, split_prompt, remove_image_marks
 from medvlthinker.data.converters import closed_options
-from medvlthinker.evaluation.regrade import why
+from medvlthinker.evaluation.compare import find_rule, flip_cause
 from medvlthinker.data.sample import InvalidRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
 of = lambda piece, size=M: piece * (size // len(piece))
@@ -143,7 +143,7 @@ def graded(name):
     assert name != "a long thought" or all(verdict.correct for verdict in verdicts)
 
 def explained(text):
-    why(text, Sample("?", options, "B", "spleen"), *(lambda text, options, label, rule=rule: grade(text, options, label, rule) for rule in ("strict", "lenient")))
+    flip_cause(text, Sample("?", options, "B", "spleen"), find_rule("strict"), find_rule("lenient"))
 
 def refused(error, act, *given):
     try:
@@ -342,8 +342,7 @@ def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
 PIXELS = {"bytes": encoded(20, 16), "path": None}
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 LAYOUTS = {  # of each layout one row that becomes a sample
-    "PMC-VQA, version 1": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
-    "PMC-VQA, version 2": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
+    "PMC-VQA": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
     "PMC-VQA, the paper's copy": (converters.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
     "VQA-RAD": (converters.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
     "VQA-RAD, the public file": (converters.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
