@@ -1013,8 +1013,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._mean_and_error': ( 'evaluation/evaluate.html#_mean_and_error',
                                                                                                         'medvlthinker/evaluation/evaluate.py'),
-                                                  'medvlthinker.evaluation.evaluate._measures': ( 'evaluation/evaluate.html#_measures',
-                                                                                                  'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._pair': ( 'evaluation/evaluate.html#_pair',
                                                                                               'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._questions': ( 'evaluation/evaluate.html#_questions',
