@@ -19,7 +19,7 @@ from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
 from ..difficulty.profile import load_plugin
 from .evaluate import map_questions, paired_difference
-from ..generation.rollout import RolloutConfig, samples_fingerprint
+from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
@@ -220,18 +220,13 @@ def check_questions(
     rollout: Sequence[dict],  # a `Rollout`; a list of rows cannot tell
 ) -> None:
     "`UserError` where a rollout answers other questions than these."
-    config, folder = getattr(rollout, "config", None), getattr(rollout, "folder", "")
-    if config and config.samples != samples_fingerprint(samples):
-        raise UserError(f"{folder} answers other questions than these of "
+    if isinstance(rollout, Rollout) and rollout.config.samples != samples_fingerprint(samples):
+        raise UserError(f"{rollout.folder} answers other questions than these of "
                         f"{samples[0].dataset_name}; give the data and the limit that it was made "
                         "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #a894f80a
-def _compare_rules(
-    questions: list[tuple],
-    old: str | Callable,  # as for `find_rule`
-    new: str | Callable,
-) -> list[dict]:
+def _compare_rules(questions: list[tuple], old: str | Callable, new: str | Callable) -> list[dict]:
     "The rows of some questions. Other processes call it, and find the rules by name."
     rules = find_rule(old), find_rule(new)
     return [{**_compare(sample, number, (completion, completion), rules), "image": image}
@@ -269,7 +264,7 @@ def compare_rollouts(
 
     for rollout in (first, second):
         check_questions(samples, rollout)
-    configs = [rollout.config for rollout in (first, second) if hasattr(rollout, "config")]
+    configs = [rollout.config for rollout in (first, second) if isinstance(rollout, Rollout)]
     if same_model and len(configs) == 2 and (words := config_difference(*configs)):
         raise UserError("These two rollouts cannot be compared, they differ in more than how the "
                         f"answers were computed: {words}.")
