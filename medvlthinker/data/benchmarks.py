@@ -150,7 +150,7 @@ def source_of(name: str, settings, sources: dict) -> str:
     "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
     return settings.source if name in sources else "own"
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #17c0e004
 def open_source(
     name: str, settings, published: Callable[[str], DataSource], sources: dict, local: dict
 ) -> DataSource | None:
