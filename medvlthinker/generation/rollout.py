@@ -135,11 +135,14 @@ def _try_lock(folder: Path):
     "The folder's lock; None where another process holds it."
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         (lock := FileLock(folder / ".lock")).acquire(timeout=0)
-        return lock
-    return None
+    except Timeout:
+        return None
+    except OSError as error:
+        raise write_error(error, folder) from None
+    return lock
 
 
 @contextlib.contextmanager
