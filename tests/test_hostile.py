@@ -347,8 +347,7 @@ def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
 PIXELS = {"bytes": encoded(20, 16), "path": None}
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 LAYOUTS = {  # of each layout one row that becomes a sample
-    "PMC-VQA, version 1": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
-    "PMC-VQA, version 2": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
+    "PMC-VQA": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
     "PMC-VQA, the paper's copy": (converters.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
     "VQA-RAD": (converters.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
     "VQA-RAD, the public file": (converters.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),

@@ -138,8 +138,11 @@ def map_questions(
 
 def _exit_with_parent() -> None:
     "End this process when the one that started it has ended, however that happened."
+    parent = multiprocessing.parent_process()
+
     def watch():
-        multiprocessing.parent_process().join()
+        if parent:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -184,7 +187,8 @@ def count_right(
 def _require_single(grades: "pd.DataFrame", rule: str) -> None:
     "`UserError` where a question has several answers, or the rule did not grade them."
     if f"{rule}_correct" not in grades:
-        known = [name.removesuffix("_correct") for name in grades if name.endswith("_correct")]
+        columns = [str(column) for column in grades]
+        known = [name.removesuffix("_correct") for name in columns if name.endswith("_correct")]
         raise UserError(f"No rule {rule!r}; known are {', '.join(known)}.")
     if grades.duplicated(["dataset_name", "dataset_index"]).any():
         raise UserError("This takes one answer a question, and some questions have several; "
@@ -248,8 +252,8 @@ def paired_difference(
     `UserError` where the questions differ."""
     import pandas as pd
 
-    pairs, rows = _pair(first, second, rule), {}
-    parts = {name: part for name, part in pairs.groupby("dataset_name", sort=False)}
+    pairs, rows = _pair(first, second, rule), dict[str, tuple]()
+    parts = {str(name): part for name, part in pairs.groupby("dataset_name", sort=False)}
     for name, part in parts.items():
         gained, lost, p = mcnemar(part["first"], part["second"])
         rows[name] = *_interval({name: part}), len(part), gained, lost, p
@@ -327,7 +331,7 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
     parts = dict(list(scores.groupby("dataset_name", observed=True, sort=False)))
     sizes, n, rows = {name: len(part) for name, part in parts.items()}, int(scores["n"].min()), []
     for measure, k in _measures(n):
-        points = {name: _mean_and_error(_values(part, measure, k), part["image"])
+        points = {name: _mean_and_error(_values(part, measure, k), part["image"].tolist())
                   for name, part in parts.items()}
         for name, (mean, error) in (points | _averages(points, sizes)).items():
             low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
@@ -346,9 +350,9 @@ def _measures(n: int) -> list[tuple[str, int]]:
 def _values(scores: "pd.DataFrame", measure: str, k: int) -> Sequence[float]:
     "The measure of each question."
     if measure == "average":
-        return scores["right"] / scores["n"]
+        return (scores["right"] / scores["n"]).tolist()
     if measure.startswith("majority"):
-        return scores["majority"]
+        return scores["majority"].tolist()
     return [pass_at_k(right, n, k) for right, n in zip(scores["right"], scores["n"])]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #d62aac01

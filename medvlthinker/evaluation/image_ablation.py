@@ -123,7 +123,7 @@ CONDITIONS: dict[str, Callable] = {
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c3a6c41
 def ablation_answers(
-    asked: dict[str, dict],  # condition -> dataset_name -> samples and their rollout; with `original`
+    asked: dict[str, dict],  # condition -> dataset_name -> samples and rollout; with `original`
     rule: str = "regrade",  # one of grade.RULES
 ) -> "pd.DataFrame":
     """A row for each question: dataset_name, dataset_index, image, guess (the chance to be right).
@@ -135,11 +135,12 @@ def ablation_answers(
     keys, table = ["dataset_name", "dataset_index"], pd.DataFrame()
     for condition, sets in asked.items():
         samples = [sample for part, _ in sets.values() for sample in part]
-        grades = pd.concat([grade_rollout(*pair, (rule,)).astype(object) for pair in sets.values()])
+        tables = [grade_rollout(part, rollout, (rule,)) for part, rollout in sets.values()]
+        grades = pd.concat([grades.astype(object) for grades in tables])
         pairs = zip(samples, grades[f"{rule}_label"], strict=True)  # one answer a question
         texts = [sample.options.get(label, "") for sample, label in pairs]
         correct = grades[f"{rule}_correct"].astype(float)
-        new = {f"{condition}_answer": texts, f"{condition}_correct": correct}
+        new: dict = {f"{condition}_answer": texts, f"{condition}_correct": correct}
         part = grades[keys].assign(**new)
         if table.empty:
             part["image"] = grades.image

@@ -482,7 +482,7 @@ class Engine:
         self.settings, served = settings, settings.engine_name == "openai"
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
-        self.weights = model_fingerprint(self.model, self.revision)
+        self.weights = "" if served else model_fingerprint(self.model, self.revision)
         self.instruction, self.dialect = prompt_format(settings.model, settings.instruction)
         self.version = engine_version(settings.engine_name)
         self.batch_size = settings.batch_size if settings.engine_name == "transformers" else 1
