@@ -1325,6 +1325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'medvlthinker/generation/rollout.py'),
                                                  'medvlthinker.generation.rollout._endings': ( 'generation/rollout.html#_endings',
                                                                                                'medvlthinker/generation/rollout.py'),
+                                                 'medvlthinker.generation.rollout._fits': ( 'generation/rollout.html#_fits',
+                                                                                            'medvlthinker/generation/rollout.py'),
                                                  'medvlthinker.generation.rollout._is_finished': ( 'generation/rollout.html#_is_finished',
                                                                                                    'medvlthinker/generation/rollout.py'),
                                                  'medvlthinker.generation.rollout._make': ( 'generation/rollout.html#_make',
