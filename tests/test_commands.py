@@ -70,7 +70,6 @@ def test_look_on_the_command_line(warm_home):
     assert len((folder / "image_ablation.jsonl").read_text().splitlines()) == 10
     says(run("look", "smoke", "model=tiny", "conditions=inverted"), "No condition inverted")
     says(run("look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
-    says(run("look", "smoke", "benchmark=medqa"), "does not give MedQA")
 
 
 def test_parity_on_the_command_line(warm_home):

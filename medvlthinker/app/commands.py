@@ -43,7 +43,7 @@ def stored_rollouts(
 ) -> dict[str, tuple[Sequence, Rollout]]:  # dataset_name -> samples and rollout
     "The rollouts that a record was made from."
     workspace, wanted = Workspace(profile.name), benchmark_names(profile.benchmark)
-    places = record.get("rollouts", {})
+    places: dict[str, str] = record.get("rollouts", {})
     found: dict[str, tuple[Sequence, Rollout]] = {}
     for name in [name for name in places if not profile.benchmark or name in wanted]:
         samples = load_benchmark(name, profile, workspace.samples)
@@ -109,10 +109,19 @@ def find_rollouts(
     return found
 
 # %% ../../nbs/app/78_commands.ipynb #c78a18
-def _ask_side(profile: Profile, model: str) -> dict[str, Rollout]:
-    "The rollouts of one side, made in a process of its own where they are missing."
-    launch_rollout(profile, model)
-    return {name: rollout for name, (_, rollout) in rollouts(profile, model).items()}
+def _answer_sides(profiles: list[Profile], sides: list[dict], model: str, sets: dict) -> list[dict]:
+    "For each side its rollouts by set: found, or made in a process of its own."
+    there = [find_rollouts(side["folder"], sets) if "folder" in side else {} for side in sides]
+    for place, profile in enumerate(profiles):
+        if not there[place]:
+            launch_rollout(profile, model)
+            rolled = rollouts(profile, model)
+            there[place] = {name: rollout for name, (_, rollout) in rolled.items()}
+    first, second = there
+    if any(first[name].folder.resolve() == second[name].folder.resolve() for name in sets):
+        raise UserError("Both sides are one and the same rollout; change what is to be compared "
+                        "after the --, such as batch_size=7 or dtype=bfloat16.")
+    return there
 
 
 def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
@@ -124,7 +133,7 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
     place = resolve_model(model, Workspace(profile.name).checkpoints)
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
 
-
+# %% ../../nbs/app/78_commands.ipynb #c78b18
 def parity(
     words: list[str],  # as for `two_sides`; rule and folder too
 ) -> None:
@@ -133,25 +142,20 @@ def parity(
 
     name, *sides = two_sides(words)
     rule, own = sides[0].get("rule", "regrade"), ("model", "folder", "rule")
-    profiles = [load_profile(name, **{key: side[key] for key in side if key not in own})
-                for side in sides]
-    model, sets = sides[0].get("model", profiles[0].models[0]), dict(question_sets(profiles[0]))
+    keys = [{key: side[key] for key in side if key not in own} for side in sides]
+    profiles = [load_profile(name, **each) for each in keys]
     find_rule(rule)
-    there = [find_rollouts(side["folder"], sets) if "folder" in side else {} for side in sides]
-    first, second = (found or _ask_side(profile, model) for found, profile in zip(there, profiles))
-    if any(first[each].folder.resolve() == second[each].folder.resolve() for each in sets):
-        raise UserError("Both sides are one and the same rollout; change what is to be compared "
-                        "after the --, such as batch_size=7 or dtype=bfloat16.")
+    model, sets = sides[0].get("model", profiles[0].models[0]), dict(question_sets(profiles[0]))
+    first, second = _answer_sides(profiles, sides, model, sets)
     split, tables = _splitter(profiles[0], model), []
     for each, samples in sets.items():
         tables.append(compare_rollouts(samples, first[each], second[each], rule, split))
         print(f"{each:15} {engine_agreement(tables[-1]).sentence}")
     table = pd.concat(tables)
-    found = engine_agreement(table)
+    found, unit = engine_agreement(table), "word" if split is split_words else "token"
     places = [_origin(profiles[0], side) for side in (first, second)]
-    record = {"model": model, "rule": rule, "unit": "word" if split is split_words else "token",
-              "sides": places, **asdict(found), "verdict": found.verdict,
-              "sentence": found.sentence}
+    record = {"model": model, "rule": rule, "unit": unit, "sides": places, **asdict(found),
+              "verdict": found.verdict, "sentence": found.sentence}
     path = _results(profiles[0], model) / "engine_agreement.json"
     store_record(path, record, _rows(table), {"sides": places, "rule": rule})
     print(found.sentence)
@@ -205,12 +209,22 @@ def _rescore_path(profile: Profile, old: str, new: str) -> Path:
     return _results(profile) / f"rescore-{'-'.join(names)}.json"
 
 
+def _rescore_records(profile: Profile, records: list[dict], rules: tuple[str, str]) -> tuple:
+    "The rows of all models under two rules, and the changes of each cell."
+    import pandas as pd
+
+    tables, changes = [], {}
+    for record in records:
+        parts = [rescore(*pair, *rules) for pair in stored_rollouts(profile, record).values()]
+        tables.append(pd.concat(parts).assign(model=record["model"]))
+        changes[record["model"]] = paired_changes(tables[-1])
+    return pd.concat(tables), pd.concat(changes, names=["model"])
+
+# %% ../../nbs/app/78_commands.ipynb #c78b24
 def regrade(
     words: list[str],  # [profile] old=RULE new=RULE [key=value ...]
 ) -> None:
     "Another rule over all stored greedy answers of a profile."
-    import pandas as pd
-
     name, given = parse_words(words)
     rules = old, new = given.pop("old", "strict"), given.pop("new", "regrade")
     profile = load_profile(name, **given)
@@ -219,21 +233,15 @@ def regrade(
     if not (records := stored_records(profile)):
         raise UserError(f"No model has been evaluated in the profile {profile.name}; run "
                         "paper/4_evaluate first.")
-    tables, changes = [], {}
-    for record in records:
-        parts = [rescore(*pair, old, new) for pair in stored_rollouts(profile, record).values()]
-        tables.append(pd.concat(parts).assign(model=record["model"]))
-        changes[record["model"]] = paired_changes(tables[-1])
-    table, cells = pd.concat(tables), pd.concat(changes, names=["model"])
+    table, cells = _rescore_records(profile, records, rules)
     flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
     counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
     origin = {record["model"]: record["rollouts"] for record in records}
     code = {rule: file_hash(rule.rpartition(":")[0]) for rule in rules if ":" in rule}
-    path = _rescore_path(profile, old, new)
     record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
               "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
-    inputs = {"rollouts": origin, "rules": [old, new], "code": code}
-    store_record(path, record, _rows(flips), inputs)
+    path = _rescore_path(profile, old, new)
+    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules, "code": code})
     explain_flips(table, rules)
     print(cells.round(2).to_string())
     print(f"Every flip stands in {path.with_suffix('.jsonl')}.")

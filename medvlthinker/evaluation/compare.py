@@ -226,11 +226,7 @@ def check_questions(
                         "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #a894f80a
-def _compare_rules(
-    questions: list[tuple],
-    old: str | Callable,  # as for `find_rule`
-    new: str | Callable,
-) -> list[dict]:
+def _compare_rules(questions: list[tuple], old: str | Callable, new: str | Callable) -> list[dict]:
     "The rows of some questions. Other processes call it, and find the rules by name."
     rules = find_rule(old), find_rule(new)
     return [{**_compare(sample, number, (completion, completion), rules), "image": image}
@@ -268,7 +264,7 @@ def compare_rollouts(
 
     for rollout in (first, second):
         check_questions(samples, rollout)
-    configs = [rollout.config for rollout in (first, second) if hasattr(rollout, "config")]
+    configs = [rollout.config for rollout in (first, second) if isinstance(rollout, Rollout)]
     if same_model and len(configs) == 2 and (words := config_difference(*configs)):
         raise UserError("These two rollouts cannot be compared, they differ in more than how the "
                         f"answers were computed: {words}.")

@@ -109,6 +109,18 @@ def _batches(questions: Iterator[tuple], size: int = 64) -> Iterator[list[tuple]
     while batch := list(itertools.islice(questions, size)):
         yield batch
 
+
+def _exit_with_parent() -> None:
+    "End this process when the one that started it has ended, however that happened."
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #91bb9d0b
 def map_questions(
     work: Callable,  # takes some questions: sample, its cluster id, its row; importable by name
@@ -134,18 +146,6 @@ def map_questions(
         except BrokenProcessPool:
             raise UserError("A process that graded was ended from outside, perhaps because memory "
                             "ran out; use fewer workers.") from None
-
-
-def _exit_with_parent() -> None:
-    "End this process when the one that started it has ended, however that happened."
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9a1c7e03
 def _grade_all(rolled: Sequence[tuple], rules: tuple[str, ...], workers: int) -> "pd.DataFrame":
@@ -330,7 +330,8 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
         raise UserError("There is no question to make a table of; generate answers first.")
     parts = dict(list(scores.groupby("dataset_name", observed=True, sort=False)))
     sizes, n, rows = {name: len(part) for name, part in parts.items()}, int(scores["n"].min()), []
-    for measure, k in _measures(n):
+    passes = [(f"pass@{k}", k) for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]
+    for measure, k in [("average", 1), (f"majority of {min(n, VOTERS)}", 0), *passes]:
         points = {name: _mean_and_error(_values(part, measure, k), part["image"].tolist())
                   for name, part in parts.items()}
         for name, (mean, error) in (points | _averages(points, sizes)).items():
@@ -339,12 +340,6 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
             rows.append((name, measure, k, 100 * mean, 100 * low, 100 * high, count, n))
     columns = ["dataset_name", "measure", "k", "percent", "low", "high", "n", "answers"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _measures(n: int) -> list[tuple[str, int]]:
-    "Name and k of what n answers to a question allow to measure."
-    passes = [(f"pass@{k}", k) for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]
-    return [("average", 1), (f"majority of {min(n, VOTERS)}", 0), *passes]
 
 
 def _values(scores: "pd.DataFrame", measure: str, k: int) -> Sequence[float]:

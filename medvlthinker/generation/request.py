@@ -57,6 +57,11 @@ class Sampling:
     max_tokens: int = 4096  # per completion
     seed: int = 0  # of all questions together; see `Request.seed`
 
+    @property
+    def draws(self) -> int:
+        "Completions that are computed: greedy ones are all the same."
+        return self.n if self.temperature else 1
+
 # %% ../../nbs/generation/21_request.ipynb #342d46a0
 @dataclass(frozen=True)
 class Completion:

@@ -73,7 +73,7 @@ def start(tmp_path_factory):
         f"{auto}.modeling_auto", f"{auto}.processing_auto", "medvlthinker.generation.rollout"])
     model = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
 
-    def start(folder, sampling=GREEDY, names=tuple(sets(1)), log="log"):
+    def start(folder, sampling=GREEDY, names=("pmc_vqa", "slake_closed"), log="log"):
         folder.mkdir(exist_ok=True)
         given = (model, folder, sampling, list(names), folder / log)
         process = context.Process(target=act, args=given)
@@ -388,7 +388,7 @@ def test_what_failed_is_asked_again_and_alone(tmp_path):
             return [Completion("", "failed", 0, "error 500")]
         return [Completion(f"{request.seed}", "stop", 1)]
 
-    first = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, said := [].append)
+    first = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, [].append)
     assert first.record["failed"] == 2 and first[2]["completions"][0]["error"] == "error 500"
     seeds = {index: seed for index, _, seed in seen}
     seen.clear()
