@@ -568,15 +568,16 @@ def written(rng, sentences: list[str], options: dict) -> str:
     return shape.format(text=" ".join(rng.choices(sentences, k=15)), x=letter, words=options[letter])
 
 
-def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b""):
-    "A finished rollout in shards of so many questions, and the file of its samples."
+def synthetic(folder: Path, questions: int, n: int, image: bytes = b"") -> Path:
+    "The folder of a finished rollout, and above it the file of its samples."
     import random
 
-    from medvlthinker.generation.request import Completion
-    from medvlthinker.generation.rollout import write_shard
-    from medvlthinker.data.sample import Sample, write_samples
+    from medvlthinker.data.sample import Sample, SampleFile, write_samples
+    from medvlthinker.generation.engine import FunctionEngine
+    from medvlthinker.generation.request import Completion, Sampling
+    from medvlthinker.generation.rollout import generate
 
-    rng = random.Random(0)
+    rng, characters = random.Random(0), 0
     sentences = [rng.choice(SENTENCES).format(**{key: rng.choice(values) for key, values in FILL.items()}) for _ in range(5000)]
     names = [f"{b} {c}" for b in FILL["b"] for c in FILL["c"]]
 
@@ -585,16 +586,17 @@ def synthetic(folder: Path, questions: int, n: int, size: int, image: bytes = b"
         letter = rng.choice("ABCD")
         return Sample(rng.choice(sentences), options, letter, options[letter], (image + i.to_bytes(4, "big"),) if image else (), dataset_name="pmc_vqa", dataset_index=i)
 
-    samples = [sample(i) for i in range(questions)]
-    write_samples(samples, folder / "samples.parquet")
-    starts, characters = range(0, questions, size), 0
-    for number, start in enumerate(starts):
-        part = samples[start:start + size]
-        answers = [[Completion(written(rng, sentences, each.options), "stop", 250) for _ in range(n)] for each in part]
-        characters += sum(len(completion.text) for each in answers for completion in each)
-        write_shard(folder / f"shard-{number:05}.jsonl", part, answers, {"shard": number, "shards": len(starts), "seed": 42 + number, "engine": "synthetic 1"})
-    (folder / "rollout.json").write_text(json.dumps({"shard_size": size}))
+    def answer(request):
+        nonlocal characters
+        texts = [written(rng, sentences, request.sample.options) for _ in range(n)]
+        characters += sum(map(len, texts))
+        return [Completion(text, "stop", 250) for text in texts]
+
+    write_samples([sample(i) for i in range(questions)], folder / "samples.parquet")
+    samples = SampleFile(folder / "samples.parquet", look=False)
+    rollout = generate(samples, FunctionEngine(answer, "synthetic"), Sampling(n=n), folder, show=lambda line: None)
     print(f"    {questions * n:,} completions of {characters / questions / n:.0f} characters on average", flush=True)
+    return rollout.folder
 
 
 REGRADE = """
@@ -607,7 +609,7 @@ from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     began = time.perf_counter()
-    grades = grade_rollout(SampleFile(folder / "samples.parquet", look=False), load_rollout(folder))
+    grades = grade_rollout(SampleFile(folder.parent / "samples.parquet", look=False), load_rollout(folder))
     lines = [score for rule in RULES for score in question_scores(grades, rule).itertuples()]
     taken = time.perf_counter() - began
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -621,9 +623,9 @@ if __name__ == "__main__":
 def regrading():
     "8,220 questions with an image of 50 kB, 64 distinct answers to each, about 1,000 characters long: read from disk, checked, graded under all five rules, counted."
     with tempfile.TemporaryDirectory() as folder:
-        synthetic(Path(folder), 8220, 64, 128, os.urandom(50_000))  # as large as the shards of vLLM's rollouts
+        made = synthetic(Path(folder), 8220, 64, os.urandom(50_000))
         (script := Path(folder) / "regrade.py").write_text(REGRADE)
-        done = subprocess.run([sys.executable, str(script), folder], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run([sys.executable, str(script), made], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     lines, taken, memory, workers, busy = json.loads(done.stdout.splitlines()[-1])
     assert lines == 8220 * 5
     print(f"    {workers} cores, {8220 * 64 / taken:,.0f} completions a second; {busy:.0f} s of processor time, start of the processes included")
@@ -634,23 +636,23 @@ def regrading():
 @bench(Bound("resuming a finished rollout of 100,000 rows, the samples' fingerprint included", "s", 3))
 def resume():
     "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
-    from medvlthinker.generation.rollout import generate, samples_fingerprint
     from medvlthinker.data.sample import SampleFile
+    from medvlthinker.generation.engine import FunctionEngine
+    from medvlthinker.generation.request import Sampling
+    from medvlthinker.generation.rollout import generate, samples_fingerprint
+
+    def asked(request):
+        raise AssertionError("the rollout is finished, and yet a question was asked")
 
     with tempfile.TemporaryDirectory() as folder:
-        synthetic(Path(folder), 100_000, 1, 512)
-        samples, said = SampleFile(Path(folder) / "samples.parquet", look=False), []
-        who = {"shard_size": 512, "seed": 42, "n": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "instruction": "trained"}
-
-        def engine():
-            raise AssertionError("the rollout is finished, and yet an engine was opened")
-
-        anew = seconds(lambda: samples_fingerprint(samples, keep=True))  # which the run that made the rollout did, and noted
-        known = seconds(lambda: samples_fingerprint(samples), times=3)  # by which the rollout is found
-        taken = seconds(lambda: said.append(len(generate(samples, engine, Path(folder), who, "synthetic 1", show=lambda line: None))), times=3)
+        synthetic(Path(folder), 100_000, 1)
+        samples, engine, said = SampleFile(Path(folder) / "samples.parquet", look=False), FunctionEngine(asked, "synthetic"), []
+        anew = seconds(lambda: samples_fingerprint([*samples]))
+        known = seconds(lambda: samples_fingerprint(samples, keep=True), times=3)  # noted by the run that made the rollout
+        taken = seconds(lambda: said.append(len(generate(samples, engine, Sampling(), folder, show=lambda line: None))), times=3)
         assert said == [100_000] * 3
-    print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s for the shards")
-    yield known + taken
+    print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s in all")
+    yield taken
 
 
 @bench(Bound("verifying 2 GiB of weights, over hashlib on the same files, one after the other", "x", 1.2))

@@ -79,11 +79,11 @@ def resolve_model(
     served: bool = False,  # a server's model, which may have any name
 ) -> str:
     "A folder, a hub id or a served name; `UserError` for what is none of them."
-    if name == "tiny":
+    if name == "tiny" and not served:
         from medvlthinker.generation.tiny_model import make_tiny_model
 
         return str(make_tiny_model(checkpoints / "tiny"))
-    if (checkpoints / name / "config.json").is_file():
+    if (checkpoints / name / "config.json").is_file() and not served:
         return str(checkpoints / name)
     if row := BASELINES.get(name):
         if (row.engine == "openai") != served:
@@ -91,7 +91,7 @@ def resolve_model(
         return row.model
     if re.fullmatch(r"\d+B-(SFT|RL)_\w+(-RL_\w+)?", name):
         return f"UCSC-VLAA/MedVLThinker-{name}"
-    if Path(name).is_dir():
+    if Path(name).is_dir() and not served:
         if not Path(name, "config.json").is_file():
             raise UserError(f"The folder {name} holds no config.json, so no model; name a folder "
                             "written by save_pretrained.")

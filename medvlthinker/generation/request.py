@@ -57,6 +57,11 @@ class Sampling:
     max_tokens: int = 4096  # per completion
     seed: int = 0  # of all questions together; see `Request.seed`
 
+    @property
+    def draws(self) -> int:
+        "Completions that are computed: greedy ones are all the same."
+        return self.n if self.temperature else 1
+
 # %% ../../nbs/generation/21_request.ipynb #342d46a0
 @dataclass(frozen=True)
 class Completion:
@@ -85,7 +90,7 @@ class Request:
     @property
     def seed(self) -> int:
         "The question's seed; its k-th completion takes the k-th number from there on."
-        return (self.sampling.seed << 32) + (self.index << 10)
+        return (self.sampling.seed << 24) + (self.index << 6)  # 32 bits, as some servers take
 
     def chat(self) -> Any:
         "Messages with decoded images; in a raw dialect {prompt, images}."

@@ -1,0 +1,415 @@
+"""A rollout survives SIGKILL, a second process, damage and a full disk: the same bytes as without,
+no question lost, none asked twice."""
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from medvlthinker.core.files import FORMAT, UserError
+from medvlthinker.data import synthetic
+from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
+from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
+from medvlthinker.generation.rollout import (
+    Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
+
+GREEDY, SAMPLED = Sampling(max_tokens=24), Sampling(n=2, temperature=1.0, max_tokens=24, seed=5)
+SIZE = 8  # questions in a batch
+
+
+def sets(limit: int = 24) -> dict:
+    return {name: synthetic.benchmark(name, limit) for name in ("pmc_vqa", "slake_closed")}
+
+
+def act(model: str, folder: Path, sampling: Sampling, names: list[str], log: Path) -> None:
+    "Rollouts by the real engine, as a process of its own; its log also says what was computed."
+    import torch
+
+    torch.set_num_threads(1)
+    compute, out = TransformersEngine._answer, open(log, "a", buffering=1)
+
+    def noted(engine, batch):
+        print(json.dumps([batch[0].sample.dataset_name, [r.index for r in batch]]), file=out)
+        return compute(engine, batch)
+
+    TransformersEngine._answer = noted
+    jobs = [Job(sets()[name], sampling, folder / name) for name in names]
+    engine = open_engine(EngineSettings(model=model, batch_size=SIZE))
+    generate_all(jobs, engine, lambda line: print(line, file=out))
+
+
+def computed(log: Path) -> list:
+    "Set and places of each batch that was computed."
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("[")]
+
+
+def contents(folder: Path, name: str = "rollout.jsonl") -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(name)}
+
+
+def whole_lines(folder: Path) -> Counter:
+    "Whole lines below a folder; each should be there once."
+    files = contents(folder).values()
+    return Counter(line for data in files for line in data.splitlines(True) if from_line(line))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    "Starts `act` in a process that has torch and the model's classes imported already."
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    context = multiprocessing.get_context("forkserver")
+    qwen, auto = "transformers.models.qwen2_5_vl", "transformers.models.auto"
+    context.set_forkserver_preload([
+        "torch", f"{qwen}.modeling_qwen2_5_vl", f"{qwen}.processing_qwen2_5_vl",
+        f"{auto}.modeling_auto", f"{auto}.processing_auto", "medvlthinker.generation.rollout"])
+    model = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
+
+    def start(folder, sampling=GREEDY, names=("pmc_vqa", "slake_closed"), log="log"):
+        folder.mkdir(exist_ok=True)
+        given = (model, folder, sampling, list(names), folder / log)
+        process = context.Process(target=act, args=given)
+        process.start()
+        return process
+
+    return start
+
+
+def ended(process) -> None:
+    process.join(300)
+    assert process.exitcode == 0
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_killed_at_ten_moments(start, tmp_path, tally, sampling):
+    "Two sets in one stream; what was whole at the kill is not computed again."
+    ended(start(tmp_path / "first", sampling))  # pays for imports
+    began = time.monotonic()
+    ended(start(tmp_path / "whole", sampling))
+    seconds, expected = time.monotonic() - began, contents(tmp_path / "whole")
+    every = whole_lines(tmp_path / "whole")
+    rng, half = random.Random(20), 0
+    with tally("faults", "SIGKILL of a rollout", seed=20) as count:
+        for trial in range(10):
+            folder, count.tried = tmp_path / f"{trial}", count.tried + 1
+            process = start(folder, sampling)
+            if trial % 2:  # at any moment
+                process.join(rng.uniform(0.05, 0.95) * seconds)
+            wanted = 0 if trial % 2 else rng.randrange(1, len(every))
+            while process.is_alive() and whole_lines(folder).total() < wanted:
+                time.sleep(0.002)
+            process.kill()
+            process.join()
+            before, batches = whole_lines(folder), len(computed(folder / "log"))
+            assert before <= every, "what is there is right, and there once"
+            half += 0 < before.total() < every.total()
+            ended(start(folder, sampling))
+            assert contents(folder) == expected
+            assert not list(folder.rglob("*.part")), "nothing half-written is left"
+            stored = {(row["dataset_name"], row["index"]) for row in map(from_line, before)}
+            for name, places in computed(folder / "log")[batches:]:
+                assert not {(name, i) for i in places} <= stored, "this batch was whole"
+            count.survived += 1
+    assert half >= 4, f"only {half} of ten kills met a half-finished rollout"
+
+
+def test_cut_at_any_byte(tmp_path):
+    "Whatever length of the file a kill leaves, only what is missing is asked."
+    samples, asked = sets(4)["pmc_vqa"], []
+    rollout = generate(samples, counting(asked), Sampling(n=2), tmp_path, quiet)
+    whole, record = rollout.path.read_bytes(), rollout.folder / "rollout.json"
+    unfinished = json.loads(record.read_text())
+    del unfinished["finished"]
+    for size in range(0, len(whole) + 1, 13):
+        rollout.path.write_bytes(whole[:size])
+        record.write_text(json.dumps(unfinished))
+        asked.clear()
+        generate(samples, counting(asked), Sampling(n=2), tmp_path, quiet)
+        assert rollout.path.read_bytes() == whole
+        assert asked == [*range(whole[:size].count(b"\n"), 4)], size
+
+
+# ---- two at once ----
+
+
+def test_two_processes_on_one_rollout(start, tmp_path, tally):
+    "One works and the other waits, which it says in one sentence; the bytes are those of one."
+    with tally("faults", "two rollouts at once, one folder") as count:
+        count.tried += 1
+        names = ["pmc_vqa"]
+        both = [start(tmp_path / "shared", names=names, log=log) for log in ("one", "two")]
+        [ended(process) for process in (*both, start(tmp_path / "alone", names=names))]
+        assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+        texts = [(tmp_path / "shared" / log).read_text() for log in ("one", "two")]
+        assert sum(text.count("Another process is working in") for text in texts) == 1
+        assert sorted(len(computed(tmp_path / "shared" / log)) for log in ("one", "two")) == [0, 3]
+        count.survived += 1
+
+
+def test_several_rollouts_in_opposite_order(start, tmp_path):
+    "Each takes what is free, waits holding nothing, and nothing is computed twice."
+    orders = {"one": ("pmc_vqa", "slake_closed"), "two": ("slake_closed", "pmc_vqa")}
+    both = [start(tmp_path / "shared", names=names, log=log) for log, names in orders.items()]
+    [ended(process) for process in (*both, start(tmp_path / "alone"))]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    batches = [json.dumps(batch) for log in orders for batch in computed(tmp_path / "shared" / log)]
+    assert len(batches) == len({*batches}) == 6
+
+
+UNLOCKED = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *given: None  # granted to everybody\n"
+WRITER = """
+import sys, time
+from medvlthinker.data import synthetic
+from medvlthinker.generation.engine import FunctionEngine
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.rollout import generate
+
+class Shuffled(FunctionEngine):
+    def answer(self, requests):
+        asked = list(requests)
+        for request in sorted(asked, key=lambda r: hash((sys.argv[2], r.index)))[::1]:
+            time.sleep(0.005)
+            yield request, self.function(request)
+
+answer = lambda request: [Completion(f"answer {request.seed} " * 400, "stop", 3)]
+generate(synthetic.benchmark("pmc_vqa", 200), Shuffled(answer), Sampling(), sys.argv[1])
+"""
+
+
+def test_locks_that_hold_nobody(tmp_path, tally):
+    "On a file system that ignores locks two write at once: work is done twice, the bytes are right."
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(UNLOCKED)
+    path = {**os.environ, "PYTHONPATH": f"{tmp_path / 'first'}:{ROOT}"}
+
+    def write(folder, name):
+        words = [sys.executable, "-c", WRITER, str(tmp_path / folder), name]
+        return subprocess.Popen(words, env=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
+
+    with tally("faults", "two writers of one rollout, on a file system that ignores locks") as count:
+        for trial in range(3):
+            count.tried += 1
+            both = [write(f"both-{trial}", name) for name in ("one", "two")]
+            said = [process.communicate()[0] for process in both]
+            assert [process.returncode for process in both] == [0, 0], said
+            assert not any("Another process" in text for text in said)
+            if not trial:
+                assert write("alone", "three").wait() == 0
+            assert contents(tmp_path / f"both-{trial}") == contents(tmp_path / "alone")
+            load_rollout(next((tmp_path / f"both-{trial}").glob("*/rollout.json")).parent)
+            count.survived += 1
+
+
+# ---- damaged ----
+
+
+def quiet(line: str) -> None: ...
+
+
+def counting(asked: list, **keys) -> FunctionEngine:
+    "An engine that answers at once, and notes what it was asked."
+    def answer(request):
+        asked.append(request.index)
+        text = f"<think> {request.seed} </think>\n<answer> B </answer>"
+        return [Completion(text, "stop", 9)] * request.sampling.n
+
+    return FunctionEngine(answer, **keys)
+
+
+DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; which lines it costs
+    "a flipped byte": (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], {7}),
+    "a flipped byte in its first line": (lambda data: data.replace(b"index", b"indey", 1), {0}),
+    "a flipped end of a line": (lambda data: data.replace(b"\n", b"\x0b", 1), {0, 1}),
+    "cut off in the middle": (lambda data: data[:len(data) // 2 + 30], {4, 5, 6, 7}),
+    "its last page zeroes": (lambda data: data[:-100] + bytes(100), {7}),
+    "a page in the middle zeroes": (lambda data: data[:300] + bytes(90) + data[390:], {1, 2}),
+    "empty": (lambda data: b"", {*range(8)}),
+    "gone": (lambda data: None, {*range(8)}),
+    "its last line gone": (lambda data: data[:data.rindex(b"\n", 0, -1) + 1], {7}),
+    "a line twice": (lambda data: data + data[:data.index(b"\n") + 1], {}),
+}
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_lines_are_asked_again(tmp_path, tally, damage, state):
+    "Only those, and the bytes are as before."
+    samples, asked = sets(8)["pmc_vqa"], []
+    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+    whole, record = rollout.path.read_bytes(), rollout.folder / "rollout.json"
+    harm, lost = DAMAGES[damage]
+    with tally("faults", f"a rollout's file: {damage}") as count:
+        count.tried += 1
+        rollout.path.unlink()
+        if (data := harm(whole)) is not None:
+            rollout.path.write_bytes(data)
+        if state == "unfinished":
+            known = json.loads(record.read_text())
+            del known["finished"]
+            record.write_text(json.dumps(known))
+        assert not lost or reads_wrong(rollout.folder)
+        asked.clear()
+        again = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+        assert (again.path.read_bytes(), {*asked}) == (whole, {*lost})
+        count.survived += 1
+
+
+def reads_wrong(folder: Path) -> bool:
+    "Does whoever reads it get a sentence?"
+    with contextlib.suppress(UserError):
+        return not list(load_rollout(folder))
+    return True
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+def test_a_damaged_record_costs_no_answers(tmp_path, text):
+    samples, asked = sets(8)["pmc_vqa"], []
+    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+    (rollout.folder / "rollout.json").write_text(text)
+    with pytest.raises(UserError, match="rollout.json cannot be read"):
+        load_rollout(rollout.folder)
+    assert generate(samples, counting(asked), GREEDY, tmp_path, quiet) == rollout
+    assert len(asked) == 8 and load_rollout(rollout.folder).record["rows"] == 8
+
+
+def test_a_record_of_a_newer_version_is_left_alone(tmp_path):
+    samples, asked = sets(8)["pmc_vqa"], []
+    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+    record = rollout.folder / "rollout.json"
+    record.write_text(json.dumps({**rollout.record, "format": FORMAT + 1}))
+    before = contents(tmp_path, "*.json*")
+    for read in (load_rollout, lambda _: generate(samples, counting(asked), GREEDY, tmp_path)):
+        with pytest.raises(UserError, match="written by a newer version"):
+            read(rollout.folder)
+    assert contents(tmp_path, "*.json*") == before and len(asked) == 8
+
+
+# ---- a full disk ----
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root); the full disk is "
+                    "not tested")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])
+def test_a_full_disk_keeps_what_was_finished(tmp_path, tally, room):
+    "One sentence; whole lines stay, and with room again only the others are asked."
+    samples, asked = synthetic.benchmark("pmc_vqa", 200), []
+    with small_disk(tmp_path / "disk", "300k") as disk, tally("faults", "full disk, a rollout") as count:
+        (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
+        count.tried += 1
+        with pytest.raises(UserError, match="cannot be written .No space left on device.; what was "
+                                            "finished before is kept"):
+            generate(samples, counting(asked), GREEDY, disk / "run", quiet)
+        kept = whole_lines(disk / "run")
+        assert 50 < kept.total() <= 200
+        ballast.unlink()
+        asked.clear()
+        generate(samples, counting(asked), GREEDY, disk / "run", quiet)
+        assert len(asked) == 200 - kept.total()
+        generate(samples, counting([]), GREEDY, tmp_path / "elsewhere", quiet)
+        assert contents(disk / "run") == contents(tmp_path / "elsewhere")
+        count.survived += 1
+
+
+# ---- another rollout ----
+
+
+def test_every_key_that_differs_is_another_rollout(tmp_path):
+    config = rollout_config(sets(4)["pmc_vqa"], counting([]), GREEDY)
+    changed = [replace(config, **{field.name: 7 if field.type in (int, float, "int", "float")
+                                  else "other"}) for field in fields(RolloutConfig)]
+    assert len({each.fingerprint for each in (config, *changed)}) == 1 + len(fields(RolloutConfig))
+
+
+SETTINGS = {"batch_size": 9, "dtype": "bfloat16", "max_model_len": 100, "max_pixels": 5000,
+            "instruction": "newline"}
+OTHERWISE = {"gpus", "nodes", "tensor_parallel", "data_parallel", "gpu_memory_utilization",
+             "base_url", "concurrency", "request_timeout", "max_requests", "max_total_tokens",
+             "ray_address"}  # where and how fast, not what
+
+
+def test_what_an_engine_is_told_is_in_the_config(start, tmp_path):
+    "Each setting either makes another rollout, or is known to decide nothing."
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    model = str(make_tiny_model(tmp_path / "tiny", steps=0))
+    plain = EngineSettings(model=model)
+    samples = sets(2)["pmc_vqa"]
+    config = rollout_config(samples, open_engine(plain), GREEDY)
+    for key, value in SETTINGS.items():
+        other = open_engine(replace(plain, **{key: value}))
+        assert rollout_config(samples, other, GREEDY) != config, key
+    engines = {"engine", "ray_engine"}
+    assert {field.name for field in fields(Hardware)} == SETTINGS.keys() | OTHERWISE | engines
+    ray = open_engine(replace(plain, engine="ray", ray_engine="transformers"))
+    assert rollout_config(samples, ray, GREEDY) == config, "a cluster computes the same batches"
+
+
+def test_another_version_leaves_the_first_untouched(tmp_path):
+    samples = sets(4)["pmc_vqa"]
+    first = generate(samples, counting([]), GREEDY, tmp_path, quiet)
+    before = contents(first.folder, "rollout*")
+    generate(samples, counting(asked := [], version="2"), GREEDY, tmp_path, quiet)
+    assert len(asked) == 4 and contents(first.folder, "rollout*") == before
+
+
+# ---- questions that failed ----
+
+
+def test_what_failed_is_asked_again_and_alone(tmp_path):
+    "A question that a server failed on has its seed again, and its engine is told so."
+    samples, seen, broken = sets(6)["pmc_vqa"], [], {2, 4}
+
+    def answer(request):
+        seen.append((request.index, request.retry, request.seed))
+        if request.index in broken:
+            return [Completion("", "failed", 0, "error 500")]
+        return [Completion(f"{request.seed}", "stop", 1)]
+
+    first = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, [].append)
+    assert first.record["failed"] == 2 and first[2]["completions"][0]["error"] == "error 500"
+    seeds = {index: seed for index, _, seed in seen}
+    seen.clear()
+    broken.clear()
+    again = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, quiet)
+    assert seen == [(2, True, seeds[2]), (4, True, seeds[4])]
+    assert again.record["failed"] == 0 and len(again) == 6
+
+
+def test_a_set_is_finished_with_its_last_answer(tmp_path):
+    "A kill in the third set finds the first two finished."
+    names = {name: Job(synthetic.benchmark(name, 3), GREEDY, tmp_path / name)
+             for name in ("pmc_vqa", "slake_closed", "vqa_rad_closed")}
+
+    def answer(request):
+        if request.rollout == 2 and request.index:
+            raise KeyboardInterrupt
+        return [Completion("B", "stop", 1)]
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_all(names.values(), FunctionEngine(answer), quiet)
+    done = [len(load_rollout(path.parent)) for name in [*names][:2]
+            for path in (tmp_path / name).glob("*/rollout.json")]
+    assert done == [3, 3] and whole_lines(tmp_path / "vqa_rad_closed").total() == 1
