@@ -202,7 +202,7 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import LLM
 
-        pixels = pixel_limits(folder, settings.max_pixels)
+        self.folder, pixels = folder, pixel_limits(folder, settings.max_pixels)
         arguments = vllm_arguments(settings, tensor_parallel_size(folder, settings), pixels)
         config = generation_config(folder)
         # tokens that a model never says are those of images; vLLM knows them as a bias
@@ -258,6 +258,12 @@ class VllmEngine:
         # vLLM appends a random word to the names that its outputs carry
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
+    @functools.cached_property
+    def _processor(self):
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+
     def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
         from vllm import SamplingParams
 
@@ -266,6 +272,7 @@ class VllmEngine:
                                  max_tokens=request.sampling.max_tokens, logit_bias=self.bias)
                   for request, _ in part]
         if part and part[0][0].dialect == "chat":
+            check_chat_template(self._processor, self.folder)
             chats = [_pil_chat(chat) for _, chat in part]
             return self.llm.enqueue_chat(chats, params, use_tqdm=False)
         prompts = []
