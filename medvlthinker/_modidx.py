@@ -1145,6 +1145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._Worker.answer': ( 'generation/engine.html#_worker.answer',
                                                                                                    'medvlthinker/generation/engine.py'),
+                                                'medvlthinker.generation.engine._init_ray': ( 'generation/engine.html#_init_ray',
+                                                                                              'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._pil_chat': ( 'generation/engine.html#_pil_chat',
                                                                                               'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._ray_error': ( 'generation/engine.html#_ray_error',
