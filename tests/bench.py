@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from medvlthinker.app.bench import add_line, latest, read_lines, write_history
 from medvlthinker.core.files import UserError, environment_info, atomic_write
@@ -26,21 +25,20 @@ from medvlthinker.core.commands import run_main
 from medvlthinker.difficulty.profile import Workspace, load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHES = {}
+sys.path.append(str(ROOT / "tests" / "speed"))  # a script a measurement
+
+import own_cost
+import ray_rate
+import resume
+import transformers_rate
+import vllm_rate
+from measuring import Bound, NotHere, seconds
+from stored import write_questions, write_rollout
+
+BENCHES = {module.__name__: (getattr(module, module.__name__), module.BOUNDS)
+           for module in (own_cost, ray_rate, resume, transformers_rate, vllm_rate)}
 FOLDER = Workspace("bench").root  # as the command was called: some measurements set a home of their own
 LOG, WHOLE = FOLDER / "bench.jsonl", FOLDER / "whole"
-
-
-class Bound(NamedTuple):
-    "What a measurement is held to."
-    what: str
-    unit: str
-    bound: float  # 0 where the value is stated only
-    side: str = "at most"
-
-
-class NotHere(Exception):
-    "Why this machine cannot measure it."
 
 
 def bench(*bounds: Bound):
@@ -50,16 +48,6 @@ def bench(*bounds: Bound):
         return function
 
     return register
-
-
-def seconds(act, times: int = 1) -> float:
-    "The median wall time of a call."
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
-        act()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
 
 
 @bench(Bound("import of medvlthinker.core.grade over a bare interpreter", "ms", 50))
@@ -127,45 +115,6 @@ def grading_worst_case():
     growth = max((least(text(frame, unit, 1_000_000), rule) / least(text(frame, unit, 125_000), rule), rule, unit) for _, rule, unit, frame in slow)
     print(f"    fastest growing: {growth[1]} on {growth[2]!r}")
     yield growth[0]
-
-
-@bench(Bound("rollout over bare generate (tiny model, inputs prepared beforehand)", "x", 1.6),
-       Bound("rollout, our own cost per question (decode, template, processor, files)", "ms", 10))
-def rollout_overhead():
-    "A rollout's wall time over that of bare `generate` on inputs prepared beforehand: tiny model, 200 questions, five turns each."
-    import torch
-    from medvlthinker.data import synthetic
-    from medvlthinker.generation.engine import Sampling, engine_version, open_engine
-    from medvlthinker.generation.model import resolve_model
-    from medvlthinker.data.prompt import messages
-    from medvlthinker.generation.rollout import identity, generate
-
-    profile = load_profile("smoke")
-    torch.set_num_threads(1)
-    model = resolve_model("tiny", Workspace(profile.name).checkpoints)
-    engine, sampling, samples = open_engine(profile, model), Sampling(max_tokens=64), synthetic.benchmark("pmc_vqa", 200)
-    who, size = identity(samples, model, profile, sampling), profile.batch_size
-    prepared = []
-    for start in range(0, len(samples), size):
-        chats = [messages(sample) for sample in samples[start:start + size]]
-        texts = [engine.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-        images = [part["image"] for chat in chats for part in chat[0]["content"] if part["type"] == "image"]
-        prepared.append(engine.processor(text=texts, images=images, padding=True, return_tensors="pt"))
-
-    def bare():
-        with torch.inference_mode():
-            for batch in prepared:
-                engine.model.generate(**batch, max_new_tokens=64, do_sample=False)
-
-    def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            generate(samples, lambda: engine, Path(folder), who, engine_version("transformers"), show=lambda line: None)
-
-    bare()
-    turns = [(seconds(bare), seconds(ours)) for _ in range(5)]
-    alone, whole = (statistics.median(column) for column in zip(*turns))
-    yield whole / alone
-    yield 1000 * (whole - alone) / len(samples)
 
 
 CONVERT = """
@@ -366,8 +315,9 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     from dataclasses import replace
 
     from medvlthinker.data import synthetic
-    from medvlthinker.generation.request import Sampling, Shard
-    from medvlthinker.generation.engine import open_engine, shard_size
+    from medvlthinker.difficulty.ask import engine_settings
+    from medvlthinker.generation.engine import open_engine
+    from medvlthinker.generation.request import Request, Sampling
     from medvlthinker.training.grpo import train_grpo
     from medvlthinker.training.recipe import find
     from medvlthinker.data.sample import write_samples
@@ -386,10 +336,10 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
             act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))
             late = curves(recipe, workspace).iloc[3:]  # the first steps warm up
             yield name, (late.tokens.iloc[-1] - late.tokens.iloc[0]) / (late.seconds.iloc[-1] - late.seconds.iloc[0]), work
-        engine, size = open_engine(replace(profile, gpus=gpus), str(folder)), shard_size(profile)
-        shards = [Shard(i, drawn[i * size:(i + 1) * size], i) for i in range(-(-len(drawn) // size))]
-        made = []
-        taken = seconds(lambda: made.extend(completion for _, answers in engine.stream(shards, Sampling(n=8, temperature=1.0, max_tokens=answer)) for each in answers for completion in each))
+        engine = open_engine(engine_settings(replace(profile, gpus=gpus), str(folder)))
+        sampling = Sampling(n=8, temperature=1.0, max_tokens=answer)
+        asked, made = [Request(sample, i, sampling) for i, sample in enumerate(drawn)], []
+        taken = seconds(lambda: made.extend(each for _, answers in engine.answer(asked) for each in answers))
         yield f"the engine alone ({profile.engine}), answers", sum(completion.tokens for completion in made) / taken, 2
 
 
@@ -416,14 +366,14 @@ def three_seeds():
     from medvlthinker.generation.tiny_model import make_tiny_model
     from medvlthinker.difficulty.profile import overrides
     from medvlthinker.difficulty.curate import curate, decide, pass_counts
-    from medvlthinker.generation.engine import Sampling
+    from medvlthinker.generation.request import Sampling
     from medvlthinker.core.grade import grade
-    from medvlthinker.generation.rollout import rollouts
+    from medvlthinker.difficulty.ask import rollouts
 
     def right(profile, model):  # by test set, in the sets' order
         rolled = rollouts(profile, model, Sampling(max_tokens=profile.max_tokens), show=lambda line: None)
         return [np.array([grade(row["completions"][0]["text"], s.options, s.answer_label, "regrade").correct for s, row in zip(samples, rows)], float)
-                for samples, rows, _ in rolled.values()]
+                for samples, rows in rolled.values()]
 
     gains = {"tiny-SFT_PMC": [], "tiny-RL_PMC": []}
     os.environ["MEDVLTHINKER_HOME"] = str(Workspace("bench").root / "three_seeds")
@@ -432,7 +382,7 @@ def three_seeds():
         shutil.rmtree(workspace.root, ignore_errors=True)  # a recipe's name stands for one seed at a time
         base = make_tiny_model(workspace.home / f"seed-{seed}", seed=seed, show=lambda line: None)
         profile = load_profile("smoke", seed=seed, limit=200, models=str(base), corpus="pmc_vqa")
-        samples, rows, _ = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
+        samples, rows = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
         curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "synthetic", by=str(base))
         before = right(profile, str(base))
         for name, found in gains.items():
@@ -450,166 +400,15 @@ def three_seeds():
         yield mean / error
 
 
-def asked(number: int):
-    "A rollout of image questions: (samples, profile, model, sampling, who), four sampled answers each."
-    from medvlthinker.data import synthetic
-    from medvlthinker.generation.request import Sampling
-    from medvlthinker.generation.model import resolve_model
-    from medvlthinker.generation.rollout import identity
-
-    profile = load_profile("smoke", engine="vllm")
-    samples, model = synthetic.benchmark("pmc_vqa", number), resolve_model("tiny", Workspace("smoke").checkpoints)
-    sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
-    return samples, profile, model, sampling, identity(samples, model, profile, sampling)
-
-
-@bench(Bound("our own processor time per question (n=4), image decoded, with an engine that answers at once", "ms", 1))
-def own_cost():
-    "Processor time of a rollout whose engine decodes the images, renders nothing and answers at once with 1,000 characters: reading, seeds, claims, files."
-    from medvlthinker.generation.request import Completion
-    from medvlthinker.generation.rollout import generate
-
-    samples, _, _, _, who = asked(2000)
-    text = "<think> " + "The lesion lies in the upper left of the picture. " * 20 + "</think>\n<answer> B </answer>"
-
-    class Instant:
-        def stream(self, shards, sampling):
-            for shard in shards:
-                yield shard, [[Completion(text, "stop", 250)] * sampling.n for _ in shard.chats()]
-
-    spent = []
-    for _ in range(5):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.process_time()
-            generate(samples, Instant, Path(folder), who, "instant 1", show=lambda line: None)
-            spent.append(time.process_time() - began)
-    yield 1000 * statistics.median(spent) / len(samples)
-
-
-@bench(Bound("rollout through vLLM over bare LLM.chat (tiny model on the CPU, 2,000 image questions, n=4)", "x", 1.05))
-def vllm_overhead():
-    "A rollout through vLLM on the CPU over a bare LLM.chat call on the same prepared inputs: tiny model, 2,000 image questions, n=4, start-up aside, in turns."
-    import importlib.util
-
-    if not importlib.util.find_spec("vllm"):
-        raise NotHere("vLLM is not installed (./reproduce.sh setup full)")
-    from medvlthinker.generation.request import Shard
-    from medvlthinker.generation.engine import engine_version, open_engine
-    from medvlthinker.generation.rollout import generate
-    from vllm import SamplingParams
-
-    samples, profile, model, sampling, who = asked(2000)
-    engine, size = open_engine(profile, model), who["shard_size"]
-    shards = [Shard(i, samples[i * size:(i + 1) * size], who["seed"] + i) for i in range(-(-len(samples) // size))]
-    chats = [[{"role": "user", "content": [{"type": "image_pil", "image_pil": part["image"]} if part["type"] == "image" else part for part in chat[0]["content"]]}]
-             for shard in shards for chat in shard.chats()]
-    how = [SamplingParams(n=sampling.n, temperature=sampling.temperature, max_tokens=sampling.max_tokens, seed=seed) for shard in shards for seed in shard.seeds()]
-
-    def fresh():
-        engine.llm.reset_prefix_cache()
-        engine.llm.reset_mm_cache()
-
-    def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            generate(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None)
-
-    def bare():
-        engine.llm.chat(chats, how, use_tqdm=False)
-
-    turns = []
-    for turn in range(5):  # the first warms up; who comes first changes, because what runs later finds a warmer machine
-        taken = {}
-        for act in (bare, ours) if turn % 2 else (ours, bare):
-            fresh()
-            taken[act] = seconds(act)
-        turns.append((taken[bare], taken[ours]))
-        print(f"    turn {turn}: bare {turns[-1][0]:.1f} s, ours {turns[-1][1]:.1f} s", flush=True)
-    ratios = [whole / alone for alone, whole in turns[1:]]
-    print(f"    {len(ratios)} ratios from {min(ratios):.2f} to {max(ratios):.2f}")
-    yield statistics.median(ratios)
-
-
-@bench(Bound("rollout by one worker of Ray over vLLM in this process (1,000 image questions, n=4)", "x", 2))
-def ray_overhead():
-    "The same rollout by one worker of Ray over vLLM in this process; start-up aside."
-    import importlib.util
-
-    if not all(map(importlib.util.find_spec, ("vllm", "ray"))):
-        raise NotHere("vLLM and Ray are not both installed (./reproduce.sh setup full)")
-    from dataclasses import replace
-
-    from medvlthinker.generation.engine import engine_version, open_engine
-    from medvlthinker.generation.rollout import generate
-
-    samples, profile, model, _, who = asked(1000)
-    taken = {}
-    for name in ("vllm", "ray"):
-        engine = open_engine(replace(profile, engine=name), model)
-        for turn in range(3):  # the first warms up
-            with tempfile.TemporaryDirectory() as folder:
-                taken[name, turn] = seconds(lambda: generate(samples, lambda: engine, Path(folder), who, engine_version("vllm"), show=lambda line: None))
-    yield min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2))
-
-
-SENTENCES = ("The {a} shows a {b} {c} in the {d} {e}.", "There is no {c} of the {e}, and the {d} margin is {b}.", "Option {x} would need a {b} {c}, which is not seen here.",
-             "On this view the {e} is {b}, so a {c} is the most likely finding.", "A {c} of the {d} {e} is {b} in most patients, but the {a} alone cannot prove it.",
-             "First, consider {x}: the {a} would then show a {b} {e}.", "This rules out ({x}), since the {d} {e} has no {c}.")
-FILL = {"a": ("radiograph", "axial CT image", "T2 weighted MRI", "slide", "photograph", "ultrasound image"), "b": ("dense", "faint", "round", "calcified", "well defined", "irregular"),
-        "c": ("lesion", "effusion", "nodule", "fracture", "haemorrhage", "thickening"), "d": ("left", "right", "upper", "lower", "medial", "posterior"),
-        "e": ("lobe", "ventricle", "cortex", "kidney", "artery", "pleura"), "x": ("A", "B", "C", "D")}
-ENDINGS = (("<think> {text} </think>\n<answer> {x} </answer>", 70), ("<think> {text} </think>\n<answer> {x}. {words} </answer>", 10), ("<think> {text} </think>\n<answer>\n{words}\n</answer>", 5),
-           ("{text}\n\nThe correct answer is ({x}).", 5), ("{text}\n\n**Answer: {x}**", 5), ("<think> {text}", 5))  # of a hundred; the last was cut off
-
-
-def written(rng, sentences: list[str], options: dict) -> str:
-    "A completion of about 1,000 characters that no other repeats, in one of the shapes that models write."
-    shape = rng.choices([shape for shape, _ in ENDINGS], [share for _, share in ENDINGS])[0]
-    letter = rng.choice("ABCD")
-    return shape.format(text=" ".join(rng.choices(sentences, k=15)), x=letter, words=options[letter])
-
-
-def synthetic(folder: Path, questions: int, n: int, image: bytes = b"") -> Path:
-    "The folder of a finished rollout, and above it the file of its samples."
-    import random
-
-    from medvlthinker.data.sample import Sample, SampleFile, write_samples
-    from medvlthinker.generation.engine import FunctionEngine
-    from medvlthinker.generation.request import Completion, Sampling
-    from medvlthinker.generation.rollout import generate
-
-    rng, characters = random.Random(0), 0
-    sentences = [rng.choice(SENTENCES).format(**{key: rng.choice(values) for key, values in FILL.items()}) for _ in range(5000)]
-    names = [f"{b} {c}" for b in FILL["b"] for c in FILL["c"]]
-
-    def sample(i):
-        options = dict(zip("ABCD", rng.sample(names, 4)))
-        letter = rng.choice("ABCD")
-        return Sample(rng.choice(sentences), options, letter, options[letter], (image + i.to_bytes(4, "big"),) if image else (), dataset_name="pmc_vqa", dataset_index=i)
-
-    def answer(request):
-        nonlocal characters
-        texts = [written(rng, sentences, request.sample.options) for _ in range(n)]
-        characters += sum(map(len, texts))
-        return [Completion(text, "stop", 250) for text in texts]
-
-    write_samples([sample(i) for i in range(questions)], folder / "samples.parquet")
-    samples = SampleFile(folder / "samples.parquet", look=False)
-    rollout = generate(samples, FunctionEngine(answer, "synthetic"), Sampling(n=n), folder, show=lambda line: None)
-    print(f"    {questions * n:,} completions of {characters / questions / n:.0f} characters on average", flush=True)
-    return rollout.folder
-
-
 REGRADE = """
 import json, resource, sys, time
-from pathlib import Path
 from medvlthinker.core.grade import RULES
 from medvlthinker.evaluation.evaluate import cores, grade_rollout, question_scores
 from medvlthinker.generation.rollout import load_rollout
 from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
     began = time.perf_counter()
-    grades = grade_rollout(SampleFile(folder.parent / "samples.parquet", look=False), load_rollout(folder))
+    grades = grade_rollout(SampleFile(sys.argv[1], look=False), load_rollout(sys.argv[2]))
     lines = [score for rule in RULES for score in question_scores(grades, rule).itertuples()]
     taken = time.perf_counter() - began
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -623,36 +422,15 @@ if __name__ == "__main__":
 def regrading():
     "8,220 questions with an image of 50 kB, 64 distinct answers to each, about 1,000 characters long: read from disk, checked, graded under all five rules, counted."
     with tempfile.TemporaryDirectory() as folder:
-        made = synthetic(Path(folder), 8220, 64, os.urandom(50_000))
+        samples = write_questions(Path(folder), 8220, os.urandom(50_000))
+        rollout = write_rollout(samples, 64, Path(folder))
         (script := Path(folder) / "regrade.py").write_text(REGRADE)
-        done = subprocess.run([sys.executable, str(script), made], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        done = subprocess.run([sys.executable, str(script), str(samples.path), str(rollout.folder)], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     lines, taken, memory, workers, busy = json.loads(done.stdout.splitlines()[-1])
     assert lines == 8220 * 5
     print(f"    {workers} cores, {8220 * 64 / taken:,.0f} completions a second; {busy:.0f} s of processor time, start of the processes included")
     yield taken
     yield memory
-
-
-@bench(Bound("resuming a finished rollout of 100,000 rows, the samples' fingerprint included", "s", 3))
-def resume():
-    "A finished rollout of 100,000 questions, one answer of about 1,000 characters each, asked for again."
-    from medvlthinker.data.sample import SampleFile
-    from medvlthinker.generation.engine import FunctionEngine
-    from medvlthinker.generation.request import Sampling
-    from medvlthinker.generation.rollout import generate, samples_fingerprint
-
-    def asked(request):
-        raise AssertionError("the rollout is finished, and yet a question was asked")
-
-    with tempfile.TemporaryDirectory() as folder:
-        synthetic(Path(folder), 100_000, 1)
-        samples, engine, said = SampleFile(Path(folder) / "samples.parquet", look=False), FunctionEngine(asked, "synthetic"), []
-        anew = seconds(lambda: samples_fingerprint([*samples]))
-        known = seconds(lambda: samples_fingerprint(samples, keep=True), times=3)  # noted by the run that made the rollout
-        taken = seconds(lambda: said.append(len(generate(samples, engine, Sampling(), folder, show=lambda line: None))), times=3)
-        assert said == [100_000] * 3
-    print(f"    {known:.3f} s for the fingerprint of the samples (computed anew: {anew:.1f} s), {taken:.2f} s in all")
-    yield taken
 
 
 @bench(Bound("verifying 2 GiB of weights, over hashlib on the same files, one after the other", "x", 1.2))

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +72,48 @@ def warm_tiny(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("MEDVLTHINKER_WARM") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm")
     with file_lock(folder):  # one worker works, the others wait and find it done
         return make_tiny_model(folder / "tiny")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def vllm_server(warm_tiny, tmp_path_factory):
+    "`vllm serve` on the CPU; the model's generation_config has what nobody should take over."
+    pytest.importorskip("vllm", reason="vllm is not installed; ./reproduce.sh test all installs it")
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(warm_tiny, folder / "tiny")
+    config = folder / "tiny" / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "repetition_penalty": 1.5,
+                                  "top_k": 1}))
+    port = free_port()
+    # without chunked prefill, because vLLM 0.27.1 on a CPU dies of a seeded request in pieces
+    words = ["serve", folder / "tiny", "--host", "127.0.0.1", "--port", port,
+             "--served-model-name", "tiny", "embedded", "--dtype", "float32", "--enforce-eager",
+             "--max-model-len", "512", "--limit-mm-per-prompt", '{"image": 8, "video": 0}',
+             "--no-enable-chunked-prefill"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                   "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *map(str, words)]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   env={**os.environ, **environment}, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

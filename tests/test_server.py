@@ -7,9 +7,7 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +18,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, python, says
+from conftest import ROOT, free_port, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
@@ -694,12 +692,6 @@ run_main(main)
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_from_the_command_line(faulty):
     "Nobody there, no address, a wrong key: one sentence each, and the key nowhere."
     done = python("-c", RUN, f"http://127.0.0.1:{free_port()}/v1")
@@ -789,42 +781,6 @@ def test_what_failed_in_a_rollout_is_asked_again(faulty, tmp_path):
 
 
 # ---- a real server ----
-
-
-@pytest.fixture(scope="session")
-def vllm_server(warm_tiny, tmp_path_factory):
-    "`vllm serve` on the CPU; the model's generation_config has what nobody should take over."
-    pytest.importorskip("vllm", reason="vllm is not installed; ./reproduce.sh test all installs it")
-    folder = tmp_path_factory.mktemp("served")
-    shutil.copytree(warm_tiny, folder / "tiny")
-    config = folder / "tiny" / "generation_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "repetition_penalty": 1.5,
-                                  "top_k": 1}))
-    port = free_port()
-    # without chunked prefill, because vLLM 0.27.1 on a CPU dies of a seeded request in pieces
-    words = ["serve", folder / "tiny", "--host", "127.0.0.1", "--port", port,
-             "--served-model-name", "tiny", "embedded", "--dtype", "float32", "--enforce-eager",
-             "--max-model-len", "512", "--limit-mm-per-prompt", '{"image": 8, "video": 0}',
-             "--no-enable-chunked-prefill"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                   "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *map(str, words)]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, **environment}, start_new_session=True)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def drawn_scans(count: int, sampling: Sampling) -> list[Request]:

@@ -77,11 +77,14 @@ class TransformersEngine:
             self.processor = AutoProcessor.from_pretrained(
                 folder, padding_side="left", **pixel_limits(folder, settings.max_pixels), **own)
             self.model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=getattr(torch, settings.dtype), use_safetensors=True, **own)
+                folder, dtype=getattr(torch, settings.dtype), use_safetensors=True,
+                generation_config=GenerationConfig(), **own)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise unloadable_error(folder, error) from None
         self.model = self.model.to(self.device).eval()
-        kept = {key: getattr(self.model.generation_config, key) for key in _STRUCTURE}
+        given = GenerationConfig.from_model_config(self.model.config).to_dict()
+        given |= {key: value for key, value in generation_config(folder).items() if value}
+        kept = {key: given.get(key) for key in _STRUCTURE}
         self.model.generation_config = GenerationConfig(**kept)
         ends = kept["eos_token_id"]
         self.ends = ends if isinstance(ends, list) else [ends]
@@ -202,7 +205,7 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import LLM
 
-        pixels = pixel_limits(folder, settings.max_pixels)
+        self.folder, pixels = folder, pixel_limits(folder, settings.max_pixels)
         arguments = vllm_arguments(settings, tensor_parallel_size(folder, settings), pixels)
         config = generation_config(folder)
         # tokens that a model never says are those of images; vLLM knows them as a bias
@@ -258,6 +261,12 @@ class VllmEngine:
         # vLLM appends a random word to the names that its outputs carry
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
+    @functools.cached_property
+    def _processor(self):
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+
     def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
         from vllm import SamplingParams
 
@@ -266,6 +275,7 @@ class VllmEngine:
                                  max_tokens=request.sampling.max_tokens, logit_bias=self.bias)
                   for request, _ in part]
         if part and part[0][0].dialect == "chat":
+            check_chat_template(self._processor, self.folder)
             chats = [_pil_chat(chat) for _, chat in part]
             return self.llm.enqueue_chat(chats, params, use_tqdm=False)
         prompts = []
@@ -424,25 +434,33 @@ class RayEngine:
 def start_ray(settings: Hardware) -> None:
     "Connect to the cluster at ray_address, or start Ray here; `UserError` where neither works."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not settings.ray_address:  # Ray's word for: this machine alone, every port on 127.0.0.1
+    address = settings.ray_address
+    if not address:  # Ray's word for: this machine alone, every port on 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    if ray.is_initialized():
-        return
+    tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
+    while not ray.is_initialized():
+        tries -= 1
+        try:
+            _init_ray(settings)
+        except Exception as error:  # Ray's own class where a start took too long
+            what = f"There is no Ray cluster at ray_address={address}" if address else (
+                "Ray could not be started here")
+            if not tries:
+                raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _init_ray(settings: Hardware) -> None:
+    import ray
+
+    address = settings.ray_address
+    if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+        # Ray itself would try for minutes
+        socket.create_connection((place[1], int(place[2])), 10).close()
     cores = max(settings.data_parallel, os.cpu_count() or 1)
-    here = {} if settings.ray_address else {"num_cpus": cores}
-    try:
-        if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", settings.ray_address):
-            # Ray itself would try for minutes
-            socket.create_connection((place[1], int(place[2])), 10).close()
-        ray.init(address=settings.ray_address or None, include_dashboard=False,
-                 logging_level="ERROR", **here)
-    except Exception as error:  # Ray's own class where its start takes longer than 30 s
-        reason, address = " ".join(str(error).split())[:200], settings.ray_address
-        what = f"There is no Ray cluster at ray_address={address}" if address else (
-            "Ray could not be started here")
-        raise UserError(f"{what}: {reason}") from None
+    here = {} if address else {"num_cpus": cores}
+    ray.init(address=address or None, include_dashboard=False, logging_level="ERROR", **here)
 
 
 def _ray_error(error: Exception) -> Exception:

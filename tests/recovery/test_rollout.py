@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, o
 from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
 from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
+from rollout_files import contents, whole_lines
 
 GREEDY, SAMPLED = Sampling(max_tokens=24), Sampling(n=2, temperature=1.0, max_tokens=24, seed=5)
 SIZE = 8  # questions in a batch
@@ -49,16 +49,6 @@ def act(model: str, folder: Path, sampling: Sampling, names: list[str], log: Pat
 def computed(log: Path) -> list:
     "Set and places of each batch that was computed."
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("[")]
-
-
-def contents(folder: Path, name: str = "rollout.jsonl") -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(name)}
-
-
-def whole_lines(folder: Path) -> Counter:
-    "Whole lines below a folder; each should be there once."
-    files = contents(folder).values()
-    return Counter(line for data in files for line in data.splitlines(True) if from_line(line))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +168,7 @@ from medvlthinker.generation.rollout import generate
 class Shuffled(FunctionEngine):
     def answer(self, requests):
         asked = list(requests)
-        for request in sorted(asked, key=lambda r: hash((sys.argv[2], r.index)))[::1]:
+        for request in sorted(asked, key=lambda r: hash((sys.argv[2], r.index))):
             time.sleep(0.005)
             yield request, self.function(request)
 
@@ -188,7 +178,7 @@ generate(synthetic.benchmark("pmc_vqa", 200), Shuffled(answer), Sampling(), sys.
 
 
 def test_locks_that_hold_nobody(tmp_path, tally):
-    "On a file system that ignores locks two write at once: work is done twice, the bytes are right."
+    "On a file system that ignores locks work is done twice, and the bytes are right."
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "sitecustomize.py").write_text(UNLOCKED)
     path = {**os.environ, "PYTHONPATH": f"{tmp_path / 'first'}:{ROOT}"}
@@ -198,7 +188,8 @@ def test_locks_that_hold_nobody(tmp_path, tally):
         return subprocess.Popen(words, env=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True)
 
-    with tally("faults", "two writers of one rollout, on a file system that ignores locks") as count:
+    case = "two writers of one rollout, on a file system that ignores locks"
+    with tally("faults", case) as count:
         for trial in range(3):
             count.tried += 1
             both = [write(f"both-{trial}", name) for name in ("one", "two")]
@@ -316,7 +307,8 @@ def small_disk(folder: Path, size: str):
 def test_a_full_disk_keeps_what_was_finished(tmp_path, tally, room):
     "One sentence; whole lines stay, and with room again only the others are asked."
     samples, asked = synthetic.benchmark("pmc_vqa", 200), []
-    with small_disk(tmp_path / "disk", "300k") as disk, tally("faults", "full disk, a rollout") as count:
+    full_disk = tally("faults", "full disk, a rollout")
+    with small_disk(tmp_path / "disk", "300k") as disk, full_disk as count:
         (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
         count.tried += 1
         with pytest.raises(UserError, match="cannot be written .No space left on device.; what was "
@@ -388,7 +380,7 @@ def test_what_failed_is_asked_again_and_alone(tmp_path):
             return [Completion("", "failed", 0, "error 500")]
         return [Completion(f"{request.seed}", "stop", 1)]
 
-    first = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, [].append)
+    first = generate(samples, FunctionEngine(answer), GREEDY, tmp_path, quiet)
     assert first.record["failed"] == 2 and first[2]["completions"][0]["error"] == "error 500"
     seeds = {index: seed for index, _, seed in seen}
     seen.clear()

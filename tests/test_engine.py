@@ -1,0 +1,143 @@
+"""Engines: nothing that a model's own files recommend changes a run, batches are the same whoever
+computes them, and what cannot be asked is a sentence."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from medvlthinker.core.files import UserError
+from medvlthinker.data import synthetic
+from medvlthinker.generation.engine import RayEngine, _Running, batches, open_engine
+from medvlthinker.generation.request import EngineSettings, Request, Sampling
+
+SAMPLES = synthetic.benchmark("pmc_vqa", 3)
+GREEDY, SAMPLED = Sampling(max_tokens=40), Sampling(n=2, temperature=0.7, max_tokens=40)
+
+
+def requests(sampling: Sampling) -> list[Request]:
+    return [Request(sample, index, sampling) for index, sample in enumerate(SAMPLES)]
+
+
+def answers(engine, sampling: Sampling) -> dict:
+    return {request.index: found for request, found in engine.answer(requests(sampling))}
+
+
+# ---- generation_config.json ----
+
+
+@pytest.fixture(scope="module")
+def plain(warm_tiny) -> dict:
+    "What the model answers by its own generation_config.json, which recommends nothing."
+    engine = open_engine(EngineSettings(model=str(warm_tiny)))
+    return {sampling: answers(engine, sampling) for sampling in (GREEDY, SAMPLED)}
+
+
+def with_config(model: Path, place: Path, **given) -> Path:
+    "A copy of a model whose generation_config.json says more."
+    folder = Path(shutil.copytree(model, place / "copy"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    return folder
+
+
+RECOMMENDED = [  # as in ../shared/cases/generation-config.json, and what else is found in models
+    {"no_repeat_ngram_size": 3}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 4},
+    {"min_new_tokens": 30}, {"min_length": 300}, {"min_p": 0.9}, {"typical_p": 0.1},
+    {"repetition_penalty": 1.9}, {"encoder_repetition_penalty": 1.9}, {"top_k": 1},
+    {"temperature": 0.01}, {"top_p": 0.01}, {"do_sample": True, "temperature": 5.0},
+    {"max_new_tokens": 3}, {"max_length": 5}, {"epsilon_cutoff": 0.5}, {"num_return_sequences": 2},
+    {"bad_words_ids": [[5], [6], [7]]}, {"stop_strings": ["think"]}, {"guidance_scale": 3.0},
+    {"exponential_decay_length_penalty": [2, 9.0]}, {"sequence_bias": [[[5], 9.0]]},
+    {"forced_eos_token_id": 1, "max_length": 400}, {"remove_invalid_values": True}]
+
+
+@pytest.mark.parametrize("given", RECOMMENDED, ids=lambda given: ",".join(given))
+def test_what_a_model_recommends_changes_no_answer(warm_tiny, plain, tmp_path, capfd, given):
+    "Greedy and drawn; what is not applied is said once."
+    engine = open_engine(EngineSettings(model=str(with_config(warm_tiny, tmp_path, **given))))
+    for sampling, expected in plain.items():
+        assert answers(engine, sampling) == expected
+    harmless = {"max_new_tokens", "max_length"} >= given.keys()
+    assert capfd.readouterr().out.count("not applied") == (not harmless)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"eos_token_id": null}'])
+def test_a_generation_config_that_says_nothing(warm_tiny, plain, tmp_path, text):
+    "Then the model's config says which token ends an answer."
+    folder = Path(shutil.copytree(warm_tiny, tmp_path / "copy"))
+    (folder / "generation_config.json").write_text(text)
+    assert answers(open_engine(EngineSettings(model=str(folder))), GREEDY) == plain[GREEDY]
+
+
+# ---- chat template ----
+
+
+def without_template(model: Path, place: Path) -> Path:
+    folder = Path(shutil.copytree(model, place / "copy"))
+    (folder / "chat_template.jinja").unlink()
+    for path in folder.glob("*_config.json"):
+        known = json.loads(path.read_text())
+        known.pop("chat_template", None)
+        path.write_text(json.dumps(known))
+    return folder
+
+
+def test_a_missing_chat_template_is_a_sentence(warm_tiny, tmp_path):
+    engine = open_engine(EngineSettings(model=str(without_template(warm_tiny, tmp_path))))
+    with pytest.raises(UserError, match="copy has no chat template .chat_template.jinja."):
+        answers(engine, GREEDY)
+
+
+def test_a_raw_dialect_needs_no_template(warm_tiny, tmp_path):
+    engine = open_engine(EngineSettings(model=str(without_template(warm_tiny, tmp_path))))
+    raw = [replace(request, dialect="plain", sample=replace(request.sample, images=()))
+           for request in requests(GREEDY)]
+    assert len(list(engine.answer(raw))) == 3
+
+
+# ---- how often, and with whom ----
+
+
+def test_greedy_answers_are_computed_once(warm_tiny, plain):
+    "n of them are n times the same."
+    engine = open_engine(EngineSettings(model=str(warm_tiny)))
+    found = answers(engine, replace(GREEDY, n=3))
+    assert found == {index: each * 3 for index, each in plain[GREEDY].items()}
+
+
+def test_a_batch_that_was_half_answered_is_computed_again_whole():
+    "Else its questions would be drawn in another company, and differ."
+    sample, engine = SAMPLES[0], RayEngine.__new__(RayEngine)
+    asked, engine.unit = [Request(sample, index, SAMPLED) for index in range(12)], 4
+    each = _Running(None, asked, {(0, index): asked[index] for index in (5, 11)})
+    again = [request.index for request in engine._unanswered(each)]
+    assert again == [4, 5, 6, 7, 8, 9, 10, 11]
+    engine.unit = 1
+    assert [request.index for request in engine._unanswered(each)] == [5, 11]
+
+
+def test_batches_do_not_depend_on_who_answered_before():
+    "Neighbours of one rollout; two rollouts share none."
+    sample = SAMPLES[0]
+    asked = [Request(sample, index, GREEDY, rollout=rollout)
+             for rollout, index in [(0, 4), (0, 5), (0, 6), (1, 6), (1, 8)]]
+    found = [[(each.rollout, each.index) for each in batch] for batch in batches(asked, 4)]
+    assert found == [[(0, 4), (0, 5), (0, 6)], [(1, 6)], [(1, 8)]]
+
+
+# ---- what there is not ----
+
+
+@pytest.mark.parametrize("keys", [{"engine": "tgi"}, {"dtype": "float8"}, {"engine": "ray",
+                                                                           "ray_engine": "ray"}])
+def test_an_unknown_engine_or_dtype_is_a_sentence(keys):
+    with pytest.raises(UserError, match="There is no '.*' among "):
+        open_engine(EngineSettings(model="/nowhere", **keys))
+
+
+@pytest.mark.parametrize("name", ["tiny", "3B-of-a-colleague", "a/b"])
+def test_a_served_model_is_looked_up_nowhere(name):
+    "Its name is the server's; there is no network in these tests that could answer."
+    engine = open_engine(EngineSettings(model=name, engine="openai", base_url="http://[::1]:9/v1"))
+    assert (engine.model, engine.revision, engine.weights) == (name, "", "")
