@@ -14,10 +14,10 @@
 #   ./reproduce.sh results [PROFILE]           draw every table and figure anew from the runs that there are; nothing is run or trained
 #   ./reproduce.sh compare [PROFILE]           hold each published number against the run: match, inside its interval, outside, not run
 #   ./reproduce.sh rollout [PROFILE] model=NAME [...]  ask a model the six test sets, by any engine: engine=vllm, openai base_url=..., ray
-#   ./reproduce.sh look [PROFILE] model=NAME   does the model look? the same questions with the image, a blank one, another, none
+#   ./reproduce.sh look [PROFILE] model=NAME   does the model use the image? the same questions with it, a blank one, another, none
 #   ./reproduce.sh parity [PROFILE] model=NAME A -- B  the same questions in two settings: is it safe to compare their numbers?
 #   ./reproduce.sh regrade [PROFILE] old=RULE new=RULE  another rule over the stored answers: what flips, why, and each table cell
-#   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers in the log form of inspect_ai or lm-evaluation-harness
+#   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers as a log of inspect_ai, or to=eval_results as the paper published them
 #   ./reproduce.sh verify [PROFILE] [cell=ROW/COLUMN]  is every file what was recorded when it was made? from which completions does a cell come?
 #   ./reproduce.sh card [PROFILE]              write what describes a run: cards of data sets and models, Croissant, an RO-Crate of the whole
 #   ./reproduce.sh bench [NAME ...]            measure speed and memory against their bounds, and draw the history; --list names all
@@ -175,7 +175,7 @@ case "${1:-}" in
     rollout)
         shift; setup; run medvlthinker.generation.rollout "$@" ;;
     look | parity | regrade | exchange)
-        verb=$1; shift; setup; run "medvlthinker.evaluation.$verb" "$@" ;;
+        setup; run medvlthinker.app.commands "$@" ;;
     status | verify)
         verb=$1; shift; setup; run "medvlthinker.app.$verb" "$@" ;;
     card)

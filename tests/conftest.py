@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG = ("test_pipeline", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_look", "test_curate", "test_hostile", "test_types")
+LONG = ("test_pipeline", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_curate", "test_hostile", "test_types")
 
 
 def pytest_configure(config):
@@ -48,6 +48,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data (../shared/data) is not on this machine; everything else is tested without it")
     return folder
+
+
+class ByHand:
+    "In place of an engine: `reply(sample, number)` gives each of the n completions."
+    weights, revision, version, instruction, dialect, batch_size, dropped = "0" * 16, "", "by hand 1", "trained", "chat", 1, ()
+
+    def __init__(self, reply, model="by hand"):
+        self.reply, self.settings = reply, SimpleNamespace(model=model, engine_name="openai", dtype="float32", max_model_len=0, max_pixels=0)
+
+    def answer(self, requests):
+        for request in requests:
+            yield request, [self.reply(request.sample, number) for number in range(request.sampling.n)]
 
 
 @pytest.fixture(scope="session")

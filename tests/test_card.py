@@ -11,13 +11,14 @@ import pytest
 from conftest import ROOT, encoded, python, says
 from medvlthinker.app import card, crate
 from medvlthinker.app.card import Hashes
-from medvlthinker.generation.request import Completion
+from medvlthinker.generation.engine import FunctionEngine
+from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.core.files import UserError, record_path, write_record
 from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
 from medvlthinker.difficulty.curate import curate, decide, pass_counts
-from medvlthinker.generation.rollout import read_shard, samples_fingerprint, write_shard
+from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, read_samples, store_samples, write_samples
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in ("ConjunctiveGraph is deprecated", "The inplace keyword")]  # within rdflib and mlcroissant
@@ -40,11 +41,9 @@ def made(tmp_path_factory) -> Path:
         workspace = Workspace("smoke")
         store_samples(workspace.samples / "local/slake_closed.parquet", odd_rows, {"source": "local", "seed": 42}, max_rejected=1)
         corpus = load_corpus("pmc_vqa", load_profile("smoke", train_limit=12), workspace.samples)
-        answers = [[Completion(f"<think> x </think>\n<answer> {letter} </answer>", "stop", 9) for letter in "ABAB"] for _ in corpus]
-        folder = workspace.rollouts / "tiny/synthetic/corpus/pmc_vqa/0123456789abcdef"
-        write_shard(folder / "shard-00000.jsonl", corpus, answers, {"shard": 0, "shards": 1, "seed": 42, "engine": "transformers 5"})
-        (folder / "rollout.json").write_text(json.dumps({"model": "tiny", "samples": samples_fingerprint(corpus), "n": 4, "seed": 42}))
-        curated = curate(corpus.path, decide(pass_counts(list(corpus), read_shard(folder / "shard-00000.jsonl")[1]), 1, 3), workspace.curated / "synthetic", "tiny")
+        engine = FunctionEngine(lambda request: [Completion(f"<think> x </think>\n<answer> {letter} </answer>", "stop", 9) for letter in "ABAB"], "tiny")
+        rollout = generate(corpus, engine, Sampling(n=4, temperature=1.0, seed=42), workspace.rollouts / "tiny/synthetic/corpus/pmc_vqa", lambda line: None)
+        curated = curate(corpus.path, decide(pass_counts(list(corpus), rollout), 1, 3), workspace.curated / "synthetic", "tiny")
         with write_record(workspace.checkpoints / "tiny-RL_PMC", {"data": hashlib.sha256(curated.read_bytes()).hexdigest()}) as facts:
             facts.update(steps=60, seed=42, start="/elsewhere/checkpoints/tiny")
             (workspace.checkpoints / "tiny-RL_PMC").mkdir()
@@ -95,7 +94,8 @@ def test_the_card_says_what_was_set_aside_and_what_is_not_known(made):
     for part in ("license: other", "CC BY 4.0", "| broken, options: 1 of them; a choice needs two | 1 |", "left out by rule, answer_type: OPEN", "arXiv:2102.09542", "must not be trained on", "seed 42"):
         assert part in text, part
     assert "nothing medical" not in text and "nothing medical" in (made / "curated/synthetic/README.md").read_text()
-    assert "0123456789abcdef" in (made / "rollouts/tiny/README.md").read_text() and str(made) not in text
+    (answers,) = (made / "rollouts/tiny/synthetic/corpus/pmc_vqa").iterdir()
+    assert answers.name in (made / "rollouts/tiny/README.md").read_text() and str(made) not in text
 
 
 def test_every_code_block_runs_where_its_card_lies(made, own_cache, monkeypatch, capsys):
@@ -126,7 +126,7 @@ def test_rocrate_reads_the_run_back(made):
     actions = {each["name"]: each for each in described.root_dataset["mentions"] if each.type == "CreateAction"}
     assert all(each["instrument"].get("name") for each in actions.values())
     ids = lambda name, key: [each.id for each in actions[name].get(key, [])]
-    curated, corpus, answers = "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet", "samples/synthetic/corpus/pmc_vqa-12.parquet", "rollouts/tiny/synthetic/corpus/pmc_vqa/0123456789abcdef/"
+    curated, corpus, answers = "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet", "samples/synthetic/corpus/pmc_vqa-12.parquet", next(made.glob("rollouts/*/*/*/*/*")).relative_to(made).as_posix() + "/"
     assert ids(answers[:-1], "object") == [corpus] and ids(answers[:-1], "result") == [answers]
     assert ids(curated, "object") == [corpus] and ids("checkpoints/tiny-RL_PMC", "object") == [curated]  # the start was another run's
     assert ids("notebooks/2_difficulty.ipynb", "result") == ["notebooks/2_difficulty.ipynb", curated]
@@ -168,7 +168,7 @@ def test_torn_files_cost_a_sentence(run):
     (run / "samples/local/slake_closed.parquet").write_bytes(b"PAR1")
     record_path(run / "curated/synthetic/pmc_vqa-12-tiny-easy_to_hard.parquet").write_text("{")
     (run / ".hashes.json").write_text("[")
-    next(run.rglob("shard-00000.jsonl")).write_text("\udcff{", errors="surrogateescape")
+    next(run.rglob("rollout.json")).write_text("\udcff{", errors="surrogateescape")
     said: list[str] = []
     written = {str(path.relative_to(run)) for path in write_cards(load_profile("smoke", train_limit=12), said.append)}
     assert len([line for line in said if "was not written" in line]) == 2, said  # card and Croissant of the torn set

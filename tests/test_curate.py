@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import warm
 from medvlthinker.data import synthetic
-from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.difficulty.curate import curate, decide, move, order, pass_counts
-from medvlthinker.generation.engine import Sampling, engine_version
-from medvlthinker.generation.rollout import identity, generate
+from medvlthinker.generation.engine import open_engine
+from medvlthinker.generation.request import EngineSettings, Sampling
+from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
 from medvlthinker.difficulty.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
 
@@ -156,25 +156,21 @@ def test_memory_holds(large, tmp_path):
     assert 0 < max(held) < 90e6, f"{max(held) / 1e6:.0f} MB at once"
 
 
-PROFILE, FULL = load_profile("smoke", batch_size=10), Sampling(n=16, temperature=1.0, max_tokens=64)
+FULL = Sampling(n=16, temperature=1.0, max_tokens=64, seed=42)
 
 
 @pytest.fixture(scope="module")
 def answered(warm_tiny, tmp_path_factory):
     "150 drawn questions, sixteen completions each from the embedded model."
-    from medvlthinker.generation.engine import open_engine
-
-    samples = synthetic.corpus("pmc_vqa", 150)
-    who = identity(samples, str(warm_tiny), PROFILE, FULL)
-    engine = functools.cache(lambda: open_engine(PROFILE, str(warm_tiny)))
-    return samples, generate(samples, engine, tmp_path_factory.mktemp("rolled") / "full", who, engine_version("transformers"), QUIET), engine, who
+    samples, engine = synthetic.corpus("pmc_vqa", 150), open_engine(EngineSettings(model=str(warm_tiny), batch_size=10))
+    return samples, generate(samples, engine, FULL, tmp_path_factory.mktemp("rolled"), QUIET), engine
 
 
 def test_replay_on_real_completions(answered):
     "The rule comes from one half of the questions and is replayed on the other; both ways round, so that all 150 count."
     from medvlthinker.core.grade import grade
 
-    samples, rows, _, _ = answered
+    samples, rows, _ = answered
     records = np.array([[grade(c["text"], s.options, s.answer_label, "strict").correct for c in row["completions"]] for s, row in zip(samples, rows)], dtype=int)
     assert records.shape == (150, 16)
     counts = pass_counts(samples, rows)
@@ -192,27 +188,29 @@ def test_replay_on_real_completions(answered):
 
 
 def test_live_sampling_until_decided(answered, tmp_path):
-    samples, _, engine, who = answered
+    samples, _, engine = answered
     write_samples(samples[:60], tmp_path / "pmc.parquet")
     samples = SampleFile(tmp_path / "pmc.parquet", look=False)  # lazily, as a corpus is read
-    go = functools.partial(sample_until_decided, samples, folder=tmp_path / "rounds", who=who, version=engine_version("transformers"), per_round=4, pilot=20, show=QUIET)
+    go = functools.partial(sample_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
     decisions, rows = go(engine)
     assert (decisions.n == 16).sum() >= 20 and decisions.n.isin([4, 8, 12, 16]).all()
     assert [len(row["completions"]) for row in rows] == decisions.n.tolist()
     texts = [c["text"] for row in rows for c in row["completions"]]
     assert len(set(texts)) > 20, "rounds have seeds of their own"
-    again, same = go(lambda: pytest.fail("everything is there already"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "rounds").rglob("rollout.jsonl")}
+    again, same = go(engine)
     assert again.equals(decisions) and same == rows
-    lost = sorted((tmp_path / "rounds").glob("round-01-*/shard-*"))[-1]
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "everything is there already"
+    lost, *_ = (tmp_path / "rounds" / "round-01").rglob("rollout.jsonl")
     was = lost.read_bytes()
-    lost.unlink()
-    assert go(engine)[1] == rows and lost.read_bytes() == was, "a lost shard is made again, the rest is kept"
+    lost.write_bytes(was[:len(was) // 2])
+    assert go(engine)[1] == rows and lost.read_bytes() == was, "what a round has lost is asked again, the rest is kept"
     path = curate(tmp_path / "pmc.parquet", decisions, tmp_path / "curated", by="tiny")
     assert pd.read_parquet(path).pass_of.tolist() == order(decisions).n.tolist()
 
 
 def test_two_models_compare(answered):
-    samples, rows, _, _ = answered
+    samples, rows, _ = answered
     strict, lenient = (decide(pass_counts(samples, rows, rule)) for rule in ("strict", "lenient"))
     table, found = move(strict, lenient)
     assert table.to_numpy().sum() == found["questions"] == 150
@@ -230,7 +228,7 @@ def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
-    samples, rows, _, _ = answered
+    samples, rows, _ = answered
     write_samples(samples, tmp_path / "pmc_vqa.parquet")
     path = curate(tmp_path / "pmc_vqa.parquet", decide(pass_counts(samples, rows), 1, 12), tmp_path / "curated", by="tiny")
     kept = list(SampleFile(path, look=False))

@@ -5,12 +5,11 @@ from collections import Counter
 
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import record_path
-from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
-from medvlthinker.generation.engine import Sampling, engine_version, open_engine
-from medvlthinker.generation.model import model_fingerprint
+from medvlthinker.generation.engine import open_engine
+from medvlthinker.generation.request import EngineSettings, Sampling
 from medvlthinker.core.grade import grade
-from medvlthinker.generation.rollout import identity, generate
+from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import read_samples
 
 
@@ -18,16 +17,14 @@ def test_tiny_teaches(warm_tiny, tmp_path):
     import torch
 
     torch.set_num_threads(1)
-    samples, model = synthetic.corpus("pmc_vqa", 60), str(warm_tiny)
-    profile, sampling = load_profile("smoke", batch_size=30), Sampling(n=4, temperature=1.0, max_tokens=64)
-    who = identity(samples, model, profile, sampling)
-    rolled = generate(samples, lambda: open_engine(profile, model), tmp_path / "rollout", who, engine_version("transformers"), show=lambda line: None)
+    samples, engine = synthetic.corpus("pmc_vqa", 60), open_engine(EngineSettings(model=str(warm_tiny), batch_size=30))
+    rolled = generate(samples, engine, Sampling(n=4, temperature=1.0, max_tokens=64, seed=42), tmp_path / "rollout", show=lambda line: None)
     rows = list(rolled)
     missing = rows.pop(7)
 
     counts, path = Counter(), tmp_path / "pmc_vqa.parquet"
     kept = list(distill(samples, rows, counts=counts))
-    sources = {"samples": who["samples"], "rollout": model_fingerprint(model)}
+    sources = {"samples": rolled.config.samples, "rollout": rolled.config.fingerprint}
     assert Counter(distilled(path, iter(samples), iter(rows), "tiny", sources)) == counts
     assert read_samples(path) == kept
     manifest = json.loads(record_path(path).read_text())

@@ -51,18 +51,18 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
-    "python -m medvlthinker.evaluation.regrade smoke": "limit=6",  # the answers that the fixture has asked for
-    "python -m medvlthinker.evaluation.exchange smoke": "limit=6"}
+    "python -m medvlthinker.app.commands look smoke": "limit=6",
+    "python -m medvlthinker.app.commands regrade smoke": "limit=6",  # the answers that the fixture has asked for
+    "python -m medvlthinker.app.commands exchange smoke": "limit=6"}
 
 REFUSED = {  # they need a GPU or somebody's server, and the hub: run offline as written, they come as far as that: how it begins -> the sentence
     "python -m medvlthinker.generation.rollout paper model=7B-RL_m23k": "cannot be read",
     'python -m medvlthinker.generation.rollout paper model="MedGemma 27B"': "cannot be read",
-    "python -m medvlthinker.generation.rollout paper model=GPT-4o": "cannot be read",
-    "python -m medvlthinker.evaluation.parity mini": "cannot be read"}
+    "python -m medvlthinker.generation.rollout paper model=GPT-4o": "cannot be read"}
 
 ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order
     ".venv/bin/papermill nbs/paper/4_evaluate.ipynb": ("test_pipeline.py", "test_real_radiographs", '"nbs/paper/4_evaluate.ipynb"', '"-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
-    "python -m medvlthinker.evaluation.parity smoke": ("test_look.py", "test_parity_on_the_command_line", '"medvlthinker.evaluation.parity", "smoke", "model=tiny"', "batch_size="),
+    "python -m medvlthinker.app.commands parity smoke": ("test_commands.py", "test_parity_on_the_command_line", '"parity", "smoke", "model=tiny"', "batch_size="),
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
@@ -83,6 +83,9 @@ GIVEN = {  # what a chapter's example takes as known
                    "path, samples, version, folder = resolve_model('tiny', Workspace('smoke').checkpoints), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
                    "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
     "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
+    "51_compare": "samples = synthetic.benchmark('pmc_vqa', 9)\n"
+                  "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"
+                  "                            for sample in samples]",
     "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
 }
 

@@ -1,5 +1,6 @@
 """The whole pipeline against what machines do: killed at random moments, ended by a scheduler, run twice at once, with locks that hold nobody, with a clock that goes back. Each time the same bytes, nothing twice, nothing torn."""
 import ast
+import dataclasses
 import json
 import os
 import random
@@ -18,11 +19,12 @@ from conftest import ROOT, at_work, python, says
 from medvlthinker.data import synthetic
 from medvlthinker.app import trust
 from medvlthinker.data.benchmarks import load_benchmark
-from medvlthinker.generation.request import Sampling
-from medvlthinker.core.files import FORMAT, UserError, record_path, record_text
+from medvlthinker.generation.engine import FunctionEngine
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.core.files import FORMAT, UserError, read_json, record_path, record_text
 from medvlthinker.difficulty.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
-from medvlthinker.generation.rollout import read_shard, generate, rollout_identity, stored_rollout
+from medvlthinker.generation.rollout import generate, load_rollout
 from medvlthinker.data.sample import read_samples, write_samples
 from medvlthinker.app.trust import TABLES, read_trust_rows
 from safetensors.numpy import load_file
@@ -72,14 +74,25 @@ def begin_home(home: Path, warm: Path) -> Path:
     return home
 
 
+def on_the_way(path: Path) -> bool:
+    "Is it of a rollout that is not finished? Its file has its final name from the first line on."
+    return path.name in ("rollout.json", "rollout.jsonl") and "finished" not in read_json(path.with_name("rollout.json"))
+
+
+def identity(folder: Path) -> bytes:
+    "What a rollout's record says beside dates, seconds and memory."
+    rollout = load_rollout(folder)
+    return json.dumps([dataclasses.asdict(rollout.config), *(rollout.record[key] for key in ("rows", "completions", "failed", "sha256"))]).encode()
+
+
 def lasting(home: Path) -> dict[str, bytes]:
     "What a run is for: samples, completions, curated sets, weights, tables and figures; without manifests and cards, which have dates, and notes that begin with a dot."
     found = {}
     for place in ("samples", "rollouts", "curated", "results", "figures", "checkpoints/tiny-RL_PMC"):
         for path in (home / "smoke" / place).rglob("*"):
             name = path.relative_to(home).as_posix()
-            if path.is_file() and not name.endswith((".manifest.json", "README.md", "croissant.json")) and not any(part.startswith(".") for part in Path(name).parts):
-                found[name] = json.dumps(rollout_identity(path.parent)).encode() if path.name == "rollout.json" else path.read_bytes()  # that has a date and seconds too
+            if path.is_file() and not on_the_way(path) and not name.endswith((".manifest.json", "README.md", "croissant.json")) and not any(part.startswith(".") for part in Path(name).parts):
+                found[name] = identity(path.parent) if path.name == "rollout.json" else path.read_bytes()
     return found
 
 
@@ -87,10 +100,10 @@ def assert_whole(home: Path) -> None:
     "Whatever has its final name can be read to its end."
     for path in (path for path in (home / "smoke").rglob("*") if path.is_file()):
         name = path.relative_to(home / "smoke").as_posix()
-        if any(part.startswith(".") or part.endswith(".training") for part in Path(name).parts) or name.startswith("logs/") or name.endswith(".running.ipynb"):
+        if any(part.startswith(".") or part.endswith(".training") for part in Path(name).parts) or name.startswith("logs/") or name.endswith(".running.ipynb") or path.name == "rollout.jsonl" and on_the_way(path):
             continue  # what is on the way: it is recognised as such, and made anew or gone on with
-        if path.name.startswith("shard-"):
-            assert read_shard(path), name
+        if path.name == "rollout.jsonl":
+            assert list(load_rollout(path.parent)), name
         elif path.suffix in (".json", ".ipynb"):
             json.loads(path.read_text())
         elif path.suffix == ".jsonl":
@@ -130,7 +143,7 @@ def undisturbed(tree, warm_tiny, tmp_path_factory) -> Path:
     assert run.ended() == 0, run.err.read_text()
     assert set(run.named("done in")) == STEPS
     assert_whole(run.home)
-    rows = [(path.parent, row["dataset_name"], row["dataset_index"]) for path in run.home.rglob("shard-*.jsonl") for row in read_shard(path)[1]]
+    rows = [(path.parent, row["dataset_name"], row["dataset_index"]) for path in run.home.rglob("rollout.json") for row in load_rollout(path.parent)]
     assert len(rows) == len(set(rows)) == 40 + 2 * 6, "each question once"
     assert not litter(run.home), litter(run.home)
     return run.home
@@ -318,20 +331,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".") and "logs" not in path.parts}
 
 
+def by_a_function(samples, folder: Path):
+    return generate(samples, FunctionEngine(lambda request: [Completion("<answer> A </answer>", "stop", 5)]), Sampling(), folder)
+
+
 def test_what_a_newer_version_wrote_is_left_alone(home, tally):
     "Samples, a corpus, a rollout, a step of the pipeline: one sentence that says so, and no byte is changed."
-    profile, workspace, who = load_profile("smoke", **SMALL), Workspace("smoke"), {"shard_size": 4, "seed": 1, "instruction": "none", **vars(Sampling())}
-    samples, folder, step = load_benchmark("pmc_vqa", profile, workspace.samples), workspace.rollouts / "tiny" / "synthetic" / "pmc_vqa" / "0123", workspace.notebooks / "1_data.ipynb"
+    profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
+    samples, step = load_benchmark("pmc_vqa", profile, workspace.samples), workspace.notebooks / "1_data.ipynb"
     list(load_corpus("pmc_vqa", profile, workspace.samples))
-    folder.mkdir(parents=True)
-    (folder / "rollout.json").write_text(record_text(who))
+    rollout = by_a_function(samples, workspace.rollouts / "pmc_vqa")
     step.write_text("{}")
     record_path(step).write_text(record_text({"inputs": {}}))
-    uses = {record_path(workspace.samples / "synthetic" / "pmc_vqa-6.parquet"): lambda: load_benchmark("pmc_vqa", profile, workspace.samples),
-            record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet"): lambda: load_corpus("pmc_vqa", profile, workspace.samples),
-            folder / "rollout.json": lambda: [stored_rollout(folder), generate(samples, None, folder, who, "an engine")]}
+    uses = [(record_path(workspace.samples / "synthetic" / "pmc_vqa-6.parquet"), lambda: load_benchmark("pmc_vqa", profile, workspace.samples)),
+            (record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet"), lambda: load_corpus("pmc_vqa", profile, workspace.samples)),
+            (rollout.folder / "rollout.json", lambda: load_rollout(rollout.folder)),
+            (rollout.folder / "rollout.json", lambda: by_a_function(samples, workspace.rollouts / "pmc_vqa"))]
     with tally("faults", "a record that a newer version wrote") as count:
-        for path, use in uses.items():
+        for path, use in uses:
             count.tried += 1
             path.write_text(json.dumps({**json.loads(old := path.read_text()), "format": FORMAT + 1}))
             before = contents(home)
@@ -357,21 +374,27 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
     try:
         monkeypatch.setenv("MEDVLTHINKER_HOME", str(disk))
         profile, workspace = load_profile("smoke", **SMALL), Workspace("smoke")
-        made = list(load_benchmark("pmc_vqa", profile, workspace.samples))
+        made, folder = list(load_benchmark("pmc_vqa", profile, workspace.samples)), workspace.rollouts / "pmc_vqa"
+        rollout = by_a_function(made, folder)
+        (by_a_function(made[:3], folder).folder / "rollout.json").unlink()  # it is not finished
         assert all(getattr(workspace, name).is_dir() for name in Workspace.FOLDERS)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         before = contents(disk)
         with tally("faults", "a file system that can only be read") as count:
-            count.tried += 3
+            count.tried += 4
             says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
             count.survived += 1
             with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
                 load_corpus("pmc_vqa", profile, workspace.samples)
             count.survived += 1
+            for asked in (made[:3], made[:4]):  # this one is begun, that one is not
+                with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
+                    by_a_function(asked, folder)
+            count.survived += 1
             done = python("-m", "medvlthinker.app.status", "smoke", "recipes=")
             assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
             count.survived += 1
-            assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made, "what is there can be read"
+            assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made and by_a_function(made, folder) == rollout, "what is there can be read"
             assert contents(disk) == before
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -408,7 +431,7 @@ def named() -> set[tuple[str, str]]:
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
         return ["".join(re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in parts)]
 
-    calls = [node for path in sorted((ROOT / "tests").glob("test_*.py")) for node in ast.walk(ast.parse(path.read_text()))
+    calls = [node for path in sorted((ROOT / "tests").rglob("test_*.py")) for node in ast.walk(ast.parse(path.read_text()))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tally"]
     return {(ast.literal_eval(call.args[0]), pattern) for call in calls for pattern in patterns(call.args[1])}
 

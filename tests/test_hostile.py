@@ -6,6 +6,7 @@ import csv
 import datetime
 import decimal
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import random
 import re
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -28,13 +30,16 @@ from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.data import converters
-from medvlthinker.generation import profile
-from medvlthinker.core.files import UserError, record_path, read_json, stale_reason
+from medvlthinker.difficulty import profile
+from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, stale_reason
 from medvlthinker.difficulty.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv
-from medvlthinker.generation.rollout import read_eval_results, read_shard, rollout_identity, shard_header, stored_rollout, write_shard
+from medvlthinker.evaluation.evaluate import grade_rollout, store_record
+from medvlthinker.generation.engine import FunctionEngine
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.rollout import from_line, generate, load_rollout, read_eval_results, write_eval_results
 from medvlthinker.data.sample import InvalidRow, Sample, read_samples, store_samples, to_rgb, write_samples
 from medvlthinker.data.readers import unescape_formula, escape_formula, image_reader, read_csv, read_rows, samples_from, write_csv
 from PIL import Image
@@ -127,7 +132,7 @@ GIANTS = """
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.converters import mmmu, split_prompt, remove_image_marks
 from medvlthinker.data.converters import closed_options
-from medvlthinker.evaluation.regrade import why
+from medvlthinker.evaluation.compare import find_rule, flip_cause
 from medvlthinker.data.sample import InvalidRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
 of = lambda piece, size=M: piece * (size // len(piece))
@@ -143,7 +148,7 @@ def graded(name):
     assert name != "a long thought" or all(verdict.correct for verdict in verdicts)
 
 def explained(text):
-    why(text, Sample("?", options, "B", "spleen"), *(lambda text, options, label, rule=rule: grade(text, options, label, rule) for rule in ("strict", "lenient")))
+    flip_cause(text, Sample("?", options, "B", "spleen"), find_rule("strict"), find_rule("lenient"))
 
 def refused(error, act, *given):
     try:
@@ -342,8 +347,7 @@ def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
 PIXELS = {"bytes": encoded(20, 16), "path": None}
 ABCD = {"A": "CT", "B": "MRI", "C": "PET", "D": "X-ray"}
 LAYOUTS = {  # of each layout one row that becomes a sample
-    "PMC-VQA, version 1": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
-    "PMC-VQA, version 2": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "B", **{f"Choice {letter}": f"{letter}: {text}" for letter, text in ABCD.items()}}),
+    "PMC-VQA": (converters.pmc_vqa, {"Figure_path": "a.png", "Question": "What is it?", "Answer": "MRI", **{f"Choice {letter}": f" {letter}:{text} " for letter, text in ABCD.items()}, "Answer_label": "B"}),
     "PMC-VQA, the paper's copy": (converters.adaptllm_pmc, {"image": PIXELS, "input": "Question: What is it?\nThe choices are: A:CT", "label": "B", **ABCD}),
     "VQA-RAD": (converters.vqa_rad, {"qid": 1, "image_name": "a.png", "image_organ": "CHEST", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "PRES", "phrase_type": "freeform"}),
     "VQA-RAD, the public file": (converters.vqa_rad_release, {"qid": 1, "image_name": "a.png", "image_organ": "HEAD", "question": "Is it old?", "answer": "No", "answer_type": "CLOSED", "question_type": "AGE", "phrase_type": "test_para"}),
@@ -639,17 +643,15 @@ def test_names_and_members_that_leave_their_folder(tally, tmp_path):
 # ---- manifests, rollouts, results: any bytes
 
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["", "\ud800", "../..", "x" * 3000])),
-                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["inputs", "samples", "shards", "rows", "sha256", "engine", "completions", "broken", "left_out", "text", "format", "a"]), inner, max_size=4)), max_leaves=8)
-BYTES = st.one_of(VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=60), st.sampled_from([b"[" * 100_000, b'{"inputs": ' * 50_000, b"\xff\xfe{}", b"9" * 5000, b'{"inputs": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b"\0" * 9, b'{"rows": 1, "shards": 1}\n']))
+                      lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["inputs", "samples", "finished", "rows", "sha256", "engine", "completions", "broken", "left_out", "text", "format", "a"]), inner, max_size=4)), max_leaves=8)
+BYTES = st.one_of(VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=60), st.sampled_from([b"[" * 100_000, b'{"inputs": ' * 50_000, b"\xff\xfe{}", b"9" * 5000, b'{"inputs": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b"\0" * 9, b'{"rows": 1, "finished": "x"}\n']))
 
 
-def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, tmp_path):
-    artefact, folder = tmp_path / "made.json", tmp_path / "rollout"
-    folder.mkdir()
+def test_any_bytes_in_a_manifest_are_a_reason_or_a_sentence(tally, tmp_path):
+    artefact = tmp_path / "made.json"
     artefact.write_text("{}")
-    shard = folder / "shard-00000.jsonl"
     sample = Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No")
-    with tally("hostile", "manifests and rollouts of any bytes", seed=SEED) as count:
+    with tally("hostile", "manifests of any bytes", seed=SEED) as count:
         @every(count, 150, BYTES)
         def manifest(data):
             record_path(artefact).write_bytes(data)
@@ -659,21 +661,6 @@ def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, 
             except UserError as error:
                 assert "was written by a newer version" in str(error)
 
-        @every(count, 150, BYTES, st.binary(max_size=30), st.booleans(), st.booleans())
-        def rollout(head, body, valid, whole):
-            (folder / "rollout.json").write_bytes(b'{"samples": "x"}' if whole else head)
-            if valid and isinstance(header := read_json(folder / "rollout.json"), dict):  # a header whose hash is right: only its fields are wrong
-                import hashlib
-                header = {"shards": 1, "rows": 1, "engine": "x", **header, "sha256": hashlib.sha256(body).hexdigest()}
-                head = json.dumps(header).encode()
-            shard.write_bytes(head + b"\n" + body)
-            assert isinstance(shard_header(shard), dict)
-            found = read_shard(shard)
-            assert found is None or isinstance(found[0], dict) and all(isinstance(row, dict) for row in found[1])
-            for act in (rollout_identity, lambda folder: list(stored_rollout(folder)[1])):
-                with contextlib.suppress(UserError):
-                    act(folder)
-
         @every(count, 12, BYTES)
         def samples(data):
             record_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
@@ -682,13 +669,100 @@ def test_any_bytes_in_a_manifest_or_a_rollout_are_a_reason_or_a_sentence(tally, 
             with contextlib.suppress(UserError):
                 assert list(store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
 
-        for name in (record_path(artefact), shard, folder / "rollout.json"):  # a folder where a file should be
+        count.tried += 1
+        record_path(artefact).unlink()
+        record_path(artefact).mkdir()  # a folder where a file should be
+        assert read_json(record_path(artefact)) == {} and stale_reason(artefact, {})
+        count.survived += 1
+
+
+ASKED = [Sample(f"Is it {number}?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa", dataset_index=number) for number in range(3)]
+
+
+def ask(folder: Path, asked: list | None = None):
+    "The rollout of three questions, by a function that notes what it is asked."
+    def answer(request):
+        (asked if asked is not None else []).append(request.index)
+        return [Completion(f"<answer> {request.sample.answer_label} </answer>", "stop", 5)]
+
+    return generate(ASKED, FunctionEngine(answer), Sampling(), folder, lambda line: None)
+
+
+def sealed(row) -> bytes:
+    "What somebody calls the line of a rollout, with a checksum that is right."
+    body = row if isinstance(row, bytes) else json.dumps(row, default=str, skipkeys=True).encode()[:-1]
+    return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
+
+
+def read_everything(folder: Path) -> None:
+    "All that is done with a finished rollout."
+    rollout = load_rollout(folder)
+    assert list(rollout) == rollout[:] and rollout[-1] == rollout[len(rollout) - 1] and rollout.config.fingerprint
+    grade_rollout(ASKED, rollout, workers=1)
+
+
+ROW = {"index": 1, "dataset_name": "pmc_vqa", "dataset_index": 1, "completions": [{"text": "B", "finish_reason": "stop", "tokens": 1}]}
+LINES = {"no object": b"[", "no JSON": b"{]", "nothing": b"", "nested deeply": b'{"index": ' + b"[" * 100_000, "a megabyte of brackets": b"{" * 1_000_000, "a number of 5,000 digits": b'{"index": ' + b"9" * 5000, "no UTF-8": b'{"index": "\xff"',
+         **{f"no {key}": {name: value for name, value in ROW.items() if name != key} for key in ROW}, **{f"index {index!r}": ROW | {"index": index} for index in (3, -1, 10**30, "1", None, 1.0, [1], {}, math.nan)},
+         "an object for completions": ROW | {"completions": {}}, "a text for a completion": ROW | {"completions": ["B"]}, **{f"a completion without {key}": ROW | {"completions": [{name: "B" for name in ROW["completions"][0] if name != key}]} for key in ROW["completions"][0]},
+         "a list for a text": ROW | {"completions": [{"text": ["B"], "finish_reason": "stop", "tokens": 1}]}, "a number for a name": ROW | {"dataset_name": 7}, "a text of a megabyte for an index": ROW | {"index": "x" * 1_000_000}}
+
+
+def test_a_line_that_is_no_row_of_a_rollout_is_one_sentence_and_is_asked_again(tally, tmp_path):
+    "Its checksum is right, and so is that of the file: whoever wrote it meant it. Where the rollout is not finished, its question is owed."
+    whole = ask(tmp_path)
+    first, second, third = whole.path.read_bytes().splitlines(True)
+    with tally("hostile", "lines of a rollout with right checksums: wrong types, missing keys, indices out of range, deep nesting, a megabyte") as count:
+        for name, row in LINES.items():
             count.tried += 1
-            name.unlink(missing_ok=True)
-            name.mkdir()
-            assert read_json(name) == {} and shard_header(name) == {} and read_shard(name) is None and stale_reason(artefact, {})
+            data = first + sealed(row) + third
+            whole.path.write_bytes(data)
+            record = whole.record | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (whole.folder / "rollout.json").write_text(json.dumps(record))
+            with pytest.raises(UserError, match=r"rollout.jsonl, line 2 is damaged; run the rollout again"):
+                read_everything(whole.folder)
+            del record["finished"]
+            (whole.folder / "rollout.json").write_text(json.dumps(record))
+            assert ask(tmp_path, asked := []) == whole and asked == [1], (name, asked)
+            assert whole.path.read_bytes() == first + second + third, name
+            count.survived += 1
+
+
+def test_any_bytes_in_a_rollout_are_rows_or_one_sentence(tally, tmp_path):
+    "Of the record, of the lines, or of both; the same call makes it whole, or says why not."
+    whole = ask(tmp_path)
+    told, lines = whole.folder / "rollout.json", whole.path.read_bytes().splitlines(True)
+    with tally("hostile", "rollouts of any bytes, and with one thing wrong in their record or their lines", seed=SEED) as count:
+        @every(count, 300, BYTES, st.binary(max_size=30), st.integers(), st.sampled_from(["bytes", "record", "lines", "both"]), st.booleans())
+        def rollout(head, body, number, what, fits):
+            rng = random.Random(number)
+            data = body if what == "bytes" else b"".join(sealed(changed(from_line(line), rng)) if what != "record" else line for line in lines)
+            record = whole.record | ({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} if fits else {})
+            told.write_bytes(head if what == "bytes" else json.dumps(changed(record, rng) if what != "lines" else record, default=str, skipkeys=True).encode())
+            whole.path.write_bytes(data)
+            for act in (read_everything, lambda folder: read_everything(ask(tmp_path).folder)):
+                try:
+                    act(whole.folder)
+                except UserError as error:
+                    assert str(error).isprintable() and len(str(error)) < 700, error
+            told.unlink(missing_ok=True)
+            assert len(ask(tmp_path)) == len(load_rollout(whole.folder)[:]) == 3
+
+        count.tried += 1
+        told.write_text(json.dumps(whole.record | {"format": FORMAT + 1}))
+        with pytest.raises(UserError, match="rollout.json was written by a newer version"):
+            load_rollout(whole.folder)
+        count.survived += 1
+        for path, words in ((whole.path, "rollout.jsonl cannot be written .Is a directory."), (told, "rollout.json cannot be written .Is a directory.")):  # a folder where a file should be
+            count.tried += 1
+            shutil.rmtree(whole.folder)
+            ask(tmp_path)
+            path.unlink()
+            path.mkdir()
             with pytest.raises(UserError):
-                list(stored_rollout(folder)[1])
+                load_rollout(whole.folder)
+            with pytest.raises(UserError, match=words):
+                ask(tmp_path)
             count.survived += 1
 
 
@@ -706,16 +780,13 @@ def test_any_line_of_results_is_a_row_or_a_sentence(tally, tmp_path):
 
 
 def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path):
-    "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it."
-    samples = [Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa")]
-    from medvlthinker.generation.request import Completion
-    from medvlthinker.evaluation.evaluate import grade_rollout, store_record
-    from medvlthinker.generation.rollout import write_eval_results
+    "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it. So may the name of a model's folder."
+    samples = ASKED[:1]
     with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
         for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
             count.tried += 1
-            write_shard(tmp_path / "shard-00000.jsonl", samples, [[Completion(text, "stop", 1)]], {"shard": 0, "shards": 1, "engine": "x"})
-            _, rows = read_shard(tmp_path / "shard-00000.jsonl")
+            engine = FunctionEngine(lambda request, text=text: [Completion(text, "stop", 1)], f"models/{text}")
+            rows = generate(samples, engine, Sampling(), tmp_path, lambda line: None)
             same = json.loads(json.dumps(text))
             assert rows[0]["completions"][0]["text"] == same
             write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")

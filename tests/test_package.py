@@ -128,9 +128,9 @@ def test_a_script_without_a_checkout(bare, tmp_path):
 
 
 ABSENT = {  # what a user calls -> the extra that the sentence names
-    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='vllm'), 'x/y')": "vllm",
-    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke', engine='ray'), 'x/y')": "ray",
-    "from medvlthinker.generation.engine import open_engine; open_engine(load_profile('smoke'), 'x/y')": "torch",
+    "from medvlthinker.generation.engine import VllmEngine; VllmEngine(load_profile('smoke'), 'x')": "vllm",
+    "from medvlthinker.generation.engine import RayEngine; RayEngine(load_profile('smoke'), 'x')": "ray",
+    "from medvlthinker.generation.engine import TransformersEngine; TransformersEngine(load_profile('smoke'), 'x')": "torch",
     "from medvlthinker.generation.tiny_model import tiny_processor; tiny_processor()": "torch",
     "from medvlthinker.generation.tiny_model import make_tiny_model; make_tiny_model('x')": "torch",
     "from medvlthinker.difficulty.preflight import open_processor; open_processor('x/y')": "torch",
@@ -144,7 +144,6 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.difficulty.curate import difficulty_figure; difficulty_figure({})": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
-    "from medvlthinker.evaluation.look import look_figure; look_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
     "from medvlthinker.results.report import accuracy_figure; accuracy_figure(None)": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",

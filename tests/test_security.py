@@ -179,12 +179,15 @@ import json, sys
 from medvlthinker.core.files import UserError
 from medvlthinker.difficulty.profile import load_profile
 from medvlthinker.training.checkpoint import skeleton
+from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import open_engine
+from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from medvlthinker.training.fit import shape_of
 from medvlthinker.difficulty.preflight import open_processor
 from transformers import AutoConfig
 
-ways = {"engine": lambda model: open_engine(load_profile("smoke"), model), "processor": open_processor, "shape": shape_of, "merge": skeleton,
+request = Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
+ways = {"engine": lambda model: list(open_engine(EngineSettings(model=model)).answer([request])), "processor": open_processor, "shape": shape_of, "merge": skeleton,
         "trusting": lambda model: AutoConfig.from_pretrained(model, trust_remote_code=True)}
 for what in sys.argv[2:]:
     way, model = what.split("=")
@@ -215,12 +218,14 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
     import torch
     from medvlthinker.training.checkpoint import merge
     from medvlthinker.generation.engine import open_engine
+    from medvlthinker.generation.request import EngineSettings, Request, Sampling
 
     place, mark = traps
-    pickled, smoke = place / "pickled", load_profile("smoke")
+    pickled, smoke, request = place / "pickled", load_profile("smoke"), Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
+    ask = lambda **settings: list(open_engine(EngineSettings(model=str(pickled), **settings)).answer([request]))
     write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
-    ways = {**{f"engine={name}": lambda name=name: open_engine(replace(smoke, engine=name), str(pickled)) for name in ("transformers", "vllm")},
-            "copies": lambda: open_engine(replace(smoke, data_parallel=2), str(pickled)),
+    ways = {**{f"engine={name}": lambda name=name: ask(engine=name) for name in ("transformers", "vllm", "ray")},
+            "copies": lambda: ask(data_parallel=2),
             **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
             "merge": lambda: merge(pickled, "tiny", place / "merged")}
     with tally("hostile", "weights that are a program") as count:
@@ -232,7 +237,7 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
             count.survived += 1
         count.tried += 1
         said, ran = opened[0]
-        assert "someone/thing cannot be loaded" in said and "\n" not in said and not ran, said
+        assert "someone--thing" in said and "is a pickle and is not opened" in said and "\n" not in said and not ran, said
         count.survived += 1
     torch.load(pickled / "pytorch_model.bin", weights_only=False)  # and it would have
     mark.rmdir()

@@ -74,7 +74,8 @@ class Faulty(BaseHTTPRequestHandler):
 
     def well(self, number, body, n=None):
         time.sleep(self.server.pause(number))
-        texts = [f"answer {number} seed {body.get('seed', 0) + k}" for k in range(n or body.get("n", 1))]
+        seed, n = body.get("seed", 0), n or body.get("n", 1)
+        texts = [f"answer {number} seed {seed + k}" for k in range(n)]
         choices = [{"index": k, "message": {"content": text}, "finish_reason": "stop"}
                    for k, text in enumerate(texts)]
         usage = {"prompt_tokens": 90, "completion_tokens": 10 * len(texts)}
@@ -130,7 +131,8 @@ class Faulty(BaseHTTPRequestHandler):
         self.reply(401, {"error": {"message": says, "code": "invalid_api_key"}})
 
     def echoes_key(self, number, body):
-        self.reply(400, {"error": {"message": f"Bad request with\n{self.headers['Authorization']}"}})
+        says = f"Bad request with\n{self.headers['Authorization']}"
+        self.reply(400, {"error": {"message": says}})
 
     def answers_key(self, number, body):
         choices = [{"message": {"content": f"You are {self.headers['Authorization']}"}}]
@@ -563,8 +565,8 @@ def test_where_a_server_names_a_parameter(faulty, says):
 def test_vllm_is_asked_again_without_a_limit_that_does_not_fit(faulty, says):
     "For this question alone; and with neutral values for what vLLM takes from the model's folder."
     faulty.owner = "vllm"
-    faulty.rule = lambda body: ((400, {"error": {"message": says}})
-                                if "max_tokens" in body and "number 1?" in json.dumps(body) else None)
+    second = lambda body: "max_tokens" in body and "number 1?" in json.dumps(body)
+    faulty.rule = lambda body: (400, {"error": {"message": says}}) if second(body) else None
     server = engine(faulty.url, concurrency=1)
     found, reason = gather(server.answer(requests(3)))
     right(requests(3), found)

@@ -21,9 +21,10 @@ from conftest import encoded, python, watched
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
 from medvlthinker.difficulty.profile import load_profile
-from medvlthinker.generation.engine import Completion
+from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.core.grade import RULES, grade
-from medvlthinker.generation.rollout import samples_fingerprint, write_shard
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import write_samples
 from medvlthinker.results.viewer import (SCRIPT, STYLE, Entry, Look, State, data_uri, entry_html, island, parse_state, page_data, spread, stored, visible,
                                  write_page, write_state)
@@ -186,20 +187,17 @@ def test_pages_choose_their_questions_by_rule(tmp_path):
 # --- what a run has left -------------------------------------------------------------------------------------------------------
 
 
-def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, name="0" * 16, text="<think> x </think><answer> {} </answer>", part="", **changed):
-    "Samples and a rollout of three shards each, as a run leaves them."
+def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, text="<think> x </think><answer> {} </answer>", part="", instruction="trained", temperature=None):
+    "Samples and a rollout of each set, as a run leaves them; the folder of the last one."
+    engine = FunctionEngine(lambda request: [Completion(text.format(request.sample.answer_label), "stop", 5)] * n, model, version=text)
+    engine.instruction = instruction
+    sampling = Sampling(n=n, temperature=(0.0 if n == 1 else 1.0) if temperature is None else temperature, seed=42)
     for number, each in enumerate(sets):
         samples = synthetic.corpus(each, 6) if part else synthetic.benchmark(each, 6)
         path = home / "smoke" / "samples" / "synthetic" / part / f"{each}-{200 if part else 100}.parquet"  # as many as `smoke` asks for, by name
         write_samples(samples, path)
-        folder = home / "smoke" / "rollouts" / model / "synthetic" / part / each / name
-        for i in range(3):
-            write_shard(folder / f"shard-{i:05}.jsonl", samples[2 * i:2 * i + 2], [[Completion(text.format(s.answer_label), "stop", 5)] * n for s in samples[2 * i:2 * i + 2]],
-                        {"shard": i, "shards": 3})
-        who = {"model": model, "samples": samples_fingerprint(samples), "instruction": "trained", "seed": 42, "n": n, "temperature": 0.0 if n == 1 else 1.0,
-               "engine": "transformers", "dtype": "float32", "shard_size": 2, **changed}
-        (folder / "rollout.json").write_text(json.dumps(who))
-    return folder
+        rollout = generate(samples, engine, sampling, home / "smoke" / "rollouts" / model / "synthetic" / part / each, lambda line: None)
+    return rollout.folder
 
 
 def test_stored_reads_and_makes_nothing(home):
@@ -222,13 +220,13 @@ def test_stored_says_what_is_missing(home):
     folder = run_left(home)
     with pytest.raises(UserError, match="No whole rollout of tiny-RL_PMC on pmc_vqa"):
         stored(profile, ["tiny", "tiny-RL_PMC"])
-    with pytest.raises(UserError, match="medvlthinker.generation.rollout smoke model=tiny n=5"):
+    with pytest.raises(UserError, match="medvlthinker.difficulty.ask smoke model=tiny n=5"):
         stored(profile, n=5)
     with pytest.raises(UserError, match="with n=8 is stored; .*paper/2_difficulty"):
         stored(profile, kind="corpus")
     with pytest.raises(UserError, match="No kind of questions"):
         stored(profile, kind="exam")
-    (folder / "shard-00001.jsonl").write_bytes((folder / "shard-00001.jsonl").read_bytes()[:-5])
+    (folder / "rollout.jsonl").write_bytes((folder / "rollout.jsonl").read_bytes()[:-5])
     with pytest.raises(UserError, match="No whole rollout of tiny on slake_closed"):
         stored(profile, ["tiny"])
     assert stored(profile).entries[6].answers == {}, "without names, what is there is shown"
@@ -238,20 +236,22 @@ def test_stored_says_what_is_missing(home):
 
 
 def test_stored_takes_the_newest_of_its_kind(home):
-    old = run_left(home, name="a" * 16, text="old {}")
-    new = run_left(home, name="1" * 16, text="new {}")
-    run_left(home, name="2" * 16, text="other prompt {}", instruction="none")
-    run_left(home, name="3" * 16, text="warm {}", temperature=0.7)
-    run_left(home, name="4" * 16, text="many {}", n=4)
-    run_left(home, sets=("m23k", "pmc_vqa"), name="5" * 16, n=8, part="corpus")
-    torn = run_left(home, name="6" * 16, text="torn {}")
+    old = run_left(home, text="old {}")
+    new = run_left(home, text="new {}")
+    run_left(home, text="other prompt {}", instruction="none")
+    run_left(home, text="warm {}", temperature=0.7)
+    run_left(home, text="many {}", n=4)
+    run_left(home, sets=("m23k", "pmc_vqa"), n=8, part="corpus")
+    torn = run_left(home, text="torn {}")
     (old.parent / ("7" * 16)).mkdir()
     (old.parent / ("7" * 16) / "rollout.json").write_text("{")
-    for age, folder in enumerate((torn, new, old)):
-        for path in folder.parents[1].glob(f"*/{folder.name}/rollout.json"):
+    texts = {path: path.with_name("rollout.jsonl").read_text() for path in old.parents[1].glob("*/*/rollout.json") if path.with_name("rollout.jsonl").is_file()}
+    for age, word in enumerate(("torn", "new", "old")):
+        for path in (path for path, text in texts.items() if f'"{word} ' in text):
             os.utime(path, (2e9 - age, 2e9 - age))
-    for path in torn.parents[1].glob(f"*/{torn.name}/shard-00002.jsonl"):
-        path.unlink()
+            if word == "torn":
+                path.with_name("rollout.jsonl").unlink()
+    assert new.is_dir() and torn.is_dir()
     profile = load_profile("smoke")
     first = lambda look: look.entries[0].answers["tiny"][0]["text"][:4]
     assert [first(stored(profile)), first(stored(profile, n=4)), first(stored(profile, instruction="none"))] == ["new ", "many", "othe"]

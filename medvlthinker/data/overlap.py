@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import UserError, fingerprint, record_path, read_json, write_record
+from ..core.files import fingerprint, record_path, read_json, write_record
 from .sample import Sample, to_rgb
 from .benchmarks import benchmark_file, benchmark_names
 from .corpora import corpus_file, corpus_names

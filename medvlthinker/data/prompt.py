@@ -25,11 +25,8 @@ INSTRUCTIONS = {
 }
 
 # %% ../../nbs/data/11_prompt.ipynb #12bee566
-def user_text(
-    sample: Sample,  # the question
-    instruction: str = "trained",  # a name in `INSTRUCTIONS`
-) -> str:
-    "Instruction, question and options as one text."
+def user_text(sample: Sample, instruction: str = "trained") -> str:
+    "One of `INSTRUCTIONS`, question and options as one text."
     if instruction not in INSTRUCTIONS:
         raise UserError(f"No instruction {instruction!r}; known are {', '.join(INSTRUCTIONS)}.")
     gap = "\n" if instruction == "pass_rate" else "\n\n"
@@ -38,28 +35,19 @@ def user_text(
     return f"{head}Question: {sample.question}{gap}Options:{options}"
 
 # %% ../../nbs/data/11_prompt.ipynb #6d8023b2
-def messages(
-    sample: Sample,  # the question
-    instruction: str = "trained",  # a name in `INSTRUCTIONS`
-) -> list[dict]:
+def messages(sample: Sample, instruction: str = "trained") -> list[dict]:
     "One user turn as chat templates and processors take it; images are decoded RGB pictures."
     images = [{"type": "image", "image": picture} for picture in sample.pictures()]
     text = {"type": "text", "text": user_text(sample, instruction)}
     return [{"role": "user", "content": [*images, text]}]
 
 # %% ../../nbs/data/11_prompt.ipynb #ad1d9753
-def sft_target(
-    label: str,  # the letter
-    reasoning: str,  # the chain of thought
-) -> str:
-    "The assistant's turn of supervised training."
+def sft_target(label: str, reasoning: str) -> str:
+    "The assistant's turn of supervised training: its reasoning, then the letter."
     return f"<think> {reasoning.strip()} </think>\n<answer> {label.strip()} </answer>"
 
 # %% ../../nbs/data/11_prompt.ipynb #519e2070
-def verl_prompt(
-    sample: Sample,  # the question
-    instruction: str = "trained",  # a name in `INSTRUCTIONS`
-) -> list[dict]:
+def verl_prompt(sample: Sample, instruction: str = "trained") -> list[dict]:
     "One user turn as verl's parquet holds it: a mark per image, then the text."
     text = user_text(sample, instruction)
     text = text.replace("<image>", "(image)").replace("<video>", "(video)")
@@ -69,12 +57,8 @@ def verl_prompt(
 DIALECTS = ("chat", "plain", "gemma3")
 
 
-def raw_prompt(
-    sample: Sample,  # the question, whose images take placeholders
-    dialect: str,  # "plain" or "gemma3"
-    instruction: str = "trained",  # a name in `INSTRUCTIONS`
-) -> str:
-    "The text that the paper gave to a model without a chat template."
+def raw_prompt(sample: Sample, dialect: str, instruction: str = "trained") -> str:
+    "The text that the paper gave to a model without a chat template; images take placeholders."
     text, n = user_text(sample, instruction), len(sample.images)
     if dialect == "plain":
         return "<image>\n" * n + text

@@ -265,7 +265,7 @@ def download_hub_files(repo: str, *patterns: str) -> Path:  # the folder is name
         return Path(snapshot_download(name, repo_type="dataset", revision=revision or None,
                                       allow_patterns=list(patterns)))
     except Exception as error:  # each of the hub's refusals is its own class
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:160]
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")[:160]
         if type(error).__name__ == "RepositoryNotFoundError":
             reason = "the hub knows no such id"
         raise UserError(f"The data set {repo} cannot be read ({reason}); without a network, name a "

@@ -401,9 +401,11 @@ def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
 def _check_counts(path: Path, max_rejected: int) -> None:
     "`UserError` where too many rows were broken, or none is left."
     facts, rejected = read_json(record_path(path)), path.with_suffix(".rejected.jsonl")
+    if any(not isinstance(facts.get(key), int) for key in ("samples", "left_out", "broken")):
+        raise UserError(f"{record_path(path)} counts no rows; delete it, and run again.")
     if (broken := facts["broken"]) > max_rejected:
-        raise UserError(f"{broken} rows of {path.name} are broken, first {facts['first_broken']}; "
-                        f"all are listed in {rejected}. Mend them, or allow them with "
+        raise UserError(f"{broken} rows of {path.name} are broken, first "
+                        f"{facts.get('first_broken')}; all are listed in {rejected}. Mend them, or allow them with "
                         f"max_rejected={broken}.")
     if not facts["samples"]:
         raise UserError(f"{path.name} holds no sample: {facts['left_out']} rows were left out by "

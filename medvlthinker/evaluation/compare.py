@@ -19,7 +19,7 @@ from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
 from ..difficulty.profile import load_plugin
 from .evaluate import map_questions, paired_difference
-from ..generation.rollout import RolloutConfig, samples_fingerprint
+from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
@@ -162,6 +162,11 @@ def _difference_cause(completions: Sequence[dict], grades: Sequence[Grade]) -> s
     return "no option read" if None in [each.label for each in grades] else "another option"
 
 
+def _storable(text: str | None) -> str:
+    "A text that a table can hold: half a character becomes an escape."
+    return (text or "").encode("utf-8", "backslashreplace").decode()
+
+
 split_words = re.compile(r"\s*\S+|\s+").findall  # nothing of a text is lost
 
 
@@ -187,9 +192,9 @@ def _compare(
         "completion": number, "gold": sample.answer_label, "flip": flip, "cause": cause,
         "first_label": one.label, "second_label": two.label,
         "first_correct": one.correct, "second_correct": two.correct,
-        "first_answer": (one.answer or "")[:200] if flip else "",
-        "second_answer": (two.answer or "")[:200] if flip else "",
-        "ending": texts[1][-200:] if flip else "",
+        "first_answer": _storable(one.answer)[:200] if flip else "",
+        "second_answer": _storable(two.answer)[:200] if flip else "",
+        "ending": _storable(texts[1][-200:]) if flip else "",
         "parts_at": None if same else len(os.path.commonprefix(pieces)),
         "failed": "failed" in [completion["finish_reason"] for completion in completions]}
 
@@ -215,14 +220,13 @@ def check_questions(
     rollout: Sequence[dict],  # a `Rollout`; a list of rows cannot tell
 ) -> None:
     "`UserError` where a rollout answers other questions than these."
-    config = getattr(rollout, "config", None)
-    if config and config.samples != samples_fingerprint(samples):
+    if isinstance(rollout, Rollout) and rollout.config.samples != samples_fingerprint(samples):
         raise UserError(f"{rollout.folder} answers other questions than these of "
                         f"{samples[0].dataset_name}; give the data and the limit that it was made "
                         "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #a894f80a
-def _compare_rules(questions: list[tuple], old: str, new: str) -> list[dict]:
+def _compare_rules(questions: list[tuple], old: str | Callable, new: str | Callable) -> list[dict]:
     "The rows of some questions. Other processes call it, and find the rules by name."
     rules = find_rule(old), find_rule(new)
     return [{**_compare(sample, number, (completion, completion), rules), "image": image}
@@ -260,7 +264,7 @@ def compare_rollouts(
 
     for rollout in (first, second):
         check_questions(samples, rollout)
-    configs = [rollout.config for rollout in (first, second) if hasattr(rollout, "config")]
+    configs = [rollout.config for rollout in (first, second) if isinstance(rollout, Rollout)]
     if same_model and len(configs) == 2 and (words := config_difference(*configs)):
         raise UserError("These two rollouts cannot be compared, they differ in more than how the "
                         f"answers were computed: {words}.")
@@ -359,9 +363,9 @@ class Agreement:
 # %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
 def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, float]:
     "A share with an interval that is not empty where nothing, or everything, was seen."
-    images = {"": [*images, "one more"]}
-    _, low, _ = paired_bootstrap({"": [*flags, False]}, images)
-    _, _, high = paired_bootstrap({"": [*flags, True]}, images)
+    clusters = {"": [*images, "one more"]}
+    _, low, _ = paired_bootstrap({"": [*flags, False]}, clusters)
+    _, _, high = paired_bootstrap({"": [*flags, True]}, clusters)
     return sum(flags) / len(flags), max(0.0, low), min(1.0, high)
 
 
@@ -377,12 +381,12 @@ def engine_agreement(
         raise UserError(f"There is nothing to compare: {len(table)} questions, and each failed on "
                         "one side or the other.")
     changes = kept.first_correct.astype(int) - kept.second_correct.astype(int)
-    _, *bounds = paired_bootstrap({"": [*changes, 1, -1]},
-                                  {"": [*kept.image, "one gained", "one lost"]})
+    _, low, high = paired_bootstrap({"": [*changes, 1, -1]},
+                                    {"": [*kept.image, "one gained", "one lost"]})
     flips = kept.first_label.fillna("") != kept.second_label.fillna("")
     places = sorted(int(place) for place in kept.parts_at.dropna())
     return Agreement(
-        n=len(kept), failed=len(table) - len(kept), difference=(float(changes.mean()), *bounds),
-        flips=_rate(flips.tolist(), kept.image),
+        n=len(kept), failed=len(table) - len(kept), difference=(float(changes.mean()), low, high),
+        flips=_rate(flips.tolist(), kept.image.tolist()),
         equal_texts=1 - len(places) / len(kept),
         parts_at=(places[0], statistics.median_low(places)) if places else None)

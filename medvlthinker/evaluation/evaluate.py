@@ -109,6 +109,18 @@ def _batches(questions: Iterator[tuple], size: int = 64) -> Iterator[list[tuple]
     while batch := list(itertools.islice(questions, size)):
         yield batch
 
+
+def _exit_with_parent() -> None:
+    "End this process when the one that started it has ended, however that happened."
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #91bb9d0b
 def map_questions(
     work: Callable,  # takes some questions: sample, its cluster id, its row; importable by name
@@ -134,15 +146,6 @@ def map_questions(
         except BrokenProcessPool:
             raise UserError("A process that graded was ended from outside, perhaps because memory "
                             "ran out; use fewer workers.") from None
-
-
-def _exit_with_parent() -> None:
-    "End this process when the one that started it has ended, however that happened."
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9a1c7e03
 def _grade_all(rolled: Sequence[tuple], rules: tuple[str, ...], workers: int) -> "pd.DataFrame":
@@ -184,7 +187,8 @@ def count_right(
 def _require_single(grades: "pd.DataFrame", rule: str) -> None:
     "`UserError` where a question has several answers, or the rule did not grade them."
     if f"{rule}_correct" not in grades:
-        known = [name.removesuffix("_correct") for name in grades if name.endswith("_correct")]
+        columns = [str(column) for column in grades]
+        known = [name.removesuffix("_correct") for name in columns if name.endswith("_correct")]
         raise UserError(f"No rule {rule!r}; known are {', '.join(known)}.")
     if grades.duplicated(["dataset_name", "dataset_index"]).any():
         raise UserError("This takes one answer a question, and some questions have several; "
@@ -248,8 +252,8 @@ def paired_difference(
     `UserError` where the questions differ."""
     import pandas as pd
 
-    pairs, rows = _pair(first, second, rule), {}
-    parts = {name: part for name, part in pairs.groupby("dataset_name", sort=False)}
+    pairs, rows = _pair(first, second, rule), dict[str, tuple]()
+    parts = {str(name): part for name, part in pairs.groupby("dataset_name", sort=False)}
     for name, part in parts.items():
         gained, lost, p = mcnemar(part["first"], part["second"])
         rows[name] = *_interval({name: part}), len(part), gained, lost, p
@@ -326,8 +330,9 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
         raise UserError("There is no question to make a table of; generate answers first.")
     parts = dict(list(scores.groupby("dataset_name", observed=True, sort=False)))
     sizes, n, rows = {name: len(part) for name, part in parts.items()}, int(scores["n"].min()), []
-    for measure, k in _measures(n):
-        points = {name: _mean_and_error(_values(part, measure, k), part["image"])
+    passes = [(f"pass@{k}", k) for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]
+    for measure, k in [("average", 1), (f"majority of {min(n, VOTERS)}", 0), *passes]:
+        points = {name: _mean_and_error(_values(part, measure, k), part["image"].tolist())
                   for name, part in parts.items()}
         for name, (mean, error) in (points | _averages(points, sizes)).items():
             low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
@@ -337,18 +342,12 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=columns)
 
 
-def _measures(n: int) -> list[tuple[str, int]]:
-    "Name and k of what n answers to a question allow to measure."
-    passes = [(f"pass@{k}", k) for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]
-    return [("average", 1), (f"majority of {min(n, VOTERS)}", 0), *passes]
-
-
 def _values(scores: "pd.DataFrame", measure: str, k: int) -> Sequence[float]:
     "The measure of each question."
     if measure == "average":
-        return scores["right"] / scores["n"]
+        return (scores["right"] / scores["n"]).tolist()
     if measure.startswith("majority"):
-        return scores["majority"]
+        return scores["majority"].tolist()
     return [pass_at_k(right, n, k) for right, n in zip(scores["right"], scores["n"])]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #d62aac01

@@ -68,7 +68,8 @@ def _result(grades: "pd.DataFrame", rule: str) -> dict:
     "The scores of a benchmark under one rule, as inspect_ai's EvalScore."
     scores = question_scores(grades, rule)
     mean, error = clustered_mean(scores.right / scores.n)
-    values = {"accuracy": mean, "stderr": error if error == error else 0.0}  # one question: no error
+    error = error if error == error else 0.0  # a single question has none
+    values = {"accuracy": mean, "stderr": error}
     metrics = {name: {"name": name, "value": value, "params": {}} for name, value in values.items()}
     return {"name": rule, "scorer": rule, "reducer": "mean" if scores.n.max() > 1 else None,
             "scored_samples": len(scores), "unscored_samples": 0, "params": {}, "metrics": metrics}

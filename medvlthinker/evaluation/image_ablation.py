@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'DIFFERENCES', 'original', 'no_image', 'blank', 'image_families', 'shuffled', 'permuted_options',
-           'ablation_answers', 'ablation_effects', 'ablation_verdict', 'ask_conditions', 'ablation_table',
-           'ablation_figure']
+           'ablation_answers', 'ablation_effects', 'ablation_verdict', 'ask_conditions', 'ablation_table']
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #bbfcda21
 import functools, io, random, re
@@ -13,8 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..core.files import UserError, require_package
-from ..core.plots import COLOURS, SYMBOLS
+from ..core.files import UserError
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample, to_rgb
 from .evaluate import grade_rollout
@@ -123,7 +121,7 @@ CONDITIONS: dict[str, Callable] = {
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c3a6c41
 def ablation_answers(
-    asked: dict[str, dict],  # condition -> dataset_name -> samples and their rollout; with `original`
+    asked: dict[str, dict],  # condition -> dataset_name -> samples and rollout; with `original`
     rule: str = "regrade",  # one of grade.RULES
 ) -> "pd.DataFrame":
     """A row for each question: dataset_name, dataset_index, image, guess (the chance to be right).
@@ -135,12 +133,13 @@ def ablation_answers(
     keys, table = ["dataset_name", "dataset_index"], pd.DataFrame()
     for condition, sets in asked.items():
         samples = [sample for part, _ in sets.values() for sample in part]
-        grades = pd.concat([grade_rollout(*pair, (rule,)).astype(object) for pair in sets.values()])
+        parts = [grade_rollout(part, rollout, (rule,)) for part, rollout in sets.values()]
+        grades = pd.concat(parts).astype(object)
         pairs = zip(samples, grades[f"{rule}_label"], strict=True)  # one answer a question
         texts = [sample.options.get(label, "") for sample, label in pairs]
-        correct = grades[f"{rule}_correct"].astype(float)
-        new = {f"{condition}_answer": texts, f"{condition}_correct": correct}
-        part = grades[keys].assign(**new)
+        part = grades[keys].copy()
+        part[f"{condition}_answer"] = texts
+        part[f"{condition}_correct"] = grades[f"{rule}_correct"].astype(float)
         if table.empty:
             part["image"] = grades.image
             part["guess"] = [1 / len(sample.options) for sample in samples]
@@ -238,20 +237,3 @@ def ablation_table(
     wide = effects.pivot_table("percent", "measure", "dataset_name", sort=False)
     bounds = effects.groupby("measure", sort=False)[["low", "high"]].first()  # of the macro average
     return wide.iloc[:, :1].join(bounds).join(wide.iloc[:, 1:]).round(1)
-
-# %% ../../nbs/evaluation/52_image_ablation.ipynb #e5ca94d0
-def ablation_figure(
-    effects: "pd.DataFrame",  # of `ablation_effects`
-):  # -> a plotly Figure
-    "Accuracy in percent with its 95 % interval under each condition, for each set and on average."
-    require_package("plotly")
-    import plotly.express as px
-
-    rows = effects[effects.measure.str.startswith("accuracy: ")].round(2)
-    rows = rows.assign(condition=rows.measure.str.removeprefix("accuracy: "),
-                       above=rows.high - rows.percent, below=rows.percent - rows.low)
-    figure = px.scatter(rows, "dataset_name", "percent", "condition", "condition", error_y="above",
-                        error_y_minus="below", hover_data=["low", "high", "n"], range_y=[0, 100],
-                        color_discrete_sequence=COLOURS, symbol_sequence=SYMBOLS,
-                        labels={"percent": "Accuracy (%)", "dataset_name": ""})
-    return figure.update_layout(template="plotly_white", height=380, scattermode="group")

@@ -21,7 +21,7 @@ from medvlthinker.generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
-from .request import Completion, EngineSettings, Hardware, Request, Sampling
+from .request import Completion, EngineSettings, Hardware, Request
 from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #cfac8dae

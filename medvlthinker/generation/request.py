@@ -90,7 +90,7 @@ class Request:
     @property
     def seed(self) -> int:
         "The question's seed; its k-th completion takes the k-th number from there on."
-        return (self.sampling.seed << 32) + (self.index << 10)
+        return (self.sampling.seed << 24) + (self.index << 6)  # 32 bits, as some servers take
 
     def chat(self) -> Any:
         "Messages with decoded images; in a raw dialect {prompt, images}."

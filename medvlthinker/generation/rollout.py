@@ -108,6 +108,13 @@ def to_line(
 
 # %% ../../nbs/generation/25_rollout.ipynb #7b28e5c7
 _TAIL = len(', "crc32": "00000000"}\n')
+_ROW = {"index": int, "dataset_name": str, "dataset_index": int, "completions": list}
+_COMPLETION = {"text": str, "finish_reason": str, "tokens": int}
+
+
+def _fits(value, types: dict[str, Any]) -> bool:
+    "Is it an object in which each of these keys has a value of its type?"
+    return isinstance(value, dict) and all(isinstance(value.get(key), types[key]) for key in types)
 
 
 def from_line(
@@ -117,18 +124,25 @@ def from_line(
     body, tail = line[:-_TAIL], line[-_TAIL:]
     if tail != b', "crc32": "%08x"}\n' % zlib.crc32(body):
         return None
-    return json.loads(body + b"}")
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(body + b"}")
+        if _fits(row, _ROW) and all(_fits(each, _COMPLETION) for each in row["completions"]):
+            return row
+    return None
 
 # %% ../../nbs/generation/25_rollout.ipynb #46b8ae3e
 def _try_lock(folder: Path):
     "The folder's lock; None where another process holds it."
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         (lock := FileLock(folder / ".lock")).acquire(timeout=0)
-        return lock
-    return None
+    except Timeout:
+        return None
+    except OSError as error:
+        raise write_error(error, folder) from None
+    return lock
 
 
 @contextlib.contextmanager
@@ -166,50 +180,52 @@ class Rollout(Sequence):
 
     def __iter__(self) -> Iterator[dict]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield self._row(line, number)
+            for place in range(len(self)):
+                yield self._row(file.readline(), place)
 
     def __getitem__(self, place):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
         with open(self.path, "rb") as file:
-            file.seek(self._starts[place])
-            return self._row(file.readline(), place + 1)
+            file.seek(self._starts[min(place, len(self._starts) - 1)])
+            return self._row(file.readline(), place)
 
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     @functools.cached_property
     def _starts(self) -> list[int]:
-        starts, at = [], 0
         with open(self.path, "rb") as file:
-            for line in file:
-                starts.append(at)
-                at += len(line)
-        return starts
+            return [*itertools.accumulate(map(len, file), initial=0)]  # the last is its end
 
-    def _row(self, line: bytes, number: int) -> dict:
-        if (row := from_line(line)) is None:
-            raise UserError(f"{self.path}, line {number} is damaged; run the rollout again, which "
-                            "asks that question anew.")
+    def _row(self, line: bytes, place: int) -> dict:
+        if not (row := from_line(line)) or row["index"] != place:
+            raise UserError(f"{self.path}, line {place + 1} is damaged; run the rollout again, "
+                            "which asks that question anew.")
         return row
 
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
+_FLOATS = ("temperature", "top_p", "seconds")
+_BEGUN = {field.name: int | float if field.name in _FLOATS else field.type
+          for field in dataclasses.fields(RolloutConfig)} | {"started": str, "seconds": float}
+_FINISHED = dict.fromkeys(("rows", "completions", "length", "empty", "failed", "bytes"), int) | {
+    "sha256": str, "finished": str}
+
+
 def _stored_record(folder: Path) -> dict:
     "What rollout.json says; empty where it cannot be read, `UserError` where it is newer than us."
-    try:
-        return read_record(folder / "rollout.json")
-    except (OSError, ValueError):
-        return {}
+    with contextlib.suppress(OSError, ValueError):
+        if _fits(record := read_record(folder / "rollout.json"), _BEGUN):
+            return record
+    return {}
 
 
 def rollout_record(
     folder,  # of one rollout
 ) -> dict:
     "What rollout.json says; `UserError` where there is none that can be read."
-    record = _stored_record(Path(folder))
-    if any(field.name not in record for field in dataclasses.fields(RolloutConfig)):
+    if not (record := _stored_record(Path(folder))):
         raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a "
                         "folder with rollout.json and rollout.jsonl.")
     return record
@@ -221,9 +237,10 @@ def load_rollout(
     "A finished rollout; `UserError` where questions are missing or the file has another size."
     folder, record = Path(folder), rollout_record(folder)
     path = folder / "rollout.jsonl"
-    if not record.get("finished"):
+    if not _fits(record, _FINISHED):
         raise UserError(f"{folder} is not finished; run the rollout again, which asks the rest.")
-    if not path.is_file() or path.stat().st_size != record["bytes"]:
+    size = path.stat().st_size if path.is_file() else -1
+    if record["bytes"] != size or not 0 <= record["rows"] <= size:
         raise UserError(f"{path} is missing or damaged; run the rollout again, which asks what "
                         "is missing.")
     return Rollout(folder, record)
@@ -238,10 +255,13 @@ class _Writer:
         self.before = _stored_record(folder)
         self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
         self.failed: set[int] = set()
-        self.file = open(self.path, "ab+", buffering=0)
+        try:
+            self.file = open(self.path, "ab+", buffering=0)
+        except OSError as error:
+            raise write_error(error, self.path) from None
         self._read()
         self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
-        self._record({key: self.before[key] for key in ("seconds",) if key in self.before})
+        self._record({"seconds": self.before.get("seconds", 0.0)})
 
     def _read(self) -> None:
         "Find the whole lines; what follows a torn one stands on a line of its own."
@@ -249,7 +269,7 @@ class _Writer:
         with open(self.file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
             for line in file:
-                if row := from_line(line):
+                if (row := from_line(line)) and 0 <= row["index"] < len(self.job.samples):
                     self.places[row["index"]] = at, len(line)
                     is_failed = _endings(row["completions"])["failed"] > 0
                     (self.failed.add if is_failed else self.failed.discard)(row["index"])

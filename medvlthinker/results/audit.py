@@ -489,9 +489,9 @@ def run_gaps(
         if isinstance(made, UserError):
             lines.append({"first": first, "second": second, "verdict": "open", "why": str(made)})
             continue
-        macro, differ = made.loc["macro average"], made[made["holm"] < 0.05]["difference"]
-        apart = [f"{COLUMNS.get(name, name)} {value:+.1f}" for name, value in differ.items()]
-        lines.append({"first": first, "second": second, **macro[["difference", "low", "high"]], "n": int(macro["n"]), "rule": rule,
+        macro, differ = made.loc["macro average"].to_dict(), made[made["holm"] < 0.05]["difference"].to_dict()
+        apart = [f"{COLUMNS.get(str(name), name)} {value:+.1f}" for name, value in differ.items()]
+        lines.append({"first": first, "second": second, **{key: macro[key] for key in ("difference", "low", "high")}, "n": int(macro["n"]), "rule": rule,
                       "apart on": ", ".join(apart) or "none", "verdict": judge(macro["low"], macro["high"])})
     return lines
 
@@ -513,7 +513,7 @@ def difference_rows(
     for first, second, made in _paired(profile, wanted, rule):
         if isinstance(made, UserError):
             continue  # they were asked other questions; the audit says so
-        cells = {line.Index: (line.difference / 100, line.low / 100, line.high / 100, line.n) for line in made.itertuples()}
+        cells = {name: (line["difference"] / 100, line["low"] / 100, line["high"] / 100, line["n"]) for name, line in made.to_dict("index").items()}
         average = cells.pop("macro average")
         if cells.keys() == COLUMNS.keys():
             cells["average"] = average

@@ -1,0 +1,181 @@
+"""Two rules, two engines or two models on the same questions: what flips and why, and whether two numbers may be compared."""
+import time
+from dataclasses import asdict, replace
+
+import pandas as pd
+import pytest
+from conftest import ByHand, encoded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medvlthinker.core.files import UserError
+from medvlthinker.core.grade import RULES, grade
+from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.evaluation.compare import SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, find_rule, flip_cause, paired_changes, rescore
+from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.rollout import generate
+
+ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
+SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}")
+TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
+MINE = '''from medvlthinker.core.grade import Grade
+
+def first_capital(text, options, label):
+    read = next((letter for letter in text if letter in options), None)
+    return Grade(read, read, read == label)
+
+def stumbles(text, options, label):
+    return {}[text] if "\\U0001fac0" in text else first_capital(text, options, label)
+
+def ends(text, options, label):
+    import os
+    os._exit(9)
+'''
+
+
+def reply(sample: Sample, k: int) -> Completion:
+    "Answers of many shapes, with odd characters, the same each time."
+    i = sample.dataset_index
+    return Completion(SHAPES[(i + k) % len(SHAPES)].format(odd=ODD[(3 * i + k) % len(ODD)], x="ABCD"[(i * k) % 4]), "length" if k == 3 else "stop", 9)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    "Samples in a file, of which every second pair shares an image; a rollout of four answers to each; and a file with rules."
+    images = [encoded() for _ in range(30)]
+    samples = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+    write_samples(samples, tmp_path / "samples.parquet")
+    (tmp_path / "mine.py").write_text(MINE)
+    samples = SampleFile(tmp_path / "samples.parquet")
+    return samples, generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
+
+
+@pytest.mark.parametrize("old, new", [("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")])
+def test_the_flips_are_those_of_the_grades_and_the_same_in_several_processes(finished, old, new):
+    table = rescore(*finished, old, new, workers=2)
+    pd.testing.assert_frame_equal(table, rescore(*finished, old, new, workers=1))
+    grades = grade_rollout(*finished, (old, new))
+    for side, rule in (("first", old), ("second", new)):
+        assert table[f"{side}_correct"].tolist() == grades[f"{rule}_correct"].tolist()
+        assert table[f"{side}_label"].fillna("").tolist() == grades[f"{rule}_label"].astype(object).fillna("").tolist()
+    differ = (table.first_label.fillna("") != table.second_label.fillna("")) | (table.first_correct != table.second_correct)
+    assert ((table.flip != "") == differ).all() and differ.any()
+    assert table.image.tolist() == grades.image.tolist() and table.parts_at.isna().all()
+
+
+def test_the_changes_are_the_paired_difference(finished):
+    samples, rollout = finished
+    greedy = [row | {"completions": row["completions"][:1]} for row in rollout]
+    table, grades = rescore(samples, greedy, "strict", "lenient"), grade_rollout(samples, greedy)
+    changes = paired_changes(table)
+    counts = {rule: count_right(grades, rule)["pmc_vqa"] for rule in ("strict", "lenient")}
+    assert changes.loc["pmc_vqa", ["first", "second"]].tolist() == pytest.approx([100 * right / n for right, n in counts.values()])
+    one = paired_difference(grades.assign(strict_correct=grades.lenient_correct), grades, "strict")
+    pd.testing.assert_frame_equal(changes[one.columns], one)
+    turns = table.flip.value_counts()
+    assert changes.difference["macro average"] == pytest.approx(100 / 60 * (turns.get("wrong -> right", 0) - turns.get("right -> wrong", 0)))
+
+
+def test_a_rule_of_ones_own(finished, tmp_path):
+    path = f"{tmp_path}/mine.py:first_capital"
+    table = rescore(*finished, "strict", path, workers=2)
+    assert table.equals(rescore(*finished, "strict", find_rule(path).function, workers=2)) and (table.flip != "").any()
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"The rule .*mine.py:stumbles failed on pmc_vqa \d+, answer \d \(KeyError"):
+            rescore(*finished, "strict", f"{tmp_path}/mine.py:stumbles", workers)
+    with pytest.raises(UserError, match="returned a bool for pmc_vqa 0, answer 0"):
+        rescore(*finished, "strict", lambda text, options, label: True)
+    with pytest.raises(UserError, match="ended from outside"):
+        rescore(*finished, "strict", f"{tmp_path}/mine.py:ends", 2)
+    (tmp_path / "broken.py").write_text("def rule(:\n")
+    with pytest.raises(UserError, match=r"broken.py stopped in line \d+ with SyntaxError"):
+        find_rule(f"{tmp_path}/broken.py:rule")
+
+
+def test_answers_to_other_questions_are_refused(finished):
+    samples, rollout = finished
+    with pytest.raises(UserError, match="answers other questions than these of pmc_vqa"):
+        rescore(samples[1:] + samples[:1], rollout)
+    with pytest.raises(UserError, match="are not those to these questions"):
+        rescore(samples[1:] + samples[:1], list(rollout))
+
+
+def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finished, tmp_path):
+    samples, rollout = finished
+    silent = lambda line: None
+    shorter = generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
+    with pytest.raises(UserError, match=r"differ in more than how the answers were computed: max_tokens \(4096 and 9\)"):
+        compare_rollouts(samples, rollout, shorter)
+    other = ByHand(lambda sample, k: reply(sample, k + 1), "another")
+    other.weights, other.settings.engine_name = "1" * 16, "vllm"
+    another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, silent)
+    assert config_difference(rollout.config, another.config) == "", "a server does not tell its weights"
+    apart = replace(rollout.config, engine="transformers"), another.config
+    assert config_difference(*apart) == "weights (0000000000000000 and 1111111111111111)"
+    table = compare_rollouts(samples, rollout, another, same_model=False)
+    assert set(table.cause) <= {"", "cut at max_tokens", "no option read", "another option"} and table.parts_at.notna().sum() > 200
+    assert (table[table.cause == "no option read"][["first_label", "second_label"]].isna().sum(axis=1) == 1).all()
+
+
+texts = st.lists(st.sampled_from(["<answer>", "</answer>", "<Answer>", "< /answer >", "<think>", "</think>", "A", "B", "(B)", "liver", "Lung.", "\n", " ", "the answer is", ":", "or", "é", "\u2028"]),
+                 max_size=14).map("".join)
+ORGAN = Sample("Which organ?", {"A": "Lung", "B": "Liver", "C": "Spleen"}, "B", "Liver")
+
+
+@settings(max_examples=600, deadline=None)
+@given(texts, st.sampled_from(RULES), st.sampled_from(RULES))
+def test_every_flip_has_a_cause_and_the_cause_is_there(text, old, new):
+    one, two = (grade(text, ORGAN.options, "B", rule) for rule in (old, new))
+    if (one.label, one.correct) == (two.label, two.correct):
+        return
+    cause, read = flip_cause(text, ORGAN, find_rule(old), find_rule(new)), {one.label, two.label} - {None}
+    without = [edited for letter in read for name, edited in _edits(text, letter, ORGAN.options) if name == cause]
+    if cause not in ("several of these together", "other"):  # some text without the feature is one on which the two agree, on an option that one of them had read
+        pairs = [[grade(edited, ORGAN.options, "B", rule).label for rule in (old, new)] for edited in without]
+        assert any(a == b and a in read for a, b in pairs)
+    if cause == "no answer tag":
+        assert "answer>" not in text.replace(" ", "").lower()
+
+
+@pytest.mark.parametrize("unit", ["<answer>", "</answer>", "< ", "<\n", "<answer", "<answer>A", "<answer>A</answer>", "A ", "(", "<think>", "</think> "])
+def test_the_cause_of_a_long_text_is_found_in_time(unit):
+    text = unit * (200_000 // len(unit)) + "<answer>\n(B)\n</answer>"
+    began = time.process_time()
+    flip_cause(text, ORGAN, find_rule("reward"), find_rule("lenient"))
+    assert time.process_time() - began < 5
+
+
+def rows(texts):
+    return [{"dataset_name": "toy", "dataset_index": i, "completions": [{"text": text, "finish_reason": "stop", "tokens": 5}]} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("n, lost, gained, verdict", [
+    (600, 0, 0, SAFE), (2000, 0.015, 0.015, SAFE), (1000, 0.03, 0, UNSAFE), (1000, 0, 0.03, UNSAFE),
+    (2000, 0.05, 0.05, UNSAFE), (10, 0, 0, TOO_FEW), (10, 0.1, 0, TOO_FEW), (2000, 0.01, 0, TOO_FEW)])
+def test_verdicts_on_planted_flips(n, lost, gained, verdict):
+    "Of n questions shares flip from right to wrong and back."
+    samples = [Sample(f"Question {i}", {"A": "left", "B": "right"}, "A", "left", dataset_name="toy", dataset_index=i) for i in range(n)]
+    first = ["<answer>A</answer>" if i % 2 else "<answer>B</answer>" for i in range(n)]
+    flipping = {*range(1, 2 * round(lost * n), 2), *range(0, 2 * round(gained * n), 2)}
+    second = [("<answer>B</answer>" if i % 2 else "<answer>A</answer>") if i in flipping else text for i, text in enumerate(first)]
+    found = engine_agreement(compare_rollouts(samples, rows(first), rows(second)))
+    assert found.verdict == verdict and found.sentence.startswith(f"{verdict}: "), found.sentence
+    assert found.flips[0] == pytest.approx(lost + gained) == 1 - found.equal_texts and found.difference[0] == pytest.approx(lost - gained)
+    for value, low, high in (found.flips, found.difference):
+        assert low <= value <= high and high > low
+
+
+def test_one_answer_more_never_turns_safe_into_not_safe():
+    samples = [Sample(f"Question {i}", {"A": "left", "B": "right"}, "A", "left", dataset_name="toy", dataset_index=i) for i in range(1000)]
+    right = rows(["<answer>A</answer>"] * 1000)
+    verdicts = [engine_agreement(compare_rollouts(samples, right, rows(["<answer>B</answer>"] * lost) + right[lost:])).verdict for lost in range(0, 42, 6)]
+    assert verdicts == sorted(verdicts, key=[SAFE, TOO_FEW, UNSAFE].index) and len(set(verdicts)) == 3
+
+
+def test_questions_of_one_image_count_less():
+    "Flips that come in heaps, all questions of an image at once, leave more doubt."
+    table = pd.DataFrame({"first_correct": True, "second_correct": [i >= 20 for i in range(1000)], "first_label": "A", "second_label": ["A" if i >= 20 else "B" for i in range(1000)],
+                          "parts_at": [None if i >= 20 else 0 for i in range(1000)], "completion": 0, "failed": False})
+    alone, heaped = (asdict(engine_agreement(table.assign(image=[str(i // size) for i in range(1000)]))) for size in (1, 10))
+    for name in ("flips", "difference"):
+        assert heaped[name][2] - heaped[name][1] > 1.5 * (alone[name][2] - alone[name][1])

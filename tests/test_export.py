@@ -1,0 +1,89 @@
+"""The logs of another tool hold every answer and score, and that tool reads the same numbers."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, ByHand, encoded
+from medvlthinker.core.files import UserError
+from medvlthinker.core.grade import RULES
+from medvlthinker.data.sample import Sample
+from medvlthinker.evaluation.evaluate import grade_rollout, question_scores
+from medvlthinker.evaluation.export import _check_form, export_logs, write_inspect_log
+from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.rollout import generate, read_eval_results
+from test_compare import TEXTS, reply
+
+
+@pytest.fixture
+def finished(tmp_path):
+    "Sixty questions and four answers to each; the last one failed."
+    images = [encoded() for _ in range(30)]
+    samples = [Sample(f"Question\u2028{i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+    answer = lambda sample, k: Completion("", "failed", 0, "HTTP 500") if (sample.dataset_index, k) == (59, 3) else reply(sample, k)
+    return samples, generate(samples, ByHand(answer, "org/a model"), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
+
+
+def every_text(rollout) -> list[str]:
+    "As UTF-8 can hold it: half a character becomes U+FFFD."
+    return [completion["text"].replace("\ud800", "\ufffd") for row in rollout for completion in row["completions"]]
+
+
+def test_a_log_for_inspect_holds_every_answer_and_score(finished, tmp_path):
+    samples, rollout = finished
+    path = write_inspect_log(*finished, tmp_path / "logs", images=True)
+    log = json.loads(path.read_text(encoding="utf-8"))
+    assert [sample["output"]["completion"] for sample in log["samples"]] == every_text(rollout)
+    grades = grade_rollout(*finished)
+    for rule in RULES:
+        assert [sample["scores"][rule]["value"] == "C" for sample in log["samples"]] == grades[f"{rule}_correct"].tolist()
+        assert log["results"]["scores"][RULES.index(rule)]["metrics"]["accuracy"]["value"] == pytest.approx((question_scores(grades, rule).right / 4).mean())
+    assert log["results"]["completed_samples"] == 239 and log["samples"][-1]["error"]["message"] == "HTTP 500"
+    assert log["samples"][4]["input"][0]["content"][0]["image"].startswith("data:image/png;base64,")
+    assert write_inspect_log(*finished, tmp_path / "again", images=True).read_bytes() == path.read_bytes()
+    assert len(write_inspect_log(*finished, tmp_path / "text").read_bytes()) < len(path.read_bytes()) / 2
+
+
+def test_the_published_layout_is_read_back(finished, tmp_path):
+    samples, rollout = finished
+    path, = export_logs({"pmc_vqa": finished}, "eval_results", tmp_path, ("lenient",))
+    assert path.relative_to(tmp_path).parts == ("org--a model", "pmc_vqa", "eval_results.jsonl")
+    again = list(read_eval_results(path, samples))
+    assert grade_rollout(samples, again).lenient_label.equals(grade_rollout(*finished).lenient_label)
+    with pytest.raises(UserError, match="No rule kind; known are reward"):
+        export_logs({"pmc_vqa": finished}, "inspect", tmp_path, ("kind",))
+
+
+READ = """
+import json, sys
+from inspect_ai.log import read_eval_log, recompute_metrics
+log = read_eval_log(sys.argv[1])
+scores = lambda: {score.name: [score.metrics[name].value for name in ("accuracy", "stderr")] for score in log.results.scores}
+before = scores()
+recompute_metrics(log)  # from the samples' scores, by its own arithmetic
+print(json.dumps({"status": log.status, "task": log.eval.task, "model": log.eval.model, "epochs": log.eval.config.epochs, "before": before, "after": scores(),
+                  "texts": [sample.output.completion for sample in log.samples], "values": [sample.scores["lenient"].value for sample in log.samples]}))
+"""
+
+
+@pytest.mark.heavy
+def test_inspect_ai_reads_the_same_accuracy(finished, tmp_path, monkeypatch):
+    "In an environment of its own, into which it is installed from the configured registry."
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "inspect-ai==0.3.285"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"inspect_ai cannot be installed from the configured registry: {done.stderr.strip().splitlines()[-1]}")
+    samples, rollout = finished
+    path = write_inspect_log(*finished, tmp_path / "logs", images=True)
+    done = subprocess.run([python, "-c", READ, path], check=True, capture_output=True, text=True)
+    log, grades = json.loads(done.stdout.splitlines()[-1]), grade_rollout(*finished)
+    assert (log["status"], log["task"], log["model"], log["epochs"]) == ("success", "pmc_vqa", "org/a model", 4)
+    assert log["texts"] == every_text(rollout) and [value == "C" for value in log["values"]] == grades.lenient_correct.tolist()
+    for rule in RULES:
+        assert log["before"][rule][0] == pytest.approx((question_scores(grades, rule).right / 4).mean())
+        assert log["after"][rule] == pytest.approx(log["before"][rule])
+    check = f"import json, sys; sys.path.append(sys.argv[1]); from {_check_form.__module__} import _check_form; log = json.load(open(sys.argv[2])); _check_form(log, log.pop('samples')[:1] + [{{}}])"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    done = subprocess.run([sys.executable, "-c", check, site, path], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert "The installed inspect_ai has another form of logs" in done.stderr, "its own classes look at the form"

@@ -1,0 +1,96 @@
+"""Whether a model uses the image: a model that does is told from one that cannot, and a condition changes one thing."""
+import random
+import shutil
+
+import pytest
+from medvlthinker.core.files import UserError
+from medvlthinker.data import synthetic
+from medvlthinker.data.prompt import messages
+from medvlthinker.data.sample import Sample
+from medvlthinker.evaluation.image_ablation import CONDITIONS, ablation_answers, ablation_effects, ablation_verdict, ask_conditions, image_families, shuffled
+from medvlthinker.generation.engine import open_engine
+from medvlthinker.generation.request import EngineSettings, Sampling
+
+
+@pytest.fixture
+def blind_tiny(tmp_path, warm_tiny):
+    "The embedded model with the last layer of its vision tower's merger set to zero: every image is the same to it."
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(warm_tiny, tmp_path / "blind")
+    weights = load_file(folder / "model.safetensors")
+    last = [name for name in weights if ".merger.mlp.2." in name]
+    assert len(last) == 2 and all(weights[name].any() for name in last)
+    save_file({name: weight * (name not in last) for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_it_tells_who_uses_the_image_from_who_does_not(tmp_path, warm_tiny, blind_tiny):
+    sets = {name: synthetic.benchmark(name, 40) for name in ("pmc_vqa", "pathvqa_closed")}
+    found = {}
+    for model in (warm_tiny, blind_tiny):
+        def ask(show=lambda line: None, model=model):
+            return ask_conditions(sets, open_engine(EngineSettings(model=str(model))), Sampling(max_tokens=64), {name: tmp_path / model.name / name for name in sets}, ("blank", "shuffled"), show=show)
+        answers = ablation_answers(ask())
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / model.name).rglob("rollout.json*")}
+        assert ablation_answers(ask()).equals(answers) and len(files) == 12
+        assert files == {path: path.stat().st_mtime_ns for path in files}, "nothing is asked twice"
+        found[model.name] = answers, ablation_effects(answers).set_index(["measure", "dataset_name"])
+    (sees, sighted), (same, blind) = found["tiny"], found["blind"]
+
+    for measure in ("visual reliance", "image sensitivity"):
+        for name in ("macro average", *sets):
+            assert sighted.low[measure, name] > 0, (measure, name)
+            assert blind.percent[measure, name] == 0 and blind.low[measure, name] < 0 < blind.high[measure, name]
+    assert ablation_verdict("tiny", sighted.reset_index()).startswith("tiny uses the image")
+    assert ablation_verdict("blind", blind.reset_index()).startswith("It is not shown that blind uses the image")
+    for condition in ("blank", "shuffled"):
+        assert (same.original_answer == same[f"{condition}_answer"]).all(), "not one answer changes"
+        assert (sees.original_answer != sees[f"{condition}_answer"]).sum() > 20
+        assert blind.percent[f"unchanged: {condition}", "macro average"] == 100 and sighted.high[f"unchanged: {condition}", "macro average"] < 90
+    assert same.original_answer.any(), "it answers, and is not merely silent"
+
+
+@pytest.mark.parametrize("name", synthetic.BENCHMARKS)
+def test_a_condition_changes_one_thing(name):
+    samples = synthetic.benchmark(name, 60)
+    for condition, change in CONDITIONS.items():
+        changed = change(samples, seed=3)
+        assert changed == change(samples, seed=3)
+        assert [s.dataset_index for s in changed] == [s.dataset_index for s in samples] and all(s.options[s.answer_label] == s.answer for s in changed)
+        for old, new in zip(samples, changed):
+            differ = {key for key in ("question", "options", "answer_label", "answer", "images") if getattr(old, key) != getattr(new, key)}
+            may = {"original": set(), "permuted_options": {"options", "answer_label"}}.get(condition, {"images"})
+            assert differ in (may, may - {"answer_label"})
+            assert [p.size for p in new.pictures()] == ([] if condition == "no_image" else [p.size for p in old.pictures()])
+            messages(new)
+    assert samples == synthetic.benchmark(name, 60), "and none changes what it was given"
+
+
+def test_nobody_gets_an_image_of_the_own_family():
+    for seed in range(300):
+        rng = random.Random(seed)
+        pool = [bytes([i]) for i in range(rng.randint(2, 9))]
+        samples = [Sample("?", {"A": "1", "B": "2"}, "A", "1", tuple(rng.sample(pool, rng.randint(1, 2))), dataset_name="toy", dataset_index=i) for i in range(rng.randint(2, 25))]
+        families = image_families(samples)
+        try:
+            changed = shuffled(samples, seed)
+        except UserError:
+            assert len(set(families)) == 1
+            continue
+        family = {data: number for sample, number in zip(samples, families) for data in sample.images}
+        for own, old, new in zip(families, samples, changed, strict=True):
+            assert family[new.images[0]] != own
+            alike = [s for s, number in zip(samples, families) if number != own and len(s.images) == len(old.images)]
+            assert not alike or len(new.images) == len(old.images), "as many images, where there are as many"
+
+
+def test_a_question_that_was_left_out_counts_under_the_others():
+    samples = [Sample("?", {"A": "cyst", "B": "none of the above" if i else "lesion"}, "A", "cyst", (bytes([i]),), dataset_name="toy", dataset_index=i) for i in range(4)]
+    say = lambda samples, letter: [{"dataset_name": "toy", "dataset_index": s.dataset_index, "completions": [{"text": f"<answer>{letter}</answer>", "finish_reason": "stop", "tokens": 1}]} for s in samples]
+    moved = CONDITIONS["permuted_options"](samples)
+    answers = ablation_answers({"original": {"toy": (samples, say(samples, "A"))}, "permuted_options": {"toy": (moved, say(moved, "A"))}})
+    assert answers.original_correct.tolist() == [1] * 4 and answers.permuted_options_correct.isna().tolist() == [False, True, True, True]
+    effects = ablation_effects(answers).query("dataset_name == 'toy'").set_index("measure")
+    assert effects.n.to_dict() == {"accuracy: original": 4, "accuracy: permuted_options": 1, "order sensitivity": 1, "unchanged: permuted_options": 1}
+    assert (effects.percent["order sensitivity"], effects.percent["unchanged: permuted_options"]) == (100, 0)
