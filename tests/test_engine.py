@@ -52,7 +52,7 @@ RECOMMENDED = [  # as in ../shared/cases/generation-config.json, and what else i
     {"forced_eos_token_id": 1, "max_length": 400}, {"remove_invalid_values": True}]
 
 
-@pytest.mark.parametrize("given", RECOMMENDED, ids=lambda given: ",".join(given))
+@pytest.mark.parametrize("given", RECOMMENDED, ids=",".join)
 def test_what_a_model_recommends_changes_no_answer(warm_tiny, plain, tmp_path, capfd, given):
     "Greedy and drawn; what is not applied is said once."
     engine = open_engine(EngineSettings(model=str(with_config(warm_tiny, tmp_path, **given))))
