@@ -1,12 +1,16 @@
 """Grades, accuracies, paired differences and several answers a question: against direct loops, scipy and each other, and refused where they would say something else."""
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-from conftest import encoded
+from conftest import ROOT, encoded
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.core.stats import majority
@@ -78,6 +82,33 @@ def test_a_process_that_is_killed_while_it_grades_is_a_sentence(samples):
 
     with pytest.raises(UserError, match="ended from outside"):
         grade_rollout(killing(), rows(samples[:10], 2) * 100, workers=2)
+
+
+ENDLESS = """
+import itertools, multiprocessing
+from medvlthinker.data.sample import Sample
+from medvlthinker.evaluation.evaluate import grade_rollout
+
+def samples():
+    for i in itertools.count():
+        if i == 400:  # the first are graded
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        yield Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa", dataset_index=i)
+
+if __name__ == "__main__":
+    row = {"completions": [{"text": "<answer>B</answer>", "finish_reason": "stop", "tokens": 3}]}
+    grade_rollout(samples(), itertools.repeat(row), workers=2)
+"""
+
+
+def test_processes_that_grade_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    parent = subprocess.Popen([sys.executable, tmp_path / "endless.py"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_scores_are_those_of_a_direct_loop(samples):

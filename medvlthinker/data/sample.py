@@ -404,9 +404,9 @@ def _check_counts(path: Path, max_rejected: int) -> None:
     if any(not isinstance(facts.get(key), int) for key in ("samples", "left_out", "broken")):
         raise UserError(f"{record_path(path)} counts no rows; delete it, and run again.")
     if (broken := facts["broken"]) > max_rejected:
-        raise UserError(f"{broken} rows of {path.name} are broken, first "
-                        f"{facts.get('first_broken')}; all are listed in {rejected}. Mend them, or allow them with "
-                        f"max_rejected={broken}.")
+        first = facts.get("first_broken")
+        raise UserError(f"{broken} rows of {path.name} are broken, first {first}; all are listed "
+                        f"in {rejected}. Mend them, or allow them with max_rejected={broken}.")
     if not facts["samples"]:
         raise UserError(f"{path.name} holds no sample: {facts['left_out']} rows were left out by "
                         f"rule, see {rejected}.")
