@@ -228,8 +228,8 @@ class VllmEngine:
                     if found:
                         continue  # a step takes time, and meanwhile nothing would be added
                 for output in engine.step():
-                    if output.finished:
-                        request = waiting.pop(output.request_id)
+                    # what was queued beside a question that vLLM refused has no name here
+                    if output.finished and (request := waiting.pop(output.request_id, None)):
                         yield request, self._completions(request, output.outputs)
         except (RuntimeError, OSError) as error:  # a GPU's memory, or a worker that was killed
             raise UserError(f"vLLM has stopped ({type(error).__name__}: "
@@ -305,6 +305,9 @@ class _Worker:
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.held = 0  # requests that are not answered yet
 
+    def ready(self) -> None:
+        "Returns when the model is loaded."
+
     def add(self, portion: list[Request] | None) -> None:
         "Take some requests; None says that these were the last."
         self.inbox.put(portion)
@@ -332,17 +335,16 @@ class _Worker:
 @dataclass
 class _Running:
     "A worker as the driver sees it."
-    worker: Any  # a handle of Ray
+    worker: Any
     given: list = field(default_factory=list)  # requests, as it has them
     owed: dict = field(default_factory=dict)  # (rollout, place) -> request
     more: bool = True  # it has not been told that there is nothing more
-    deaths: int = 0  # without an answer in between
 
 
 class RayEngine:
     "A copy of an engine on every worker of a Ray cluster."
     ahead = 512  # completions that a worker has before it, at least
-    deaths = 3  # of a worker, one after the other, before the run ends
+    restarts = 16  # of a worker, before the run ends
 
     def __init__(
         self,
@@ -361,7 +363,8 @@ class RayEngine:
         # what a shell sets for this process is not set on the workers
         passed = ("HF_", "VLLM_", "OMP_", "MEDVLTHINKER_")
         environment = {key: value for key, value in os.environ.items() if key.startswith(passed)}
-        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_concurrency=2)(_Worker)
+        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=self.restarts,
+                                max_concurrency=2)(_Worker)
         self.workers = [actor.remote(one, model, revision, environment)
                         for _ in range(copies(settings, shared))]
         self.unit = settings.batch_size if one.engine == "transformers" else 1
@@ -372,40 +375,40 @@ class RayEngine:
         import ray
 
         source = batches(requests, self.size)
-        running = {self._start(worker): _Running(worker) for worker in self.workers}
+        running = {self._ready(worker): _Running(worker) for worker in self.workers}
         try:
-            for each in running.values():
-                self._supply(each, source)
             while running:
-                stream = ray.wait([*running], num_returns=1)[0][0]
-                each = running[stream]
+                turn = ray.wait([*running], num_returns=1)[0][0]
+                each = running.pop(turn)
                 try:
-                    rollout, index, completions = ray.get(next(stream))
+                    if isinstance(turn, ray.ObjectRef):  # the worker is there, or there again
+                        ray.get(turn)
+                        running[self._begin(each)] = each
+                    else:
+                        rollout, index, completions = ray.get(next(turn))
+                        running[turn] = each
+                        if request := each.owed.pop((rollout, index), None):
+                            yield request, completions
+                    self._supply(each, source)
                 except StopIteration:
-                    del running[stream]
-                except ray.exceptions.RayTaskError as error:
+                    continue
+                except ray.exceptions.ActorUnavailableError:  # it was killed; Ray starts it again
+                    running[self._ready(each.worker)] = each
+                except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
                     raise _ray_error(error) from None
-                except ray.exceptions.RayActorError as error:  # killed, or it could not start
-                    running[self._restart(each, error)] = running.pop(stream)
-                    self._supply(each, source)
-                else:
-                    each.deaths = 0
-                    if request := each.owed.pop((rollout, index), None):
-                        yield request, completions
-                    self._supply(each, source)
-        finally:  # a worker whose answers nobody reads begins anew
-            for each in running.values():
-                ray.kill(each.worker, no_restart=False)
+        except BaseException:  # nobody reads the answers of the others, so they begin anew
+            for worker in self.workers:
+                ray.kill(worker, no_restart=False)
+            raise
 
-    def _start(self, worker):
-        return worker.answer.options(num_returns="streaming").remote()
+    def _ready(self, worker):
+        "What there is to wait for until a worker has loaded its model."
+        return worker.ready.options(max_task_retries=-1).remote()
 
-    def _restart(self, each: _Running, error: Exception):
-        "Ask a worker that Ray starts again what it has not answered."
-        each.deaths, each.more = each.deaths + 1, True
-        if each.deaths > self.deaths:
-            raise _ray_error(error) from None
-        stream = self._start(each.worker)
+    def _begin(self, each: _Running):
+        "The stream of a worker's answers, beginning with what it owes since it was killed."
+        stream = each.worker.answer.options(num_returns="streaming").remote()
+        each.more = True
         self._give(each, self._unanswered(each))
         return stream
 
@@ -437,6 +440,8 @@ def start_ray(settings: Hardware) -> None:
     address = settings.ray_address
     if not address:  # Ray's word for: this machine alone, every port on 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # where this process is killed, Ray's agents would look for their head for a minute
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     import ray
 
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed

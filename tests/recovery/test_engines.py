@@ -123,10 +123,10 @@ def test_vllm_agrees_with_transformers(answered):
 
 
 VICTIMS = {  # settings; who is killed
-    "the driver, vLLM": ({"engine": "vllm"}, None),
-    "a worker, vLLM": ({"engine": "vllm", "tensor_parallel": 2}, "VLLM::Worker"),
-    "the driver, Ray": ({"engine": "ray", "ray_engine": "transformers"}, None),
-    "a worker, Ray": ({"engine": "ray", "ray_engine": "transformers"}, "_Worker"),
+    "the driver of a rollout by vLLM": ({"engine": "vllm"}, None),
+    "a worker of vLLM": ({"engine": "vllm", "tensor_parallel": 2}, "VLLM::Worker"),
+    "the driver of a rollout by Ray": ({"engine": "ray", "ray_engine": "transformers"}, None),
+    "a worker of Ray": ({"engine": "ray", "ray_engine": "transformers"}, "_Worker"),
 }
 SAMPLING = Sampling(n=2, temperature=1.0, max_tokens=40, seed=3)
 
@@ -189,14 +189,15 @@ def test_killed_at_random_moments(processes, warm_tiny, tmp_path, tally, victim)
                 os.kill(rng.choice(found), signal.SIGKILL)
                 kills = count.tried = kills + 1
                 half += 0 < whole_lines(folder).total() < every.total()
-                if victim != "a worker, Ray":
+                if victim != "a worker of Ray":
                     process.join(120)
                     assert not process.is_alive(), "whoever loses its engine ends"
                     began = time.monotonic()
                     assert not (left := still_there(family)), left
                     slowest = max(slowest, time.monotonic() - began)
             process.join(300)
-            assert process.exitcode in (0, 2, -9), (folder / "log").read_text()[-3000:]
+            ends = (0,) if victim == "a worker of Ray" else (0, 2, -9)
+            assert process.exitcode in ends, (folder / "log").read_text()[-3000:]
             if process.exitcode == 2:
                 said = [line for line in (folder / "log").read_text(errors="replace").splitlines()
                         if line.startswith("medvlthinker: ")]
