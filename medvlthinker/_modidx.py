@@ -1762,6 +1762,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'medvlthinker/results/report.py'),
                                              'medvlthinker.results.report.to_text': ( 'results/report.html#to_text',
                                                                                       'medvlthinker/results/report.py'),
+                                             'medvlthinker.results.report.truncation_notes': ( 'results/report.html#truncation_notes',
+                                                                                               'medvlthinker/results/report.py'),
                                              'medvlthinker.results.report.write_table': ( 'results/report.html#write_table',
                                                                                           'medvlthinker/results/report.py')},
             'medvlthinker.results.viewer': { 'medvlthinker.results.viewer.Entry': ( 'results/viewer.html#entry',

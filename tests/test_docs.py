@@ -60,6 +60,7 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "python -m medvlthinker.app.commands parity smoke": ("test_commands.py", "test_parity_on_the_command_line", '"parity", "smoke", "model=tiny"', "batch_size="),
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
+    "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
     "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
     "46_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
@@ -69,14 +70,13 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    "21_request": "from medvlthinker.generation.engine import open_engine\nfrom medvlthinker.generation.model import resolve_model\n"
-                     "samples, engine = synthetic.benchmark('vqa_rad_closed', 2), open_engine(load_profile('smoke'), resolve_model('tiny', Workspace('smoke').checkpoints))",
+    **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.difficulty.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
+                    "samples, checkpoints = synthetic.benchmark('vqa_rad_closed', 2), str(Workspace('smoke').checkpoints)\nsample, engine = samples[0], open_engine(EngineSettings(checkpoints=checkpoints))"),
     "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                  "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
-    "33_stopping": "from medvlthinker.generation.engine import engine_version, open_engine\nfrom medvlthinker.generation.model import resolve_model\nfrom medvlthinker.generation.rollout import identity\n"
-                   "path, samples, version, folder = resolve_model('tiny', Workspace('smoke').checkpoints), synthetic.corpus('pmc_vqa', 3), engine_version('transformers'), Path('rounds')\n"
-                   "who = identity(samples, path, load_profile('smoke'), Sampling(n=16, temperature=1.0, max_tokens=40))\nengine = lambda: open_engine(load_profile('smoke'), path)",
+    "33_stopping": "from medvlthinker.generation.engine import FunctionEngine\nfrom medvlthinker.generation.request import Completion\n"
+                   "samples, folder = synthetic.corpus('pmc_vqa', 3), Path('rounds')\nengine = FunctionEngine(lambda request: [Completion('<answer> A </answer>', 'stop', 5)] * request.sampling.n)",
     "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
     "51_compare": "samples = synthetic.benchmark('pmc_vqa', 9)\n"
                   "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"
@@ -85,6 +85,9 @@ GIVEN = {  # what a chapter's example takes as known
 }
 
 SMALLER = {  # a chapter's example with less to do: text -> what is run
+    "20_tiny_model": {"seed=0": "seed=0, steps=1"},
+    "24_engine": {'model="tiny"': 'model="tiny", checkpoints=checkpoints'},
+    "29_ask": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
     "42_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
     "43_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
     "64_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},

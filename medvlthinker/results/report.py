@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'stored_records', 'results_table', 'notes', 'to_html', 'to_latex',
-           'to_csv', 'to_text', 'write_table', 'accuracy_figure']
+           'to_csv', 'to_text', 'truncation_notes', 'write_table', 'accuracy_figure']
 
 # %% ../../nbs/results/61_report.ipynb #055781a7
 import csv, html, io, itertools, math, textwrap
@@ -308,6 +308,16 @@ def to_text(
         out.append("")
     out += [line for note in notes(table) for line in textwrap.wrap(note, width, break_on_hyphens=False)]
     return "\n".join(line.rstrip() for line in out)
+
+# %% ../../nbs/results/61_report.ipynb #fcb52837
+def truncation_notes(
+    records: list[dict],  # as from `stored_records`
+) -> list[str]:
+    "A sentence for each model of which more than 5 % of the answers were cut at max_tokens."
+    shares = [(record["model"], record.get("truncated", 0) / max(1, sum(n for _, n in record["counts"].values())))
+              for record in records]
+    return [f"{share:.0%} of the answers of {model} were cut at max_tokens and are graded as they stand; "
+            "run again with a larger max_tokens." for model, share in shares if share > 0.05]
 
 # %% ../../nbs/results/61_report.ipynb #bbf4e867
 def write_table(
