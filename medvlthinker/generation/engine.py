@@ -440,8 +440,6 @@ def start_ray(settings: Hardware) -> None:
     address = settings.ray_address
     if not address:  # Ray's word for: this machine alone, every port on 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # where this process is killed, Ray's agents would look for their head for a minute
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     import ray
 
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
