@@ -40,7 +40,7 @@ def generation_config(
         return {}
     return given if isinstance(given, dict) else {}
 
-
+# %% ../../nbs/generation/24_engine.ipynb #7e01d820
 def ignored_settings(
     config: dict,  # what `generation_config` returned
 ) -> dict:
@@ -135,7 +135,7 @@ class TransformersEngine:
         text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return Completion(text, "stop" if end else "length", end or len(tokens))
 
-
+# %% ../../nbs/generation/24_engine.ipynb #6fbc38b9
 def too_long_error(
     request: Request,
     tokens: int,  # of the prompt, images included
@@ -492,7 +492,7 @@ def check_nodes(settings: Hardware) -> None:
                         f"nodes={settings.nodes} needs engine=ray (with ray_address=auto on a "
                         "running cluster).")
 
-
+# %% ../../nbs/generation/24_engine.ipynb #1a026c05
 def check_gpus(settings: Hardware) -> None:
     "`UserError` where this machine has fewer GPUs than an engine on it is to use."
     if settings.engine in ("transformers", "vllm") and settings.gpus:
@@ -514,7 +514,7 @@ def check_names(settings: Hardware) -> None:
         if name not in known:
             raise UserError(f"There is no {name!r} among {', '.join(known)}.")
 
-
+# %% ../../nbs/generation/24_engine.ipynb #9c479884
 def engine_version(
     name: str,  # `transformers`, `vllm` or `openai`
 ) -> str:
@@ -567,7 +567,7 @@ class Engine:
             return RayEngine(settings, self.model, self.revision)
         return ENGINES[settings.engine](settings, folder)
 
-
+# %% ../../nbs/generation/24_engine.ipynb #0d333d2c
 def open_engine(settings: EngineSettings) -> Engine:
     "An engine for one model; `UserError` for a model or an engine that there is not."
     return Engine(settings)

@@ -404,7 +404,7 @@ class Job:
     sampling: Sampling
     folder: Path | str  # takes the rollout as a folder of its own
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #0bab5867
 def generate_all(
     jobs: Iterable[Job],
     engine,  # from `open_engine`
@@ -469,7 +469,7 @@ def _is_finished(folder: Path) -> bool:
         return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
     return False
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #5c65ade2
 def generate(
     samples: Sequence[Sample],
     engine,  # from `open_engine`
