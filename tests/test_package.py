@@ -166,7 +166,7 @@ for call in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
-    says(alone(bare, tmp_path, "-m", "medvlthinker.generation.rollout", "smoke", "model=tiny"), "PyTorch", "pip install 'medvlthinker[torch]'")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.difficulty.ask", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.app.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 

@@ -82,14 +82,14 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     os.utime(tree / "nbs" / "paper" / "5_results.ipynb")
     assert run(tree, env)[0] == [], "a touched file is the same file"
 
-    shards = {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")}
+    shards = {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")}
     with open(tree / "medvlthinker" / "results" / "report.py", "a") as module:
         module.write("\n# edited\n")
     assert set(run(tree, env)[0]) == {"5_results", "6_audit"}, "only what imports the edited module"
     with open(tree / "medvlthinker" / "core" / "grade.py", "a") as module:
         module.write("\n# edited\n")
     assert "4_evaluate-tiny" in run(tree, env)[0]
-    assert {path: path.stat().st_mtime_ns for path in home.rglob("shard-*")} == shards, "grading anew asks no model"
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")} == shards, "grading anew asks no model"
 
     (home / "results" / "table.txt").unlink()
     ran = run(tree, env)[0]  # a step that ran beside may count it among its own, and runs again too
@@ -123,7 +123,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     states, out = status(tree, here, "recipes=")
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
 
-    process = begin("medvlthinker.generation.rollout")
+    process = begin("medvlthinker.difficulty.ask")
     with tally("faults", "Ctrl-C to the whole pipeline") as count:
         count.tried += 1
         os.killpg(process.pid, signal.SIGINT)

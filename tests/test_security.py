@@ -368,7 +368,7 @@ def echo():
 
 def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
-    words = ("-m", "medvlthinker.generation.rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    words = ("-m", "medvlthinker.difficulty.ask", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
     with tally("hostile", "a server that repeats the key") as count:
         for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
             echo.locked = locked
@@ -376,8 +376,8 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally
             done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
             assert part in done.stderr and told(home, done.stdout, done.stderr) == [], done.stderr
             count.survived += 1
-    shards = "".join(path.read_text() for path in home.rglob("shard-*.jsonl"))
-    assert shards.count("<answer> A </answer> ***") == 4 and "400: ***: *** is refused" in shards and "500: ***" in shards, shards[:3000]
+    stored = "".join(path.read_text() for path in home.rglob("rollout.jsonl"))
+    assert stored.count("<answer> A </answer> ***") == 4 and "400: *** is refused" in stored and "500: ***" in stored, stored[:3000]
 
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
@@ -492,7 +492,7 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
     "Every process of Ray, and of the work on it, from the start of a rollout to its end."
     if not importlib.util.find_spec("ray"):
         pytest.skip("ray is not installed; ./reproduce.sh test all installs it")
-    words, found = ["medvlthinker.generation.rollout", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
+    words, found = ["medvlthinker.difficulty.ask", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log) as process:
         while process.poll() is None:
             found |= listening(process.pid)

@@ -72,13 +72,13 @@ class TransformersEngine:
         logging.disable_progress_bar()  # in a log each step of a bar is a line
         self.batch_size, self.context = settings.batch_size, settings.max_model_len
         self.device = "cuda" if settings.gpus and torch.cuda.is_available() else "cpu"
-        own = {"trust_remote_code": False}
+        pixels = pixel_limits(folder, settings.max_pixels)
         try:
             self.processor = AutoProcessor.from_pretrained(
-                folder, padding_side="left", **pixel_limits(folder, settings.max_pixels), **own)
+                folder, padding_side="left", trust_remote_code=False, **pixels)
             self.model = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=getattr(torch, settings.dtype), use_safetensors=True,
-                generation_config=GenerationConfig(), **own)
+                generation_config=GenerationConfig(), trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise unloadable_error(folder, error) from None
         self.model = self.model.to(self.device).eval()
@@ -175,8 +175,7 @@ def vllm_arguments(
 ) -> dict:
     "Arguments of vllm.LLM beside the model: the hardware in vLLM's words."
     config: dict = {"dtype": settings.dtype, "limit_mm_per_prompt": {"image": 8, "video": 0},
-                    "generation_config": "vllm", "load_format": "safetensors",
-                    "trust_remote_code": False}
+                    "generation_config": "vllm"}
     if settings.gpus:
         config |= {"tensor_parallel_size": tensor_parallel,
                    "gpu_memory_utilization": settings.gpu_memory_utilization or 0.9}
@@ -211,7 +210,8 @@ class VllmEngine:
         # tokens that a model never says are those of images; vLLM knows them as a bias
         self.bias = dict.fromkeys(config.get("suppress_tokens") or (), -100.0) or None
         try:
-            self.llm = LLM(model=str(folder), **arguments)
+            self.llm = LLM(model=str(folder), load_format="safetensors", trust_remote_code=False,
+                           **arguments)
         except (OSError, ValueError, RuntimeError) as error:
             raise unloadable_error(folder, error) from None
 
