@@ -75,7 +75,7 @@ class RolloutConfig:
         "Sixteen hexadecimal digits that name the rollout."
         return fingerprint(asdict(self))
 
-# %% ../../nbs/generation/25_rollout.ipynb #774c1347
+
 def rollout_config(
     samples: Sequence[Sample],
     engine,  # from `open_engine`
@@ -384,7 +384,7 @@ class _Bar:
         self.bar.set_postfix_str(f"{self.tokens / seconds:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
-# %% ../../nbs/generation/25_rollout.ipynb #0c635dd5
+
 def ending(
     record: dict,  # of a rollout
     name: str,  # of its questions
@@ -404,7 +404,7 @@ class Job:
     sampling: Sampling
     folder: Path | str  # takes the rollout as a folder of its own
 
-# %% ../../nbs/generation/25_rollout.ipynb #56429054
+# %% ../../nbs/generation/25_rollout.ipynb #0bab5867
 def generate_all(
     jobs: Iterable[Job],
     engine,  # from `open_engine`
@@ -469,7 +469,7 @@ def _is_finished(folder: Path) -> bool:
         return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
     return False
 
-# %% ../../nbs/generation/25_rollout.ipynb #de500980
+# %% ../../nbs/generation/25_rollout.ipynb #5c65ade2
 def generate(
     samples: Sequence[Sample],
     engine,  # from `open_engine`
@@ -523,7 +523,7 @@ def read_eval_results(
     if not seen:
         raise UserError(f"{path} holds no results.")
 
-# %% ../../nbs/generation/25_rollout.ipynb #ca99230a
+
 def write_eval_results(
     samples: Iterable[Sample],
     rows: Iterable[dict],  # of the rollout, in the same order
