@@ -1157,6 +1157,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine.VllmEngine._processor': ( 'generation/engine.html#vllmengine._processor',
                                                                                                           'medvlthinker/generation/engine.py'),
+                                                'medvlthinker.generation.engine.VllmEngine._step': ( 'generation/engine.html#vllmengine._step',
+                                                                                                     'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine.VllmEngine.answer': ( 'generation/engine.html#vllmengine.answer',
                                                                                                       'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._Running': ( 'generation/engine.html#_running',

@@ -189,7 +189,7 @@ def vllm_arguments(
 class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
     queue = 2048  # completions that vLLM has to work on, while there are questions
-    step = 16  # questions that are added at once
+    portion = 16  # questions that are added at once
     streams = True  # questions are taken while others are answered
 
     def __init__(
@@ -212,32 +212,36 @@ class VllmEngine:
         try:
             self.llm = LLM(model=str(folder), load_format="safetensors", trust_remote_code=False,
                            **arguments)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # as for `_step`
             raise unloadable_error(folder, error) from None
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
-        engine, waiting, source, more = self.llm.llm_engine, {}, prefetch(requests), True
+        waiting, source, more = {}, prefetch(requests), True
         try:
             while more or waiting:
                 held = sum(request.sampling.n for request in waiting.values())
                 if more and held < self.queue:
-                    part = list(itertools.islice(source, self.step))
-                    more, found = len(part) == self.step, [each for each in part if each]
+                    part = list(itertools.islice(source, self.portion))
+                    more, found = len(part) == self.portion, [each for each in part if each]
                     waiting |= self._add(found)
                     if found:
                         continue  # a step takes time, and meanwhile nothing would be added
-                for output in engine.step():
+                for output in self._step():
                     # what was queued beside a question that vLLM refused has no name here
                     if output.finished and (request := waiting.pop(output.request_id, None)):
                         yield request, self._completions(request, output.outputs)
-        except (RuntimeError, OSError) as error:  # a GPU's memory, or a worker that was killed
+        finally:
+            if waiting:
+                self.llm.llm_engine.abort_request(list(waiting))
+
+    def _step(self) -> list:
+        try:
+            return self.llm.llm_engine.step()
+        except Exception as error:  # no memory, a worker that was killed: of many classes
             raise UserError(f"vLLM has stopped ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:300]}); what is finished is kept, "
                             "run again to go on.") from None
-        finally:
-            if waiting:
-                engine.abort_request(list(waiting))
 
     def _completions(self, request: Request, outputs) -> list[Completion]:
         answers = [Completion(each.text, each.finish_reason or "stop", len(each.token_ids))
@@ -368,7 +372,7 @@ class RayEngine:
         self.workers = [actor.remote(one, model, revision, environment)
                         for _ in range(copies(settings, shared))]
         self.unit = settings.batch_size if one.engine == "transformers" else 1
-        self.size = self.unit * max(1, VllmEngine.step // self.unit)
+        self.size = self.unit * max(1, VllmEngine.portion // self.unit)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as a worker has answered it."
