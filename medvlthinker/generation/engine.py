@@ -357,9 +357,9 @@ class RayEngine:
         revision: str = "",  # of the hub id
     ):
         require_package("ray", instead="use data_parallel=1")
+        start_ray(settings)  # before Ray is imported: it reads the environment then
         import ray
 
-        start_ray(settings)
         shared = tensor_parallel_size(download_model(model, revision), settings)
         gpus = shared if settings.gpus else 0
         one = replace(settings, engine=settings.engine_name, data_parallel=1, nodes=1,
