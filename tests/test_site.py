@@ -483,7 +483,7 @@ def find(page, home):
     page.wait_for_selector("text=No page has all of these words")
     page.keyboard.press("Escape")
     assert not page.is_visible("#found")
-    page.goto(home + "evaluation/evaluate.html")
+    page.goto(home + "index.html")
     page.locator("pre a.name[title='medvlthinker.core.grade.grade']").last.click()
     page.wait_for_url("**/core/grade.html#medvlthinker.core.grade.grade")
     assert page.evaluate("document.getElementById('medvlthinker.core.grade.grade').getBoundingClientRect().top") < 200
