@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from ..core.commands import run_main
 from ..core.files import UserError, file_hash, read_json
 from ..core.grade import RULES
-from ..data.benchmarks import benchmark_file, benchmark_names, load_benchmark
-from ..difficulty.ask import engine_settings, launch_rollout, question_sets, rollouts
+from ..data.benchmarks import benchmark_names, load_benchmark
+from ..difficulty.ask import (
+    engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder)
 from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
@@ -178,12 +179,8 @@ def look(
 
 def _ablate(profile: Profile, model: str, conditions: list[str], rule: str) -> "pd.DataFrame":
     "Ask a model under the conditions and store what comes out."
-    workspace, sets = Workspace(profile.name), dict(question_sets(profile))
-    folders = {}
-    for name in sets:
-        place = benchmark_file(name, profile, workspace.samples).parent
-        place = place.relative_to(workspace.samples) / name
-        folders[name] = workspace.rollouts / folder_name(model) / place
+    sets = dict(question_sets(profile))
+    folders = {name: rollouts_folder(profile, model, name) for name in sets}
     sampling = Sampling(max_tokens=profile.max_tokens, seed=profile.seed)
     engine = open_engine(engine_settings(profile, model))
     asked = ask_conditions(sets, engine, sampling, folders, conditions, profile.seed)
