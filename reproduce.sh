@@ -173,7 +173,7 @@ case "${1:-}" in
     compare)
         setup; run medvlthinker.results.contract "$@" ;;
     rollout)
-        shift; setup; run medvlthinker.generation.rollout "$@" ;;
+        shift; setup; run medvlthinker.results.ask "$@" ;;
     look | parity | regrade | exchange)
         setup; run medvlthinker.app.commands "$@" ;;
     status | verify)

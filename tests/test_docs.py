@@ -70,7 +70,7 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.difficulty.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
+    **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.results.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
                     "samples, checkpoints = synthetic.benchmark('vqa_rad_closed', 2), str(Workspace('smoke').checkpoints)\nsample, engine = samples[0], open_engine(EngineSettings(checkpoints=checkpoints))"),
     "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
                  "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
@@ -87,7 +87,7 @@ GIVEN = {  # what a chapter's example takes as known
 SMALLER = {  # a chapter's example with less to do: text -> what is run
     "20_tiny_model": {"seed=0": "seed=0, steps=1"},
     "24_engine": {'model="tiny"': 'model="tiny", checkpoints=checkpoints'},
-    "29_ask": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
+    "59_ask": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
     "42_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
     "43_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
     "64_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
@@ -184,8 +184,8 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.difficulty.ask import rollouts
-        from medvlthinker.difficulty.profile import load_profile
+        from medvlthinker.results.ask import rollouts
+        from medvlthinker.results.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), home / "smoke" / "results" / "synthetic")

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from medvlthinker.data import converters
 from medvlthinker.difficulty import profile
 from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, stale_reason
-from medvlthinker.difficulty.profile import Profile, load_profile
+from medvlthinker.results.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv

@@ -193,7 +193,7 @@ def test_adapters_alone_are_no_model(blank, tmp_path):
 
 def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.difficulty.profile import Workspace, load_profile
+    from medvlthinker.results.profile import Workspace, load_profile
     from medvlthinker.training import sft
     from medvlthinker.training.recipe import find as get
 
@@ -452,7 +452,7 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
 
 def test_max_pixels_means_the_same_in_training(blank, home):
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.difficulty.profile import Workspace, load_profile
+    from medvlthinker.results.profile import Workspace, load_profile
     from medvlthinker.training import grpo, sft, verl_backend
     from medvlthinker.training.recipe import find as get
 

@@ -15,7 +15,7 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training import train
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.core.files import UserError
-from medvlthinker.difficulty.profile import Workspace, load_profile
+from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python, split
 from medvlthinker.data import synthetic
-from medvlthinker.difficulty.profile import Workspace, load_profile
+from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.training.recipe import RECIPES, find
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.verl_backend import latest_checkpoint, overrides, parquet, rows_of, validation_parquet, verl_row, write_rows
@@ -203,7 +203,7 @@ def test_the_validation_set(home, own_cache, blank_tiny):
 
 RUN = """
 from dataclasses import replace
-from medvlthinker.difficulty.profile import Workspace, load_profile
+from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.training.verl_backend import train
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides

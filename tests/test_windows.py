@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from medvlthinker.difficulty.profile import load_plugin, load_profile
+from medvlthinker.core.commands import load_plugin
+from medvlthinker.results.profile import load_profile
 
 BOM = b"\xef\xbb\xbf"
 

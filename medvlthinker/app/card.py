@@ -18,8 +18,9 @@ from ..data import synthetic
 from ..data.benchmarks import HUB
 from ..training.checkpoint import MACHINERY, WARNING, check_card, markdown_table, model_card, results_lines, stored_evaluation
 from ..core.files import UserError, file_hash, record_path, require_package, read_json, atomic_write
-from ..difficulty.profile import Profile, Workspace
-from ..training.recipe import data_file, find
+from ..results.profile import Profile, Workspace
+from ..training.recipe import find
+from ..results.ask import data_file
 from ..generation.model import folder_name
 from ..data.sample import open_parquet
 

@@ -16,9 +16,9 @@ from ..core.commands import run_main
 from ..core.files import UserError, file_hash, read_json
 from ..core.grade import RULES
 from ..data.benchmarks import benchmark_names, load_benchmark
-from ..difficulty.ask import (
+from ..results.ask import (
     engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder)
-from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
+from ..results.profile import Profile, Workspace, load_profile, parse_words
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
     rescore, split_words)

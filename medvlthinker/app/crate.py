@@ -13,7 +13,8 @@ from pathlib import Path
 from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, dataset_card, facts_of, in_words, refreshed_card, rollout_card, tree_state
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
 from ..core.commands import run_main
-from ..difficulty.profile import Profile, Workspace, load_profile, parse_words, project_root
+from ..core.commands import project_root
+from ..results.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.model import folder_name, model_fingerprint
 from ..training.recipe import RECIPES
 from ..generation.rollout import RolloutConfig, samples_fingerprint

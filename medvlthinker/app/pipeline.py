@@ -15,15 +15,17 @@ from pathlib import Path
 from .. import NOUNS
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_record, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import run_main, redact_file, redact
-from ..difficulty.profile import Profile, Workspace, overrides, find_path, load_profile, parse_words, project_root
+from ..core.commands import find_path, project_root
+from ..results.profile import Profile, Workspace, overrides, load_profile, parse_words
 from ..data.corpora import has_corpora
 from .crate import write_cards
 from ..generation.engine import check_nodes, copies, vllm_arguments
-from ..difficulty.ask import ask_words
+from ..results.ask import ask_words
 from ..training.grpo import beside
 from ..generation.request import Sampling
 from ..results.report import stored_records
-from ..training.recipe import RECIPES, Recipe, evaluation_samplings, wanted
+from ..training.recipe import RECIPES, Recipe, wanted
+from ..results.ask import evaluation_samplings
 from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
@@ -53,7 +55,7 @@ def steps(
     "The steps of a profile, in an order that respects what each waits for."
     trains = has_corpora(profile)  # a folder of test sets alone is enough to evaluate
     result = [Step("1_data")] + [Step("2_difficulty", ("1_data",))] * trains
-    recipes = {recipe.name: recipe for recipe in (wanted(profile) if trains else ())}
+    recipes = {recipe.name: recipe for recipe in (wanted(profile.recipes) if trains else ())}
     for name, recipe in recipes.items():
         before = ["1_data" if recipe.method == "SFT" else "2_difficulty"]
         before += [f"3_train-{first}"] if (first := recipe.init.split("@")[0]) in recipes else []

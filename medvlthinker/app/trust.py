@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import UserError, atomic_write
 from ..core.commands import run_main
-from ..difficulty.profile import project_root
+from ..core.commands import project_root
 from ..core.stats import wilson
 
 # %% ../../nbs/app/77_trust.ipynb #7440303e

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from ..core.files import UserError, require_package
 from ..core.commands import run_main
 from ..core.plots import series_style
-from .profile import Profile, Workspace, load_profile, parse_words
+from ..results.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.model import check_chat_template, pixel_limits, prompt_format, resolve_model, resolve_revision
 from ..data.prompt import user_text
-from .ask import question_sets
+from ..results.ask import question_sets
 from ..data.sample import FORMATS, Sample, image_problem
 from ..data.readers import write_csv
 

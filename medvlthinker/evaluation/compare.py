@@ -17,7 +17,7 @@ from ..core.files import UserError
 from ..core.grade import RULES, Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
-from ..difficulty.profile import load_plugin
+from ..core.commands import load_plugin
 from .evaluate import map_questions, paired_difference
 from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 

@@ -11,7 +11,7 @@ import csv, html, io, itertools, math, textwrap
 from pathlib import Path
 
 from ..core.files import UserError, require_package, atomic_write
-from ..difficulty.profile import Profile, Workspace
+from .profile import Profile, Workspace
 from ..evaluation.evaluate import read_records
 from .published import COLUMNS, SOURCE, TABLES, Published, find, recipe_label, rows
 from ..data.readers import escape_formula
@@ -30,7 +30,7 @@ def stored_records(
     name: str = "evaluation.json",  # or repeats.json, of several answers a question
 ) -> list[dict]:
     "The records of a profile's models and of the recipes that it trains; missing ones are left out."
-    models = [*profile.models, *(recipe.name for recipe in wanted(profile))]
+    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
     return read_records(Workspace(profile.name).results / profile.source, models, name)
 
 # %% ../../nbs/results/61_report.ipynb #69833f60

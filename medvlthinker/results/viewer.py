@@ -16,12 +16,12 @@ from urllib.parse import parse_qsl, urlencode
 
 from ..data.benchmarks import benchmark_file, benchmark_names, newest_sample_file
 from ..core.files import UserError, require_package, atomic_write
-from ..difficulty.profile import Profile, Workspace
+from .profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
-from ..difficulty.ask import KINDS
+from .ask import KINDS
 from ..generation.model import folder_name, prompt_format
 from ..generation.rollout import Rollout, load_rollout, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
@@ -207,7 +207,7 @@ def stored(
     "The stored samples and rollouts of a profile; loads no model and makes nothing. `UserError` names the command that makes what is missing."
     if kind not in KINDS:
         raise UserError(f"No kind of questions {kind!r}; known are {', '.join(KINDS)}.")
-    names = [*profile.models, *(recipe.name for recipe in wanted(profile))] if models is None else [models] if isinstance(models, str) else models
+    names = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))] if models is None else [models] if isinstance(models, str) else models
     n = n or (1 if kind == "benchmark" else profile.rollouts)
     root, entries, about = Workspace(profile.name).root, [], {}
     file_of = benchmark_file if kind == "benchmark" else corpus_file
@@ -243,7 +243,7 @@ def _missing(profile: Profile, model: str, name: str, kind: str, n: int, folder:
     step = "paper/4_evaluate" if kind == "benchmark" else "paper/2_difficulty"
     made = f"`./reproduce.sh {profile.name}` makes it ({step})"
     if kind == "benchmark" and n > 1:
-        made = f"`python -m medvlthinker.difficulty.ask {profile.name} model={model} n={n} temperature=0.5` makes it"
+        made = f"`python -m medvlthinker.results.ask {profile.name} model={model} n={n} temperature=0.5` makes it"
     return f"No whole rollout of {model} on {name} with n={n} is {why}; {made}."
 
 # %% ../../nbs/results/64_viewer.ipynb #a0eda4ee

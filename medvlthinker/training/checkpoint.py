@@ -16,10 +16,11 @@ from pathlib import Path
 from ..data.benchmarks import HUB
 from ..core.files import UserError, is_alive, file_hash, record_path, require_package, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import run_main, run_logged
-from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
+from ..results.profile import Profile, Workspace, load_profile, parse_words
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..generation.model import folder_name, model_fingerprint
-from .recipe import Grpo, Recipe, chain, data_file, find, model_folder, starting_point, training_folder
+from .recipe import Grpo, Recipe, chain, find, model_folder, starting_point, training_folder
+from ..results.ask import data_file
 from ..core.stats import wilson
 
 # %% ../../nbs/training/46_checkpoint.ipynb #9121ff9c
@@ -366,9 +367,9 @@ def finish(
     dtype: str = "",  # of the stored weights; empty for the base model's
 ) -> Path:
     "The model of a recipe's run, merged into its place in the workspace."
-    own = training_folder(recipe, workspace)
-    folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, workspace)
-    return merge(checkpoint_at(own, step), starting_point(recipe, workspace), folder, own, dtype, workspace.logs / recipe.name / "merge.log")
+    own = training_folder(recipe, workspace.checkpoints)
+    folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, workspace.checkpoints)
+    return merge(checkpoint_at(own, step), starting_point(recipe, workspace.checkpoints), folder, own, dtype, workspace.logs / recipe.name / "merge.log")
 
 # %% ../../nbs/training/46_checkpoint.ipynb #7e462c99
 _RESEARCH = {"license": "other", "license_name": "qwen-research", "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE"}

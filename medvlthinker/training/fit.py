@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..core.files import UserError, require_package
-from ..difficulty.profile import Profile
+from ..results.profile import Profile
 from .recipe import BASES, Grpo, Recipe, Sft, chain
 
 # %% ../../nbs/training/41_fit.ipynb #ecca4f05

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.files import UserError, require_package
 from ..core.commands import run_main
-from ..difficulty.profile import Profile
+from ..results.profile import Profile
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from .recipe import Grpo, steps_per_epoch

@@ -16,11 +16,13 @@ from typing import TypeVar
 
 from ..core.files import UserError, file_hash, fingerprint, require_package, atomic_write
 from ..core.commands import run_main
-from ..difficulty.profile import Profile, Workspace, overrides, load_plugin, load_profile, parse_words
+from ..core.commands import load_plugin
+from ..results.profile import Profile, Workspace, overrides, load_profile, parse_words
 from ..generation.model import check_weights, download_model, model_fingerprint, pixel_limits
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import sft_target, user_text
-from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_data, training_folder
+from .recipe import Grpo, Recipe, Sft, find, starting_point, steps_per_epoch, steps_to_train, training_folder
+from ..results.ask import training_data
 from ..generation.rollout import file_lock
 from ..data.sample import SampleFile, from_row
 
@@ -115,11 +117,11 @@ def plan(
     show=print,  # told what was left out
 ) -> Run:
     "Check everything that a run needs, and list its rows; `UserError` says what is missing."
-    start = starting_point(recipe, workspace, show)
+    start = starting_point(recipe, workspace.checkpoints, show=show)
     _check(recipe, profile, start)
     data = training_data(recipe, profile, workspace)
     inputs = _inputs(recipe, profile, start, data)
-    folder = training_folder(recipe, workspace) / fingerprint(inputs)
+    folder = training_folder(recipe, workspace.checkpoints) / fingerprint(inputs)
     samples, listed = SampleFile(data, look=False), folder / "dropped.json"
     if not listed.is_file():
         processor, limits = open_processor(start, profile.max_pixels)

@@ -14,9 +14,10 @@ from . import verl_backend, verl_cpu
 from .checkpoint import merge, replacing, write_card
 from ..core.files import record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import run_main, run_logged
-from ..difficulty.profile import Profile, Workspace, load_profile, parse_words
+from ..results.profile import Profile, Workspace, load_profile, parse_words
 from .fit import refuse_unless_fits
-from .recipe import RECIPES, Recipe, data_file, model_folder, training_folder
+from .recipe import RECIPES, Recipe, model_folder, training_folder
+from ..results.ask import data_file
 from .sft import Run, accelerate_config, accelerate_file, checkpoint, named, plan, read_metrics, trl_command
 
 # %% ../../nbs/training/47_train.ipynb #a6b8f818
@@ -34,7 +35,7 @@ def begins(
 ) -> str:
     "What a run starts from, by name: a hub id, or the folder where an earlier recipe leaves its model."
     name = recipe.init.split("@")[0]
-    return str(model_folder(recipe.init, workspace)) if name in RECIPES or name == "tiny" else name
+    return str(model_folder(recipe.init, workspace.checkpoints)) if name in RECIPES or name == "tiny" else name
 
 
 def printed_command(
@@ -46,7 +47,7 @@ def printed_command(
     if not uses_verl(recipe, profile):
         return shlex.join(trl_command(recipe, profile, workspace, "python"))
     data = verl_backend.verl_file(data_file(recipe, profile, workspace), recipe)
-    words = verl_backend.overrides(recipe, profile, begins(recipe, workspace), data, training_folder(recipe, workspace))
+    words = verl_backend.overrides(recipe, profile, begins(recipe, workspace), data, training_folder(recipe, workspace.checkpoints))
     variables = verl_backend.environment(workspace.root / "logs" / recipe.name, nodes=profile.nodes or recipe.nodes)
     return verl_backend.printable(verl_backend.command(words, variables, profile.nodes or recipe.nodes, os.environ.get("RAY_ADDRESS", "http://HEAD:8265")))
 
@@ -69,7 +70,7 @@ def finish(
     workspace: Workspace,  # the folders of the run
 ) -> Path:
     "Merge a checkpoint, give it its name, its manifest and its card."
-    final, own = workspace.checkpoints / run.recipe.name, training_folder(run.recipe, workspace)
+    final, own = workspace.checkpoints / run.recipe.name, training_folder(run.recipe, workspace.checkpoints)
     made = merge(taken, run.start, run.folder / "model", own, log=workspace.logs / run.recipe.name / "merge.log")
     facts = {"rows": len(run.rows), "dropped": {reason: len(places) for reason, places in run.dropped.items()}, "steps": run.steps, "takes": run.takes,
              "trainer": run.inputs["trainer"], "seed": run.profile.seed, "lora_rank": run.profile.lora_rank, "profile": run.profile.name}

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import redact_file
-from ..difficulty.profile import Profile, Workspace
+from ..results.profile import Profile, Workspace
 from ..difficulty.preflight import lengths, open_processor
 from ..data.prompt import verl_prompt
-from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_data, training_folder
-from ..difficulty.ask import question_sets
+from .recipe import ROWS, Grpo, Recipe, starting_point, steps_to_train, total_steps, training_folder
+from ..results.ask import training_data
+from ..results.ask import question_sets
 from ..generation.rollout import file_lock, samples_fingerprint
 from ..generation.model import pixel_limits
 from ..data.sample import Sample, SampleFile
@@ -513,7 +514,7 @@ def train(
     "Train a recipe with verl, from its last checkpoint on if there is one; `UserError` where the machine cannot, or verl fails."
     more = list(more)
     ready(recipe, profile, more)
-    model, folder, logs = starting_point(recipe, workspace, show), training_folder(recipe, workspace), workspace.logs / recipe.name
+    model, folder, logs = starting_point(recipe, workspace.checkpoints, show=show), training_folder(recipe, workspace.checkpoints), workspace.logs / recipe.name
     data = training_parquet(recipe, profile, workspace, model, show)
     validation = validation_parquet(recipe, profile, workspace, model, show) if validate else None
     steps, _ = steps_to_train(recipe, rows_of(data), profile.max_steps)
