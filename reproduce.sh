@@ -167,7 +167,7 @@ case "${1:-}" in
     preflight)
         shift; setup; run medvlthinker.difficulty.preflight "$@" ;;
     train)
-        shift; setup; run medvlthinker.training.train "$@" ;;
+        shift; setup; run medvlthinker.app.commands train "$@" ;;
     results)
         setup; run medvlthinker.app.pipeline "$@" ;;
     compare)

@@ -315,7 +315,7 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     from dataclasses import replace
 
     from medvlthinker.data import synthetic
-    from medvlthinker.results.ask import engine_settings
+    from medvlthinker.results.ask import engine_settings, training_places
     from medvlthinker.generation.engine import open_engine
     from medvlthinker.generation.request import Request, Sampling
     from medvlthinker.training.grpo import train_grpo
@@ -333,8 +333,9 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
         write_samples(drawn, workspace.curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet")
         for name, change, act, work in (("3B-SFT_m23k", {}, train_sft, 6), ("3B-RL_m23k", {"batch": 8, "mini_batch": 8, "max_response_length": answer, "kl_coef": 0.0}, train_grpo, 8)):
             recipe = find(name)
-            act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, workspace))
-            late = curves(recipe, workspace).iloc[3:]  # the first steps warm up
+            places = training_places(recipe, profile)
+            act(plan(replace(recipe, init=str(folder), gpus=gpus, how=replace(recipe.how, **change)), profile, *places))
+            late = curves(places[-1]).iloc[3:]  # the first steps warm up
             yield name, (late.tokens.iloc[-1] - late.tokens.iloc[0]) / (late.seconds.iloc[-1] - late.seconds.iloc[0]), work
         engine = open_engine(engine_settings(replace(profile, gpus=gpus), str(folder)))
         sampling = Sampling(n=8, temperature=1.0, max_tokens=answer)
@@ -387,7 +388,7 @@ def three_seeds():
         before = right(profile, str(base))
         for name, found in gains.items():
             words = [f"{key}={value}" for key, value in overrides(profile).items()]
-            subprocess.run([sys.executable, "-m", "medvlthinker.training.train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", "medvlthinker.app.commands", "train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             after = right(profile, name)
             differences = [new - old for new, old in zip(after, before)]
             error = sum(each.var(ddof=1) / len(each) for each in differences) ** 0.5 / len(differences)

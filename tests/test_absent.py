@@ -97,7 +97,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
 # --- a GPU -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, gpus", [(["results.ask", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["training.train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
+@pytest.mark.parametrize("words, gpus", [(["results.ask", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["app.commands", "train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
 def test_without_a_gpu_whatever_asks_for_one_says_so(home, model, words, gpus):
     "An engine before the model is loaded, training before the data are read."
     says(python("-m", f"medvlthinker.{words[0]}", *(word.format(model) for word in words[1:]), CUDA_VISIBLE_DEVICES=""), f"gpus={gpus}", "this machine shows none")

@@ -193,17 +193,17 @@ def test_adapters_alone_are_no_model(blank, tmp_path):
 
 def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.results.profile import Workspace, load_profile
     from medvlthinker.training import sft
+    from medvlthinker.training.recipe import TrainingSettings
     from medvlthinker.training.recipe import find as get
 
-    smoke, workspace = load_profile("smoke", train_limit=8), Workspace("smoke")
-    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-8-tiny-easy_to_hard.parquet")
+    places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
+    write_samples(synthetic.corpus("pmc_vqa", 8), places[0])
     torn = copied(blank, tmp_path, dropped(r"\.layers\.1\."))
     for name in ("tiny-SFT_PMC", "tiny-RL_PMC"):
         with pytest.raises(UserError, match="12 missing"):
-            sft.plan(replace(get(name), init=str(torn)), smoke, workspace)
-    run = sft.plan(replace(get("tiny-SFT_PMC"), init=str(blank)), smoke, workspace)
+            sft.plan(get(name), TrainingSettings(base=str(torn)), *places)
+    run = sft.plan(get("tiny-SFT_PMC"), TrainingSettings(base=str(blank)), *places)
     with pytest.raises(UserError, match="12 missing"):
         sft.open_model(replace(run, start=str(torn)))
 
@@ -450,22 +450,22 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
     assert "16.0 of them for images" in without
 
 
-def test_max_pixels_means_the_same_in_training(blank, home):
+def test_max_pixels_means_the_same_in_training(blank, tmp_path):
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.results.profile import Workspace, load_profile
     from medvlthinker.training import grpo, sft, verl_backend
+    from medvlthinker.training.recipe import TrainingSettings
     from medvlthinker.training.recipe import find as get
 
-    smoke, workspace = load_profile("smoke", train_limit=8, max_pixels=3136), Workspace("smoke")
-    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-8-tiny-easy_to_hard.parquet")
-    recipe = replace(get("tiny-RL_PMC"), init=str(blank))
-    run, plain = (sft.plan(recipe, profile, workspace) for profile in (smoke, replace(smoke, max_pixels=0)))
+    recipe, small = get("tiny-RL_PMC"), TrainingSettings(base=str(blank), max_pixels=3136)
+    places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
+    write_samples(synthetic.corpus("pmc_vqa", 8), places[0])
+    run, plain = (sft.plan(recipe, settings, *places) for settings in (small, replace(small, max_pixels=0)))
     assert run.inputs["max_pixels"] == 3136 and run.folder != plain.folder and "max_pixels" not in plain.inputs
     _, processor, _ = sft.open_model(run)
     assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (3136, 3136)
     with pytest.raises(UserError, match="max_pixels=3136 does not reach the vLLM that TRL starts"):
-        grpo.grpo_settings(replace(run, profile=replace(smoke, engine="vllm", gpus=1)), processor)
-    told = verl_backend.settings(recipe, smoke, str(blank), "data.parquet", "folder")
+        grpo.grpo_settings(replace(run, settings=replace(small, engine="vllm", gpus=1)), processor)
+    told = verl_backend.settings(recipe, small, str(blank), "data.parquet", "folder")
     assert {key: value for key, value in told.items() if "pixels" in key} == {
         "+data.mm_processor_kwargs.min_pixels": 3136, "+data.mm_processor_kwargs.max_pixels": 3136}
 

@@ -24,7 +24,8 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import UserError
 from medvlthinker.core.commands import run_logged, redact
 from medvlthinker.results.profile import Profile, Workspace, load_profile
-from medvlthinker.training.recipe import find
+from medvlthinker.results.ask import training_places
+from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.data.sample import write_samples
 
 PACKAGE = sorted((ROOT / "medvlthinker").rglob("*.py"))
@@ -119,7 +120,7 @@ def test_no_code_out_of_data_and_no_shell():
     lone = {path.stem for path in SOURCES if re.search(r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|joblib)\b", path.read_text(encoding="utf-8"), re.M)}
     assert lone == {"checkpoint"}, "only the list of a distributed checkpoint is a pickle, and its reader refuses every class but a dozen"
     runs = {path.stem for path in SOURCES if "exec_module" in path.read_text(encoding="utf-8")}
-    assert runs == {"profile"}, "a user's own Python file is run where extend= names it, and in one place"
+    assert runs == {"commands"}, "a user's own Python file is run where extend= names it, and in one place"
 
 
 def test_models_bring_neither_code_nor_pickles():
@@ -221,12 +222,13 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
     from medvlthinker.generation.request import EngineSettings, Request, Sampling
 
     place, mark = traps
-    pickled, smoke, request = place / "pickled", load_profile("smoke"), Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
+    pickled, request = place / "pickled", Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
     ask = lambda **settings: list(open_engine(EngineSettings(model=str(pickled), **settings)).answer([request]))
-    write_samples(synthetic.corpus("pmc_vqa", 8), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
+    write_samples(synthetic.corpus("pmc_vqa", 8), place / "pmc_vqa.parquet")
+    trained = lambda name: sft.plan(find(name), TrainingSettings(base=str(pickled)), place / "pmc_vqa.parquet", place / "checkpoints", place / "logs")
     ways = {**{f"engine={name}": lambda name=name: ask(engine=name) for name in ("transformers", "vllm", "ray")},
             "copies": lambda: ask(data_parallel=2),
-            **{recipe: lambda recipe=recipe: sft.plan(replace(find(recipe), init=str(pickled)), smoke, Workspace("smoke")) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
+            **{recipe: lambda recipe=recipe: trained(recipe) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
             "merge": lambda: merge(pickled, "tiny", place / "merged")}
     with tally("hostile", "weights that are a program") as count:
         for name, way in ways.items():
@@ -396,7 +398,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     paper = load_profile("paper", report_to="wandb")
     for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
         for trainer in ("trl", "verl"):
-            print(train.outline(recipe, replace(paper, trainer=trainer), workspace))
+            print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
     print(*dry_run(paper))
     status.main(["smoke"])
@@ -433,18 +435,19 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     file = Path(given["reward.custom_reward_function.path"])
     assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
-    write_samples(synthetic.corpus("pmc_vqa", 8), workspace.curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
-    start = replace(recipe, init=str(make_tiny_model(tmp_path / "start", steps=0)))
-    run = sft.plan(start, smoke, workspace)
+    write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "pmc_vqa.parquet")
+    small = TrainingSettings(base=str(make_tiny_model(tmp_path / "start", steps=0)))
+    planned = lambda: sft.plan(recipe, small, tmp_path / "pmc_vqa.parquet", workspace.checkpoints, tmp_path / "logs")
+    run = planned()
     assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
     final = workspace.checkpoints / recipe.name
     final.mkdir()
     with write_record(final, run.inputs):
         (final / "config.json").write_text("{}")
-    assert not stale_reason(final, sft.plan(start, smoke, workspace).inputs)
+    assert not stale_reason(final, planned().inputs)
     (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")
     monkeypatch.setattr(sft, "reward_file", lambda: tmp_path / "grade.py")
-    edited = sft.plan(start, smoke, workspace)
+    edited = planned()
     assert edited.folder != run.folder and stale_reason(final, edited.inputs).startswith("reward was")
     monkeypatch.setattr(verl_backend, "latest_checkpoint", lambda folder: (1, folder))
     verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=run.inputs["reward"])

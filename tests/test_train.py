@@ -12,25 +12,31 @@ import warm
 from conftest import ROOT, python, says
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.training import train
-from medvlthinker.training.checkpoint import merge
+from medvlthinker.app import commands
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import Workspace, load_profile
-from medvlthinker.training.recipe import find
 from medvlthinker.data.sample import write_samples
+from medvlthinker.results.profile import Workspace
+from medvlthinker.training.checkpoint import merge
+from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole
 from medvlthinker.training.train import curves
 from safetensors.numpy import load_file
 
-SFT = ("medvlthinker.training.sft", "smoke", "recipe=tiny-SFT_PMC", "train_limit=64", "max_steps=10")
-GRPO = ("medvlthinker.training.grpo", "smoke", "recipe=tiny-RL_PMC", "max_steps=8")
+SFT, GRPO = ("sft", "tiny-SFT_PMC", 10), ("grpo", "tiny-RL_PMC", 8)
 
 
 @pytest.fixture
 def ready(warm_home) -> Path:
-    "A home with the warm model and a curated corpus."
+    "A folder with the warm model in its checkpoints, and questions beside it."
+    write_samples(synthetic.corpus("pmc_vqa", 64), warm_home / "pmc_vqa.parquet")
     write_samples(synthetic.corpus("pmc_vqa", 40), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     return warm_home
+
+
+def words(module: str, recipe: str, steps: int, home: Path) -> list[str]:
+    "The words for Python that train a recipe in a home."
+    return ["-m", f"medvlthinker.training.{module}", f"recipe={recipe}", f"data={home / 'pmc_vqa.parquet'}",
+            f"checkpoints={home / 'smoke' / 'checkpoints'}", f"logs={home / 'logs'}", f"max_steps={steps}"]
 
 
 def weights(home: Path, recipe: str, update: int) -> dict:
@@ -43,66 +49,83 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
-def killed_at(words, home: Path, recipe: str, step: int) -> None:
+def killed_at(command: list[str], logs: Path, step: int) -> None:
     "Start a run, and end it with SIGKILL once its curves have come to a step."
-    process = warm.start("-m", *words, cwd=ROOT, MEDVLTHINKER_HOME=home)
+    process = warm.start(*command, cwd=ROOT)
     try:
-        while process.is_alive() and len(curves(find(recipe), Workspace("smoke"))) < step:
+        while process.is_alive() and len(curves(logs)) < step:
             time.sleep(0.02)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 
-@pytest.mark.parametrize("words, recipe, steps, at", [(SFT, "tiny-SFT_PMC", 10, 6), (GRPO, "tiny-RL_PMC", 8, 7)])
-def test_killed_and_called_again(ready, tmp_path, monkeypatch, words, recipe, steps, at, tally):
+@pytest.mark.parametrize("module, recipe, steps, at", [(*SFT, 6), (*GRPO, 7)])
+def test_killed_and_called_again(ready, tmp_path, module, recipe, steps, at, tally):
     "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
-    whole = tmp_path / "whole"
+    whole, mine, theirs = tmp_path / "whole", words(module, recipe, steps, ready), words(module, recipe, steps, tmp_path / "whole")
     shutil.copytree(ready, whole)
-    done = python("-m", *words, MEDVLTHINKER_HOME=whole)
+    done = python(*theirs)
     assert done.returncode == 0, done.stderr[-3000:]
     with tally("faults", "SIGKILL of a training") as count:
         count.tried += 1
-        killed_at(words, ready, recipe, at)
+        killed_at(mine, ready / "logs", at)
         torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
         torn.mkdir()
         (torn / "model.safetensors").write_bytes(b"half")
-        done = warm.run("-m", *words, cwd=ROOT)
+        done = warm.run(*mine, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "going on from a checkpoint" in done.stdout and not torn.exists(), done.stdout
-        mine = curves(find(recipe), Workspace("smoke"))
-        assert mine.tokens.is_monotonic_increasing
-        assert list(mine.index) == list(range(1, steps + 1)), "every step once"
-        monkeypatch.setenv("MEDVLTHINKER_HOME", str(whole))
-        theirs = curves(find(recipe), Workspace("smoke"))
-        assert (mine.drop(columns="seconds") == theirs.drop(columns="seconds")).all().all()
+        seen, expected = curves(ready / "logs"), curves(whole / "logs")
+        assert seen.tokens.is_monotonic_increasing
+        assert list(seen.index) == list(range(1, steps + 1)), "every step once"
+        assert (seen.drop(columns="seconds") == expected.drop(columns="seconds")).all().all()
         assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
         count.survived += 1
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
-    began = time.monotonic()
-    assert warm.run("-m", *words, cwd=ROOT, MEDVLTHINKER_HOME=ready).returncode == 0 and time.monotonic() - began < 120
-    assert len(curves(find(recipe), Workspace("smoke"))) == steps, "a run that has ended is not run again"
+    again = warm.run(*mine, cwd=ROOT)
+    assert again.returncode == 0 and "step" not in again.stdout.split("from ")[-1], "a run that has ended is not run again"
+    assert len(curves(ready / "logs")) == steps
 
 
 def test_two_processes_share_a_run(ready):
     "The same rows, the same number of steps, one set of curves: two processes over gloo, started as accelerate starts GPUs."
-    profile, workspace = load_profile("smoke", gpus=0), Workspace("smoke")
-    config = {**accelerate_config(find("tiny-SFT_PMC"), profile), "num_processes": 2}
-    path = accelerate_file(find("tiny-SFT_PMC"), workspace)
+    config = {**accelerate_config(find("tiny-SFT_PMC"), TrainingSettings()), "num_processes": 2}
+    path = accelerate_file(ready / "logs")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(config))
-    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, "-m", *SFT[:-1], "max_steps=4", cwd=ROOT)
+    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("sft", "tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list(curves(find("tiny-SFT_PMC"), workspace).index) == [1, 2, 3, 4]
-    assert done.stdout.count("rows of pmc_vqa-64.parquet, 4 steps") == 1, "one of them speaks"
-    folder, = (workspace.checkpoints / "tiny-SFT_PMC.training").iterdir()
+    assert list(curves(ready / "logs").index) == [1, 2, 3, 4]
+    assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
+    folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder)[1] == 4
+
+
+def test_only_what_is_needed_stays_on_the_disk(ready):
+    "Of ten steps with a checkpoint every four the newest stays, and the one that becomes the model."
+    assert warm.run(*words(*SFT, ready), cwd=ROOT).returncode == 0
+    folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10"]
+
+
+def test_a_row_counts_the_same_however_many_are_taken_at_once(ready):
+    "gradient-accumulation: the same losses and weights, up to rounding, from sixteen rows at once and from one."
+    ends = {}
+    for rows in (16, 1):
+        logs = ready / f"logs{rows}"
+        done = warm.run(*words("sft", "tiny-SFT_PMC", 3, ready)[:-2], f"logs={logs}", "max_steps=3", f"micro_batch={rows}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends[rows] = curves(logs).loss.tolist(), weights(ready, "tiny-SFT_PMC", 3)
+        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training")
+    assert ends[16][0] == pytest.approx(ends[1][0], rel=1e-5)
+    assert max(abs(ends[16][1][name] - ends[1][1][name]).max() for name in ends[1][1]) < 1e-4
 
 
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
-    done = warm.run("-m", "medvlthinker.training.train", *SFT[1:-1], "max_steps=4", "lora_rank=4", cwd=ROOT)
+    done = warm.run("-m", "medvlthinker.training.train", *words("sft", "tiny-SFT_PMC", 4, ready)[2:], "lora_rank=4", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     home = ready / "smoke" / "checkpoints"
     model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
@@ -145,25 +168,25 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as said:
-        train.main(["smoke", *(word.replace("BLANK", str(blank)) for word in words)])
+        commands.main(["train", "smoke", *(word.replace("BLANK", str(blank)) for word in words)])
     for part in parts:
         assert part in str(said.value)
     assert not [path for path in Workspace("smoke").checkpoints.iterdir() if (path / "config.json").exists()], "nothing stands under a final name"
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(home):
-    says(python("-m", "medvlthinker.training.train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
-    says(python("-m", "medvlthinker.training.sft", "smoke", "recipe=tiny-RL_PMC"), "this module trains SFT")
+    says(python("-m", "medvlthinker.app.commands", "train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
+    says(python("-m", "medvlthinker.training.sft", "recipe=tiny-RL_PMC", "data=a", "checkpoints=b", "logs=c"), "this module trains SFT")
 
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
     "The process that trains dies; its last words are in the message, and its log is kept."
-    curated = Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet"
-    assert warm.run("-m", *GRPO[:-1], "max_steps=1", cwd=ROOT).returncode == 0
-    shutil.rmtree(next(Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/checkpoint-1")))
-    arrow, = Workspace("smoke").checkpoints.glob("tiny-RL_PMC.training/*/arrow")
+    command = words("grpo", "tiny-RL_PMC", 1, ready)
+    assert warm.run(*command, cwd=ROOT).returncode == 0
+    training = ready / "smoke" / "checkpoints" / "tiny-RL_PMC.training"
+    shutil.rmtree(next(training.glob("*/checkpoint-1")))
+    arrow, = training.glob("*/arrow")
     shutil.rmtree(arrow)
     arrow.write_text("a file where a folder should be")
-    done = warm.run("-m", "medvlthinker.training.train", *GRPO[1:-1], "max_steps=1", cwd=ROOT)
-    assert curated.is_file()
-    says(done, "medvlthinker.training.grpo smoke ended with exit code", "train.log")
+    done = warm.run("-m", "medvlthinker.training.train", *command[2:], cwd=ROOT)
+    says(done, "medvlthinker.training.grpo recipe=tiny-RL_PMC ended with exit code", "train.log")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask', 'rollouts', 'num_samples',
-           'evaluation_samplings', 'ask_words', 'launch_rollout', 'main', 'data_file', 'training_data']
+           'evaluation_samplings', 'ask_words', 'launch_rollout', 'main', 'data_file', 'training_data',
+           'training_places']
 
 # %% ../../nbs/results/59_ask.ipynb #9fc216db
 import dataclasses, sys
@@ -92,7 +93,7 @@ def rollouts(
     return ask(profile, model, [sampling or greedy], kind, show)[0]
 
 # %% ../../nbs/results/59_ask.ipynb #a7aba49a
-_CURVED = ("RL_m23k", "RL_PMC")  # beside the base models, what the paper's pass@k curves show
+_CURVED = ("RL_m23k", "RL_PMC")  # what the paper's pass@k curves show, beside base models
 
 
 def num_samples(
@@ -174,25 +175,37 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__
 
 # %% ../../nbs/results/59_ask.ipynb #142f36d0
 def data_file(
-    recipe: Recipe,  # the training run
-    profile: Profile,  # how much to run, and on what hardware
-    workspace: Workspace,  # the folders of the run
+    recipe: Recipe,
+    profile: Profile,
+    workspace: Workspace,
 ) -> Path:
     "Where the file lies, or will lie, that a run reads."
     if recipe.method == "SFT":
         return reasoning_file(recipe.corpus, profile, workspace.samples)
-    drawn = corpus_file(recipe.corpus, profile, workspace.samples).stem  # the name says how many questions were asked
-    return workspace.curated / profile.source / f"{drawn}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
+    drawn = corpus_file(recipe.corpus, profile, workspace.samples).stem  # it says how many
+    name = f"{drawn}-{folder_name(profile.models[0])}-easy_to_hard.parquet"
+    return workspace.curated / profile.source / name
 
-
+# %% ../../nbs/results/59_ask.ipynb #2a65c172
 def training_data(
-    recipe: Recipe,  # the training run
-    profile: Profile,  # how much to run, and on what hardware
-    workspace: Workspace,  # the folders of the run
+    recipe: Recipe,
+    profile: Profile,
+    workspace: Workspace,
 ) -> Path:
-    "The parquet file that a run reads, in the unified format, made if it can be; `UserError` where it is not there."
+    "The same file, made if it can be; `UserError` where it is not there."
     if recipe.method == "SFT":
         return load_reasoning(recipe.corpus, profile, workspace.samples).path
     if not (path := data_file(recipe, profile, workspace)).is_file():
-        raise UserError(f"{recipe.name} reads {recipe.corpus} as curated by {profile.models[0]}, and {path} is not there; run paper/2_difficulty first.")
+        raise UserError(f"{recipe.name} reads {recipe.corpus} as curated by {profile.models[0]}, "
+                        f"and {path} is not there; run paper/2_difficulty first.")
     return path
+
+# %% ../../nbs/results/59_ask.ipynb #8aae17de
+def training_places(
+    recipe: Recipe,
+    profile: Profile,
+) -> tuple[Path, Path, Path]:
+    "What a run reads (there or not), the folder of models, and the folder of its logs."
+    workspace = Workspace(profile.name)
+    logs = workspace.logs / recipe.name
+    return data_file(recipe, profile, workspace), workspace.checkpoints, logs

@@ -34,7 +34,6 @@ class QuestioningSettings:
 class Profile(TrainingSettings, QuestioningSettings, DataSettings):
     "How much to run, and on what hardware: the settings of all floors."
     name: str = "smoke"
-    extend: str = ""  # a Python file of your own, run first: it adds sets, models or recipes
 
 # %% ../../nbs/results/58_profile.ipynb #a10bc599
 KEYS = [field.name for field in dataclasses.fields(Profile) if field.name != "name"]
@@ -83,8 +82,9 @@ def load_profile(
     check_keys(given, KEYS, "profile key")
     values = {key: read_value(key, getattr(Profile, key), value, CHOICES.get(key, ()))
               for key, value in given.items()}
-    if values.get("data_dir"):
-        values["data_dir"] = str(find_path(values["data_dir"]))
+    for key in ("data_dir", "extend", "base"):
+        if values.get(key):
+            values[key] = str(find_path(values[key]))
     profile = Profile(name=name, **values)
     if profile.extend:
         load_plugin(profile.extend)

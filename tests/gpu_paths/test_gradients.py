@@ -1,0 +1,131 @@
+"""SFT on several GPUs, tried on a CPU: two processes on gloo under our own accelerate settings learn what one process learns, and go on after a kill."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, python
+from medvlthinker.data import synthetic
+from medvlthinker.data.sample import write_samples
+from medvlthinker.generation.tiny_model import make_tiny_model
+from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.sft import accelerate_config, read_metrics
+from transformers import AutoModelForImageTextToText
+
+WORKER = ROOT / "tests" / "gpu_paths" / "worker.py"
+GRADIENTS = {  # name: model, data, settings
+    "tied": ("tied", "images", {}),
+    "untied": ("untied", "images", {}),
+    "text": ("untied", "text", {}),
+    "LoRA, tied": ("tied", "images", {"lora_rank": 4}),
+    "LoRA, untied": ("untied", "images", {"lora_rank": 4}),
+    "layers computed again": ("untied", "images", {"gradient_checkpointing": "true"}),
+    "two rows at once": ("untied", "images", {"micro_batch": 2}),
+}
+RESUMED = {"text": ("tied", "text", {}), "images": ("untied", "images", {}), "LoRA": ("tied", "images", {"lora_rank": 4})}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Path:
+    "Two models, one with a head of its own, and four questions with and without images."
+    folder = tmp_path_factory.mktemp("gpu_paths")
+    tied = make_tiny_model(folder / "tied", steps=0)
+    net = AutoModelForImageTextToText.from_pretrained(tied)
+    for part in (net.config, net.config.text_config):
+        part.tie_word_embeddings = False
+    net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.flip(0) / 2)
+    shutil.copytree(tied, folder / "untied")
+    (folder / "untied" / "model.safetensors").unlink()
+    net.save_pretrained(folder / "untied")
+    write_samples(synthetic.corpus("pmc_vqa", 4), folder / "images.parquet")
+    write_samples(synthetic.corpus("m23k", 4), folder / "text.parquet")
+    return folder
+
+
+def run(places: Path, name: str, cases: dict, processes: int) -> None:
+    "Train cases in one process, or in two as accelerate starts GPUs."
+    for case in cases.values():
+        Path(case["folder"]).mkdir(parents=True)
+    listed = places / f"{name}.json"
+    listed.write_text(json.dumps(list(cases.values())))
+    words = [str(WORKER), str(listed)]
+    if processes > 1:
+        config = accelerate_config(find("3B-SFT_m23k"), TrainingSettings(gpus=processes, dtype="float32"))
+        path = places / f"{name}.accelerate.json"
+        path.write_text(json.dumps(config))
+        words = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0", *words]
+    done = python(*words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def case(places: Path, group: str, name: str, gpus: int, **more) -> dict:
+    model, data, settings = (GRADIENTS | RESUMED)[name] if group != "resumed" else RESUMED[name]
+    return {"model": str(places / model), "data": str(places / f"{data}.parquet"), "folder": str(places / group / name.replace(" ", "_")),
+            "settings": {"gpus": gpus, **settings}, **more}
+
+
+@pytest.fixture(scope="module")
+def trained(places) -> dict[str, dict]:
+    "The gradients of each case, by group: one process, two that share the weights (FSDP), two that do not (DDP), and TRL's own loss."
+    groups = {"one": {name: case(places, "one", name, 1, sharded=False) for name in GRADIENTS},
+              "fsdp": {name: case(places, "fsdp", name, 2) for name in GRADIENTS},
+              "ddp": {name: case(places, "ddp", name, 2, sharded=False) for name in ("tied", "untied")},
+              "trl": {"untied": case(places, "trl", "untied", 2, own_loss=False)}}
+    run(places, "one", groups["one"], 1)
+    two = {f"{group} {name}": each for group in ("fsdp", "ddp", "trl") for name, each in groups[group].items()}
+    run(places, "two", two, 2)
+    return {group: {name: torch.load(Path(each["folder"]) / "gradients.pt") for name, each in cases.items()} for group, cases in groups.items()}
+
+
+def distances(one: dict, other: dict) -> dict[str, float]:
+    "How far two gradients of each weight are apart, as a share of the second."
+    assert one["gradients"].keys() == other["gradients"].keys()
+    return {name: float((one["gradients"][name] - grad).norm() / grad.norm()) for name, grad in other["gradients"].items()}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_every_gradient_is_that_of_one_process(trained, name):
+    shared, alone = trained["fsdp"][name], trained["one"][name]
+    assert (shared["sharded"], shared["processes"]) == (True, 2) and (alone["sharded"], alone["processes"]) == (False, 1)
+    far = {weight: distance for weight, distance in distances(shared, alone).items() if distance > 1e-5}
+    assert not far
+    assert any(float(grad.norm()) > 1e-3 for grad in alone["gradients"].values()), "and there is something to compare"
+
+
+def test_processes_with_whole_models_agree(trained):
+    for name in trained["ddp"]:
+        assert not trained["ddp"][name]["sharded"]
+        assert max(distances(trained["fsdp"][name], trained["ddp"][name]).values()) < 1e-5
+
+
+def test_rows_at_once_do_not_change_what_is_learnt(trained):
+    "The mean of the rows' means, whether a pass takes one row or two."
+    assert max(distances(trained["one"]["two rows at once"], trained["one"]["untied"]).values()) < 1e-5
+
+
+def test_these_tests_see_a_wrong_head(trained):
+    "TRL's default loss reads the head's weights by hand: its gradient is that of one process's rows. Should this fail, TRL has mended it."
+    far = distances(trained["trl"]["untied"], trained["one"]["untied"])
+    assert far["lm_head.weight"] > 0.1
+
+
+def test_text_leaves_the_vision_tower_alone(trained):
+    assert not [name for name in trained["fsdp"]["text"]["gradients"] if "visual" in name]
+    assert [name for name in trained["fsdp"]["untied"]["gradients"] if "visual" in name]
+
+
+@pytest.fixture(scope="module")
+def resumed(places) -> dict[str, Path]:
+    cases = {name: case(places, "resumed", name, 2, again=True, steps=4) for name in RESUMED}
+    run(places, "resumed", cases, 2)
+    return {name: Path(each["folder"]) for name, each in cases.items()}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_shared_run_goes_on_as_if_nothing_had_been(resumed, name):
+    "The last checkpoint is taken away; from the one before the same losses come again."
+    whole, again = (read_metrics(path) for path in (resumed[name] / "undisturbed.jsonl", resumed[name] / "logs" / "metrics.jsonl"))
+    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
+    assert whole[0]["loss"] > whole[3]["loss"]

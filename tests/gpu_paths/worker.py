@@ -1,0 +1,107 @@
+"""One process of a training run as on GPUs, on a CPU: it trains the cases of a file, and keeps the gradients of the first update.
+
+`accelerate launch --config_file ... worker.py CASES.json`. On a CPU accelerate has no FSDP; here it is told that it has, and torch's
+`fully_shard` runs on gloo. The model, the settings, the loss, the checkpoints and the resumption are those of `medvlthinker.training.sft`.
+"""
+import json
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+import accelerate.state
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from medvlthinker.training import sft
+from medvlthinker.training.recipe import TrainingSettings, find
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+@dataclass
+class Case:
+    model: str
+    data: str
+    folder: str
+    settings: dict
+    sharded: bool = True  # FSDP; else every process holds the whole model (DDP, or one process)
+    own_loss: bool = True  # else TRL's
+    again: bool = False  # take the last checkpoint away, and go on from the one before
+    steps: int = 1
+
+
+def shard_on_cpu() -> None:
+    "Let accelerate use FSDP where ACCELERATE_USE_FSDP asks for it, without a GPU."
+    begin = accelerate.state.AcceleratorState.__init__
+
+    def told(self, *given, **keys):
+        plugin = keys.get("fsdp_plugin")
+        begin(self, *given, **keys)
+        if plugin is not None and self.distributed_type != DistributedType.FSDP:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    accelerate.state.AcceleratorState.__init__ = told
+
+
+class Gradients(TrainerCallback):
+    "Keeps the gradient of every weight before the first update, and whether the weights are shared out."
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.global_step:
+            return
+        found, sharded = {}, False
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                sharded = sharded or isinstance(weight, DTensor)
+                grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+                found[name.replace("module.", "")] = grad.detach().clone()
+        if PartialState().is_main_process:
+            torch.save({"gradients": found, "sharded": sharded, "processes": PartialState().num_processes}, self.path)
+
+
+def train_by_trl(run: sft.Run) -> None:
+    "The same with TRL's default loss."
+    model, processor, lora = sft.open_model(run)
+    settings = SFTConfig(**sft.sft_settings(run) | {"loss_type": "chunked_nll"})
+    SFTTrainer(model=model, args=settings, train_dataset=sft.chats(run, sft.sft_chat), processing_class=processor,
+               peft_config=lora, callbacks=[sft.curve_callback(run)]).train()
+
+
+def train(case: Case) -> None:
+    accelerate.state.AcceleratorState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = str(case.sharded).lower()
+    recipe, folder = find("tiny-SFT_PMC"), Path(case.folder)
+    recipe = replace(recipe, how=replace(recipe.how, batch=4, freeze_vision=False, warmup=0.0))
+    settings = TrainingSettings(base=case.model, max_steps=case.steps, keep_checkpoints=0, **case.settings)
+    state = PartialState(cpu=True)
+    with state.main_process_first():
+        run = sft.plan(recipe, settings, Path(case.data), folder, folder / "logs", lambda *_: None)
+    sft.curve_callback = lambda run: Gradients(folder / "gradients.pt") if case.steps == 1 else curves(run)
+    sft.train_sft(run) if case.own_loss else train_by_trl(run)
+    if case.again:
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shutil.copy(run.metrics, folder / "undisturbed.jsonl")
+            shutil.rmtree(sft.checkpoint(run, case.steps))
+        state.wait_for_everyone()
+        accelerate.state.AcceleratorState._reset_state()
+        sft.train_sft(run)
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    torch.set_num_threads(1)
+    sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
+    plain, curves = sft.sft_settings, sft.curve_callback
+    here = {"use_cpu": True, "dataloader_num_workers": 0, "save_steps": 2, "max_grad_norm": 1e9}
+    sft.sft_settings = lambda run: plain(run) | here
+    for given in json.loads(Path(sys.argv[1]).read_text()):
+        train(Case(**given))
