@@ -366,7 +366,8 @@ def three_seeds():
     import numpy as np
     from medvlthinker.generation.tiny_model import make_tiny_model
     from medvlthinker.results.profile import overrides
-    from medvlthinker.difficulty.curate import curate, decide, pass_counts
+    from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
+    from medvlthinker.evaluation.evaluate import grade_rollout
     from medvlthinker.generation.request import Sampling
     from medvlthinker.core.grade import grade
     from medvlthinker.results.ask import rollouts
@@ -384,7 +385,7 @@ def three_seeds():
         base = make_tiny_model(workspace.home / f"seed-{seed}", seed=seed, show=lambda line: None)
         profile = load_profile("smoke", seed=seed, limit=200, models=str(base), corpus="pmc_vqa")
         samples, rows = rollouts(profile, str(base), Sampling(n=8, temperature=1.0, max_tokens=profile.max_tokens), kind="corpus", show=lambda line: None)["pmc_vqa"]
-        curate(samples.path, decide(pass_counts(samples, rows), 1, 7), workspace.curated / "synthetic", by=str(base))
+        curate(samples.path, keep_band(pass_counts(grade_rollout(samples, rows, ("strict",)))), workspace.curated / "synthetic", by=str(base))
         before = right(profile, str(base))
         for name, found in gains.items():
             words = [f"{key}={value}" for key, value in overrides(profile).items()]

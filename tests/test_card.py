@@ -17,7 +17,8 @@ from medvlthinker.core.files import UserError, record_path, write_record
 from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
-from medvlthinker.difficulty.curate import curate, decide, pass_counts
+from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
+from medvlthinker.evaluation.evaluate import grade_rollout
 from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, read_samples, store_samples, write_samples
 
@@ -43,7 +44,7 @@ def made(tmp_path_factory) -> Path:
         corpus = load_corpus("pmc_vqa", load_profile("smoke", train_limit=12), workspace.samples)
         engine = FunctionEngine(lambda request: [Completion(f"<think> x </think>\n<answer> {letter} </answer>", "stop", 9) for letter in "ABAB"], "tiny")
         rollout = generate(corpus, engine, Sampling(n=4, temperature=1.0, seed=42), workspace.rollouts / "tiny/synthetic/corpus/pmc_vqa", lambda line: None)
-        curated = curate(corpus.path, decide(pass_counts(list(corpus), rollout), 1, 3), workspace.curated / "synthetic", "tiny")
+        curated = curate(corpus.path, keep_band(pass_counts(grade_rollout(corpus, rollout, ("strict",))), 1, 3), workspace.curated / "synthetic", "tiny")
         with write_record(workspace.checkpoints / "tiny-RL_PMC", {"data": hashlib.sha256(curated.read_bytes()).hexdigest()}) as facts:
             facts.update(steps=60, seed=42, start="/elsewhere/checkpoints/tiny")
             (workspace.checkpoints / "tiny-RL_PMC").mkdir()

@@ -5,7 +5,7 @@ from collections import Counter
 
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import record_path
-from medvlthinker.difficulty.distill import OUTCOMES, distill, distilled, summary
+from medvlthinker.difficulty.distill import OUTCOMES, distill, store_distilled, summarize_outcomes
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.request import EngineSettings, Sampling
 from medvlthinker.core.grade import grade
@@ -25,14 +25,14 @@ def test_tiny_teaches(warm_tiny, tmp_path):
     counts, path = Counter(), tmp_path / "pmc_vqa.parquet"
     kept = list(distill(samples, rows, counts=counts))
     sources = {"samples": rolled.config.samples, "rollout": rolled.config.fingerprint}
-    assert Counter(distilled(path, iter(samples), iter(rows), "tiny", sources)) == counts
+    assert Counter(store_distilled(path, iter(samples), iter(rows), "tiny", sources)) == counts
     assert read_samples(path) == kept
     manifest = json.loads(record_path(path).read_text())
     assert manifest["inputs"] == {"teacher": "tiny", "rule": "strict", **sources} and set(manifest["counts"]) == set(OUTCOMES)
 
-    print(summary(counts))
+    print(summarize_outcomes(counts))
     assert sum(counts.values()) == 60 and counts["no rollout"] == 1 and counts["kept"] == len(kept)
-    assert 10 <= len(kept) < 60, summary(counts)  # seed 42: better than nothing, worse than the key
+    assert 10 <= len(kept) < 60, summarize_outcomes(counts)  # seed 42: better than nothing, worse than the key
     by_index = {row["dataset_index"]: row for row in rows}
     expected = {}
     for sample in samples:  # said again, without the module

@@ -72,11 +72,10 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 GIVEN = {  # what a chapter's example takes as known
     **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.results.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
                     "samples, checkpoints = synthetic.benchmark('vqa_rad_closed', 2), str(Workspace('smoke').checkpoints)\nsample, engine = samples[0], open_engine(EngineSettings(checkpoints=checkpoints))"),
-    "30_curate": "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder = Path('.')\n"
-                 "rows = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
-                 "         for k in range(16)]} for sample in SampleFile('m23k.parquet')]",
-    "33_stopping": "from medvlthinker.generation.engine import FunctionEngine\nfrom medvlthinker.generation.request import Completion\n"
-                   "samples, folder = synthetic.corpus('pmc_vqa', 3), Path('rounds')\nengine = FunctionEngine(lambda request: [Completion('<answer> A </answer>', 'stop', 5)] * request.sampling.n)",
+    "30_pass_counts": "from medvlthinker.evaluation.evaluate import grade_rollout\n"
+                      "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder, samples = Path('.'), SampleFile('m23k.parquet')\n"
+                      "rollout = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
+                      "           for k in range(16)]} for sample in samples]",
     "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
     "51_compare": "samples = synthetic.benchmark('pmc_vqa', 9)\n"
                   "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"

@@ -142,7 +142,6 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
-    "from medvlthinker.difficulty.curate import difficulty_figure; difficulty_figure({})": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
     "from medvlthinker.results.report import accuracy_figure; accuracy_figure(None)": "notebooks",

@@ -15,9 +15,9 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import file_hash, record_path, write_record, atomic_write
 from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
-from medvlthinker.difficulty.curate import curate, decide, pass_counts
+from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.generation.request import Sampling
-from medvlthinker.evaluation.evaluate import evaluate, read_records
+from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.results.report import results_table, write_table
 from medvlthinker.results.ask import rollouts
 from medvlthinker.app.verify import findings, main
@@ -34,7 +34,7 @@ def finished(tmp_path_factory) -> Path:
         evaluate(rollouts(profile, "raw"), workspace.results / "synthetic")
         record, = read_records(workspace.results / "synthetic", ["raw"])
         samples, rows = rollouts(profile, "raw", Sampling(n=2, temperature=1.0, max_tokens=6), kind="corpus")["pmc_vqa"]
-        counts = decide(pass_counts(samples, rows), 0, 1)
+        counts = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))), 0, 1)
         curate(samples.path, counts, workspace.curated / "synthetic", by="raw")
         with atomic_write(workspace.results / "difficulty_synthetic.csv") as file:
             right = counts.correct.value_counts()

@@ -442,7 +442,7 @@ _PASSES = [(model, corpus) for model in ("3B", "7B", "32B") for corpus in ("m23k
 
 
 def counts_frame(
-    histogram,  # questions with 0, 1, ... right answers: what curate.histogram returned
+    histogram,  # questions with 0, 1, ... right answers
     model: str,  # whose answers were counted
     corpus: str,  # `m23k` or `pmc_vqa`
     source: str,  # "synthetic", "hub", ...

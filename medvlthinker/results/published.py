@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from ..core.files import UserError
-from ..difficulty.curate import PUBLISHED_7B
+from ..difficulty.pass_counts import PUBLISHED_7B
 from ..generation.model import BASELINES
 from ..training.recipe import RECIPES, ROWS, total_steps
 

@@ -1,21 +1,25 @@
-"""Curation at the places a notebook cannot show: the order of `datasets`, kills, memory, and real completions of the embedded model."""
+"""Pass counts at the places a notebook cannot show: the order of `datasets`, kills, memory, and real completions of the embedded model."""
 import functools
+import itertools
 import json
-import random
+import os
+import re
+import signal
 import threading
-import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import warm
+from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
-from medvlthinker.difficulty.curate import curate, decide, move, order, pass_counts
-from medvlthinker.generation.engine import open_engine
-from medvlthinker.generation.request import EngineSettings, Sampling
+from medvlthinker.difficulty.pass_counts import check_band, curate, easy_to_hard, generate_until_decided, keep_band, pass_counts
+from medvlthinker.evaluation.evaluate import grade_rollout
+from medvlthinker.generation.engine import FunctionEngine, open_engine
+from medvlthinker.generation.request import Completion, EngineSettings, Sampling
 from medvlthinker.generation.rollout import generate
 from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
-from medvlthinker.difficulty.stopping import expected, replay, sample_until_decided, smoothed, stopping_rule
 
 QUIET = lambda line: None
 
@@ -25,30 +29,32 @@ def drawn(n: int, size: int = 0) -> tuple[list[Sample], pd.DataFrame]:
     rng = np.random.default_rng(n)
     samples = [Sample(f"Question {i}?", {"A": "Yes", "B": "No"}, "A", "Yes", images=(rng.bytes(size),) if size else (), dataset_name="toy",
                       dataset_index=3 * i + 5) for i in range(n)]
-    counts = pd.DataFrame({"dataset_index": [s.dataset_index for s in samples], "n": 16, "correct": rng.binomial(16, rng.beta(.5, 1, n))})
-    return samples, decide(counts)
+    return samples, keep_band(counted(samples, rng.binomial(16, rng.beta(.5, 1, n))))
 
 
-@pytest.mark.parametrize("hard_first", [False, True])
+def counted(samples: list[Sample], correct) -> pd.DataFrame:
+    "The columns of `pass_counts` that a decision needs, of sixteen completions a question."
+    return pd.DataFrame({"dataset_name": [s.dataset_name for s in samples], "dataset_index": [s.dataset_index for s in samples], "n": 16, "correct": correct})
+
+
 @pytest.mark.parametrize("n", [3, 700, 20_000])
-def test_the_order_is_that_of_datasets(n, hard_first):
+def test_the_order_is_that_of_datasets(n):
     "Dataset.shuffle(seed=42), then sort by pass_count, as the paper did it; ties included."
     import datasets
 
     decisions = drawn(n)[1]
     kept = decisions[decisions.decision == "keep"]
     theirs = datasets.Dataset.from_dict({"dataset_index": kept.dataset_index, "pass_count": kept.correct})
-    theirs = theirs.shuffle(seed=42).sort("pass_count", reverse=not hard_first)
-    assert order(decisions, 42, hard_first).dataset_index.tolist() == list(theirs["dataset_index"])
+    theirs = theirs.shuffle(seed=42).sort("pass_count", reverse=True)
+    assert easy_to_hard(decisions, 42).dataset_index.tolist() == list(theirs["dataset_index"])
 
 
 def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     import datasets
 
     samples = synthetic.corpus("pmc_vqa", 40)
-    counts = pd.DataFrame({"dataset_index": [s.dataset_index for s in samples], "n": 16, "correct": np.arange(40) % 17})
     write_samples(samples, tmp_path / "pmc.parquet")
-    path = curate(tmp_path / "pmc.parquet", decide(counts), tmp_path / "curated", by="tiny")
+    path = curate(tmp_path / "pmc.parquet", keep_band(counted(samples, np.arange(40) % 17)), tmp_path / "curated", by="tiny")
     read = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     whole = datasets.load_dataset("parquet", data_files=str(tmp_path / "pmc.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert read.column_names == [*whole.column_names, "pass_count", "pass_of"]
@@ -63,8 +69,8 @@ def test_a_curated_file_can_be_curated_again(tmp_path):
     samples, decisions = drawn(300)
     write_samples(samples, tmp_path / "toy.parquet")
     once = curate(tmp_path / "toy.parquet", decisions, tmp_path / "one", by="a")
-    kept = order(decisions)
-    again = decide(kept[["dataset_index", "n", "correct"]].reset_index(drop=True), 2, 5)
+    kept = easy_to_hard(decisions)
+    again = keep_band(kept[["dataset_name", "dataset_index", "n", "correct"]], 2, 5)
     twice = pd.read_parquet(curate(once, again, tmp_path / "two", by="b"))
     assert twice.columns.tolist() == pd.read_parquet(once).columns.tolist()
     assert twice.pass_count.between(2, 5).all() and len(twice) == kept.correct.between(2, 5).sum()
@@ -75,7 +81,7 @@ def test_a_changed_filter_makes_the_file_again(tmp_path):
     write_samples(samples, tmp_path / "toy.parquet")
     act = functools.partial(curate, tmp_path / "toy.parquet", decisions, tmp_path / "out", by="a")
     all_of_them = len(pd.read_parquet(act()))
-    victim = int(order(decisions).dataset_index.iloc[0])
+    victim = int(easy_to_hard(decisions).dataset_index.iloc[0])
     path = act(without={victim}, overlap="pixels")
     assert len(pd.read_parquet(path)) == all_of_them - 1
     manifest = json.loads((path.parent / f"{path.name}.manifest.json").read_text())
@@ -84,6 +90,34 @@ def test_a_changed_filter_makes_the_file_again(tmp_path):
     assert [line["dataset_index"] for line in dropped if line["reason"] == "overlaps a test set"] == [[victim]]
     everyone = sorted([index for line in dropped for index in line["dataset_index"]] + pd.read_parquet(path).dataset_index.tolist())
     assert everyone == decisions.dataset_index.tolist(), "each question is kept or dropped, once"
+
+
+def test_decisions_are_joined_by_set_and_number_and_never_by_position(tmp_path):
+    samples, decisions = drawn(100)
+    write_samples(samples, tmp_path / "toy.parquet")
+    write_samples([replace(sample, dataset_name="other") for sample in samples], tmp_path / "other.parquet")
+    write_samples(samples + samples[:1], tmp_path / "twice.parquet")
+    path = curate(tmp_path / "toy.parquet", decisions, tmp_path / "one", by="a")
+    turned = decisions[::-1]
+    turned.attrs = decisions.attrs
+    assert curate(tmp_path / "toy.parquet", turned, tmp_path / "two", by="a").read_bytes() == path.read_bytes()
+    for name, given, words in (("other", decisions, "holds 0 of the 100 questions"), ("twice", decisions, "holds question 5 twice"),
+                               ("toy", decisions.drop(columns="decision"), "name no band"), ("none", decisions, "No samples at")):
+        with pytest.raises(UserError, match=words):
+            curate(tmp_path / f"{name}.parquet", given, tmp_path / "three", by="a")
+    with pytest.raises(UserError, match="Question 6 is to be left out, but is not among the samples"):
+        curate(tmp_path / "toy.parquet", decisions, tmp_path / "three", by="a", without=[6])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 64])
+def test_a_band_that_is_none_is_refused_with_the_one_that_would_do(n):
+    with pytest.raises(UserError) as told:
+        check_band(n, 1, n)
+    if n == 1:
+        assert "ask at least two" in str(told.value)
+    else:
+        low, high = map(int, re.search(rf"is (\d+) to (\d+) of {n}[.]$", str(told.value)).groups())
+        check_band(n, low, high)
 
 
 @pytest.fixture(scope="module")
@@ -96,46 +130,47 @@ def large(tmp_path_factory):
     return folder
 
 
-def act(folder, target):
-    "One curation, as a process of its own."
+def act(folder, target, kill_at=0):
+    "One curation, as a process of its own; it is killed before that row group is written or that file gets its name, counted together from 1."
+    from pyarrow.parquet import ParquetWriter
+
+    done = itertools.count(1)
+
+    def mortal(function):
+        def call(*given, **more):
+            if next(done) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **more)
+        return call
+
+    ParquetWriter.write_table, os.replace = mortal(ParquetWriter.write_table), mortal(os.replace)
     curate(folder / "large.parquet", pd.read_pickle(folder / "decisions.pickle"), target, by="tiny")
 
 
 def test_six_kills(large, tmp_path, tally):
-    def start(target):
-        process = warm.FORK.Process(target=act, args=(large, target))
+    def run(target, kill_at=0):
+        process = warm.FORK.Process(target=act, args=(large, target, kill_at))
         process.start()
-        return process
+        process.join()
+        return process.exitcode
 
     def files(target):
         return {path.name: path.read_bytes() for path in target.glob("*") if "manifest" not in path.name}
 
-    start(tmp_path / "warm").join()  # pays for the imports
-    began = time.monotonic()
-    (whole := start(tmp_path / "whole")).join()
-    seconds = time.monotonic() - began
-    assert whole.exitcode == 0
+    assert run(tmp_path / "whole") == 0
     want = files(tmp_path / "whole")
     assert sorted(want) == [".lock", "large-tiny-easy_to_hard.dropped.jsonl", "large-tiny-easy_to_hard.parquet"]
-
-    rng, half_done = random.Random(22), 0
     with tally("faults", "SIGKILL of a curation", seed=22) as count:
-        for trial in range(6):
-            target = tmp_path / f"killed-{trial}"
+        for kill_at in range(1, 7):
+            target = tmp_path / f"killed-{kill_at}"
             count.tried += 1
-            process = start(target)
-            process.join(seconds * (trial + rng.random()) / 6)
-            process.kill()
-            process.join()
-            before = files(target)
-            half_done += before != want
-            assert {name: data for name, data in before.items() if not name.startswith(".")}.items() <= want.items(), "what has its name is whole"
-            (again := start(target)).join()
-            assert again.exitcode == 0
+            assert run(target, kill_at) == -signal.SIGKILL
+            before = {name: data for name, data in files(target).items() if not name.startswith(".")}
+            assert before.items() <= want.items() and "large-tiny-easy_to_hard.parquet" not in before, "what has its name is whole"
+            assert run(target) == 0
             assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, "nothing half-written is left"
             assert files(target) == want
             count.survived += 1
-    assert half_done >= 3, f"only {half_done} of six kills met an unfinished curation; the test proves little"
 
 
 def test_memory_holds(large, tmp_path):
@@ -166,56 +201,43 @@ def answered(warm_tiny, tmp_path_factory):
     return samples, generate(samples, engine, FULL, tmp_path_factory.mktemp("rolled"), QUIET), engine
 
 
-def test_replay_on_real_completions(answered):
-    "The rule comes from one half of the questions and is replayed on the other; both ways round, so that all 150 count."
-    from medvlthinker.core.grade import grade
-
+@pytest.mark.parametrize("per_round", [1, 2])
+def test_a_stopping_rule_keeps_its_promise_on_real_completions(answered, tmp_path, per_round):
+    "What the model answered is given again, one round after the other, and all is compared with the full decisions; without the pilot, which is asked in full."
     samples, rows, _ = answered
-    records = np.array([[grade(c["text"], s.options, s.answer_label, "strict").correct for c in row["completions"]] for s, row in zip(samples, rows)], dtype=int)
-    assert records.shape == (150, 16)
-    counts = pass_counts(samples, rows)
-    assert counts.correct.tolist() == records.sum(1).tolist()
-    half = np.random.default_rng(0).permutation(150) < 75
-    for per_round in (1, 2):
-        found = []
-        for replayed in (half, ~half):
-            rule = stopping_rule(smoothed(np.bincount(records[~replayed].sum(1), minlength=17)), per_round=per_round)
-            found.append(replay(rule, records[replayed]) | {"promised": expected(rule)})
-        agreement, share = (np.mean([each[key] for each in found]) for key in ("agreement", "share"))
-        assert agreement >= 0.97 and share <= 0.60, found
-        print(f"{per_round} a round, 150 questions: agreement {agreement:.3f}, samples {share:.3f}", found)
-    print(np.bincount(records.sum(1), minlength=17).tolist())
+    given = {row["dataset_index"]: iter(row["completions"]) for row in rows}
+    engine = FunctionEngine(lambda request: [Completion(**next(given[request.sample.dataset_index])) for _ in range(request.sampling.n)])
+    full = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))))
+    decisions = generate_until_decided(samples, engine, FULL, tmp_path, per_round=per_round, pilot=75, show=QUIET)
+    assert decisions.dataset_index.tolist() == full.dataset_index.tolist()
+    rest = decisions.n.to_numpy() < 16
+    agreement, share = (decisions.decision == full.decision).mean(), decisions.n.mean() / 16
+    assert agreement >= 0.97 and decisions.n[rest].mean() / 16 <= 0.60, (agreement, share)
+    assert (decisions.correct <= full.correct).all() and (decisions[~rest].correct == full[~rest].correct).all()
+    print(f"{per_round} a round, 150 questions: agreement {agreement:.3f}, completions {share:.3f}, of {rest.sum()} stopped early {decisions.n[rest].mean() / 16:.3f}")
 
 
 def test_live_sampling_until_decided(answered, tmp_path):
     samples, _, engine = answered
     write_samples(samples[:60], tmp_path / "pmc.parquet")
     samples = SampleFile(tmp_path / "pmc.parquet", look=False)  # lazily, as a corpus is read
-    go = functools.partial(sample_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
-    decisions, rows = go(engine)
+    go = functools.partial(generate_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
+    decisions = go(engine)
     assert (decisions.n == 16).sum() >= 20 and decisions.n.isin([4, 8, 12, 16]).all()
-    assert [len(row["completions"]) for row in rows] == decisions.n.tolist()
-    texts = [c["text"] for row in rows for c in row["completions"]]
-    assert len(set(texts)) > 20, "rounds have seeds of their own"
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "rounds").rglob("rollout.jsonl")}
-    again, same = go(engine)
-    assert again.equals(decisions) and same == rows
+    rounds = {path: path.read_bytes() for path in sorted((tmp_path / "rounds").rglob("rollout.jsonl"))}
+    rows = [json.loads(line) for text in rounds.values() for line in text.splitlines()]
+    assert sum(len(row["completions"]) for row in rows) == decisions.n.sum()
+    first = {row["dataset_index"]: row["completions"] for row in map(json.loads, rounds[next(path for path in rounds if "round-01" in str(path))].splitlines())}
+    assert any(row["completions"] != first[row["dataset_index"]] for row in rows if row["dataset_index"] in first and len(row["completions"]) == 4), "rounds have seeds of their own"
+    before = {path: path.stat().st_mtime_ns for path in rounds}
+    assert go(engine).equals(decisions)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "everything is there already"
     lost, *_ = (tmp_path / "rounds" / "round-01").rglob("rollout.jsonl")
     was = lost.read_bytes()
     lost.write_bytes(was[:len(was) // 2])
-    assert go(engine)[1] == rows and lost.read_bytes() == was, "what a round has lost is asked again, the rest is kept"
+    assert go(engine).equals(decisions) and lost.read_bytes() == was, "what a round has lost is asked again, the rest is kept"
     path = curate(tmp_path / "pmc.parquet", decisions, tmp_path / "curated", by="tiny")
-    assert pd.read_parquet(path).pass_of.tolist() == order(decisions).n.tolist()
-
-
-def test_two_models_compare(answered):
-    samples, rows, _ = answered
-    strict, lenient = (decide(pass_counts(samples, rows, rule)) for rule in ("strict", "lenient"))
-    table, found = move(strict, lenient)
-    assert table.to_numpy().sum() == found["questions"] == 150
-    counts, _ = move(strict, lenient, by="correct")
-    assert counts.to_numpy().sum() == 150
+    assert pd.read_parquet(path).pass_of.tolist() == easy_to_hard(decisions).n.tolist()
 
 
 def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
@@ -223,16 +245,16 @@ def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed; ./reproduce.sh setup installs it")
     import torch
     from datasets import Dataset
-    from medvlthinker.difficulty.distill import distilled
+    from medvlthinker.difficulty.distill import store_distilled
     from medvlthinker.data.prompt import sft_target, user_text
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
     samples, rows, _ = answered
     write_samples(samples, tmp_path / "pmc_vqa.parquet")
-    path = curate(tmp_path / "pmc_vqa.parquet", decide(pass_counts(samples, rows), 1, 12), tmp_path / "curated", by="tiny")
+    path = curate(tmp_path / "pmc_vqa.parquet", keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))), 1, 12), tmp_path / "curated", by="tiny")
     kept = list(SampleFile(path, look=False))
-    distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"})
+    store_distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"})
     lessons = list(SampleFile(tmp_path / "lessons.parquet", look=False))
     assert 16 <= len(lessons) <= len(kept) < 150 and all(sample.reasoning and sample.images for sample in lessons)
     data = [{"images": sample.pictures(), "prompt": [{"role": "user", "content": user_text(sample)}],
