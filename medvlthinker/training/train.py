@@ -11,7 +11,7 @@ import json, os, shlex, sys, time
 from pathlib import Path
 
 from . import verl_backend, verl_cpu
-from .checkpoint import merge, replacing, write_card
+from .checkpoint import atomic_folder, merge
 from ..core.files import record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import run_main, run_logged
 from ..results.profile import Profile, Workspace, load_profile, parse_words
@@ -69,7 +69,7 @@ def finish(
     taken: Path,  # the checkpoint that becomes the model
     workspace: Workspace,  # the folders of the run
 ) -> Path:
-    "Merge a checkpoint, give it its name, its manifest and its card."
+    "Merge a checkpoint, give it its name and its manifest."
     final, own = workspace.checkpoints / run.recipe.name, training_folder(run.recipe, workspace.checkpoints)
     made = merge(taken, run.start, run.folder / "model", own, log=workspace.logs / run.recipe.name / "merge.log")
     facts = {"rows": len(run.rows), "dropped": {reason: len(places) for reason, places in run.dropped.items()}, "steps": run.steps, "takes": run.takes,
@@ -77,10 +77,9 @@ def finish(
     kept = [path for path in [workspace.logs / run.recipe.name / "metrics.jsonl"] if path.is_file()]
     with write_record(final, run.inputs, kept) as record:
         record.update(facts, start=run.start, data=run.data.name, merge=json.loads(record_path(made).read_text(encoding="utf-8"))["inputs"])
-        with replacing(final) as part:
+        with atomic_folder(final) as part:
             os.replace(made, part)
     record_path(made).unlink()
-    write_card(run.recipe, run.profile, workspace, facts)
     return final
 
 # %% ../../nbs/training/47_train.ipynb #d1f968f4
