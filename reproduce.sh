@@ -18,6 +18,8 @@
 #   ./reproduce.sh parity [PROFILE] model=NAME A -- B  the same questions in two settings: is it safe to compare their numbers?
 #   ./reproduce.sh regrade [PROFILE] old=RULE new=RULE  another rule over the stored answers: what flips, why, and each table cell
 #   ./reproduce.sh exchange [PROFILE] model=NAME to=inspect folder=PATH  the answers as a log of inspect_ai, or to=eval_results as the paper published them
+#   ./reproduce.sh merge [PROFILE] recipe=NAME [step=N]  make a model of a training run's checkpoint, by hand
+#   ./reproduce.sh push FOLDER OWNER/NAME [--yes]  upload a model to the hub; without --yes it says what it would upload
 #   ./reproduce.sh verify [PROFILE] [cell=ROW/COLUMN]  is every file what was recorded when it was made? from which completions does a cell come?
 #   ./reproduce.sh card [PROFILE]              write what describes a run: cards of data sets and models, Croissant, an RO-Crate of the whole
 #   ./reproduce.sh bench [NAME ...]            measure speed and memory against their bounds, and draw the history; --list names all
@@ -174,7 +176,7 @@ case "${1:-}" in
         setup; run medvlthinker.results.contract "$@" ;;
     rollout)
         shift; setup; run medvlthinker.results.ask "$@" ;;
-    look | parity | regrade | exchange)
+    look | parity | regrade | exchange | merge | push)
         setup; run medvlthinker.app.commands "$@" ;;
     status | verify)
         verb=$1; shift; setup; run "medvlthinker.app.$verb" "$@" ;;

@@ -193,5 +193,16 @@ def test_where_there_is_nothing(home):
     assert write_cards(load_profile("smoke", train_limit=12), pytest.fail) == [] and not home.exists()
 
 
+@pytest.mark.parametrize("old, new, said", [
+    ("pipeline_tag: image-text-to-text\n", "", "no pipeline_tag"), ("language: en", "base_model: a/b/c", "not valid for the hub"), ("license: apache-2.0", "license: other", "without the name and link")])
+def test_a_card_that_the_hub_would_not_take_is_refused(old, new, said):
+    from medvlthinker.training.recipe import find
+
+    text = card.model_card(find("tiny-RL_m23k"))
+    assert old in text
+    with pytest.raises(UserError, match=said):
+        card.check_card(text.replace(old, new))
+
+
 def test_the_script_knows_the_verb():
     assert re.search(r"\./reproduce\.sh card \[PROFILE\]", (ROOT / "reproduce.sh").read_text()) and re.search(r"^    .*\bcard\b.*\)$", (ROOT / "reproduce.sh").read_text(), re.MULTILINE)

@@ -140,8 +140,24 @@ def test_metadata_may_name_a_member_and_nothing_else(tmp_path):
     from medvlthinker.training.checkpoint import check_shards
 
     (tmp_path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(cpathlib\nPath\nX\x03\x00\x00\x00cwdtR.")
-    with pytest.raises(UserError, match="it looks up an attribute"):
+    with pytest.raises(UserError, match="is not the list of a distributed checkpoint"):
         check_shards(tmp_path)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"model.layers.7.mlp.up_proj.weight": (2, 2)}, "layers.7.mlp.up_proj.weight is unknown"),
+    ({"visual.merger.ln_q.weight": (64,)}, "weights do not fit"),  # half a tower is none
+    ({"model.norm.weight": None}, "1 weight does not fit the base model: model.language_model.norm.weight is missing")])
+def test_weights_that_do_not_fit_are_named(tied, change, said):
+    import torch
+    from medvlthinker.generation.model import empty_model
+    from medvlthinker.training.checkpoint import _read_safetensors, to_vlm_keys
+
+    weights = {name.replace("language_model.", ""): weight for name, weight in _read_safetensors(tied).items() if "visual" not in name}
+    weights |= {name: torch.zeros(shape) for name, shape in change.items() if shape}
+    weights = {name: weight for name, weight in weights.items() if change.get(name, ()) is not None}
+    with pytest.raises(UserError, match=said):
+        to_vlm_keys(weights, empty_model(tied))
 
 
 @pytest.mark.heavy
@@ -198,6 +214,91 @@ def test_a_kill_leaves_no_half_model(tmp_path, full_run, tally):
         count.survived = count.tried
 
 
+# LoRA on a tensor that the model uses twice
+def tied_cases() -> list:
+    "Settings of peft that train the embedding or the head of a tied model: ours, and those of ../shared/cases."
+    found = [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": r".*(q_proj|lm_head)"},
+             {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+             {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}]
+    path = ROOT.parent / "shared" / "cases" / "lora-on-tied-weights.json"
+    found += [case["lora"] for case in json.loads(path.read_text())["cases"]] if path.is_file() else []
+    return [pytest.param(each, id=f"{number}-{'-'.join(map(str, each.values()))[:50]}") for number, each in enumerate(found)]
+
+
+def trained_adapter(base, folder, **lora):
+    "An adapter with weights that changed, and the live model."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    net = get_peft_model(AutoModelForImageTextToText.from_pretrained(base, dtype="float32"), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **lora))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if weight.requires_grad:
+                weight.add_(0.02 * torch.randn(weight.shape))
+    net.save_pretrained(folder)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tied") / "base", seed=3, steps=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of such an adapter, and goes on
+@pytest.mark.parametrize("lora", tied_cases())
+def test_an_adapter_on_tied_weights_is_refused_in_every_layout(tmp_path, tied, lora, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+    from medvlthinker.training import checkpoint
+
+    net = trained_adapter(tied, tmp_path / "adapter", **lora)
+    sharded = tmp_path / "own" / "checkpoint-1"
+    sharded.mkdir(parents=True)
+    trained = {name: weight.detach() for name, weight in net.named_parameters() if weight.requires_grad}
+    dcp.save({"model": trained}, storage_writer=dcp.FileSystemWriter(sharded / "pytorch_model_fsdp_0"), no_dist=True)
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", sharded)
+    verl = tmp_path / "own" / "global_step_1" / "actor"
+    verl.mkdir(parents=True)
+    (verl / "model_world_size_1_rank_0.pt").touch()
+
+    def merged_by_verl(folder, spare, log):  # its merger leaves the base's weights and, beside them, the adapter
+        shutil.copytree(tmp_path / "adapter", spare / "lora_adapter")
+        return checkpoint._read_safetensors(tied)
+
+    monkeypatch.setattr(checkpoint, "_read_verl", merged_by_verl)
+    for layout, place in {"adapter": tmp_path / "adapter", "fsdp": sharded, "verl": verl}.items():
+        assert checkpoint.layout_of(place) == layout
+        with pytest.raises(UserError, match=r"changes (embed_tokens|lm_head)( and lm_head)?, and the base model has one tensor for embed_tokens and lm_head") as said:
+            merge(place, str(tied), tmp_path / "final", own=tmp_path / "own")
+        assert "\n" not in str(said.value) and not (tmp_path / "final").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
+def test_the_same_adapter_of_an_untied_model_is_merged(tmp_path, tied, lora):
+    "As the 7B: head and embedding are two tensors, and an adapter on one of them changes that one."
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForImageTextToText
+
+    apart = AutoModelForImageTextToText.from_pretrained(tied, dtype="float32", tie_word_embeddings=False)
+    apart.config.text_config.tie_word_embeddings = False
+    apart.lm_head.weight.data = apart.model.language_model.embed_tokens.weight.data + 0.1
+    base = shutil.copytree(tied, tmp_path / "base")
+    apart.save_pretrained(base)
+    net, batch = trained_adapter(base, tmp_path / "adapter", **lora), prompt(base)
+    sharded = tmp_path / "own" / "checkpoint-1"
+    sharded.mkdir(parents=True)
+    trained = {name: weight.detach() for name, weight in net.named_parameters() if weight.requires_grad}
+    dcp.save({"model": trained}, storage_writer=dcp.FileSystemWriter(sharded / "pytorch_model_fsdp_0"), no_dist=True)
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", sharded)
+    expected = net(**batch).logits.detach().numpy()
+    assert abs(expected - logits_of(base, batch)).max() > 0.01  # it changes something
+    for place in (tmp_path / "adapter", sharded):
+        found = logits_of(merge(place, str(base), tmp_path / f"final-{place.name}", own=tmp_path / "own"), batch)
+        assert abs(found - expected).max() <= 1e-5, place
+
+
 # A hub that listens
 class Hub(http.server.BaseHTTPRequestHandler):
     "Takes what the hub's library sends; every request is noted."
@@ -233,7 +334,7 @@ def hub(tmp_path):
     server.seen, server.status = [], 200
     threading.Thread(target=server.serve_forever, daemon=True).start()
     model = make_tiny_model(tmp_path / "model", seed=2, steps=0)
-    from medvlthinker.training.checkpoint import model_card
+    from medvlthinker.app.card import model_card
     from medvlthinker.training.recipe import find
 
     (model / "README.md").write_text(model_card(find("tiny-RL_m23k")))
@@ -244,14 +345,14 @@ def hub(tmp_path):
 
 
 def test_push_asks_nobody_without_yes(hub):
-    done = python("-m", "medvlthinker.training.checkpoint", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
+    done = python("-m", "medvlthinker.app.commands", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
     assert done.returncode == 0, done.stderr
     assert "Would upload" in done.stdout and "model.safetensors" in done.stdout and "Nothing was done" in done.stdout
     assert hub.seen == []
 
 
 def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
-    words = ("-m", "medvlthinker.training.checkpoint", "push", hub.model, "someone/thing", "--yes")
+    words = ("-m", "medvlthinker.app.commands", "push", hub.model, "someone/thing", "--yes")
     says(python(*words, **hub.environment), "There is no token")
     assert hub.seen == []
     done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
@@ -268,11 +369,28 @@ def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
     assert "hf_secret" not in failed.stdout + failed.stderr
 
 
+def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
+    base, own, _ = full_run
+    models = home / "smoke" / "checkpoints"
+    shutil.copytree(own, models / "tiny-SFT_m23k.training")
+    done = python("-m", "medvlthinker.app.commands", "merge", "smoke", "recipe=tiny-SFT_m23k", "step=2", f"base={base}")
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(models / "tiny-SFT_m23k.steps" / "2")]), done.stderr
+    says(python("-m", "medvlthinker.app.commands", "card", "smoke", "recipe=tiny-SFT_m23k"), "train and merge it first")
+    done = python("-m", "medvlthinker.app.commands", "merge", "smoke", "recipe=tiny-SFT_m23k", f"base={base}")
+    assert done.returncode == 0, done.stderr
+    done = python("-m", "medvlthinker.app.commands", "card", "smoke", "recipe=tiny-SFT_m23k")
+    assert (done.returncode, done.stdout.strip()) == (0, str(models / "tiny-SFT_m23k" / "README.md")), done.stderr
+    assert "Not measured." in (models / "tiny-SFT_m23k" / "README.md").read_text()
+
+
 def test_bad_command_lines_are_one_sentence(home, tmp_path):
-    says(python("-m", "medvlthinker.training.checkpoint", "merge", "8B-RL"), "No recipe '8B-RL'")
-    says(python("-m", "medvlthinker.training.checkpoint", "merge", "tiny-SFT_m23k"), "No checkpoint in")
-    says(python("-m", "medvlthinker.training.checkpoint", "card", "tiny-SFT_m23k"), "train and merge it first")
-    says(python("-m", "medvlthinker.training.checkpoint", "push", tmp_path, "a/b"), "holds no model")
+    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=8B-RL"), "No recipe '8B-RL'")
+    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=tiny-SFT_m23k"), "No checkpoint in")
+    says(python("-m", "medvlthinker.app.commands", "card", "recipe=tiny-SFT_m23k"), "train and merge it first")
+    says(python("-m", "medvlthinker.app.commands", "card", "recipe=tiny-SFT_m23k", "step=2"), "leave step out")
+    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=tiny-SFT_m23k", "step=two"), "step")
+    says(python("-m", "medvlthinker.app.commands", "push", tmp_path), "Say what to upload")
+    says(python("-m", "medvlthinker.app.commands", "push", tmp_path, "a/b"), "holds no model")
 
 
 # The estimate of memory against memory: a text model wide and long enough that tensors outweigh Python, without images

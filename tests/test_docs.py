@@ -58,6 +58,9 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
 ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order
     ".venv/bin/papermill nbs/paper/4_evaluate.ipynb": ("test_pipeline.py", "test_real_radiographs", '"nbs/paper/4_evaluate.ipynb"', '"-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
     "python -m medvlthinker.app.commands parity smoke": ("test_commands.py", "test_parity_on_the_command_line", '"parity", "smoke", "model=tiny"', "batch_size="),
+    "python -m medvlthinker.app.commands merge": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"merge", "smoke", "recipe='),  # of a smaller run
+    "python -m medvlthinker.app.commands card": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"card", "smoke", "recipe='),
+    "python -m medvlthinker.app.commands push": ("test_checkpoint.py", "test_push_asks_nobody_without_yes", '"push", hub.model'),
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine

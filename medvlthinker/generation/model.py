@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_model', 'resolve_revision', 'model_fingerprint',
-           'download_model', 'weight_files', 'unloadable_error', 'check_weights', 'check_chat_template', 'weight_bytes',
-           'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
+           'download_model', 'weight_files', 'empty_model', 'unloadable_error', 'check_weights', 'check_chat_template',
+           'weight_bytes', 'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
 import hashlib, os, re, shutil, subprocess
@@ -253,7 +253,7 @@ def _check_head(
     return heads
 
 # %% ../../nbs/generation/22_model.ipynb #8693f86a
-def _empty_model(folder: Path):
+def empty_model(folder: Path):
     "The model on the meta device; None where transformers cannot build it."
     require_package("torch", "accelerate")
     import torch
@@ -332,7 +332,7 @@ def check_weights(
         except (SafetensorError, OSError) as error:
             raise unloadable_error(path, error) from None
     quantized = "quantization_config" in read_json(folder / "config.json")
-    if quantized or (net := _empty_model(folder)) is None:
+    if quantized or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
     tied = bool(getattr(net.config, "tie_word_embeddings", False))
     repeated = _check_head(folder, stored, tied)
@@ -367,7 +367,7 @@ def weight_bytes(
     "The size of a model's weights in memory; of what transformers cannot build, that of its files."
     folder = Path(folder)
     quantized = "quantization_config" in read_json(folder / "config.json")
-    if quantized or (net := _empty_model(folder)) is None:
+    if quantized or (net := empty_model(folder)) is None:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return _WIDTH[dtype] * sum(weight.numel() for weight in net.parameters())
 
@@ -415,7 +415,7 @@ def tensor_parallel_size(
     fixed = settings.tensor_parallel
     if settings.engine_name != "vllm" or not settings.gpus:
         return 1
-    if (net := _empty_model(Path(folder))) is None:
+    if (net := empty_model(Path(folder))) is None:
         return fixed or 1
     if fixed and not _can_share(net.config, fixed):
         raise UserError(f"tensor_parallel={fixed} does not divide the heads of {folder}; set it to "

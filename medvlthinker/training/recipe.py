@@ -306,6 +306,6 @@ def starting_point(
         return str(here)
     if step or not find(name).published_step:
         raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {checkpoints}; train {name} first (recipe={name})"
-                        + (f", then `python -m medvlthinker.training.checkpoint merge {name} --step {step}`." if step else "."))
+                        + (f", then `./reproduce.sh merge PROFILE recipe={name} step={step}`." if step else "."))
     show(f"{name} is not in {checkpoints}; {recipe.name} starts from the published one.")
     return resolve_model(name, checkpoints)

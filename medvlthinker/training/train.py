@@ -14,7 +14,7 @@ from ..core.commands import run_logged, run_main
 from ..core.files import (
     atomic_write, record_path, require_package, stale_reason, write_record)
 from . import verl_backend, verl_cpu
-from .checkpoint import merge, replacing
+from .checkpoint import atomic_folder, merge
 from .fit import refuse_unless_fits
 from .recipe import (
     RECIPES, Recipe, TrainingSettings, model_folder, training_folder)
@@ -70,7 +70,7 @@ def finish(
             rows=len(run.rows), dropped=dropped, steps=run.steps, takes=run.takes,
             trainer=run.inputs["trainer"], seed=run.settings.seed, start=run.start,
             lora_rank=run.settings.lora_rank, data=run.data.name, merge=merged)
-        with replacing(final) as part:
+        with atomic_folder(final) as part:
             os.replace(made, part)
     record_path(made).unlink()
     return final
