@@ -453,7 +453,7 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
 def test_max_pixels_means_the_same_in_training(blank, home):
     from medvlthinker.data.sample import write_samples
     from medvlthinker.results.profile import Workspace, load_profile
-    from medvlthinker.training import grpo, sft, verl_backend
+    from medvlthinker.training import grpo, sft, verl
     from medvlthinker.training.recipe import find as get
 
     smoke, workspace = load_profile("smoke", train_limit=8, max_pixels=3136), Workspace("smoke")
@@ -465,7 +465,7 @@ def test_max_pixels_means_the_same_in_training(blank, home):
     assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (3136, 3136)
     with pytest.raises(UserError, match="max_pixels=3136 does not reach the vLLM that TRL starts"):
         grpo.grpo_settings(replace(run, profile=replace(smoke, engine="vllm", gpus=1)), processor)
-    told = verl_backend.settings(recipe, smoke, str(blank), "data.parquet", "folder")
+    told = verl.verl_settings(recipe, smoke, str(blank), "data.parquet", "folder")
     assert {key: value for key, value in told.items() if "pixels" in key} == {
         "+data.mm_processor_kwargs.min_pixels": 3136, "+data.mm_processor_kwargs.max_pixels": 3136}
 

@@ -10,7 +10,7 @@ __all__ = ['SHOWN', 'uses_verl', 'begins', 'printed_command', 'outline', 'finish
 import json, os, shlex, sys, time
 from pathlib import Path
 
-from . import verl_backend, verl_cpu
+from . import verl, verl_cpu
 from .checkpoint import merge, replacing, write_card
 from ..core.files import record_path, require_package, write_record, stale_reason, atomic_write
 from ..core.commands import run_main, run_logged
@@ -46,10 +46,10 @@ def printed_command(
     "The command that trains a recipe, as one would type it."
     if not uses_verl(recipe, profile):
         return shlex.join(trl_command(recipe, profile, workspace, "python"))
-    data = verl_backend.verl_file(data_file(recipe, profile, workspace), recipe)
-    words = verl_backend.overrides(recipe, profile, begins(recipe, workspace), data, training_folder(recipe, workspace.checkpoints))
-    variables = verl_backend.environment(workspace.root / "logs" / recipe.name, nodes=profile.nodes or recipe.nodes)
-    return verl_backend.printable(verl_backend.command(words, variables, profile.nodes or recipe.nodes, os.environ.get("RAY_ADDRESS", "http://HEAD:8265")))
+    data = verl.training_file(data_file(recipe, profile, workspace), recipe)
+    words = verl.overrides(recipe, profile, begins(recipe, workspace), data, training_folder(recipe, workspace.checkpoints))
+    variables = verl.environment(workspace.root / "logs" / recipe.name, nodes=profile.nodes or recipe.nodes)
+    return verl.command_text(verl.command(words, variables, profile.nodes or recipe.nodes, os.environ.get("RAY_ADDRESS", "http://HEAD:8265")))
 
 # %% ../../nbs/training/47_train.ipynb #772c5f2e
 def outline(
@@ -98,7 +98,7 @@ def train(
     refuse_unless_fits(recipe, profile, run.start, settable=("gpus", "nodes", "lora_rank", "engine"), show=show)
     if uses_verl(recipe, profile):
         small: dict = {} if profile.gpus else {"more": verl_cpu.cpu_overrides(), "variables": verl_cpu.cpu_environment()}
-        taken = verl_backend.train(recipe, profile, workspace, show=show, **small)  # global_step_N; `merge` knows verl's layout
+        taken = verl.train(recipe, profile, run.data, workspace.checkpoints, workspace.logs / recipe.name, show=show, **small)  # global_step_N; `merge` knows verl's layout
     else:
         words = trl_command(recipe, profile, workspace, sys.executable)
         with atomic_write(accelerate_file(recipe, workspace)) as file:
