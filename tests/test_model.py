@@ -452,7 +452,7 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
 
 def test_max_pixels_means_the_same_in_training(blank, tmp_path):
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.training import grpo, sft, verl_backend
+    from medvlthinker.training import grpo, sft, verl
     from medvlthinker.training.recipe import TrainingSettings
     from medvlthinker.training.recipe import find as get
 
@@ -465,7 +465,7 @@ def test_max_pixels_means_the_same_in_training(blank, tmp_path):
     assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (3136, 3136)
     with pytest.raises(UserError, match="max_pixels=3136 does not reach the vLLM that TRL starts"):
         grpo.grpo_settings(replace(run, settings=replace(small, engine="vllm", gpus=1)), processor)
-    told = verl_backend.settings(recipe, small, str(blank), "data.parquet", "folder")
+    told = verl.verl_settings(recipe, small, str(blank), "data.parquet", "folder")
     assert {key: value for key, value in told.items() if "pixels" in key} == {
         "+data.mm_processor_kwargs.min_pixels": 3136, "+data.mm_processor_kwargs.max_pixels": 3136}
 

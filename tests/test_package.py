@@ -138,7 +138,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.sft import train_sft; train_sft(None)": "train",
     "from medvlthinker.training.grpo import train_grpo; train_grpo(None)": "train",
     "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
-    "from medvlthinker.training.verl_backend import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
+    "from medvlthinker.training.verl import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
     "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",

@@ -385,7 +385,7 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
     from medvlthinker.app import crate, status
-    from medvlthinker.training import train, verl_backend
+    from medvlthinker.training import train, verl
     from medvlthinker.app.pipeline import dry_run
 
     crash = "import os\nfrom medvlthinker.core.commands import run_main\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\nrun_main(main)"
@@ -393,7 +393,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
     workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"
     run_logged([sys.executable, "-c", show], workspace.logs / "own.log", show=lambda line: None)
-    verl_backend.start([sys.executable, "-c", show], verl_backend.environment(workspace.logs), workspace.logs, show=lambda line: None)
+    verl.run_process([sys.executable, "-c", show], verl.environment(workspace.logs), workspace.logs, show=lambda line: None)
     assert "***" in (workspace.logs / "own.log").read_text() and "***" in (workspace.logs / "verl-001.log").read_text()
     paper = load_profile("paper", report_to="wandb")
     for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
@@ -427,11 +427,11 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     "verl's settings name our own file; its hash stands among the inputs of a run, and one more byte makes another run, or stops the one that has checkpoints."
     import hashlib
 
-    from medvlthinker.training import verl_backend
+    from medvlthinker.training import verl
     from medvlthinker.core.files import write_record, stale_reason
 
     recipe, smoke, workspace = find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke")
-    given = verl_backend.settings(recipe, smoke, "model", "data.parquet", tmp_path)
+    given = verl.verl_settings(recipe, smoke, "model", "data.parquet", tmp_path)
     file = Path(given["reward.custom_reward_function.path"])
     assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
     assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
@@ -449,10 +449,10 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "reward_file", lambda: tmp_path / "grade.py")
     edited = planned()
     assert edited.folder != run.folder and stale_reason(final, edited.inputs).startswith("reward was")
-    monkeypatch.setattr(verl_backend, "latest_checkpoint", lambda folder: (1, folder))
-    verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=run.inputs["reward"])
+    monkeypatch.setattr(verl, "latest_checkpoint", lambda folder: (1, folder))
+    verl.refuse_changed_settings(tmp_path / "run", ["data.seed=42"], reward=run.inputs["reward"])
     with pytest.raises(UserError, match=f"were made with the reward {run.inputs['reward']}, now it is {edited.inputs['reward']}"):
-        verl_backend.agree(tmp_path / "run", ["data.seed=42"], reward=edited.inputs["reward"])
+        verl.refuse_changed_settings(tmp_path / "run", ["data.seed=42"], reward=edited.inputs["reward"])
 
 
 # --- ports --------------------------------------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_what_serves_listens_here_only(tmp_path):
     "The site as `docs --serve` shows it, and what trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
     import psutil
     from medvlthinker.app import site
-    from medvlthinker.training import verl_backend
+    from medvlthinker.training import verl
 
     with site.web_server(tmp_path, 0) as server:
         assert {line.laddr.ip for line in psutil.Process().net_connections("inet") if line.laddr.port == server.server_port} == {"127.0.0.1"}
@@ -487,7 +487,7 @@ def test_what_serves_listens_here_only(tmp_path):
     for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
         assert sft.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
     here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    assert verl_backend.environment(tmp_path)[here] == "0" and here not in verl_backend.environment(tmp_path, nodes=4)
+    assert verl.environment(tmp_path)[here] == "0" and here not in verl.environment(tmp_path, nodes=4)
 
 
 @pytest.mark.heavy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..core.commands import run_logged, run_main
 from ..core.files import (
     atomic_write, record_path, require_package, stale_reason, write_record)
-from . import verl_backend, verl_cpu
+from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge
 from .fit import refuse_unless_fits
 from .recipe import (
@@ -47,11 +47,11 @@ def printed_command(
     name, nodes = recipe.init.split("@")[0], settings.nodes or recipe.nodes
     trained = name in RECIPES or name == "tiny"
     start = str(model_folder(recipe.init, checkpoints)) if trained else settings.base or name
-    words = verl_backend.overrides(recipe, settings, start, verl_backend.verl_file(data, recipe),
+    words = verl.overrides(recipe, settings, start, verl.training_file(data, recipe),
                                    training_folder(recipe, checkpoints))
-    variables = verl_backend.environment(logs, nodes=nodes)
+    variables = verl.environment(logs, nodes=nodes)
     head = os.environ.get("RAY_ADDRESS", "http://HEAD:8265")
-    return verl_backend.printable(verl_backend.command(words, variables, nodes, head), variables)
+    return verl.command_text(verl.command(words, variables, nodes, head), variables)
 
 # %% ../../nbs/training/47_train.ipynb #613ca31e
 def finish(
@@ -89,7 +89,7 @@ def _run_trl(run: Run, settings: TrainingSettings, checkpoints: Path, show) -> P
 def _run_verl(run: Run, settings: TrainingSettings, checkpoints: Path, show) -> Path:
     "Train through verl; returns its folder of the last step."
     small = {"more": verl_cpu.cpu_overrides(), "variables": verl_cpu.cpu_environment()}
-    return verl_backend.train(run.recipe, settings, run.data, checkpoints, run.logs, show=show,
+    return verl.train(run.recipe, settings, run.data, checkpoints, run.logs, show=show,
                               **({} if settings.gpus else small))
 
 
