@@ -367,3 +367,13 @@ def anchors(path: Path) -> set[str]:
     "The names of the headings of a page, as they are made from their words."
     text = "\n".join(text for _, text in prose(path)) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+def test_every_verb_starts_something():
+    "What reproduce.sh runs is a module that does something when it is run: one without an entry would end in silence, as if all were done."
+    script = (ROOT / "reproduce.sh").read_text(encoding="utf-8")
+    modules = set(re.findall(r"\brun (?:-m )?\"?(medvlthinker\.[\w.]+)", script)) | {f"medvlthinker.app.{verb}" for verb in ("status", "verify")}
+    assert len(modules) > 5 and "medvlthinker.app.commands" in modules
+    for module in modules - {"medvlthinker.app."}:
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert 'if __name__ == "__main__"' in source, module

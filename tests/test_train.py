@@ -123,6 +123,21 @@ def test_a_row_counts_the_same_however_many_are_taken_at_once(ready):
     assert max(abs(ends[16][1][name] - ends[1][1][name]).max() for name in ends[1][1]) < 1e-4
 
 
+def test_answers_at_once_do_not_change_what_is_rewarded(ready):
+    "GRPO: the same answers, rewards and losses, up to rounding, from all answers of an update at once and from eight."
+    seen = {}
+    for answers in (64, 8):
+        logs = ready / f"logs{answers}"
+        done = warm.run(*words("grpo", "tiny-RL_PMC", 2, ready)[:-2], f"logs={logs}", "max_steps=2", f"micro_batch={answers}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen[answers] = curves(logs)
+        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC.training")
+    for name in ("reward", "length"):
+        assert seen[64][name].tolist() == pytest.approx(seen[8][name].tolist())
+    assert seen[64].grad_norm.tolist() == pytest.approx(seen[8].grad_norm.tolist(), rel=1e-2)
+    assert seen[64].reward.mean() > 0
+
+
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
     done = warm.run("-m", "medvlthinker.training.train", *words("sft", "tiny-SFT_PMC", 4, ready)[2:], "lora_rank=4", cwd=ROOT)
