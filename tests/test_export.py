@@ -9,9 +9,10 @@ from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES
 from medvlthinker.data.sample import Sample
 from medvlthinker.evaluation.evaluate import grade_rollout, question_scores
-from medvlthinker.evaluation.export import _check_form, export_logs, write_inspect_log
+from medvlthinker.evaluation.export import (
+    _check_form, export_logs, read_eval_results, write_inspect_log)
 from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.generation.rollout import generate, read_eval_results
+from medvlthinker.generation.rollout import generate
 from test_compare import TEXTS, reply
 
 

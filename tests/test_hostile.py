@@ -39,7 +39,8 @@ from medvlthinker.results.report import results_table, to_csv
 from medvlthinker.evaluation.evaluate import grade_rollout, store_record
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.generation.rollout import from_line, generate, load_rollout, read_eval_results, write_eval_results
+from medvlthinker.evaluation.export import read_eval_results, write_eval_results
+from medvlthinker.generation.rollout import from_line, generate, load_rollout
 from medvlthinker.data.sample import InvalidRow, Sample, read_samples, store_samples, to_rgb, write_samples
 from medvlthinker.data.readers import unescape_formula, escape_formula, image_reader, read_csv, read_rows, samples_from, write_csv
 from PIL import Image
@@ -538,7 +539,7 @@ BOMBS = """
 import gzip, io, itertools, sys, zipfile
 from pathlib import Path
 from medvlthinker.core.files import UserError
-from medvlthinker.generation.rollout import read_eval_results
+from medvlthinker.evaluation.export import read_eval_results
 from medvlthinker.data.readers import csv_rows, image_reader, read_rows
 folder, M = Path(sys.argv[1]), 1 << 20
 

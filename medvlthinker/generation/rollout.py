@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 'from_line', 'file_lock', 'Rollout',
-           'rollout_record', 'load_rollout', 'ending', 'Job', 'generate_all', 'generate', 'read_eval_results',
-           'write_eval_results']
+           'rollout_record', 'load_rollout', 'ending', 'Job', 'generate_all', 'generate']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
 import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
@@ -18,10 +17,7 @@ from typing import Any
 from ..core.files import (
     UserError, atomic_write, environment_info, file_hash, fingerprint, peak_memory, read_record,
     record_text, write_error)
-from ..core.grade import grade
-from ..data.prompt import user_text
-from ..data.readers import json_lines
-from ..data.sample import InvalidRow, Sample, to_row
+from ..data.sample import Sample, to_row
 from .request import Completion, Request, Sampling
 
 # %% ../../nbs/generation/25_rollout.ipynb #ab046e47
@@ -479,68 +475,3 @@ def generate(
 ) -> Rollout:
     "The completions of one model for these samples; asks what is missing."
     return generate_all([Job(samples, sampling, folder)], engine, show)[0]
-
-# %% ../../nbs/generation/25_rollout.ipynb #17015000
-def _published_row(where: str, line) -> tuple[dict, Any]:
-    "A line of eval_results.jsonl as a row, and its right letter; `InvalidRow` where it is none."
-    if not isinstance(line, dict):
-        raise InvalidRow(where, "line", f"a {type(line).__name__}, not an object")
-    for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
-        if not isinstance(line.get(field), kind):
-            raise InvalidRow(where, field, "absent, or of another type than in the published files")
-    outputs = line["parsed_outputs"]
-    texts = [out.get("output_text", 0) if isinstance(out, dict) else 0 for out in outputs]
-    if any(not isinstance(text, str | None) for text in texts):
-        raise InvalidRow(where, "output_text", "neither a text nor empty")
-    ends = {"finish_reason": "unknown", "tokens": 0}
-    row = {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
-           "completions": [{"text": text or "", **ends} for text in texts]}
-    return row, line.get("answer_label")
-
-
-def read_eval_results(
-    path,  # eval_results.jsonl, gzipped or not
-    samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
-) -> Iterator[dict]:
-    "The rows of a rollout in the published layout; `UserError` names file, line and field."
-    seen: dict[int, str] = {}
-    gold = {sample.dataset_index: sample.answer_label for sample in samples}
-    for where, line in json_lines(path):
-        try:
-            if isinstance(line, InvalidRow):
-                raise line
-            row, label = _published_row(where, line)
-            index = row["dataset_index"]
-            if (first := seen.setdefault(index, where)) != where:
-                raise InvalidRow(where, "dataset_index", f"{index} stands in {first} already; keep "
-                                 "one of them")
-            if gold and gold.get(index) != label:
-                raise InvalidRow(where, "answer_label", f"{label}, where the samples say "
-                                 f"{gold.get(index)}: these are results of other questions")
-        except InvalidRow as bad:
-            raise UserError(f"{path}: {bad}.") from None
-        yield row
-    if not seen:
-        raise UserError(f"{path} holds no results.")
-
-
-def write_eval_results(
-    samples: Iterable[Sample],
-    rows: Iterable[dict],  # of the rollout, in the same order
-    path,
-    rule: str = "strict",  # whose verdict is written
-) -> None:
-    "Write a rollout in the published layout."
-    with atomic_write(path) as file:
-        for place, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-            outputs = []
-            for completion in row["completions"]:
-                verdict = grade(completion["text"], sample.options, sample.answer_label, rule)
-                outputs.append({"output_text": completion["text"], "is_correct": verdict.correct,
-                                "pred_letter": verdict.label or verdict.answer or ""})
-            line = {"dp_index": place, "prompts": user_text(sample),
-                    "dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index,
-                    "answer_label": sample.answer_label, "answer": sample.answer,
-                    "parsed_outputs": outputs, "num_rollouts": len(outputs),
-                    "num_correct": sum(output["is_correct"] for output in outputs)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

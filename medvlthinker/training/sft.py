@@ -162,7 +162,7 @@ def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
     kept = table.drop(index=sorted({place for places in dropped.values() for place in places}))
     longest = {"prompt": 0, "image": 0, "answer": 0}
     if len(kept):
-        row = kept.loc[(kept.prompt_tokens + kept.answer_tokens).idxmax()]
+        row = kept.iloc[int((kept.prompt_tokens + kept.answer_tokens).to_numpy().argmax())]
         longest = {"prompt": int(row.text_tokens), "image": int(row.image_tokens),
                    "answer": int(row.answer_tokens)}
     return {"rows": len(table), "dropped": dropped, "longest": longest,

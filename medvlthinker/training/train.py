@@ -88,9 +88,10 @@ def _run_trl(run: Run, settings: TrainingSettings, checkpoints: Path, show) -> P
 
 def _run_verl(run: Run, settings: TrainingSettings, checkpoints: Path, show) -> Path:
     "Train through verl; returns its folder of the last step."
-    small = {"more": verl_cpu.cpu_overrides(), "variables": verl_cpu.cpu_environment()}
-    return verl.train(run.recipe, settings, run.data, checkpoints, run.logs, show=show,
-                              **({} if settings.gpus else small))
+    more = [] if settings.gpus else verl_cpu.cpu_overrides()
+    variables = {} if settings.gpus else verl_cpu.cpu_environment()
+    return verl.train(run.recipe, settings, run.data, checkpoints, run.logs, more, variables,
+                      show=show)
 
 
 def train(
