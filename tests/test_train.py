@@ -123,6 +123,20 @@ def test_a_row_counts_the_same_however_many_are_taken_at_once(ready):
     assert max(abs(ends[16][1][name] - ends[1][1][name]).max() for name in ends[1][1]) < 1e-4
 
 
+def test_logits_stay_in_half_precision(ready, monkeypatch):
+    "Where bfloat16 is computed with, as on a GPU: the large tensor of a step is not kept in float32 beside it."
+    import torch
+    from medvlthinker.training import sft
+
+    kept, losses, settings = set(), sft.token_losses, sft.sft_settings
+    monkeypatch.setattr(sft, "token_losses", lambda logits, targets: kept.add(logits.dtype) or losses(logits, targets))
+    monkeypatch.setattr(sft, "sft_settings", lambda run: settings(run) | {"bf16": True})
+    places = ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs"
+    sft.train_sft(sft.plan(find("tiny-SFT_PMC"), TrainingSettings(max_steps=2), *places))
+    assert kept == {torch.bfloat16}
+    assert len(curves(ready / "logs")) == 2
+
+
 def test_answers_at_once_do_not_change_what_is_rewarded(ready):
     "GRPO: the same answers, rewards and losses, up to rounding, from all answers of an update at once and from eight."
     seen = {}

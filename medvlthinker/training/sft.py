@@ -576,7 +576,10 @@ def train_sft(
             seen = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
             self._total_train_tokens += seen.item()
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            return row_mean_loss(model, inputs)
+            if self.accelerator.num_processes == 1:  # else FSDP keeps the logits in bfloat16
+                model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            with self.accelerator.autocast():
+                return row_mean_loss(model, inputs)
 
     if not ended(run):
         model, processor, lora = open_model(run)
