@@ -47,7 +47,7 @@ import importlib, sys
 for name in sys.argv.pop(1).split(","):
     importlib.import_module(f"medvlthinker.{name}")
 from medvlthinker.core import commands
-from medvlthinker.difficulty import ask
+from medvlthinker.results import ask
 
 commands.run_main(ask.main)
 """

@@ -30,7 +30,7 @@ from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.data import converters
-from medvlthinker.difficulty import profile
+from medvlthinker.results import profile
 from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, stale_reason
 from medvlthinker.results.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
