@@ -62,7 +62,8 @@ def preflight(
 
     name, given = parse_words(words)
     model = given.pop("model", None)
-    own = {key: given.pop(key) for key in ("max_prompt_length", "max_model_len") if key in given}
+    limits = ("max_prompt_length", "max_model_len")
+    own = {key: given.pop(key) for key in [*given] if key in limits}
     if bad := [key for key, value in own.items() if not value.isdecimal()]:
         raise UserError(f"{bad[0]} wants a whole number of tokens, not {own[bad[0]]!r}.")
     profile, sizes = load_profile(name, **given), {key: int(value) for key, value in own.items()}

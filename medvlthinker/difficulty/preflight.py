@@ -62,8 +62,9 @@ def lengths(
     processor,  # of the model
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ):
-    """A pandas table of `COLUMNS`, a row a sample: the tokens of its prompt, the pixels of its
-    images, and the problem that makes it impossible, if there is one."""
+    """A pandas table of `COLUMNS`, a row for each sample.
+
+    Tokens of its prompt, pixels of its images, and the problem that makes it impossible, if any."""
     import pandas as pd
 
     lines, rest, mark = [], iter(samples), processor.image_token_id
@@ -117,7 +118,7 @@ _SENTENCES = {
     "enlarged": "{rows} would have an image enlarged to min_pixels={min_pixels:,}, the smallest "
     "from {worst:,} pixels (row {row})."}
 
-
+# %% ../../nbs/difficulty/32_preflight.ipynb #0d957e78
 def _finding(name: str, kind: str, rows, refused: bool, sentence: str, column: str, facts: dict):
     "One line of the report; `column` makes one of the rows the extreme, or the first is named."
     line = {"name": name, "finding": kind, "refused": refused, "count": len(rows), "worst": None}
@@ -130,36 +131,6 @@ def _finding(name: str, kind: str, rows, refused: bool, sentence: str, column: s
     line["first_rows"] = " ".join(map(str, rows.dataset_index.head(5)))
     return line | {"sentence": sentence.format(**line, **words, **facts)}
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #eae65c67
-def findings(
-    table,  # of `lengths`, of one set
-    name: str,  # of the set
-    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0: none), min_ and max_pixels
-    training: bool = True,  # whether verl will read the set
-):
-    "A pandas table: the measure of a set, then a line with a sentence for each kind of finding."
-    import pandas as pd
-
-    fine, bad = table[table.problem == ""], table[table.problem != ""]
-    context, tokens, lines = limits["max_model_len"], fine.prompt_tokens, []
-    if len(fine):
-        lines.append(_measure(name, fine))
-    for kind, rows in bad.groupby(bad.problem.str.split(":").str[0]):
-        sentence, facts = "{rows} would be refused, row {row} first: {problem}.", rows.iloc[0]
-        lines.append(_finding(name, kind, rows, True, sentence, "", {"problem": facts.problem}))
-    long = "over max_prompt_length" if training else "longer than in training"
-    cut = (tokens < context) & (tokens + limits["max_tokens"] > context)
-    for kind, which, column in (
-            ("over max_model_len", tokens >= context, "prompt_tokens"),
-            (long, tokens > (limits["max_prompt_length"] or context), "prompt_tokens"),
-            ("completion cut", cut, "prompt_tokens"),
-            ("shrunk", fine.most_pixels > limits["max_pixels"], "most_pixels"),
-            ("enlarged", fine.least_pixels < limits["min_pixels"], "least_pixels")):
-        if len(rows := fine[which.fillna(False)]):
-            sentence, stops = _SENTENCES[kind], kind.startswith("over")
-            lines.append(_finding(name, kind, rows, stops, sentence, column, limits))
-    return pd.DataFrame(lines)
-
 
 def _measure(name: str, fine) -> dict:
     "The line on a set as a whole."
@@ -171,6 +142,42 @@ def _measure(name: str, fine) -> dict:
     sentence = (f"The prompts of {{name}} ({{count:,}}) take {tokens.min():,} to {{worst:,}} "
                 f"tokens, {tokens.mean():,.1f} on average, {images}.")
     return _finding(name, "measured", fine, False, sentence, "prompt_tokens", {})
+
+# %% ../../nbs/difficulty/32_preflight.ipynb #eae65c66
+def _cases(fine, limits: dict, training: bool) -> dict:
+    "Each kind of finding: which rows it is about, and the column that makes one the extreme."
+    context, tokens = limits["max_model_len"], fine.prompt_tokens
+    cut = (tokens < context) & (tokens + limits["max_tokens"] > context)
+    cases = {
+        "over max_model_len": (tokens >= context, "prompt_tokens"),
+        "over max_prompt_length" if training else "longer than in training":
+            (tokens > (limits["max_prompt_length"] or context), "prompt_tokens"),
+        "completion cut": (cut, "prompt_tokens"),
+        "shrunk": (fine.most_pixels > limits["max_pixels"], "most_pixels"),
+        "enlarged": (fine.least_pixels < limits["min_pixels"], "least_pixels")}
+    return {kind: (fine[which.fillna(False)], column) for kind, (which, column) in cases.items()}
+
+# %% ../../nbs/difficulty/32_preflight.ipynb #eae65c67
+def findings(
+    table,  # of `lengths`, of one set
+    name: str,  # of the set
+    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0: none), min_ and max_pixels
+    training: bool = True,  # whether verl will read the set
+):
+    "A pandas table: the measure of a set, then a line with a sentence for each kind of finding."
+    import pandas as pd
+
+    fine, bad = table[table.problem == ""], table[table.problem != ""]
+    lines = [_measure(name, fine)] if len(fine) else []
+    for kind, rows in bad.groupby(bad.problem.str.split(":").str[0]):
+        facts = {"problem": rows.problem.iloc[0]}
+        sentence = "{rows} would be refused, row {row} first: {problem}."
+        lines.append(_finding(name, kind, rows, True, sentence, "", facts))
+    for kind, (rows, column) in _cases(fine, limits, training).items():
+        if len(rows):
+            stops = kind.startswith("over")
+            lines.append(_finding(name, kind, rows, stops, _SENTENCES[kind], column, limits))
+    return pd.DataFrame(lines)
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #3fbb3191
 def length_figure(
@@ -216,7 +223,8 @@ def open_processor(
         words = " ".join(str(error).split())[:200]
         raise UserError(f"The processor of {model} cannot be loaded: {words}") from None
     images = getattr(processor, "image_processor", None)
-    if not (hasattr(images, "get_number_of_image_patches") and hasattr(images, "merge_size")):
+    knows = ("get_number_of_image_patches", "merge_size")
+    if images is None or not all(hasattr(images, name) for name in knows):
         raise UserError(f"The processor of {model} does not say how many tokens a picture takes; "
                         "preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
     check_chat_template(processor, model)
