@@ -166,8 +166,6 @@ case "${1:-}" in
         shift
         if [ "${1:-}" = all ] || [ "${1:-}" = heavy ]; then setup full; else setup; fi
         run_tests "$@" ;;
-    preflight)
-        shift; setup; run medvlthinker.difficulty.preflight "$@" ;;
     train)
         shift; setup; run medvlthinker.app.commands train "$@" ;;
     results)
@@ -176,7 +174,7 @@ case "${1:-}" in
         setup; run medvlthinker.results.contract "$@" ;;
     rollout)
         shift; setup; run medvlthinker.results.ask "$@" ;;
-    look | parity | regrade | exchange | merge | push)
+    preflight | look | parity | regrade | exchange | merge | push)
         setup; run medvlthinker.app.commands "$@" ;;
     status | verify)
         verb=$1; shift; setup; run "medvlthinker.app.$verb" "$@" ;;

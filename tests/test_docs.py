@@ -51,6 +51,7 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
+    "python -m medvlthinker.app.commands preflight smoke": "limit=6 train_limit=6",
     "python -m medvlthinker.app.commands look smoke": "limit=6",
     "python -m medvlthinker.app.commands regrade smoke": "limit=6",  # the answers that the fixture has asked for
     "python -m medvlthinker.app.commands exchange smoke": "limit=6"}

@@ -441,10 +441,10 @@ def test_max_pixels_is_refused_where_a_model_brings_images_to_one_size(tmp_path)
 
 
 def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
-    from medvlthinker.difficulty.preflight import main
+    from medvlthinker.app.commands import preflight
 
     words = ["smoke", f"model={blank}", "limit=20", "train_limit=40", "benchmark=vqa_rad"]
-    with_limit, without = (main([*words, *more]) or capsys.readouterr().out for more in (["max_pixels=3136"], []))
+    with_limit, without = (preflight([*words, *more]) or capsys.readouterr().out for more in (["max_pixels=3136"], []))
     told = [float(number) for number in re.findall(r"([\d.]+) of them for images", with_limit)]
     assert told and all(2 <= number <= 4 for number in told), with_limit
     assert "16.0 of them for images" in without

@@ -12,13 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import warm
+from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.difficulty.pass_counts import check_band, curate, easy_to_hard, generate_until_decided, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import grade_rollout
 from medvlthinker.generation.engine import FunctionEngine, open_engine
+from medvlthinker.generation.model import folder_name
 from medvlthinker.generation.request import Completion, EngineSettings, Sampling
 from medvlthinker.generation.rollout import generate
+from medvlthinker.results.ask import data_file
+from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.training.recipe import RECIPES
 from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
 
 QUIET = lambda line: None
@@ -118,6 +123,32 @@ def test_a_band_that_is_none_is_refused_with_the_one_that_would_do(n):
     else:
         low, high = map(int, re.search(rf"is (\d+) to (\d+) of {n}[.]$", str(told.value)).groups())
         check_band(n, low, high)
+
+
+def begun(**parameters) -> dict:
+    "The names of paper/2_difficulty after its first two cells, before anything is asked."
+    cells = json.loads((ROOT / "nbs" / "paper" / "2_difficulty.ipynb").read_text(encoding="utf-8"))["cells"]
+    parameters_cell, first = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][:2]
+    names: dict = {}
+    exec(parameters_cell, names)
+    names |= parameters  # as papermill writes them into the notebook
+    exec(first, names)
+    return names
+
+
+def test_a_band_is_checked_before_anything_is_asked():
+    assert begun(rollouts=2)["high"] == 1 and begun(rollouts=16)["high"] == 7
+    for wrong in ({"rollouts": 1}, {"high": 8}, {"low": 5, "high": 4}):
+        with pytest.raises(UserError, match="^A band counts right answers of"):
+            begun(**wrong)
+
+
+def test_only_the_model_whose_counts_recipes_read_is_asked():
+    paper = load_profile("paper")
+    assert list(begun(profile="paper")["models"]) == [paper.models[0]]
+    assert list(begun(profile="paper", every_model=True)["models"]) == list(paper.models)
+    read = {data_file(recipe, paper, Workspace("paper")).name for recipe in RECIPES.values() if recipe.method == "RL"}
+    assert all(f"-{folder_name(paper.models[0])}-easy_to_hard" in name for name in read)
 
 
 @pytest.fixture(scope="module")

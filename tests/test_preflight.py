@@ -11,7 +11,8 @@ from conftest import ROOT, says
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model, tiny_processor
 from medvlthinker.core.files import UserError
-from medvlthinker.difficulty.preflight import findings, lengths, main, open_processor, picture_size, visual_tokens
+from medvlthinker.app.commands import preflight
+from medvlthinker.difficulty.preflight import findings, lengths, open_processor, picture_size, visual_tokens
 from medvlthinker.data.prompt import messages
 from medvlthinker.data.sample import image_problem, to_rgb
 from PIL import Image
@@ -117,21 +118,22 @@ def test_edges_of_the_limits():
 
 def test_command_line(home, tmp_path):
     folder = make_tiny_model(tmp_path / "tiny", steps=0)
-    words = ("-m", "medvlthinker.difficulty.preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
+    words = ("-m", "medvlthinker.app.commands", "preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
     done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
-    report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
+    path = home / "smoke" / "results" / "preflight.csv"
+    report = pandas.read_csv(path)
     assert set(report.finding) == {"measured"} and not report.refused.any() and (report["count"] == 20).all()
     assert list(report.name) == [*synthetic.CORPORA, *synthetic.BENCHMARKS]
     assert all(sentence in done.stdout for sentence in report.sentence)
 
     longest = int(report.worst[report.name == "m23k"].iloc[0])
     says(warm.run(*words, f"max_prompt_length={longest - 1}", cwd=ROOT, MEDVLTHINKER_HOME=home), "A run would stop", f"max_prompt_length={longest - 1}")
-    report = pandas.read_csv(home / "smoke" / "results" / "preflight.csv")
+    report = pandas.read_csv(path)
     assert set(report.kind[report.refused]) <= {"corpus"} and "longer than in training" in set(report.finding)
     says(warm.run(*words, "max_model_len=60", cwd=ROOT, MEDVLTHINKER_HOME=home), "vLLM refuses them")
     with pytest.raises(UserError, match="whole number"):
-        main(["smoke", "max_prompt_length=-1"])
+        preflight(["smoke", "max_prompt_length=-1"])
 
 
 def test_real_files_have_the_size_their_header_says(real_data):

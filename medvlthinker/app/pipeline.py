@@ -475,8 +475,8 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
     sampled = [Sampling(n=profile.rollouts, temperature=1.0)]
     return {"1_data": lambda: {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv", "hardware": "CPU"},
-            "2_difficulty": lambda: {"reads": f"samples/{source}/corpus/, {', '.join(map(place, profile.models))}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
-                                     **_asking(profile, dict.fromkeys(profile.models, sampled), "corpus")},
+            "2_difficulty": lambda: {"reads": f"samples/{source}/corpus/, {place(profile.models[0])}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
+                                     **_asking(profile, {profile.models[0]: sampled}, "corpus")},
             "3_train": lambda: outline(RECIPES[step.value], profile, Workspace(profile.name)) | _trains(RECIPES[step.value], profile),
             "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **_asking(profile, {step.value: evaluation_samplings(profile, step.value)})},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},

@@ -184,14 +184,29 @@ def _leave_out(questions: "pd.DataFrame", without: list[int]) -> "pd.DataFrame":
 
 def _write_dropped(questions: "pd.DataFrame", path: Path) -> dict[str, int]:
     "Write a line for each reason with the questions that it left out; returns how many."
-    counts = {}
+    counts: dict[str, int] = {}
     with atomic_write(path) as file:
         for reason, group in questions[questions.decision != "keep"].groupby("decision"):
             which = group.dataset_index.tolist()
-            counts[reason] = len(which)
+            counts[str(reason)] = len(which)
             line = {"reason": reason, "questions": len(which), "dataset_index": which}
             file.write(json.dumps(line) + "\n")
     return counts
+
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #2d7b61f0
+def _write_curated(samples: Path, questions: "pd.DataFrame", path: Path, seed: int) -> dict:
+    "Write what was dropped, then the curated file; returns the numbers for the record."
+    chosen = easy_to_hard(questions, seed)
+    dropped = _write_dropped(questions, path.with_suffix(".dropped.jsonl"))
+    if chosen.empty:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(f"None of the {len(questions)} questions is kept ({reasons}); widen the "
+                        "band.")
+    try:
+        _write_ordered(samples, chosen, path)
+    except OSError as error:
+        raise write_error(error, path) from None
+    return {"questions": len(questions), "kept": len(chosen), "dropped": dropped}
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #9a378183
 def curate(
@@ -217,28 +232,15 @@ def curate(
                 facts.update(_write_curated(samples, _leave_out(questions, without), path, seed))
     return path
 
-
-def _write_curated(samples: Path, questions: "pd.DataFrame", path: Path, seed: int) -> dict:
-    "Write what was dropped, then the curated file; returns the numbers for the record."
-    chosen = easy_to_hard(questions, seed)
-    dropped = _write_dropped(questions, path.with_suffix(".dropped.jsonl"))
-    if chosen.empty:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(f"None of the {len(questions)} questions is kept ({reasons}); widen the "
-                        "band.")
-    try:
-        _write_ordered(samples, chosen, path)
-    except OSError as error:
-        raise write_error(error, path) from None
-    return {"questions": len(questions), "kept": len(chosen), "dropped": dropped}
-
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #05abc231
 def compare_difficulty(
     a: "pd.DataFrame",  # decisions of one model
     b: "pd.DataFrame",  # decisions of another, about the same questions
 ) -> "tuple[pd.DataFrame, tuple[float, float, float]]":
-    """Questions for each pair of decisions (rows: a, columns: b), over those that both answered;
-    and Spearman's correlation of the rates with its 95 % interval. `UserError` for under four."""
+    """Where the questions of each decision went, and Spearman's correlation of the rates.
+
+    A table of questions (rows: a, columns: b), over those that both answered; the correlation with
+    the ends of its 95 % interval. `UserError` for fewer than four questions."""
     import pandas as pd
     from scipy.stats import spearmanr
 
@@ -264,8 +266,9 @@ def split_half(
     Kept is what is neither never nor always right. `UserError` for fewer than four completions."""
     if (half := (int(grades.completion.max()) + 1) // 2) < 2:
         raise UserError("Two halves need at least four completions a question (rollouts=4).")
-    first, second = (grades[grades.completion // half == part] for part in (0, 1))
-    return tuple(keep_band(pass_counts(part, rule), 1, half - 1) for part in (first, second))
+    parts = [grades[grades.completion // half == part] for part in (0, 1)]
+    first, second = (keep_band(pass_counts(part, rule), 1, half - 1) for part in parts)
+    return first, second
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #7fb5a3d8
 def _states(histogram, per_round: int) -> tuple[np.ndarray, np.ndarray]:
@@ -321,8 +324,16 @@ def expected(
 ) -> tuple[float, float]:
     "What a rule promises: the agreement with full decisions, and the share of the completions."
     stops = rule[rule.action != "go on"]
-    agreement, asked = stops.reach @ stops.right, stops.reach @ stops.asked
-    return float(agreement), float(asked / rule.asked.max())
+    reach, most = stops.reach.to_numpy(), rule.asked.max()
+    return float(reach @ stops.right.to_numpy()), float(reach @ stops.asked.to_numpy() / most)
+
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #6174ba0d
+def _check_rule(n: int, low: int, high: int, agreement: float, per_round: int) -> None:
+    "`UserError` for a rule that cannot be."
+    check_band(n, low, high)
+    if not 0 < agreement < 1 or int(per_round) != per_round or per_round < 1 or n % per_round:
+        raise UserError(f"A stopping rule wants 0 < agreement < 1 and rounds that divide {n}; these"
+                        f" are agreement={agreement}, per_round={per_round}.")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #6174ba0e
 def stopping_rule(
@@ -347,14 +358,6 @@ def stopping_rule(
     rule.attrs = {"low": int(low), "high": int(high), "n": n, "agreement": agreement,
                   "per_round": per_round}
     return rule
-
-
-def _check_rule(n: int, low: int, high: int, agreement: float, per_round: int) -> None:
-    "`UserError` for a rule that cannot be."
-    check_band(n, low, high)
-    if not 0 < agreement < 1 or int(per_round) != per_round or per_round < 1 or n % per_round:
-        raise UserError(f"A stopping rule wants 0 < agreement < 1 and rounds that divide {n}; these"
-                        f" are agreement={agreement}, per_round={per_round}.")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #147ee173
 def smooth_histogram(
@@ -395,41 +398,7 @@ class _Subset(Sequence):
             window = self.samples[number * 256:(number + 1) * 256]
             yield from (window[place % 256] for place in group)
 
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53929
-def generate_until_decided(
-    samples: Sequence[Sample],
-    engine,  # from `open_engine`
-    sampling: Sampling,  # its n is the number of completions that decides for certain
-    folder,  # takes a rollout for each round
-    low: int = 1,  # as for `keep_band`
-    high: int = 7,
-    agreement: float = 0.97,  # as for `stopping_rule`
-    per_round: int = 2,
-    pilot: int = 500,  # questions that are asked in full, from which the rule is made
-    rule: str = "strict",  # by which answers are graded
-    show: Callable = print,  # takes progress as text
-) -> "pd.DataFrame":
-    "Decisions as of `keep_band`, with no more completions of a question than its own needs."
-    import pandas as pd
-
-    _check_rule(n := sampling.n, low, high, agreement, per_round)
-    indices = _question_numbers(samples, rule)
-    ask = functools.partial(_ask_round, samples, engine, sampling, Path(folder), rule, show)
-    chosen = np.random.default_rng(sampling.seed).permutation(len(indices))[:max(1, pilot)]
-    counts = pass_counts(grades := ask(np.sort(chosen), 0, n), rule)
-    histogram = np.bincount(counts.correct, minlength=n + 1)
-    states = stopping_rule(smooth_histogram(histogram), low, high, agreement, per_round)
-    for number in range(1, n // per_round + 1):
-        undecided = np.flatnonzero(_decide(indices, counts, states).decision == "go on")
-        if len(undecided):
-            show(f"Round {number}: {len(undecided)} of {len(indices)} questions are not decided.")
-            grades = pd.concat([grades, ask(undecided, number, per_round)])
-            counts = pass_counts(grades, rule)
-    decisions = _decide(indices, counts, states)
-    decisions.attrs = {**states.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}
-    return decisions
-
-
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
 def _question_numbers(samples: Sequence[Sample], rule: str) -> list[int]:
     "dataset_index of each sample; `UserError` for answers that could not be counted."
     if rule not in RULES:
@@ -464,3 +433,37 @@ def _decide(indices: list[int], counts: "pd.DataFrame", rule: "pd.DataFrame") ->
     found = counts.merge(states[["n", "correct", "decision", "level"]], "left")
     found = found.set_index("dataset_index").reindex(indices).reset_index()
     return found.fillna({"decision": "go on"})
+
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53929
+def generate_until_decided(
+    samples: Sequence[Sample],
+    engine,  # from `open_engine`
+    sampling: Sampling,  # its n is the number of completions that decides for certain
+    folder,  # takes a rollout for each round
+    low: int = 1,  # as for `keep_band`
+    high: int = 7,
+    agreement: float = 0.97,  # as for `stopping_rule`
+    per_round: int = 2,
+    pilot: int = 500,  # questions that are asked in full, from which the rule is made
+    rule: str = "strict",  # by which answers are graded
+    show: Callable = print,  # takes progress as text
+) -> "pd.DataFrame":
+    "Decisions as of `keep_band`, with no more completions of a question than its own needs."
+    import pandas as pd
+
+    _check_rule(n := sampling.n, low, high, agreement, per_round)
+    indices = _question_numbers(samples, rule)
+    ask = functools.partial(_ask_round, samples, engine, sampling, Path(folder), rule, show)
+    chosen = np.random.default_rng(sampling.seed).permutation(len(indices))[:max(1, pilot)]
+    counts = pass_counts(grades := ask(np.sort(chosen), 0, n), rule)
+    histogram = np.bincount(counts.correct, minlength=n + 1)
+    states = stopping_rule(smooth_histogram(histogram), low, high, agreement, per_round)
+    for number in range(1, n // per_round + 1):
+        undecided = np.flatnonzero(_decide(indices, counts, states).decision == "go on")
+        if len(undecided):
+            show(f"Round {number}: {len(undecided)} of {len(indices)} questions are not decided.")
+            grades = pd.concat([grades, ask(undecided, number, per_round)])
+            counts = pass_counts(grades, rule)
+    decisions = _decide(indices, counts, states)
+    decisions.attrs = {**states.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}
+    return decisions

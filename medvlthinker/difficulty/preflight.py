@@ -4,80 +4,57 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 'findings', 'length_figure', 'open_processor',
-           'preflight', 'main']
+           'check_prompts']
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #8a683d63
 import functools, io, itertools, re
 from collections.abc import Callable, Iterable
 
 from ..core.files import UserError, require_package
-from ..core.commands import run_main
-from ..core.plots import series_style
-from ..results.profile import Profile, Workspace, load_profile, parse_words
-from ..generation.model import check_chat_template, pixel_limits, prompt_format, resolve_model, resolve_revision
+from ..core.plots import COLOURS, DASHES
 from ..data.prompt import user_text
-from ..results.ask import question_sets
 from ..data.sample import FORMATS, Sample, image_problem
-from ..data.readers import write_csv
+from ..generation.model import check_chat_template, pixel_limits, resolve_revision
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #acb7a0fb
 _PNG_FLAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def picture_size(
-    data: bytes,  # an encoded image
-) -> tuple[int, int]:  # width and height in pixels
-    "The size that a picture has when it stands upright, from its header alone."
+def picture_size(data: bytes) -> tuple[int, int]:
+    "Width and height in pixels of an encoded image when it stands upright, from its header."
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    if picture.format == "PNG" and not any(name in data for name in _PNG_FLAGS):
-        return picture.size
-    turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # of a TIFF, Pillow has turned the size already
-    return picture.size[::-1] if turned else picture.size
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format == "PNG" and not any(name in data for name in _PNG_FLAGS):
+        return image.size
+    if image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+        return image.size[::-1]
+    return image.size  # a TIFF has been turned by Pillow
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #39b9d09c
-def visual_tokens(
-    processor,  # of a Qwen2-VL or Qwen2.5-VL model
-    width: int,  # pixels
-    height: int,  # pixels
-) -> int:
-    "How many tokens a picture takes; ValueError where the processor refuses its shape."
+def visual_tokens(processor, width: int, height: int) -> int:
+    "How many tokens an image of these pixels takes; ValueError where the processor refuses it."
     images = processor.image_processor
     return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #83902977
 def prompt_ids(
     samples: list[Sample],  # a few hundred at a time
-    processor,  # of the model
+    processor,
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ) -> list[list[int]]:
-    "The token ids of each prompt, one placeholder for each picture; no picture is opened."
-    content = [[*[{"type": "image"}] * len(sample.images), {"type": "text", "text": user_text(sample, instruction)}] for sample in samples]
-    chats = [[{"role": "user", "content": parts}] for parts in content]
+    "The token ids of each prompt, one placeholder for each image; no image is opened."
+    chats = []
+    for sample in samples:
+        text = {"type": "text", "text": user_text(sample, instruction)}
+        content = [*[{"type": "image"}] * len(sample.images), text]
+        chats.append([{"role": "user", "content": content}])
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return processor.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #ceceb8e3
-def _pictures(
-    sample: Sample,
-    visual: Callable,  # (width, height) -> tokens
-) -> tuple[list, int, str]:  # sizes, tokens, and the problem if there is one
-    "Sizes and tokens of a sample's pictures, up to the first problem."
-    sizes = []
-    for data in sample.images:
-        try:
-            sizes.append(picture_size(data))
-        except Exception as error:  # Pillow's readers raise nearly everything
-            return [], 0, "unreadable image: " + re.sub(" <_io[^>]*>", "", image_problem(data) or str(error))
-        try:
-            visual(*sizes[-1])
-        except ValueError:
-            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
-    return sizes, sum(visual(*size) for size in sizes), ""
-
 # %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
-COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens", "prompt_tokens", "largest_side", "most_pixels", "least_pixels", "problem")
+COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens",
+           "prompt_tokens", "largest_side", "most_pixels", "least_pixels", "problem")
 
 
 def lengths(
@@ -85,7 +62,9 @@ def lengths(
     processor,  # of the model
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
 ):
-    "A pandas table: for each sample the tokens of its prompt, the extent of its pictures, and what makes it impossible."
+    """A pandas table of `COLUMNS`, a row for each sample.
+
+    Tokens of its prompt, pixels of its images, and the problem that makes it impossible, if any."""
     import pandas as pd
 
     lines, rest, mark = [], iter(samples), processor.image_token_id
@@ -96,162 +75,180 @@ def lengths(
             n, marks = len(sample.images), ids.count(mark)
             if marks != n:
                 problem = problem or f"image placeholder in the text: {marks} for {n} images"
+            text = len(ids) - marks
             areas = [width * height for width, height in sizes] or [None]
-            lines.append((sample.dataset_name, sample.dataset_index, n, tokens, len(ids) - marks, len(ids) - marks + tokens,
-                          max(map(max, sizes), default=None), max(areas), min(areas), problem))
-    whole = {name: "Int64" for name in COLUMNS[1:-1]}  # pandas' integers that may be missing: a text has no pixels
+            side = max(itertools.chain.from_iterable(sizes), default=None)
+            lines.append((sample.dataset_name, sample.dataset_index, n, tokens, text,
+                          text + tokens, side, max(areas), min(areas), problem))
+    whole = dict.fromkeys(COLUMNS[1:-1], "Int64")  # a text has no pixels
     return pd.DataFrame(lines, columns=COLUMNS).astype(whole)
 
+
+def _pictures(sample: Sample, visual: Callable) -> tuple[list, int, str]:
+    "Sizes and tokens of a sample's images, up to the first problem; the problem."
+    sizes, tokens = [], 0
+    for data in sample.images:
+        try:
+            sizes.append(picture_size(data))
+        except Exception as error:  # Pillow's readers raise nearly everything
+            words = image_problem(data) or re.sub(" <_io[^>]*>", "", str(error))
+            return [], 0, f"unreadable image: {words}"
+        try:
+            tokens += visual(*sizes[-1])
+        except ValueError:
+            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
+    return sizes, tokens, ""
+
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e77
-_WORST = "the longest with {worst:,} tokens (row {row})"
+_LONGEST = "the longest with {worst:,} tokens (row {row}): "
 _SENTENCES = {
-    "measured": "The prompts of {name} ({count:,}) take {least:,} to {worst:,} tokens, {mean:,.1f} on average, {pictures}.",
-    "problem": "{rows} would be refused, row {row} first: {problem}.",
-    "over max_model_len": "{prompts} would fill max_model_len={max_model_len:,}, " + _WORST + ": vLLM refuses them.",
-    "over max_prompt_length": "{prompts} would exceed max_prompt_length={max_prompt_length:,}, " + _WORST + ": verl stops at the first of them; "
-                              "shrink their images, or leave them out with data.filter_overlong_prompts=True.",
-    "longer than in training": "{prompts} would exceed the {max_prompt_length:,} tokens of training, " + _WORST + ": evaluation reads them whole; "
-                               "verl would stop at the first of them, if they stood in its validation set.",
-    "completion cut": "{prompts} would leave less than max_tokens={max_tokens:,} of max_model_len={max_model_len:,}, " + _WORST + ": "
-                      "a completion may be cut, and an OpenAI-compatible server refuses the request.",
-    "shrunk": "{rows} would have an image shrunk to max_pixels={max_pixels:,}, the largest from {worst:,} pixels (row {row}).",
-    "enlarged": "{rows} would have an image enlarged to min_pixels={min_pixels:,}, the smallest from {worst:,} pixels (row {row}).",
-}
+    "over max_model_len": "{prompts} would fill max_model_len={max_model_len:,}, " + _LONGEST
+    + "vLLM refuses them.",
+    "over max_prompt_length": "{prompts} would exceed max_prompt_length={max_prompt_length:,}, "
+    + _LONGEST + "verl stops at the first of them; shrink their images, or leave them out with "
+    "data.filter_overlong_prompts=True.",
+    "longer than in training": "{prompts} would exceed the {max_prompt_length:,} tokens of "
+    "training, " + _LONGEST + "evaluation reads them whole; verl would stop at the first of them, "
+    "if they stood in its validation set.",
+    "completion cut": "{prompts} would leave less than max_tokens={max_tokens:,} of max_model_len="
+    "{max_model_len:,}, " + _LONGEST + "a completion may be cut, and an OpenAI-compatible server "
+    "refuses the request.",
+    "shrunk": "{rows} would have an image shrunk to max_pixels={max_pixels:,}, the largest from "
+    "{worst:,} pixels (row {row}).",
+    "enlarged": "{rows} would have an image enlarged to min_pixels={min_pixels:,}, the smallest "
+    "from {worst:,} pixels (row {row})."}
+
+# %% ../../nbs/difficulty/32_preflight.ipynb #0d957e78
+def _finding(name: str, kind: str, rows, refused: bool, sentence: str, column: str, facts: dict):
+    "One line of the report; `column` makes one of the rows the extreme, or the first is named."
+    line = {"name": name, "finding": kind, "refused": refused, "count": len(rows), "worst": None}
+    place = rows.index[0]
+    if column:
+        place = rows[column].idxmin() if column == "least_pixels" else rows[column].idxmax()
+        line["worst"] = int(rows[column][place])
+    line["row"], s = int(rows.dataset_index[place]), "" if len(rows) == 1 else "s"
+    words = {what: f"{len(rows):,} {what[:-1]}{s} of {name}" for what in ("rows", "prompts")}
+    line["first_rows"] = " ".join(map(str, rows.dataset_index.head(5)))
+    return line | {"sentence": sentence.format(**line, **words, **facts)}
 
 
-def _finding(
-    name: str,  # of the set
-    kind: str,
-    rows,  # the lines of the table that it is about
-    column: str,  # what makes one of them the extreme; empty where the first is named
-    refused: bool = False,  # whether a run stops at them
-    **facts,  # what else the sentence needs
-) -> dict:
-    "One line of the report."
-    extreme = rows.index[0] if not column else rows[column].idxmin() if column == "least_pixels" else rows[column].idxmax()
-    worst = int(rows[column][extreme]) if column else None
-    row = int(rows.dataset_index[extreme])
-    line = {"name": name, "finding": kind, "refused": refused, "count": len(rows), "worst": worst, "row": row}
-    s = "" if len(rows) == 1 else "s"
-    words = {"rows": f"{len(rows):,} row{s} of {name}", "prompts": f"{len(rows):,} prompt{s} of {name}"}
-    sentence = _SENTENCES.get(kind, _SENTENCES["problem"]).format(**line, **words, **facts)
-    return line | {"first_rows": " ".join(map(str, rows.dataset_index.head(5))), "sentence": sentence}
+def _measure(name: str, fine) -> dict:
+    "The line on a set as a whole."
+    images = "no images"
+    if fine.largest_side.notna().any():
+        images = (f"{fine.image_tokens.mean():,.1f} of them for images, whose longest side is "
+                  f"{fine.largest_side.max():,} pixels")
+    tokens = fine.prompt_tokens
+    sentence = (f"The prompts of {{name}} ({{count:,}}) take {tokens.min():,} to {{worst:,}} "
+                f"tokens, {tokens.mean():,.1f} on average, {images}.")
+    return _finding(name, "measured", fine, False, sentence, "prompt_tokens", {})
+
+# %% ../../nbs/difficulty/32_preflight.ipynb #eae65c66
+def _cases(fine, limits: dict, training: bool) -> dict:
+    "Each kind of finding: which rows it is about, and the column that makes one the extreme."
+    context, tokens = limits["max_model_len"], fine.prompt_tokens
+    cut = (tokens < context) & (tokens + limits["max_tokens"] > context)
+    cases = {
+        "over max_model_len": (tokens >= context, "prompt_tokens"),
+        "over max_prompt_length" if training else "longer than in training":
+            (tokens > (limits["max_prompt_length"] or context), "prompt_tokens"),
+        "completion cut": (cut, "prompt_tokens"),
+        "shrunk": (fine.most_pixels > limits["max_pixels"], "most_pixels"),
+        "enlarged": (fine.least_pixels < limits["min_pixels"], "least_pixels")}
+    return {kind: (fine[which.fillna(False)], column) for kind, (which, column) in cases.items()}
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #eae65c67
 def findings(
-    table,  # what `lengths` returned, of one set
+    table,  # of `lengths`, of one set
     name: str,  # of the set
-    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0 for none), min_pixels, max_pixels
+    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0: none), min_ and max_pixels
     training: bool = True,  # whether verl will read the set
 ):
     "A pandas table: the measure of a set, then a line with a sentence for each kind of finding."
     import pandas as pd
 
-    fine, bad, context = table[table.problem == ""], table[table.problem != ""], limits["max_model_len"]
-    long, most = fine.prompt_tokens, limits["max_prompt_length"] or context
-    cases = [
-        ("over max_model_len", fine[long >= context], "prompt_tokens", True),
-        ("over max_prompt_length" if training else "longer than in training", fine[long > most], "prompt_tokens", training),
-        ("completion cut", fine[(long < context) & (long + limits["max_tokens"] > context)], "prompt_tokens", False),
-        ("shrunk", fine[fine.most_pixels > limits["max_pixels"]], "most_pixels", False),
-        ("enlarged", fine[fine.least_pixels < limits["min_pixels"]], "least_pixels", False),
-    ]
-    lines = [_measured(name, fine)] if len(fine) else []
-    lines += [_finding(name, kind, rows, "", True, problem=rows.problem.iloc[0]) for kind, rows in bad.groupby(bad.problem.str.split(":").str[0])]
-    return pd.DataFrame(lines + [_finding(name, *case, **limits) for case in cases if len(case[1])])
-
-
-def _measured(name: str, fine) -> dict:
-    "The line on a set as a whole."
-    pictures = "no images" if fine.largest_side.isna().all() else (
-        f"{fine.image_tokens.mean():,.1f} of them for images, whose longest side is {fine.largest_side.max():,} pixels")
-    return _finding(name, "measured", fine, "prompt_tokens", least=fine.prompt_tokens.min(), mean=fine.prompt_tokens.mean(), pictures=pictures)
+    fine, bad = table[table.problem == ""], table[table.problem != ""]
+    lines = [_measure(name, fine)] if len(fine) else []
+    for kind, rows in bad.groupby(bad.problem.str.split(":").str[0]):
+        facts = {"problem": rows.problem.iloc[0]}
+        sentence = "{rows} would be refused, row {row} first: {problem}."
+        lines.append(_finding(name, kind, rows, True, sentence, "", facts))
+    for kind, (rows, column) in _cases(fine, limits, training).items():
+        if len(rows):
+            stops = kind.startswith("over")
+            lines.append(_finding(name, kind, rows, stops, _SENTENCES[kind], column, limits))
+    return pd.DataFrame(lines)
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #3fbb3191
 def length_figure(
     tables: dict,  # a name -> what `lengths` returned
     limit: int = 0,  # a line at this many tokens; 0 for none
-):  # -> a plotly Figure
-    "The share of prompts, in percent, that are at most so long: a curve a set, of at most 200 points."
+):
+    "A plotly figure: the share of prompts that are at most so long, a curve of 200 points a set."
     require_package("plotly")
-    import plotly.graph_objects as go
+    import pandas as pd
+    import plotly.express as px
 
-    figure = go.Figure(layout=dict(template="plotly_white", height=380, margin=dict(l=60, r=10, t=60, b=50), legend=dict(orientation="h", y=1.02, yanchor="bottom")))
-    for i, (name, table) in enumerate(tables.items()):
-        tokens, (colour, _, dash) = sorted(table.prompt_tokens), series_style(i)
-        places = sorted({round(i * (len(tokens) - 1) / 199) for i in range(200)})
-        figure.add_scatter(name=f"{name}, n={len(tokens):,}", x=[tokens[i] for i in places], y=[round(100 * (i + 1) / len(tokens), 2) for i in places], mode="lines", line=dict(shape="hv", color=colour, dash=dash))
+    curves, percent = [], [100 * step / 199 for step in range(200)]
+    for name, table in tables.items():
+        tokens = sorted(table.prompt_tokens)
+        shown = [tokens[round((len(tokens) - 1) * share / 100)] for share in percent]
+        curves.append(pd.DataFrame({"set": f"{name}, n={len(tokens):,}", "x": shown, "y": percent}))
+    titles = {"x": "Tokens of the prompt, images included", "y": "Prompts (%)", "set": ""}
+    figure = px.line(
+        pd.concat(curves), "x", "y", color="set", line_dash="set", line_shape="hv", log_x=True,
+        color_discrete_sequence=COLOURS, line_dash_sequence=DASHES, labels=titles, height=380,
+        template="plotly_white")
     if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
-    return figure.update_xaxes(title="Tokens of the prompt, images included", type="log").update_yaxes(title="Prompts (%)", rangemode="tozero")
+    return figure.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #94e7ed1a
 def open_processor(
     model: str,  # what `resolve_model` returned
     max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit
-) -> tuple:  # the processor, and {"max_model_len", "min_pixels", "max_pixels"}
-    "A model's processor with the limits that it and the model's configuration set; the weights are not loaded. `UserError` for a model without pictures."
+) -> tuple:
+    """A model's processor, and its limits: max_model_len, min_pixels and max_pixels.
+
+    The weights are not loaded. `UserError` for a model that reads no images."""
     require_package("torch", "torchvision")
     from transformers import AutoConfig, AutoProcessor
 
     resolve_revision(model)  # which stays off the hub where nobody answers
     try:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False, **pixel_limits(model, max_pixels))
+        more = pixel_limits(model, max_pixels)
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False, **more)
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"The processor of {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"The processor of {model} cannot be loaded: {words}") from None
     images = getattr(processor, "image_processor", None)
-    if images is None or not (hasattr(images, "get_number_of_image_patches") and hasattr(images, "merge_size")):
-        raise UserError(f"The processor of {model} does not say how many tokens a picture takes; preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
+    knows = ("get_number_of_image_patches", "merge_size")
+    if images is None or not all(hasattr(images, name) for name in knows):
+        raise UserError(f"The processor of {model} does not say how many tokens a picture takes; "
+                        "preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
     check_chat_template(processor, model)
-    size = images.size
-    context = config.get_text_config().max_position_embeddings
-    return processor, {"max_model_len": context, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    sizes, context = images.size, config.get_text_config().max_position_embeddings
+    return processor, {"max_model_len": context, "min_pixels": sizes["shortest_edge"],
+                       "max_pixels": sizes["longest_edge"]}
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #78788acd
-def preflight(
-    profile: Profile,  # how much to run, and on what hardware
-    model: str,  # `tiny`, a recipe's name, a folder, or a hub id
-    max_prompt_length: int = 2048,  # the paper's value in RL; 0 for none
-    max_model_len: int = 0,  # 0 for what the model's configuration says
-    show=print,  # takes each sentence
+def check_prompts(
+    sets: Iterable[tuple[str, Iterable[Sample]]],  # names and questions
+    kind: str,  # `corpus`, which verl reads, or `benchmark`
+    processor,
+    limits: dict,  # as for `findings`
+    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
+    show: Callable = print,  # takes each sentence
 ):
-    "The findings on all corpora and test sets of a profile, as one pandas table."
+    "The findings on several question sets as one pandas table, with their kind."
     import pandas as pd
 
-    processor, limits = open_processor(resolve_model(model, Workspace(profile.name).checkpoints), profile.max_pixels)
-    limits |= {"max_prompt_length": max_prompt_length, "max_tokens": profile.max_tokens}
-    limits |= {"max_model_len": max_model_len} if max_model_len else {}
-    instructions = {"corpus": "trained", "benchmark": prompt_format(model, profile.instruction)[0]}
     reports = []
-    for kind in ("corpus", "benchmark"):
-        for name, samples in question_sets(profile, kind):
-            found = findings(lengths(samples, processor, instructions[kind]), f"{kind} {name}", limits, training=kind == "corpus")  # two sets are called pmc_vqa
-            reports.append(found.assign(name=name, model=model, kind=kind))
-            for sentence in found.sentence:
-                show(sentence)
+    for name, samples in sets:
+        table = lengths(samples, processor, instruction)  # two sets are called pmc_vqa
+        found = findings(table, f"{kind} {name}", limits, training=kind == "corpus")
+        reports.append(found.assign(name=name, kind=kind))
+        for sentence in found.sentence:
+            show(sentence)
     return pd.concat(reports, ignore_index=True)
-
-# %% ../../nbs/difficulty/32_preflight.ipynb #4a2a7fbb
-def main(
-    words: list[str],  # [profile] model=NAME [key=value ...]; max_prompt_length and max_model_len too
-):
-    "The command line of the preflight."
-    import pandas as pd
-
-    name, given = parse_words(words)
-    model = given.pop("model", None)
-    own = {key: given.pop(key) for key in ("max_prompt_length", "max_model_len") if key in given}
-    if bad := [key for key, value in own.items() if not value.isdecimal()]:
-        raise UserError(f"{bad[0]} wants a whole number of tokens, not {own[bad[0]]!r}.")
-    profile, limits = load_profile(name, **given), {key: int(value) for key, value in own.items()}
-    reports = [preflight(profile, each, **limits) for each in ([model] if model else profile.models)]
-    report, path = pd.concat(reports, ignore_index=True), Workspace(profile.name).results / "preflight.csv"
-    write_csv(report, path)
-    if (stops := report[report.refused]).empty:
-        return print(f"No row would be refused; the report is {path}.")
-    raise UserError(f"A run would stop: {stops.sentence.iloc[0]} ({len(stops)} such finding{'s' * (len(stops) > 1)} in {path})")
-
-# %% ../../nbs/difficulty/32_preflight.ipynb #51920029
-if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    run_main(main)
