@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'LORA_TARGETS', 'model_config', 'empty_model', 'Parameters', 'count_parameters', 'Row', 'longest_row',
            'Machine', 'machine_of', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'moments',
-           'estimate', 'gib', 'fitting_settings', 'settings_that_fit']
+           'estimate', 'gib', 'fitting_settings', 'suggestions', 'settings_that_fit']
 
 # %% ../../nbs/training/41_memory.ipynb #0c9bafec
 import functools, math, os
@@ -251,7 +251,8 @@ def estimate(
     model: str = "",  # see `plan_of`
 ) -> list[tuple]:  # what, the arithmetic, bytes
     "What lies in the memory of each GPU at the worst moment of a step."
-    return max(moments(plan_of(recipe, settings, machine, row, model)), key=gib)
+    worst = max(moments(plan_of(recipe, settings, machine, row, model)), key=gib)
+    return [line for line in worst if line[2]]
 
 
 def gib(lines: list[tuple]) -> float:
@@ -259,8 +260,8 @@ def gib(lines: list[tuple]) -> float:
     return sum(size for *_, size in lines) / 2**30
 
 # %% ../../nbs/training/41_memory.ipynb #9080a9e3
-def fitting_settings(plan: Plan, settings: TrainingSettings) -> list[TrainingSettings]:
-    "The settings that fit, the first of them nearest to the recipe."
+def fitting_settings(plan: Plan, settings: TrainingSettings) -> dict[TrainingSettings, float]:
+    "The settings that fit and the GiB that they need, the first of them nearest to the recipe."
     own = plan.settings
     sizes = [size for size in range(own.micro_batch, 0, -1) if plan.rows % size == 0]
     if own.micro_batch != sizes[0]:
@@ -269,9 +270,32 @@ def fitting_settings(plan: Plan, settings: TrainingSettings) -> list[TrainingSet
     again = "true" if settings.gradient_checkpointing == "auto" else own.gradient_checkpointing
     tried = [own] + [replace(own, micro_batch=size, gradient_checkpointing=again)
                      for size in (sizes[:1] if settings.micro_batch else sizes)]
-    needs = [max(map(gib, moments(plan._replace(settings=each)))) for each in tried]
-    room = 0.95 * plan.machine.memory
-    return [each for each, need in zip(tried, needs) if need <= room]
+    needs = {each: max(map(gib, moments(plan._replace(settings=each)))) for each in tried}
+    return {each: need for each, need in needs.items() if need <= 0.95 * plan.machine.memory}
+
+# %% ../../nbs/training/41_memory.ipynb #b568dd38
+def suggestions(plan: Plan, model: str = "") -> str:
+    "A sentence with words of a command line with which a plan would fit."
+    machine, ways = plan.machine, []
+    free = replace(plan.settings, nodes=machine.nodes, micro_batch=0, gpu_memory_utilization=0.0,
+                   gradient_checkpointing="auto")
+    more = [(2, 1), (4, 1), (8, 1), (8, 2), (8, 4)] if machine.gpus else []
+    for rank in [free.lora_rank] if free.lora_rank else [0, 32]:
+        for gpus, nodes in [(machine.gpus, machine.nodes), *more]:
+            place = Machine(gpus, machine.memory, nodes)
+            tried = replace(free, lora_rank=rank, gpus=gpus, nodes=nodes)
+            fitting = fitting_settings(plan_of(plan.recipe, tried, place, plan.row, model), tried)
+            if fitting and place.shards >= machine.shards:
+                keys = ("lora_rank", "gpus", "nodes")
+                other = [key for key in keys if getattr(tried, key) != getattr(free, key)]
+                other = other or ["micro_batch", "gradient_checkpointing"]
+                ways.append(_words(next(iter(fitting)), other))
+                break
+    return f"It would fit with {'; or '.join(ways)}." if ways else "Take a smaller model."
+
+
+def _words(settings: TrainingSettings, keys: Iterable[str]) -> str:
+    return " ".join(f"{key}={getattr(settings, key)}" for key in keys)
 
 # %% ../../nbs/training/41_memory.ipynb #37aa3868
 def settings_that_fit(
@@ -290,37 +314,12 @@ def settings_that_fit(
         text = f"vLLM's share does not hold the model of {recipe.name} and its longest answer"
     text += f"; there are {machine.shards} x {machine.memory:.1f} GiB."
     if not (fitting := fitting_settings(plan, settings)):
-        raise UserError(f"{text} {_advice(plan, model)}")
-    share, fits = vllm_share(plan), fitting[0]
+        raise UserError(f"{text} {suggestions(plan, model)}")
+    share, (fits, need) = vllm_share(plan), next(iter(fitting.items()))
     if share > (0.6 if plan.verl else 0.3):
         fits = replace(fits, gpu_memory_utilization=share)
         keys.append("gpu_memory_utilization")
     if fits != plan.settings:
-        show(f"{text} It runs with {_words(fits, keys)}; an update keeps all of its rows, so "
-             "results are equal up to rounding.")
+        show(f"{text} It runs with {_words(fits, keys)} and {need:.1f} GiB. An update keeps all "
+             "of its rows, so results are equal up to rounding.")
     return fits
-
-
-def _words(settings: TrainingSettings, keys: Iterable[str]) -> str:
-    return " ".join(f"{key}={getattr(settings, key)}" for key in keys)
-
-
-def _advice(plan: Plan, model: str) -> str:
-    "The least GPUs with which a plan would fit, and with LoRA."
-    machine, ways = plan.machine, []
-    free = replace(plan.settings, micro_batch=0, gradient_checkpointing="auto",
-                   gpu_memory_utilization=0.0)
-    more = [(2, 1), (4, 1), (8, 1), (8, 2), (8, 4)] if machine.gpus else []
-    for rank in sorted({free.lora_rank, 32}):
-        for gpus, nodes in [(machine.gpus, machine.nodes), *more]:
-            place = Machine(gpus, machine.memory, nodes)
-            tried = replace(free, lora_rank=rank, gpus=gpus)
-            fitting = fitting_settings(plan_of(plan.recipe, tried, place, plan.row, model), tried)
-            if fitting and place.shards >= machine.shards:
-                changes = {"lora_rank": rank != free.lora_rank, "gpus": gpus != machine.gpus,
-                           "nodes": nodes != machine.nodes}
-                keys = [key for key, change in changes.items() if change]
-                keys = keys or ["micro_batch", "gradient_checkpointing"]
-                ways.append(_words(replace(fitting[0], nodes=nodes), keys))
-                break
-    return f"It would fit with {'; or '.join(ways)}." if ways else "Take a smaller model."

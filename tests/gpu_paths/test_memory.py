@@ -62,7 +62,7 @@ def test_every_gpu_takes_whole_micro_batches_of_an_update(recipe):
 def test_mini_fits_a_card_of_24_gib_and_says_what_changed(name, engine):
     fits, need, said = decided(name, replace(MINI, engine=engine), Machine(1, 24.0))
     assert need <= 0.95 * 24 and (fits.micro_batch, fits.gradient_checkpointing) == (1, "true")
-    assert said.startswith(name) and "It runs with micro_batch=1 gradient_checkpointing=true" in said and "equal up to rounding" in said
+    assert said.startswith(name) and f"and {need:.1f} GiB. An update keeps" in said and "equal up to rounding" in said
     by_vllm = engine == "vllm" and "RL" in name  # whose usual share, 0.3, does not hold the model
     assert fits.gpu_memory_utilization == (0.5 if by_vllm else 0.0) and ("gpu_memory_utilization=0.5" in said) == by_vllm
 
