@@ -151,10 +151,11 @@ def plan_of(
     settings = replace(settings, micro_batch=settings.micro_batch or size)
     if settings.gradient_checkpointing == "auto":
         settings = replace(settings, gradient_checkpointing="true" if again else "false")
-    model = model if os.path.isdir(model) else recipe.size
-    n = count_parameters(model, settings.lora_rank, how.freeze_vision)
+    row, model = row or longest_row(recipe), model if os.path.isdir(model) else recipe.size
+    frozen = how.freeze_vision or not (row.image or verl)  # as 42_sft does it for text
+    n = count_parameters(model, settings.lora_rank, frozen)
     c = 2 if gpu and settings.dtype != "float32" else 4
-    return Plan(recipe, settings, machine, row or longest_row(recipe), n, rows, verl, c)
+    return Plan(recipe, settings, machine, row, n, rows, verl, c)
 
 # %% ../../nbs/training/41_memory.ipynb #184394bf
 def states(plan: Plan) -> list[tuple]:  # what, the arithmetic, bytes
