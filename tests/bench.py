@@ -288,20 +288,20 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 
 
 
 def random_model(folder: Path, shape) -> Path:
-    "A model of a given shape with random weights, under the embedded tokenizer and processor."
+    "A model with the shape of another one's text config and random weights, under the embedded tokenizer and processor."
     import torch
     from medvlthinker.generation.tiny_model import tiny_config, tiny_processor
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     cut = tiny_processor()
     config = tiny_config(cut.tokenizer)
-    half = shape.hidden // shape.heads // 2
+    half = shape.hidden_size // shape.num_attention_heads // 2
     sections = [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]
-    text = {"hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-            "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied, "layer_types": ["full_attention"] * shape.layers,
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings", "layer_types")
+    text = {**{key: getattr(shape, key) for key in same},
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}}
     config.text_config.update(text)
-    config.tie_word_embeddings, config.vision_config.out_hidden_size = shape.tied, shape.hidden
+    config.tie_word_embeddings, config.vision_config.out_hidden_size = shape.tie_word_embeddings, shape.hidden_size
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         net = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
@@ -348,14 +348,15 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
 def gpu_training():
     "Tokens a second, and the share of the GPU's arithmetic, in SFT and GRPO of a model of the shape of Qwen2.5-VL-3B with random weights; measured where there is a GPU."
     import torch
-    from medvlthinker.training.fit import SHAPES, parameters
+    from medvlthinker.training.memory import count_parameters, model_config
 
     if not torch.cuda.is_available():
         raise NotHere("there is no GPU; it would be tokens a second and FLOP/s utilisation of training")
-    name, shape = torch.cuda.get_device_name(), SHAPES["Qwen/Qwen2.5-VL-3B-Instruct"]
+    name, shape = torch.cuda.get_device_name(), model_config("3B").text_config
+    weights = shape.num_hidden_layers * count_parameters("3B").layer
     peak = next((value for key, value in PEAKS.items() if key in name), None)
     for what, rate, work in training_rates(shape, 1):
-        used = f", {100 * work * parameters(shape)['layers'] * rate / peak:.1f} % of its bfloat16 arithmetic" if peak else ""
+        used = f", {100 * work * weights * rate / peak:.1f} % of its bfloat16 arithmetic" if peak else ""
         print(f"    {what} on one {name}: {rate:,.0f} tokens/s{used}")
         yield rate, f"{what}: tokens a second on one {name}"
 

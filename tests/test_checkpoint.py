@@ -1,4 +1,4 @@
-"""Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills, a hub that listens, memory measured against the estimate."""
+"""Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills, and a hub that listens."""
 import http.server
 import importlib.util
 import json
@@ -393,95 +393,5 @@ def test_bad_command_lines_are_one_sentence(home, tmp_path):
     says(python("-m", "medvlthinker.app.commands", "push", tmp_path, "a/b"), "holds no model")
 
 
-# The estimate of memory against memory: a text model wide and long enough that tensors outweigh Python, without images
-WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}}
-TOWER = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": 512}
-SETTINGS = {"full": {}, "checkpointing": {"gradient_checkpointing": True}, "lora": {"lora_rank": 16}, "more_rows": {"micro_batch": 8}, "grpo": {"method": "RL"}}
-
-
-def wide_model(vocabulary: int = 8192):
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=WIDE | {"vocab_size": vocabulary}, vision_config=TOWER, tie_word_embeddings=True,
-                                                               image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4))
-
-
-def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpointing=False, vocabulary=8192, prompt=64) -> None:
-    "Two updates in a plain loop: cross-entropy over all tokens, or GRPO's loss with a reference model as TRL computes it."
-    import torch
-
-    net = wide_model(vocabulary)
-    reference = wide_model(vocabulary).requires_grad_(False) if method == "RL" else None
-    if gradient_checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        net = get_peft_model(net, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
-        net.enable_input_require_grads()
-    stepper = torch.optim.AdamW([weight for weight in net.parameters() if weight.requires_grad], lr=1e-4)
-    whole = torch.randint(5, vocabulary, (micro_batch, prompt + answer))
-    for ids in (whole[:1, :answer + 8], whole):  # the first update makes the optimizer's state, for which a part of the batch does; the second is the one that peaks
-        if method == "SFT":
-            net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        else:
-            from trl.trainer.utils import selective_log_softmax
-
-            said = ids[:, -answer:]
-            known = lambda model: selective_log_softmax(model(input_ids=ids, logits_to_keep=answer + 1, use_cache=False).logits[:, :-1] / 0.9, said)
-            with torch.no_grad():
-                old, start = known(net), known(reference)
-            now = known(net)
-            loss = -torch.exp(now - old).clamp(0.8, 1.2) + 0.01 * (torch.exp(start - now) - (start - now) - 1)
-            loss.mean().backward()
-        stepper.step()
-        stepper.zero_grad()
-
-
-def measure(setting: str) -> None:
-    "Print by how many bytes the resident memory grows at most during the steps of a setting."
-    import ctypes
-    import gc
-
-    import torch
-
-    torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
-    given = SETTINGS[setting]
-    steps(**given | {"micro_batch": 1, "answer": 8, "vocabulary": 512})  # loads what is loaded late
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    here = lambda key: next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    before = here("VmRSS")
-    steps(**given)
-    print(here("VmHWM") - before)
-
-
-def estimated(setting: str) -> float:
-    "Bytes that the estimate gives for a setting, without the constant for Python and libraries."
-    from medvlthinker.training.fit import Machine, Plan, Row, Shape, estimate
-
-    given = SETTINGS[setting]
-    shape = Shape(512, 1408, 8, 8, 2, 8192, True, v_hidden=64, v_inner=128, v_layers=2)
-    rows, method = given.get("micro_batch", 4), given.get("method", "SFT")
-    plan = Plan(setting, method, "trl", Row(64, 0, given.get("answer", 448)), batch=1, micro_batch=rows, lora_rank=given.get("lora_rank", 0),
-                gradient_checkpointing=given.get("gradient_checkpointing", False), reference=method == "RL", whole_logits=True)
-    return sum(size for what, _, size in estimate(shape, plan, Machine(0, 64.0)) if "libraries" not in what)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_estimate_of_memory_is_within_a_quarter(setting):
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("peak memory is read from Linux's /proc; this machine has none")
-    done = warm.run(__file__, "measure", setting, cwd=ROOT)
-    measured, expected = int(done.stdout.split()[-1]), estimated(setting)
-    print(f"{setting:20} measured {measured / 2**20:7.0f} MiB, estimated {expected / 2**20:7.0f} MiB, {100 * (expected / measured - 1):+.1f} %")
-    assert abs(expected / measured - 1) <= 0.25
-
-
 if __name__ == "__main__":
-    measure(sys.argv[2]) if sys.argv[1] == "measure" else train_sharded(*sys.argv[1:])
+    train_sharded(*sys.argv[1:])

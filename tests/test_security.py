@@ -183,12 +183,12 @@ from medvlthinker.training.checkpoint import merge
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
-from medvlthinker.training.fit import shape_of
+from medvlthinker.training.memory import model_config
 from medvlthinker.difficulty.preflight import open_processor
 from transformers import AutoConfig
 
 request = Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
-ways = {"engine": lambda model: list(open_engine(EngineSettings(model=model)).answer([request])), "processor": open_processor, "shape": shape_of, "merge": lambda model: merge(model, model, f"{model}-merged"),
+ways = {"engine": lambda model: list(open_engine(EngineSettings(model=model)).answer([request])), "processor": open_processor, "shape": model_config, "merge": lambda model: merge(model, model, f"{model}-merged"),
         "trusting": lambda model: AutoConfig.from_pretrained(model, trust_remote_code=True)}
 for what in sys.argv[2:]:
     way, model = what.split("=")
