@@ -7,7 +7,8 @@
 #
 # and the others:
 #
-#   ./reproduce.sh setup [full]                only make .venv; `full` adds vLLM, verl and Ray
+#   ./reproduce.sh setup [full | cpu]          make .venv, or bring it up to date: with a GPU the full set, else a smaller one; `full` adds vLLM,
+#                                              verl and Ray, `cpu` ignores a GPU. Every other verb takes the .venv that is there as it is
 #   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
 #   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
 #   ./reproduce.sh status [PROFILE] [...]      how far a run has come: done, stale and because of what, running, missing, failed; touches nothing
@@ -100,21 +101,57 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
 
 # full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM.
 wanted_set() {
-    if has_gpu; then echo full-gpu
+    if [ "${1:-}" = cpu ]; then echo default
+    elif has_gpu; then echo full-gpu
     elif [ "${1:-}" = full ] || [ "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" = full-cpu ]; then echo full-cpu
     else echo default; fi
 }
 
-setup() {
-    local set lock state
-    set=$(wanted_set "${1:-}")
-    lock=locks/requirements-$set.lock
-    [ "$set" = default ] && lock=locks/requirements.lock
-    state="$set $(cat "$lock" pyproject.toml locks/compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16) $PWD"
-    [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$state" ] && return
+lock_of() { if [ "$1" = default ]; then echo locks/requirements.lock; else echo "locks/requirements-$1.lock"; fi; }
+state_of() { cat "$(lock_of "$1")" pyproject.toml locks/compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16; }
 
-    say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB)."
+DRIVER=580  # the oldest driver with CUDA 13, for which the torch of the registry is built
+
+check_driver() {  # an old driver would end in a torch that sees no GPU; TORCH_INDEX may name a torch for another CUDA
+    local driver
+    [ -z "${TORCH_INDEX:-}" ] || return 0
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)
+    [[ $driver =~ ^[0-9]+ ]] || return 0
+    [ "${BASH_REMATCH[0]}" -ge "$DRIVER" ] ||
+        stop "the NVIDIA driver of this machine is $driver, and torch is built for CUDA 13, which needs $DRIVER or newer: it would see no GPU; update the driver, name a torch for an older CUDA (TORCH_INDEX), or call ./reproduce.sh setup cpu"
+}
+
+check_compiler() {  # Triton compiles its kernels on the machine where they run
+    command -v cc > /dev/null || command -v gcc > /dev/null || command -v clang > /dev/null ||
+        say "There is no C compiler on this machine; vLLM and torch.compile need one (Debian: gcc)."
+    "$VENV/bin/python" -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        say "There are no headers of Python on this machine; vLLM and torch.compile need them (Debian: python3-dev)."
+}
+
+mend_moved() {  # programs in .venv/bin begin with the path of its Python, and JupyterLab's kernel names it
+    say "This clone was at $1 when $VENV was made: its programs are mended."
+    "$VENV/bin/python" - "$1/$VENV" "$PWD/$VENV" << 'PYTHON'
+import pathlib, sys
+before, now = (place.encode() for place in sys.argv[1:])
+venv = pathlib.Path(sys.argv[2])
+for path in [venv / "pyvenv.cfg", *(venv / "bin").iterdir(), *(venv / "share").rglob("*.json")]:
+    if path.is_file() and not path.is_symlink() and before in (text := path.read_bytes()) and b"\0" not in text:
+        path.write_bytes(text.replace(before, now))
+PYTHON
+}
+
+setup() {
+    local set lock hash place
+    set=$(wanted_set "${1:-}")
+    lock=$(lock_of "$set")
+    hash=$(state_of "$set")
+    read -r _ _ place 2> /dev/null < "$VENV/.set-up" || place=$PWD
+    [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$set $hash $PWD" ] && return
+    [ "$set" = full-gpu ] && check_driver
+
+    say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB; with a GPU: 10 GB, 4.3 GB of it downloaded)."
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2> /dev/null || make_venv "$(find_python)"
+    [ -e "$VENV/.set-up" ] && [ "$place" != "$PWD" ] && mend_moved "$place"
     rm -f "$VENV/.set-up"
     install --no-deps --require-hashes -r "$lock"
     # Torch is not in the locks: its build depends on the machine. An exact version lets a CPU build win where one is offered.
@@ -125,7 +162,33 @@ setup() {
     install --no-deps --no-build-isolation "${local_packages[@]}" --editable .
     "$VENV/bin/python" -c 'import torch, transformers
 print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else "CPU", f"· transformers {transformers.__version__}")'
-    printf '%s\n' "$state" > "$VENV/.set-up"
+    printf '%s\n' "$set $hash $PWD" > "$VENV/.set-up"
+    if [ "$set" = full-gpu ]; then
+        check_compiler
+        "$VENV/bin/python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+            stop "nvidia-smi lists a GPU, but torch sees none: its build does not fit the driver ($(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)); update the driver, or name a torch that fits (TORCH_INDEX) and call ./reproduce.sh setup again"
+    fi
+}
+
+# Before every verb but setup: the environment that is there is used as it is, and only where there is none it is made. A login node
+# without GPUs shares its disk with the nodes that have them: `status` there must not change what a job is using.
+ready() {
+    local set hash place wanted
+    read -r set hash place 2> /dev/null < "$VENV/.set-up" || { setup; return; }
+    [ "$place" = "$PWD" ] || stop "this clone was at $place when $VENV was made, and its programs still point there; ./reproduce.sh setup mends it"
+    wanted=$(wanted_set)
+    if [ "$set" != "$wanted" ]; then
+        say "$VENV holds the set $set, and this machine would get $wanted; it is used as it is (./reproduce.sh setup changes it)." >&2
+    elif [ "$hash" != "$(state_of "$set")" ]; then
+        say "The locks are newer than $VENV; it is used as it is (./reproduce.sh setup brings it up to date)." >&2
+    fi
+}
+
+need_full() {
+    case "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" in
+        full-*) ;;
+        *) stop "these tests need vLLM, verl and Ray; ./reproduce.sh setup full installs them" ;;
+    esac
 }
 
 # --- the verbs -------------------------------------------------------------------------------------------------------------
@@ -161,39 +224,43 @@ case "${1:-}" in
     -h | --help | help)
         sed -n '2,/^$/s/^# \{0,1\}//p' "$0" ;;
     setup)
-        setup "${2:-}"; say "Ready: $VENV" ;;
+        case "${2:-}" in
+            "" | full | cpu) setup "${2:-}"; say "Ready: $VENV" ;;
+            *) stop "setup knows the words full and cpu, and not $2" ;;
+        esac ;;
     test)
         shift
-        if [ "${1:-}" = all ] || [ "${1:-}" = heavy ]; then setup full; else setup; fi
+        ready
+        if [ "${1:-}" = all ] || [ "${1:-}" = heavy ]; then need_full; fi
         run_tests "$@" ;;
     train)
-        shift; setup; run medvlthinker.app.commands train "$@" ;;
+        shift; ready; run medvlthinker.app.commands train "$@" ;;
     results)
-        setup; run medvlthinker.app.pipeline "$@" ;;
+        ready; run medvlthinker.app.pipeline "$@" ;;
     compare)
-        setup; run medvlthinker.results.contract "$@" ;;
+        ready; run medvlthinker.results.contract "$@" ;;
     rollout)
-        shift; setup; run medvlthinker.results.ask "$@" ;;
+        shift; ready; run medvlthinker.results.ask "$@" ;;
     preflight | look | parity | regrade | exchange | merge | push)
-        setup; run medvlthinker.app.commands "$@" ;;
+        ready; run medvlthinker.app.commands "$@" ;;
     status | verify)
-        verb=$1; shift; setup; run "medvlthinker.app.$verb" "$@" ;;
+        verb=$1; shift; ready; run "medvlthinker.app.$verb" "$@" ;;
     card)
-        shift; setup; run medvlthinker.app.crate "$@" ;;
+        shift; ready; run medvlthinker.app.crate "$@" ;;
     bench)
-        shift; setup; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
+        shift; ready; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
     lab)  # nobody is asked for news, updates or extensions
-        shift; setup
+        shift; ready
         mkdir -p "$VENV/etc/jupyter/labconfig"
         say '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > "$VENV/etc/jupyter/labconfig/page_config.json"
         exec "$VENV/bin/python" -m jupyterlab --ip=127.0.0.1 --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None \
             --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly "$@" ;;
     docs)
-        shift; setup; run medvlthinker.app.site build "$@" ;;
+        shift; ready; run medvlthinker.app.site build "$@" ;;
     clean)
         rm -rf _runs _docs _site_src; say "Removed _runs and _docs."
         # a folder that somebody named may hold more than ours: it is theirs to delete
         [ -n "${MEDVLTHINKER_HOME:-}" ] && say "Left alone: MEDVLTHINKER_HOME, $MEDVLTHINKER_HOME." || true ;;
     *)
-        setup; run medvlthinker.app.pipeline run "$@" ;;
+        ready; run medvlthinker.app.pipeline run "$@" ;;
 esac

@@ -83,7 +83,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def vllm_server(warm_tiny, tmp_path_factory):
     "`vllm serve` on the CPU; the model's generation_config has what nobody should take over."
-    pytest.importorskip("vllm", reason="vllm is not installed; ./reproduce.sh test all installs it")
+    pytest.importorskip("vllm", reason="vllm is not installed; ./reproduce.sh setup full installs it")
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(warm_tiny, folder / "tiny")
     config = folder / "tiny" / "generation_config.json"

@@ -39,6 +39,7 @@ CI = {  # .ci/run calls them itself, before or after this test: command -> how t
     "./reproduce.sh test": "./reproduce.sh test",
     "./reproduce.sh test heavy": "./reproduce.sh test heavy",
     "./reproduce.sh setup": "./reproduce.sh setup",
+    "./reproduce.sh setup full": "./reproduce.sh setup full",
     "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC": "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC",  # of the run above it
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
     ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",

@@ -1,4 +1,4 @@
-"""What needs verl, which `./reproduce.sh test all` installs: it agrees with us about the same files."""
+"""What needs verl, which `./reproduce.sh setup full` installs: it agrees with us about the same files."""
 import importlib.util
 from pathlib import Path
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.heavy
 
 def need(module: str) -> None:
     if not importlib.util.find_spec(module):
-        pytest.skip(f"{module} is not installed; ./reproduce.sh test all installs it")
+        pytest.skip(f"{module} is not installed; ./reproduce.sh setup full installs it")
 
 
 def test_verl_loads_our_reward_by_path():

@@ -44,7 +44,7 @@ def project(chromium, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lab") / "project"
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(ROOT / "settings.ini", folder)
-    script, found = re.subn(r"(\n    lab\).*\n +shift; )setup\n", r"\1\n", (ROOT / "reproduce.sh").read_text())  # set up it is
+    script, found = re.subn(r"(\n    lab\).*\n +shift; )ready\n", r"\1\n", (ROOT / "reproduce.sh").read_text())  # set up it is
     assert found == 1
     (folder / "reproduce.sh").write_text(script)
     (folder / ".venv").symlink_to(sys.prefix)

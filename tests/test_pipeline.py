@@ -175,13 +175,22 @@ def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
     "Every command of the paper, in order, with its hardware, what it reads and writes; nothing is touched."
     done = python("-m", "medvlthinker.app.pipeline", "run", "paper", "--dry-run", *words)
     assert done.returncode == 0, done.stderr
-    steps = dict(part.split("\n", 1) for part in done.stdout.split("\n\n") if part.strip())
+    first, *parts, last = [part for part in done.stdout.split("\n\n") if part.strip()]
+    assert first.startswith("paper: ") and first.splitlines()[:2] == last.strip().splitlines(), "the sums stand at both ends"
+    steps = dict(part.split("\n", 1) for part in parts)
+    assert list(steps) == [line.split()[0] for line in first.splitlines()[2:2 + len(steps)]]
     trained = [name for name in steps if name.startswith("3_train")]
     assert len(trained) == (1 if any("recipes" in word for word in words) else 13)
     written = set()
     for name, text in steps.items():
-        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:6])
-        assert {"hardware", "reads", "writes", "notebook"} <= lines.keys(), name
+        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:8])
+        assert {"hardware", "takes", "reads", "writes", "notebook"} <= lines.keys(), name
+        for line in text.splitlines():
+            if re.match(r"  (command|merge|call|notebook) ", line):
+                assert line.split()[1].startswith("/") and (" call " in line or os.access(line.split()[1], os.X_OK)), f"cannot be pasted anywhere: {line}"
+        if name.startswith("3_train"):
+            assert "distributed_type" not in text or "1 node of 1 GPU" not in text, "one process is no FSDP"
+            assert f"commands merge paper recipe={name.removeprefix('3_train-')}" in text
         written.update(lines["writes"].split(", "))
         for read in lines["reads"].split(", "):  # what is read comes from the hub or from an earlier step
             assert read.startswith(("Qwen/", "the sources", "results/")) or any(read.startswith(place.split("*")[0]) for place in written), f"{name} reads {read}"

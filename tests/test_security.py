@@ -494,7 +494,7 @@ def test_what_serves_listens_here_only(tmp_path):
 def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
     "Every process of Ray, and of the work on it, from the start of a rollout to its end."
     if not importlib.util.find_spec("ray"):
-        pytest.skip("ray is not installed; ./reproduce.sh test all installs it")
+        pytest.skip("ray is not installed; ./reproduce.sh setup full installs it")
     words, found = ["medvlthinker.results.ask", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log) as process:
         while process.poll() is None:

@@ -158,7 +158,7 @@ def test_it_answers_in_the_format_and_above_chance(warm_tiny):
 @pytest.mark.heavy
 def test_verl_reads_it(barely, tmp_path):
     if importlib.util.find_spec("verl") is None:
-        pytest.skip("verl is not installed; ./reproduce.sh test all installs it")
+        pytest.skip("verl is not installed; ./reproduce.sh setup full installs it")
     import datasets
     from omegaconf import OmegaConf
     from verl.utils import hf_processor, hf_tokenizer

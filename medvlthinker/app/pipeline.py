@@ -5,31 +5,31 @@
 # %% auto #0
 __all__ = ['RESULTS', 'TRAINING', 'Step', 'steps', 'paper_notebook', 'notebook_code', 'imported_modules', 'code_inputs',
            'step_inputs', 'executed', 'run_manifest', 'in_words', 'why_stale', 'forecast', 'error_line', 'lock_folder',
-           'execute', 'run', 'shortened', 'dry_run', 'main']
+           'execute', 'run', 'shortened', 'step_cost', 'summary', 'dry_run', 'main']
 
 # %% ../../nbs/app/73_pipeline.ipynb #4f6c35fd
-import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, json, os, shlex, signal, threading, time
+import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, json, os, shlex, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .. import NOUNS
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_record, write_record, stale_reason, write_error, atomic_write
-from ..core.commands import run_main, redact_file, redact
-from ..core.commands import find_path, project_root
+from ..core.commands import find_path, project_root, redact, redact_file, run_main
 from ..results.profile import Profile, Workspace, overrides, load_profile, parse_words
 from ..data.corpora import has_corpora
+from .cost import RATES, Cost, asking_cost, data_cost, free_bytes, refuse_small_disk, total_cost, training_cost
 from .crate import write_cards
 from ..generation.engine import check_nodes, copies, vllm_arguments
-from ..results.ask import ask_words
-from ..training.grpo import beside
+from ..results.ask import ask_words, evaluation_samplings, training_places
 from ..generation.request import Sampling
 from ..results.report import stored_records
-from ..training.recipe import RECIPES, Recipe, wanted
-from ..results.ask import evaluation_samplings
+from ..generation.request import Hardware
+from ..training.memory import estimate, gib, machine_of, settings_that_fit
+from ..training.recipe import RECIPES, Recipe, TrainingSettings, wanted
 from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
-from ..training.train import outline, uses_verl
+from ..training.train import printed_command, uses_verl
 
 # %% ../../nbs/app/73_pipeline.ipynb #670e4509
 RESULTS = ("5_results", "6_audit")  # what only reads what the others left
@@ -125,7 +125,8 @@ def _imported(code: str, floor: str = "") -> frozenset[str]:
     return frozenset(found)
 
 # %% ../../nbs/app/73_pipeline.ipynb #86133176
-TRAINING = ("recipes", "trainer", "max_steps", "lora_rank", "report_to")  # keys of a profile that only training reads
+_ALL = {*(field.name for field in dataclasses.fields(Hardware)), "seed", "max_rejected", "extend"}
+TRAINING = tuple(field.name for field in dataclasses.fields(TrainingSettings) if field.name not in _ALL)  # keys that only training reads
 
 
 def code_inputs(
@@ -414,6 +415,7 @@ def run(
     from doit.doit_cmd import DoitMain
 
     check_nodes(profile)
+    refuse_small_disk([RECIPES[step.value] for step, reason in forecast(profile).items() if step.parameter == "recipe" and reason and not again], profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
@@ -466,27 +468,126 @@ def shortened(
     "The beginning of a long reason."
     return reason if len(reason) <= width else reason[:width - 4] + " ..."
 
+# %% ../../nbs/app/73_pipeline.ipynb #c7300001
+def step_cost(
+    step: Step,  # one of those that `steps` lists
+    profile: Profile,
+) -> Cost:
+    "What a step takes, by estimate."
+    if step.notebook == "1_data":
+        return data_cost(profile)
+    if step.notebook == "2_difficulty":
+        ways = [Sampling(n=profile.rollouts, temperature=1.0, max_tokens=profile.max_tokens)]
+        return asking_cost(profile.models[0], profile, ways, "corpus")
+    if step.notebook == "3_train":
+        return training_cost(RECIPES[step.value], profile)
+    if step.notebook == "4_evaluate":
+        return asking_cost(step.value, profile, evaluation_samplings(profile, step.value))
+    return Cost()
+
+# %% ../../nbs/app/73_pipeline.ipynb #c7300003
+def _hours(hours: tuple[float, float, float]) -> str:
+    "Likely hours, and from how many to how many."
+    least, likely, most = (f"{each:,.1f}" if each < 10 else f"{each:,.0f}" for each in hours)
+    return f"{likely} ({least} to {most})"
+
+
+def _amounts(cost: Cost, downloads: float) -> list[str]:
+    "A line of the summary: GPUs, hours, GPU hours, GB to fetch, GB that stay."
+    known = cost.gpus and cost.gpu_hours[1]
+    hours = _hours(cost.hours) if known else "-"
+    size = lambda amount: f"{amount / 1e9:,.1f}" if amount else "-"
+    return [str(cost.gpus or "CPU"), hours, f"{cost.gpu_hours[1]:,.0f}" if known else "-",
+            size(downloads), size(cost.disk)]
+
+
+def _sentences(profile: Profile, total: Cost) -> list[str]:
+    "What stands under the summary: where the numbers come from, and whether the disk is large enough."
+    root = Workspace(profile.name).root
+    free, needed = free_bytes(root), total.disk + sum(total.downloads.values())
+    small = "; that is too little: the run would be refused" if total.disk > free else ""
+    lines = [f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are wanted{small}."]
+    if total.gpu_hours[1]:
+        lines += ["Hours are estimates for H100s: operations counted, by a share of the GPU's peak. Starting engines is not counted; an A100 takes about three times as long."]
+        lines += [f"  {work:8} {rate.low:g} to {rate.high:g} % of the peak: {rate.source}" for work, rate in RATES.items()]
+        lines += ["What a GPU machine needs beside GPUs stands in README.md, under Hardware."]
+    return lines
+
+# %% ../../nbs/app/73_pipeline.ipynb #c7300004
+def summary(
+    profile: Profile,
+    reasons: dict[Step, str],  # what `forecast` returned
+) -> str:
+    "What a run takes: its sum, a line for each step that is to run, and where the numbers come from."
+    costs = {step: step_cost(step, profile) for step, reason in reasons.items() if reason}
+    total, seen, lines = total_cost(costs.values()), dict[str, float](), []
+    for step, cost in costs.items():
+        new = {name: size for name, size in cost.downloads.items() if name not in seen}
+        seen |= new
+        lines.append((step.name, *_amounts(cost, sum(new.values()))))
+    least, likely, most = (sum(cost.hours[place] for cost in costs.values()) for place in range(3))
+    whole = _amounts(total, sum(seen.values()))
+    whole[1] = _hours((least, likely, most)) if likely else "-"
+    head = (f"{profile.name}: {len(costs)} of {len(reasons)} steps to run", "GPUs", "hours, one after the other", "GPU hours", "GB to fetch", "GB kept")
+    table = [head, ("all together", *whole), *lines]
+    widths = [max(len(line[place]) for line in table) for place in range(len(head))]
+    text = ["  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths))) for line in table]
+    return "\n".join(text + _sentences(profile, total))
+
 # %% ../../nbs/app/73_pipeline.ipynb #b9ce854f
 def _outline(step: Step, profile: Profile) -> dict[str, str]:
     "Command, hardware, inputs and outputs of a step."
     source = profile.source
     words = {"profile": profile.name, **({step.parameter: step.value} if step.value else {}), **overrides(profile)}
-    call = f"papermill nbs/paper/{step.notebook}.ipynb - -k python3 " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in words.items())
+    call = [sys.executable, "-m", "papermill", str(paper_notebook(step.notebook)), "-", "-k", "python3"]
+    call += [word for key, value in words.items() for word in ("-p", key, str(value))]
     place = lambda model: f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
     sampled = [Sampling(n=profile.rollouts, temperature=1.0)]
     return {"1_data": lambda: {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv", "hardware": "CPU"},
             "2_difficulty": lambda: {"reads": f"samples/{source}/corpus/, {place(profile.models[0])}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
                                      **_asking(profile, {profile.models[0]: sampled}, "corpus")},
-            "3_train": lambda: outline(RECIPES[step.value], profile, Workspace(profile.name)) | _trains(RECIPES[step.value], profile),
+            "3_train": lambda: _training(RECIPES[step.value], profile),
             "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **_asking(profile, {step.value: evaluation_samplings(profile, step.value)})},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
-            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": call}
+            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": shlex.join(call)}
 
 
 def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = "benchmark") -> dict[str, str]:
     "The commands that ask models in these ways, and what their engine is told."
-    commands = [shlex.join(["python", *ask_words(profile, model, ways, kind)]) for model, ways in samplings.items()]
+    commands = [shlex.join([sys.executable, *ask_words(profile, model, ways, kind)]) for model, ways in samplings.items()]
     return {"command": "\n".join(commands), **_answers(profile)}
+
+
+def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
+    "The command that trains and merges a recipe, that of the trainer below it, and what is told whom."
+    data, checkpoints, logs = training_places(recipe, profile)
+    nodes, gpus, root = profile.nodes or recipe.nodes, profile.gpus, Workspace(profile.name).root
+    inside = lambda path: str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else str(path)
+    first, _, step = recipe.init.partition("@")
+    start = checkpoints / first if first in RECIPES or first == "tiny" else profile.base or first
+    words = [profile.name, f"recipe={recipe.name}", *(f"{key}={value}" for key, value in overrides(profile).items() if key != "recipes")]
+    command = [sys.executable, "-m", "medvlthinker.app.commands"]
+    commands = [shlex.join([*command, "train", *words])]
+    if step:  # a checkpoint on the way of another run, which nothing else merges
+        before = [word.replace(f"recipe={recipe.name}", f"recipe={first}") for word in words]
+        commands.insert(0, shlex.join([*command, "merge", *before, f"step={step}"]))
+    fitting, memory = _fitting(recipe, profile)
+    return {"hardware": f"{nodes} node{'s' * (nodes > 1)} of {gpus} GPU{'s' * (gpus > 1)}" if gpus else "CPU",
+            "memory": memory, **_trains(recipe, fitting), "reads": f"{inside(start)}, {inside(data)}", "writes": inside(checkpoints / recipe.name),
+            "command": "\n".join(commands), "merge": f"{shlex.join([*command, 'merge', *words])}  # after the call; the command does it by itself",
+            "call": printed_command(recipe, fitting, data, checkpoints, logs)}
+
+
+def _fitting(recipe: Recipe, profile: Profile) -> tuple[TrainingSettings, str]:
+    "The settings with which a recipe fits the GPUs, and a sentence on that."
+    said: list[str] = []
+    try:
+        fitting = settings_that_fit(recipe, profile, show=said.append)
+    except UserError as error:  # the run would say so, and stop
+        return profile, f"does not fit: {error}"
+    lines = estimate(recipe, fitting, machine_of(profile, recipe.nodes))
+    need = f"{gib(lines):.1f} GiB at the longest row and answer"
+    return fitting, "; ".join([need, *said])
 
 
 def _answers(profile: Profile) -> dict[str, str]:
@@ -512,24 +613,31 @@ def _copies(profile: Profile, shared: int) -> str:
     return f", {count} cop{'ies' if count > 1 else 'y'} of the model on {shared} each"
 
 
-def _trains(recipe: Recipe, profile: Profile) -> dict[str, str]:
-    "What accelerate, and vLLM beside the model that learns, are told; verl has all of that in its call."
-    if uses_verl(recipe, profile):
+def _trains(recipe: Recipe, settings: TrainingSettings) -> dict[str, str]:
+    "What accelerate is told; verl has all of that in its call."
+    if uses_verl(recipe, settings):
         return {}
-    told = accelerate_config(recipe, profile)
-    shared = {key: told[key] for key in ("distributed_type", "num_machines", "num_processes", "mixed_precision")}
-    return {"trainer": "accelerate: " + " ".join(f"{key}={value}" for key, value in {**shared, **(beside(profile) if recipe.method == "RL" else {})}.items())}
+    told = accelerate_config(recipe, settings)
+    keys = ("distributed_type", "num_machines", "num_processes", "mixed_precision")
+    shared = {key: told[key] for key in keys[told["num_processes"] == 1:]}  # one process shares nothing
+    return {"trainer": "accelerate: " + " ".join(f"{key}={value}" for key, value in shared.items())}
+
+
+_PARTS = ("hardware", "memory", "takes", "engine", "trainer", "reads", "writes", "notebook", "command", "merge", "call")
 
 
 def dry_run(
     profile: Profile,  # what is to run, and how
+    reasons: dict[Step, str] | None = None,  # what `forecast` returned, where it is known
 ) -> Iterator[str]:
     "What a run would do, as text, a step at a time."
     check_nodes(profile)
-    for step, reason in forecast(profile).items():
-        said = _outline(step, profile)
+    for step, reason in (reasons or forecast(profile)).items():
+        cost = step_cost(step, profile)
+        _, hours, _, fetched, kept = _amounts(cost, sum(cost.downloads.values()))
+        said = _outline(step, profile) | {"takes": f"hours {hours}; GB to fetch {fetched}, unless it is there; GB kept {kept}"}
         yield f"{step.name}\n  state     {reason or 'done'}\n" + "".join(
-            f"  {key:9} {said[key].replace(chr(10), chr(10) + ' ' * 12)}\n" for key in ("hardware", "engine", "trainer", "reads", "writes", "notebook", "command") if key in said)
+            f"  {key:9} {said[key].replace(chr(10), chr(10) + ' ' * 12)}\n" for key in _PARTS if key in said)
 
 # %% ../../nbs/app/73_pipeline.ipynb #8c8344c3
 def main(
@@ -547,7 +655,9 @@ def main(
     name, given = parse_words(rest)
     profile = load_profile(name, **given)
     if options.dry_run:
-        return print(*dry_run(profile), sep="\n")
+        check_nodes(profile)
+        said = summary(profile, reasons := forecast(profile))
+        return print(said + "\n", *dry_run(profile, reasons), said.partition("\n")[0], said.split("\n")[1], sep="\n")
     if words[0] == "results" and not stored_records(profile):
         raise UserError(f"Nothing of the profile {name} has been evaluated in {Workspace(name).root}, so there is nothing to draw; run ./reproduce.sh {name} first.")
     began = time.monotonic()

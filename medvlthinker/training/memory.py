@@ -120,7 +120,8 @@ def machine_of(settings: TrainingSettings, nodes: int = 1) -> Machine:  # `nodes
     from torch import cuda
 
     seen = [cuda.get_device_properties(gpu).total_memory for gpu in range(cuda.device_count())]
-    return Machine(settings.gpus, min(seen, default=79.6 * 2**30) / 2**30, settings.nodes or nodes)
+    memory = settings.gpu_memory or min(seen, default=79.6 * 2**30) / 2**30
+    return Machine(settings.gpus, memory, settings.nodes or nodes)
 
 # %% ../../nbs/training/41_memory.ipynb #5c09a2d5
 class Plan(NamedTuple):

@@ -75,6 +75,7 @@ class TrainingSettings(Hardware):
     max_steps: int = 0  # training steps at most; 0 for what the recipe says
     lora_rank: int = 0  # 0 trains all weights, as the paper did; else adapters of this rank
     base: str = ""  # a folder with the base model, in place of the hub's
+    gpu_memory: float = 0.0  # GiB of one GPU, to plan for another machine; 0 for what is seen here
     micro_batch: int = 0  # rows or answers of a forward pass on one GPU; 0 for what fits
     gradient_checkpointing: str = "auto"  # layers computed again in the backward pass; see CHOICES
     keep_checkpoints: int = 1  # the newest, beside the one that becomes the model; 0 for all

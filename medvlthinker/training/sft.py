@@ -270,7 +270,7 @@ def whole_checkpoints(
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     return {int(mark.parent.name.split("-")[1]): mark.parent for mark in marks}
 
-# %% ../../nbs/training/42_sft.ipynb #0010d0b5
+# %% ../../nbs/training/42_sft.ipynb #0630bca4
 def open_model(
     run: Run,
 ) -> tuple:  # model, processor, and peft's configuration (None without LoRA)

@@ -15,7 +15,7 @@ from ..core.files import (
     atomic_write, record_path, require_package, stale_reason, write_record)
 from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge
-from .memory import settings_that_fit
+from .memory import Row, settings_that_fit
 from .recipe import (
     RECIPES, Recipe, TrainingSettings, model_folder, training_folder)
 from medvlthinker.training.sft import (
@@ -107,7 +107,8 @@ def train(
     if not (why := stale_reason(final, run.inputs)):
         return final
     show(f"{recipe.name}: {why[:200]}")
-    fitting = settings_that_fit(recipe, settings, model=run.start, show=show)
+    longest = Row(**run.longest)
+    fitting = settings_that_fit(recipe, settings, row=longest, model=run.start, show=show)
     run_it = _run_verl if uses_verl(recipe, settings) else _run_trl
     return finish(run, run_it(run, fitting, checkpoints, show), checkpoints)
 

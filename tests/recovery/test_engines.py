@@ -29,7 +29,7 @@ def processes():
     "Processes that begin with vLLM imported."
     for module in ("vllm", "ray"):
         if not importlib.util.find_spec(module):
-            pytest.skip(f"{module} is not installed; ./reproduce.sh test all installs it")
+            pytest.skip(f"{module} is not installed; ./reproduce.sh setup full installs it")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
         "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker",

@@ -1,0 +1,162 @@
+"""Who may change the environment: ./reproduce.sh setup, and nobody else. A Python that only notes its calls and a made-up nvidia-smi stand in; nothing is installed."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PYTHON = """#!/usr/bin/env bash
+[ "$1" = - ] && exec {real} "$@"
+printf '%s\\n' "$*" >> {log}
+case "$*" in
+    *"torch.cuda.is_available())"*) exit {blind} ;;
+    *Python.h*) exit 0 ;;
+esac
+"""
+
+
+class Clone:
+    "A clone with an environment that has been set up, as far as the script can tell."
+
+    def __init__(self, folder: Path):
+        self.folder, self.bin, self.log = folder, folder.parent / "bin", folder.parent / "calls"
+        self.bin.mkdir()
+        self.log.touch()
+        for name in ("reproduce.sh", "pyproject.toml", "locks", "README.md"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / name, folder / name)
+        self.make_python()
+        self.program("cc", "exit 0")
+
+    def make_python(self, blind: int = 0) -> None:
+        (self.folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+        self.write(self.folder / ".venv" / "bin" / "python", PYTHON.format(real=sys.executable, log=self.log, blind=blind))
+
+    def write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def program(self, name: str, text: str) -> None:
+        self.write(self.bin / name, f"#!/usr/bin/env bash\n{text}\n")
+
+    def gpu(self, driver: str = "580.95.05") -> None:
+        self.program("nvidia-smi", f'case "$*" in *driver_version*) echo {driver} ;; *) echo "GPU 0: NVIDIA H100" ;; esac')
+
+    def call(self, *words: str, **env: str) -> subprocess.CompletedProcess:
+        self.log.write_text("")
+        return subprocess.run(["bash", "reproduce.sh", *words], cwd=self.folder, check=False, capture_output=True, text=True,
+                              env={"HOME": str(self.folder), "PATH": f"{self.bin}:/usr/bin:/bin", **env})
+
+    @property
+    def installed(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if " pip install " in f" {line} " or "-m venv" in line]
+
+    @property
+    def state(self) -> list[str]:
+        return (self.folder / ".venv" / ".set-up").read_text().split(maxsplit=2)
+
+
+@pytest.fixture
+def clone(tmp_path) -> Clone:
+    found = Clone(tmp_path / "clone")
+    if shutil.which("uv", path="/usr/bin:/bin") or shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("uv or nvidia-smi lies in /usr/bin here, and this test stands other programs in for them by PATH")
+    return found
+
+
+VERBS = [["status"], ["smoke", "--dry-run"], ["preflight"], ["train", "recipe=x"], ["results"], ["compare"], ["rollout"], ["look"], ["merge"], ["verify"], ["card"], ["docs"], ["test"], []]
+
+
+def test_a_login_node_does_not_touch_the_environment_of_the_gpu_nodes(clone):
+    clone.gpu()
+    assert clone.call("setup").returncode == 0 and clone.state[0] == "full-gpu" and clone.installed
+    before = (clone.folder / ".venv" / ".set-up").read_bytes()
+    (clone.bin / "nvidia-smi").unlink()  # the same disk, seen from a machine without GPUs
+    for words in VERBS:
+        done = clone.call(*words)
+        assert done.returncode == 0, (words, done.stderr)
+        assert not clone.installed and (clone.folder / ".venv" / ".set-up").read_bytes() == before, words
+        assert done.stderr.count("\n") == 1 and "holds the set full-gpu, and this machine would get default; it is used as it is" in done.stderr, (words, done.stderr)
+    clone.gpu()
+    assert clone.call("status").stderr == "", "on the node that it was made for nothing is said"
+    (clone.bin / "nvidia-smi").unlink()
+    clone.call("setup")
+    assert clone.installed and clone.state[0] == "default", "setup changes it, for it was asked to"
+
+
+def test_newer_locks_are_said_and_not_installed(clone):
+    clone.call("setup")
+    with open(clone.folder / "locks" / "requirements.lock", "a") as lock:
+        lock.write("# another\n")
+    done = clone.call("status")
+    assert not clone.installed and "The locks are newer than .venv" in done.stderr and done.returncode == 0
+    clone.call("setup")
+    assert clone.installed and clone.call("status").stderr == ""
+
+
+def test_the_first_call_installs_and_so_does_the_next_after_a_kill(clone):
+    assert clone.call("status").returncode == 0 and clone.installed and clone.state[0] == "default"
+    (clone.folder / ".venv" / ".set-up").unlink()  # it is written last
+    assert clone.call("status").returncode == 0 and clone.installed
+
+
+def test_heavy_tests_ask_for_the_full_set(clone):
+    clone.call("setup")
+    done = clone.call("test", "heavy")
+    assert done.returncode == 2 and "./reproduce.sh setup full installs them" in done.stderr and not clone.log.read_text()
+    clone.call("setup", "full")
+    assert clone.state[0] == "full-cpu" and clone.call("test", "heavy").returncode == 0
+
+
+def test_a_moved_clone_is_refused_and_mended(clone, tmp_path):
+    clone.call("setup")
+    old = clone.folder
+    script = f"#!{old}/.venv/bin/python\nprint('works')\n"
+    clone.write(old / ".venv" / "bin" / "nbdev-test", script)
+    kernel = old / ".venv" / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(f'{{"argv": ["{old}/.venv/bin/python", "-m", "ipykernel_launcher"]}}')
+    clone.folder = old.rename(tmp_path / "moved here")
+    done = clone.call("status")
+    assert done.returncode == 2 and f"this clone was at {old}" in done.stderr and "./reproduce.sh setup mends it" in done.stderr and not clone.log.read_text()
+    done = clone.call("setup")
+    assert done.returncode == 0 and "its programs are mended" in done.stdout and clone.installed, done.stderr
+    for name in ("bin/nbdev-test", "share/jupyter/kernels/python3/kernel.json"):
+        text = (clone.folder / ".venv" / name).read_text()
+        assert f"{old}/" not in text and f"{clone.folder}/.venv/bin/python" in text
+    assert clone.call("status").returncode == 0 and clone.state[2].strip() == str(clone.folder)
+
+
+@pytest.mark.parametrize("driver, ends", [("535.183.01", 2), ("570.86", 2), ("580.65.06", 0), ("600.1", 0)])
+def test_an_old_driver_is_a_sentence_before_anything_is_fetched(clone, driver, ends):
+    clone.gpu(driver)
+    done = clone.call("setup")
+    assert done.returncode == ends, done.stderr
+    if ends:
+        assert f"driver of this machine is {driver}" in done.stderr and "580 or newer" in done.stderr and done.stderr.count("\n") == 1
+        assert not clone.installed and clone.call("setup", TORCH_INDEX="https://example.org/cu126").returncode == 0
+        assert clone.call("setup", "cpu").returncode == 0 and clone.state[0] == "default", "or without the GPU, if it is said"
+
+
+def test_a_torch_that_sees_no_gpu_is_no_silent_success(clone):
+    clone.gpu()
+    clone.make_python(blind=1)
+    done = clone.call("setup")
+    assert done.returncode == 2 and "torch sees none" in done.stderr and "580.95.05" in done.stderr
+
+
+def test_unknown_words_of_setup_are_refused(clone):
+    done = clone.call("setup", "everything")
+    assert done.returncode == 2 and "setup knows the words full and cpu, and not everything" in done.stderr and not clone.installed
+
+
+def test_a_machine_without_a_compiler_hears_of_it(clone):
+    if any(shutil.which(name, path="/usr/bin:/bin") for name in ("cc", "gcc", "clang")):
+        pytest.skip("a C compiler lies in /usr/bin here, and the script finds it")
+    (clone.bin / "cc").unlink()
+    clone.gpu()
+    assert "There is no C compiler" in clone.call("setup").stdout
