@@ -30,6 +30,7 @@ from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
 from ..training.train import outline, uses_verl
+from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/73_pipeline.ipynb #670e4509
 RESULTS = ("5_results", "6_audit")  # what only reads what the others left
@@ -415,6 +416,8 @@ def run(
 
     check_nodes(profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
+    large = [step for step in plan if step.parameter == "recipe" and (profile.nodes or RECIPES[step.value].nodes) > 1 and why_stale(step, profile)]
+    refuse_missing_nodes([RECIPES[step.value] for step in large], profile)
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:
