@@ -30,6 +30,7 @@ from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
 from ..training.train import printed_command, uses_verl
+from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/73_pipeline.ipynb #670e4509
 RESULTS = ("5_results", "6_audit")  # what only reads what the others left
@@ -415,8 +416,11 @@ def run(
     from doit.doit_cmd import DoitMain
 
     check_nodes(profile)
-    refuse_small_disk([RECIPES[step.value] for step, reason in forecast(profile).items() if step.parameter == "recipe" and reason and not again], profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
+    if not again:
+        recipes = [RECIPES[step.value] for step, reason in forecast(profile).items() if step.parameter == "recipe" and reason]
+        refuse_small_disk(recipes, profile)
+        refuse_missing_nodes(recipes, profile)
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:

@@ -242,7 +242,7 @@ _MODEL = "actor_rollout_ref.model"
 def _model(model: str, settings: TrainingSettings, flash: bool) -> dict:
     "Settings of the model: attention, padding, checkpointing, adapters."
     values = {"path": model, "trust_remote_code": False, "use_remove_padding": flash,
-              "use_fused_kernels": False,
+              "use_fused_kernels": False, "external_lib": "medvlthinker.training.verl_text",
               "enable_gradient_checkpointing": settings.gradient_checkpointing != "false"}
     if rank := settings.lora_rank:
         values |= {"lora_rank": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
@@ -398,8 +398,9 @@ DIFFERENCES = {  # key -> why it is not the paper's value
     "data.val_files": _ASKED, "data.val_max_samples": _ASKED, "trainer.test_freq": _ASKED,
     "trainer.val_before_train": _ASKED,
 }
-_OURS = {"data.train_files", f"{_MODEL}.path", "trainer.default_local_dir", "trainer.logger",
-         "actor_rollout_ref.actor.data_loader_seed", "ray_kwargs.ray_init.address"}
+_OURS = {"data.train_files", "trainer.default_local_dir", "trainer.logger", f"{_MODEL}.path",
+         f"{_MODEL}.external_lib", "actor_rollout_ref.actor.data_loader_seed",
+         "ray_kwargs.ray_init.address"}  # paths, and what the paper had no key for
 
 
 def published_settings(recipe: Recipe) -> dict:

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# A run over several nodes inside a Slurm allocation: Ray's head and workers on the nodes of the job, then a command, and
+# everything ends with the job. Called from the project's folder, which all nodes must see under the same path:
+#
+#   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
+#
+# The command runs on the first node, with RAY_ADDRESS set; called again after a kill it goes on from its last checkpoint.
+# From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600).
+set -euo pipefail
+
+stop() { printf 'cluster.sh: %s\n' "$*" >&2; exit 2; }
+[ $# -gt 0 ] || stop "which command is to run? Such as: cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k"
+[ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] || stop "there is no Slurm allocation here; start this by sbatch."
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+RAY=${PYTHON%/*}/ray
+[ -x "$RAY" ] || stop "$RAY is not there; call this from the project's folder, after ./reproduce.sh setup full."
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]} count=${#nodes[@]}
+port=$((20000 + SLURM_JOB_ID % 5000)) jobs=$((25000 + SLURM_JOB_ID % 5000))  # several jobs may share a node
+each=(--nodes=1 --ntasks=1 --overlap ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE})
+gpus=(${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE})
+export PATH=${PYTHON%/*}:$PATH RAY_USAGE_STATS_ENABLED=0
+
+# whoever reaches Ray's port can run code as us: a token of this job's own, in a file that only we may read
+home=${MEDVLTHINKER_HOME:-$PWD/_runs}
+mkdir -p "$home"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH
+RAY_AUTH_TOKEN_PATH=$(mktemp "$home/.ray-token.XXXXXX")
+head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH"
+
+steps=() command=
+end() {
+    local code=$?
+    trap - EXIT TERM INT
+    kill ${command:+"$command"} ${steps[@]+"${steps[@]}"} 2> /dev/null || true
+    wait || true
+    rm -f "$RAY_AUTH_TOKEN_PATH"
+    exit "$code"
+}
+trap end EXIT
+trap 'exit 143' TERM INT
+
+address=$(srun "${each[@]}" --nodelist="$head" hostname --ip-address | tr ' ' '\n' | grep -v -e : -e '^127[.]' | head -n 1) || true
+address=${address:-$head}
+export RAY_ADDRESS=http://$address:$jobs
+
+alive() { "$RAY" list nodes --address="$RAY_ADDRESS" --filter state=ALIVE --format=json 2> /dev/null | grep -o '"node_id"' | wc -l || true; }
+wait_for() {  # so many nodes; nobody is asked more than once a second
+    local found step deadline=$((SECONDS + ${CLUSTER_WAIT:-600}))
+    while found=$(alive) && [ "$found" -lt "$1" ]; do
+        for step in "${steps[@]}"; do
+            kill -0 "$step" 2> /dev/null || stop "Ray ended on one of ${nodes[*]}; the lines above say why."
+        done
+        [ "$SECONDS" -lt "$deadline" ] || stop "after ${CLUSTER_WAIT:-600} s Ray has $found of $count nodes; CLUSTER_WAIT waits longer."
+        sleep 1
+    done
+}
+
+srun "${each[@]}" --nodelist="$head" "$RAY" start --head --block --node-ip-address="$address" --port="$port" \
+    --dashboard-host="$address" --dashboard-port="$jobs" ${gpus[@]+"${gpus[@]}"} &
+steps+=($!)
+wait_for 1  # workers do not look for a head for long
+for node in "${nodes[@]:1}"; do
+    srun "${each[@]}" --nodelist="$node" "$RAY" start --block --address="$address:$port" ${gpus[@]+"${gpus[@]}"} &
+    steps+=($!)
+done
+wait_for "$count"
+printf 'cluster.sh: Ray has %s nodes at %s\n' "$count" "$RAY_ADDRESS"
+
+"$@" &  # in the background, so that a signal is heard at once
+command=$!
+code=0
+wait -n "$command" "${steps[@]}" || code=$?
+kill -0 "$command" 2> /dev/null && stop "Ray ended on one of ${nodes[*]} before the command did."
+exit "$code"

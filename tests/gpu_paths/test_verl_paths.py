@@ -1,0 +1,458 @@
+"""What a GPU machine would do with verl, on a CPU: the model that is built, the programs that are found,
+the nodes that are asked for, the job that is found again."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from medvlthinker.core.files import UserError
+from medvlthinker.training import verl
+from medvlthinker.training.recipe import TrainingSettings, find
+
+ROOT = Path(__file__).parents[2]
+NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
+TEXT, LARGE = find("3B-RL_m23k"), find("32B-RL_m23k")
+no_verl = pytest.mark.skipif(not importlib.util.find_spec("verl"),
+                             reason="verl is not installed; ./reproduce.sh test all installs it")
+no_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"),
+                            reason="Ray is not installed; ./reproduce.sh test all installs it")
+
+# --- the model as verl's engine builds it ----------------------------------------------------------------------------------
+
+BUILD = """
+import json, sys
+import torch, torch.distributed
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+import verl
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+folder = Path(verl.__file__).parent / "trainer" / "config"
+with initialize_config_dir(str(folder), version_base=None):
+    parts = compose("ppo_trainer", json.loads(sys.argv[1])).actor_rollout_ref
+with open_dict(parts.ref):  # as verl's worker does before it builds the reference
+    for key in [key for key in parts.ref if key.startswith("log_prob_")]:
+        value = parts.ref.pop(key)
+    parts.ref.ppo_mini_batch_size = parts.ref.ppo_micro_batch_size_per_gpu = 1
+torch.distributed.init_process_group(
+    "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+model, rollout = (omega_conf_to_dataclass(parts[name]) for name in ("model", "rollout"))
+rows = [torch.arange(5, 12), torch.arange(20, 24)]
+ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.bool)
+for row, tokens in enumerate(rows):
+    ids[row, :len(tokens)], mask[row, :len(tokens)] = tokens, True
+places, found = torch.arange(7).expand(4, 2, 7), {"awake": not rollout.free_cache_engine}
+found["sleeps"] = rollout.enable_sleep_mode
+for name in ("actor", "ref"):
+    part = omega_conf_to_dataclass(parts[name])
+    engine = FSDPEngineWithLMHead(model, part.engine, part.optim, part.checkpoint)
+    module = engine._build_module().float()
+    module.gradient_checkpointing_disable()
+    with torch.no_grad():
+        padded = module(input_ids=ids, attention_mask=mask, position_ids=places).logits[1, :4]
+        alone = module(input_ids=rows[1][None], attention_mask=mask[1:, :4],
+                       position_ids=places[:, 1:, :4]).logits[0]
+    found[name] = {"attention": module.config._attn_implementation,
+                   "dtype": part.engine.model_dtype, "padding removed": engine.use_remove_padding,
+                   "apart": (padded - alone).abs().max().item()}
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory) -> Path:
+    pytest.importorskip("torch")
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
+
+
+def build(words: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", BUILD, json.dumps(words)], cwd=ROOT, check=False,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@no_verl
+@pytest.mark.heavy
+def test_actor_and_reference_are_built_and_see_text(blank):
+    "With what the lock installs; a row gives the same scores beside a longer one as alone."
+    done = build(verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.rpartition("FOUND ")[2])
+    kind = {"attention": "sdpa", "padding removed": False, "apart": 0}
+    assert found == {"awake": False, "sleeps": True, "actor": kind | {"dtype": "fp32"},
+                     "ref": kind | {"dtype": "bf16"}}
+
+
+@no_verl
+@pytest.mark.heavy
+@pytest.mark.parametrize("change, error", [
+    (["actor_rollout_ref.model.use_remove_padding=True",
+      "++actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"],
+     "FlashAttention2 has been toggled on"),
+    (["actor_rollout_ref.model.use_remove_padding=True"], "_flash_supports_window_size"),
+    (["actor_rollout_ref.model.external_lib=null"], "no attribute 'mean'")])
+def test_the_old_settings_build_nothing(blank, change, error):
+    if verl.has_flash_attention():
+        pytest.skip("flash-attn is installed here, and with it they do")
+    done = build([*verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"), *change])
+    assert done.returncode and error in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_attention_and_padding_go_together(monkeypatch, flash):
+    monkeypatch.setattr(verl, "has_flash_attention", lambda: flash)
+    given = verl.verl_settings(TEXT, NODE, "model", "data.parquet", "folder")
+    model = "actor_rollout_ref.model."
+    attention = given["++" + model + "override_config.attn_implementation"]
+    assert (attention, given[model + "use_remove_padding"]) == (
+        ("flash_attention_2", True) if flash else ("sdpa", False))
+    assert not given[model + "use_fused_kernels"]  # what else wants rows without padding
+    assert not given["actor_rollout_ref.actor.use_dynamic_bsz"]
+    assert given["actor_rollout_ref.actor.ulysses_sequence_parallel_size"] == 1
+    notes = verl._notes(TEXT, NODE, [])
+    assert len(notes) == (not flash) and all("padded places are computed" in each for each in notes)
+
+
+def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("flash_attn") and not verl.has_flash_attention()
+
+
+# --- one node --------------------------------------------------------------------------------------------------------------
+
+CLUSTERS = ["", "http://127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:1", "auto"]
+
+
+@pytest.mark.parametrize("address", CLUSTERS)
+def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, tmp_path, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    verl.refuse_missing_nodes([TEXT], NODE)
+    words = verl.overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
+    assert "+ray_kwargs.ray_init.address=local" in words
+    show = "import os; print(repr(os.environ['RAY_ADDRESS']), os.environ['PATH'])"
+    verl.run_process([sys.executable, "-c", show], verl.environment(tmp_path), tmp_path)
+    told = (tmp_path / "verl-001.log").read_text()
+    assert told.startswith(f"'' {Path(sys.executable).parent}:")
+    assert verl.command(words, {})[0] == sys.executable
+
+
+@no_verl
+@pytest.mark.heavy
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_ray_starts_on_one_node_with_a_bare_path(tmp_path, address):
+    "As verl starts it, from the composed configuration; the old command stops at the address."
+    words = verl.overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
+    given = verl.composed_settings([*words, "ray_kwargs.ray_init.num_cpus=1"])
+    kwargs = {"address": given.get("ray_kwargs.ray_init.address"), "num_cpus": 1}
+    start = (f"import ray; ray.init(**{kwargs!r}, include_dashboard=False)\n"
+             "print(ray.get(ray.remote(lambda: 'worked').remote()))")
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RAY_ADDRESS": address}
+    for variables, works in ((verl.environment(tmp_path), True), ({}, None)):
+        if works is None:
+            start = start.replace("'address': 'local', ", "")
+        done = subprocess.run([sys.executable, "-c", start], env=bare | variables, cwd=tmp_path,
+                              check=False, capture_output=True, text=True)
+        assert ("worked" in done.stdout) == bool(works), done.stderr[-1500:]
+
+
+# --- several nodes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["", "ray://head:10001", "head:6379", "auto"])
+def test_several_nodes_want_an_http_address(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes.*http://HEAD:8265"):
+        verl.refuse_missing_nodes([TEXT, LARGE], NODE)
+    verl.refuse_missing_nodes([TEXT, LARGE], replace(NODE, nodes=1))
+    verl.refuse_missing_nodes([LARGE], replace(NODE, trainer="trl"))
+
+
+def test_missing_nodes_are_counted(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(verl, "_count_nodes", lambda address, gpus: 3)
+    with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes with 8 GPUs, and Ray has 3"):
+        verl.refuse_missing_nodes([LARGE], NODE)
+    monkeypatch.setattr(verl, "_count_nodes", lambda address, gpus: 4)
+    verl.refuse_missing_nodes([LARGE], NODE)
+
+
+def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
+    "Before a notebook runs, and not when the step of the 32B model comes, days later."
+    pytest.importorskip("papermill")
+    from medvlthinker.app import pipeline
+    from medvlthinker.results.profile import load_profile
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(pipeline, "execute", lambda step, profile: pytest.fail(step.name))
+    with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes"):
+        pipeline.run(load_profile("paper"))
+
+
+def test_programs_of_a_job_have_whole_paths(tmp_path):
+    words = verl.command(["a=1"], verl.environment(tmp_path, nodes=4), 4, "http://head:8265", "x-001")
+    folder = Path(sys.executable).parent
+    given = json.loads(words[words.index("--runtime-env-json") + 1])
+    assert words[0] == str(folder / "ray")
+    assert words[words.index("--") + 1] == sys.executable == given["py_executable"]
+    assert given["env_vars"]["PATH"] == f"{folder}:${{PATH}}" and "RAY_ADDRESS" not in given["env_vars"]
+
+
+class Jobs:
+    "Ray's list of jobs; each runs as a process, as Ray would start it."
+
+    def __init__(self):
+        self.jobs, self.stopped = {}, []
+
+    def list_jobs(self):
+        return [SimpleNamespace(submission_id=job, status=self.get_job_status(job))
+                for job in self.jobs]
+
+    def submit_job(self, entrypoint, submission_id, runtime_env):
+        assert submission_id not in self.jobs, "Ray refuses a second job of one id"
+        env = {**os.environ, **runtime_env["env_vars"], "PATH": "/usr/bin:/bin"}
+        self.jobs[submission_id] = subprocess.Popen(["/bin/bash", "-c", entrypoint], env=env)
+
+    def get_job_status(self, job):
+        code = self.jobs[job].poll()
+        name = "RUNNING" if code is None else "FAILED" if code else "SUCCEEDED"
+        return Status(name)
+
+    def get_job_info(self, job):
+        return SimpleNamespace(message="no log")
+
+    def stop_job(self, job):
+        self.stopped.append(job)
+        self.jobs[job].terminate()
+
+
+class Status(str):
+    def is_terminal(self):
+        return self != "RUNNING"
+
+
+WORKS = """
+import os, time
+with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
+    for step in (1, 2):
+        line = '{"step": %d, "data": {"critic/score/mean": 0.5}}' % step
+        print(line, file=file, flush=True)
+        time.sleep(1)
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    "A folder of logs, one of checkpoints, and jobs that run a stand-in for verl."
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    program = [sys.executable, "-c", WORKS]
+    given = verl.command
+    monkeypatch.setattr(verl, "command", lambda *words, **more: (
+        given(*words, **more) if len(words) > 2 else program))
+    (tmp_path / "logs").mkdir()
+    return SimpleNamespace(jobs=Jobs(), logs=tmp_path / "logs", folder=tmp_path / "run")
+
+
+def submit(cluster) -> str:
+    return verl.submit_job(["a=1"], cluster.folder, cluster.logs, cluster.jobs, 4)
+
+
+def test_a_job_that_a_killed_client_left_is_found_and_followed(cluster):
+    job, shown = submit(cluster), []
+    assert verl.running_job(cluster.folder, cluster.jobs) == job  # the next start asks this
+    assert verl.running_job(cluster.folder.with_name("other"), cluster.jobs) == ""
+    verl.follow_job(job, cluster.logs, cluster.jobs, shown.append)
+    assert shown == ["step 1 reward 0.5", "step 2 reward 0.5"]
+    assert len((cluster.logs / "metrics.jsonl").read_text().splitlines()) == 2
+    assert verl.running_job(cluster.folder, cluster.jobs) == ""
+    assert submit(cluster) == job[:-3] + "002"
+
+
+def test_an_id_that_ray_still_knows_is_not_taken_again(cluster):
+    first = submit(cluster)
+    (cluster.logs / "verl-001.sh").unlink()  # somebody deleted the logs
+    assert submit(cluster) == first[:-3] + "002"
+
+
+def test_whoever_interrupts_a_run_ends_its_job(cluster, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    job = submit(cluster)
+    monkeypatch.setattr(verl, "_follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verl.follow_job(job, cluster.logs, cluster.jobs)
+    assert cluster.jobs.stopped == [job]
+
+
+def test_a_second_start_follows_and_touches_no_checkpoint(cluster, monkeypatch):
+    "What the running job is just writing looks torn; it must not be removed."
+    job = submit(cluster)
+    (cluster.folder / "global_step_50" / "actor").mkdir(parents=True)
+    monkeypatch.setattr(verl, "ray_jobs", lambda: cluster.jobs)
+    run = (LARGE, NODE, cluster.folder, cluster.logs, ["a=1"], {}, 100, Path("none"), print)
+    verl._run(*run)
+    assert len(cluster.jobs.jobs) == 1 and (cluster.folder / "global_step_50" / "actor").is_dir()
+    assert job in cluster.jobs.jobs
+
+
+@pytest.fixture(scope="module")
+def real_ray(tmp_path_factory):
+    "A head of Ray with eight GPUs that nobody uses, started by the whole path of `ray`."
+    folder = tmp_path_factory.mktemp("r")
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "RAY_AUTH_MODE": "disabled",
+                 "RAY_USAGE_STATS_ENABLED": "0"}
+    words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-gpus=8",
+             "--num-cpus=2", "--port=24679", "--dashboard-port=24680", f"--temp-dir={folder}/ray",
+             "--object-store-memory=100000000"]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(words, env=variables, stdout=log, stderr=log,
+                                   start_new_session=True)
+    address, until = "http://127.0.0.1:24680", time.monotonic() + 120
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", address)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        try:
+            while time.monotonic() < until:
+                try:
+                    verl.ray_jobs()
+                    break
+                except UserError:
+                    assert process.poll() is None, (folder / "log").read_text()[-2000:]
+                    time.sleep(1)
+            else:
+                pytest.skip("Ray did not start in two minutes; this machine is too busy")
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@no_ray
+@pytest.mark.heavy
+def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkeypatch):
+    verl.refuse_missing_nodes([LARGE], replace(NODE, nodes=1))
+    with pytest.raises(UserError, match="wants 4 nodes with 8 GPUs, and Ray has 1"):
+        verl.refuse_missing_nodes([LARGE], NODE)
+    with pytest.raises(UserError, match="wants 2 nodes with 9 GPUs, and Ray has 0"):
+        verl.refuse_missing_nodes([TEXT], replace(NODE, nodes=2, gpus=9))
+    given, program = verl.command, [sys.executable, "-c", WORKS]
+    monkeypatch.setattr(verl, "command", lambda *words, **more: (
+        given(*words, **more) if len(words) > 2 else program))
+    client, shown, logs = verl.ray_jobs(), [], tmp_path / "logs"
+    logs.mkdir()
+    job = verl.submit_job(["a=1"], tmp_path / "run", logs, client, 4)
+    again = verl.ray_jobs()  # as a second start would
+    assert verl.running_job(tmp_path / "run", again) == job
+    verl.follow_job(job, logs, again, shown.append)
+    assert shown == ["step 1 reward 0.5", "step 2 reward 0.5"]
+    assert verl.running_job(tmp_path / "run", again) == ""
+
+
+@no_ray
+@pytest.mark.heavy
+def test_nobody_at_the_address_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes. Ray does not answer at http"):
+        verl.refuse_missing_nodes([LARGE], NODE)
+
+
+# --- the script for Slurm --------------------------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "nbs" / "assets" / "cluster.sh"
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> $CALLS; printf "n%d\\n" 1 2 3 4',
+    "hostname": "echo 127.0.1.1 10.0.0.1",
+    "srun": """echo "srun $*" >> $CALLS
+while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || export NODE=${1#*=}; shift; done
+exec "$@" """,
+    "ray": """echo "ray $NODE $*" >> $CALLS
+case $1 in
+    start) [ "$NODE" != "${BROKEN:-}" ] || exit 1
+           trap 'rm $STATE/$NODE; kill $!; exit 143' TERM
+           touch $STATE/$NODE; sleep 100 & wait $! ;;
+    list) for node in $STATE/*; do [ ! -e $node ] || echo '{"node_id": 1}'; done ;;
+esac""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    "An allocation of four nodes: programs that record their calls and run them."
+    (programs := tmp_path / "bin").mkdir()
+    (tmp_path / "state").mkdir()
+    for name, text in FAKES.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    variables = {"PATH": f"{programs}:/usr/bin:/bin", "PYTHON": str(programs / "python"),
+                 "CALLS": str(tmp_path / "calls"), "STATE": str(tmp_path / "state"),
+                 "MEDVLTHINKER_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "70123",
+                 "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_GPUS_ON_NODE": "8"}
+    begin = lambda *words, **more: subprocess.Popen(
+        ["/usr/bin/env", "bash", SCRIPT, *words], env=variables | more, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return SimpleNamespace(begin=begin, folder=tmp_path, calls=tmp_path / "calls")
+
+
+def left_over(slurm) -> list[Path]:
+    "What a job must not leave: a node at work, a token."
+    return [*(slurm.folder / "state").iterdir(), *(slurm.folder / "home").glob(".ray-token*")]
+
+
+def test_the_script_is_bash():
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+
+
+def test_the_command_runs_when_all_nodes_are_there_and_ends_them(slurm):
+    seen = ('echo "$RAY_ADDRESS $RAY_AUTH_MODE"; wc -c < "$RAY_AUTH_TOKEN_PATH"; ls "$STATE"; '
+            'stat -c %a "$RAY_AUTH_TOKEN_PATH"; exit 7')
+    run = slurm.begin("bash", "-c", seen)
+    told, errors = run.communicate(timeout=60)
+    assert run.returncode == 7, errors
+    assert told.split() == ["cluster.sh:", "Ray", "has", "4", "nodes", "at", "http://10.0.0.1:25123",
+                            "http://10.0.0.1:25123", "token", "64", "n1", "n2", "n3", "n4", "600"]
+    calls = slurm.calls.read_text().splitlines()
+    starts = [call for call in calls if call.startswith("ray n") and " start " in call]
+    assert "--head --block --node-ip-address=10.0.0.1 --port=20123" in starts[0]
+    assert [call.split()[1] for call in starts[1:]] == ["n2", "n3", "n4"] or len(starts) == 4
+    assert all("--address=10.0.0.1:20123 --num-gpus=8" in call for call in starts[1:])
+    assert left_over(slurm) == []
+
+
+def test_a_signal_to_the_job_ends_everything(slurm):
+    waits = "trap 'echo ended; kill $!; exit' TERM; sleep 60 & echo begun; wait"
+    run = slurm.begin("bash", "-c", waits)
+    while "begun" not in run.stdout.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    told, _ = run.communicate(timeout=30)
+    assert run.returncode == 143 and "ended" in told and left_over(slurm) == []
+
+
+def test_a_node_that_does_not_come_stops_the_job(slurm):
+    run = slurm.begin("echo", "ran", BROKEN="n3")
+    told, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "ran" not in told and "Ray ended on one of n1 n2 n3 n4" in errors
+    assert left_over(slurm) == []
+
+
+def test_outside_of_slurm_and_without_a_command_it_says_what_it_wants(slurm):
+    for words, more, said in (((), {}, "which command"), (("ls",), {"SLURM_JOB_ID": ""}, "sbatch"),
+                              (("ls",), {"PYTHON": "/none/python"}, "./reproduce.sh setup full")):
+        run = slurm.begin(*words, **more)
+        assert said in run.communicate(timeout=30)[1] and run.returncode == 2
