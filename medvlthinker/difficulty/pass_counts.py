@@ -415,13 +415,13 @@ def _ask_round(samples, engine, sampling: Sampling, folder: Path, rule: str, sho
     "The grades of one round: n completions for each of the samples at these places."
     import pandas as pd
 
-    asked, grades = _Subset(samples, places), []
+    asked, grades, start = _Subset(samples, places), [], number * sampling.n
     sampling = replace(sampling, n=n, seed=sampling.seed + 1_000_000 * number)
     rollout = generate(asked, engine, sampling, folder / f"round-{number:02}", show)
     for sample, row in zip(asked, rollout, strict=True):
-        for place, completion in enumerate(row["completions"]):
+        for place, completion in enumerate(row["completions"], start):
             verdict = grade(completion["text"], sample.options, sample.answer_label, rule)
-            key = sample.dataset_name, sample.dataset_index, f"{number}/{place}"
+            key = sample.dataset_name, sample.dataset_index, place
             grades.append((*key, verdict.correct))
     columns = ["dataset_name", "dataset_index", "completion", f"{rule}_correct"]
     return pd.DataFrame(grades, columns=columns)

@@ -198,7 +198,7 @@ def length_figure(
     figure = px.line(
         pd.concat(curves), "x", "y", color="set", line_dash="set", line_shape="hv", log_x=True,
         color_discrete_sequence=COLOURS, line_dash_sequence=DASHES, labels=titles, height=380,
-        template="plotly_white")
+        template="plotly_white", render_mode="svg")  # from 1,000 points on plotly asks for WebGL
     if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
     return figure.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
