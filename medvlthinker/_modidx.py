@@ -890,8 +890,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._map_rows': ( 'difficulty/pass_counts.html#_map_rows',
                                                                                                         'medvlthinker/difficulty/pass_counts.py'),
-                                                     'medvlthinker.difficulty.pass_counts._question_numbers': ( 'difficulty/pass_counts.html#_question_numbers',
-                                                                                                                'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._rule': ( 'difficulty/pass_counts.html#_rule',
                                                                                                     'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._states': ( 'difficulty/pass_counts.html#_states',

@@ -399,40 +399,23 @@ class _Subset(Sequence):
             yield from (window[place % 256] for place in group)
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
-def _question_numbers(samples: Sequence[Sample], rule: str) -> list[int]:
-    "dataset_index of each sample; `UserError` for answers that could not be counted."
-    if rule not in RULES:
-        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
-    indices = [sample.dataset_index for sample in samples]
-    if len(set(indices)) < len(indices):
-        raise UserError("Two samples have the same dataset_index, by which answers are counted; "
-                        "give the questions numbers of their own.")
-    return indices
-
-
 def _ask_round(samples, engine, sampling: Sampling, folder: Path, rule: str, show: Callable,
-               places: np.ndarray, number: int, n: int) -> "pd.DataFrame":
-    "The grades of one round: n completions for each of the samples at these places."
-    import pandas as pd
-
-    asked, grades = _Subset(samples, places), []
+               places: np.ndarray, number: int, n: int) -> list[int]:
+    "How many of n new completions are right, for each of the samples at these places."
     sampling = replace(sampling, n=n, seed=sampling.seed + 1_000_000 * number)
-    rollout = generate(asked, engine, sampling, folder / f"round-{number:02}", show)
-    for sample, row in zip(asked, rollout, strict=True):
-        for place, completion in enumerate(row["completions"]):
-            verdict = grade(completion["text"], sample.options, sample.answer_label, rule)
-            key = sample.dataset_name, sample.dataset_index, f"{number}/{place}"
-            grades.append((*key, verdict.correct))
-    columns = ["dataset_name", "dataset_index", "completion", f"{rule}_correct"]
-    return pd.DataFrame(grades, columns=columns)
+    subset, counts = _Subset(samples, places), []
+    rollout = generate(subset, engine, sampling, folder / f"round-{number:02}", show)
+    for sample, row in zip(subset, rollout, strict=True):
+        verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
+                    for completion in row["completions"]]
+        counts.append(sum(verdict.correct for verdict in verdicts))
+    return counts
 
 
-def _decide(indices: list[int], counts: "pd.DataFrame", rule: "pd.DataFrame") -> "pd.DataFrame":
-    "Each question with its counts and the rule's action; `go on` where it was not asked yet."
+def _decide(questions: "pd.DataFrame", rule: "pd.DataFrame") -> "pd.DataFrame":
+    "The questions with a stopping rule's action (or `go on`) and level for their counts."
     states = rule.rename(columns={"asked": "n", "action": "decision"})
-    found = counts.merge(states[["n", "correct", "decision", "level"]], "left")
-    found = found.set_index("dataset_index").reindex(indices).reset_index()
-    return found.fillna({"decision": "go on"})
+    return questions.merge(states[["n", "correct", "decision", "level"]], "left")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53929
 def generate_until_decided(
@@ -452,18 +435,22 @@ def generate_until_decided(
     import pandas as pd
 
     _check_rule(n := sampling.n, low, high, agreement, per_round)
-    indices = _question_numbers(samples, rule)
+    if rule not in RULES:
+        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
     ask = functools.partial(_ask_round, samples, engine, sampling, Path(folder), rule, show)
-    chosen = np.random.default_rng(sampling.seed).permutation(len(indices))[:max(1, pilot)]
-    counts = pass_counts(grades := ask(np.sort(chosen), 0, n), rule)
-    histogram = np.bincount(counts.correct, minlength=n + 1)
-    states = stopping_rule(smooth_histogram(histogram), low, high, agreement, per_round)
+    keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
+    questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])
+    questions = questions.assign(n=0, correct=0)
+    chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(keys))[:max(1, pilot)])
+    questions.loc[chosen, "n"], questions.loc[chosen, "correct"] = n, ask(chosen, 0, n)
+    histogram = np.bincount(questions.correct[chosen], minlength=n + 1)
+    stopping = stopping_rule(smooth_histogram(histogram), low, high, agreement, per_round)
     for number in range(1, n // per_round + 1):
-        undecided = np.flatnonzero(_decide(indices, counts, states).decision == "go on")
+        undecided = np.flatnonzero(_decide(questions, stopping).decision == "go on")
         if len(undecided):
-            show(f"Round {number}: {len(undecided)} of {len(indices)} questions are not decided.")
-            grades = pd.concat([grades, ask(undecided, number, per_round)])
-            counts = pass_counts(grades, rule)
-    decisions = _decide(indices, counts, states)
-    decisions.attrs = {**states.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}
+            show(f"Round {number}: {len(undecided)} of {len(keys)} questions are not decided.")
+            questions.loc[undecided, "n"] += per_round
+            questions.loc[undecided, "correct"] += ask(undecided, number, per_round)
+    decisions = _decide(questions, stopping)
+    decisions.attrs = {**stopping.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}
     return decisions

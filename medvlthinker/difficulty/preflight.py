@@ -52,6 +52,22 @@ def prompt_ids(
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return processor.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
+# %% ../../nbs/difficulty/32_preflight.ipynb #ceceb8e3
+def _pictures(sample: Sample, visual: Callable) -> tuple[list, int, str]:
+    "Sizes and tokens of a sample's images, up to the first problem; the problem."
+    sizes, tokens = [], 0
+    for data in sample.images:
+        try:
+            sizes.append(picture_size(data))
+        except Exception as error:  # Pillow's readers raise nearly everything
+            words = image_problem(data) or re.sub(" <_io[^>]*>", "", str(error))
+            return [], 0, f"unreadable image: {words}"
+        try:
+            tokens += visual(*sizes[-1])
+        except ValueError:
+            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
+    return sizes, tokens, ""
+
 # %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
 COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens",
            "prompt_tokens", "largest_side", "most_pixels", "least_pixels", "problem")
@@ -82,22 +98,6 @@ def lengths(
                           text + tokens, side, max(areas), min(areas), problem))
     whole = dict.fromkeys(COLUMNS[1:-1], "Int64")  # a text has no pixels
     return pd.DataFrame(lines, columns=COLUMNS).astype(whole)
-
-
-def _pictures(sample: Sample, visual: Callable) -> tuple[list, int, str]:
-    "Sizes and tokens of a sample's images, up to the first problem; the problem."
-    sizes, tokens = [], 0
-    for data in sample.images:
-        try:
-            sizes.append(picture_size(data))
-        except Exception as error:  # Pillow's readers raise nearly everything
-            words = image_problem(data) or re.sub(" <_io[^>]*>", "", str(error))
-            return [], 0, f"unreadable image: {words}"
-        try:
-            tokens += visual(*sizes[-1])
-        except ValueError:
-            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
-    return sizes, tokens, ""
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e77
 _LONGEST = "the longest with {worst:,} tokens (row {row}): "
@@ -198,7 +198,7 @@ def length_figure(
     figure = px.line(
         pd.concat(curves), "x", "y", color="set", line_dash="set", line_shape="hv", log_x=True,
         color_discrete_sequence=COLOURS, line_dash_sequence=DASHES, labels=titles, height=380,
-        template="plotly_white")
+        template="plotly_white", render_mode="svg")  # from 1,000 points on plotly asks for WebGL
     if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
     return figure.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
