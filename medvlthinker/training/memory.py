@@ -52,14 +52,17 @@ def empty_model(model: str, lora_rank: int = 0, freeze_vision: bool = False):
     "A model on the meta device, with LoRA peft's around it; what is trained has `requires_grad`."
     config = model_config(model)
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config)
         net.model.visual.requires_grad_(not freeze_vision)
-        lora = LoraConfig(r=lora_rank or 1, target_modules=LORA_TARGETS)
-        return get_peft_model(net, lora) if lora_rank else net
+        if not lora_rank:
+            return net
+        require_package("peft")
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(net, LoraConfig(r=lora_rank, target_modules=LORA_TARGETS))
 
 # %% ../../nbs/training/41_memory.ipynb #ebb7ebd8
 class Parameters(NamedTuple):

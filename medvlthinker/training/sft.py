@@ -475,7 +475,9 @@ def shared_settings(
     machine = {"use_cpu": not gpu, "bf16": gpu and settings.dtype == "bfloat16",
                "fp16": gpu and settings.dtype == "float16", "dataloader_pin_memory": gpu,
                "dataloader_num_workers": 2 if gpu else 0,
-               "gradient_checkpointing": recomputes(run.recipe, settings)}
+               "gradient_checkpointing": recomputes(run.recipe, settings),
+               # else every GPU holds the whole model's gradients between two micro batches
+               "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
     # on_save removes old checkpoints: the trainer's own limit would remove the one that is taken
     output = {"output_dir": str(run.folder), "save_strategy": "steps", "save_total_limit": None,
               "save_steps": max(1, save_every), "disable_tqdm": True,

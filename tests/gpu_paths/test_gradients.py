@@ -93,6 +93,12 @@ def test_every_gradient_is_that_of_one_process(trained, name):
     assert any(float(grad.norm()) > 1e-3 for grad in alone["gradients"].values()), "and there is something to compare"
 
 
+def test_no_gpu_holds_whole_gradients_between_two_micro_batches(trained):
+    "By default they are divided at the end of an update only, and 2 bytes for each parameter of the model lie on every GPU until then."
+    undivided = {name: case["undivided"] for name, case in trained["fsdp"].items()}
+    assert undivided == {**dict.fromkeys(undivided, 0), "two rows at once": -1}  # which has one pass an update
+
+
 def test_processes_with_whole_models_agree(trained):
     for name in trained["ddp"]:
         assert not trained["ddp"][name]["sharded"]

@@ -81,6 +81,30 @@ def test_sft_on_80_gib_keeps_its_settings_without_a_word():
     assert (fits.micro_batch, fits.gradient_checkpointing, said) == (1, "false", "")
 
 
+def test_on_a_gpu_transformers_answers_batch_size_questions_at_a_time(tmp_path, monkeypatch):
+    "As the estimate has it; TRL would take the 2,048 of a step at once. A GPU's settings, on a CPU, with images and through TRL itself."
+    from medvlthinker.data import synthetic
+    from medvlthinker.data.sample import write_samples
+    from medvlthinker.generation.tiny_model import make_tiny_model
+    from medvlthinker.training import grpo, sft
+
+    at_once, divide, settings = [], grpo.answer_batches, grpo.grpo_settings
+
+    def batches(*given):
+        for part in divide(*given):
+            at_once.append(len(part[0]))
+            yield part
+
+    monkeypatch.setattr(sft, "check_machine", lambda *_: None)
+    monkeypatch.setattr(grpo, "answer_batches", batches)
+    monkeypatch.setattr(grpo, "grpo_settings", lambda *given: settings(*given) | {"use_cpu": True, "dataloader_num_workers": 0})
+    write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "data.parquet")
+    small = TrainingSettings(base=str(make_tiny_model(tmp_path / "base", steps=0)), gpus=1, max_steps=1, batch_size=24)
+    run = sft.plan(find("tiny-RL_PMC"), small, tmp_path / "data.parquet", tmp_path, tmp_path / "logs")
+    grpo.train_grpo(run)
+    assert at_once == [24, 24, 16] and sft.read_metrics(run.metrics)[0]["length"] > 1
+
+
 # ---- what the user sets ----
 
 

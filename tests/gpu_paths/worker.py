@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from medvlthinker.training import sft
 from medvlthinker.training.recipe import TrainingSettings, find
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -44,6 +45,7 @@ def shard_on_cpu() -> None:
         begin(self, *given, **keys)
         if plugin is not None and self.distributed_type != DistributedType.FSDP:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does it, or it is forgotten
 
     accelerate.state.AcceleratorState.__init__ = told
 
@@ -52,7 +54,13 @@ class Gradients(TrainerCallback):
     "Keeps the gradient of every weight before the first update, and whether the weights are shared out."
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.undivided = path, -1
+
+    def on_substep_end(self, args, state, control, model=None, **_):
+        "Between two micro batches: how many numbers of gradients lie on every GPU."
+        groups = [part._get_fsdp_state()._fsdp_param_group for part in model.modules() if isinstance(part, FSDPModule)]
+        whole = [weight._unsharded_param.grad for group in groups if group for weight in group.fsdp_params if hasattr(weight, "_unsharded_param")]
+        self.undivided = sum(grad.numel() for grad in whole if grad is not None)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         if state.global_step:
@@ -64,7 +72,7 @@ class Gradients(TrainerCallback):
                 grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                 found[name.replace("module.", "")] = grad.detach().clone()
         if PartialState().is_main_process:
-            torch.save({"gradients": found, "sharded": sharded, "processes": PartialState().num_processes}, self.path)
+            torch.save({"gradients": found, "sharded": sharded, "processes": PartialState().num_processes, "undivided": self.undivided}, self.path)
 
 
 def train_by_trl(run: sft.Run) -> None:
@@ -78,6 +86,8 @@ def train_by_trl(run: sft.Run) -> None:
 def train(case: Case) -> None:
     accelerate.state.AcceleratorState._reset_state()
     os.environ["ACCELERATE_USE_FSDP"] = str(case.sharded).lower()
+    if PartialState(cpu=True).num_processes > 1:  # what the case before left
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     recipe, folder = find("tiny-SFT_PMC"), Path(case.folder)
     recipe = replace(recipe, how=replace(recipe.how, batch=4, freeze_vision=False, warmup=0.0))
     settings = TrainingSettings(base=case.model, max_steps=case.steps, keep_checkpoints=0, **case.settings)
