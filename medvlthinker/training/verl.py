@@ -142,10 +142,7 @@ def count_rows(path) -> int:
     return pyarrow.parquet.read_metadata(path).num_rows
 
 # %% ../../nbs/training/44_verl.ipynb #f6e0c301
-def training_file(
-    data,  # the curated questions, a parquet file
-    recipe: Recipe,
-) -> Path:
+def training_file(data, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
     data, limit = Path(data), _grpo(recipe).max_prompt_length
     return data.parent / "verl" / f"{data.stem}-{limit}.parquet"
@@ -199,11 +196,7 @@ def gpus_of(recipe: Recipe, settings: TrainingSettings) -> int:
 _PADDED_TOKENS = 4 * (2048 + 4096)  # places of one forward pass where padding stays
 
 
-def micro_batch(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    flash: bool,  # whether flash-attn is here
-) -> int:
+def micro_batch(recipe: Recipe, settings: TrainingSettings, flash: bool) -> int:
     "Answers of one forward pass on one GPU; it divides the GPU's share of an update."
     how = _grpo(recipe)
     share = how.mini_batch * how.rollouts // gpus_of(recipe, settings)
@@ -372,10 +365,7 @@ def overrides(
     return [f"{key}={_written(value)}" for key, value in values.items()]
 
 # %% ../../nbs/training/44_verl.ipynb #1e7f7350
-def run_notes(
-    recipe: Recipe,
-    settings: TrainingSettings,
-) -> list[str]:
+def run_notes(recipe: Recipe, settings: TrainingSettings) -> list[str]:
     "What verl will do otherwise than the recipe says, in sentences."
     how, notes = _grpo(recipe), []
     if how.freeze_vision:
@@ -423,10 +413,8 @@ def published_settings(recipe: Recipe) -> dict:
     return {key: value for key, value in plain.items() if key not in _OURS}
 
 # %% ../../nbs/training/44_verl.ipynb #364bcfa0
-def composed_settings(
-    words: list[str],  # what `overrides` returned
-) -> dict:
-    "The whole configuration that verl makes of these words: dotted key -> value; needs verl."
+def composed_settings(words: list[str]) -> dict:
+    "The whole configuration that verl makes of `overrides`: dotted key -> value; needs verl."
     require_package("verl")
     import pandas as pd
     from hydra import compose, initialize_config_dir
@@ -468,11 +456,8 @@ def environment(
     return found | (alone if nodes == 1 else {})
 
 # %% ../../nbs/training/44_verl.ipynb #9ca21f06
-def job_id(
-    folder,  # of the run's checkpoints on the way
-    start: int,  # as for `environment`
-) -> str:
-    "The id of a run in Ray."
+def job_id(folder, start: int) -> str:
+    "The id in Ray of a start (1, 2, ...) of the run that keeps its checkpoints in this folder."
     return f"medvlthinker-{fingerprint(str(Path(folder).resolve()))}-{start:03}"
 
 # %% ../../nbs/training/44_verl.ipynb #9ca21f09
@@ -538,10 +523,7 @@ def _count_nodes(address: str, gpus: int) -> int:
     return sum((node.resources_total or {}).get("GPU", 0) >= gpus for node in found)
 
 # %% ../../nbs/training/44_verl.ipynb #d0e6634a
-def refuse_missing_nodes(
-    recipes: Iterable[Recipe],  # that are to be trained
-    settings: TrainingSettings,
-) -> None:
+def refuse_missing_nodes(recipes: Iterable[Recipe], settings: TrainingSettings) -> None:
     "`UserError` where recipes through verl want more nodes than Ray has; the first thing to ask."
     through_verl = [recipe for recipe in recipes
                     if settings.trainer == "verl" and recipe.method == "RL"]
@@ -576,10 +558,8 @@ def read_steps(path) -> list[dict]:  # {"step", "reward", ...}
     return found
 
 # %% ../../nbs/training/44_verl.ipynb #ed7058c1
-def merge_curves(
-    logs,  # the folder of a recipe's logs, with verl-001.jsonl, verl-002.jsonl ...
-) -> list[dict]:
-    "The curves over all starts, written to `metrics.jsonl`; the later start of a step counts."
+def merge_curves(logs) -> list[dict]:
+    "The curves over all verl-*.jsonl, written to `metrics.jsonl`; a step's later start counts."
     rows: list[dict] = []
     for path in sorted(Path(logs).glob("verl-*.jsonl")):
         if more := read_steps(path):
@@ -589,10 +569,8 @@ def merge_curves(
     return rows
 
 # %% ../../nbs/training/44_verl.ipynb #571f653f
-def is_complete(
-    folder,  # global_step_N
-) -> bool:
-    "Is this a complete checkpoint of verl?"
+def is_complete(folder) -> bool:
+    "Is this global_step_N a complete checkpoint of verl?"
     actor = Path(folder) / "actor"
     try:
         size = json.loads((actor / "fsdp_config.json").read_text())["world_size"]
@@ -610,10 +588,8 @@ def _checkpoints(folder) -> dict[int, Path]:
     return {int(step): path for step, path in sorted(found.items()) if step.isdecimal()}
 
 # %% ../../nbs/training/44_verl.ipynb #571f6541
-def latest_checkpoint(
-    folder,  # of a run's checkpoints on the way
-) -> tuple[int, Path | None]:  # its step (0 where there is none), and global_step_N
-    "The last complete checkpoint of a run."
+def latest_checkpoint(folder) -> tuple[int, Path | None]:
+    "Step and folder of the last complete checkpoint of a run; 0 and None where there is none."
     found = _checkpoints(folder)
     complete = (step for step in sorted(found, reverse=True) if is_complete(found[step]))
     return next(((step, found[step]) for step in complete), (0, None))
@@ -755,9 +731,7 @@ def run_process(
         raise UserError(f"verl ended with exit code {code}: {_error_line(log)} (log: {log})")
 
 # %% ../../nbs/training/44_verl.ipynb #ec24c358
-def is_at_work(
-    job: str,  # what `job_id` returned
-) -> bool:
+def is_at_work(job: str) -> bool:
     "Is Ray still at work on a job? `UserError` where it does not answer."
     done = subprocess.run([*_ray_job("status"), job], check=False, capture_output=True, text=True)
     said = re.sub(r"\x1b\[\d*m", "", done.stdout + done.stderr)
