@@ -420,8 +420,9 @@ def composed_settings(words: list[str]) -> dict:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    package = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
-    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
+    package = getattr(importlib.util.find_spec("verl"), "origin", "")  # to import it takes long
+    folder = Path(package).parent / "trainer" / "config"
+    with initialize_config_dir(str(folder), version_base=None):
         composed = OmegaConf.to_container(compose("ppo_trainer", words), resolve=True)
     return {key: column[0] for key, column in pd.json_normalize(composed).items()}
 

@@ -45,10 +45,10 @@ def _register_platform() -> None:
                "ray_noset_envvars": ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]}
     answers |= dict.fromkeys(("set_device", "synchronize", "set_allocator_settings", "empty_cache",
                               "profiler_start", "profiler_stop", "cudart"))
-    methods = {name: (lambda self, *_, _answer=answer, **__: _answer)
-               for name, answer in answers.items()}
-    for name in ("manual_seed", "manual_seed_all"):
-        methods[name] = lambda self, seed: torch.manual_seed(seed)
+    methods: dict = {name: (lambda self, *_, _answer=answer, **__: _answer)
+                     for name, answer in answers.items()}
+    methods |= dict.fromkeys(("manual_seed", "manual_seed_all"),
+                             lambda self, seed: torch.manual_seed(seed))
     facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"),
              "nvtx_range": lambda self, *_: contextlib.nullcontext()}
     platform = type("PlatformCPU", (PlatformBase,), methods | facts)
