@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, python, split
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.results.profile import load_profile
 from medvlthinker.training.recipe import RECIPES, find
 from medvlthinker.training import verl
 from medvlthinker.training.verl import (

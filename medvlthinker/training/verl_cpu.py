@@ -9,9 +9,13 @@ __all__ = ['cpu_environment', 'cpu_overrides']
 import functools, os, types
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #84af3c5b
+_SILENT = ("empty_cache", "ipc_collect", "manual_seed", "manual_seed_all", "set_device",
+           "reset_peak_memory_stats", "set_per_process_memory_fraction", "synchronize")
+
+
 class _Device(types.ModuleType):
     "`torch.cpu` with the calls that verl makes on `torch.cuda`."
-    is_available = staticmethod(lambda: False)  # no accelerator whose memory or random state is to be kept
+    is_available = staticmethod(lambda: False)  # no accelerator has memory or random state to keep
     current_device = staticmethod(lambda: "cpu")  # verl hands it to Tensor.to
     device_count = staticmethod(lambda: 1)
     get_device_name = staticmethod(lambda *_: "CPU")
@@ -22,10 +26,10 @@ class _Device(types.ModuleType):
 
         if "memory_allocated" in name or "memory_reserved" in name:
             return lambda *_, **__: 0
-        if name in ("empty_cache", "ipc_collect", "manual_seed", "manual_seed_all", "reset_peak_memory_stats", "set_device",
-                    "set_per_process_memory_fraction", "synchronize"):
+        if name in _SILENT:
             return lambda *_, **__: None
-        return getattr(torch if name in ("get_rng_state", "set_rng_state") else torch.cpu, name)  # a restart sets the random state
+        has_it = torch if name in ("get_rng_state", "set_rng_state") else torch.cpu  # for a restart
+        return getattr(has_it, name)
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #7234a2bf
 def _register_platform() -> None:
@@ -34,15 +38,21 @@ def _register_platform() -> None:
     import torch
     from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-    nothing = lambda self, *_, **__: None
-    answers = {"is_available": True, "is_platform_available": False, "current_device": "cpu", "device_count": 1, "get_device_capability": (None, None),
-               "communication_backend_name": "gloo", "visible_devices_envvar": "CUDA_VISIBLE_DEVICES", "ray_resource_name": "GPU",
-               "ray_noset_envvars": ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"], "is_ipc_supported": False}
-    constant = {name: (lambda self, *_, _answer=answer, **__: _answer) for name, answer in answers.items()}
-    silent = {name: nothing for name in ("set_device", "synchronize", "set_allocator_settings", "empty_cache", "profiler_start", "profiler_stop", "cudart")}
-    seeds = {name: (lambda self, seed: torch.manual_seed(seed)) for name in ("manual_seed", "manual_seed_all")}
-    facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"), "nvtx_range": lambda self, *_: contextlib.nullcontext()}
-    PlatformRegistry.register(platform="cpu")(type("PlatformCPU", (PlatformBase,), constant | silent | seeds | facts))
+    answers = {"is_available": True, "is_platform_available": False, "current_device": "cpu",
+               "device_count": 1, "get_device_capability": (None, None), "is_ipc_supported": False,
+               "communication_backend_name": "gloo", "ray_resource_name": "GPU",
+               "visible_devices_envvar": "CUDA_VISIBLE_DEVICES",
+               "ray_noset_envvars": ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]}
+    answers |= dict.fromkeys(("set_device", "synchronize", "set_allocator_settings", "empty_cache",
+                              "profiler_start", "profiler_stop", "cudart"))
+    methods: dict = {name: (lambda self, *_, _answer=answer, **__: _answer)
+                     for name, answer in answers.items()}
+    methods |= dict.fromkeys(("manual_seed", "manual_seed_all"),
+                             lambda self, seed: torch.manual_seed(seed))
+    facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"),
+             "nvtx_range": lambda self, *_: contextlib.nullcontext()}
+    platform = type("PlatformCPU", (PlatformBase,), methods | facts)
+    PlatformRegistry.register(platform="cpu")(platform)
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #954ec75b
 @functools.cache  # once a process: the registry refuses a second time
@@ -55,7 +65,7 @@ def _register_engine() -> None:
     class CpuEngine(theirs.FSDPEngineWithLMHead):
         def _build_fsdp_module(self, module):
             asked = theirs.CPUOffloadPolicy
-            theirs.CPUOffloadPolicy = lambda pin_memory=True: fsdp.CPUOffloadPolicy(pin_memory=False)
+            theirs.CPUOffloadPolicy = lambda pin_memory: fsdp.CPUOffloadPolicy(pin_memory=False)
             try:
                 return super()._build_fsdp_module(module)
             finally:
@@ -65,7 +75,7 @@ def _register_engine() -> None:
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #6727f33c
 def _wrap_process_group() -> None:
-    "Let verl open its process group with gloo alone, and register the engine in the process that does."
+    "Let verl open its process group with gloo alone, and register the engine there."
     import verl.utils.distributed as theirs
 
     original = theirs.initialize_global_process_group_ray
@@ -88,11 +98,13 @@ def _worker_extension() -> type:
 
     class CpuWorkerExtension(vLLMColocateWorkerExtension):
         def __new__(cls, **kwargs):
-            layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: packing(layer, remove_weight=False)
+            layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: packing(
+                layer, remove_weight=False)
             return super().__new__(cls, **kwargs)
 
         def _update_weights(self, weights, peft_config, base_sync_done):
-            super()._update_weights([(name, tensor.clone()) for name, tensor in weights], peft_config, base_sync_done)
+            copies = [(name, tensor.clone()) for name, tensor in weights]
+            super()._update_weights(copies, peft_config, base_sync_done)
 
     return CpuWorkerExtension
 
@@ -108,7 +120,8 @@ def _asked_for(
     environment=os.environ,
 ) -> bool:
     "Was verl told to load this module?"
-    return "medvlthinker.training.verl_cpu" in environment.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
+    modules = environment.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
+    return "medvlthinker.training.verl_cpu" in modules
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #99eebacf
 if __name__ == "medvlthinker.training.verl_cpu" and _asked_for():
@@ -120,9 +133,11 @@ def cpu_environment() -> dict[str, str]:
     "Environment variables of a run of verl on a CPU."
     return {
         "VERL_USE_EXTERNAL_MODULES": "medvlthinker.training.verl_cpu", "VERL_PLATFORM": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",  # GB; "nobind": do not pin threads to cores
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "RAY_worker_niceness": "2", "RAY_enable_worker_prestart": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # do not pin threads to cores
+        "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "RAY_worker_niceness": "2", "RAY_enable_worker_prestart": "0", "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #7a659924
@@ -131,18 +146,26 @@ def cpu_overrides(
 ) -> list[str]:
     "Settings of a run of verl on a CPU, to stand behind those of the recipe."
     part, rollout = "actor_rollout_ref", "actor_rollout_ref.rollout"
-    engines = [f"{part}.{who}.{setting}" for who in ("actor", "ref") for setting in (
-        "strategy=fsdp2", "use_torch_compile=False", "fsdp_config.use_torch_compile=False", "fsdp_config.param_offload=False")]
+    plain = ("strategy=fsdp2", "use_torch_compile=False", "fsdp_config.use_torch_compile=False",
+             "fsdp_config.param_offload=False")
+    engines = [f"{part}.{who}.{setting}" for who in ("actor", "ref") for setting in plain]
     exact = "mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     return [
         "trainer.device=cpu", "trainer.nnodes=1", f"trainer.n_gpus_per_node={workers}", *engines,
-        f"{part}.model.use_remove_padding=False", f"{part}.model.enable_gradient_checkpointing=False", f"++{part}.model.override_config.attn_implementation=sdpa",
+        f"{part}.model.use_remove_padding=False",
+        f"{part}.model.enable_gradient_checkpointing=False",
+        f"++{part}.model.override_config.attn_implementation=sdpa",
         *(f"+{part}.{who}.fsdp_config.{exact}" for who in ("actor", "ref")),
-        f"{rollout}.enforce_eager=True", f"{rollout}.free_cache_engine=False", f"+{rollout}.enable_sleep_mode=False", f"{rollout}.dtype=float32",
-        f"{rollout}.gpu_memory_utilization=0.1", f"{rollout}.tensor_model_parallel_size=1", f"{rollout}.max_num_seqs=64", f"{rollout}.agent.num_workers=1",
+        f"{rollout}.enforce_eager=True", f"{rollout}.dtype=float32",
+        f"{rollout}.free_cache_engine=False", f"+{rollout}.enable_sleep_mode=False",
+        f"{rollout}.gpu_memory_utilization=0.1", f"{rollout}.tensor_model_parallel_size=1",
+        f"{rollout}.max_num_seqs=64", f"{rollout}.agent.num_workers=1",
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=16",
-        f"+{rollout}.engine_kwargs.vllm.worker_extension_cls=medvlthinker.training.verl_cpu.CpuWorkerExtension",
-        "data.dataloader_num_workers=0", "reward.num_workers=1", "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-        f"+ray_kwargs.ray_init.num_gpus={workers}", "ray_kwargs.ray_init.num_cpus=16", "+ray_kwargs.ray_init.include_dashboard=False",
+        f"+{rollout}.engine_kwargs.vllm.worker_extension_cls="
+        "medvlthinker.training.verl_cpu.CpuWorkerExtension",
+        "data.dataloader_num_workers=0", "reward.num_workers=1",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        f"+ray_kwargs.ray_init.num_gpus={workers}", "ray_kwargs.ray_init.num_cpus=16",
+        "+ray_kwargs.ray_init.include_dashboard=False",
         "+ray_kwargs.ray_init.object_store_memory=500000000",
     ]

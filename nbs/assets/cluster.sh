@@ -41,7 +41,9 @@ end() {
 trap end EXIT
 trap 'exit 143' TERM INT
 
-address=$(srun "${each[@]}" --nodelist="$head" hostname --ip-address | tr ' ' '\n' | grep -v -e : -e '^127[.]' | head -n 1) || true
+# the address of its name, or the first that it has, but none of IPv6 and none that means the machine itself
+address=$(srun "${each[@]}" --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' \
+    | tr ' ' '\n' | grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1) || true
 address=${address:-$head}
 export RAY_ADDRESS=http://$address:$jobs
 

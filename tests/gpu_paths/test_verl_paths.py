@@ -1,6 +1,7 @@
 """What a GPU machine would do with verl, on a CPU: the model that is built, the programs that are found,
 the nodes that are asked for, the job that is found again."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medvlthinker.core.files import UserError
+from medvlthinker.core.files import UserError, write_record
 from medvlthinker.training import verl
 from medvlthinker.training.recipe import TrainingSettings, find
 
@@ -101,7 +102,7 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     (["actor_rollout_ref.model.use_remove_padding=True",
       "++actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"],
      "FlashAttention2 has been toggled on"),
-    (["actor_rollout_ref.model.use_remove_padding=True"], "_flash_supports_window_size"),
+    (["actor_rollout_ref.model.use_remove_padding=True"], "_flash_use_top_left_mask"),
     (["actor_rollout_ref.model.external_lib=null"], "no attribute 'mean'")])
 def test_the_old_settings_build_nothing(blank, change, error):
     if verl.has_flash_attention():
@@ -121,7 +122,7 @@ def test_attention_and_padding_go_together(monkeypatch, flash):
     assert not given[model + "use_fused_kernels"]  # what else wants rows without padding
     assert not given["actor_rollout_ref.actor.use_dynamic_bsz"]
     assert given["actor_rollout_ref.actor.ulysses_sequence_parallel_size"] == 1
-    notes = verl._notes(TEXT, NODE, [])
+    notes = verl.run_notes(TEXT, NODE)
     assert len(notes) == (not flash) and all("padded places are computed" in each for each in notes)
 
 
@@ -202,110 +203,122 @@ def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
 
 
 def test_programs_of_a_job_have_whole_paths(tmp_path):
-    words = verl.command(["a=1"], verl.environment(tmp_path, nodes=4), 4, "http://head:8265", "x-001")
-    folder = Path(sys.executable).parent
-    given = json.loads(words[words.index("--runtime-env-json") + 1])
+    given = verl.environment(tmp_path, nodes=4)
+    words = verl.command(["a=1"], given, 4, "http://head:8265", verl.job_id(tmp_path, 1))
+    folder, told = Path(sys.executable).parent, words[words.index("--runtime-env-json") + 1]
     assert words[0] == str(folder / "ray")
-    assert words[words.index("--") + 1] == sys.executable == given["py_executable"]
-    assert given["env_vars"]["PATH"] == f"{folder}:${{PATH}}" and "RAY_ADDRESS" not in given["env_vars"]
+    assert words[-3:] == ["bash", "-c", f"{sys.executable} -m verl.trainer.main_ppo a=1"]
+    assert json.loads(told) == {"py_executable": sys.executable,
+                                "env_vars": given | {"PATH": f"{folder}:${{PATH}}"}}
+    assert "RAY_ADDRESS" not in given
 
 
-class Jobs:
-    "Ray's list of jobs; each runs as a process, as Ray would start it."
-
-    def __init__(self):
-        self.jobs, self.stopped = {}, []
-
-    def list_jobs(self):
-        return [SimpleNamespace(submission_id=job, status=self.get_job_status(job))
-                for job in self.jobs]
-
-    def submit_job(self, entrypoint, submission_id, runtime_env):
-        assert submission_id not in self.jobs, "Ray refuses a second job of one id"
-        env = {**os.environ, **runtime_env["env_vars"], "PATH": "/usr/bin:/bin"}
-        self.jobs[submission_id] = subprocess.Popen(["/bin/bash", "-c", entrypoint], env=env)
-
-    def get_job_status(self, job):
-        code = self.jobs[job].poll()
-        name = "RUNNING" if code is None else "FAILED" if code else "SUCCEEDED"
-        return Status(name)
-
-    def get_job_info(self, job):
-        return SimpleNamespace(message="no log")
-
-    def stop_job(self, job):
-        self.stopped.append(job)
-        self.jobs[job].terminate()
-
-
-class Status(str):
-    def is_terminal(self):
-        return self != "RUNNING"
-
-
-WORKS = """
-import os, time
+STAND_IN = """
+import os, sys, time
+print(sys.argv[1:], flush=True)
 with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
     for step in (1, 2):
         line = '{"step": %d, "data": {"critic/score/mean": 0.5}}' % step
         print(line, file=file, flush=True)
         time.sleep(1)
 """
+RAY = """#!/usr/bin/env bash
+echo "$*" >> $STATE/calls
+wait_for() { while [ ! -e $STATE/$1.code ]; do sleep 0.1; done; cat $STATE/$1.log; }
+case $2 in
+    submit)
+        while [[ $1 != -- ]]; do [[ $1 != --submission-id ]] || id=$2; shift; done; shift
+        [ ! -e $STATE/$id.log ] || { echo "Job $id already exists"; exit 1; }
+        : > $STATE/$id.log
+        setsid bash -c '"$@" > $0.log 2>&1; echo $? > $0.code' $STATE/$id "$@" &
+        wait_for $id; exit $(cat $STATE/$id.code) ;;
+    status)
+        [ -e $STATE/$5.log ] || { echo "RuntimeError: Job $5 does not exist"; exit 1; }
+        [ -e $STATE/$5.code ] && echo "Job '$5' SUCCEEDED" || echo "Status for job '$5': RUNNING" ;;
+    logs) wait_for $6 ;;
+esac
+"""
+QUOTED = ["a='7'", "b={x:fp16,y:fp32}", "c=[console,file]", "d='it\\'s $HOME'"]
+
+
+def write_stand_in(folder: Path) -> Path:
+    "A package `verl` that writes two steps."
+    (folder / "verl" / "trainer").mkdir(parents=True)
+    (folder / "verl" / "__init__.py").touch()
+    (folder / "verl" / "trainer" / "__init__.py").touch()
+    (folder / "verl" / "trainer" / "main_ppo.py").write_text(STAND_IN)
+    return folder
 
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    "A folder of logs, one of checkpoints, and jobs that run a stand-in for verl."
+    "An environment whose `ray` keeps jobs in files, and runs a stand-in for verl."
+    programs = {"ray": RAY, "python": f"#!/usr/bin/env bash\nexec {sys.executable} \"$@\"\n"}
+    for folder in ("bin", "state", "logs", "run"):
+        (tmp_path / folder).mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PYTHONPATH", str(write_stand_in(tmp_path / "stand-in")))
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    program = [sys.executable, "-c", WORKS]
-    given = verl.command
-    monkeypatch.setattr(verl, "command", lambda *words, **more: (
-        given(*words, **more) if len(words) > 2 else program))
-    (tmp_path / "logs").mkdir()
-    return SimpleNamespace(jobs=Jobs(), logs=tmp_path / "logs", folder=tmp_path / "run")
+    monkeypatch.setenv("STATE", str(tmp_path / "state"))
+    with write_record(tmp_path / "data.parquet", {"samples": "a"}):
+        (tmp_path / "data.parquet").touch()
+    return tmp_path
 
 
-def submit(cluster) -> str:
-    return verl.submit_job(["a=1"], cluster.folder, cluster.logs, cluster.jobs, 4)
+def start(folder: Path, shown: list) -> None:
+    verl._run(LARGE, NODE, folder / "run", folder / "logs", QUOTED, {}, 100, folder / "data.parquet",
+              shown.append)
 
 
-def test_a_job_that_a_killed_client_left_is_found_and_followed(cluster):
-    job, shown = submit(cluster), []
-    assert verl.running_job(cluster.folder, cluster.jobs) == job  # the next start asks this
-    assert verl.running_job(cluster.folder.with_name("other"), cluster.jobs) == ""
-    verl.follow_job(job, cluster.logs, cluster.jobs, shown.append)
-    assert shown == ["step 1 reward 0.5", "step 2 reward 0.5"]
-    assert len((cluster.logs / "metrics.jsonl").read_text().splitlines()) == 2
-    assert verl.running_job(cluster.folder, cluster.jobs) == ""
-    assert submit(cluster) == job[:-3] + "002"
+def actions(folder: Path) -> list[str]:
+    return [line.split()[1] for line in (folder / "state" / "calls").read_text().splitlines()]
 
 
-def test_an_id_that_ray_still_knows_is_not_taken_again(cluster):
-    first = submit(cluster)
-    (cluster.logs / "verl-001.sh").unlink()  # somebody deleted the logs
-    assert submit(cluster) == first[:-3] + "002"
+STEPS = ["step 1 reward 0.5", "step 2 reward 0.5"]
 
 
-def test_whoever_interrupts_a_run_ends_its_job(cluster, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_a_job_shows_its_steps_and_gets_its_words_with_their_quotes(cluster):
+    start(cluster, shown := [])
+    assert shown[1:] == STEPS and actions(cluster) == ["submit"]
+    assert (cluster / "logs" / "verl-001.log").read_text().strip() == str(QUOTED)
+    assert not verl.is_at_work(verl.job_id(cluster / "run", 1))
+    start(cluster, again := [])  # as after a job that ended too early
+    assert again[1:] == STEPS and actions(cluster)[2:] == ["status", "submit"]
+    assert (cluster / "logs" / "verl-002.jsonl").exists()
 
-    job = submit(cluster)
-    monkeypatch.setattr(verl, "_follow", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        verl.follow_job(job, cluster.logs, cluster.jobs)
-    assert cluster.jobs.stopped == [job]
+
+def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
+    "And nothing is touched that it is just writing, however torn it looks."
+    job = verl.job_id(cluster / "run", 1)
+    given = verl.environment(cluster / "logs", 1, 4)
+    words = verl.command(QUOTED, given, 4, job=job)
+    (cluster / "logs" / "verl-001.sh").write_text(verl.command_text(words))
+    client = subprocess.Popen(words, env={**os.environ, **given})
+    while not verl.is_at_work(job):
+        time.sleep(0.1)
+    client.kill()
+    client.wait()
+    (cluster / "run" / "global_step_50" / "actor").mkdir(parents=True)
+    start(cluster, shown := [])
+    assert shown == [f"Ray is still at work on 32B-RL_m23k (job {job}); following it.", *STEPS]
+    assert actions(cluster).count("submit") == 1 and actions(cluster)[-1] == "logs"
+    assert (cluster / "run" / "global_step_50" / "actor").is_dir()
 
 
-def test_a_second_start_follows_and_touches_no_checkpoint(cluster, monkeypatch):
-    "What the running job is just writing looks torn; it must not be removed."
-    job = submit(cluster)
-    (cluster.folder / "global_step_50" / "actor").mkdir(parents=True)
-    monkeypatch.setattr(verl, "ray_jobs", lambda: cluster.jobs)
-    run = (LARGE, NODE, cluster.folder, cluster.logs, ["a=1"], {}, 100, Path("none"), print)
-    verl._run(*run)
-    assert len(cluster.jobs.jobs) == 1 and (cluster.folder / "global_step_50" / "actor").is_dir()
-    assert job in cluster.jobs.jobs
+def test_a_job_that_ray_knows_already_is_not_started_beside_it(cluster):
+    start(cluster, [])
+    (cluster / "logs" / "verl-001.sh").unlink()  # somebody deleted the logs
+    with pytest.raises(UserError, match="already exists"):
+        start(cluster, [])
+
+
+def test_a_cluster_that_does_not_answer_stops_the_start(cluster):
+    (cluster / "bin" / "ray").write_text("#!/bin/sh\necho ConnectionError: nobody there >&2; exit 1")
+    with pytest.raises(UserError, match="does not answer at http://head:8265.*nobody there"):
+        verl.is_at_work("x-001")
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +326,8 @@ def real_ray(tmp_path_factory):
     "A head of Ray with eight GPUs that nobody uses, started by the whole path of `ray`."
     folder = tmp_path_factory.mktemp("r")
     variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "RAY_AUTH_MODE": "disabled",
-                 "RAY_USAGE_STATS_ENABLED": "0"}
+                 "RAY_USAGE_STATS_ENABLED": "0",
+                 "PYTHONPATH": str(write_stand_in(folder / "stand-in"))}
     words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-gpus=8",
              "--num-cpus=2", "--port=24679", "--dashboard-port=24680", f"--temp-dir={folder}/ray",
              "--object-store-memory=100000000"]
@@ -326,12 +340,11 @@ def real_ray(tmp_path_factory):
         patch.setenv("RAY_AUTH_MODE", "disabled")
         try:
             while time.monotonic() < until:
-                try:
-                    verl.ray_jobs()
-                    break
-                except UserError:
-                    assert process.poll() is None, (folder / "log").read_text()[-2000:]
-                    time.sleep(1)
+                assert process.poll() is None, (folder / "log").read_text()[-2000:]
+                with contextlib.suppress(UserError):
+                    if verl._count_nodes(address, 8):
+                        break
+                time.sleep(1)
             else:
                 pytest.skip("Ray did not start in two minutes; this machine is too busy")
             yield
@@ -345,23 +358,22 @@ def real_ray(tmp_path_factory):
 
 @no_ray
 @pytest.mark.heavy
-def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkeypatch):
+def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path):
     verl.refuse_missing_nodes([LARGE], replace(NODE, nodes=1))
     with pytest.raises(UserError, match="wants 4 nodes with 8 GPUs, and Ray has 1"):
         verl.refuse_missing_nodes([LARGE], NODE)
-    with pytest.raises(UserError, match="wants 2 nodes with 9 GPUs, and Ray has 0"):
-        verl.refuse_missing_nodes([TEXT], replace(NODE, nodes=2, gpus=9))
-    given, program = verl.command, [sys.executable, "-c", WORKS]
-    monkeypatch.setattr(verl, "command", lambda *words, **more: (
-        given(*words, **more) if len(words) > 2 else program))
-    client, shown, logs = verl.ray_jobs(), [], tmp_path / "logs"
-    logs.mkdir()
-    job = verl.submit_job(["a=1"], tmp_path / "run", logs, client, 4)
-    again = verl.ray_jobs()  # as a second start would
-    assert verl.running_job(tmp_path / "run", again) == job
-    verl.follow_job(job, logs, again, shown.append)
-    assert shown == ["step 1 reward 0.5", "step 2 reward 0.5"]
-    assert verl.running_job(tmp_path / "run", again) == ""
+    (logs := tmp_path / "logs").mkdir()
+    job, given = verl.job_id(tmp_path, 1), verl.environment(logs, 1, 4)
+    assert not verl.is_at_work(job)
+    client = subprocess.Popen(verl.command(QUOTED, given, 4, job=job))
+    until = time.monotonic() + 60
+    while not verl.is_at_work(job) and time.monotonic() < until:
+        time.sleep(0.5)
+    client.kill()
+    client.wait()
+    verl.run_process([*verl._ray_job("logs"), "--follow", job], given, logs, (shown := []).append)
+    assert shown == STEPS and not verl.is_at_work(job)
+    assert str(QUOTED) in (logs / "verl-001.log").read_text()
 
 
 @no_ray
