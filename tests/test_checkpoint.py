@@ -275,6 +275,34 @@ def test_an_adapter_on_tied_weights_is_refused_in_every_layout(tmp_path, tied, l
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_verl_s_merger_names_half_a_module_and_forgets_the_strength(tmp_path, tied, monkeypatch):
+    "Its configuration says `up_proj`, which the vision tower has too, and lora_alpha=0 where its own note is missing."
+    from medvlthinker.training import checkpoint
+
+    net = trained_adapter(tied, tmp_path / "adapter", target_modules=r".*language_model.*\.(q_proj|up_proj|down_proj)")
+    shards = tmp_path / "own" / "global_step_1" / "actor"
+    shards.mkdir(parents=True)
+    (shards / "model_world_size_1_rank_0.pt").touch()
+
+    def merged_by_verl(alpha):
+        def merged(folder, spare, log):
+            shutil.copytree(tmp_path / "adapter", spare / "lora_adapter")
+            settings = json.loads((spare / "lora_adapter" / "adapter_config.json").read_text())
+            (spare / "lora_adapter" / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "up_proj", "down_proj"], "lora_alpha": alpha}))
+            return checkpoint._read_safetensors(tied)
+
+        return merged
+
+    monkeypatch.setattr(checkpoint, "_read_verl", merged_by_verl(8))
+    batch = prompt(tied)
+    found = logits_of(merge(shards, str(tied), tmp_path / "final", own=tmp_path / "own"), batch)
+    assert abs(found - net(**batch).logits.detach().numpy()).max() <= 1e-5 and abs(found - logits_of(tied, batch)).max() > 0.01
+    monkeypatch.setattr(checkpoint, "_read_verl", merged_by_verl(0))
+    with pytest.raises(UserError, match="has lora_alpha=0, so it would change nothing"):
+        merge(shards, str(tied), tmp_path / "other", own=tmp_path / "own")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
 def test_the_same_adapter_of_an_untied_model_is_merged(tmp_path, tied, lora):
     "As the 7B: head and embedding are two tensors, and an adapter on one of them changes that one."
