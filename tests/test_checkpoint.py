@@ -161,11 +161,14 @@ def test_weights_that_do_not_fit_are_named(tied, change, said):
 
 
 @pytest.mark.heavy
-def test_verl_merges_two_ranks(tmp_path):
+@pytest.mark.parametrize("lora", ["full", "both"])
+def test_verl_merges_two_ranks(tmp_path, lora):
     if not importlib.util.find_spec("verl"):
         pytest.skip("verl is not installed; ./reproduce.sh setup full installs it")
-    base, own, checkpoint = sharded_run(tmp_path, how="verl")
+    base, own, checkpoint = sharded_run(tmp_path, lora, how="verl")
     (checkpoint / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
+    if lora != "full":
+        (checkpoint / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
     shutil.copytree(base, checkpoint / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
     final = merge(checkpoint, str(base), tmp_path / "final", own=own, log=tmp_path / "log")
     expected, found = np.load(checkpoint.parent / "logits.npy"), logits_of(final, prompt(base))
