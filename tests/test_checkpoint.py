@@ -161,11 +161,14 @@ def test_weights_that_do_not_fit_are_named(tied, change, said):
 
 
 @pytest.mark.heavy
-def test_verl_merges_two_ranks(tmp_path):
+@pytest.mark.parametrize("lora", ["full", "both"])
+def test_verl_merges_two_ranks(tmp_path, lora):
     if not importlib.util.find_spec("verl"):
         pytest.skip("verl is not installed; ./reproduce.sh setup full installs it")
-    base, own, checkpoint = sharded_run(tmp_path, how="verl")
+    base, own, checkpoint = sharded_run(tmp_path, lora, how="verl")
     (checkpoint / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
+    if lora != "full":
+        (checkpoint / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
     shutil.copytree(base, checkpoint / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
     final = merge(checkpoint, str(base), tmp_path / "final", own=own, log=tmp_path / "log")
     expected, found = np.load(checkpoint.parent / "logits.npy"), logits_of(final, prompt(base))
@@ -272,6 +275,34 @@ def test_an_adapter_on_tied_weights_is_refused_in_every_layout(tmp_path, tied, l
         with pytest.raises(UserError, match=r"changes (embed_tokens|lm_head)( and lm_head)?, and the base model has one tensor for embed_tokens and lm_head") as said:
             merge(place, str(tied), tmp_path / "final", own=tmp_path / "own")
         assert "\n" not in str(said.value) and not (tmp_path / "final").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_verl_s_merger_names_half_a_module_and_forgets_the_strength(tmp_path, tied, monkeypatch):
+    "Its configuration says `up_proj`, which the vision tower has too, and lora_alpha=0 where its own note is missing."
+    from medvlthinker.training import checkpoint
+
+    net = trained_adapter(tied, tmp_path / "adapter", target_modules=r".*language_model.*\.(q_proj|up_proj|down_proj)")
+    shards = tmp_path / "own" / "global_step_1" / "actor"
+    shards.mkdir(parents=True)
+    (shards / "model_world_size_1_rank_0.pt").touch()
+
+    def merged_by_verl(alpha):
+        def merged(folder, spare, log):
+            shutil.copytree(tmp_path / "adapter", spare / "lora_adapter")
+            settings = json.loads((spare / "lora_adapter" / "adapter_config.json").read_text())
+            (spare / "lora_adapter" / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "up_proj", "down_proj"], "lora_alpha": alpha}))
+            return checkpoint._read_safetensors(tied)
+
+        return merged
+
+    monkeypatch.setattr(checkpoint, "_read_verl", merged_by_verl(8))
+    batch = prompt(tied)
+    found = logits_of(merge(shards, str(tied), tmp_path / "final", own=tmp_path / "own"), batch)
+    assert abs(found - net(**batch).logits.detach().numpy()).max() <= 1e-5 and abs(found - logits_of(tied, batch)).max() > 0.01
+    monkeypatch.setattr(checkpoint, "_read_verl", merged_by_verl(0))
+    with pytest.raises(UserError, match="has lora_alpha=0, so it would change nothing"):
+        merge(shards, str(tied), tmp_path / "other", own=tmp_path / "own")
 
 
 @pytest.mark.filterwarnings("ignore")

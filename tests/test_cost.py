@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from medvlthinker.app import cost
-from medvlthinker.app.pipeline import dry_run, forecast, run, summary
+from medvlthinker.app.pipeline import cost_summary, dry_run, forecast, run
 from medvlthinker.core.files import UserError
 from medvlthinker.generation.request import Sampling
 from medvlthinker.results.profile import Workspace, load_profile
@@ -32,7 +32,6 @@ def test_the_numbers_of_parameters_are_those_of_the_models(size):
 def test_the_whole_paper_takes_what_another_estimate_says_within_a_factor_of_two():
     "GPU hours of an estimate that was made by hand, from step times: pass counts, four SFT, eight RL, the 32B."
     paper = load_profile("paper")
-    kinds = {"SFT": 4 * [0], "RL": 8 * [0], "32B": [0]}
     runs = wanted(paper.recipes)
     kinds = {"SFT": [each for each in runs if each.method == "SFT"], "RL": [each for each in runs if each.method == "RL" and each.size != "32B"], "32B": [each for each in runs if each.size == "32B"]}
     assert [len(each) for each in kinds.values()] == [4, 8, 1]
@@ -55,7 +54,7 @@ def test_a_profile_s_limits_and_repeats_are_in_it():
 
 
 def test_a_model_is_fetched_once(home):
-    text = summary(profile := load_profile("mini"), forecast(profile))
+    text = cost_summary(profile := load_profile("mini"), forecast(profile))
     lines = {line.split()[0]: line.split()[-2] for line in text.splitlines()}
     assert lines["2_difficulty"] == "7.5" and lines["3_train-3B-SFT_m23k"] == "-" and lines["4_evaluate-Qwen--Qwen2.5-VL-3B-Instruct"] == "-"
 
@@ -70,9 +69,9 @@ def test_a_disk_that_is_too_small_is_said_at_the_start(home, monkeypatch):
     with pytest.raises(UserError, match=r"The models and checkpoints of paper need about 2,\d{3} GB more, and 1,000 GB are free in .*paper; make room") as said:
         run(profile)
     assert "\n" not in str(said.value) and not list(home.rglob("*.ipynb"))
-    assert "the run would be refused" in summary(profile, forecast(profile))
+    assert "the run would be refused" in cost_summary(profile, forecast(profile))
     monkeypatch.setattr(shutil, "disk_usage", disk_of(4 * 10**12))
-    assert "refused" not in summary(profile, forecast(profile))
+    assert "refused" not in cost_summary(profile, forecast(profile))
 
 
 def test_what_is_there_already_needs_no_more_room(home, monkeypatch):
@@ -92,7 +91,7 @@ def test_the_embedded_runs_fit_on_any_disk(home, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_of(0))
     smoke = load_profile("smoke")
     cost.refuse_small_disk(wanted(smoke.recipes), smoke)
-    assert "refused" not in summary(smoke, forecast(smoke))
+    assert "refused" not in cost_summary(smoke, forecast(smoke))
 
 
 def test_the_merge_of_a_checkpoint_on_the_way_comes_first(home):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESULTS', 'TRAINING', 'Step', 'steps', 'paper_notebook', 'notebook_code', 'imported_modules', 'code_inputs',
            'step_inputs', 'executed', 'run_manifest', 'in_words', 'why_stale', 'forecast', 'error_line', 'lock_folder',
-           'execute', 'run', 'shortened', 'step_cost', 'summary', 'dry_run', 'main']
+           'execute', 'run', 'shortened', 'step_cost', 'cost_summary', 'dry_run', 'main']
 
 # %% ../../nbs/app/73_pipeline.ipynb #4f6c35fd
 import argparse, ast, contextlib, dataclasses, functools, hashlib, itertools, json, os, shlex, signal, sys, threading, time
@@ -514,11 +514,11 @@ def _sentences(profile: Profile, total: Cost) -> list[str]:
     if total.gpu_hours[1]:
         lines += ["Hours are estimates for H100s: operations counted, by a share of the GPU's peak. Starting engines is not counted; an A100 takes about three times as long."]
         lines += [f"  {work:8} {rate.low:g} to {rate.high:g} % of the peak: {rate.source}" for work, rate in RATES.items()]
-        lines += ["What a GPU machine needs beside GPUs stands in README.md, under Hardware."]
+        lines += ['What a GPU machine needs beside GPUs stands in README.md, under "How long, on what".']
     return lines
 
 # %% ../../nbs/app/73_pipeline.ipynb #c7300004
-def summary(
+def cost_summary(
     profile: Profile,
     reasons: dict[Step, str],  # what `forecast` returned
 ) -> str:
@@ -660,7 +660,7 @@ def main(
     profile = load_profile(name, **given)
     if options.dry_run:
         check_nodes(profile)
-        said = summary(profile, reasons := forecast(profile))
+        said = cost_summary(profile, reasons := forecast(profile))
         return print(said + "\n", *dry_run(profile, reasons), said.partition("\n")[0], said.split("\n")[1], sep="\n")
     if words[0] == "results" and not stored_records(profile):
         raise UserError(f"Nothing of the profile {name} has been evaluated in {Workspace(name).root}, so there is nothing to draw; run ./reproduce.sh {name} first.")

@@ -7,7 +7,7 @@ __all__ = ['FROM_BASE', 'checkpoint_at', 'layout_of', 'refuse_pickles', 'check_s
            'atomic_folder', 'merge', 'merge_recipe']
 
 # %% ../../nbs/training/46_checkpoint.ipynb #4ad6ad44
-import contextlib, operator, os, platform, re, shutil, sys, tempfile, zipfile
+import contextlib, json, operator, os, platform, re, shutil, sys, tempfile, zipfile
 import pickle  # for lists of shards, by a reader that refuses unknown classes  # nosec B403
 from pathlib import Path
 
@@ -223,13 +223,16 @@ def to_vlm_keys(
     return named
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600019
-def _refuse_shared(net, adapter: Path) -> None:
-    "`UserError` for an adapter on a tensor that the base model uses twice."
+def _check_adapter(net, adapter: Path) -> None:
+    "`UserError` for an adapter of no strength, or on a tensor that the base model uses twice."
     from safetensors import safe_open
 
     pairs = (net.all_tied_weights_keys or {}).items()
     shared = {name.split(".")[-2] for pair in pairs for name in pair}  # lm_head, embed_tokens
     settings, words = read_json(adapter / "adapter_config.json"), set()
+    if settings.get("lora_alpha") == 0:
+        raise UserError(f"The adapter {adapter} has lora_alpha=0, so it would change nothing; verl "
+                        "writes that where its lora_train_meta.json is not beside the shards.")
     for key in ("target_modules", "modules_to_save"):
         if isinstance(settings.get(key), list):  # a pattern says nothing for certain
             words |= {part for name in settings[key] for part in name.split(".")}
@@ -255,7 +258,7 @@ def merge_adapter(
     try:
         net = AutoModelForImageTextToText.from_pretrained(
             base, dtype="auto", use_safetensors=True, trust_remote_code=False)
-        _refuse_shared(net, Path(adapter))
+        _check_adapter(net, Path(adapter))
         net.load_state_dict(weights or {}, strict=False)
         net = PeftModel.from_pretrained(net, adapter)
         held = load_file(Path(adapter, "adapter_model.safetensors"))
@@ -292,6 +295,17 @@ def _merge_sharded_adapter(base: Path, folder: Path, weights: dict, spare: Path)
               for name, weight in weights.items() if _ADAPTER.search(name)}
     save_file(stored, spare / "adapter_model.safetensors")
     return merge_adapter(base, spare)
+
+# %% ../../nbs/training/46_checkpoint.ipynb #c4600038
+def _name_modules(adapter: Path) -> None:
+    "Let the configuration of an adapter name the modules that it has matrices for, and no other."
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        names = [name.removeprefix("base_model.model.") for name in file.keys()]
+    settings = read_json(adapter / "adapter_config.json")
+    settings["target_modules"] = sorted({name.partition(".lora_")[0] for name in names})
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
 
 # %% ../../nbs/training/46_checkpoint.ipynb #e92c830c
 @contextlib.contextmanager
@@ -337,6 +351,7 @@ def _weights_of(checkpoint: Path, base: Path, net, spare: Path, log: Path) -> di
         weights, adapter = _read_verl(checkpoint, spare / "verl", log), spare / "verl/lora_adapter"
         if not adapter.is_dir():
             return weights
+        _name_modules(adapter)
         return merge_adapter(base, adapter, to_vlm_keys(weights, net))
     sharded = layout == "fsdp"
     weights = _read_fsdp(checkpoint, spare / "fsdp") if sharded else _read_safetensors(checkpoint)
