@@ -10,7 +10,7 @@ import pytest
 if str(Path(__file__).parent.parent) not in sys.path:  # where this file is run by itself
     sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import python
-from medvlthinker.training.memory import SIZES, count_parameters, empty_model, model_config
+from medvlthinker.training.memory import SIZES, count_parameters, meta_model, model_config
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import accelerate_config
 
@@ -47,7 +47,7 @@ def test_parameters_are_those_of_the_published_models(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_adapters_stand_beside_the_seven_matrices_of_the_language_model_alone(size):
-    net = empty_model(size, 32)
+    net = meta_model(size, 32)
     trained = {name: weight.numel() for name, weight in net.named_parameters() if weight.requires_grad}
     assert sum(trained.values()) == ADAPTERS[size]
     targets = {re.sub(r"\.lora_[AB]\.default\.weight$", "", name) for name in trained}
@@ -57,7 +57,7 @@ def test_adapters_stand_beside_the_seven_matrices_of_the_language_model_alone(si
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_layers_that_fsdp_wraps_are_classes_of_the_model(size):
-    net = empty_model(size)
+    net = meta_model(size)
     wrapped = accelerate_config(find(f"{size}-SFT_m23k"), TrainingSettings(gpus=8, dtype="bfloat16"))["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
     modules = [type(module).__name__ for module in net.modules()]
     assert {name: modules.count(name) for name in wrapped} == {"Qwen2_5_VLDecoderLayer": LANGUAGE[size][3], "Qwen2_5_VLVisionBlock": 32}
@@ -66,7 +66,7 @@ def test_the_layers_that_fsdp_wraps_are_classes_of_the_model(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_only_the_3b_ties_its_head_to_the_embedding(size):
-    net = empty_model(size)
+    net = meta_model(size)
     tied = net.get_output_embeddings().weight is net.get_input_embeddings().weight
     assert tied == (size == "3B") == net.config.tie_word_embeddings == net.config.text_config.tie_word_embeddings
 
@@ -90,7 +90,7 @@ def load_into_vllm(size: str, folder: str) -> None:
         with torch.device("meta"):
             theirs = Theirs(vllm_config=settings, prefix="")
     places = {name for name, _ in theirs.named_parameters()}
-    filled = theirs.load_weights(iter(empty_model(size).state_dict().items()))  # a name that it does not know is an error
+    filled = theirs.load_weights(iter(meta_model(size).state_dict().items()))  # a name that it does not know is an error
     print(json.dumps([sorted(places), sorted(filled), sum(weight.numel() for weight in theirs.parameters())]))
 
 
