@@ -415,7 +415,9 @@ def run(
     from doit.doit_cmd import DoitMain
 
     check_nodes(profile)
-    refuse_small_disk([RECIPES[step.value] for step, reason in forecast(profile).items() if step.parameter == "recipe" and reason and not again], profile)
+    if not again:
+        coming = [step.value for step, reason in forecast(profile).items() if reason and step.parameter == "recipe"]
+        refuse_small_disk([RECIPES[name] for name in coming], profile)
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
