@@ -512,7 +512,7 @@ def measure(names: list[str]) -> int:
                 holds = value <= given.bound if given.side == "at most" else value >= given.bound
                 missed += not holds
                 print(f"{what:92}{value:12.4g} {given.unit:7}{given.side} {given.bound:<7g}{'holds' if holds else 'DOES NOT HOLD'}", flush=True)
-                add_line(LOG, {"name": name, **given._asdict(), "what": what, "value": value, "holds": holds, **base})
+                add_line(LOG, {"name": name, **given._asdict(), "what": what, "value": float(value), "holds": bool(holds), **base})
         except NotHere as reason:
             print(f"{name}: not measured on this machine: {reason}.", flush=True)
     return missed

@@ -345,11 +345,11 @@ def publish(
     words: list[str],  # FOLDER OWNER/NAME [--yes]
 ) -> None:
     "Upload a model's folder to the hub, or say what would be uploaded."
-    places = [word for word in words if word != "--yes"]
-    if len(places) != 2 or any(word.startswith("-") for word in places):
+    folder, repo, *more = [*(word for word in words if word != "--yes"), "", ""]
+    if not repo or len(more) != 2 or any(word.startswith("-") for word in (folder, repo)):
         raise UserError("Say what to upload, and where: ./reproduce.sh push FOLDER OWNER/NAME "
                         "[--yes].")
-    push(*places, yes="--yes" in words)
+    push(folder, repo, "--yes" in words)
 
 # %% ../../nbs/app/78_commands.ipynb #feb2f2c9
 def train(

@@ -8,7 +8,7 @@ __all__ = ['PARAMETERS', 'PEAK', 'RATES', 'CORPORA', 'TESTS', 'KEPT', 'parameter
 
 # %% ../../nbs/app/69_cost.ipynb #c6900004
 import re, shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +77,7 @@ class Cost:
     "What a step takes, by estimate; zeros where nothing is known, or nothing is needed."
     gpus: int = 0
     gpu_hours: tuple[float, float, float] = (0, 0, 0)  # at least, likely, at most; on H100
-    downloads: dict[str, float] = field(default_factory=dict)  # what, and bytes
+    downloads: Mapping[str, float] = field(default_factory=dict)  # what, and bytes
     disk: float = 0  # bytes that a run writes, and that stay
 
     @property
@@ -95,7 +95,7 @@ def total_cost(
     for cost in costs:
         least, likely, most = (sum(pair) for pair in zip(total.gpu_hours, cost.gpu_hours))
         total = Cost(max(total.gpus, cost.gpus), (least, likely, most),
-                     total.downloads | cost.downloads, total.disk + cost.disk)
+                     {**total.downloads, **cost.downloads}, total.disk + cost.disk)
     return total
 
 # %% ../../nbs/app/69_cost.ipynb #c6900021

@@ -177,7 +177,8 @@ def _run_file(
     "Run a Python file as a module; an error in it becomes a sentence with its line."
     name = f"medvlthinker_own_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader  # a name that ends in .py has them
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} is no Python file.")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         with contextlib.chdir(file.parent):

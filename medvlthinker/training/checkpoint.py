@@ -177,14 +177,13 @@ def _read_verl(folder: Path, spare: Path, log: Path) -> dict:
 # %% ../../nbs/training/46_checkpoint.ipynb #3e736910
 _WRAPPERS = re.compile(
     r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.|^module\.")
+_PREFIX = re.compile(r"^(?:model\.|language_model\.)*(visual\.|lm_head\.)?")
 _PARTS = {"visual.": "model.visual.", "lm_head.": "lm_head.", None: "model.language_model."}
 
 
 def _vlm_name(name: str) -> str:
     "What the vision-language model calls a weight."
-    name = _WRAPPERS.sub("", name)
-    part, rest = re.match(r"(?:model\.|language_model\.)*(visual\.|lm_head\.)?(.*)", name).groups()
-    return _PARTS[part] + rest
+    return _PREFIX.sub(lambda found: _PARTS[found[1]], _WRAPPERS.sub("", name), count=1)
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600014
 def _check_tied(named: dict, net) -> set[str]:  # names of the copies
@@ -379,8 +378,8 @@ def _write_merged(checkpoint: Path, base: Path, part: Path, log: Path) -> int:  
     if (net := empty_model(base)) is None:
         raise UserError(f"The base model {base} has no config of a vision-language model that "
                         "transformers can build; name the model that the run started from.")
-    hidden = {"prefix": f"{part.stem}.", "suffix": f".{os.getpid()}.spare"}
-    with tempfile.TemporaryDirectory(dir=part.parent, **hidden) as spare:
+    ending = f".{os.getpid()}.spare"  # as `atomic_folder` looks for it after a kill
+    with tempfile.TemporaryDirectory(ending, f"{part.stem}.", part.parent) as spare:
         found = _weights_of(checkpoint, base, net, Path(spare), log)
         weights = _complete(found, net, base)
         net.save_pretrained(part, state_dict=weights, max_shard_size="5GB")

@@ -57,7 +57,7 @@ class Grpo:
     max_grad_norm: float = 1.0
     tensor_parallel: int = 2  # GPUs that share one copy of the model while it answers
     save_every: int = 50  # steps; the validation set is asked as often
-    keep: int = 0  # checkpoints that stay on the disk; 0 for all
+    keep: int = 0  # checkpoints that the paper kept; 0 for all. Here only those stay that are needed
     validate_first: bool = True
     freeze_vision: bool = False
 
