@@ -54,6 +54,7 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
     "python -m medvlthinker.app.commands preflight smoke": "limit=6 train_limit=6",
     "python -m medvlthinker.app.commands look smoke": "limit=6",
+    "python -m medvlthinker.app.commands train smoke": "train_limit=20 max_steps=2",
     "python -m medvlthinker.app.commands regrade smoke": "limit=6",  # the answers that the fixture has asked for
     "python -m medvlthinker.app.commands exchange smoke": "limit=6"}
 
@@ -66,7 +67,7 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
-    "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, workspace"),  # for each recipe of .ci/run's smoke
+    "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, *places"),  # for each recipe of .ci/run's smoke
     "46_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
 

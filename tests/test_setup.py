@@ -1,5 +1,4 @@
 """Who may change the environment: ./reproduce.sh setup, and nobody else. A Python that only notes its calls and a made-up nvidia-smi stand in; nothing is installed."""
-import os
 import shutil
 import subprocess
 import sys
