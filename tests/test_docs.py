@@ -82,7 +82,8 @@ GIVEN = {  # what a chapter's example takes as known
                       "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder, samples = Path('.'), SampleFile('m23k.parquet')\n"
                       "rollout = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                       "           for k in range(16)]} for sample in samples]",
-    "43_grpo": "write_samples(synthetic.corpus('pmc_vqa', 40), Workspace('smoke').curated / 'synthetic' / 'pmc_vqa-200-tiny-easy_to_hard.parquet')",
+    **dict.fromkeys(("42_sft", "43_grpo"), "from medvlthinker.results.profile import Workspace\ndata, checkpoints, logs = Path('pmc_vqa.parquet'), Workspace('smoke').checkpoints, Path('logs')\n"
+                                          "write_samples(synthetic.corpus('pmc_vqa', 40), data)"),
     "51_compare": "samples = synthetic.benchmark('pmc_vqa', 9)\n"
                   "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"
                   "                            for sample in samples]",
@@ -93,8 +94,8 @@ SMALLER = {  # a chapter's example with less to do: text -> what is run
     "20_tiny_model": {"seed=0": "seed=0, steps=1"},
     "24_engine": {'model="tiny"': 'model="tiny", checkpoints=checkpoints'},
     "59_ask": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
-    "42_sft": {'load_profile("smoke")': 'load_profile("smoke", train_limit=40, max_steps=2)', "(60, 200)": "(2, 40)"},
-    "43_grpo": {'load_profile("smoke")': 'load_profile("smoke", max_steps=1)'},
+    "42_sft": {"TrainingSettings()": "TrainingSettings(max_steps=2)", "(60, 200)": "(2, 40)"},
+    "43_grpo": {"TrainingSettings()": "TrainingSettings(max_steps=1)"},
     "64_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
     "15_benchmarks": {'"copies"': "REAL"},  # the folder with real data; without it the example is skipped
 }
