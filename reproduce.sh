@@ -108,7 +108,7 @@ wanted_set() {
 }
 
 lock_of() { if [ "$1" = default ]; then echo locks/requirements.lock; else echo "locks/requirements-$1.lock"; fi; }
-state_of() { cat "$(lock_of "$1")" pyproject.toml locks/compat/*/*.{toml,py,pth} "$0" | sha256sum | cut -c1-16; }
+state_of() { { cat "$(lock_of "$1")" pyproject.toml locks/compat/*/*.{toml,py,pth}; echo "$TORCH"; } | sha256sum | cut -c1-16; }
 
 DRIVER=580  # the oldest driver with CUDA 13, for which the torch of the registry is built
 
