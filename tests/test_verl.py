@@ -20,7 +20,7 @@ from medvlthinker.training.verl import (
     compare_settings, composed_settings, count_rows, latest_checkpoint, overrides,
     validation_parquet, verl_parquet, verl_row, write_rows)
 
-pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh test all installs it")]
+pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh setup full installs it")]
 
 # --- (a) the configuration -------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def load_into_vllm(size: str, folder: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_weight_finds_its_place_in_vllm_and_no_place_stays_empty(size, tmp_path):
     if not importlib.util.find_spec("vllm"):
-        pytest.skip("vLLM is not installed; ./reproduce.sh test all installs it")
+        pytest.skip("vLLM is not installed; ./reproduce.sh setup full installs it")
     done = python(__file__, size, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     places, filled, parameters = json.loads(done.stdout.splitlines()[-1])

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
 TEXT, LARGE = find("3B-RL_m23k"), find("32B-RL_m23k")
 no_verl = pytest.mark.skipif(not importlib.util.find_spec("verl"),
-                             reason="verl is not installed; ./reproduce.sh test all installs it")
+                             reason="verl is not installed; ./reproduce.sh setup full installs it")
 no_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"),
-                            reason="Ray is not installed; ./reproduce.sh test all installs it")
+                            reason="Ray is not installed; ./reproduce.sh setup full installs it")
 
 # --- the model as verl's engine builds it ----------------------------------------------------------------------------------
 
