@@ -68,11 +68,11 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     states, out = status(tree, env, *words)
     assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
     assert re.search(r"3_train-tiny-SFT_m23k +done +\d+ (s|min) +[\d.]+ MB", out), out
-    with open(tree / "medvlthinker" / "training" / "fit.py", "a") as module:
+    with open(tree / "medvlthinker" / "training" / "memory.py", "a") as module:
         module.write("\n# edited\n")
     states, out = status(tree, env, *words)
     coming = {name for name, state in states.items() if state == "stale"}
-    assert re.search(r"3_train-tiny-SFT_m23k +stale .* training\.fit was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
+    assert re.search(r"3_train-tiny-SFT_m23k +stale .* training\.memory was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
     ran, out = run(tree, env, *words)
     assert set(ran) == coming, "what status said would run"
     assert "3_train-tiny-SFT_m23k" in ran and "step 2 of 2" not in out, "the notebook is run again, the training is not"
@@ -183,11 +183,11 @@ def test_dry_run_of_the_whole_paper(words, gpus, per_node, home):
     assert len(trained) == (1 if any("recipes" in word for word in words) else 13)
     written = set()
     for name, text in steps.items():
-        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:8])
+        lines = dict(line.strip().split(None, 1) for line in text.split("\n")[:10])
         assert {"hardware", "takes", "reads", "writes", "notebook"} <= lines.keys(), name
         for line in text.splitlines():
             if re.match(r"  (command|merge|call|notebook) ", line):
-                assert line.split()[1].startswith("/") and (" call " in line or os.access(line.split()[1], os.X_OK)), f"cannot be pasted anywhere: {line}"
+                assert re.match("/|[A-Z_]+=", line.split()[1]) and (" call " in line or os.access(line.split()[1], os.X_OK)), f"cannot be pasted anywhere: {line}"
         if name.startswith("3_train"):
             assert "distributed_type" not in text or "1 node of 1 GPU" not in text, "one process is no FSDP"
             assert f"commands merge paper recipe={name.removeprefix('3_train-')}" in text

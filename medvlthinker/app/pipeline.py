@@ -24,6 +24,7 @@ from ..results.ask import ask_words, evaluation_samplings, training_places
 from ..generation.request import Sampling
 from ..results.report import stored_records
 from ..generation.request import Hardware
+from ..training.grpo import vllm_settings
 from ..training.memory import estimate, gib, machine_of, settings_that_fit
 from ..training.recipe import RECIPES, Recipe, TrainingSettings, wanted
 from ..generation.model import folder_name
@@ -618,12 +619,15 @@ def _copies(profile: Profile, shared: int) -> str:
 
 
 def _trains(recipe: Recipe, settings: TrainingSettings) -> dict[str, str]:
-    "What accelerate is told; verl has all of that in its call."
+    "What accelerate is told, and vLLM beside the model that learns; verl has all of that in its call."
     if uses_verl(recipe, settings):
         return {}
     told = accelerate_config(recipe, settings)
     keys = ("distributed_type", "num_machines", "num_processes", "mixed_precision")
     shared = {key: told[key] for key in keys[told["num_processes"] == 1:]}  # one process shares nothing
+    if recipe.method == "RL":
+        beside = vllm_settings(recipe, settings, [])
+        shared |= {key: beside[key] for key in ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization") if key in beside}
     return {"trainer": "accelerate: " + " ".join(f"{key}={value}" for key, value in shared.items())}
 
 

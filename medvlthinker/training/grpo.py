@@ -14,7 +14,7 @@ from ..core.files import UserError, require_package
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from ..data.sample import Sample
-from .recipe import Grpo, steps_per_epoch
+from .recipe import Grpo, Recipe, TrainingSettings, steps_per_epoch
 from .sft import (
     Run, chats, checkpoint, curve_callback, ended, how_of, last_whole, open_model, processes,
     run_command, run_trainer, shared_settings, whole_callback)
@@ -46,20 +46,21 @@ _NEVER_DRAWN = ("<|image_pad|>", "<|video_pad|>")
 
 
 def vllm_settings(
-    run: Run,
+    recipe: Recipe,
+    settings: TrainingSettings,
     never: list[int],  # tokens that are never drawn
 ) -> dict:
     "vLLM beside the model that learns, on the same GPUs, in the words of `trl.GRPOConfig`; nothing where transformers answers."
-    settings, how = run.settings, how_of(run.recipe, Grpo)
+    how = how_of(recipe, Grpo)
     if not settings.gpus or settings.engine != "vllm":
         return {"generation_kwargs": {"suppress_tokens": never}}
     if settings.max_pixels:
         raise UserError(f"max_pixels={settings.max_pixels} does not reach the vLLM that TRL "
                         "starts; leave it out, or use engine=transformers or trainer=verl.")
-    together, share = settings.tensor_parallel or 1, processes(settings, run.recipe)
+    together, share = settings.tensor_parallel or 1, processes(settings, recipe)
     if share % together:
         raise UserError(f"tensor_parallel={together} does not divide the {share} GPUs of "
-                        f"{run.recipe.name}; take a number that does.")
+                        f"{recipe.name}; take a number that does.")
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": together,
             "vllm_gpu_memory_utilization": settings.gpu_memory_utilization or 0.3,
             "vllm_max_model_length": how.max_prompt_length + how.max_response_length,
@@ -90,7 +91,7 @@ def grpo_settings(
     loss = {"loss_type": "dapo", "scale_rewards": "group", "beta": how.kl_coef,
             "epsilon": how.clip[0], "epsilon_high": how.clip[1]}
     return {**shared_settings(run, how.save_every * updates), **steps, **answers, **loss,
-            **vllm_settings(run, never)}
+            **vllm_settings(run.recipe, run.settings, never)}
 
 # %% ../../nbs/training/43_grpo.ipynb #c40d9be1
 def answer_batches(
