@@ -15,9 +15,9 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.app import commands
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
-from medvlthinker.results.profile import Workspace
+from medvlthinker.results.profile import Workspace, load_profile
 from medvlthinker.training.checkpoint import merge
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
 from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole
 from medvlthinker.training.train import curves
 from safetensors.numpy import load_file
@@ -164,6 +164,12 @@ def test_adapters_become_a_model(ready):
     checkpoint = next(home.glob("tiny-SFT_PMC.training/*/checkpoint-4"))
     merge(checkpoint, str(home / "tiny"), ready / "again", checkpoint.parent.parent)
     assert same(load_file(ready / "again" / "model.safetensors"), model)
+
+
+def test_the_small_gpu_run_has_the_steps_that_it_asks_for():
+    "Of mini's questions the share is kept that the paper kept; RL then has all of its steps, and not a quarter."
+    mini, share = load_profile("mini"), ROWS["RL", "m23k"][0] / ROWS["SFT", "m23k"][0]
+    assert total_steps(find("3B-RL_m23k"), int(share * mini.train_limit), mini.max_steps) == mini.max_steps == 20
 
 
 @pytest.fixture
