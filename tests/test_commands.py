@@ -50,7 +50,7 @@ def test_mistakes_are_one_sentence(answered):
     says(call("regrade", "smoke", "limit=9", ASKED[1]), "answers other questions than these of slake_closed")
     says(call("exchange", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
     says(call("exchange", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={answered}", "rules=kind"), "No rule kind")
-    says(call("compare"), "Say one of parity, look, regrade, exchange")
+    says(call("compare"), "Say one of preflight, parity, look, regrade, exchange")
     assert not list((answered / "smoke" / "results" / "synthetic").glob("rescore-*"))
 
 

@@ -99,7 +99,7 @@ def test_the_merge_of_a_checkpoint_on_the_way_comes_first(home):
     steps = dict(part.split("\n", 1) for part in dry_run(load_profile("paper", recipes="7B-SFT_m23k-RL_PMC-sft_epoch_5", nodes=1)))
     lines = steps["3_train-7B-SFT_m23k-RL_PMC-sft_epoch_5"].split("  command   ")[1].splitlines()
     assert shlex.split(lines[0])[-5:-1] == ["merge", "paper", "recipe=7B-SFT_m23k", "nodes=1"] and lines[0].endswith("step=7335"), lines[0]
-    assert shlex.split(lines[1])[2] == "medvlthinker.training.train"
+    assert shlex.split(lines[1])[2:4] == ["medvlthinker.app.commands", "train"]
 
 
 def test_a_printed_command_runs_in_another_folder(tmp_path, home):

@@ -420,8 +420,8 @@ def run(
     plan = [step for step in steps(profile) if step.notebook in again or not again]  # before doit, which would turn a user's mistake into a traceback
     if not again:
         recipes = [RECIPES[step.value] for step, reason in forecast(profile).items() if step.parameter == "recipe" and reason]
-        refuse_small_disk(recipes, profile)
         refuse_missing_nodes(recipes, profile)
+        refuse_small_disk(recipes, profile)
     names = {step.name for step in plan}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:
