@@ -467,7 +467,8 @@ def _init_ray(settings: Hardware) -> None:
         socket.create_connection((place[1], int(place[2])), 10).close()
     cores = max(settings.data_parallel, os.cpu_count() or 1)
     here = {} if address else {"num_cpus": cores}
-    ray.init(address=address or None, include_dashboard=False, logging_level="ERROR", **here)
+    # `local`: another cluster's address in RAY_ADDRESS, or one that has ended, is not ours to join
+    ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR", **here)
 
 
 def _ray_error(error: Exception) -> Exception:
