@@ -2044,6 +2044,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft.Run.updates': ( 'training/sft.html#run.updates',
                                                                                       'medvlthinker/training/sft.py'),
+                                           'medvlthinker.training.sft._check_loggers': ( 'training/sft.html#_check_loggers',
+                                                                                         'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft._check_rows': ( 'training/sft.html#_check_rows',
                                                                                       'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft._inputs': ( 'training/sft.html#_inputs',

@@ -126,14 +126,11 @@ def _inputs(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
 def loggers(
     settings: TrainingSettings,
 ) -> list[str]:
-    "Where the curves go beside the local file; `UserError` for a place that is not known or not installed."
+    "Where the curves go beside the local file; `UserError` for a place that is not known."
     names = [name.strip() for name in settings.report_to.split(",") if name.strip()]
     if unknown := [name for name in names if name not in ("wandb", "trackio", "tensorboard")]:
         raise UserError("report_to knows wandb, trackio and tensorboard, not "
                         f"{', '.join(unknown)}.")
-    if absent := [name for name in names if not importlib.util.find_spec(name)]:
-        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
-                        f"installed; pip install {absent[0]}, or leave it out.")
     return names
 
 # %% ../../nbs/training/42_sft.ipynb #5894f4e0
@@ -168,6 +165,14 @@ def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
                    "answer": int(row.answer_tokens)}
     return {"rows": len(table), "dropped": dropped, "longest": longest,
             "with_images": int((kept.image_tokens > 0).sum())}
+
+
+def _check_loggers(settings: TrainingSettings) -> None:
+    "`UserError` where a place for the curves is not installed."
+    absent = [name for name in loggers(settings) if not importlib.util.find_spec(name)]
+    if absent:
+        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
+                        f"installed; pip install {absent[0]}, or leave it out.")
 
 
 def _reasons(found: dict) -> str:
@@ -212,7 +217,7 @@ def plan(
     "Check everything that a run needs, and list its rows; `UserError` says what is missing."
     start = starting_point(recipe, checkpoints, settings.base, show)
     check_machine(recipe, settings)
-    loggers(settings)
+    _check_loggers(settings)
     check_weights(download_model(start))
     inputs = _inputs(recipe, settings, start, data)
     folder = training_folder(recipe, checkpoints) / fingerprint(inputs)

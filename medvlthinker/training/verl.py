@@ -662,6 +662,7 @@ def ready(
                         "has, or use trainer=trl.")
     refuse_missing_nodes([recipe], dataclasses.replace(settings, trainer="verl"))
     if nodes_of(recipe, settings) == 1:
+        require_package("torch")
         import torch
 
         if (here := torch.cuda.device_count()) < settings.gpus:
