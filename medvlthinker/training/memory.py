@@ -248,7 +248,9 @@ def moments(plan: Plan) -> list[list[tuple]]:
     asleep = ("vLLM, asleep", "a constant", 1.5 * 2**30 if share else 0)
     entropy = plan.verl * tokens * plan.n.config.text_config.vocab_size * (plan.c + 12)
     before = ("logits, entropy", f"{tokens:,} tokens, {plan.c + 12} bytes an entry", entropy)
-    return [[*update, asleep], [*always[:4], *always[5:], asleep, before], [*always[:4], answers]]
+    learnt = [line for line in always if line[0] != "gradients"]
+    resting = [line for line in learnt if line[0] not in ("gathered", "copies in bfloat16")]
+    return [[*update, asleep], [*learnt, asleep, before], [*resting, answers]]
 
 # %% ../../nbs/training/41_memory.ipynb #e8d496fa
 def estimate(
