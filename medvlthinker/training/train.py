@@ -146,9 +146,11 @@ def curve_figure(
     long = [part.melt(ignore_index=False, var_name="curve").reset_index().assign(line=line)
             for line, part in parts.items()]
     figure = px.line(pd.concat(long), x="step", y="value", color="line", facet_col="curve",
-                     facet_col_wrap=3, title=title, template="plotly_white",
+                     facet_col_wrap=3, facet_col_spacing=0.09, facet_row_spacing=0.2,
+                     title=title, template="plotly_white",
                      color_discrete_map={"each step": "#56B4E9", "mean": "#0072B2"})
     figure.for_each_annotation(lambda note: note.update(text=SHOWN[note.text.split("=")[1]]))
+    figure.update_traces(line_width=1, selector={"name": "each step"})
     figure.update_yaxes(matches=None, showticklabels=True, title="", exponentformat="power")
     height = 90 + 210 * -(-len(names) // 3)
     return figure.update_layout(showlegend=False, height=height)
