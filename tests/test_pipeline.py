@@ -120,6 +120,10 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     assert states["1_data"] == "running", states
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    for _ in range(300):  # a kernel looks after its parent once a second
+        if not at_work(home):
+            break
+        time.sleep(0.1)
     states, out = status(tree, here, "recipes=")
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
 
