@@ -17,7 +17,7 @@ from ..core.files import UserError
 from ..data.benchmarks import benchmark_names
 from ..generation.request import Sampling
 from ..results.profile import Profile, Workspace
-from ..training.recipe import ROWS, Grpo, Recipe, steps_to_train
+from ..training.recipe import ROWS, Grpo, Recipe, nodes_of, steps_to_train
 
 # %% ../../nbs/app/69_cost.ipynb #c6900007
 PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
@@ -167,7 +167,7 @@ def training_cost(
     profile: Profile,
 ) -> Cost:
     "What it takes to train a recipe, its merge included."
-    gpus = profile.gpus * (profile.nodes or recipe.nodes)
+    gpus = profile.gpus * nodes_of(recipe, profile)
     from_hub = "/" in recipe.init and not profile.base
     downloads = {recipe.init: 2 * parameters_of(recipe.name)} if from_hub else {}
     hours = _training_hours(recipe, profile, gpus)

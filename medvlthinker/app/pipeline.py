@@ -26,11 +26,11 @@ from ..results.report import stored_records
 from ..generation.request import Hardware
 from ..training.grpo import vllm_settings
 from ..training.memory import estimate, gib, machine_of, settings_that_fit
-from ..training.recipe import RECIPES, Recipe, TrainingSettings, wanted
+from ..training.recipe import RECIPES, Recipe, TrainingSettings, nodes_of, uses_verl, wanted
 from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
-from ..training.train import printed_command, uses_verl
+from ..training.train import printed_command
 from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/73_pipeline.ipynb #670e4509
@@ -566,7 +566,7 @@ def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = 
 def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
     "The command that trains and merges a recipe, that of the trainer below it, and what is told whom."
     data, checkpoints, logs = training_places(recipe, profile)
-    nodes, gpus, root = profile.nodes or recipe.nodes, profile.gpus, Workspace(profile.name).root
+    nodes, gpus, root = nodes_of(recipe, profile), profile.gpus, Workspace(profile.name).root
     inside = lambda path: str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else str(path)
     first, _, step = recipe.init.partition("@")
     start = checkpoints / first if first in RECIPES or first == "tiny" else profile.base or first

@@ -14,9 +14,10 @@ from ..core.files import UserError, require_package
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from ..data.sample import Sample
-from .recipe import Grpo, Recipe, TrainingSettings, steps_per_epoch
+from .recipe import (
+    Grpo, Recipe, TrainingSettings, processes, steps_per_epoch)
 from .sft import (
-    Run, chats, checkpoint, curve_callback, ended, how_of, last_whole, open_model, processes,
+    Run, chats, checkpoint, curve_callback, ended, how_of, last_whole, open_model,
     run_command, run_trainer, shared_settings, whole_callback)
 
 # %% ../../nbs/training/43_grpo.ipynb #071fc03d
@@ -57,7 +58,7 @@ def vllm_settings(
     if settings.max_pixels:
         raise UserError(f"max_pixels={settings.max_pixels} does not reach the vLLM that TRL "
                         "starts; leave it out, or use engine=transformers or trainer=verl.")
-    together, share = settings.tensor_parallel or 1, processes(settings, recipe)
+    together, share = settings.tensor_parallel or 1, processes(recipe, settings)
     if share % together:
         raise UserError(f"tensor_parallel={together} does not divide the {share} GPUs of "
                         f"{recipe.name}; take a number that does.")
@@ -74,7 +75,7 @@ def grpo_settings(
     processor,  # of the model
 ) -> dict:
     "The recipe in the words of `trl.GRPOConfig`; `UserError` where the GPUs cannot share an update evenly."
-    how, share = how_of(run.recipe, Grpo), processes(run.settings, run.recipe)
+    how, share = how_of(run.recipe, Grpo), processes(run.recipe, run.settings)
     update, updates = how.mini_batch * how.rollouts, run.updates  # answers; updates a step
     at_once = run.settings.micro_batch or min(how.micro_batch, update // share)
     if update % (share * at_once):

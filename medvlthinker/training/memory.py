@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..core.files import UserError, require_package
 from ..generation.tiny_model import tiny_config, tiny_tokenizer
-from .recipe import Grpo, Recipe, TrainingSettings
+from .recipe import Grpo, Recipe, TrainingSettings, uses_verl
 
 # %% ../../nbs/training/41_memory.ipynb #c3327459
 SIZES = {  # width, inner width, layers, heads, of keys, vocabulary; inner width of the vision tower
@@ -148,7 +148,7 @@ def plan_of(
     how, gpu = recipe.how, machine.gpus > 0
     if isinstance(how, Grpo):
         rows = max(1, how.mini_batch * how.rollouts // machine.shards)
-        size, again, verl = math.gcd(how.micro_batch, rows), gpu, settings.trainer == "verl"
+        size, again, verl = math.gcd(how.micro_batch, rows), gpu, uses_verl(recipe, settings)
     else:
         rows = max(1, how.batch // machine.shards)
         size, again, verl = 1 if gpu else rows, how.gradient_checkpointing, False

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettings', 'training_words', 'read_training', 'Recipe',
-           'find', 'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'table', 'wanted', 'training_folder',
-           'model_folder', 'starting_point']
+           'find', 'nodes_of', 'processes', 'uses_verl', 'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain',
+           'table', 'wanted', 'training_folder', 'model_folder', 'starting_point']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import dataclasses, math
@@ -199,6 +199,21 @@ def find(
     if name not in RECIPES:
         raise UserError(f"No recipe {name!r}; known are {', '.join(RECIPES)}.")
     return RECIPES[name]
+
+# %% ../../nbs/training/40_recipe.ipynb #b2df7f2d
+def nodes_of(recipe: Recipe, settings: TrainingSettings) -> int:
+    "How many machines a run takes: what the settings say, else the recipe."
+    return settings.nodes or recipe.nodes
+
+# %% ../../nbs/training/40_recipe.ipynb #c326013a
+def processes(recipe: Recipe, settings: TrainingSettings) -> int:
+    "How many processes share a run, over all machines: one a GPU; one on a CPU."
+    return max(1, settings.gpus) * nodes_of(recipe, settings)
+
+# %% ../../nbs/training/40_recipe.ipynb #e9be53b7
+def uses_verl(recipe: Recipe, settings: TrainingSettings) -> bool:
+    "Is this a run for verl?"
+    return recipe.method == "RL" and settings.trainer == "verl"
 
 # %% ../../nbs/training/40_recipe.ipynb #e9ab2f94
 ROWS = {  # questions that the paper trained on, as (at least, at most)

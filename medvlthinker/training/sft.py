@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'LAYERS', 'PLACES', 'row_lengths', 'unusable', 'Run', 'reward_file', 'loggers', 'check_machine',
-           'processes', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics',
+           'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics',
            'curve_callback', 'last_whole', 'checkpoint', 'remove_old_checkpoints', 'whole_callback', 'how_of',
            'recomputes', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'ended', 'run_trainer',
            'train_sft', 'accelerate_config', 'accelerate_file', 'trl_command', 'read_recipe', 'read_words',
@@ -28,8 +28,8 @@ from ..generation.model import (
 from ..generation.rollout import file_lock
 from .memory import LORA_TARGETS
 from .recipe import (
-    Grpo, Recipe, Sft, TrainingSettings, find, read_training, starting_point, steps_per_epoch,
-    steps_to_train, training_folder, training_words)
+    Grpo, Recipe, Sft, TrainingSettings, find, nodes_of, processes, read_training, starting_point,
+    steps_per_epoch, steps_to_train, training_folder, training_words, uses_verl)
 
 if TYPE_CHECKING:  # these take seconds to load
     import datasets, pandas as pd, torch
@@ -140,7 +140,7 @@ def check_machine(recipe: Recipe, settings: TrainingSettings) -> None:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}), "
                         "and gpus=0; set gpus=N on a machine that has them, or train an embedded "
                         "recipe (tiny-...).")
-    if not settings.gpus or (recipe.method == "RL" and settings.trainer == "verl"):
+    if not settings.gpus or uses_verl(recipe, settings):
         return
     require_package("torch")
     import torch
@@ -191,19 +191,11 @@ def _check_rows(recipe: Recipe, settings: TrainingSettings, data: Path, found: d
     if not (left := found["rows"] - lost):
         raise UserError(f"No row of {data.name} can be used for {recipe.name}: "
                         f"{_reasons(found['dropped'])}.")
-    trl = recipe.method == "SFT" or settings.trainer == "trl"
-    if trl and processes(settings, recipe) > 1 and 0 < found["with_images"] < left:
+    shared = processes(recipe, settings) > 1 and not uses_verl(recipe, settings)
+    if shared and 0 < found["with_images"] < left:
         raise UserError(f"{found['with_images']} of {left} rows of {data.name} have images; where "
                         "one GPU reads an image and another none, each waits for the other. Train "
                         "on one GPU, or on the rows with and without images one after the other.")
-
-# %% ../../nbs/training/42_sft.ipynb #9f8bd5de
-def processes(
-    settings: TrainingSettings,
-    recipe: Recipe,
-) -> int:
-    "How many processes share a run: one a GPU."
-    return max(1, settings.gpus) * (settings.nodes or recipe.nodes)
 
 # %% ../../nbs/training/42_sft.ipynb #2daac42e
 def plan(
@@ -527,7 +519,7 @@ def sft_settings(
     run: Run,
 ) -> dict:
     "The recipe in the words of `trl.SFTConfig`; `UserError` where the GPUs cannot share a step evenly."
-    how, share = how_of(run.recipe, Sft), processes(run.settings, run.recipe)
+    how, share = how_of(run.recipe, Sft), processes(run.recipe, run.settings)
     at_once = run.settings.micro_batch or (1 if run.settings.gpus else max(1, how.batch // share))
     if how.batch % (share * at_once):
         raise UserError(f"{run.recipe.name} takes {how.batch} rows a step, which {share} GPUs with "
@@ -603,9 +595,9 @@ def accelerate_config(
     settings: TrainingSettings,
 ) -> dict:
     "The hardware of a run in the words of `accelerate`."
-    nodes, here = settings.nodes or recipe.nodes, os.environ.get
+    nodes, here = nodes_of(recipe, settings), os.environ.get
     shared = {"compute_environment": "LOCAL_MACHINE", "num_machines": nodes,
-              "num_processes": processes(settings, recipe),
+              "num_processes": processes(recipe, settings),
               "machine_rank": int(here("MACHINE_RANK", "0")),
               "main_process_ip": here("MASTER_ADDR", "127.0.0.1"),
               "main_process_port": int(here("MASTER_PORT", "29500")),
@@ -641,7 +633,7 @@ def trl_command(
     init = [f"init={recipe.init}"] if recipe.init != find(recipe.name).init else []
     words = ["-m", module, f"recipe={recipe.name}", *init, f"data={data}",
              f"checkpoints={checkpoints}", f"logs={logs}", *training_words(settings)]
-    if processes(settings, recipe) == 1:
+    if processes(recipe, settings) == 1:
         return [sys.executable, *words]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_file(logs))]
     return [sys.executable, *launch, *words]

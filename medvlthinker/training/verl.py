@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIFFERENCES', 'METRICS', 'verl_row', 'write_rows', 'fitting_samples', 'verl_parquet', 'count_rows', 'training_file',
-           'validation_parquet', 'has_flash_attention', 'nodes_of', 'gpus_of', 'micro_batch', 'verl_settings',
-           'overrides', 'run_notes', 'published_settings', 'composed_settings', 'compare_settings', 'environment',
-           'job_id', 'command', 'command_text', 'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves',
-           'is_complete', 'latest_checkpoint', 'set_resume_point', 'refuse_changed_settings', 'ready', 'run_process',
-           'is_at_work', 'train']
+           'validation_parquet', 'has_flash_attention', 'micro_batch', 'verl_settings', 'overrides', 'run_notes',
+           'published_settings', 'composed_settings', 'compare_settings', 'environment', 'job_id', 'command',
+           'command_text', 'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves', 'is_complete',
+           'latest_checkpoint', 'set_resume_point', 'refuse_changed_settings', 'ready', 'run_process', 'is_at_work',
+           'train']
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import dataclasses, importlib.util, itertools, json, math, os, re
@@ -26,9 +26,9 @@ from ..data.sample import Sample, SampleFile
 from ..difficulty.preflight import lengths, open_processor
 from ..generation.model import pixel_limits
 from ..generation.rollout import file_lock, samples_fingerprint
-from medvlthinker.training.recipe import (
-    ROWS, Grpo, Recipe, TrainingSettings, starting_point, steps_to_train, total_steps,
-    training_folder)
+from .recipe import (
+    ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, starting_point, steps_to_train,
+    total_steps, training_folder, uses_verl)
 from .sft import loggers, reward_file
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
@@ -182,16 +182,6 @@ def has_flash_attention() -> bool:
         return False
     return True
 
-# %% ../../nbs/training/44_verl.ipynb #24c90c8f
-def nodes_of(recipe: Recipe, settings: TrainingSettings) -> int:
-    "How many machines a run takes: what the settings say, else the recipe."
-    return settings.nodes or recipe.nodes
-
-# %% ../../nbs/training/44_verl.ipynb #24c90c91
-def gpus_of(recipe: Recipe, settings: TrainingSettings) -> int:
-    "Processes that train, over all machines; one on a CPU."
-    return max(1, settings.gpus) * nodes_of(recipe, settings)
-
 # %% ../../nbs/training/44_verl.ipynb #35da1d9f
 _PADDED_TOKENS = 4 * (2048 + 4096)  # places of one forward pass where padding stays
 
@@ -199,7 +189,7 @@ _PADDED_TOKENS = 4 * (2048 + 4096)  # places of one forward pass where padding s
 def micro_batch(recipe: Recipe, settings: TrainingSettings, flash: bool) -> int:
     "Answers of one forward pass on one GPU; it divides the GPU's share of an update."
     how = _grpo(recipe)
-    share = how.mini_batch * how.rollouts // gpus_of(recipe, settings)
+    share = how.mini_batch * how.rollouts // processes(recipe, settings)
     most = settings.micro_batch or how.micro_batch
     if not flash and not settings.micro_batch:
         longest = how.max_prompt_length + how.max_response_length
@@ -317,7 +307,7 @@ def verl_settings(
     flash: bool | None = None,  # whether flash-attn is here; None to look
 ) -> dict:  # verl's key -> value; `+` before a key that verl's file does not have
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
-    how, gpus = _grpo(recipe), gpus_of(recipe, settings)
+    how, gpus = _grpo(recipe), processes(recipe, settings)
     flash = has_flash_attention() if flash is None else flash
     if how.batch % how.mini_batch or how.mini_batch * how.rollouts % gpus:
         raise UserError(f"{recipe.name} updates on {how.mini_batch} x {how.rollouts} answers of "
@@ -526,10 +516,8 @@ def _count_nodes(address: str, gpus: int) -> int:
 # %% ../../nbs/training/44_verl.ipynb #d0e6634a
 def refuse_missing_nodes(recipes: Iterable[Recipe], settings: TrainingSettings) -> None:
     "`UserError` where recipes through verl want more nodes than Ray has; the first thing to ask."
-    through_verl = [recipe for recipe in recipes
-                    if settings.trainer == "verl" and recipe.method == "RL"]
-    several = {recipe.name: nodes for recipe in through_verl
-               if (nodes := nodes_of(recipe, settings)) > 1}
+    several = {recipe.name: nodes for recipe in recipes if uses_verl(recipe, settings)
+               and (nodes := nodes_of(recipe, settings)) > 1}
     if not several:
         return
     names, most = ", ".join(several), max(several.values())
