@@ -91,3 +91,12 @@ def test_parity_on_the_command_line(warm_home):
     victim = two / "rollout.jsonl"
     victim.write_bytes(victim.read_bytes()[:-9])
     says(run(*words, "--", f"folder={two}"), victim.name, "missing or damaged")
+
+
+def test_a_recipe_of_ones_own_can_be_merged(home, tmp_path):
+    "The file that extend= names is read before the recipe is looked for, as in training."
+    own = tmp_path / "mine.py"
+    own.write_text("from dataclasses import replace\nfrom medvlthinker.training.recipe import RECIPES\n"
+                   "RECIPES['tiny-SFT_mine'] = replace(RECIPES['tiny-SFT_PMC'], name='tiny-SFT_mine')\n")
+    says(call("merge", "smoke", "recipe=tiny-SFT_mine"), "No recipe 'tiny-SFT_mine'")
+    says(call("merge", "smoke", "recipe=tiny-SFT_mine", f"extend={own}"), "tiny-SFT_mine.training")

@@ -39,7 +39,7 @@ from ..generation.rollout import (
     Rollout, load_rollout, rollout_record, samples_fingerprint)
 from ..results.report import stored_records
 from ..training.checkpoint import merge_recipe
-from ..training.recipe import Recipe, find
+from ..training.recipe import Recipe
 from ..training.sft import check_machine, read_recipe
 from ..training.train import train as train_recipe
 
@@ -315,9 +315,7 @@ def exchange(
 def _recipe_words(words: list[str]) -> tuple[Recipe, Profile, dict]:
     "The recipe and profile that words name, and the step."
     name, given = parse_words(words)
-    if "recipe" not in given:
-        raise UserError("Name a recipe, such as recipe=7B-SFT_m23k.")
-    recipe, step = find(given.pop("recipe")), read_value("step", 0, given.pop("step", 0))
+    recipe, step = read_recipe(given), read_value("step", 0, given.pop("step", 0))
     return recipe, load_profile(name, **given), {"step": step} if step else {}
 
 # %% ../../nbs/app/78_commands.ipynb #c78a42
