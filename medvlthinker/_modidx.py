@@ -2023,6 +2023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.nodes_of': ( 'training/recipe.html#nodes_of',
                                                                                          'medvlthinker/training/recipe.py'),
+                                              'medvlthinker.training.recipe.planned_start': ( 'training/recipe.html#planned_start',
+                                                                                              'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.processes': ( 'training/recipe.html#processes',
                                                                                           'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.read_training': ( 'training/recipe.html#read_training',

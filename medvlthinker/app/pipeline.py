@@ -26,7 +26,7 @@ from ..results.report import stored_records
 from ..generation.request import Hardware
 from ..training.grpo import vllm_settings
 from ..training.memory import estimate, gib, machine_of, settings_that_fit
-from ..training.recipe import RECIPES, Recipe, TrainingSettings, nodes_of, uses_verl, wanted
+from ..training.recipe import RECIPES, Recipe, TrainingSettings, nodes_of, planned_start, uses_verl, wanted
 from ..generation.model import folder_name
 from ..generation.rollout import file_lock
 from ..training.sft import accelerate_config
@@ -569,7 +569,7 @@ def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
     nodes, gpus, root = nodes_of(recipe, profile), profile.gpus, Workspace(profile.name).root
     inside = lambda path: str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else str(path)
     first, _, step = recipe.init.partition("@")
-    start = checkpoints / first if first in RECIPES or first == "tiny" else profile.base or first
+    start = planned_start(recipe, checkpoints, profile.base)
     words = [profile.name, f"recipe={recipe.name}", *(f"{key}={value}" for key, value in overrides(profile).items() if key != "recipes")]
     command = [sys.executable, "-m", "medvlthinker.app.commands"]
     commands = [shlex.join([*command, "train", *words])]

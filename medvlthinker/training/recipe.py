@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettings', 'training_words', 'read_training', 'Recipe',
            'find', 'nodes_of', 'processes', 'uses_verl', 'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain',
-           'table', 'wanted', 'training_folder', 'model_folder', 'starting_point']
+           'table', 'wanted', 'training_folder', 'model_folder', 'starting_point', 'planned_start']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import dataclasses, math
@@ -325,3 +325,10 @@ def starting_point(
                         + (f", then `./reproduce.sh merge PROFILE recipe={name} step={step}`." if step else "."))
     show(f"{name} is not in {checkpoints}; {recipe.name} starts from the published one.")
     return resolve_model(name, checkpoints)
+
+# %% ../../nbs/training/40_recipe.ipynb #c4d46ecf
+def planned_start(recipe: Recipe, checkpoints: Path, base: str = "") -> str:
+    "The folder or hub id that a run will start from, whether it is there or not."
+    name = recipe.init.partition("@")[0]
+    made_here = name in RECIPES or name == "tiny"
+    return str(model_folder(recipe.init, checkpoints)) if made_here else base or name

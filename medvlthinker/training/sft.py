@@ -26,7 +26,7 @@ from ..difficulty.preflight import lengths, open_processor
 from ..generation.model import (
     check_weights, download_model, model_fingerprint, pixel_limits)
 from ..generation.rollout import file_lock
-from .memory import LORA_TARGETS
+from .memory import LORA_TARGETS, Row
 from .recipe import (
     Grpo, Recipe, Sft, TrainingSettings, find, nodes_of, processes, read_training, starting_point,
     steps_per_epoch, steps_to_train, training_folder, training_words, uses_verl)
@@ -81,7 +81,7 @@ class Run:
     rows: tuple[int, ...]  # the places in it that are used
     dropped: dict[str, list[int]]  # the places that are not, by reason
     images: bool  # whether any row has one
-    longest: dict[str, int]  # tokens of the longest row: prompt (without images), image, answer
+    longest: Row  # of all
     steps: int  # that are trained
     takes: int  # the step whose checkpoint becomes the model
     folder: Path  # its own; named after `inputs`
@@ -158,11 +158,10 @@ def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
     table = row_lengths(samples, recipe, processor)
     dropped = unusable(samples, recipe, table, limits["max_model_len"])
     kept = table.drop(index=sorted({place for places in dropped.values() for place in places}))
-    longest = {"prompt": 0, "image": 0, "answer": 0}
+    longest = Row(0, 0, 0)
     if len(kept):
         row = kept.iloc[int((kept.prompt_tokens + kept.answer_tokens).to_numpy().argmax())]
-        longest = {"prompt": int(row.text_tokens), "image": int(row.image_tokens),
-                   "answer": int(row.answer_tokens)}
+        longest = Row(int(row.text_tokens), int(row.image_tokens), int(row.answer_tokens))
     return {"rows": len(table), "dropped": dropped, "longest": longest,
             "with_images": int((kept.image_tokens > 0).sum())}
 
@@ -225,7 +224,8 @@ def plan(
              f"{_reasons(found['dropped'])}.")
     steps, takes = steps_to_train(recipe, len(rows), settings.max_steps)
     return Run(recipe, settings, start, Path(data), rows, found["dropped"],
-               found["with_images"] > 0, found["longest"], steps, takes, folder, Path(logs), inputs)
+               found["with_images"] > 0, Row(*found["longest"]), steps, takes, folder, Path(logs),
+               inputs)
 
 # %% ../../nbs/training/42_sft.ipynb #b1e9ac50
 def chats(

@@ -15,9 +15,9 @@ from ..core.files import (
     atomic_write, record_path, require_package, stale_reason, write_record)
 from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge
-from .memory import Row, settings_that_fit
+from .memory import settings_that_fit
 from .recipe import (
-    RECIPES, Recipe, TrainingSettings, model_folder, nodes_of, training_folder, uses_verl)
+    Recipe, TrainingSettings, nodes_of, planned_start, training_folder, uses_verl)
 from medvlthinker.training.sft import (
     Run, accelerate_config, accelerate_file, checkpoint, plan, read_metrics, read_words,
     trl_command)
@@ -36,11 +36,9 @@ def printed_command(
     "The command that trains a recipe, as one would type it."
     if not uses_verl(recipe, settings):
         return shlex.join(trl_command(recipe, settings, data, checkpoints, logs))
-    name, nodes = recipe.init.split("@")[0], nodes_of(recipe, settings)
-    trained = name in RECIPES or name == "tiny"
-    start = str(model_folder(recipe.init, checkpoints)) if trained else settings.base or name
+    start, nodes = planned_start(recipe, checkpoints, settings.base), nodes_of(recipe, settings)
     words = verl.overrides(recipe, settings, start, verl.training_file(data, recipe),
-                                   training_folder(recipe, checkpoints))
+                           training_folder(recipe, checkpoints))
     variables = verl.environment(logs, nodes=nodes)
     head = os.environ.get("RAY_ADDRESS", "http://HEAD:8265")
     return verl.command_text(verl.command(words, variables, nodes, head), variables)
@@ -99,8 +97,7 @@ def train(
     if not (why := stale_reason(final, run.inputs)):
         return final
     show(f"{recipe.name}: {why[:200]}")
-    longest = Row(**run.longest)
-    fitting = settings_that_fit(recipe, settings, row=longest, model=run.start, show=show)
+    fitting = settings_that_fit(recipe, settings, row=run.longest, model=run.start, show=show)
     run_it = _run_verl if uses_verl(recipe, settings) else _run_trl
     return finish(run, run_it(run, fitting, checkpoints, show), checkpoints)
 
