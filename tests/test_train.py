@@ -110,17 +110,23 @@ def test_only_what_is_needed_stays_on_the_disk(ready):
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10"]
 
 
+def trained_with(home: Path, module: str, recipe: str, steps: int, sizes: tuple[int, int]) -> list[tuple]:
+    "The curves and the weights of a recipe that is trained anew with each micro batch."
+    found = []
+    for size in sizes:
+        logs = home / f"logs{size}"
+        done = warm.run(*words(module, recipe, steps, home), f"logs={logs}", f"micro_batch={size}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append((curves(logs), weights(home, recipe, steps)))
+        shutil.rmtree(home / "smoke" / "checkpoints" / f"{recipe}.training")
+    return found
+
+
 def test_a_row_counts_the_same_however_many_are_taken_at_once(ready):
     "gradient-accumulation: the same losses and weights, up to rounding, from sixteen rows at once and from one."
-    ends = {}
-    for rows in (16, 1):
-        logs = ready / f"logs{rows}"
-        done = warm.run(*words("sft", "tiny-SFT_PMC", 3, ready)[:-2], f"logs={logs}", "max_steps=3", f"micro_batch={rows}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        ends[rows] = curves(logs).loss.tolist(), weights(ready, "tiny-SFT_PMC", 3)
-        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training")
-    assert ends[16][0] == pytest.approx(ends[1][0], rel=1e-5)
-    assert max(abs(ends[16][1][name] - ends[1][1][name]).max() for name in ends[1][1]) < 1e-4
+    (whole, ends), (single, other) = trained_with(ready, "sft", "tiny-SFT_PMC", 3, (16, 1))
+    assert whole.loss.tolist() == pytest.approx(single.loss.tolist(), rel=1e-5)
+    assert max(abs(ends[name] - other[name]).max() for name in other) < 1e-4
 
 
 def test_logits_stay_in_half_precision(ready, monkeypatch):
@@ -139,17 +145,11 @@ def test_logits_stay_in_half_precision(ready, monkeypatch):
 
 def test_answers_at_once_do_not_change_what_is_rewarded(ready):
     "GRPO: the same answers, rewards and losses, up to rounding, from all answers of an update at once and from eight."
-    seen = {}
-    for answers in (64, 8):
-        logs = ready / f"logs{answers}"
-        done = warm.run(*words("grpo", "tiny-RL_PMC", 2, ready)[:-2], f"logs={logs}", "max_steps=2", f"micro_batch={answers}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        seen[answers] = curves(logs)
-        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC.training")
+    (whole, _), (parts, _) = trained_with(ready, "grpo", "tiny-RL_PMC", 2, (64, 8))
     for name in ("reward", "length"):
-        assert seen[64][name].tolist() == pytest.approx(seen[8][name].tolist())
-    assert seen[64].grad_norm.tolist() == pytest.approx(seen[8].grad_norm.tolist(), rel=1e-2)
-    assert seen[64].reward.mean() > 0
+        assert whole[name].tolist() == pytest.approx(parts[name].tolist())
+    assert whole.grad_norm.tolist() == pytest.approx(parts.grad_norm.tolist(), rel=1e-2)
+    assert whole.reward.mean() > 0
 
 
 def test_adapters_become_a_model(ready):
