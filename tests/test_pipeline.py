@@ -112,8 +112,9 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
         raise AssertionError(f"{until} has not begun within two minutes")
 
     process = begin("ipykernel")
-    for _ in range(300):
-        if (home / "smoke" / "notebooks" / "1_data.running.ipynb").exists():
+    unfinished = home / "smoke" / "notebooks" / "1_data.running.ipynb"
+    for _ in range(300):  # papermill writes when it begins a cell
+        if unfinished.exists() and '"status": "running"' in unfinished.read_text():
             break
         time.sleep(0.1)
     states, _ = status(tree, here, "recipes=", running=True)
