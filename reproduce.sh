@@ -248,7 +248,7 @@ case "${1:-}" in
     card)
         shift; ready; run medvlthinker.app.crate "$@" ;;
     bench)
-        shift; ready; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/bench.py "$@" ;;
+        shift; ready; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/speed/bench.py "$@" ;;
     lab)  # nobody is asked for news, updates or extensions
         shift; ready
         mkdir -p "$VENV/etc/jupyter/labconfig"

@@ -29,7 +29,7 @@ def become(words: list[str], cwd: str, environment: dict, files: tuple[str, str]
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
     for name in [name for name in sys.modules if name.partition(".")[0] == "medvlthinker"]:  # the server of another test in this worker may know us
         del sys.modules[name]
-    sys.path[0:0] = [cwd if words[0] == "-m" else str(Path(words[0]).parent)]
+    sys.path[0:0] = [cwd] if words[0] == "-m" else [str(Path(words[0]).parent), str(Path(__file__).parent)]
     try:
         sys.argv = words[1:] if words[0] == "-m" else words
         runpy.run_module(words[1], run_name="__main__", alter_sys=True) if words[0] == "-m" else runpy.run_path(words[0], run_name="__main__")

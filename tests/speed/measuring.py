@@ -1,4 +1,4 @@
-"What the scripts of this folder share; each measures one thing, alone or through tests/bench.py."
+"What the scripts of this folder share; each measures one thing, alone or through tests/speed/bench.py."
 import statistics
 import time
 from datetime import date

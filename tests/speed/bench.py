@@ -24,9 +24,7 @@ from medvlthinker.core.files import UserError, environment_info, atomic_write
 from medvlthinker.core.commands import run_main
 from medvlthinker.results.profile import Workspace, load_profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "speed"))  # a script a measurement
-
+ROOT = Path(__file__).resolve().parents[2]
 import own_cost
 import ray_rate
 import resume

@@ -99,10 +99,10 @@ def lines_of(path) -> list[dict]:
 
 
 def test_the_command(home):
-    says(python("tests/bench.py", "grading"), "No measurement grading; known are ", "grading_rate", "--list")
-    done = python("tests/bench.py", "--list")
+    says(python("tests/speed/bench.py", "grading"), "No measurement grading; known are ", "grading_rate", "--list")
+    done = python("tests/speed/bench.py", "--list")
     assert done.returncode == 0 and len(re.findall(r"^\w+: ", done.stdout, re.M)) == len(bench.BENCHES) > 15 and done.stdout.count("not measured yet") + done.stdout.count("; last ") > 25
-    done = python("tests/bench.py", "--draw")
+    done = python("tests/speed/bench.py", "--draw")
     assert done.returncode == 0 and "there is no history to draw" in done.stdout
 
 

@@ -67,7 +67,7 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
-    "47_train": ("../nbs/paper/3_train.ipynb", "", "final = train(recipe, run, *places"),  # for each recipe of .ci/run's smoke
+    "47_train": ("3_train.ipynb", "", "final = train(recipe, run, *places"),  # for each recipe of .ci/run's smoke
     "46_checkpoint": ("test_checkpoint.py", "test_verl_merges_two_ranks", "merge("),  # a checkpoint of eight GPUs
 }
 
@@ -240,7 +240,7 @@ def by_shell(line: str) -> subprocess.CompletedProcess:
 
 def stands_in(file: str, name: str, *words: str) -> None:
     "The words stand in a function of another file, in this order."
-    text = (ROOT / "tests" / file).read_text()
+    text = next(path for folder in ("tests", "nbs") for path in (ROOT / folder).rglob(file)).read_text()
     if name:
         text = ast.get_source_segment(text, next(node for node in ast.parse(text).body if getattr(node, "name", "") == name))
     assert re.search(".*?".join(map(re.escape, words)), text, re.S), f"{file} does not run it in {name}"

@@ -110,9 +110,9 @@ BROWSED = ["test_lab.py", "test_viewer.py"]
 
 @pytest.mark.heavy
 def test_without_chromium_the_tests_that_need_one_are_skipped_with_a_sentence():
-    done = python("-m", "pytest", "-n", 0, "-m", "heavy", "--no-fold-skipped", *(Path("tests", name) for name in BROWSED), PATH=Path(sys.executable).parent, BROWSER_PATH="")
+    done = python("-m", "pytest", "-n", 0, "-m", "heavy", "--no-fold-skipped", *(Path("tests/browser", name) for name in BROWSED), PATH=Path(sys.executable).parent, BROWSER_PATH="")
     assert done.returncode == 0, done.stdout[-3000:]
-    skipped = re.findall(r"SKIPPED tests/(\w+\.py)::.* - (.*)", done.stdout)
+    skipped = re.findall(r"SKIPPED tests/browser/(\w+\.py)::.* - (.*)", done.stdout)
     assert {name for name, _ in skipped} == set(BROWSED) and all(re.search("no chromium|chromium is not installed", why) for _, why in skipped), skipped
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from medvlthinker.core.grade import RULES, Grade, compute_score, extract, grade
 from medvlthinker.data.converters import alternatives
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples of the two laws
 
