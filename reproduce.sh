@@ -240,7 +240,7 @@ case "${1:-}" in
     compare)
         ready; run medvlthinker.results.contract "$@" ;;
     rollout)
-        shift; ready; run medvlthinker.results.ask "$@" ;;
+        shift; ready; run medvlthinker.app.runs "$@" ;;
     preflight | look | parity | regrade | exchange | merge | push)
         ready; run medvlthinker.app.commands "$@" ;;
     status | verify)

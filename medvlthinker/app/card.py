@@ -22,8 +22,8 @@ from ..core.stats import wilson
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..data.sample import open_parquet
 from ..generation.model import folder_name
-from ..results.ask import data_file
-from ..results.profile import Profile, Workspace
+from .runs import data_file
+from .profile import Profile, Workspace
 from ..training.checkpoint import refuse_pickles
 from ..training.recipe import Grpo, Recipe, chain, find
 

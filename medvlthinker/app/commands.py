@@ -20,10 +20,10 @@ from ..core.grade import RULES
 from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
-from medvlthinker.results.ask import (
+from medvlthinker.app.runs import (
     engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder, training_data,
     training_places)
-from ..results.profile import Profile, Workspace, load_profile, parse_words
+from .profile import Profile, Workspace, load_profile, parse_words
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
     rescore, split_words)

@@ -14,7 +14,7 @@ from .card import MEANS_NOTHING, NOT_CLINICAL, Hashes, croissant, data_folders, 
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_json, write_record, atomic_write
 from ..core.commands import run_main
 from ..core.commands import project_root
-from ..results.profile import Profile, Workspace, load_profile, parse_words
+from .profile import Profile, Workspace, load_profile, parse_words
 from ..generation.model import folder_name, model_fingerprint
 from ..training.recipe import RECIPES
 from ..generation.rollout import RolloutConfig, samples_fingerprint

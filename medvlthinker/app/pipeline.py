@@ -15,12 +15,12 @@ from pathlib import Path
 from .. import NOUNS
 from ..core.files import UserError, file_hash, fingerprint, record_path, require_package, read_record, write_record, stale_reason, write_error, atomic_write
 from ..core.commands import find_path, project_root, redact, redact_file, run_main
-from ..results.profile import Profile, Workspace, overrides, load_profile, parse_words
+from .profile import Profile, Workspace, overrides, load_profile, parse_words
 from ..data.corpora import has_corpora
 from .cost import RATES, Cost, asking_cost, data_cost, free_bytes, refuse_small_disk, total_cost, training_cost
 from .crate import write_cards
 from ..generation.engine import check_nodes, copies, vllm_arguments
-from ..results.ask import ask_words, evaluation_samplings, training_places
+from .runs import ask_words, evaluation_samplings, training_places
 from ..generation.request import Sampling
 from ..results.report import stored_records
 from ..generation.request import Hardware

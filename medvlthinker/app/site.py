@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from ..core.files import UserError, atomic_write
 from ..core.commands import run_main, run_logged
 from ..core.commands import project_root
-from ..results.profile import Workspace, load_profile
+from .profile import Workspace, load_profile
 
 # %% ../../nbs/app/74_site.ipynb #5b93ac36
 def read_notebook(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.files import UserError
 from ..core.commands import run_main
-from ..results.profile import Profile, Workspace, load_profile, parse_words
+from .profile import Profile, Workspace, load_profile, parse_words
 from .pipeline import Step, error_line, executed, forecast, lock_folder, run_manifest, shortened
 from ..generation.model import folder_name
 

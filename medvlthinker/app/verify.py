@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..core.files import UserError, file_hash, verify_checksum, record_path, read_json
 from ..core.commands import run_main
-from ..results.profile import Workspace, load_profile, parse_words
+from .profile import Workspace, load_profile, parse_words
 from .crate import CRATE, model_place, questions_file, run_files
 from ..generation.model import folder_name, model_fingerprint
 from ..evaluation.evaluate import count_right, grade_rollout

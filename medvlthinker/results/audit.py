@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.files import UserError
-from .profile import Profile, Workspace
+from ..app.profile import Profile, Workspace
 from ..evaluation.evaluate import paired_difference, read_grades
 from ..core.grade import RULES, grade
 from .published import COLUMNS, Paper, Published, published, recipe_label, row_of

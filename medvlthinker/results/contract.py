@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from ..core.files import UserError
 from ..core.commands import run_main
-from .profile import Profile, Workspace, load_profile, parse_words
+from ..app.profile import Profile, Workspace, load_profile, parse_words
 from ..generation.model import prompt_format
 from .published import COLUMNS, Paper, find, published, row_of
 from .report import results_table, stored_records

@@ -11,7 +11,7 @@ import csv, html, io, itertools, math, textwrap
 from pathlib import Path
 
 from ..core.files import UserError, require_package, atomic_write
-from .profile import Profile, Workspace
+from ..app.profile import Profile, Workspace
 from ..evaluation.evaluate import read_records
 from .published import COLUMNS, SOURCE, TABLES, Published, find, recipe_label, rows
 from ..data.readers import escape_formula

@@ -16,12 +16,12 @@ from urllib.parse import parse_qsl, urlencode
 
 from ..data.benchmarks import benchmark_file, benchmark_names, newest_sample_file
 from ..core.files import UserError, require_package, atomic_write
-from .profile import Profile, Workspace
+from ..app.profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
 from .report import SYNTHETIC_NOTE
-from .ask import KINDS
+from ..app.runs import KINDS
 from ..generation.model import folder_name, prompt_format
 from ..generation.rollout import Rollout, load_rollout, samples_fingerprint
 from ..data.sample import Sample, SampleFile, to_rgb
@@ -243,7 +243,7 @@ def _missing(profile: Profile, model: str, name: str, kind: str, n: int, folder:
     step = "paper/4_evaluate" if kind == "benchmark" else "paper/2_difficulty"
     made = f"`./reproduce.sh {profile.name}` makes it ({step})"
     if kind == "benchmark" and n > 1:
-        made = f"`python -m medvlthinker.results.ask {profile.name} model={model} n={n} temperature=0.5` makes it"
+        made = f"`python -m medvlthinker.app.runs {profile.name} model={model} n={n} temperature=0.5` makes it"
     return f"No whole rollout of {model} on {name} with n={n} is {why}; {made}."
 
 # %% ../../nbs/results/64_viewer.ipynb #a0eda4ee

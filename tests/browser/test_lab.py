@@ -31,7 +31,7 @@ def hear(event, given):
 sys.addaudithook(hear)
 """
 
-LOOK = ["import sys\nfrom medvlthinker.results.profile import load_profile\nfrom medvlthinker.results.viewer import browse, stored\nprint(sys.prefix)",
+LOOK = ["import sys\nfrom medvlthinker.app.profile import load_profile\nfrom medvlthinker.results.viewer import browse, stored\nprint(sys.prefix)",
         "look = stored(load_profile())\nprint(len(look.entries), 'questions')", "browse(look, 'verdict=right')"]
 
 
@@ -163,7 +163,7 @@ def test_results_are_drawn(lab, page):
 def test_the_viewer_answers(lab, page, home, project, monkeypatch):
     from playwright.sync_api import expect
 
-    from medvlthinker.results.profile import load_profile
+    from medvlthinker.app.profile import load_profile
     from medvlthinker.results.viewer import parse_state, stored
 
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))

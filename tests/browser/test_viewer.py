@@ -20,7 +20,7 @@ from conftest import encoded, python, watched
 
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.generation.request import Completion, Sampling
@@ -208,7 +208,7 @@ def test_stored_reads_and_makes_nothing(home):
     assert look.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
     assert sorted(path for path in home.rglob("*")) == before
     assert [len(stored(load_profile("smoke"), "tiny", limit=2).entries), len(stored(load_profile("smoke", benchmark="slake")).entries)] == [4, 6]
-    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.results.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
+    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.app.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
                   MEDVLTHINKER_HOME=home)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -220,7 +220,7 @@ def test_stored_says_what_is_missing(home):
     folder = run_left(home)
     with pytest.raises(UserError, match="No whole rollout of tiny-RL_PMC on pmc_vqa"):
         stored(profile, ["tiny", "tiny-RL_PMC"])
-    with pytest.raises(UserError, match="medvlthinker.results.ask smoke model=tiny n=5"):
+    with pytest.raises(UserError, match="medvlthinker.app.runs smoke model=tiny n=5"):
         stored(profile, n=5)
     with pytest.raises(UserError, match="with n=8 is stored; .*paper/2_difficulty"):
         stored(profile, kind="corpus")

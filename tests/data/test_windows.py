@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 from medvlthinker.core.commands import load_plugin
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 
 BOM = b"\xef\xbb\xbf"
 

@@ -76,13 +76,13 @@ UNRUN = {  # nothing runs them: why, and what is looked at instead
 }
 
 GIVEN = {  # what a chapter's example takes as known
-    **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.results.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
+    **dict.fromkeys(("21_request", "24_engine", "25_rollout"), "from medvlthinker.data import synthetic\nfrom medvlthinker.app.profile import Workspace\nfrom medvlthinker.generation.engine import open_engine\n"
                     "samples, checkpoints = synthetic.benchmark('vqa_rad_closed', 2), str(Workspace('smoke').checkpoints)\nsample, engine = samples[0], open_engine(EngineSettings(checkpoints=checkpoints))"),
     "30_pass_counts": "from medvlthinker.evaluation.evaluate import grade_rollout\n"
                       "write_samples(synthetic.corpus('m23k', 30), 'm23k.parquet'); folder, samples = Path('.'), SampleFile('m23k.parquet')\n"
                       "rollout = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': sft_target('AB'[k > 4], 'So it is.'), 'finish_reason': 'stop', 'tokens': 9}\n"
                       "           for k in range(16)]} for sample in samples]",
-    **dict.fromkeys(("42_sft", "43_grpo"), "from medvlthinker.results.profile import Workspace\ndata, checkpoints, logs = Path('pmc_vqa.parquet'), Workspace('smoke').checkpoints, Path('logs')\n"
+    **dict.fromkeys(("42_sft", "43_grpo"), "from medvlthinker.app.profile import Workspace\ndata, checkpoints, logs = Path('pmc_vqa.parquet'), Workspace('smoke').checkpoints, Path('logs')\n"
                                           "write_samples(synthetic.corpus('pmc_vqa', 40), data)"),
     "51_compare": "samples = synthetic.benchmark('pmc_vqa', 9)\n"
                   "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"
@@ -93,7 +93,7 @@ GIVEN = {  # what a chapter's example takes as known
 SMALLER = {  # a chapter's example with less to do: text -> what is run
     "20_tiny_model": {"seed=0": "seed=0, steps=1"},
     "24_engine": {'model="tiny"': 'model="tiny", checkpoints=checkpoints'},
-    "59_ask": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
+    "71_runs": {'load_profile("smoke")': 'load_profile("smoke", limit=6)'},
     "42_sft": {"TrainingSettings()": "TrainingSettings(max_steps=2)", "(60, 200)": "(2, 40)"},
     "43_grpo": {"TrainingSettings()": "TrainingSettings(max_steps=1)"},
     "64_viewer": {'load_profile("smoke")': 'load_profile("smoke", limit=6)', "at=12": "at=1"},
@@ -190,8 +190,8 @@ def place(tmp_path_factory, warm_tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDVLTHINKER_HOME", str(home))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
-        from medvlthinker.results.ask import rollouts
-        from medvlthinker.results.profile import load_profile
+        from medvlthinker.app.runs import rollouts
+        from medvlthinker.app.profile import load_profile
         from medvlthinker.evaluation.evaluate import evaluate
 
         evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), home / "smoke" / "results" / "synthetic")

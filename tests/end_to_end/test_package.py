@@ -109,7 +109,7 @@ print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.mo
 
 SCRIPT = """
 from medvlthinker.data import synthetic
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.core.grade import grade
 from medvlthinker.data.sample import read_samples, write_samples
 profile = load_profile("smoke", limit=5)
@@ -124,7 +124,7 @@ def test_a_script_without_a_checkout(bare, tmp_path):
     done = alone(bare, tmp_path, "-c", SCRIPT)
     assert (done.returncode, done.stdout) == (0, "5 5 5\n"), done.stderr
     (tmp_path / "settings.ini").write_text("[mine]\nlimit = 7\n")
-    assert alone(bare, tmp_path, "-c", "from medvlthinker.results.profile import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
+    assert alone(bare, tmp_path, "-c", "from medvlthinker.app.profile import load_profile; print(load_profile('mine').limit)").stdout == "7\n", "a settings.ini of one's own comes first"
 
 
 ABSENT = {  # what a user calls -> the extra that the sentence names
@@ -153,7 +153,7 @@ def test_each_absent_extra_gives_its_sentence(bare, tmp_path):
     code = """
 import json, sys
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 for call in json.loads(sys.argv[1]):
     try:
         exec(call)
@@ -165,7 +165,7 @@ for call in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
-    says(alone(bare, tmp_path, "-m", "medvlthinker.results.ask", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.app.runs", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.app.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 
@@ -201,8 +201,8 @@ EVALUATE = """
 import json, site, sys
 site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
 import medvlthinker
-from medvlthinker.results.ask import rollouts
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.runs import rollouts
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.evaluation.evaluate import read_records
 folder = Workspace("smoke").results / "synthetic"
 medvlthinker.evaluate(rollouts(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny"), folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, at_work, python, says
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import load_profile, parse_words
+from medvlthinker.app.profile import load_profile, parse_words
 from medvlthinker.app.pipeline import dry_run
 from medvlthinker.data.sample import read_samples
 
@@ -128,7 +128,7 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     states, out = status(tree, here, "recipes=")
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "in code cell" in out and "first 1_data" in out, out
 
-    process = begin("medvlthinker.results.ask")
+    process = begin("medvlthinker.app.runs")
     with tally("faults", "Ctrl-C to the whole pipeline") as count:
         count.tried += 1
         os.killpg(process.pid, signal.SIGINT)

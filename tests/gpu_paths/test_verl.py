@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, python, split
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES, find
 from medvlthinker.training import verl
 from medvlthinker.training.verl import (
@@ -251,7 +251,7 @@ def test_the_validation_set(tmp_path, own_cache, blank_tiny):
 RUN = """
 import sys
 from dataclasses import replace
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
 from medvlthinker.training.verl import train
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides

@@ -194,7 +194,7 @@ def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
     "Before a notebook runs, and not when the step of the 32B model comes, days later."
     pytest.importorskip("papermill")
     from medvlthinker.app import pipeline
-    from medvlthinker.results.profile import load_profile
+    from medvlthinker.app.profile import load_profile
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(pipeline, "execute", lambda step, profile: pytest.fail(step.name))

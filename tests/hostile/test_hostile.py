@@ -30,9 +30,9 @@ from conftest import ROOT, encoded, python
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.data import converters
-from medvlthinker.results import profile
+from medvlthinker.app import profile
 from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, stale_reason
-from medvlthinker.results.profile import Profile, load_profile
+from medvlthinker.app.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.report import results_table, to_csv

@@ -23,8 +23,8 @@ from medvlthinker.training import sft
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import UserError
 from medvlthinker.core.commands import run_logged, redact
-from medvlthinker.results.profile import Profile, Workspace, load_profile
-from medvlthinker.results.ask import training_places
+from medvlthinker.app.profile import Profile, Workspace, load_profile
+from medvlthinker.app.runs import training_places
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.data.sample import write_samples
 
@@ -178,7 +178,7 @@ def traps(tmp_path_factory):
 OPEN = """
 import json, sys
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import open_engine
@@ -313,7 +313,7 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     (tmp_path / "own.py").write_text(OWN)
     notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
     cell, = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    text = "from medvlthinker.results.profile import load_plugin\nload_plugin({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
+    text = "from medvlthinker.app.profile import load_plugin\nload_plugin({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
     notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
     monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
@@ -370,7 +370,7 @@ def echo():
 
 def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
-    words = ("-m", "medvlthinker.results.ask", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    words = ("-m", "medvlthinker.app.runs", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
     with tally("hostile", "a server that repeats the key") as count:
         for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
             echo.locked = locked
@@ -495,7 +495,7 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
     "Every process of Ray, and of the work on it, from the start of a rollout to its end; the address of another cluster is left alone."
     if not importlib.util.find_spec("ray"):
         pytest.skip("ray is not installed; ./reproduce.sh setup full installs it")
-    words, found = ["medvlthinker.results.ask", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
+    words, found = ["medvlthinker.app.runs", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}) as process:
         while process.poll() is None:
             found |= listening(process.pid)

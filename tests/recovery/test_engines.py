@@ -51,8 +51,8 @@ def act(folder: Path, main, *given) -> None:
 
 
 def ask(home: Path, *words: str) -> None:
-    "What `python -m medvlthinker.results.ask smoke WORDS` does, with a home of its own."
-    from medvlthinker.results.ask import main
+    "What `python -m medvlthinker.app.runs smoke WORDS` does, with a home of its own."
+    from medvlthinker.app.runs import main
 
     os.environ["MEDVLTHINKER_HOME"] = str(home)
     main(["smoke", *words])

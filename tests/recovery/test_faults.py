@@ -22,7 +22,7 @@ from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.core.files import FORMAT, UserError, read_json, record_path, record_text
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import generate, load_rollout
 from medvlthinker.data.sample import read_samples, write_samples

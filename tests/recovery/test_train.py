@@ -15,7 +15,7 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.app import commands
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
 from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole

@@ -22,7 +22,7 @@ from pathlib import Path
 from medvlthinker.app.bench import add_line, latest, read_lines, write_history
 from medvlthinker.core.files import UserError, environment_info, atomic_write
 from medvlthinker.core.commands import run_main
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 import own_cost
@@ -313,7 +313,7 @@ def training_rates(shape, gpus: int, rows: int = 64, chain: int = 900, answer: i
     from dataclasses import replace
 
     from medvlthinker.data import synthetic
-    from medvlthinker.results.ask import engine_settings, training_places
+    from medvlthinker.app.runs import engine_settings, training_places
     from medvlthinker.generation.engine import open_engine
     from medvlthinker.generation.request import Request, Sampling
     from medvlthinker.training.grpo import train_grpo
@@ -364,12 +364,12 @@ def three_seeds():
     "What SFT and RL on images add to the embedded model: three seeds of everything (weights, lessons, samples, order), 200 questions a set that were used for nothing else."
     import numpy as np
     from medvlthinker.generation.tiny_model import make_tiny_model
-    from medvlthinker.results.profile import overrides
+    from medvlthinker.app.profile import overrides
     from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
     from medvlthinker.evaluation.evaluate import grade_rollout
     from medvlthinker.generation.request import Sampling
     from medvlthinker.core.grade import grade
-    from medvlthinker.results.ask import rollouts
+    from medvlthinker.app.runs import rollouts
 
     def right(profile, model):  # by test set, in the sets' order
         rolled = rollouts(profile, model, Sampling(max_tokens=profile.max_tokens), show=lambda line: None)

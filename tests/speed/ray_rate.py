@@ -5,7 +5,7 @@ import tempfile
 
 from measuring import Bound, NotHere, quiet, report, seconds
 from medvlthinker.data import synthetic
-from medvlthinker.results.profile import Workspace
+from medvlthinker.app.profile import Workspace
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.request import EngineSettings, Sampling
 from medvlthinker.generation.rollout import generate

@@ -5,7 +5,7 @@ import tempfile
 
 from measuring import Bound, quiet, report, seconds
 from medvlthinker.data import synthetic
-from medvlthinker.results.profile import Workspace
+from medvlthinker.app.profile import Workspace
 from medvlthinker.generation.engine import batches, open_engine
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from medvlthinker.generation.rollout import generate

@@ -14,7 +14,7 @@ from medvlthinker.app.card import Hashes
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.core.files import UserError, record_path, write_record
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.app.crate import write_cards
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts

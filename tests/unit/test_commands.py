@@ -6,7 +6,7 @@ import pytest
 import warm
 from conftest import ROOT, ByHand, python, says
 from medvlthinker.data.benchmarks import load_benchmark
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.evaluation.compare import TOO_FEW
 from medvlthinker.evaluation.evaluate import evaluate, evaluate_repeats
 from medvlthinker.generation.request import Sampling

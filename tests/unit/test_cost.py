@@ -9,7 +9,7 @@ from medvlthinker.app import cost
 from medvlthinker.app.pipeline import cost_summary, dry_run, forecast, run
 from medvlthinker.core.files import UserError
 from medvlthinker.generation.request import Sampling
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find, wanted
 
 SHAPES = {  # of the config.json on the hub: hidden, inner, layers, heads, pairs, words, tied, inner of the vision tower

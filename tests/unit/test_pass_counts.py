@@ -21,8 +21,8 @@ from medvlthinker.generation.engine import FunctionEngine, open_engine
 from medvlthinker.generation.model import folder_name
 from medvlthinker.generation.request import Completion, EngineSettings, Sampling
 from medvlthinker.generation.rollout import generate
-from medvlthinker.results.ask import data_file
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.runs import data_file
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import RECIPES
 from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
 

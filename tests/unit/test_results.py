@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, python, says
 from medvlthinker.results import audit
 from medvlthinker.core.files import UserError
-from medvlthinker.results.profile import load_profile
+from medvlthinker.app.profile import load_profile
 from medvlthinker.results.contract import compare, counted, to_lines
 from medvlthinker.results.published import COLUMNS, published
 

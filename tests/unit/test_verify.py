@@ -13,13 +13,13 @@ from conftest import ROOT, python, says
 
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import file_hash, record_path, write_record, atomic_write
-from medvlthinker.results.profile import Workspace, load_profile
+from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.crate import CRATE, run_files, write_cards
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.generation.request import Sampling
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.results.report import results_table, write_table
-from medvlthinker.results.ask import rollouts
+from medvlthinker.app.runs import rollouts
 from medvlthinker.app.verify import findings, main
 
 
