@@ -4,20 +4,32 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'PEAK', 'RATES', 'CORPORA', 'TESTS', 'KEPT', 'parameters_of', 'Rate', 'Rows', 'Cost', 'total_cost',
-           'asking_cost', 'checkpoint_bytes', 'training_cost', 'data_cost', 'refuse_small_disk', 'free_bytes']
+           'asking_cost', 'checkpoint_bytes', 'training_cost', 'data_cost', 'refuse_small_disk', 'free_bytes',
+           'step_cost', 'cost_summary', 'step_plan', 'dry_run']
 
 # %% ../../nbs/app/72_cost.ipynb #c6900004
-import re, shutil
-from collections.abc import Iterable, Mapping
+import re, shlex, shutil, sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.files import UserError
+from ..core.commands import project_root
 from ..data.benchmarks import benchmark_names
+from ..generation.engine import check_nodes, copies, vllm_arguments
+from ..generation.model import folder_name
 from ..generation.request import Sampling
-from .profile import Profile, Workspace
-from ..training.recipe import ROWS, Grpo, Recipe, nodes_of, steps_to_train
+from .profile import Profile, Workspace, overrides
+from .runs import (
+    Step, ask_words, evaluation_samplings, steps, training_places)
+from ..training.grpo import vllm_settings
+from ..training.memory import estimate, gib, machine_of, settings_that_fit
+from ..training.sft import accelerate_config
+from ..training.train import printed_command
+from medvlthinker.training.recipe import (
+    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, planned_start, steps_to_train,
+    uses_verl)
 
 # %% ../../nbs/app/72_cost.ipynb #c6900007
 PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
@@ -209,3 +221,188 @@ def free_bytes(
     "Room on the disk of a folder."
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     return shutil.disk_usage(there).free
+
+# %% ../../nbs/app/72_cost.ipynb #c7200002
+def step_cost(
+    step: Step,  # one of those that `steps` lists
+    profile: Profile,
+) -> Cost:
+    "What a step takes, by estimate."
+    if step.notebook == "1_data":
+        return data_cost(profile)
+    if step.notebook == "2_difficulty":
+        ways = [Sampling(n=profile.rollouts, temperature=1.0, max_tokens=profile.max_tokens)]
+        return asking_cost(profile.models[0], profile, ways, "corpus")
+    if step.notebook == "3_train":
+        return training_cost(RECIPES[step.value], profile)
+    if step.notebook == "4_evaluate":
+        return asking_cost(step.value, profile, evaluation_samplings(profile, step.value))
+    return Cost()
+
+# %% ../../nbs/app/72_cost.ipynb #c7200005
+def _hours(hours: tuple[float, float, float]) -> str:
+    "Likely hours, and from how many to how many."
+    least, likely, most = (f"{each:,.1f}" if each < 10 else f"{each:,.0f}" for each in hours)
+    return f"{likely} ({least} to {most})"
+
+
+def _amounts(cost: Cost, downloads: float, hours: tuple[float, float, float]) -> list[str]:
+    "A line of the summary: GPUs, hours, GPU hours, GB to fetch, GB that stay."
+    known = bool(cost.gpus and cost.gpu_hours[1])
+    size = lambda amount: f"{amount / 1e9:,.1f}" if amount else "-"
+    return [str(cost.gpus or "CPU"), _hours(hours) if known else "-",
+            f"{cost.gpu_hours[1]:,.0f}" if known else "-", size(downloads), size(cost.disk)]
+
+
+def _sentences(profile: Profile, total: Cost) -> list[str]:
+    "What stands under the summary: is the disk large enough, and where the numbers come from."
+    root = Workspace(profile.name).root
+    free, needed = free_bytes(root), total.disk + sum(total.downloads.values())
+    small = "; that is too little: the run would be refused" if total.disk > free else ""
+    lines = [f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are needed{small}."]
+    if total.gpu_hours[1]:
+        lines += ["Hours are estimates for H100s: operations counted, by a share of the GPU's peak. "
+                  "Starting engines is not counted; an A100 takes about three times as long."]
+        lines += [f"  {work:8} {rate.low:g} to {rate.high:g} % of the peak: {rate.source}"
+                  for work, rate in RATES.items()]
+        lines += ["What a GPU machine needs beside GPUs stands in README.md."]
+    return lines
+
+
+def cost_summary(
+    profile: Profile,
+    reasons: Mapping[str, str],  # of the steps that are to run, by name
+) -> str:
+    "What a run takes: its sum, a line for each step that is to run, and the sources."
+    every = steps(profile)
+    costs = {step.name: step_cost(step, profile) for step in every if step.name in reasons}
+    total, seen, table = total_cost(costs.values()), {*()}, []
+    for name, cost in costs.items():
+        new = sum(size for what, size in cost.downloads.items() if what not in seen)
+        seen |= {*cost.downloads}
+        table.append([name, *_amounts(cost, new, cost.hours)])
+    hours = tuple(sum(cost.hours[place] for cost in costs.values()) for place in range(3))
+    head = [f"{profile.name}: {len(costs)} of {len(every)} steps to run", "GPUs",
+            "hours, one after the other", "GPU hours", "GB to fetch", "GB kept"]
+    whole = _amounts(total, sum(total.downloads.values()), hours)
+    table = [head, ["all together", *whole], *table]
+    widths = [max(len(row[place]) for row in table) for place in range(len(head))]
+    rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+            for row in table]
+    return "\n".join(["  ".join(row).rstrip() for row in rows] + _sentences(profile, total))
+
+# %% ../../nbs/app/72_cost.ipynb #c7200008
+def _copies(profile: Profile, shared: int) -> str:
+    "How many copies of a model answer, as the end of a phrase."
+    if not profile.gpus:
+        return f", {copies(profile)} copies of the model" if copies(profile) > 1 else ""
+    if not shared:
+        return ", copies of the model on as few GPUs each as hold it"
+    count = copies(profile, shared)
+    return f", {count} {'copies' if count > 1 else 'copy'} of the model on {shared} each"
+
+
+def _machine(nodes: int, gpus: int) -> str:
+    "Nodes and GPUs in words."
+    plural = lambda count, word: f"{count} {word}{'s' if count > 1 else ''}"
+    return f"{plural(nodes, 'node')} of {plural(gpus, 'GPU')}" if gpus else "CPU"
+
+
+def _asking(profile: Profile, model: str, ways: list[Sampling], kind: str = "benchmark") -> dict:
+    "Hardware and engine of a model that answers, and the command that asks it."
+    nodes = profile.nodes if profile.engine == "ray" and profile.nodes else 1
+    name, shared = profile.engine_name, profile.tensor_parallel or int(profile.gpus == 1)
+    settings: dict = {"concurrency": profile.concurrency}
+    if name == "transformers":
+        settings = {"dtype": profile.dtype, "batch_size": profile.batch_size}
+    elif name == "vllm":
+        settings = vllm_arguments(profile, shared)
+        if profile.gpus and not shared:  # known when the model is
+            settings |= {"tensor_parallel_size": "(as few as hold the model)"}
+    words = " ".join(f"{key}={value}" for key, value in settings.items())
+    return {"hardware": _machine(nodes, profile.gpus) + ("" if name == "openai" else _copies(profile, shared)),
+            "engine": f"{name}{' on Ray' if profile.engine == 'ray' else ''}: {words}",
+            "command": shlex.join([sys.executable, *ask_words(profile, model, ways, kind)])}
+
+
+def _beside(recipe: Recipe, settings: TrainingSettings) -> dict:
+    "What accelerate is told, and vLLM beside the trainer; verl has all of that in its call."
+    if uses_verl(recipe, settings):
+        return {}
+    config = accelerate_config(recipe, settings)
+    keys = ("distributed_type", "num_machines", "num_processes", "mixed_precision")
+    shown = {key: config[key] for key in keys[config["num_processes"] == 1:]}
+    if recipe.method == "RL":
+        beside, keys = vllm_settings(recipe, settings, []), ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization")
+        shown |= {key: beside[key] for key in keys if key in beside}
+    return {"trainer": "accelerate: " + " ".join(f"{key}={value}" for key, value in shown.items())}
+
+
+def _training(recipe: Recipe, profile: Profile) -> dict:
+    "Hardware, memory and commands of a recipe."
+    data, checkpoints, logs = training_places(recipe, profile)
+    fitting, said = profile, []
+    try:
+        fitting = settings_that_fit(recipe, profile, show=said.append)
+        need = f"{gib(estimate(recipe, fitting, machine_of(profile, recipe.nodes))):.1f} GiB at the longest row and answer"
+    except UserError as error:  # the run would say so, and stop
+        need = f"does not fit: {error}"
+    first, _, step = recipe.init.partition("@")
+    words = [profile.name, *(f"{key}={value}" for key, value in overrides(profile).items() if key != "recipes")]
+    call = lambda verb, *more: shlex.join([sys.executable, "-m", "medvlthinker.app.cli", verb, *words, *more])
+    commands = [call("merge", f"recipe={first}", f"step={step}")] if step else []  # nothing else merges that
+    root = Workspace(profile.name).root
+    inside = lambda path: str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else str(path)
+    return {"hardware": _machine(nodes_of(recipe, profile), profile.gpus), "memory": "; ".join([need, *said]),
+            **_beside(recipe, fitting),
+            "reads": f"{inside(planned_start(recipe, checkpoints, profile.base))}, {inside(data)}",
+            "writes": inside(checkpoints / recipe.name),
+            "command": "\n".join([*commands, call("train", f"recipe={recipe.name}")]),
+            "merge": call("merge", f"recipe={recipe.name}") + "  # after the call; the command does it by itself",
+            "call": printed_command(recipe, fitting, data, checkpoints, logs)}
+
+# %% ../../nbs/app/72_cost.ipynb #c7200009
+def step_plan(
+    step: Step,
+    profile: Profile,
+) -> dict[str, str]:
+    "Hardware, inputs, outputs and commands of a step, by name."
+    source, model = profile.source, step.value or profile.models[0]
+    place = f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
+    results = f"results/{source}/*/, results/difficulty_{source}.csv"
+    words = {"profile": profile.name, **step.parameters, **overrides(profile)}
+    call = [sys.executable, "-m", "papermill", str(project_root() / "nbs" / "paper" / f"{step.notebook}.ipynb"), "-", "-k", "python3"]
+    plan = {"hardware": "CPU", "reads": results, "notebook": shlex.join(
+        [*call, *(word for key, value in words.items() for word in ("-p", key, str(value)))])}
+    if step.notebook == "1_data":
+        return plan | {"reads": f"the sources ({source})", "writes": f"samples/{source}/, results/overlap_{source}.csv"}
+    if step.notebook == "2_difficulty":
+        ways = [Sampling(n=profile.rollouts, temperature=1.0)]
+        return plan | {"reads": f"samples/{source}/corpus/, {place}", "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
+                       **_asking(profile, model, ways, "corpus")}
+    if step.notebook == "3_train":
+        return plan | _training(RECIPES[step.value], profile)
+    if step.notebook == "4_evaluate":
+        return plan | {"reads": f"samples/{source}/, {place}",
+                       "writes": f"rollouts/{folder_name(model)}/{source}/, results/{source}/{folder_name(model)}/",
+                       **_asking(profile, model, evaluation_samplings(profile, model))}
+    return plan | {"writes": "results/, figures/"}
+
+# %% ../../nbs/app/72_cost.ipynb #c7200011
+_PARTS = ("hardware", "memory", "takes", "engine", "trainer", "reads", "writes", "notebook", "command",
+          "merge", "call")
+
+
+def dry_run(
+    profile: Profile,
+    reasons: Mapping[str, str],  # of the steps that are to run, by name
+) -> Iterator[str]:
+    "What a run would do, as text, a step at a time."
+    check_nodes(profile)
+    for step in steps(profile):
+        cost = step_cost(step, profile)
+        _, hours, _, fetched, kept = _amounts(cost, sum(cost.downloads.values()), cost.hours)
+        plan = step_plan(step, profile)
+        plan["takes"] = f"hours {hours}; GB to fetch {fetched}, unless it is there; GB kept {kept}"
+        lines = [f"  {part:9} {plan[part]}".replace("\n", "\n" + " " * 12) for part in _PARTS if part in plan]
+        yield "\n".join([step.name, f"  state     {reasons.get(step.name) or 'done'}", *lines, ""])
