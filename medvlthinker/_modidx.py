@@ -356,6 +356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._end_group': ( 'app/workflow.html#_end_group',
                                                                                      'medvlthinker/app/workflow.py'),
+                                           'medvlthinker.app.workflow._failure': ( 'app/workflow.html#_failure',
+                                                                                   'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._files': ('app/workflow.html#_files', 'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._imported': ( 'app/workflow.html#_imported',
                                                                                     'medvlthinker/app/workflow.py'),

@@ -7,16 +7,16 @@ __all__ = ['app', 'Words', 'run', 'status', 'step', 'results', 'evaluate', 'roll
            'curate', 'train', 'merge', 'card', 'push', 'check_paper', 'verify', 'docs', 'lab', 'bench', 'verbs', 'main',
            'console']
 
-# %% ../../nbs/app/78_cli.ipynb #2549a2ec
-import difflib, os, subprocess, sys, time
+# %% ../../nbs/app/78_cli.ipynb #34d069f2
+import difflib, os, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Annotated
 
-import click
+
 import typer
 
 from .profile import Workspace, load_profile, parse_words, profile_names
-from ..core.commands import project_root, run_main
+from ..core.commands import end_with_parent, project_root, run_main
 from ..core.files import UserError
 
 # %% ../../nbs/app/78_cli.ipynb #41020889
@@ -44,7 +44,7 @@ def run(
     Options behind the profile go to Snakemake: -j 1 runs one step at a time, --executor slurm makes a job of each step.
     Example: medvlthinker run smoke limit=20 recipes=tiny-RL_PMC
     """
-    from medvlthinker.app.cards import write_cards
+    from medvlthinker.app.crate import write_cards
     from medvlthinker.app.cost import cost_summary, dry_run as steps_in_words
     from medvlthinker.app.workflow import reasons, run_workflow
 
@@ -87,6 +87,7 @@ def step(name: Annotated[str, typer.Argument(help="As `status` lists it, such as
 
     Example: medvlthinker step 1_data smoke limit=20
     """
+    end_with_parent(signal.SIGTERM, int(os.environ.get("MEDVLTHINKER_PARENT") or os.getppid()))()
     from medvlthinker.app.workflow import execute
 
     execute(name, _profile(words))
@@ -322,11 +323,14 @@ def main(
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(verbs())}.")
     try:
-        return app(args=words, prog_name="medvlthinker", standalone_mode=False) or 0
-    except click.ClickException as error:
+        code = app(args=words, prog_name="medvlthinker", standalone_mode=False) or 0
+    except typer.TyperException as error:
         raise UserError(f"{error.format_message().rstrip('.')}; medvlthinker {words[0]} --help says what it takes.") from None
-    except click.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
+    if code == 130:  # what Typer makes of Ctrl-C
+        raise KeyboardInterrupt
+    return code
 
 
 def console() -> None:

@@ -174,7 +174,6 @@ def _own_family(log: Path) -> Iterator[None]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    end_with_parent(signal.SIGTERM, os.getppid())()
     kept = os.dup(2)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
@@ -294,17 +293,19 @@ class Narrator(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         "One event; others than those of steps are passed over."
         event = getattr(record, "event", None)
+        number = getattr(record, "jobid", getattr(record, "job_id", None))
         if event == "run_info":
             self.total = record.stats["total"] - 1  # all of them is a job too
         elif event == "job_info" and record.output:
             name = Path(record.output[0]).stem
             if self.dry:
                 return print(f"{name}\t{plain_reason(record.reason)}", flush=True)
-            self.begun[record.jobid] = f"step {len(self.begun) + 1} of {self.total}  {name}", time.monotonic()
-            print(f"{self.begun[record.jobid][0]}: {shortened(plain_reason(record.reason))}", flush=True)
-        elif event == "job_finished" and record.job_id in self.begun:
-            words, began = self.begun[record.job_id]
-            print(f"{words}: done in {time.monotonic() - began:.0f} s", flush=True)
+            self.begun[number] = f"step {len(self.begun) + 1} of {self.total}  {name}", time.monotonic()
+            print(f"{self.begun[number][0]}: {shortened(plain_reason(record.reason))}", flush=True)
+        elif event in ("job_finished", "job_error") and number in self.begun:
+            words, began = self.begun[number]
+            ended = "done in" if event == "job_finished" else "failed after"
+            print(f"{words}: {ended} {time.monotonic() - began:.0f} s", flush=True)
 
 
 def shortened(
@@ -326,16 +327,27 @@ def snakemake(
     log = tempfile.TemporaryFile("w+") if dry else open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
     with log, subprocess.Popen(_command(profile, options, dry), stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
                                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent(signal.SIGKILL)) as process:  # noqa: PLW1509
+        failed = ""
         try:
-            yield from (line.rstrip("\n") for line in process.stdout or ())
+            for line in process.stdout or ():
+                failed = failed or (line.split(":")[0].split()[-1] if ": failed after " in line else "")
+                yield line.rstrip("\n")
         except BaseException:
             _end_group(process)
             raise
         if process.wait():
             log.seek(0)
-            lines = [redact(line.strip()) for line in log if line.strip()]
-            sentences = [line for line in lines if line.startswith("medvlthinker: ")]
-            raise UserError((sentences or [f"Snakemake stopped: {(lines or ['it said nothing'])[-1]}"])[0].removeprefix("medvlthinker: "))
+            raise _failure([redact(line.strip()) for line in log if line.strip()], failed)
+
+
+def _failure(lines: list[str], step: str) -> UserError:
+    "Why a run stopped, from the lines of its log and the step that failed first."
+    if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
+        return UserError(sentences[0].removeprefix("medvlthinker: "))
+    if step:
+        return UserError(f"The process of {step} has died (killed, or out of memory); what is finished is kept, and the "
+                         "same command goes on. ./reproduce.sh status names its notebook as far as it came.")
+    return UserError(f"Snakemake stopped: {lines[-1] if lines else 'it said nothing'}")
 
 
 def _command(profile: Profile, options: Sequence[str], dry: bool) -> list[str]:
