@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._command': ( 'app/workflow.html#_command',
                                                                                    'medvlthinker/app/workflow.py'),
+                                           'medvlthinker.app.workflow._elsewhere': ( 'app/workflow.html#_elsewhere',
+                                                                                     'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._end_group': ( 'app/workflow.html#_end_group',
                                                                                      'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._failure': ( 'app/workflow.html#_failure',

@@ -22,7 +22,7 @@ from ..core.files import (
     UserError, atomic_write, read_record, record_path, require_package, write_error, write_record)
 from ..generation.engine import check_nodes
 from ..generation.rollout import file_lock
-from ..training.recipe import RECIPES, TrainingSettings
+from ..training.recipe import RECIPES, TrainingSettings, nodes_of
 from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/75_workflow.ipynb #1a6cff79
@@ -172,8 +172,7 @@ def _own_family(log: Path) -> Iterator[None]:
         redact_file(log)
         os._exit(130)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     kept = os.dup(2)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
@@ -182,6 +181,8 @@ def _own_family(log: Path) -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         redact_file(log)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _papermill(source: Path, partial: Path, given: dict, name: str):
@@ -295,7 +296,7 @@ class Narrator(logging.Handler):
         event = getattr(record, "event", None)
         number = getattr(record, "jobid", getattr(record, "job_id", None))
         if event == "run_info":
-            self.total = record.stats["total"] - 1  # all of them is a job too
+            self.total = record.stats["total"] - ("all" in record.stats)  # which is a job too
         elif event == "job_info" and record.output:
             name = Path(record.output[0]).stem
             if self.dry:
@@ -351,13 +352,21 @@ def _failure(lines: list[str], step: str) -> UserError:
 
 
 def _command(profile: Profile, options: Sequence[str], dry: bool) -> list[str]:
-    at_once = 1 if profile.gpus else min(2, os.cpu_count() or 1)
     snakefile = paper_notebook("1_data").with_name("Snakefile")
-    words = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--nolock", "--rerun-incomplete"]
-    words += ["--keep-going", "--quiet", "rules", "host", "--resources", f"gpus={max(1, profile.gpus)}"]
-    words += [] if {"--cores", "-c", "--jobs", "-j"} & {*options} else ["--cores", str(at_once)]
-    words += ["--dry-run"] * dry + [*options, "--config", f"profile={profile.name}"]
+    words = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--nolock", "--rerun-incomplete", "--keep-going"]
+    words += ["--quiet", "rules", "host", *["--dry-run"] * dry, *options]
+    if _elsewhere(options):
+        words += [] if {"--jobs", "-j"} & {*options} else ["--jobs", "16"]
+    else:  # side by side on this machine: two steps, or one that has the GPUs
+        words += [] if {"--cores", "-c", "--jobs", "-j"} & {*options} else ["--cores", str(min(2, os.cpu_count() or 1))]
+        words += ["--resources", f"gpu={max(1, profile.gpus)}"]
+    words += ["--config", f"profile={profile.name}"]
     return words + [f"{key}={value}" for key, value in overrides(profile).items()]
+
+
+def _elsewhere(options: Sequence[str]) -> bool:
+    "Do the steps run as jobs of a scheduler?"
+    return any(word.startswith("--executor") for word in options) and "local" not in options
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -378,8 +387,14 @@ def run_workflow(
     check_nodes(profile)
     if profile.gpus:  # before the first step, and not after days
         waiting = {step.value for step in steps(profile) if step.notebook == "3_train"} & {name.removeprefix("3_train-") for name in reasons(profile)}
-        refuse_missing_nodes([RECIPES[name] for name in waiting], profile)
-        refuse_small_disk([RECIPES[name] for name in waiting], profile)
+        recipes = [RECIPES[name] for name in waiting]
+        wide = [recipe.name for recipe in recipes if nodes_of(recipe, profile) > 1]
+        if wide and _elsewhere(options):
+            raise UserError(f"{wide[0]} takes several nodes, and a step that is a job of its own starts no Ray on them; train it by "
+                            "nbs/assets/cluster.sh, and leave it out of recipes= here.")
+        if not _elsewhere(options):
+            refuse_missing_nodes(recipes, profile)
+        refuse_small_disk(recipes, profile)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     ran = 0

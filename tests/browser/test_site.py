@@ -421,7 +421,7 @@ def real_with_run(tmp_path_factory, request):
     if not (home / "smoke" / "notebooks" / "5_results.ipynb").is_file():
         home = tmp_path_factory.mktemp("run")
         shutil.copytree(request.getfixturevalue("warm_tiny"), home / "smoke" / "checkpoints" / "tiny")
-        done = python("-m", "medvlthinker.app.pipeline", "run", "smoke", "limit=6", "train_limit=6", "recipes=", MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
+        done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes=", MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
         assert done.returncode == 0, done.stderr
     return build_real(tmp_path_factory.mktemp("real"), home)
 

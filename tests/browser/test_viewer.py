@@ -220,7 +220,7 @@ def test_stored_says_what_is_missing(home):
     folder = run_left(home)
     with pytest.raises(UserError, match="No whole rollout of tiny-RL_PMC on pmc_vqa"):
         stored(profile, ["tiny", "tiny-RL_PMC"])
-    with pytest.raises(UserError, match="medvlthinker.app.runs smoke model=tiny n=5"):
+    with pytest.raises(UserError, match="rollout smoke model=tiny n=5"):
         stored(profile, n=5)
     with pytest.raises(UserError, match="with n=8 is stored; .*paper/2_difficulty"):
         stored(profile, kind="corpus")

@@ -103,7 +103,7 @@ print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.mo
     done = alone(bare, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     where, names, loaded = json.loads(done.stdout)
-    assert Path(where).is_relative_to(bare.parent.parent) and {f"medvlthinker.{name}" for name in ("core.grade", "generation.engine", "app.pipeline", "training.verl_cpu")} <= set(names)
+    assert Path(where).is_relative_to(bare.parent.parent) and {f"medvlthinker.{name}" for name in ("core.grade", "generation.engine", "app.workflow", "training.verl_cpu")} <= set(names)
     assert not loaded
 
 
@@ -139,7 +139,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.grpo import train_grpo; train_grpo(None)": "train",
     "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
     "from medvlthinker.training.verl import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
-    "from medvlthinker.app.pipeline import run; run(load_profile('smoke'))": "notebooks",
+    "from medvlthinker.app.workflow import snakemake; next(snakemake(load_profile('smoke')))": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
@@ -165,8 +165,8 @@ for call in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
-    says(alone(bare, tmp_path, "-m", "medvlthinker.app.runs", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
-    says(alone(bare, tmp_path, "-m", "medvlthinker.app.status"), "needs a checkout of the project")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "rollout", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
+    says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.app.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 
 

@@ -193,13 +193,13 @@ def test_missing_nodes_are_counted(monkeypatch):
 def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
     "Before a notebook runs, and not when the step of the 32B model comes, days later."
     pytest.importorskip("papermill")
-    from medvlthinker.app import pipeline
+    from medvlthinker.app import workflow
     from medvlthinker.app.profile import load_profile
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(pipeline, "execute", lambda step, profile: pytest.fail(step.name))
+    monkeypatch.setattr(workflow, "snakemake", lambda *given: pytest.fail("it began"))
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes"):
-        pipeline.run(load_profile("paper"))
+        workflow.run_workflow(load_profile("paper"))
 
 
 def test_programs_of_a_job_have_whole_paths(tmp_path):

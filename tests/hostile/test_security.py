@@ -308,7 +308,7 @@ else:
 
 def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, secrets, monkeypatch, tally):
     "In a command; and in a step of the pipeline that then dies in a cell of its own: sentence, logs and the wreck of the notebook name no secret."
-    from medvlthinker.app import pipeline
+    from medvlthinker.app import workflow
 
     (tmp_path / "own.py").write_text(OWN)
     notebook = json.loads((ROOT / "nbs" / "paper" / "1_data.ipynb").read_text(encoding="utf-8"))
@@ -316,16 +316,16 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     text = "from medvlthinker.app.profile import load_plugin\nload_plugin({!r})\nimport os\nkey = os.environ['HF_TOKEN']\nraise RuntimeError(f'refused: {{key}}')"
     notebook["cells"] = [cell, {**cell, "id": "own", "metadata": {}, "source": text.format(str(tmp_path / "own.py"))}]
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
-    monkeypatch.setattr(pipeline, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
+    monkeypatch.setattr(workflow, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
     profile = load_profile("smoke")
     with tally("hostile", "a user's file that prints every secret") as count:
         count.tried += 2
-        done = warm.run("-m", "medvlthinker.app.status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
+        done = warm.run("-m", "medvlthinker.app.cli", "status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
         assert done.returncode == 2 and done.stdout.count("***") == 3 and "no entry with ***" in done.stderr, done.stderr
         assert told(home, done.stdout, done.stderr) == []
         count.survived += 1
         with pytest.raises(UserError, match="refused") as said:
-            pipeline.execute(pipeline.steps(profile)[0], profile)
+            workflow.execute("1_data", profile)
         wreck = (home / "smoke" / "notebooks" / "1_data.running.ipynb").read_text()
         assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redact(str(said.value))) == []
         count.survived += 1
@@ -370,7 +370,7 @@ def echo():
 
 def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
-    words = ("-m", "medvlthinker.app.runs", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    words = ("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
     with tally("hostile", "a server that repeats the key") as count:
         for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
             echo.locked = locked
@@ -384,9 +384,9 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
-    from medvlthinker.app import crate, status
+    from medvlthinker.app import crate, workflow
     from medvlthinker.training import train, verl
-    from medvlthinker.app.pipeline import dry_run
+    from medvlthinker.app.cost import dry_run
 
     crash = "import os\nfrom medvlthinker.core.commands import run_main\ndef main(words):\n    print(os.environ)\n    raise RuntimeError(dict(os.environ))\nrun_main(main)"
     done = python("-c", crash)
@@ -400,8 +400,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
         for trainer in ("trl", "verl"):
             print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
-    print(*dry_run(paper))
-    status.main(["smoke"])
+    print(*dry_run(paper, {}), *workflow.status(load_profile("smoke")))
     (workspace.results / "synthetic").mkdir()
     with contextlib.suppress(UserError):  # of a run without results there is little to say
         crate.write_cards(load_profile("smoke"))
@@ -411,7 +410,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
 
 def test_keys_in_a_file_are_read_and_not_run(tmp_path):
     "What reproduce.sh takes from .env: names with values; no command in it is run, and what the environment says counts."
-    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "reproduce.sh").read_text(), re.M | re.S)[0]
+    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "locks" / "setup.sh").read_text(), re.M | re.S)[0]
     (tmp_path / ".env").write_text("# keys\nHF_TOKEN=hf_file\nexport WANDB_API_KEY=\"quoted\"\r\nOPENAI_API_KEY=$(touch ran)`touch ran`\nnot a line\nBASH_ENV x=1\nLAST='x'")
     show = 'read_env; printf "%s|" "$HF_TOKEN" "$WANDB_API_KEY" "$OPENAI_API_KEY" "$LAST"'
     done = subprocess.run([shutil.which("bash"), "-euo", "pipefail", "-c", function + show], check=True, cwd=tmp_path, capture_output=True, text=True, env={"HF_TOKEN": "hf_environment", "PATH": os.environ["PATH"]})
@@ -495,7 +494,7 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
     "Every process of Ray, and of the work on it, from the start of a rollout to its end; the address of another cluster is left alone."
     if not importlib.util.find_spec("ray"):
         pytest.skip("ray is not installed; ./reproduce.sh setup full installs it")
-    words, found = ["medvlthinker.app.runs", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
+    words, found = ["medvlthinker.app.cli", "rollout", "smoke", "model=tiny", "engine=ray", "ray_engine=transformers", "benchmark=pmc_vqa", "limit=4"], set()
     with open(tmp_path / "log", "w") as log, subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}) as process:
         while process.poll() is None:
             found |= listening(process.pid)

@@ -376,14 +376,14 @@ def hub(tmp_path):
 
 
 def test_push_asks_nobody_without_yes(hub):
-    done = python("-m", "medvlthinker.app.commands", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
+    done = python("-m", "medvlthinker.app.cli", "push", hub.model, "someone/thing", HF_TOKEN="hf_secret", **{key: value for key, value in hub.environment.items() if key != "HF_TOKEN"})
     assert done.returncode == 0, done.stderr
     assert "Would upload" in done.stdout and "model.safetensors" in done.stdout and "Nothing was done" in done.stdout
     assert hub.seen == []
 
 
 def test_push_needs_a_token_and_only_sends_it_to_the_hub(hub):
-    words = ("-m", "medvlthinker.app.commands", "push", hub.model, "someone/thing", "--yes")
+    words = ("-m", "medvlthinker.app.cli", "push", hub.model, "someone/thing", "--yes")
     says(python(*words, **hub.environment), "There is no token")
     assert hub.seen == []
     done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
@@ -404,24 +404,24 @@ def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
     base, own, _ = full_run
     models = home / "smoke" / "checkpoints"
     shutil.copytree(own, models / "tiny-SFT_m23k.training")
-    done = python("-m", "medvlthinker.app.commands", "merge", "smoke", "recipe=tiny-SFT_m23k", "step=2", f"base={base}")
+    done = python("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_m23k", "step=2", f"base={base}")
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(models / "tiny-SFT_m23k.steps" / "2")]), done.stderr
-    says(python("-m", "medvlthinker.app.commands", "card", "smoke", "recipe=tiny-SFT_m23k"), "train and merge it first")
-    done = python("-m", "medvlthinker.app.commands", "merge", "smoke", "recipe=tiny-SFT_m23k", f"base={base}")
+    says(python("-m", "medvlthinker.app.cli", "card", "smoke", "recipe=tiny-SFT_m23k"), "train and merge it first")
+    done = python("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_m23k", f"base={base}")
     assert done.returncode == 0, done.stderr
-    done = python("-m", "medvlthinker.app.commands", "card", "smoke", "recipe=tiny-SFT_m23k")
+    done = python("-m", "medvlthinker.app.cli", "card", "smoke", "recipe=tiny-SFT_m23k")
     assert (done.returncode, done.stdout.strip()) == (0, str(models / "tiny-SFT_m23k" / "README.md")), done.stderr
     assert "Not measured." in (models / "tiny-SFT_m23k" / "README.md").read_text()
 
 
 def test_bad_command_lines_are_one_sentence(home, tmp_path):
-    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=8B-RL"), "No recipe '8B-RL'")
-    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=tiny-SFT_m23k"), "No checkpoint in")
-    says(python("-m", "medvlthinker.app.commands", "card", "recipe=tiny-SFT_m23k"), "train and merge it first")
-    says(python("-m", "medvlthinker.app.commands", "card", "recipe=tiny-SFT_m23k", "step=2"), "leave step out")
-    says(python("-m", "medvlthinker.app.commands", "merge", "recipe=tiny-SFT_m23k", "step=two"), "step")
-    says(python("-m", "medvlthinker.app.commands", "push", tmp_path), "Say what to upload")
-    says(python("-m", "medvlthinker.app.commands", "push", tmp_path, "a/b"), "holds no model")
+    says(python("-m", "medvlthinker.app.cli", "merge", "recipe=8B-RL"), "No recipe '8B-RL'")
+    says(python("-m", "medvlthinker.app.cli", "merge", "recipe=tiny-SFT_m23k"), "No checkpoint in")
+    says(python("-m", "medvlthinker.app.cli", "card", "recipe=tiny-SFT_m23k"), "train and merge it first")
+    says(python("-m", "medvlthinker.app.cli", "card", "recipe=tiny-SFT_m23k", "step=2"), "leave step out")
+    says(python("-m", "medvlthinker.app.cli", "merge", "recipe=tiny-SFT_m23k", "step=two"), "step")
+    says(python("-m", "medvlthinker.app.cli", "push", tmp_path), "Say what to upload")
+    says(python("-m", "medvlthinker.app.cli", "push", tmp_path, "a/b"), "holds no model")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Run:
         self.err = self.out.with_suffix(".err")
         variables = {**os.environ, "MEDVLTHINKER_HOME": str(home), "PYTHONPATH": str(tree), "BROWSER_PATH": "none", **environment}  # pictures have their own tests
         with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.pipeline", "run", *WORDS, *more], cwd=tree, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", *WORDS, *more], cwd=tree, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
 
     def named(self, word: str) -> list[str]:
         "The steps of which the output says so."
@@ -205,7 +205,7 @@ def test_killed_at_random_moments(tree, undisturbed, warm_tiny, tmp_path, tally)
                     through = run.process.returncode == 0
                     stuck = (finished(home), stuck[1] + 1 if finished(home) == stuck[0] else 1)
                 assert not (left := gone(home)), f"still at work: {left}"
-                said = python("-m", "medvlthinker.app.status", *WORDS, cwd=tree, MEDVLTHINKER_HOME=home, PYTHONPATH=tree)
+                said = python("-m", "medvlthinker.app.cli", "status", *WORDS, cwd=tree, MEDVLTHINKER_HOME=home, PYTHONPATH=tree)
                 assert said.returncode == 0 and "7 steps: " in said.stdout, said.stderr
                 assert_whole(home)
                 assert not (torn := [name for name, data in lasting(home).items() if reference.get(name) != data]), torn
@@ -360,7 +360,7 @@ def test_what_a_newer_version_wrote_is_left_alone(home, tally):
         count.tried += 1
         record_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
         before = contents(home)
-        says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
+        says(python("-m", "medvlthinker.app.cli", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
         assert contents(home) == before
         count.survived += 1
 
@@ -382,7 +382,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
         before = contents(disk)
         with tally("faults", "a file system that can only be read") as count:
             count.tried += 4
-            says(python("-m", "medvlthinker.app.pipeline", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
+            says(python("-m", "medvlthinker.app.cli", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
             count.survived += 1
             with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
                 load_corpus("pmc_vqa", profile, workspace.samples)
@@ -391,7 +391,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch, tally):
                 with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
                     by_a_function(asked, folder)
             count.survived += 1
-            done = python("-m", "medvlthinker.app.status", "smoke", "recipes=")
+            done = python("-m", "medvlthinker.app.cli", "status", "smoke", "recipes=")
             assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
             count.survived += 1
             assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made and by_a_function(made, folder) == rollout, "what is there can be read"

@@ -210,7 +210,7 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(home):
-    says(python("-m", "medvlthinker.app.commands", "train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
+    says(python("-m", "medvlthinker.app.cli", "train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
     says(python("-m", "medvlthinker.training.sft", "recipe=tiny-RL_PMC", "data=a", "checkpoints=b", "logs=c"), "this module trains SFT")
 
 

@@ -388,7 +388,7 @@ def three_seeds():
         before = right(profile, str(base))
         for name, found in gains.items():
             words = [f"{key}={value}" for key, value in overrides(profile).items()]
-            subprocess.run([sys.executable, "-m", "medvlthinker.app.commands", "train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "-m", "medvlthinker.app.cli", "train", "smoke", f"recipe={name}", f"init={base}", *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             after = right(profile, name)
             differences = [new - old for new, old in zip(after, before)]
             error = sum(each.var(ddof=1) / len(each) for each in differences) ** 0.5 / len(differences)

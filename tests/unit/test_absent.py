@@ -68,8 +68,8 @@ def test_without_a_network_everything_imports_and_the_data_of_the_hub_are_a_sent
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("words, parts", [(["app.pipeline", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
-                                          (["app.runs", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["Qwen2.5-VL-3B-Instruct", "it has not been downloaded before"])])
+@pytest.mark.parametrize("words, parts", [(["app.cli", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
+                                          (["app.cli", "rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["Qwen2.5-VL-3B-Instruct", "it has not been downloaded before"])])
 def test_without_a_network_the_hub_is_a_sentence_and_soon(cut_off, tmp_path, words, parts):
     began = time.monotonic()
     says(cut_off("-m", f"medvlthinker.{words[0]}", *words[1:], MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path), *parts)
@@ -88,7 +88,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
     shutil.copytree(warm_home / "smoke" / "checkpoints" / "tiny", cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    done = cut_off("-m", "medvlthinker.app.runs", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
+    done = cut_off("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
     assert done.returncode == 0 and list(warm_home.rglob("rollouts/somebody*/**/rollout.jsonl")), done.stdout + done.stderr
     done = cut_off("-m", "medvlthinker.app.site", "build", cwd=write_project(tmp_path / "toy"))
     assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
@@ -97,7 +97,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
 # --- a GPU -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, gpus", [(["app.runs", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["app.commands", "train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
+@pytest.mark.parametrize("words, gpus", [(["app.cli", "rollout", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["app.cli", "train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
 def test_without_a_gpu_whatever_asks_for_one_says_so(home, model, words, gpus):
     "An engine before the model is loaded, training before the data are read."
     says(python("-m", f"medvlthinker.{words[0]}", *(word.format(model) for word in words[1:]), CUDA_VISIBLE_DEVICES=""), f"gpus={gpus}", "this machine shows none")
@@ -117,7 +117,7 @@ def test_without_chromium_the_tests_that_need_one_are_skipped_with_a_sentence():
 
 
 def test_without_chromium_the_script_says_what_is_skipped(tmp_path):
-    function = re.search(r"(?ms)^need_browser\(\) \{.*?^\}$", (ROOT / "reproduce.sh").read_text())[0]
+    function = re.search(r"(?ms)^need_browser\(\) \{.*?^\}$", (ROOT / "locks" / "setup.sh").read_text())[0]
     (tmp_path / "id").symlink_to(shutil.which("id"))
     done = subprocess.run([shutil.which("bash"), "-euo", "pipefail", "-c", f"say() {{ echo \"$*\"; }}\n{function}\nneed_browser"], capture_output=True, text=True, check=False, env={"PATH": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "chromium is not installed: the browser tests will be skipped.\n", "")

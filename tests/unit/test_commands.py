@@ -13,8 +13,8 @@ from medvlthinker.generation.request import Sampling
 from medvlthinker.generation.rollout import generate
 from test_compare import MINE, reply
 
-run = functools.partial(warm.run, "-m", "medvlthinker.app.commands", cwd=ROOT)
-call = functools.partial(python, "-m", "medvlthinker.app.commands")
+run = functools.partial(warm.run, "-m", "medvlthinker.app.cli", cwd=ROOT)
+call = functools.partial(python, "-m", "medvlthinker.app.cli")
 ASKED = ("limit=8", "benchmark=vqa_rad, slake")
 
 
@@ -33,47 +33,47 @@ def answered(home):
 
 
 def test_regrade_on_the_command_line(answered):
-    done = call("regrade", "smoke", *ASKED, "old=strict", "new=lenient")
+    done = call("compare", "smoke", *ASKED, "old=strict", "new=lenient")
     assert done.returncode == 0 and "strict -> lenient: " in done.stdout and "of 16 verdicts flipped" in done.stdout, done.stderr
     path = answered / "smoke" / "results" / "synthetic" / "rescore-strict-lenient.json"
     stored, flips = json.loads(path.read_text()), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().split("\n")[:-1]]
     assert [cell["benchmark"] for cell in stored["cells"]] == ["slake_closed", "vqa_rad_closed", "macro average"]
     assert sum(line["answers"] for line in stored["causes"]) == len(flips) > 0 and {line["model"] for line in flips} == {"tiny"}
     assert path.with_name(path.name + ".manifest.json").is_file()
-    done = call("regrade", "smoke", *ASKED, f"new={answered}/mine.py:first_capital")
+    done = call("compare", "smoke", *ASKED, f"new={answered}/mine.py:first_capital")
     assert done.returncode == 0 and (path.parent / "rescore-strict-mine.first_capital.json").is_file(), done.stderr
 
 
 def test_mistakes_are_one_sentence(answered):
     for new, part in (("kind", "No rule 'kind'"), (f"{answered}/absent.py:rule", "No Python file"), (f"{answered}/mine.py:rule", "mine.py:rule'; known are"), (f"{answered}/mine.py:stumbles", "failed on")):
-        says(call("regrade", "smoke", *ASKED, f"new={new}"), part)
-    says(call("regrade", "smoke", "limit=9", ASKED[1]), "answers other questions than these of slake_closed")
-    says(call("exchange", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
-    says(call("exchange", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={answered}", "rules=kind"), "No rule kind")
+        says(call("compare", "smoke", *ASKED, f"new={new}"), part)
+    says(call("compare", "smoke", "limit=9", ASKED[1]), "answers other questions than these of slake_closed")
+    says(call("export", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
+    says(call("export", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={answered}", "rules=kind"), "No rule kind")
     says(call("compare"), "Say one of preflight, parity, look, regrade, exchange")
     assert not list((answered / "smoke" / "results" / "synthetic").glob("rescore-*"))
 
 
 def test_exchange_on_the_command_line(answered, tmp_path):
     for form, words, files in (("inspect", ["benchmark=vqa_rad", "answers=repeats"], 1), ("eval_results", [ASKED[1]], 2)):
-        done = call("exchange", "smoke", "limit=8", *words, "model=tiny", f"to={form}", f"folder={tmp_path / form}")
+        done = call("export", "smoke", "limit=8", *words, "model=tiny", f"to={form}", f"folder={tmp_path / form}")
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / form).rglob("*.json*"))) == files
 
 
 def test_look_on_the_command_line(warm_home):
-    done = run("look", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "conditions=original,blank")
+    done = run("ablate", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "conditions=original,blank")
     assert done.returncode == 0, done.stderr
     assert "visual reliance" in done.stdout and "(10 questions)" in done.stdout.splitlines()[-1]
     folder = warm_home / "smoke" / "results" / "synthetic" / "tiny"
     assert json.loads((folder / "image_ablation.json").read_text())["verdict"] == done.stdout.splitlines()[-1]
     assert len((folder / "image_ablation.jsonl").read_text().splitlines()) == 10
-    says(run("look", "smoke", "model=tiny", "conditions=inverted"), "No condition inverted")
-    says(run("look", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
+    says(run("ablate", "smoke", "model=tiny", "conditions=inverted"), "No condition inverted")
+    says(run("ablate", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
 
 
 def test_parity_on_the_command_line(warm_home):
-    words = ["parity", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
+    words = ["compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
     done = run(*words, "--", "batch_size=5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(TOO_FEW) and "12 questions" in done.stdout.splitlines()[-1]
@@ -86,7 +86,7 @@ def test_parity_on_the_command_line(warm_home):
     says(run(*words, "--", f"folder={warm_home / 'smoke' / 'rollouts'}"), "holds 2 greedy rollouts", "name one of them")
     says(run(*words, "--", "batch_size=12"), "one and the same rollout")
     says(run(*words, "--", "max_tokens=39"), "give max_tokens once")
-    says(run("parity", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=11", "batch_size=12", "--", f"folder={two}"), "no greedy rollout of these questions")
+    says(run("compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=11", "batch_size=12", "--", f"folder={two}"), "no greedy rollout of these questions")
     says(run(*words), "parted by one --")
     victim = two / "rollout.jsonl"
     victim.write_bytes(victim.read_bytes()[:-9])

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from medvlthinker.app import cost
-from medvlthinker.app.pipeline import cost_summary, dry_run, forecast, run
+from medvlthinker.app.cost import cost_summary, dry_run
+from medvlthinker.app.workflow import reasons, run_workflow
 from medvlthinker.core.files import UserError
 from medvlthinker.generation.request import Sampling
 from medvlthinker.app.profile import Workspace, load_profile
@@ -54,7 +55,7 @@ def test_a_profile_s_limits_and_repeats_are_in_it():
 
 
 def test_a_model_is_fetched_once(home):
-    text = cost_summary(profile := load_profile("mini"), forecast(profile))
+    text = cost_summary(profile := load_profile("mini"), reasons(profile))
     lines = {line.split()[0]: line.split()[-2] for line in text.splitlines()}
     assert lines["2_difficulty"] == "7.5" and lines["3_train-3B-SFT_m23k"] == "-" and lines["4_evaluate-Qwen--Qwen2.5-VL-3B-Instruct"] == "-"
 
@@ -67,11 +68,11 @@ def test_a_disk_that_is_too_small_is_said_at_the_start(home, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_of(10**12))
     profile = load_profile("paper", nodes=1)  # else the nodes of 32B are missed first
     with pytest.raises(UserError, match=r"The models and checkpoints of paper need about 2,\d{3} GB more, and 1,000 GB are free in .*paper; make room") as said:
-        run(profile)
+        run_workflow(profile)
     assert "\n" not in str(said.value) and not list(home.rglob("*.ipynb"))
-    assert "the run would be refused" in cost_summary(profile, forecast(profile))
+    assert "the run would be refused" in cost_summary(profile, reasons(profile))
     monkeypatch.setattr(shutil, "disk_usage", disk_of(4 * 10**12))
-    assert "refused" not in cost_summary(profile, forecast(profile))
+    assert "refused" not in cost_summary(profile, reasons(profile))
 
 
 def test_what_is_there_already_needs_no_more_room(home, monkeypatch):
@@ -91,20 +92,20 @@ def test_the_embedded_runs_fit_on_any_disk(home, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", disk_of(0))
     smoke = load_profile("smoke")
     cost.refuse_small_disk(wanted(smoke.recipes), smoke)
-    assert "refused" not in cost_summary(smoke, forecast(smoke))
+    assert "refused" not in cost_summary(smoke, reasons(smoke))
 
 
 def test_the_merge_of_a_checkpoint_on_the_way_comes_first(home):
     "7B-SFT_m23k-RL_PMC-sft_epoch_5 starts from step 7335 of another run, which only this call merges."
-    steps = dict(part.split("\n", 1) for part in dry_run(load_profile("paper", recipes="7B-SFT_m23k-RL_PMC-sft_epoch_5", nodes=1)))
+    steps = dict(part.split("\n", 1) for part in dry_run(load_profile("paper", recipes="7B-SFT_m23k-RL_PMC-sft_epoch_5", nodes=1), {}))
     lines = steps["3_train-7B-SFT_m23k-RL_PMC-sft_epoch_5"].split("  command   ")[1].splitlines()
-    assert shlex.split(lines[0])[-5:-1] == ["merge", "paper", "recipe=7B-SFT_m23k", "nodes=1"] and lines[0].endswith("step=7335"), lines[0]
-    assert shlex.split(lines[1])[2:4] == ["medvlthinker.app.commands", "train"]
+    assert shlex.split(lines[0])[-5:-1] == ["merge", "paper", "nodes=1", "recipe=7B-SFT_m23k"] and lines[0].endswith("step=7335"), lines[0]
+    assert shlex.split(lines[1])[2:4] == ["medvlthinker.app.cli", "train"]
 
 
 def test_a_printed_command_runs_in_another_folder(tmp_path, home):
     "As it stands, from a folder without settings: it gets as far as it can without a GPU, in our code and not in the shell."
-    steps = dict(part.split("\n", 1) for part in dry_run(load_profile("smoke", recipes="tiny-SFT_m23k")))
+    steps = dict(part.split("\n", 1) for part in dry_run(load_profile("smoke", recipes="tiny-SFT_m23k"), {}))
     line = next(line for line in steps["3_train-tiny-SFT_m23k"].splitlines() if line.startswith("  merge "))
     done = subprocess.run(["bash", "-c", line.split(None, 1)[1]], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "No checkpoint in" in done.stderr, done.stderr

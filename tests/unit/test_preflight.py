@@ -118,7 +118,7 @@ def test_edges_of_the_limits():
 
 def test_command_line(home, tmp_path):
     folder = make_tiny_model(tmp_path / "tiny", steps=0)
-    words = ("-m", "medvlthinker.app.commands", "preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
+    words = ("-m", "medvlthinker.app.cli", "preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
     done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
     assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
     path = home / "smoke" / "results" / "preflight.csv"

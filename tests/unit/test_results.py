@@ -115,7 +115,7 @@ def test_no_number_is_typed_in_the_results_notebooks():
 def test_commands_say_what_is_wrong_in_one_sentence(home):
     says(python("-m", "medvlthinker.results.contract", "compare", "smke"), "No profile 'smke'")
     says(python("-m", "medvlthinker.results.contract"), "compare [PROFILE]")
-    says(python("-m", "medvlthinker.app.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
+    says(python("-m", "medvlthinker.app.cli", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
     done = python("-m", "medvlthinker.results.contract", "compare", "smoke")
     assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
     assert counted(load_profile("smoke")) == []

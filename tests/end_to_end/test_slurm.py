@@ -1,0 +1,56 @@
+"""Each step as a job of Slurm. A made-up sbatch runs the script that it is given; sacct and srun stand beside it."""
+import os
+from pathlib import Path
+
+import pytest
+from conftest import python, says
+
+PROGRAMS = {
+    "sbatch": """while [ $# -gt 0 ]; do
+    case "$1" in
+        --wrap=*) script=${1#--wrap=} ;;
+        --output) log=$2; shift ;;
+    esac
+    shift
+done
+number=$(($(cat {folder}/last 2> /dev/null || echo 100) + 1)); echo $number > {folder}/last
+printf '%s\\n' "$script" > {folder}/$number.script
+(SLURM_JOB_ID=$number bash -c "$script" > "${log/\\%j/$number}" 2>&1 && echo COMPLETED > {folder}/$number || echo FAILED > {folder}/$number) < /dev/null &
+echo $number""",
+    "sacct": """case "$*" in *Account*) echo nobody; exit ;; esac
+for script in {folder}/*.script; do
+    number=$(basename "$script" .script)
+    echo "$number|$(cat {folder}/$number 2> /dev/null || echo RUNNING)"
+done""",
+    "srun": """while case "$1" in -*) true ;; *) false ;; esac; do shift; done
+exec "$@\"""",
+    "sinfo": "echo PARTITION; echo all*", "scancel": "true", "sacctmgr": "echo nobody", "sshare": "echo nobody"}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    "The folder in which the made-up scheduler keeps scripts and states."
+    folder, programs = tmp_path / "jobs", tmp_path / "bin"
+    folder.mkdir()
+    programs.mkdir()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text("#!/usr/bin/env bash\n" + text.replace("{folder}", str(folder)) + "\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("USER", "somebody")
+    return folder
+
+
+@pytest.mark.heavy
+def test_a_step_is_a_job(slurm, home):
+    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
+                  "--slurm-init-seconds-before-status-checks", "5", "notebooks/1_data.ipynb")
+    assert done.returncode == 0, done.stdout + done.stderr + (home / "smoke" / "logs" / "snakemake.log").read_text()
+    assert "step 1 of 1  1_data: done in" in done.stdout and (home / "smoke" / "notebooks" / "1_data.ipynb").is_file()
+    script, = slurm.glob("*.script")
+    assert "snakemake" in script.read_text() and (slurm / script.stem).read_text().strip() == "COMPLETED"
+    assert "1_data           done" in python("-m", "medvlthinker.app.cli", "status", "smoke", "limit=2", "train_limit=6", "recipes=").stdout
+
+
+def test_recipes_of_several_nodes_are_refused(home):
+    says(python("-m", "medvlthinker.app.cli", "run", "paper", "recipes=32B-RL_m23k", "--executor", "slurm"), "32B-RL_m23k takes several nodes", "cluster.sh")
