@@ -28,15 +28,15 @@ def read_image(
 ) -> bytes:
     "An image as an encoded file that every engine can read; `UserError` for what is none."
     is_name = isinstance(image, str | Path)
-    name = str(image) if is_name else "What was given"
+    name = f"The image {image}" if is_name else "The image"
     try:
         data = Path(image).expanduser().read_bytes() if is_name else image_bytes(image)
         return normalize_images([data])[0][0]
     except OSError as error:
-        raise UserError(f"The image {name} cannot be read ({error.strerror or error}).") from None
+        raise UserError(f"{name} cannot be read ({error.strerror or error}).") from None
     except ValueError as problem:
-        raise UserError(f"{name} is {problem}; PNG, JPEG, GIF, WebP, TIFF and BMP are read, from "
-                        "8 pixels a side to 64 million in all.") from None
+        raise UserError(f"{name} cannot be used: {problem}; PNG, JPEG, GIF, WebP, TIFF and BMP are "
+                        "read, from 8 pixels a side to 64 million in all.") from None
 
 # %% ../../nbs/generation/26_ask.ipynb #0dd939fb
 def own_sample(
