@@ -92,8 +92,10 @@ class Answer:
 
     def _repr_html_(self) -> str:
         image = f'<img src="{image_uri(self.image)}" alt="the image" style="max-width: 20em">'
+        style = "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere"
         return image + "".join(
-            f'<h4>{heading}</h4><pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+            f"<details {'open' * (heading != 'Prompt')}><summary><b>{heading}</b></summary>"
+            f'<pre style="{style}">{html.escape(text)}</pre></details>'
             for heading, text in self.parts().items())
 
 # %% ../../nbs/generation/26_ask.ipynb #d2dc4ddf

@@ -120,7 +120,7 @@ def test_what_a_model_writes_stays_text(said):
     engine = FunctionEngine(lambda request: [Completion(said, "stop", 1)], model="<b>by hand</b>")
     answer = ask(SCAN, f"What is {said}?", [said, "No"], engine)
     page = BeautifulSoup(answer._repr_html_(), "html.parser")
-    assert {tag.name for tag in page.find_all()} == {"img", "h4", "pre"}
+    assert {tag.name for tag in page.find_all()} == {"img", "details", "summary", "b", "pre"}
     assert page.img["src"].startswith("data:image/png;base64,") and not [key for key in page.img.attrs if key.startswith("on")]
     for shown in (str(answer), page.get_text()):
         assert all(c.isprintable() or c == "\n" for c in shown)
