@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.ask import STYLES, ask, own_sample, read_image
@@ -157,3 +158,14 @@ def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path):
     with pytest.raises(UserError) as error:
         ask(first, *words[1:], **given)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_quickstart_runs_from_top_to_bottom(warm_home, tmp_path):
+    done = python("-m", "papermill", "nbs/quickstart.ipynb", tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar", cwd=ROOT, MEDVLTHINKER_HOME=warm_home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    assert len(cells) == 10, "as its title says"
+    shown = ["".join(output["data"]["text/plain"]) for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    assert [text.partition("(")[0].partition("\n")[0] for text in shown[:3]] == ["FileUpload", "Prompt", "Prompt"]
+    assert "Answer\nA. X-ray" in shown[1] and "[system]" in shown[2]
+    assert shown[3].split()[:5] == ["right", "n", "accuracy", "low", "high"] and shown[3].split()[7] in "0123" and shown[3].split()[8] == "3"
