@@ -18,8 +18,7 @@ from ..data.converters import letter_options
 from ..data.prompt import extract_reasoning
 from ..data.sample import Sample, image_bytes, normalize_images
 from .engine import open_engine
-from .request import (
-    Completion, EngineSettings, Request, Sampling)
+from .request import Completion, EngineSettings, Request, Sampling
 from .server import image_uri
 
 # %% ../../nbs/generation/26_ask.ipynb #875aafd7
