@@ -149,8 +149,8 @@ def ask(
     if style not in STYLES:
         raise UserError(f"No style {style!r}; known are {', '.join(STYLES)}.")
     engine = _open_model(model, settings)
-    # the free form is a chat, also for a model that the paper asked without its template
-    words = ("free", "chat") if style == "free" else (engine.instruction, engine.dialect)
+    own = engine.instruction, engine.dialect
+    words = ("free", "chat") if style == "free" else own  # the free form is always a chat
     request = Request(sample, 0, sampling or STYLES[style], *words)
     request.chat()  # what cannot be asked is refused before a model is loaded
     [(_, [completion])] = engine.answer([request])
