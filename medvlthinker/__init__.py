@@ -1,19 +1,27 @@
-"""MedVLThinker, reproduced: the main nouns, each loaded when it is first asked for."""
+"""A companion to MedVLThinker: the main names, each loaded when it is first used."""
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .core.grade import grade as grade
     from .data.benchmarks import load_benchmark as load_benchmark
+    from .data.readers import DataSettings as DataSettings
     from .data.sample import Sample as Sample
+    from .evaluation.evaluate import accuracy as accuracy
     from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.evaluate import grade_rollout as grade_rollout
+    from .generation.ask import ask as ask
     from .generation.engine import open_engine as open_engine
+    from .generation.request import EngineSettings as EngineSettings
+    from .generation.request import Sampling as Sampling
     from .generation.rollout import generate as generate
 
 __version__ = "0.1.0"
 
-NOUNS = {"grade": "core.grade", "Sample": "data.sample", "load_benchmark": "data.benchmarks",
-         "open_engine": "generation.engine", "generate": "generation.rollout", "evaluate": "evaluation.evaluate"}
+NOUNS = {"grade": "core.grade", "load_benchmark": "data.benchmarks", "DataSettings": "data.readers", "Sample": "data.sample",
+         "accuracy": "evaluation.evaluate", "evaluate": "evaluation.evaluate", "grade_rollout": "evaluation.evaluate",
+         "ask": "generation.ask", "open_engine": "generation.engine", "EngineSettings": "generation.request",
+         "Sampling": "generation.request", "generate": "generation.rollout"}
 
 
 def __getattr__(name: str):

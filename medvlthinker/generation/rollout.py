@@ -412,7 +412,7 @@ def generate_all(
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
     todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
             if not _is_finished(folder)}
-    while busy := _make(todo, engine, show):
+    while todo and (busy := _make(todo, engine, show)):
         with file_lock(busy[0], show):
             todo = {folder: todo[folder] for folder in busy}
     return [load_rollout(folder) for folder in folders]

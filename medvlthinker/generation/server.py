@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ..core.commands import redact
 from ..core.files import UserError, sanitize
-from ..data.prompt import user_text
+from ..data.prompt import messages
 from ..data.sample import to_rgb
 from .request import Completion, EngineSettings, Request
 
@@ -87,8 +87,7 @@ def request_messages(request: Request, max_pixels: int = 0) -> list[dict]:
     "The question as the protocol wants it: images as data URIs, then the text."
     uris = [image_uri(data, max_pixels) for data in request.sample.images]
     images = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
-    text = {"type": "text", "text": user_text(request.sample, request.instruction)}
-    return [{"role": "user", "content": [*images, text]}]
+    return messages(request.sample, request.instruction, images)
 
 # %% ../../nbs/generation/23_server.ipynb #eba676d3
 def request_body(

@@ -1,0 +1,171 @@
+"""One image, one question, one model: what is sent, what comes back, and what is refused."""
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, python
+from medvlthinker.core.files import UserError
+from medvlthinker.data import synthetic
+from medvlthinker.generation.ask import STYLES, ask, own_sample, read_image
+from medvlthinker.generation.engine import EngineSettings, FunctionEngine, open_engine
+from medvlthinker.generation.request import Completion, Request
+from PIL import Image
+
+SYSTEM = ("You will solve a problem/request. You should provide your thoughts within <think> </think> tags before "
+          "providing the answer.\nWrite your final answer within <answer> </answer> tags.")  # with a line break
+SCAN = Image.new("L", (56, 40), 90)
+YES_NO = ("Yes", "No")
+
+
+@pytest.fixture
+def server():
+    "A server that answers with its `says` and keeps what it was sent."
+    seen = SimpleNamespace(bodies=[], says="<think> It is dark. </think>\n<answer> left </answer>", status=200)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send({"data": [{"id": "served", "owned_by": "us"}]})
+
+        def do_POST(self):
+            seen.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": seen.says}}
+            self.send({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}, seen.status)
+
+        def send(self, body, status=200):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_): ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        seen.keys = {"model": "served", "engine": "openai", "base_url": f"http://127.0.0.1:{httpd.server_port}/v1"}
+        yield seen
+        httpd.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny(warm_tiny):
+    return open_engine(EngineSettings(model="tiny", checkpoints=str(warm_tiny.parent)))
+
+
+def test_the_tiny_model_reasons_and_names_options(tiny):
+    answers = [(sample, ask(sample.images[0], sample.question, sample.options, tiny))
+               for sample in synthetic.benchmark("pmc_vqa", 12)]
+    for sample, answer in answers:
+        assert sample.question in answer.prompt and answer.prompt.count("<image>") == 1
+        assert answer.reasoning and answer.reasoning in answer.completion
+        assert "means nothing medical" in answer.note and "means nothing medical" in str(answer)
+    named = [(sample, answer) for sample, answer in answers if answer.label]
+    assert len(named) > 9 and all(sample.options[answer.label] == answer.option for sample, answer in named)
+    assert sum(sample.answer_label == answer.label for sample, answer in named) > 4
+
+
+def test_an_answer_is_that_of_a_rollout(tiny, tmp_path):
+    from medvlthinker.generation.request import Sampling
+    from medvlthinker.generation.rollout import generate
+
+    sample = synthetic.benchmark("slake_closed", 1)[0]
+    stored = generate([sample], tiny, Sampling(), tmp_path, show=lambda text: None)[0]["completions"][0]["text"]
+    assert ask(sample.images[0], sample.question, list(sample.options.values()), tiny).completion == stored
+
+
+def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):
+    request = Request(own_sample(SCAN, "Which side is abnormal?"), 0, STYLES["free"], "free")
+    engine = tiny._loaded or tiny._load()
+    text, [picture] = engine._inputs(request)
+    assert picture.size == (56, 40)
+    assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
+    assert "helpful assistant" not in text and "Question:" not in text
+    assert text.endswith("Which side is abnormal?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_free_form_is_sent_as_the_demo_of_the_readme(server):
+    answer = ask(SCAN, "Which side is abnormal?", style="free", **server.keys)
+    [body] = server.bodies
+    system, user = body["messages"]
+    assert (system["role"], system["content"]) == ("system", [{"type": "text", "text": SYSTEM}])
+    assert user["role"] == "user" and [part["type"] for part in user["content"]] == ["image_url", "text"]
+    assert user["content"][1]["text"] == "Which side is abnormal?"
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.6, 0.95, 2048)
+    assert (answer.reasoning, answer.answer, answer.label) == ("It is dark.", "left", None)
+
+
+def test_the_trained_form_is_one_greedy_turn_with_a_literal_backslash(server):
+    ask(SCAN, "Is there a nodule?", YES_NO, **server.keys)
+    [body] = server.bodies
+    [user] = body["messages"]
+    text = user["content"][1]["text"]
+    assert text == SYSTEM.replace("\n", "\\n") + "\n\nQuestion: Is there a nodule?\n\nOptions:\n\nA. Yes\n\nB. No"
+    assert (body["temperature"], body["max_tokens"]) == (0.0, 4096)
+    picture = Image.open(io.BytesIO(base64.b64decode(user["content"][0]["image_url"]["url"].partition(",")[2])))
+    assert picture.size == SCAN.size
+
+
+def test_a_server_that_gives_no_answer_is_a_sentence(server, monkeypatch):
+    server.status = 400
+    with pytest.raises(UserError, match="served gave no answer"):
+        ask(SCAN, "Is there a nodule?", YES_NO, **server.keys)
+
+
+@pytest.mark.parametrize("said", ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>", "\x1b]0;title\x07\x1b[2J", "\u202eB", "&lt;b&gt;\x00",
+                                  "<think> <a href='javascript:alert(1)'>x</a> </think>\n<answer> \x9b31m </answer>"])
+def test_what_a_model_writes_stays_text(said):
+    from bs4 import BeautifulSoup
+
+    engine = FunctionEngine(lambda request: [Completion(said, "stop", 1)], model="<b>by hand</b>")
+    answer = ask(SCAN, f"What is {said}?", [said, "No"], engine)
+    page = BeautifulSoup(answer._repr_html_(), "html.parser")
+    assert {tag.name for tag in page.find_all()} == {"img", "details", "summary", "b", "pre"}
+    assert page.img["src"].startswith("data:image/png;base64,") and not [key for key in page.img.attrs if key.startswith("on")]
+    for shown in (str(answer), page.get_text()):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+    assert answer.completion == said, "the completion itself is kept as it came"
+
+
+def test_images_of_any_kind(tmp_path):
+    SCAN.save(tmp_path / "scan.jpg")
+    assert read_image(tmp_path / "scan.jpg") == (tmp_path / "scan.jpg").read_bytes() == read_image(str(tmp_path / "scan.jpg"))
+    for mode in ("L", "RGB", "RGBA", "P", "1", "I;16"):
+        assert Image.open(io.BytesIO(read_image(Image.new(mode, (30, 20))))).size == (30, 20)
+
+
+@pytest.mark.parametrize("words, given, sentence", [
+    (("nowhere.png", "What?"), {}, "The image nowhere.png cannot be read"),
+    (("{note}", "What?"), {}, "note.txt cannot be used: not a readable image"),
+    (("{folder}", "What?"), {}, "cannot be read"),
+    ((b"", "What?"), {}, "an empty file"),
+    ((7, "What?"), {}, "The image cannot be used: no image: 7"),
+    ((Image.new("L", (3, 90)), "What?"), {}, "3x90 pixels"),
+    ((Image.new("CMYK", (30, 30)), "What?"), {}, "The image cannot be read (cannot write mode CMYK as PNG)"),
+    ((SCAN, " "), {}, "There is no question"),
+    ((SCAN, "Left?", ["Yes"]), {}, "not 1"),
+    ((SCAN, "Left?", "Yes"), {}, "options is one text"),
+    ((SCAN, "Left?", YES_NO), {"style": "free"}, "asks without options"),
+    ((SCAN, "Left?", YES_NO), {"style": "polite"}, "No style 'polite'; known are trained, free"),
+    ((SCAN, "Left?", YES_NO), {"gpu": 1}, "did you mean gpus?"),
+    ((SCAN, "Left?", YES_NO), {"model": "no such model"}, "No model 'no such model'"),
+])
+def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path):
+    (tmp_path / "note.txt").write_text("not an image")
+    places = {"{note}": tmp_path / "note.txt", "{folder}": tmp_path}
+    first = places.get(words[0], words[0]) if isinstance(words[0], str) else words[0]
+    with pytest.raises(UserError) as error:
+        ask(first, *words[1:], **given)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_quickstart_runs_from_top_to_bottom(warm_home, tmp_path):
+    done = python("-m", "papermill", "nbs/quickstart.ipynb", tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar", cwd=ROOT, MEDVLTHINKER_HOME=warm_home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    assert len(cells) == 10, "as its title says"
+    shown = ["".join(output["data"]["text/plain"]) for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    assert [text.partition("(")[0].partition("\n")[0] for text in shown[:3]] == ["FileUpload", "Prompt", "Prompt"]
+    assert "Answer\nA. X-ray" in shown[1] and "[system]" in shown[2]
+    assert shown[3].split()[:5] == ["right", "n", "accuracy", "low", "high"] and shown[3].split()[7] in "0123" and shown[3].split()[8] == "3"
