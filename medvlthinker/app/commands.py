@@ -23,7 +23,7 @@ from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
 from .runs import (
-    ask, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
+    ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
     rollouts_folder, samplings, training_data, training_places)
 from .profile import Profile, Workspace, load_profile, parse_words
 from medvlthinker.evaluation.compare import (
@@ -402,7 +402,7 @@ def evaluate_models(
     profile = load_profile(name, **given)
     find_rule(rule)
     for each in [model] if model else profile.models:
-        sets, *repeated = ask(profile, each, evaluation_samplings(profile, each))
+        sets, *repeated = ask_model(profile, each, evaluation_samplings(profile, each))
         grades = evaluate(sets, _results(profile), rule)
         for again in repeated:
             evaluate_repeats(again, _results(profile))
@@ -419,7 +419,7 @@ def rollout(
     profile = load_profile(name, **given)
     ways = samplings(n, temperature, top_p, profile.max_tokens)
     for each in [model] if model else profile.models:
-        ask(profile, each, ways, kind)
+        ask_model(profile, each, ways, kind)
 
 # %% ../../nbs/app/77_commands.ipynb #feb2f2c9
 def train(
