@@ -1838,6 +1838,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._count_right': ( 'results/viewer.html#_count_right',
                                                                                            'medvlthinker/results/viewer.py'),
+                                             'medvlthinker.results.viewer._gradable': ( 'results/viewer.html#_gradable',
+                                                                                        'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._grade_model': ( 'results/viewer.html#_grade_model',
                                                                                            'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer._hash': ( 'results/viewer.html#_hash',

@@ -278,7 +278,8 @@ def _missing_rollout(
     profile: Profile, model: str, name: str, kind: str, n: int, folder: Path,
 ) -> UserError:
     "The sentence for answers that are not there, with the command that makes them."
-    state = "of the questions that are stored now" if any(folder.glob("*/rollout.json")) else "stored"
+    is_other = any(folder.glob("*/rollout.json"))
+    state = "of the questions that are stored now" if is_other else "stored"
     command = f"./reproduce.sh {profile.name}"
     if kind == "benchmark" and n > 1:
         command = f"./reproduce.sh rollout {profile.name} model={model} n={n} temperature=0.5"

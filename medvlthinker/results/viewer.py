@@ -102,12 +102,15 @@ def readings(
 def _grade_model(entries: list[Entry], model: str) -> "pd.DataFrame":
     "`grade_rollout` of the model's completions; `question` is the place of their entry."
     places = [place for place, entry in enumerate(entries) if entry.answers.get(model)]
-    rows = [{"completions": [
-        {"text": each["text"], "finish_reason": escape_invisible(each["finish_reason"]), "tokens": 0}
-        for each in entries[place].answers[model]]} for place in places]
+    rows = [{"completions": [*map(_gradable, entries[place].answers[model])]} for place in places]
     grades = grade_rollout([entries[place].sample for place in places], rows)
     repeated = [[place] * len(row["completions"]) for place, row in zip(places, rows)]
     return grades.assign(model=model, question=[*itertools.chain.from_iterable(repeated)])
+
+
+def _gradable(completion: dict) -> dict:
+    "A completion whose finish_reason a column can hold: a server may send half a character."
+    return {**completion, "finish_reason": escape_invisible(completion["finish_reason"])}
 
 
 def _true_columns(frame: "pd.DataFrame") -> list[tuple[str, ...]]:
@@ -122,11 +125,10 @@ PAIRS = {f"{one} / {two}": (one, two) for one, two in itertools.combinations(RUL
 def question_table(entries: list[Entry]) -> "pd.DataFrame":
     """A row for each question and model.
 
-    Columns: question (the place of its entry), benchmark, model; right, partly or wrong for each
-    rule; right_count ("3 of 8", under regrade); cut_off (at max_tokens) and no_answer (regrade reads
-    no option) are yes where they hold for any completion; rules_disagree and models_disagree are
-    tuples of pairs of rules and of models, after the word any; text is what a search looks through.
-    """
+    Columns: question (the place of its entry), benchmark, model; for each rule right, partly or
+    wrong; right_count ("3 of 8", under regrade); cut_off (at max_tokens) and no_answer (regrade
+    reads no option) are yes where they hold for any completion; rules_disagree and models_disagree
+    are tuples of pairs of rules and of models, after the word any; text is what a search reads."""
     import pandas as pd
 
     models = dict.fromkeys(itertools.chain.from_iterable(entry.answers for entry in entries))
@@ -163,7 +165,7 @@ def _searchable(entry: Entry, model: str) -> str:
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00011
 FILTERS = {  # column of the table -> its label; `text` and those with a choice become controls
-    "benchmark": "Questions of", "model": "Model", "regrade": "Under the paper's rule, regrade",
+    "benchmark": "Questions of", "model": "Model", "regrade": "Under regrade (the paper's)",
     "reward": "Under reward", "strict": "Under strict", "llava": "Under llava",
     "lenient": "Under lenient", "right_count": "Right answers", "rules_disagree": "Rules disagree",
     "models_disagree": "Another model differs", "cut_off": "Cut off at max_tokens",
@@ -189,9 +191,10 @@ def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:
     "What each column may be compared with."
     models, counts = [*table["model"].unique()], table["right_count"].unique()
     several = any(not count.endswith(" of 1") for count in counts)
+    verdicts = ["right", "partly", "wrong"] if several else ["right", "wrong"]
     found = {"benchmark": [*table["benchmark"].unique()], "model": models,
-             **dict.fromkeys(RULES, ["right", "partly", "wrong"] if several else ["right", "wrong"]),
-             "rules_disagree": ["any", *PAIRS], **dict.fromkeys(("cut_off", "no_answer"), ["yes", "no"])}
+             **dict.fromkeys(RULES, verdicts), "rules_disagree": ["any", *PAIRS],
+             **dict.fromkeys(("cut_off", "no_answer"), ["yes", "no"])}
     if several:
         found["right_count"] = sorted(counts, key=lambda count: [*map(int, count.split(" of "))])
     if len(models) > 1:
@@ -313,7 +316,7 @@ def _controls(viewer: Viewer, view: dict) -> dict:
     "The widgets, each under the name of its column."
     import ipywidgets as widgets
 
-    given = {"style": {"description_width": "13em"}, "layout": widgets.Layout(width="25em")}
+    given = {"style": {"description_width": "14em"}, "layout": widgets.Layout(width="28em")}
     made = {"text": widgets.Text(view["text"], continuous_update=False, **given)}
     for column, choices in viewer.choices.items():
         options = [("all", "")] if column != "model" else []
@@ -360,15 +363,16 @@ def browse(
         button.on_click(lambda button, by=by: setattr(place, "value", place.value + by))
     show()
     note = [widgets.HTML(f"<p>{SYNTHETIC_NOTE}</p>")] if viewer.source == "synthetic" else []
+    filters = widgets.HBox([*controls.values()], layout=wrap)
     steps = widgets.HBox([back, place, forward], layout=wrap)
-    return widgets.VBox([*note, widgets.HBox([*controls.values()], layout=wrap), steps, count, body])
+    return widgets.VBox([*note, filters, steps, count, body])
 
 
 def _count(hits: int, questions: int, at: int) -> str:
     "How many questions pass, as a sentence."
     if hits:
-        return f"{hits:,} of {questions:,} questions pass; this is number {at:,}."
-    return f"0 of {questions:,} questions pass. Set one of the filters back to all."
+        return f"{hits} of {questions} questions pass; this is number {at}."
+    return f"0 of {questions} questions pass. Set one of the filters back to all."
 
 # %% ../../nbs/results/64_viewer.ipynb #87cd55c6
 def to_inline_json(value) -> str:

@@ -3,13 +3,11 @@
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const form = $("filters"), fields = [...form.elements], {model, models_disagree} = form.elements;
 const short = new Map(Object.entries(data.short)), first = field => field.options?.[0].value ?? "";
-const asRow = cells => Object.fromEntries(data.columns.map((name, place) => [name, cells[place]]));
-const rows = data.data.map(asRow), number = n => n.toLocaleString("en");
+const rows = data.data.map(row => Object.fromEntries(row.map((cell, i) => [data.columns[i], cell])));
 const textsOf = part => [...part.querySelectorAll(".text")].map(each => each.textContent);
 for (const row of rows) {
   row.article = $("question-" + row.question);
-  row.sections = [...row.article.querySelectorAll(".model")];
-  const mine = row.sections.find(section => section.dataset.model === row.model);
+  const mine = [...row.article.querySelectorAll(".model")].find(e => e.dataset.model === row.model);
   row.text = [row.article.querySelector(".asked"), mine].flatMap(textsOf).join("\n").toLowerCase();
 }
 let hits = [], at = 1, unknown = [];
@@ -40,26 +38,24 @@ function show() {
   hits = rows.filter(passes);
   at = Math.min(Math.max(at, 1), hits.length);
   for (const row of rows) row.article.hidden = row.question !== hits[at - 1]?.question;
-  for (const {article, sections} of hits.slice(at - 1, at)) {
-    for (const img of article.querySelectorAll("img")) img.src = data.images[img.dataset.image];
-    const opened = [model.value, models_disagree?.value];
-    for (const section of sections) section.open = opened.includes(section.dataset.model);
-  }
+  const article = hits[at - 1]?.article, opened = [model.value, models_disagree?.value];
+  for (const img of article?.querySelectorAll("img") ?? []) img.src = data.images[img.dataset.image];
+  for (const section of article?.querySelectorAll(".model") ?? [])
+    section.open = opened.includes(section.dataset.model);
   const total = rows.filter(row => row.model === model.value).length;
-  $("count").textContent = `${number(hits.length)} of ${number(total)} questions pass`
-    + (at ? `; this is number ${number(at)}.` : ". Set one of the filters back to all.")
-    + (unknown.length ? ` The link also asks for ${unknown.join(", ").slice(0, 200)}, which is not here.` : "");
+  $("count").textContent = `${hits.length} of ${total} questions pass`
+    + (at ? `; this is number ${at}.` : ". Set one of the filters back to all.")
+    + (unknown.length ? ` Not here: ${unknown.join(", ").slice(0, 200)}.` : "");
   [$("previous").disabled, $("next").disabled] = [at <= 1, at >= hits.length];
 }
 const step = by => { if (hits[at + by - 1]) [at, unknown] = [at + by, []], write(); };
 form.oninput = ({target}) => { [at, unknown] = [1, []]; write(target.name === "text"); };
-form.onsubmit = event => event.preventDefault();
 [$("previous").onclick, $("next").onclick] = [() => step(-1), () => step(1)];
-addEventListener("hashchange", read);
-addEventListener("keydown", ({key, target, ctrlKey, metaKey, altKey}) => {
+onhashchange = read;
+onkeydown = ({key, target, ctrlKey, metaKey, altKey}) => {
   const by = {ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1}[key];
   if (by && !(ctrlKey || metaKey || altKey || target.closest("input, select"))) step(by);
-});
+};
 $("site").hidden = !location.pathname.endsWith("/paper/viewer.html");  // else they lead nowhere
 $("panel").open = innerWidth >= 700;
 read();
