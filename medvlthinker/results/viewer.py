@@ -99,24 +99,41 @@ def readings(
     return [Reading(tuple(rules), *key) for key, rules in groups.items()]
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00005
-def _grade_model(entries: list[Entry], model: str) -> "pd.DataFrame":
-    "`grade_rollout` of the model's completions; `question` is the place of their entry."
-    places = [place for place, entry in enumerate(entries) if entry.answers.get(model)]
-    rows = [{"completions": [*map(_gradable, entries[place].answers[model])]} for place in places]
+def _grade_answers(entries: list[Entry]) -> "pd.DataFrame":
+    "`grade_rollout` of all answers; `question` is the place of their entry."
+    import numpy as np
+
+    pairs = [(place, model) for place, entry in enumerate(entries)
+             for model, completions in entry.answers.items() if completions]
+    places, models = zip(*pairs)
+    rows = [{"completions": [*map(_gradable, entries[place].answers[model])]}
+            for place, model in pairs]
     grades = grade_rollout([entries[place].sample for place in places], rows)
-    repeated = [[place] * len(row["completions"]) for place, row in zip(places, rows)]
-    return grades.assign(model=model, question=[*itertools.chain.from_iterable(repeated)])
+    counts = [len(row["completions"]) for row in rows]
+    return grades.assign(question=np.repeat(places, counts), model=np.repeat(models, counts))
 
 
 def _gradable(completion: dict) -> dict:
     "A completion whose finish_reason a column can hold: a server may send half a character."
     return {**completion, "finish_reason": escape_invisible(completion["finish_reason"])}
 
-
+# %% ../../nbs/results/64_viewer.ipynb #64a00034
 def _true_columns(frame: "pd.DataFrame") -> list[tuple[str, ...]]:
     "For each row the names of its true columns, after the word `any`; nothing where none is true."
     names = [tuple(frame.columns[row]) for row in frame.to_numpy(bool)]
     return [("any", *row) if row else () for row in names]
+
+
+def _other_share(share: "pd.Series") -> "pd.DataFrame":
+    "For each question and model (a row), which models (columns) have another share."
+    wide = share.unstack("model").loc[share.index.get_level_values("question")]
+    return wide.ne(share.to_numpy(), axis=0) & wide.notna()
+
+
+def _searchable(entry: Entry, model: str) -> str:
+    completions = [each["text"] for each in entry.answers[model]]
+    texts = [entry.sample.question, *entry.sample.options.values(), *completions]
+    return "\n".join(map(escape_invisible, texts)).lower()
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00007
 PAIRS = {f"{one} / {two}": (one, two) for one, two in itertools.combinations(RULES, 2)}
@@ -131,8 +148,7 @@ def question_table(entries: list[Entry]) -> "pd.DataFrame":
     are tuples of pairs of rules and of models, after the word any; text is what a search reads."""
     import pandas as pd
 
-    models = dict.fromkeys(itertools.chain.from_iterable(entry.answers for entry in entries))
-    grades = pd.concat([_grade_model(entries, model) for model in models], ignore_index=True)
+    grades = _grade_answers(entries)
     for pair, (one, two) in PAIRS.items():
         grades[pair] = grades[f"{one}_correct"] != grades[f"{two}_correct"]
     grades["cut_off"] = grades["finish_reason"] == "length"
@@ -150,18 +166,6 @@ def question_table(entries: list[Entry]) -> "pd.DataFrame":
     table["models_disagree"] = _true_columns(_other_share(shares["regrade"]))
     table["text"] = [_searchable(entries[place], model) for place, model in table.index]
     return table.reset_index()
-
-
-def _other_share(share: "pd.Series") -> "pd.DataFrame":
-    "For each question and model (a row), which models (columns) have another share."
-    wide = share.unstack("model").loc[share.index.get_level_values("question")]
-    return wide.ne(share.to_numpy(), axis=0) & wide.notna()
-
-
-def _searchable(entry: Entry, model: str) -> str:
-    completions = [each["text"] for each in entry.answers[model]]
-    texts = [entry.sample.question, *entry.sample.options.values(), *completions]
-    return "\n".join(map(escape_invisible, texts)).lower()
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00011
 FILTERS = {  # column of the table -> its label; `text` and those with a choice become controls
@@ -202,8 +206,31 @@ def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:
     return {column: found[column] for column in FILTERS if column in found}
 
 
+def _matches(cells: "pd.Series", value: str) -> "pd.Series":
+    "Which cells are the value, or a tuple that holds it."
+    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
+
+# %% ../../nbs/results/64_viewer.ipynb #64a00036
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
+
+
+def _read_view(
+    view: str,
+    choices: dict[str, list[str]],
+    short: dict[str, str],  # other names of benchmarks, in lower case
+) -> dict:
+    "The view with every key; `UserError` for a key or a value that is not here."
+    chosen = {**dict.fromkeys([*choices, "text"], ""), "model": choices["model"][0], "at": "1"}
+    for key, value in parse_qsl(view.strip().removeprefix("#")):
+        if key not in chosen:
+            raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
+        chosen[key] = short.get(_plain(value), value) if key == "benchmark" else value
+        if chosen[key] not in (known := choices.get(key, [chosen[key]])):
+            raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
+    if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
+        raise UserError(f"at is a whole number, not {chosen['at']!r}.")
+    return {**chosen, "at": int(chosen["at"])}
 
 # %% ../../nbs/results/64_viewer.ipynb #03a42310
 class Viewer:
@@ -224,18 +251,8 @@ class Viewer:
         self.short = {key: name for key, name in SHORT.items() if name in names.values()} | names
 
     def parse(self, view: str) -> dict:  # such as benchmark=PMC&regrade=wrong&at=12
-        "The view with every key; `UserError` for a key or a value that is not here."
-        chosen = dict.fromkeys([*self.choices, "text"], "")
-        chosen |= {"model": self.choices["model"][0], "at": "1"}
-        for key, value in parse_qsl(view.strip().removeprefix("#")):
-            if key not in chosen:
-                raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
-            chosen[key] = self.short.get(_plain(value), value) if key == "benchmark" else value
-            if chosen[key] not in (known := self.choices.get(key, [chosen[key]])):
-                raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
-        if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
-            raise UserError(f"at is a whole number, not {chosen['at']!r}.")
-        return {**chosen, "at": int(chosen["at"])}
+        "The view as a dict; `UserError` for a key or a value that is not here."
+        return _read_view(view, self.choices, self.short)
 
     def hits(self, view: str = "") -> list[int]:
         "The places of the entries that pass, in order."
@@ -245,11 +262,6 @@ class Viewer:
             if value := chosen[column]:
                 passes &= _matches(self.table[column], value)
         return self.table.loc[passes, "question"].tolist()
-
-
-def _matches(cells: "pd.Series", value: str) -> "pd.Series":
-    "Which cells are the value, or a tuple that holds it."
-    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
 
 # %% ../../nbs/results/64_viewer.ipynb #a0eda4ee
 def data_uri(
@@ -326,6 +338,25 @@ def _controls(viewer: Viewer, view: dict) -> dict:
         control.description = FILTERS[column]
     return {column: made[column] for column in FILTERS if column in made}
 
+# %% ../../nbs/results/64_viewer.ipynb #64a00038
+def _count(hits: int, questions: int, at: int) -> str:
+    "How many questions pass, as a sentence."
+    if hits:
+        return f"{hits} of {questions} questions pass; this is number {at}."
+    return f"0 of {questions} questions pass. Set one of the filters back to all."
+
+
+def _answer(viewer: Viewer, view: dict) -> tuple[int, str, str]:
+    "How many questions pass a view; a sentence on them, with the view to copy; the entry."
+    hits = viewer.hits(write_view(view))
+    at = max(1, min(view["at"], len(hits)))
+    questions = (viewer.table["model"] == view["model"]).sum()
+    address = html.escape(write_view({**view, "at": at if at > 1 else ""}))
+    status = f'<span role="status">{_count(len(hits), questions, at)}</span>'
+    models = [view["model"], view.get("models_disagree")]
+    body = "".join(entry_html(viewer.entries[place], models) for place in hits[at - 1:at])
+    return len(hits), f"{status}<br><code>{address}</code>", body
+
 # %% ../../nbs/results/64_viewer.ipynb #978696dc
 def browse(
     viewer: Viewer,
@@ -335,44 +366,31 @@ def browse(
     require_package("ipywidgets")
     import ipywidgets as widgets
 
-    view, wrap = viewer.parse(at), widgets.Layout(flex_flow="row wrap", max_width="78em")
-    controls, count, body = _controls(viewer, view), widgets.HTML(), widgets.HTML()
+    view = viewer.parse(at)
+    controls, status, body = _controls(viewer, view), widgets.HTML(), widgets.HTML()
     place = widgets.IntSlider(view["at"], 1, max(1, view["at"]), description="question")
     back, forward = widgets.Button(description="◀ previous"), widgets.Button(description="next ▶")
 
     def show(change=None):
         chosen = {column: control.value for column, control in controls.items()}
-        hits = viewer.hits(write_view(chosen))
-        place.max, place.disabled = max(1, len(hits)), not hits
-        questions = (viewer.table["model"] == chosen["model"]).sum()
-        address = html.escape(write_view({**chosen, "at": place.value if place.value > 1 else ""}))
-        count.value = (f'<span role="status">{_count(len(hits), questions, place.value)}</span>'
-                       f"<br><code>{address}</code>")
-        models = [chosen["model"], chosen.get("models_disagree")]
-        places = hits[place.value - 1:place.value]
-        body.value = "".join(entry_html(viewer.entries[each], models) for each in places)
+        hits, status.value, body.value = _answer(viewer, {**chosen, "at": place.value})
+        place.max, place.disabled = max(1, hits), not hits
 
-    def filter_changed(change):
+    def restart(change):
         place.value = 1
         show()
 
-    for control in controls.values():
-        control.observe(filter_changed, "value")
+    show()
     place.observe(show, "value")
+    for control in controls.values():
+        control.observe(restart, "value")
     for button, by in ((back, -1), (forward, 1)):
         button.on_click(lambda button, by=by: setattr(place, "value", place.value + by))
-    show()
+    wrap = widgets.Layout(flex_flow="row wrap", max_width="78em")
     note = [widgets.HTML(f"<p>{SYNTHETIC_NOTE}</p>")] if viewer.source == "synthetic" else []
-    filters = widgets.HBox([*controls.values()], layout=wrap)
-    steps = widgets.HBox([back, place, forward], layout=wrap)
-    return widgets.VBox([*note, filters, steps, count, body])
-
-
-def _count(hits: int, questions: int, at: int) -> str:
-    "How many questions pass, as a sentence."
-    if hits:
-        return f"{hits} of {questions} questions pass; this is number {at}."
-    return f"0 of {questions} questions pass. Set one of the filters back to all."
+    rows = [widgets.HBox([*controls.values()], layout=wrap),
+            widgets.HBox([back, place, forward], layout=wrap)]
+    return widgets.VBox([*note, *rows, status, body])
 
 # %% ../../nbs/results/64_viewer.ipynb #87cd55c6
 def to_inline_json(value) -> str:
