@@ -169,7 +169,7 @@ def question_table(entries: list[Entry]) -> "pd.DataFrame":
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00011
 FILTERS = {  # column of the table -> its label; `text` and those with a choice become controls
-    "benchmark": "Questions of", "model": "Model", "regrade": "Under regrade (the paper's)",
+    "benchmark": "Questions of", "model": "Model", "regrade": "Under regrade (paper)",
     "reward": "Under reward", "strict": "Under strict", "llava": "Under llava",
     "lenient": "Under lenient", "right_count": "Right answers", "rules_disagree": "Rules disagree",
     "models_disagree": "Another model differs", "cut_off": "Cut off at max_tokens",
@@ -419,9 +419,9 @@ def _notes(viewer: Viewer, held: int) -> list[str]:
     how: dict[str, list[str]] = {}
     for model, words in viewer.about.items():
         how.setdefault(words, []).append(model)
-    made = " ".join(f"{', '.join(models)}: {words}." for words, models in how.items())
+    made = " ".join(f"Answers of {', '.join(names)}: {words}." for words, names in how.items())
     return [*notes, "The left and right arrow keys go from question to question. The address names "
-            f"the view, so a view can be sent as a link. How the answers were made: {made}"]
+            f"the view, so a view can be sent as a link. {made}"]
 
 # %% ../../nbs/results/64_viewer.ipynb #7553f232
 LINKS = {"Results": "results.html", "Home": "../index.html"}  # as seen from the site's paper/
