@@ -306,7 +306,7 @@ def _template():
     environment = jinja2.Environment(
         autoescape=True, finalize=_printable, trim_blocks=True, lstrip_blocks=True)
     names = {"readings": readings, "count_right": _count_right}
-    return environment.from_string(_asset("html"), names).module
+    return environment.from_string(_asset("jinja"), names).module
 
 # %% ../../nbs/results/64_viewer.ipynb #38a0a6c2
 def entry_html(
