@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['KINDS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts', 'num_samples',
            'evaluation_samplings', 'ask_words', 'launch_rollout', 'samplings', 'data_file', 'training_data',
-           'training_places', 'Step', 'steps']
+           'training_places', 'newest_rollout', 'stored_viewer', 'Step', 'steps']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
-import dataclasses, sys
+import contextlib, dataclasses, sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..core.commands import run_logged
 from ..core.files import UserError
-from ..data.benchmarks import available_benchmarks, benchmark_file, load_benchmark
-from ..data.corpora import (
-    available_corpora, corpus_file, has_corpora, load_corpus, load_reasoning, reasoning_file)
-from ..data.sample import Sample
+from ..data.benchmarks import (
+    available_benchmarks, benchmark_file, benchmark_names, load_benchmark, newest_sample_file)
+from medvlthinker.data.corpora import (
+    available_corpora, corpus_file, corpus_names, has_corpora, load_corpus, load_reasoning,
+    reasoning_file)
+from ..data.sample import Sample, SampleFile
 from .profile import Profile, Workspace, overrides
 from ..generation.engine import open_engine
-from ..generation.model import folder_name
+from ..generation.model import folder_name, prompt_format
 from ..generation.request import EngineSettings, Hardware, Sampling
-from ..generation.rollout import Job, Rollout, generate_all
+from ..generation.rollout import (
+    Job, Rollout, generate_all, load_rollout, samples_fingerprint)
+from ..results.viewer import Viewer, read_entries
 from ..training.recipe import BASES, RECIPES, Recipe, wanted
 
 # %% ../../nbs/app/71_runs.ipynb #347cb6fd
@@ -196,6 +200,79 @@ def training_places(
     workspace = Workspace(profile.name)
     logs = workspace.logs / recipe.name
     return data_file(recipe, profile, workspace), workspace.checkpoints, logs
+
+# %% ../../nbs/app/71_runs.ipynb #64b00002
+def newest_rollout(
+    folder: Path,  # of `rollouts_folder`
+    samples: str,  # their fingerprint
+    n: int,  # completions per question; 1 for greedy
+    instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
+) -> Rollout | None:
+    "The newest finished rollout of these samples; None where there is none."
+    paths = [(path.stat().st_mtime, path) for path in folder.glob("*/rollout.json")]
+    for _, path in sorted(paths, reverse=True):
+        with contextlib.suppress(UserError):  # unfinished, or not one that `generate` wrote
+            config = (rollout := load_rollout(path.parent)).config
+            same = (config.samples, config.n, config.instruction) == (samples, n, instruction)
+            if same and (n > 1 or config.temperature == 0):
+                return rollout
+    return None
+
+# %% ../../nbs/app/71_runs.ipynb #64b00005
+def stored_viewer(
+    profile: Profile,
+    models: Sequence[str] | None = None,  # None: those of the profile that have answers
+    kind: str = "benchmark",  # or `corpus`
+    n: int = 0,  # completions per question; 0: greedy for test sets, the profile's for corpora
+    instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for each model's own
+    limit: int = 0,  # the first questions of each set; 0 for all
+) -> Viewer:
+    "A profile's stored questions and answers; `UserError` names the command that makes them."
+    if kind not in KINDS:
+        raise UserError(f"No kind of questions {kind!r}; known are {', '.join(KINDS)}.")
+    recipes = [recipe.name for recipe in wanted(profile.recipes)]
+    names = dict.fromkeys([*profile.models, *recipes] if models is None else models)
+    n = n or (1 if kind == "benchmark" else profile.rollouts)
+    entries, about = [], {}
+    for name, samples in _stored_samples(profile, kind):
+        mark, found = samples_fingerprint(samples), {}
+        for model in names:
+            folder = rollouts_folder(profile, model, name, kind)
+            rollout = newest_rollout(folder, mark, n, prompt_format(model, instruction)[0])
+            if rollout:
+                found[model] = rollout
+                about[model] = "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}"
+                about[model] = about[model].format_map(rollout.record)
+            elif models is not None:
+                raise _missing_rollout(profile, model, name, kind, n, folder)
+        entries += read_entries(samples, found, limit)
+    if not about:
+        first, workspace = next(iter(names), "tiny"), Workspace(profile.name)
+        raise _missing_rollout(profile, first, "any set", kind, n, workspace.rollouts)
+    return Viewer(entries, profile.source, about)
+
+
+def _stored_samples(profile: Profile, kind: str) -> Iterator[tuple[str, SampleFile]]:
+    "Name and stored samples of each set that the profile asks for."
+    is_test, folder = kind == "benchmark", Workspace(profile.name).samples
+    names = benchmark_names(profile.benchmark) if is_test else corpus_names(profile.corpus)
+    file_of = benchmark_file if is_test else corpus_file
+    for name in names:
+        if path := newest_sample_file(file_of(name, profile, folder), name):
+            yield name, SampleFile(path, look=False)
+
+
+def _missing_rollout(
+    profile: Profile, model: str, name: str, kind: str, n: int, folder: Path,
+) -> UserError:
+    "The sentence for answers that are not there, with the command that makes them."
+    is_other = any(folder.glob("*/rollout.json"))
+    state = "of the questions that are stored now" if is_other else "stored"
+    command = f"./reproduce.sh {profile.name}"
+    if kind == "benchmark" and n > 1:
+        command = f"./reproduce.sh rollout {profile.name} model={model} n={n} temperature=0.5"
+    return UserError(f"No finished rollout of {model} on {name} with n={n} is {state}; "
+                     f"`{command}` makes it.")
 
 # %% ../../nbs/app/71_runs.ipynb #7a9b0002
 @dataclasses.dataclass(frozen=True)

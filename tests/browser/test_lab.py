@@ -31,8 +31,8 @@ def hear(event, given):
 sys.addaudithook(hear)
 """
 
-LOOK = ["import sys\nfrom medvlthinker.app.profile import load_profile\nfrom medvlthinker.results.viewer import browse, stored\nprint(sys.prefix)",
-        "look = stored(load_profile())\nprint(len(look.entries), 'questions')", "browse(look, 'verdict=right')"]
+LOOK = ["import sys\nfrom medvlthinker.app.profile import load_profile\nfrom medvlthinker.app.runs import stored_viewer\nfrom medvlthinker.results.viewer import browse\nprint(sys.prefix)",
+        "viewer = stored_viewer(load_profile())\nprint(len(viewer.entries), 'questions')", "browse(viewer, 'regrade=right')"]
 
 
 @pytest.fixture(scope="module")
@@ -185,34 +185,34 @@ def test_the_viewer_answers(lab, page, home, project, monkeypatch):
     from playwright.sync_api import expect
 
     from medvlthinker.app.profile import load_profile
-    from medvlthinker.results.viewer import parse_state, stored
+    from medvlthinker.app.runs import stored_viewer
 
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))
-    look = stored(load_profile())
-    wide, narrow = (look.hits(parse_state(view)) for view in ("verdict=right", "verdict=right&benchmark=pmc_vqa"))
-    assert 2 < len(narrow) < len(wide) < len(look.entries), "the test can tell these views apart"
+    viewer = stored_viewer(load_profile())
+    wide, narrow = (viewer.hits(view) for view in ("regrade=right", "regrade=right&benchmark=pmc_vqa"))
+    assert 2 < len(narrow) < len(wide) < len(viewer.entries), "the test can tell these views apart"
 
     page.goto(f"{lab.address}/lab/tree/look.ipynb?token={TOKEN}&reset")
     cells = run_all(page, lab.nbs / "look.ipynb")
     assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
-    assert printed(cells[1]) == f"{len(look.entries)} questions\n"
+    assert printed(cells[1]) == f"{len(viewer.entries)} questions\n"
     shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
-    count, view = shown.locator("[role=status]"), shown.locator("label:has-text('view') + input")
+    count, address = shown.locator("[role=status]"), shown.locator("[role=status] ~ code")
 
     def sees(text: str, hits: list[int], at: int):
-        entry = look.entries[hits[at - 1]]
-        expect(count).to_have_text(f"{len(hits)} of {len(look.entries)} questions pass.", timeout=30_000)
+        entry = viewer.entries[hits[at - 1]]
+        expect(count).to_have_text(f"{len(hits)} of {len(viewer.entries)} questions pass; this is number {at}.", timeout=30_000)
         expect(shown).to_contain_text(f"{entry.sample.dataset_name}, question {entry.sample.dataset_index}", timeout=30_000)
-        assert look.checked(parse_state(view.input_value())) == look.checked(parse_state(text))
+        assert viewer.parse(address.inner_text()) == viewer.parse(text)
         for written in (entry.sample.question, entry.answers["tiny"][0]["text"]):
             assert " ".join(written.split()) in " ".join(shown.inner_text().split())
 
-    sees("verdict=right", wide, 1)
-    shown.locator("label:has-text('questions') + select").select_option("pmc_vqa")
-    sees("verdict=right&benchmark=pmc_vqa", narrow, 1)
+    sees("regrade=right", wide, 1)
+    shown.locator("label:has-text('Questions of') + select").select_option("pmc_vqa")
+    sees("regrade=right&benchmark=pmc_vqa", narrow, 1)
     shown.locator(".noUi-handle").last.focus()
     page.keyboard.press("ArrowRight")
-    sees("verdict=right&benchmark=pmc_vqa&at=2", narrow, 2)
+    sees("regrade=right&benchmark=pmc_vqa&at=2", narrow, 2)
     page.screenshot(path=lab.shots / "viewer.png")
 
 

@@ -1,274 +1,151 @@
-"""What a notebook cannot hold of the viewer: every filter against brute force, hostile texts, and both ways to see it in a browser."""
+"""The viewer: every filter against brute force, hostile texts, and both ways to read in a browser."""
 
-import base64
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import encoded, python, watched
+from conftest import encoded, free_port, watched
 
-from medvlthinker.data import synthetic
-from medvlthinker.core.files import UserError
 from medvlthinker.app.profile import load_profile
-from medvlthinker.generation.engine import FunctionEngine
+from medvlthinker.app.runs import stored_viewer
+from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
+from medvlthinker.data import synthetic
+from medvlthinker.data.sample import write_samples
+from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
-from medvlthinker.data.sample import write_samples
-from medvlthinker.results.viewer import (SCRIPT, STYLE, Entry, Look, State, data_uri, entry_html, island, parse_state, page_data, spread, stored, visible,
-                                 write_page, write_state)
+from medvlthinker.results.viewer import (
+    Entry, Viewer, data_uri, entry_html, escape_invisible, viewer_link, write_page, write_view)
 
-ATTACKS = ("<script>window.pwned = 1; alert(1)</script>", "<img src=x onerror='window.pwned = 2; alert(2)'>", "</script><script>window.pwned = 3</script>",
-           "<!--<script>", "[click](javascript:window.pwned=4)", "</pre></details><svg onload=alert(5)>", "<iframe src='https://evil.example/'></iframe>",
-           "<a href='javascript:alert(6)'>", "<link rel=stylesheet href=https://evil.example/a.css>", "$\\href{javascript:alert(7)}{x^2}$", "{{7*7}} ${window.pwned=8}",
-           "\x1b[2J\x1b]0;title\x07", "nul \x00 end", "\u202eright to left", "line\u2028end\u2029", "&lt;b&gt;", "\ud800 half", "\U000e0041\U000e0042 tags", "unbroken" * 40)
+ATTACKS = (
+    "<script>window.pwned = 1; alert(1)</script>", "<img src=x onerror='window.pwned = 2; alert(2)'>",
+    "</script><script>window.pwned = 3</script>", "<!--<script>", "[click](javascript:window.pwned=4)",
+    "</pre></details><svg onload=alert(5)>", "<iframe src='https://evil.example/'></iframe>",
+    "<a href='javascript:alert(6)'>", "<link rel=stylesheet href=https://evil.example/a.css>",
+    "<math><mtext><table><mglyph><style><img src=x onerror=alert(7)>", "\"'><b onclick=alert(8)>",
+    "$\\href{javascript:alert(9)}{x^2}$", "{{7*7}} {% raw %} ${window.pwned=8}",
+    "\x1b[2J\x1b]0;title\x07", "nul \x00 end", "\u202eright to left", "line\u2028end\u2029",
+    "&lt;b&gt;", "\ud800 half", "\U000e0041\U000e0042 tags", "unbroken" * 40)
 EVIL = "\n".join(ATTACKS)
 
 
-def said(*texts):
-    return [{"text": text, "finish_reason": "stop", "tokens": 9} for text in texts]
+def written(*texts, reason="stop"):
+    return [{"text": text, "finish_reason": reason, "tokens": 9} for text in texts]
 
 
 def answer(sample, number):
-    "A completion that is right, wrong, right in words only, or none at all."
+    "A completion that is right, wrong, right for some rules only, or none at all."
     other = next(label for label in sample.options if label != sample.answer_label)
-    return (f"<think> x </think>\n<answer> {sample.answer_label} </answer>", f"<think> x </think>\n<answer> {other} </answer>",
-            f"The answer is ({sample.answer_label}).", f"<answer>{sample.answer}</answer>", "I cannot tell.")[number % 5]
+    return (f"<think> x </think>\n<answer> {sample.answer_label} </answer>",
+            f"<think> x </think>\n<answer> {other} </answer>",
+            f"The answer is ({sample.answer_label}).", f"<answer>{sample.answer}</answer>",
+            "I cannot tell.", "")[number % 6]
 
 
 def toy(n=1):
     "Twelve questions of three sets; three models, of which `c` left out every fourth question."
-    drawn = [sample for name in ("pmc_vqa", "vqa_rad_closed", "MMMU-medical") for sample in synthetic.benchmark(name, 4)]
+    sets = ("pmc_vqa", "vqa_rad_closed", "MMMU-medical")
+    samples = [sample for name in sets for sample in synthetic.benchmark(name, 4)]
     entries = []
-    for i, sample in enumerate(drawn):
-        answers = {model: said(*(answer(sample, i * step + k * (i + step)) for k in range(n))) for model, step in (("a", 1), ("b/x", 2), ("c", 3))}
-        entries.append(Entry(sample, {model: texts for model, texts in answers.items() if model != "c" or i % 4}))
-    return Look(entries, "synthetic")
+    for i, sample in enumerate(samples):
+        answers = {model: written(*(answer(sample, i * step + k * (i + step)) for k in range(n)),
+                                  reason="length" if i % 3 == step - 1 else "stop")
+                   for model, step in (("a", 1), ("b/x", 2), ("c", 3)) if model != "c" or i % 4}
+        entries.append(Entry(sample, answers))
+    return Viewer(entries, "synthetic")
 
 
-# --- the view and its text ---------------------------------------------------------------------------------------------------
+# --- filters and links ---------------------------------------------------------------------------
 
 
-def test_a_view_survives_its_text():
-    odd = ("", "a&b=c", "100 %+#", "é 眼 \u202e", "a b", "<script>", "~*'()!", "\x00\n\t")
-    for name, text in itertools.product(odd, odd):
-        state = State(benchmark=name, models=(name or "m", text or "n"), model=text, text=text, low=0, high=3, at=7)
-        assert parse_state("#" + write_state(state)) == state
-        assert re.fullmatch(r"[\w&=%+.~-]*", write_state(state), re.A)
-    assert parse_state("models=&models=a&models=b&text=") == State(models=("a", "b"))
-    for wrong in ("nonsense=1", "at=-1", "at=1e9", "low=", "__proto__=1", "at=" + "9" * 5000):
-        with pytest.raises(UserError):
-            parse_state(wrong)
+def passes(entry, view):
+    "The definition of every filter, without the table."
+    def correct(model, rule):
+        return [grade(each["text"], entry.sample.options, entry.sample.answer_label, rule).correct
+                for each in entry.answers.get(model, [])]
+
+    def share(model):
+        return sum(correct(model, "regrade")) / len(entry.answers[model])
+
+    model = view.get("model", "a")
+    if model not in entry.answers:
+        return False
+    mine, words = entry.answers[model], view.get("text", "").lower()
+    texts = [entry.sample.question, *entry.sample.options.values(), *(c["text"] for c in mine)]
+    differ = [f"{one} / {two}" for one, two in itertools.combinations(RULES, 2)
+              if correct(model, one) != correct(model, two)]
+    unlike = [other for other in entry.answers if share(other) != share(model)]
+    nothing = [not grade(c["text"], entry.sample.options, "A", "regrade").label for c in mine]
+    facts = {"benchmark": [entry.sample.dataset_name], "model": [model],
+             "rules_disagree": differ + ["any"] * bool(differ),
+             "models_disagree": unlike + ["any"] * bool(unlike),
+             "cut_off": ["yes" if any(c["finish_reason"] == "length" for c in mine) else "no"],
+             "no_answer": ["yes" if any(nothing) else "no"],
+             "right_count": [f"{sum(correct(model, 'regrade'))} of {len(mine)}"],
+             "text": [view.get("text")] if any(words in text.lower() for text in texts) else []}
+    for rule in RULES:
+        right = correct(model, rule)
+        facts[rule] = ["right" if all(right) else "partly" if any(right) else "wrong"]
+    return all(value in facts[key] for key, value in view.items())
 
 
-def brute(look, state):
-    "The definition of every filter, written out anew."
-    def right(entry, model, rule):
-        return [grade(c["text"], entry.sample.options, entry.sample.answer_label, rule).correct for c in entry.answers.get(model, [])]
-
-    hits = []
-    for place, entry in enumerate(look.entries):
-        mine, again = right(entry, state.model or "a", state.rule), right(entry, state.model or "a", state.against or state.rule)
-        theirs = right(entry, state.other, state.rule)
-        words = [entry.sample.question, *entry.sample.options.values(),
-                 *(c["text"] for model in state.models or entry.answers for c in entry.answers.get(model, []))]
-        share = {"right": lambda: mine and all(mine), "wrong": lambda: mine and not any(mine), "partly": lambda: any(mine) and not all(mine), "": lambda: True}
-        if ((not state.benchmark or entry.sample.dataset_name == state.benchmark) and share[state.verdict]()
-                and (not state.other or mine and theirs and sum(mine) / len(mine) != sum(theirs) / len(theirs))
-                and (not state.against or mine and mine != again)
-                and (state.low is None or mine and sum(mine) >= state.low) and (state.high is None or mine and sum(mine) <= state.high)
-                and any(state.text.lower() in text.lower() for text in words)):
-            hits.append(place)
-    return hits
-
-
-def views():
-    "Views of every filter alone and in pairs."
-    single = [{"benchmark": "pmc_vqa"}, {"benchmark": "MMMU-medical"}, *({"verdict": v} for v in ("right", "wrong", "partly")), {"other": "b/x"}, {"other": "c"},
-              *({"against": rule} for rule in RULES), {"low": 1}, {"high": 1}, {"low": 1, "high": 2}, {"text": "CANNOT tell"}, {"text": "lesion"}, {"text": "none of this"},
-              {"text": "cannot", "models": ("b/x",)}, {"model": "c"}, {"model": "b/x"}, {"rule": "reward"}, {"rule": "lenient"}]
-    for one, two in itertools.combinations_with_replacement(single, 2):
-        yield State(**{**one, **two})
+def views(viewer):
+    "Views of every value of every filter alone, and of many pairs."
+    single = [{key: value} for key, values in viewer.choices.items() for value in values]
+    single += [{"text": "CANNOT tell"}, {"text": "lesion"}, {"text": "none of this"}]
+    pairs = [{**one, **two} for one, two in itertools.combinations(single, 2)]
+    return single + pairs[::9]
 
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_filters_are_what_they_say(n):
-    look, counts = toy(n), set()
-    for state in views():
-        assert look.hits(state) == brute(look, state), state
-        counts.add(len(look.hits(state)))
-    assert len(counts) > 8, "the filters differ, and some pass nothing"
+    viewer, counts, values = toy(n), set(), dict[tuple, int]()
+    for view in views(viewer):
+        hits = viewer.hits(write_view(view))
+        assert hits == [i for i, entry in enumerate(viewer.entries) if passes(entry, view)], view
+        counts.add(len(hits))
+        for pair in view.items():
+            values[pair] = max(values.get(pair, 0), len(hits))
+    assert len(counts) > 8 and values["cut_off", "yes"] and values["no_answer", "yes"]
+    assert values["models_disagree", "any"] and values["rules_disagree", "any"]
 
 
-def test_what_is_not_there_gets_a_sentence():
-    for state in (State(benchmark="x"), State(models=("a", "x")), State(model="x"), State(rule="kind"), State(other="x"), State(against="x"), State(verdict="maybe")):
-        with pytest.raises(UserError, match="is not here; there are"):
-            toy().hits(state)
+def test_a_view_survives_its_text():
+    viewer = toy()
+    for text in ("a&b=c", "100 %+#", "é 眼 \u202e", "<script>", "~*'()!", "\x00\n\t"):
+        address = viewer_link("b/x", "PMC", text=text, at="7").partition("#")[2]
+        found = viewer.parse("#" + address)
+        assert (found["model"], found["benchmark"], found["text"], found["at"]) == (
+            "b/x", "pmc_vqa", text, 7)
+        assert re.fullmatch(r"[\w&=%+.~-]*", address, re.A)
+    for wrong in ("benchmark=x", "model=x", "regrade=partly", "rules_disagree=a", "__proto__=1",
+                  "at=-1", "at=1e9", "at=" + "9" * 5000):
+        with pytest.raises(UserError):
+            viewer.parse(wrong)
 
 
-# --- hostile texts -------------------------------------------------------------------------------------------------------------
-
-
-def tags(page):
-    "The tags that open in a page, with their attributes, as an HTML parser sees them."
-    found = []
-
-    class Parser(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            found.append((tag, dict(attributes)))
-
-    Parser().feed(page)
-    return found
-
-
-def test_no_text_breaks_out_of_its_place():
-    held = island({EVIL: [EVIL]})
-    assert json.loads(held) == {EVIL: [EVIL]} and held.isascii() and not set("<>&") & set(held)
-    sample = dataclasses.replace(synthetic.benchmark("pmc_vqa", 1)[0], question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A", answer=EVIL, dataset_name=EVIL)
-    shown = entry_html(Entry(sample, {EVIL: [{"text": EVIL, "finish_reason": EVIL, "tokens": EVIL}]}))
-    found = tags(shown)
-    assert {tag for tag, _ in found} <= {"div", "p", "b", "img", "pre", "bdi", "ul", "li", "i", "span", "details", "summary"}
-    assert {name for _, attributes in found for name in attributes} <= {"class", "style", "dir", "src", "alt"}
-    assert [attributes["src"][:22] for tag, attributes in found if tag == "img"] == ["data:image/png;base64,"]
-    assert not re.search("[\x00\x1b\u202e\u2028\ud800]", shown)
-
-
-def test_a_long_text_is_cut_and_says_so(tmp_path):
-    text = "<think>" + "x" * 1_000_000 + "</think><answer> A </answer>"
-    sample = synthetic.benchmark("pmc_vqa", 1)[0]
-    page = write_page(Look([Entry(sample, {"m": said(text)})]), tmp_path / "long.html", quality=0)
-    assert page.stat().st_size < 150_000 and f"{len(text) - 20_000:,} of {len(text):,} characters are left out here" in page.read_text()
-    assert "answer\\u003e A \\u003c/answer" in page.read_text(), "the answer is kept"
-    assert "are left out here" in entry_html(Entry(sample, {"m": said(text)}))
-
-
-def test_the_policy_names_what_is_there(tmp_path):
-    page = write_page(toy(), tmp_path / "page.html", title=EVIL).read_text(encoding="utf-8")
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
-    inline = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", page, re.S)
-    assert inline == [STYLE, SCRIPT]
-    for kind, block in zip(("style", "script"), inline):
-        assert f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'" in policy
-    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
-    assert [value for _, given in tags(page) for name, value in given.items() if name in ("src", "href", "action", "style")] == ["data:,"]
-    assert [tag for tag, _ in tags(page)].count("script") == 2 and not [name for _, given in tags(page) for name in given if name.startswith("on")]
-
-
-def test_only_pictures_become_addresses():
-    assert data_uri(encoded(kind="JPEG")).startswith("data:image/jpeg;base64,/9j/") and data_uri(encoded()).startswith("data:image/png;")
-    for kind in ("GIF", "BMP", "TIFF", "WEBP"):
-        assert data_uri(encoded(kind=kind)).startswith("data:image/png;")
-    for junk in (b"", b"<svg onload=alert(1)>", b"<html>", b"\xff" * 9):
-        assert data_uri(junk) == ""
-    assert data_uri(encoded(), 75).startswith("data:image/jpeg;")
-
-
-def test_pages_choose_their_questions_by_rule(tmp_path):
-    look = toy()
-    assert spread(look, 99) == list(range(12)) and spread(look, 2) == [0, 2, 4, 6, 8, 10] and spread(look, 1) == [0, 4, 8]
-    page = write_page(look, tmp_path / "page.html", limit=2).read_text(encoding="utf-8")
-    assert "This page holds 6 of 12 questions: of each set 2 at most, evenly spaced." in page and "mean nothing medical" in page
-    assert write_page(look, tmp_path / "again.html", limit=2).read_text(encoding="utf-8") == page
-    assert "mean nothing medical" not in write_page(Look(look.entries, "hub"), tmp_path / "hub.html").read_text(encoding="utf-8")
-    assert visible(page_data(look, 1, 0, 100)["entries"][0]["question"]) == look.entries[0].sample.question
-
-
-# --- what a run has left -------------------------------------------------------------------------------------------------------
-
-
-def run_left(home, model="tiny", sets=("pmc_vqa", "slake_closed"), n=1, text="<think> x </think><answer> {} </answer>", part="", instruction="trained", temperature=None):
-    "Samples and a rollout of each set, as a run leaves them; the folder of the last one."
-    engine = FunctionEngine(lambda request: [Completion(text.format(request.sample.answer_label), "stop", 5)] * n, model, version=text)
-    engine.instruction = instruction
-    sampling = Sampling(n=n, temperature=(0.0 if n == 1 else 1.0) if temperature is None else temperature, seed=42)
-    for number, each in enumerate(sets):
-        samples = synthetic.corpus(each, 6) if part else synthetic.benchmark(each, 6)
-        path = home / "smoke" / "samples" / "synthetic" / part / f"{each}-{200 if part else 100}.parquet"  # as many as `smoke` asks for, by name
-        write_samples(samples, path)
-        rollout = generate(samples, engine, sampling, home / "smoke" / "rollouts" / model / "synthetic" / part / each, lambda line: None)
-    return rollout.folder
-
-
-def test_stored_reads_and_makes_nothing(home):
-    run_left(home)
-    before = sorted(path for path in home.rglob("*"))
-    look = stored(load_profile("smoke"))
-    assert look.models == ["tiny"] and look.sets == ["pmc_vqa", "slake_closed"] and len(look.hits(State(verdict="right"))) == 12
-    assert look.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1] and look.entries[7].sample.images == ()
-    assert sorted(path for path in home.rglob("*")) == before
-    assert [len(stored(load_profile("smoke"), "tiny", limit=2).entries), len(stored(load_profile("smoke", benchmark="slake")).entries)] == [4, 6]
-    done = python("-c", "import sys; from medvlthinker.results.viewer import *; from medvlthinker.app.profile import load_profile; stored(load_profile('smoke')); print('torch' in sys.modules)",
-                  MEDVLTHINKER_HOME=home)
-    assert done.stdout.strip() == "False", done.stderr
-
-
-def test_stored_says_what_is_missing(home):
-    profile = load_profile("smoke")
-    with pytest.raises(UserError, match=r"No whole rollout of tiny on any set with n=1 is stored; `\./reproduce\.sh smoke` makes it \(paper/4_evaluate\)"):
-        stored(profile)
-    folder = run_left(home)
-    with pytest.raises(UserError, match="No whole rollout of tiny-RL_PMC on pmc_vqa"):
-        stored(profile, ["tiny", "tiny-RL_PMC"])
-    with pytest.raises(UserError, match="rollout smoke model=tiny n=5"):
-        stored(profile, n=5)
-    with pytest.raises(UserError, match="with n=8 is stored; .*paper/2_difficulty"):
-        stored(profile, kind="corpus")
-    with pytest.raises(UserError, match="No kind of questions"):
-        stored(profile, kind="exam")
-    (folder / "rollout.jsonl").write_bytes((folder / "rollout.jsonl").read_bytes()[:-5])
-    with pytest.raises(UserError, match="No whole rollout of tiny on slake_closed"):
-        stored(profile, ["tiny"])
-    assert stored(profile).entries[6].answers == {}, "without names, what is there is shown"
-    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet")
-    with pytest.raises(UserError, match="No whole rollout of tiny on pmc_vqa with n=1 is of the questions that are stored now"):
-        stored(profile, ["tiny"])
-
-
-def test_stored_takes_the_newest_of_its_kind(home):
-    old = run_left(home, text="old {}")
-    new = run_left(home, text="new {}")
-    run_left(home, text="other prompt {}", instruction="none")
-    run_left(home, text="warm {}", temperature=0.7)
-    run_left(home, text="many {}", n=4)
-    run_left(home, sets=("m23k", "pmc_vqa"), n=8, part="corpus")
-    torn = run_left(home, text="torn {}")
-    (old.parent / ("7" * 16)).mkdir()
-    (old.parent / ("7" * 16) / "rollout.json").write_text("{")
-    texts = {path: path.with_name("rollout.jsonl").read_text() for path in old.parents[1].glob("*/*/rollout.json") if path.with_name("rollout.jsonl").is_file()}
-    for age, word in enumerate(("torn", "new", "old")):
-        for path in (path for path, text in texts.items() if f'"{word} ' in text):
-            os.utime(path, (2e9 - age, 2e9 - age))
-            if word == "torn":
-                path.with_name("rollout.jsonl").unlink()
-    assert new.is_dir() and torn.is_dir()
-    profile = load_profile("smoke")
-    first = lambda look: look.entries[0].answers["tiny"][0]["text"][:4]
-    assert [first(stored(profile)), first(stored(profile, n=4)), first(stored(profile, instruction="none"))] == ["new ", "many", "othe"]
-    look = stored(profile, kind="corpus")
-    assert look.most == 8 and len(look.entries) == 12 and look.about["tiny"].startswith("n=8, temperature 1.0, seed 42")
-
-
-# --- in a browser --------------------------------------------------------------------------------------------------------------
+# --- hostile texts -------------------------------------------------------------------------------
 
 
 def hostile():
     "An attack in every place that can hold a text."
-    look = toy(2)
-    sample = dataclasses.replace(look.entries[0].sample, question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A", answer=EVIL, images=(b"<svg onload=alert(1)>",))
-    answers = {"a": said(EVIL, "<answer>" + ATTACKS[1] + "</answer>"), "b/x": said(EVIL * 200, ""), ATTACKS[1]: said(EVIL, EVIL)}
-    return Look([*look.entries[1:], Entry(sample, answers), Entry(dataclasses.replace(sample, dataset_name=ATTACKS[0], dataset_index=1), answers)], "synthetic",
-                {"a": ATTACKS[1], ATTACKS[1]: ATTACKS[0]})
+    viewer = toy(2)
+    sample = dataclasses.replace(
+        viewer.entries[0].sample, question=EVIL, options={"A": EVIL, "B": "no"}, answer_label="A",
+        answer=EVIL, images=(b"<svg onload=alert(1)>", *viewer.entries[1].sample.images))
+    answers = {"a": written(EVIL, f"<answer>{ATTACKS[1]}</answer>", reason=EVIL),
+               "b/x": written(EVIL * 200, ""), ATTACKS[1]: written(EVIL, EVIL)}
+    named = dataclasses.replace(sample, dataset_name=ATTACKS[0], dataset_index=1)
+    return Viewer([*viewer.entries[1:], Entry(sample, answers), Entry(named, answers)],
+                  "synthetic", {"a": ATTACKS[1], ATTACKS[1]: EVIL})
 
 
 @pytest.fixture(scope="module")
@@ -276,128 +153,226 @@ def page_file(tmp_path_factory):
     return write_page(hostile(), tmp_path_factory.mktemp("viewer") / "viewer.html", title=ATTACKS[2])
 
 
+def test_no_text_becomes_markup(page_file):
+    from bs4 import BeautifulSoup
+
+    page = page_file.read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+    for text in (page, entry_html(hostile().entries[-1])):
+        found = BeautifulSoup(text, "html.parser").find_all(True)
+        assert {tag.name for tag in found} <= set(
+            "html meta title link style body nav a h1 noscript p details summary form label select "
+            "option input div button main article img pre ul li b q span footer script".split())
+        assert not [name for tag in found for name in tag.attrs if name.startswith("on")]
+        assert sum(tag.name == "script" for tag in found) == (2 if text is page else 0)
+        assert not re.search("[\x00\x1b\u202e\u2028\ud800\U000e0041]", text)
+        addresses = {tag[name][:15] for tag in found for name in ("src", "href") if tag.get(name)}
+        assert addresses <= {"data:image/png;", "data:,", "results.html", "../index.html"}
+        assert "Image 1 cannot be displayed." in text
+
+
+def test_only_pixels_become_addresses():
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+        data = encoded(kind=kind)
+        assert data_uri(data).startswith("data:image/png;base64,iVBOR")
+        assert data_uri(data, 75).startswith("data:image/jpeg;base64,/9j/")
+    for junk in (b"", b"<svg onload=alert(1)>", b"<html>", b"\xff\xd8\xff" * 9):
+        assert data_uri(junk) is None
+
+
+def test_a_page_stays_small_and_says_what_it_holds(tmp_path):
+    text = "<think>" + "x" * 1_000_000 + "</think><answer> A </answer>"
+    sample = synthetic.benchmark("pmc_vqa", 1)[0]
+    page = write_page(Viewer([Entry(sample, {"m": written(text)})]), tmp_path / "long.html")
+    words, left_out = page.read_text(encoding="utf-8"), f"{len(text) - 20_000:,} of {len(text):,}"
+    assert len(words) < 150_000 and f"{left_out} characters are left out here" in words
+    assert "answer&gt; A &lt;/answer" in words, "the answer is kept"
+    many = Viewer([Entry(dataclasses.replace(sample, dataset_index=i), {"m": written("y" * 15_000)})
+                   for i in range(100)])
+    words = write_page(many, tmp_path / "many.html", 99, max_megabytes=1).read_text(encoding="utf-8")
+    assert len(words) < 1_000_000 and "This page holds 50 of the 100 questions" in words
+    assert "pmc_vqa (50 of 100)" in words and words.count("data:image/jpeg") == 1
+    again = write_page(many, tmp_path / "again.html", 50).read_text(encoding="utf-8")
+    assert again == words
+
+
+# --- what a run has left -------------------------------------------------------------------------
+
+
+def leave_run(home, text="<answer> {} </answer>", n=1, instruction="trained", temperature=0.0):
+    "Samples and a rollout of two sets, as a run leaves them; the folder of the last one."
+    def reply(request):
+        return [Completion(text.format(request.sample.answer_label), "stop", 5)] * n
+
+    engine = FunctionEngine(reply, "tiny", version=text)
+    engine.instruction = instruction
+    for name in ("pmc_vqa", "slake_closed"):
+        samples = synthetic.benchmark(name, 6)
+        write_samples(samples, home / "smoke" / "samples" / "synthetic" / f"{name}-100.parquet")
+        folder = home / "smoke" / "rollouts" / "tiny" / "synthetic" / name
+        sampling = Sampling(n=n, temperature=temperature, seed=42)
+        rollout = generate(samples, engine, sampling, folder, lambda line: None)
+    return rollout.folder
+
+
+def test_stored_answers_are_found(home):
+    first = leave_run(home)
+    before = sorted(home.rglob("*"))
+    viewer = stored_viewer(load_profile("smoke"))
+    assert len(viewer.hits("regrade=right")) == 12 and sorted(home.rglob("*")) == before
+    assert viewer.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1]
+    assert len(stored_viewer(load_profile("smoke", benchmark="slake"), limit=2).entries) == 2
+    os.utime(first / "rollout.json", (1e9, 1e9))
+    for given in ({"text": "new {}"}, {"text": "warm {}", "temperature": 0.7},
+                  {"text": "many {}", "n": 4, "temperature": 1.0},
+                  {"text": "other {}", "instruction": "none"}):
+        leave_run(home, **given)
+    texts = [stored_viewer(load_profile("smoke"), **given).entries[-1].answers["tiny"][0]["text"]
+             for given in ({}, {"n": 4}, {"instruction": "none"})]
+    assert [text.split()[0] for text in texts] == ["new", "many", "other"]
+
+
+def test_answers_to_other_questions_are_not_taken(home):
+    folder, profile = leave_run(home), load_profile("smoke")
+    (folder / "rollout.jsonl").write_bytes(b"torn")
+    assert stored_viewer(profile).choices["benchmark"] == ["pmc_vqa"]
+    path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet"
+    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), path)
+    with pytest.raises(UserError, match="is of the questions that are stored now; `./reproduce.sh"):
+        stored_viewer(profile, ["tiny"])
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
 @pytest.mark.heavy
 def test_hostile_texts_in_the_page(chromium, page_file):
     page, wrong, asked = watched(chromium)
     page.goto(f"{page_file.as_uri()}#at=12")
-    shown = page.inner_text("body")
-    assert "12 of 13" not in shown and "this is number 12." in shown
     for attack in ATTACKS:
-        assert visible(attack) in shown, attack
-    page.click("#next")
+        assert escape_invisible(attack) in page.inner_text("main"), attack
+    page.keyboard.press("ArrowRight")
     page.wait_for_function("document.getElementById('count').textContent.includes('number 13')")
-    assert "Image 1 cannot be shown." in page.inner_text("body")
-    page.locator("summary", has_text="characters)").first.click()
-    page.goto(f"{page_file.as_uri()}#text=%3Cscript%3E&model={'%3Cimg'}&__proto__=1&constructor=2&models=&at=x")
-    page.wait_for_timeout(300)
-    assert "which is not here" in page.inner_text("#count") and page.evaluate("window.pwned === undefined && !document.querySelector('main svg, main iframe, main script, main a')")
-    assert wrong == [] and {url.split("#")[0] for url in asked if not url.startswith("data:")} == {page_file.as_uri()}
+    page.goto(f"{page_file.as_uri()}#text=%3Cscript%3E&model=%3Cimg&__proto__=1&constructor=2&at=x")
+    page.reload()
+    assert "Not here: model=<img, __proto__=1" in page.inner_text("#count")
+    alive = "main svg, main math, main iframe, main script, main a, main style"
+    assert page.evaluate(f"window.pwned === undefined && !document.querySelector('{alive}')")
+    addresses = {url.split("#")[0] for url in asked if not url.startswith("data:")}
+    assert wrong == [] and addresses == {page_file.as_uri()}
     page.close()
 
 
 @pytest.mark.heavy
 def test_the_page_filters_as_python_does(chromium, tmp_path):
-    look = toy(4)
+    viewer = toy(4)
     page, wrong, _ = watched(chromium)
-    page.goto(write_page(look, tmp_path / "page.html").as_uri())
-    for number, state in enumerate(views()):
-        page.evaluate("text => { history.replaceState(null, '', '#' + text); render() }", write_state(state))
-        assert page.evaluate("hits.map(entry => data.entries.indexOf(entry))") == look.hits(state), state
-        assert page.evaluate("write(here())") == page.evaluate("new URLSearchParams(location.hash.slice(1)).toString()")
-    assert number > 200 and wrong == []
+    page.goto(write_page(viewer, tmp_path / "page.html").as_uri())
+    for view in views(viewer):
+        text = write_view(view)
+        page.evaluate("text => { history.replaceState(null, '', '#' + text); read() }", text)
+        assert page.evaluate("hits.map(row => row.question)") == viewer.hits(text), view
+    assert wrong == []
     page.close()
 
 
 @pytest.mark.heavy
 def test_keys_filters_and_links(chromium, tmp_path):
-    look, count = toy(4), "document.getElementById('count').textContent.startsWith('{}')"
+    viewer = toy(4)
     page, wrong, _ = watched(chromium)
-    home = write_page(look, tmp_path / "page.html").as_uri()
-    page.goto(home)
+    page.goto(write_page(viewer, tmp_path / "paper" / "viewer.html").as_uri())
     assert page.inner_text("#count") == "12 of 12 questions pass; this is number 1."
-    for key, place in (("ArrowRight", 2), ("j", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1), ("j", 2)):
+    assert page.inner_text("#site") == "← Results← Home"
+    keys = ("ArrowRight", 2), ("j", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1), ("j", 2)
+    for key, place in keys:
         page.keyboard.press(key)
         page.wait_for_timeout(50)
         assert f"number {place}." in page.inner_text("#count")
-    page.focus("#text")
+    page.focus("[name=text]")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_timeout(50)
-    assert "number 2." in page.inner_text("#count"), "in a field, an arrow moves the cursor"
     page.keyboard.type("jk lesion")
-    assert page.input_value("#text") == "jk lesion" and "none has all" in page.inner_text("#count") and page.inner_text("#entry") == ""
-    page.fill("#text", "")
-    page.select_option("#benchmark", "pmc_vqa")
-    page.wait_for_function(count.format("4 of 12"))
-    page.select_option("#verdict", "partly")
-    page.uncheck("#models input >> nth=0")
-    page.fill("#low", "2")
+    assert page.inner_text("#count").startswith("0 of 12") and page.inner_text("main").strip() == ""
+    page.fill("[name=text]", "")
+    page.select_option("[name=benchmark]", "pmc_vqa")
+    page.select_option("[name=model]", "b/x")
+    page.select_option("[name=regrade]", "partly")
     page.wait_for_timeout(100)
-    state = parse_state(page.url.split("#")[1])
-    assert state == State("pmc_vqa", models=("b/x", "c"), verdict="partly", low=2) and page.inner_text("#count").startswith(f"{len(look.hits(state))} of 12")
-    url, seen = page.url, page.inner_text("#entry")
-    page.go_back()
+    view = page.url.split("#")[1]
+    assert viewer.parse(view) == viewer.parse("benchmark=PMC&model=b/x&regrade=partly")
+    assert page.inner_text("#count").startswith(f"{len(viewer.hits(view))} of 12")
+    row = viewer.table[viewer.table["model"] == "b/x"].iloc[viewer.hits(view)[0]]
+    assert f"{row['right_count']} right" in page.inner_text("details[data-model='b/x'][open]")
     page.go_back()
     page.wait_for_timeout(100)
-    assert parse_state(page.url.split("#")[1]) == State("pmc_vqa", verdict="partly") and page.is_checked("#models input >> nth=0")
+    assert page.input_value("[name=regrade]") == "" and page.input_value("[name=model]") == "b/x"
     fresh, more, _ = watched(chromium)
-    fresh.goto(url)
-    assert fresh.inner_text("#entry") == seen and fresh.input_value("#verdict") == "partly" and fresh.input_value("#low") == "2"
-    assert wrong == more == []
+    fresh.goto(page.url.split("#")[0] + "#benchmark=mmmu&at=3")
+    assert fresh.inner_text("#count") == "4 of 12 questions pass; this is number 3."
+    assert "MMMU-medical, question 2" in fresh.inner_text("main") and wrong == more == []
     fresh.close()
     page.close()
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("width, scheme", [*itertools.product((400, 1400), ("light", "dark"))])
+@pytest.mark.parametrize("width, scheme", [*itertools.product((390, 1400), ("light", "dark"))])
 def test_sizes_and_schemes(chromium, page_file, width, scheme):
-    page, wrong, _ = watched(chromium, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    size = {"width": width, "height": 900}
+    page, wrong, _ = watched(chromium, viewport=size, color_scheme=scheme)
     for at in (1, 12):
         page.goto(f"{page_file.as_uri()}#at={at}")
         page.reload()
         page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (at, width)
-    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (scheme == "light")
-    unlabelled = "[...document.querySelectorAll('select, input')].filter(each => !each.labels.length).length"
-    assert page.evaluate(unlabelled) == 0 and wrong == []
+        verdict = page.locator("article:visible .completion li").first.bounding_box()
+        assert verdict["x"] >= 0 and verdict["x"] + verdict["width"] <= width
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+    unlabelled = "[...document.querySelectorAll('select, input')].filter(e => !e.labels.length)"
+    assert page.evaluate(f"{unlabelled}.length") == 0 and wrong == []
     page.close()
 
 
-# --- in JupyterLab -------------------------------------------------------------------------------------------------------------
+# --- in JupyterLab -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab over a folder with one notebook, which browses the hostile look."
+    "JupyterLab over a folder with one notebook, which browses the hostile answers."
     pytest.importorskip("jupyterlab", reason="JupyterLab comes with the extra `notebooks`")
     from fastcore.nbio import mk_cell, new_nb, write_nb
 
-    folder = tmp_path_factory.mktemp("lab")
-    cell = mk_cell("from test_viewer import hostile\nfrom medvlthinker.results.viewer import browse\nbrowse(hostile(), 'at=12')")
-    notebook = new_nb([cell])
-    notebook["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    folder, here = tmp_path_factory.mktemp("lab"), Path(__file__).resolve().parent
+    notebook = new_nb([mk_cell("from test_viewer import hostile\n"
+                               "from medvlthinker.results.viewer import browse\n"
+                               "browse(hostile(), at='at=12')")])
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    notebook["metadata"] = {"kernelspec": kernel}
     write_nb(notebook, folder / "look.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
-             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data")}
-    with subprocess.Popen([sys.executable, *words], cwd=here.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        address = f"http://127.0.0.1:{port}"
+    words = ["-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={(port := free_port())}",
+             "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
+             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+             "--LabApp.news_url=None"]
+    paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    environment = {**os.environ, "PYTHONPATH": paths, "JUPYTER_CONFIG_DIR": str(folder / "config"),
+                   "JUPYTER_DATA_DIR": str(folder / "data")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *words], env=environment, **quiet) as server:
         for _ in range(240):
             try:
-                urllib.request.urlopen(f"{address}/api", timeout=2).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
                 break
             except OSError:
                 time.sleep(0.25)
-        yield address
+        yield f"http://127.0.0.1:{port}"
         server.terminate()
 
 
 @pytest.mark.heavy
 def test_in_jupyterlab(chromium, lab):
-    "The widgets answer, walk by keyboard, filter, and nothing that a model wrote comes alive."
+    "The widgets answer, go on by keyboard, filter, and nothing that a model wrote comes alive."
+    from playwright.sync_api import expect
+
     page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
     page.goto(f"{lab}/lab/tree/look.ipynb?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
@@ -405,27 +380,23 @@ def test_in_jupyterlab(chromium, lab):
     page.click(".jp-Notebook .jp-Cell .jp-Editor")
     page.keyboard.press("Control+Enter")
     count = page.locator(".jp-OutputArea [role=status]")
-    count.wait_for(timeout=90_000)
-    assert count.inner_text() == "13 of 13 questions pass."
-    shown = page.locator(".jp-OutputArea").first
+    expect(count).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
     for attack in ATTACKS:
-        assert visible(attack) in shown.inner_text(), attack
-    view = page.locator("label:has-text('view') + input")
+        assert escape_invisible(attack) in page.locator(".jp-OutputArea").first.inner_text(), attack
     page.click("button:has-text('next')")
-    page.wait_for_function("[...document.querySelectorAll('input')].some(each => each.value === 'at=13')")
-    page.click("button:has-text('previous')")
-    page.wait_for_function("[...document.querySelectorAll('input')].some(each => each.value === 'at=12')")
-    page.wait_for_function("[...document.querySelectorAll('.noUi-handle')].at(-1).ariaValueNow === '12.0'")
+    expect(count).to_contain_text("number 13.")
     page.wait_for_timeout(500)  # the slider's own movement
     page.locator(".noUi-handle").last.focus()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("[...document.querySelectorAll('input')].some(each => each.value === 'at=11')")
-    page.locator("label:has-text('questions') + select").select_option("pmc_vqa")
-    page.wait_for_function("document.querySelector('.jp-OutputArea [role=status]').textContent.startsWith('4 of 13')")
-    view.fill("text=unicorn")
-    view.press("Enter")
-    page.wait_for_function("document.querySelector('.jp-OutputArea [role=status]').textContent.startsWith('0 of 13')")
-    alive = page.evaluate("document.querySelectorAll('.widget-html-content script, .widget-html-content svg, .widget-html-content iframe, mjx-container').length")
-    assert alive == 0 and page.evaluate("window.pwned === undefined")
-    assert [line for line in wrong if line.startswith("dialog") or "pwned" in line or "evil" in line] == [] and not [url for url in asked if "evil.example" in url]
+    expect(count).to_contain_text("number 12.")
+    page.locator("label:has-text('Questions of') + select").select_option("pmc_vqa")
+    expect(count).to_have_text("4 of 13 questions pass; this is number 1.")
+    search = page.locator("label:has-text('Search') + input")
+    search.fill("unicorn")
+    search.press("Enter")
+    expect(count).to_contain_text("0 of 13")
+    alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
+    assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
+    assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]
+    assert not [url for url in asked if "evil.example" in url]
     page.close()
