@@ -7,8 +7,8 @@
 #
 # and the others:
 #
-#   ./reproduce.sh setup [full | cpu]          make .venv, or bring it up to date: with a GPU the full set, else a smaller one; `full` adds vLLM,
-#                                              verl and Ray, `cpu` ignores a GPU. Every other verb takes the .venv that is there as it is
+#   ./reproduce.sh setup [full | cpu | gpu]    make .venv, or bring it up to date: with a GPU the full set, else a smaller one; `full` adds vLLM,
+#                                              verl and Ray, `cpu` ignores a GPU, `gpu` wants none to be seen (an image). Every other verb takes the .venv that is there as it is
 #   ./reproduce.sh preflight [PROFILE] [...]   before anything runs: does every prompt fit, is every image one?
 #   ./reproduce.sh train [PROFILE] recipe=NAME [...]   train one recipe, or go on with it after a kill
 #   ./reproduce.sh status [PROFILE] [...]      how far a run has come: done, stale and because of what, running, missing, failed; touches nothing
@@ -102,7 +102,7 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
 # full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM.
 wanted_set() {
     if [ "${1:-}" = cpu ]; then echo default
-    elif has_gpu; then echo full-gpu
+    elif [ "${1:-}" = gpu ] || has_gpu; then echo full-gpu
     elif [ "${1:-}" = full ] || [ "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" = full-cpu ]; then echo full-cpu
     else echo default; fi
 }
@@ -147,7 +147,7 @@ setup() {
     hash=$(state_of "$set")
     read -r _ _ place 2> /dev/null < "$VENV/.set-up" || place=$PWD
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$set $hash $PWD" ] && return
-    [ "$set" = full-gpu ] && check_driver
+    [ "$set" = full-gpu ] && has_gpu && check_driver
 
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB; with a GPU: 10 GB, 4.3 GB of it downloaded)."
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2> /dev/null || make_venv "$(find_python)"
@@ -165,6 +165,7 @@ print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else 
     printf '%s\n' "$set $hash $PWD" > "$VENV/.set-up"
     if [ "$set" = full-gpu ]; then
         check_compiler
+        has_gpu || return 0  # while the image of a container is built
         "$VENV/bin/python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
             stop "nvidia-smi lists a GPU, but torch sees none: its build does not fit the driver ($(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)); update the driver, or name a torch that fits (TORCH_INDEX) and call ./reproduce.sh setup again"
     fi
@@ -225,8 +226,8 @@ case "${1:-}" in
         sed -n '2,/^$/s/^# \{0,1\}//p' "$0" ;;
     setup)
         case "${2:-}" in
-            "" | full | cpu) setup "${2:-}"; say "Ready: $VENV" ;;
-            *) stop "setup knows the words full and cpu, and not $2" ;;
+            "" | full | cpu | gpu) setup "${2:-}"; say "Ready: $VENV" ;;
+            *) stop "setup knows the words full, cpu and gpu, and not $2" ;;
         esac ;;
     test)
         shift
