@@ -208,9 +208,11 @@ def link_names(
 
     def linked(found: re.Match) -> str:
         name = found["name"]
-        return f"[{found[0]}]({places[name]})" if name in places else found[0]
+        plain = found["call"] is None and (name or "").isalpha() and name.islower()
+        return found[0] if plain or name not in places else f"[{found[0]}]({places[name]})"
 
-    return re.sub(rf"{other}|(?<!`)`(?P<name>\w+)(?:\([^`]*\))?`(?!`)", linked, text, flags=re.M | re.S)
+    name = r"(?<!`)`(?P<name>\w+)(?P<call>\([^`]*\))?`(?!`)"
+    return re.sub(f"{other}|{name}", linked, text, flags=re.M | re.S)
 
 # %% ../../nbs/app/76_site.ipynb #1948ec54
 def readme(

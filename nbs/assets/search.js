@@ -12,19 +12,24 @@
     document.head.append(script)
   })
 
-  // "evaluate" also finds "evaluating" and "evaluation"
-  const stem = word => word.length > 5 ? word.replace(/(ations?|ing|ion|ed|es|e|s)$/, "") : word
-  const places = (entry, word) => entry.fields.map(field => field.search(new RegExp(`[^\\p{L}\\p{N}]${word}`, "u")) >= 0)
+  // "evaluate" also finds "evaluating" and "evaluation", but "add" no "address"
+  const pattern = word => {
+    const stem = word.length > 5 ? word.replace(/(ations?|ing|ion|ed|es|e|s)$/, "") : word
+    return new RegExp(`[^\\p{L}\\p{N}]${stem}${stem.length < 5 ? "s?(?![\\p{L}\\p{N}])" : ""}`, "u")
+  }
 
-  // a rare word counts more than a common one, a heading more than a title, and that more than the text
+  // a rare word counts more than a common one, a heading more than a title, and that more than the text; first pages come first
   const best = (entries, query) => {
-    const words = (query.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? []).map(stem)
+    const common = /^(an?|and|are|can|does?|for|how|i|in|is|it|my|of|on|the|to|what|where|with)$/
+    const all = query.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [], rare = all.filter(word => !common.test(word))
+    const words = rare.length ? rare : all
     const scores = new Map(entries.map(entry => [entry, 0]))
     for (const word of new Set(words)) {
-      const hits = entries.map(entry => [entry, places(entry, word)]).filter(([, at]) => at.some(Boolean))
+      const found = pattern(word)
+      const hits = entries.map(entry => [entry, entry.fields.map(field => found.test(field))]).filter(([, at]) => at.some(Boolean))
       const weight = Math.log(1 + entries.length / (hits.length || 1)) ** 2
       for (const [entry, [heading, title, text]] of hits)
-        scores.set(entry, scores.get(entry) + weight * (3 * heading + title + text))
+        scores.set(entry, scores.get(entry) + weight * (3 * heading + title + text) * (entry.href.includes("/") ? 1 : 1.5))
     }
     for (const [entry, score] of scores) if (entry.fields[0].trim() == query.trim().toLowerCase()) scores.set(entry, score + 1e3)
     return entries.filter(entry => scores.get(entry)).sort((a, b) => scores.get(b) - scores.get(a)).slice(0, 12)
