@@ -104,7 +104,7 @@ def _parameters(node) -> list[tuple]:
               if arg and arg.arg != "self"]
     return [*result, ("returns", node.returns, None)] if node.returns else result
 
-
+# %% ../../nbs/app/76_site.ipynb #76a41160
 def _table(node, comments: dict[int, str]) -> str:
     "The parameters and public methods as HTML; `words` in backticks are code."
     rows = [(name, kind and ast.unparse(kind), default and ast.unparse(default),
@@ -117,13 +117,14 @@ def _table(node, comments: dict[int, str]) -> str:
     head = "<tr><th>name</th><th>type</th><th>default</th><th>what it is</th></tr>"
     body = "".join("<tr>" + "".join(f"<td>{_prose(cell)}</td>" for cell in (
         *(each and f"`{each}`" for each in row[:3]), row[3])) + "</tr>" for row in rows)
-    return f'<table class="parameters">{head}{body}</table>' if rows else ""
+    says_more = any(default or comment for _, _, default, comment in rows)  # than the signature
+    return f'<table class="parameters">{head}{body}</table>' if says_more else ""
 
 
 def _prose(text: str | None) -> str:
     return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text or "", quote=False))
 
-# %% ../../nbs/app/76_site.ipynb #76a41160
+# %% ../../nbs/app/76_site.ipynb #a0ff3984
 def reference(
     source: str,  # of a cell
     module: str,  # such as "medvlthinker.core.grade"
@@ -140,7 +141,7 @@ def reference(
             parts.append(fenced(sentence + _table(node, comments), "{=html}"))
     return "\n\n".join(parts)
 
-# %% ../../nbs/app/76_site.ipynb #683840ab
+# %% ../../nbs/app/76_site.ipynb #956983b6
 def _code(source: str, module: str, given: dict, folded: bool) -> str:
     "The code of a cell, open or folded as its directives say, below the reference of its names."
     code = fenced(source, "python")
@@ -154,7 +155,7 @@ def _code(source: str, module: str, given: dict, folded: bool) -> str:
     parts = [opening, code, fenced("</details>", "{=html}")]
     return "\n\n".join([*([reference(source, module)] if exported else []), *parts])
 
-# %% ../../nbs/app/76_site.ipynb #956983b6
+# %% ../../nbs/app/76_site.ipynb #6507b3fc
 def _visible(cells: list) -> list:
     "The cells that a page shows."
     return [cell for cell in cells if cell.source.strip() and cell.cell_type in ("code", "markdown")
@@ -172,7 +173,7 @@ def _merged(cells: list) -> list:
         result.append(cell)
     return result
 
-# %% ../../nbs/app/76_site.ipynb #6507b3fc
+# %% ../../nbs/app/76_site.ipynb #48bfe356
 def page_markdown(
     nb,  # from `read_notebook`
     folded: bool = False,  # all code
@@ -193,13 +194,13 @@ def page_markdown(
             parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
     return "\n\n".join(part for part in parts if part)
 
-# %% ../../nbs/app/76_site.ipynb #655a1991
+# %% ../../nbs/app/76_site.ipynb #2875dd7f
 def relink(text: str, change) -> str:
     "The Markdown with `change(target)` in place of the target of each relative link."
     link = re.compile(r"""(`+).*?\1|(\]\(|\b(?:src|href)=")(?![a-z]+:|[/#])([^\s)"#]+)""", re.S)
     return link.sub(lambda found: found[0] if found[1] else found[2] + change(found[3]), text)
 
-# %% ../../nbs/app/76_site.ipynb #e1d07ce0
+# %% ../../nbs/app/76_site.ipynb #25ec3792
 def readme(
     root: Path | None = None,  # the folder of the project; nbs/index.ipynb in it is read
 ) -> Path:
@@ -221,7 +222,7 @@ def readme(
         file.write("\n\n".join(parts) + "\n")
     return root / "README.md"
 
-# %% ../../nbs/app/76_site.ipynb #9007ffd6
+# %% ../../nbs/app/76_site.ipynb #f6d60ce1
 def find_pages(
     nbs: Path,
     executed: Path,  # the folder of a run's notebooks
@@ -237,7 +238,7 @@ def find_pages(
                 found[(source.relative_to(nbs).parent / name).as_posix()] = (shown, source)
     return found
 
-# %% ../../nbs/app/76_site.ipynb #f3ecab86
+# %% ../../nbs/app/76_site.ipynb #0875d02e
 def sidebar_entries(
     items,  # a list from _quarto.yml, or one of its patterns
     pages: dict[str, dict],  # notebook: its entry, such as {"text": ..., "href": ...}
@@ -254,7 +255,7 @@ def sidebar_entries(
             result.append({**pages[item["href"]], "text": item["text"]})
     return result
 
-# %% ../../nbs/app/76_site.ipynb #8a25c20b
+# %% ../../nbs/app/76_site.ipynb #7aa5fa83
 def provenance(nb, profile: str) -> str:
     "One sentence: which run made the results of this page."
     run = nb.metadata.get("papermill", {})
@@ -266,7 +267,7 @@ def provenance(nb, profile: str) -> str:
         return f"The published numbers. `./reproduce.sh {profile}` adds those of a run."
     return f"Without results here. `./reproduce.sh {profile}` makes them."
 
-# %% ../../nbs/app/76_site.ipynb #61e1e515
+# %% ../../nbs/app/76_site.ipynb #3fccf8fe
 def _moved(link: str, source: Path, staged: Path) -> str:
     "The target on the site of a link of the notebook `source`."
     nbs, target = staged.parent / "nbs", Path(os.path.normpath(source.parent / unquote(link)))
@@ -278,7 +279,7 @@ def _moved(link: str, source: Path, staged: Path) -> str:
     shutil.copy(target, staged / "files" / f"{target.name}.txt")
     return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
 
-# %% ../../nbs/app/76_site.ipynb #3fccf8fe
+# %% ../../nbs/app/76_site.ipynb #eb1cffec
 def _front(nb, variant: str) -> dict[str, str]:
     "Title and sentence of the page, taken out of the first cell."
     title, _, rest = nb.cells.pop(0).source.partition("\n")
@@ -292,7 +293,7 @@ def _scripts(name: str) -> str:
     return fenced("".join(f'<script defer src="{up}assets/{script}.js"></script>'
                           for script in ("plotly.min", "figures")), "{=html}")
 
-# %% ../../nbs/app/76_site.ipynb #eb1cffec
+# %% ../../nbs/app/76_site.ipynb #2072ef80
 def stage_page(
     name: str,  # of the page
     shown: Path,  # the notebook that it shows
@@ -318,7 +319,7 @@ def stage_page(
     number = "".join(re.findall(r"^\d+", source.stem))
     return {"text": variant or f"{number} {front['title']}".strip(), "href": name}
 
-# %% ../../nbs/app/76_site.ipynb #01dc5f02
+# %% ../../nbs/app/76_site.ipynb #06cb649d
 VIEWER = "paper/viewer.html"  # the page that paper/5_results makes
 
 
@@ -335,7 +336,7 @@ def _assets(root: Path, executed: Path, staged: Path) -> None:
     for page in (executed.parent / "results").glob("viewer.html"):
         shutil.copy(page, staged / VIEWER)
 
-# %% ../../nbs/app/76_site.ipynb #06cb649d
+# %% ../../nbs/app/76_site.ipynb #201caec4
 def stage(
     root: Path,
     executed: Path,  # the folder of a run's notebooks
@@ -364,7 +365,7 @@ def stage(
     (staged / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return staged
 
-# %% ../../nbs/app/76_site.ipynb #99b01409
+# %% ../../nbs/app/76_site.ipynb #45f0ff1f
 def _flat(entries: list[dict]) -> Iterator[dict]:
     "All pages of the sidebar in their order."
     for entry in entries:
@@ -379,7 +380,7 @@ def _link(entry: dict, here: str, up: str) -> str:
     mark = ' aria-current="page"' if href == here else ""
     return f'<a href="{up}{re.sub("[.]md$", ".html", href)}"{mark}>{text}</a>' if href else text
 
-# %% ../../nbs/app/76_site.ipynb #45f0ff1f
+# %% ../../nbs/app/76_site.ipynb #1c8c3d92
 def menu_html(
     entries: list[dict],  # from `sidebar_entries`
     here: str,  # the page on which the menu stands
@@ -396,7 +397,7 @@ def menu_html(
         lines.append(line)
     return "\n".join(lines)
 
-# %% ../../nbs/app/76_site.ipynb #9fbadc08
+# %% ../../nbs/app/76_site.ipynb #5709406b
 def _coloured(page: str) -> str:
     "The page with coloured Python; pandoc alone would need ten times as long for it."
     from pygments import highlight
@@ -410,7 +411,7 @@ def _coloured(page: str) -> str:
 
     return re.sub('<pre class="python"><code>(.*?)</code></pre>', coloured, page, flags=re.S)
 
-# %% ../../nbs/app/76_site.ipynb #5709406b
+# %% ../../nbs/app/76_site.ipynb #f58087c2
 def pandoc(
     page: Path,  # of Markdown
     dialect: str,
@@ -430,7 +431,7 @@ def pandoc(
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"pandoc could not read {page.name}: {last}") from None
 
-# %% ../../nbs/app/76_site.ipynb #50a9cdee
+# %% ../../nbs/app/76_site.ipynb #2495d0c2
 def _around(name: str, website: dict) -> dict[str, str]:
     "What the template says around a page."
     up, sidebar = "../" * name.count("/"), website["sidebar"]["contents"]
@@ -441,7 +442,7 @@ def _around(name: str, website: dict) -> dict[str, str]:
             "navbar": menu_html(website["navbar"]["left"], name, up),
             "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
 
-# %% ../../nbs/app/76_site.ipynb #2495d0c2
+# %% ../../nbs/app/76_site.ipynb #59579445
 def render_by_pandoc(staged: Path) -> Path:
     "Render what `stage` wrote; the folder of pages."
     import yaml
@@ -463,7 +464,7 @@ def render_by_pandoc(staged: Path) -> Path:
     write_search_index(site, [f"{name[:-3]}.html" for name in names])
     return site
 
-# %% ../../nbs/app/76_site.ipynb #ae9df5e1
+# %% ../../nbs/app/76_site.ipynb #1e04e6c9
 def write_search_index(site: Path, names: list[str]) -> None:
     "Write the sections of these pages to `assets/pages.js`."
     part = re.compile(r'<h[2-4][^>]*?id="([^"]*)"[^>]*>(.*?)</h'
@@ -487,7 +488,7 @@ def _words(text: str) -> str:
     plain = re.sub("<annotation.*?</annotation>|<[^>]+>", "", text, flags=re.S)
     return " ".join(html.unescape(plain).split())
 
-# %% ../../nbs/app/76_site.ipynb #675974bc
+# %% ../../nbs/app/76_site.ipynb #436e005b
 class _Links(HTMLParser):
     "What a page loads and links, which anchors it has, and its styles."
 
@@ -509,7 +510,7 @@ class _Links(HTMLParser):
     def handle_data(self, data):
         self.styles += data if self.tag == "style" else ""
 
-# %% ../../nbs/app/76_site.ipynb #436e005b
+# %% ../../nbs/app/76_site.ipynb #9be5d553
 def check_site(site: Path) -> list[str]:
     "A sentence for each dead link; `UserError` where a page loads something from another host."
     pages = {path: _Links(path) for path in sorted(site.rglob("*.html"))}
@@ -536,7 +537,7 @@ def _is_dead(target: str, path: Path, pages: dict[Path, _Links]) -> bool:
     lost = bool(anchor) and there in pages and anchor not in pages[there].anchors
     return lost or not there.is_file()
 
-# %% ../../nbs/app/76_site.ipynb #600ddb07
+# %% ../../nbs/app/76_site.ipynb #558a204f
 def build(
     profile: str = "smoke",  # whose results the paper's pages show
 ) -> Path:
@@ -555,7 +556,7 @@ def build(
     print(*dead, f"_docs/index.html: {count} pages, rendered by {name}.", sep="\n")
     return site / "index.html"
 
-# %% ../../nbs/app/76_site.ipynb #688b290d
+# %% ../../nbs/app/76_site.ipynb #84d1ae67
 def web_server(
     folder: Path,
     port: int = 8000,  # on 127.0.0.1; 0 takes a free one
@@ -572,7 +573,7 @@ def web_server(
         raise UserError(f"Port {port} of this machine is taken or out of reach; "
                         f"name another, such as `--serve {other}`.") from None
 
-# %% ../../nbs/app/76_site.ipynb #f769d76a
+# %% ../../nbs/app/76_site.ipynb #1e86ae35
 def serve(
     profile: str = "smoke",
     port: int = 8000,
@@ -586,7 +587,7 @@ def serve(
         except KeyboardInterrupt:
             pass
 
-# %% ../../nbs/app/76_site.ipynb #ac0ceeb4
+# %% ../../nbs/app/76_site.ipynb #a077aa79
 def main(words: list[str]) -> None:
     "`readme`, or `build [PROFILE] [--serve [PORT]]`."
     found = re.fullmatch(r"(?:(?:--profile )?(\w+))? ?(--serve(?: (\d+))?)?", " ".join(words[1:]))
