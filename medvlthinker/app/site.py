@@ -545,7 +545,8 @@ def build(
     root, quarto = project_root(), shutil.which("quarto")
     staged = stage(root, Workspace(load_profile(profile).name).root / "notebooks", profile)
     if quarto:
-        run_logged([quarto, "render", str(staged), "--no-execute"], staged / "_quarto.log")
+        words = ["env", "NO_COLOR=1", quarto, "render", str(staged), "--no-execute"]
+        run_logged(words, staged / "_quarto.log")
     else:
         render_by_pandoc(staged)
     site, dead = root / "_docs", check_site(staged / "_docs")
