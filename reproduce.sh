@@ -4,7 +4,7 @@
 #   ./reproduce.sh [PROFILE] [key=value ...]   run the paper's notebooks: what is missing or out of date (PROFILE: smoke, mini or paper)
 #   ./reproduce.sh test [all | heavy]          run the tests; heavy: those that need vLLM, verl, Ray or a browser
 #
-#   ./reproduce.sh setup [full | cpu]          make .venv, or bring it up to date; no other verb changes it
+#   ./reproduce.sh setup [full | cpu | gpu]    make .venv, or bring it up to date; no other verb changes it
 #   ./reproduce.sh clean                       remove what the runs wrote (_runs, _docs); the environment stays
 #   ./reproduce.sh --help                      this text, and all other verbs; ./reproduce.sh VERB --help explains one
 #
@@ -42,8 +42,8 @@ run_tests() {  # two workers, one thread each: more threads than cores make ever
 case "${1:-}" in
     setup)
         case "${2:-}" in
-            "" | full | cpu) setup "${2:-}"; say "Ready: $VENV" ;;
-            *) stop "setup knows the words full and cpu, and not $2" ;;
+            "" | full | cpu | gpu) setup "${2:-}"; say "Ready: $VENV" ;;
+            *) stop "setup knows the words full, cpu and gpu, and not $2" ;;
         esac ;;
     test)
         shift; ready

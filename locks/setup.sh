@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv, or brings it up to date: ./reproduce.sh setup [full | cpu] ends here. With a GPU the full set, else a smaller one;
-# `full` adds vLLM, verl and Ray, `cpu` ignores a GPU.
+# Makes .venv, or brings it up to date: ./reproduce.sh setup [full | cpu | gpu] ends here. With a GPU the full set, else a smaller
+# one; `full` adds vLLM, verl and Ray, `cpu` ignores a GPU, `gpu` needs none to be seen (the image of a container).
 # From outside: PYTHON (3.11 or 3.12), TORCH_INDEX (where to take torch from, if not from the configured registry).
 
 TORCH="torch==2.13.0"
@@ -47,7 +47,7 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
 # full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM.
 wanted_set() {
     if [ "${1:-}" = cpu ]; then echo default
-    elif has_gpu; then echo full-gpu
+    elif [ "${1:-}" = gpu ] || has_gpu; then echo full-gpu
     elif [ "${1:-}" = full ] || [ "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" = full-cpu ]; then echo full-cpu
     else echo default; fi
 }
@@ -92,7 +92,7 @@ setup() {
     hash=$(state_of "$set")
     read -r _ _ place 2> /dev/null < "$VENV/.set-up" || place=$PWD
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$set $hash $PWD" ] && return
-    [ "$set" = full-gpu ] && check_driver
+    [ "$set" = full-gpu ] && has_gpu && check_driver
 
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB; with a GPU: 10 GB, 4.3 GB of it downloaded)."
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2> /dev/null || make_venv "$(find_python)"
@@ -110,6 +110,7 @@ print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else 
     printf '%s\n' "$set $hash $PWD" > "$VENV/.set-up"
     if [ "$set" = full-gpu ]; then
         check_compiler
+        has_gpu || return 0  # while the image of a container is built
         "$VENV/bin/python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
             stop "nvidia-smi lists a GPU, but torch sees none: its build does not fit the driver ($(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1)); update the driver, or name a torch that fits (TORCH_INDEX) and call ./reproduce.sh setup again"
     fi

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Words', 'run', 'status', 'step', 'results', 'ask', 'evaluate', 'rollout', 'preflight', 'ablate', 'compare',
-           'export', 'curate', 'train', 'merge', 'card', 'push', 'check_paper', 'verify', 'docs', 'lab', 'bench',
-           'verbs', 'main', 'console']
+           'export', 'curate', 'train', 'merge', 'card', 'push', 'check_paper', 'verify', 'docs', 'viewer', 'lab',
+           'bench', 'verbs', 'main', 'console']
 
 # %% ../../nbs/app/78_cli.ipynb #76669723
 import dataclasses, difflib, os, signal, subprocess, sys, time
@@ -298,16 +298,36 @@ def verify(words: Words = None) -> None:
 
 @app.command()
 def docs(
-    words: Words = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Show the site on this machine until Ctrl-C; port= names the port.")] = False,
+    profile: Annotated[str, typer.Argument(help="Whose results the pages show.")] = "smoke",
+    serve: Annotated[bool, typer.Option("--serve", help="Show the site on this machine until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Where --serve shows it.")] = 8000,
+    readme: Annotated[bool, typer.Option("--readme", help="Only make README.md from nbs/index.ipynb.")] = False,
 ) -> None:
     """Build the site of the chapters and of a run in _docs/.
 
-    Example: medvlthinker docs smoke
+    Example: medvlthinker docs smoke --serve
     """
-    from medvlthinker.app.site import main
+    from medvlthinker.app import site
 
-    raise typer.Exit(main(["build", *(words or []), *["--serve"] * serve]) or 0)
+    if readme:
+        print(site.readme().name)
+    elif serve:
+        site.serve(profile, port)
+    else:
+        site.build(profile)
+
+
+@app.command()
+def viewer(words: Words = None) -> None:
+    """Write one page with the questions of a run, every answer, and its verdict under each rule.
+
+    Example: medvlthinker viewer smoke
+    """
+    from medvlthinker.app.runs import stored_viewer
+    from medvlthinker.results.viewer import write_page
+
+    profile = _profile(words)
+    print(write_page(stored_viewer(profile), Workspace(profile.name).results / "viewer.html"))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

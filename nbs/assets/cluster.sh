@@ -4,7 +4,7 @@
 #
 #   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
 #
-# The command runs on the first node, with RAY_ADDRESS set; called again after a kill it goes on from its last checkpoint.
+# The command runs on the first node, with RAY_ADDRESS and CLUSTER_RAY (HOST:PORT of the head) set; called again after a kill it goes on from its last checkpoint.
 # From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600).
 set -euo pipefail
 
@@ -45,7 +45,7 @@ trap 'exit 143' TERM INT
 address=$(srun "${each[@]}" --nodelist="$head" bash -c 'hostname --ip-address; hostname --all-ip-addresses' \
     | tr ' ' '\n' | grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1) || true
 address=${address:-$head}
-export RAY_ADDRESS=http://$address:$jobs
+export RAY_ADDRESS=http://$address:$jobs CLUSTER_RAY=$address:$port  # where Ray takes jobs, and where it takes workers
 
 alive() { "$RAY" list nodes --address="$RAY_ADDRESS" --filter state=ALIVE --format=json 2> /dev/null | grep -o '"node_id"' | wc -l || true; }
 wait_for() {  # so many nodes; nobody is asked more than once a second

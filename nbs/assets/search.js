@@ -1,74 +1,58 @@
-// The search. The words of all pages lie in pages.js, which is loaded as a script when somebody first asks, so that it works from a file too.
+// Looks through pages.js, which is loaded as a script when somebody first asks: that works from a file too.
 (() => {
-  const input = document.getElementById("search"), found = document.getElementById("found"), up = document.currentScript.dataset.up
-  let loading, entries = []
+  const input = document.getElementById("search"), found = document.getElementById("found")
+  const up = document.currentScript.dataset.up
+  let loading
 
   const load = () => loading ??= new Promise(ready => {
     const script = document.createElement("script")
     script.src = up + "assets/pages.js"
-    script.onload = () => {
-      entries = window.sitePages.map(([href, title, head, text]) => ({ href, title, head, text, low: [head, title, text].map(each => each.toLowerCase()) }))
-      ready()
-    }
+    script.onload = () => ready(window.sitePages.map(([href, title, heading, text]) =>
+      ({ href, title, heading, text, fields: [heading, title, text].map(each => " " + each.toLowerCase()) })))
     document.head.append(script)
   })
 
-  // a heading counts more than its page's title, and that more than the text; every word has to be somewhere
-  const score = ({ low: [head, title, text], href, head: written }, words, whole) => {
-    let sum = (head == whole && 100) + (href.includes("#medvlthinker.") && 2) + (written == input.value.trim() && 5)
-    for (const word of words) {
-      const here = head.startsWith(word) ? 30 : head.includes(word) ? 15 : title.includes(word) ? 6 : (" " + text).includes(" " + word) ? 3 : text.includes(word)
-      if (!here) return 0
-      sum += +here
-    }
-    return sum
+  // "evaluate" also finds "evaluating" and "evaluation", but "add" no "address"
+  const pattern = word => {
+    const stem = word.length > 5 ? word.replace(/(ations?|ing|ion|ed|es|e|s)$/, "") : word
+    return new RegExp(`[^\\p{L}\\p{N}]${stem}${stem.length < 5 ? "s?(?![\\p{L}\\p{N}])" : ""}`, "u")
   }
 
-  const marked = (text, words) => {  // the neighbourhood of the first word that is found, with all of them marked
-    const first = Math.max(0, Math.min(...words.map(word => text.toLowerCase().indexOf(word)).filter(at => at >= 0), text.length) - 50)
-    const from = first && first < text.length - 50 ? text.indexOf(" ", first) + 1 : 0
-    const line = document.createElement("span"), pattern = new RegExp(words.map(word => word.replace(/[^\p{L}\p{N}]/gu, "\\$&")).join("|"), "giu")
-    let done = from
-    for (const hit of text.slice(from, from + 150).matchAll(pattern)) {
-      const mark = document.createElement("mark")
-      mark.textContent = hit[0]
-      line.append(text.slice(done, from + hit.index), mark)
-      done = from + hit.index + hit[0].length
+  // a rare word counts more than a common one, a heading more than a title, and that more than the text; first pages come first
+  const best = (entries, query) => {
+    const common = /^(an?|and|are|can|does?|for|how|i|in|is|it|my|of|on|the|to|what|where|with)$/
+    const all = query.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [], rare = all.filter(word => !common.test(word))
+    const words = rare.length ? rare : all
+    const scores = new Map(entries.map(entry => [entry, 0]))
+    for (const word of new Set(words)) {
+      const found = pattern(word)
+      const hits = entries.map(entry => [entry, entry.fields.map(field => found.test(field))]).filter(([, at]) => at.some(Boolean))
+      const weight = Math.log(1 + entries.length / (hits.length || 1)) ** 2
+      for (const [entry, [heading, title, text]] of hits)
+        scores.set(entry, scores.get(entry) + weight * (3 * heading + title + text) * (entry.href.includes("/") ? 1 : 1.5))
     }
-    line.append(text.slice(done, from + 150))
-    return line
+    for (const [entry, score] of scores) if (entry.fields[0].trim() == query.trim().toLowerCase()) scores.set(entry, score + 1e3)
+    return entries.filter(entry => scores.get(entry)).sort((a, b) => scores.get(b) - scores.get(a)).slice(0, 12)
   }
 
   const show = async () => {
-    await load()
-    const whole = input.value.trim().toLowerCase(), words = whole.split(/\s+/).filter(Boolean)
-    const best = words.length ? entries.map(entry => [score(entry, words, whole), entry]).filter(([sum]) => sum).sort((a, b) => b[0] - a[0]).slice(0, 20) : []
-    found.replaceChildren(...best.map(([, { href, title, head, text }]) => {
-      const link = document.createElement("a"), name = document.createElement("b"), page = document.createElement("small")
+    const query = input.value, hits = best(await load(), query)
+    found.replaceChildren(...hits.map(({ href, title, heading, text }) => {
+      const link = document.createElement("a")
       link.href = up + href
-      name.append(marked(head, words))
-      page.textContent = head == title ? "" : title
-      link.append(name, page, marked(text, words))
+      for (const [tag, words] of [["b", heading], ["small", heading == title ? "" : title], ["span", text.slice(0, 140)]])
+        link.appendChild(document.createElement(tag)).textContent = words
       return link
     }))
-    if (words.length && !best.length) found.textContent = "No page has all of these words."
-    found.hidden = !words.length
+    if (!hits.length) found.textContent = "No page has one of these words."
+    found.hidden = !query.trim()
   }
 
-  const close = () => { found.hidden = true }
-  input.addEventListener("focus", () => { load(); if (input.value) show() })
   input.addEventListener("input", show)
-  document.addEventListener("click", event => { if (!event.target.closest("#found, #search")) close() })
+  document.addEventListener("click", event => { if (!event.target.closest("#search")) found.hidden = true })
   document.addEventListener("keydown", event => {
-    const links = [...found.querySelectorAll("a")], at = links.indexOf(document.activeElement), typing = document.activeElement == input
-    if (event.key == "/" && !event.target.closest("input:not([type=checkbox]), textarea, select, [contenteditable]")) input.focus(), input.select()
-    else if (event.key == "Escape" && !found.hidden) close(), input.focus()
-    else if (found.hidden || !typing && at < 0) return
-    else if (event.key == "ArrowDown") links[Math.min(at + 1, links.length - 1)]?.focus()
-    else if (event.key == "ArrowUp") (links[at - 1] ?? input).focus()
-    else if (event.key == "Enter" && typing) links[0]?.click()
-    else return
-    event.preventDefault()
+    if (event.key == "/" && !event.target.closest("input[type=search], textarea, select")) input.focus(), event.preventDefault()
+    else if (event.key == "Escape") found.hidden = true
+    else if (event.key == "Enter" && event.target == input) found.querySelector("a")?.click()
   })
-  found.addEventListener("click", event => { if (event.target.closest("a")) close() })
 })()

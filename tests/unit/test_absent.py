@@ -90,7 +90,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
     (cached / "refs" / "main").write_text("0" * 40)
     done = cut_off("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
     assert done.returncode == 0 and list(warm_home.rglob("rollouts/somebody*/**/rollout.jsonl")), done.stdout + done.stderr
-    done = cut_off("-m", "medvlthinker.app.site", "build", cwd=write_project(tmp_path / "toy"))
+    done = cut_off("-m", "medvlthinker.app.cli", "docs", cwd=write_project(tmp_path / "toy"))
     assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
 
 
@@ -146,5 +146,5 @@ def test_without_pandoc_the_site_is_a_sentence(tmp_path):
     from test_site import write_project
 
     bare = environment_without(tmp_path / "bare", "pypandoc")
-    done = subprocess.run([bare, "-m", "medvlthinker.app.site", "build"], cwd=write_project(tmp_path / "toy"), capture_output=True, text=True, check=False, env={"PATH": str(bare.parent)})
+    done = subprocess.run([bare, "-m", "medvlthinker.app.cli", "docs"], cwd=write_project(tmp_path / "toy"), capture_output=True, text=True, check=False, env={"PATH": str(bare.parent)})
     says(done, "The site needs pandoc or Quarto", "pip install 'medvlthinker[notebooks]'")

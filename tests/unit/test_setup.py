@@ -150,7 +150,7 @@ def test_a_torch_that_sees_no_gpu_is_no_silent_success(clone):
 
 def test_unknown_words_of_setup_are_refused(clone):
     done = clone.call("setup", "everything")
-    assert done.returncode == 2 and "setup knows the words full and cpu, and not everything" in done.stderr and not clone.installed
+    assert done.returncode == 2 and "setup knows the words full, cpu and gpu, and not everything" in done.stderr and not clone.installed
 
 
 def test_a_machine_without_a_compiler_hears_of_it(clone):
