@@ -22,8 +22,8 @@
 #   ./reproduce.sh merge [PROFILE] recipe=NAME [step=N]  make a model of a training run's checkpoint, by hand
 #   ./reproduce.sh push FOLDER OWNER/NAME [--yes]  upload a model to the hub; without --yes it says what it would upload
 #   ./reproduce.sh verify [PROFILE] [cell=ROW/COLUMN]  is every file what was recorded when it was made? from which completions does a cell come?
-#   ./reproduce.sh card [PROFILE]              write what describes a run: cards of data sets and models, Croissant, an RO-Crate of the whole
-#   ./reproduce.sh bench [NAME ...]            measure speed and memory against their bounds, and draw the history; --list names all
+#   ./reproduce.sh card [PROFILE]              write the cards of a run: data sets, rollouts and models
+#   ./reproduce.sh bench [NAME ...]            measure speed and memory against their bounds; --list names all
 #   ./reproduce.sh lab                         open the notebooks in JupyterLab, on this machine only
 #   ./reproduce.sh docs [PROFILE] [--serve [PORT]]  build the documentation site in _docs/; --serve shows it on this machine only
 #   ./reproduce.sh clean                       remove what the runs wrote (_runs, _docs); the environment stays
@@ -241,12 +241,10 @@ case "${1:-}" in
         ready; run medvlthinker.results.contract "$@" ;;
     rollout)
         shift; ready; run medvlthinker.app.runs "$@" ;;
-    preflight | look | parity | regrade | exchange | merge | push)
+    preflight | look | parity | regrade | exchange | merge | card | verify | push)
         ready; run medvlthinker.app.commands "$@" ;;
-    status | verify)
+    status)
         verb=$1; shift; ready; run "medvlthinker.app.$verb" "$@" ;;
-    card)
-        shift; ready; run medvlthinker.app.crate "$@" ;;
     bench)
         shift; ready; OMP_NUM_THREADS=1 "$VENV/bin/python" tests/speed/bench.py "$@" ;;
     lab)  # nobody is asked for news, updates or extensions

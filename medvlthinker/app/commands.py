@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'preflight', 'stored_rollouts', 'two_sides', 'find_rollouts', 'parity', 'look', 'regrade', 'exchange',
-           'merge_checkpoint', 'describe_model', 'publish', 'train', 'main']
+           'merge_checkpoint', 'describe_model', 'describe_run', 'verify_run', 'publish', 'train', 'main']
 
 # %% ../../nbs/app/78_commands.ipynb #c78a04
 import os
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .card import push, write_card
+from .cards import push, write_card, write_cards
 from ..core.commands import read_value, run_main
 from ..core.files import UserError, file_hash, read_json
 from ..core.grade import RULES
@@ -24,6 +24,7 @@ from medvlthinker.app.runs import (
     engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder, training_data,
     training_places)
 from .profile import Profile, Workspace, load_profile, parse_words
+from .verify import run_files, show_findings, trace
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
     rescore, split_words)
@@ -338,6 +339,48 @@ def describe_model(
         raise UserError("A card is that of the finished model; leave step out.")
     print(write_card(recipe, profile, Workspace(profile.name)))
 
+# %% ../../nbs/app/78_commands.ipynb #c78c02
+def describe_run(
+    words: list[str],  # [profile] [recipe=NAME] [key=value ...]
+) -> None:
+    "Write the cards of a run that are missing or out of date, or that of a recipe's model."
+    name, given = parse_words(words)
+    if "recipe" in given:
+        return describe_model(words)
+    profile, root, failed = load_profile(name, **given), _root_of_run(name), []
+
+    def show(line):
+        (print if line.startswith("Wrote ") else failed.append)(line.replace(f"{root}/", ""))
+
+    written = write_cards(profile, show)
+    if failed:
+        raise UserError(f"{len(failed)} cards could not be written; the first: {failed[0]}")
+    print(f"{len(written)} cards were written in {root}; the others are up to date.")
+
+
+def _root_of_run(name: str) -> Path:
+    "The folder of a profile's run; `UserError` where nothing was made yet."
+    root = Workspace(name).root
+    if not run_files(root):
+        raise UserError(f"Nothing of the profile {name} has been made in {root} yet; run "
+                        f"./reproduce.sh {name} first.")
+    return root
+
+# %% ../../nbs/app/78_commands.ipynb #c78c05
+def verify_run(
+    words: list[str],  # [profile] [cell=ROW/COLUMN [show=N]]
+) -> None:
+    "Check every file of a run, or follow one cell of a table."
+    name, given = parse_words(words)
+    cell, show = given.pop("cell", ""), read_value("show", 3, given.pop("show", 3))
+    load_profile(name, **given)
+    root = _root_of_run(name)
+    if cell:
+        for line in trace(root, cell, show):
+            print(line)
+    elif bad := show_findings(root):
+        raise UserError(f"{root} is not what was recorded: {bad} files, named above.")
+
 # %% ../../nbs/app/78_commands.ipynb #c78a46
 def publish(
     words: list[str],  # FOLDER OWNER/NAME [--yes]
@@ -365,7 +408,8 @@ def train(
 
 # %% ../../nbs/app/78_commands.ipynb #c78a32
 VERBS = {"preflight": preflight, "parity": parity, "look": look, "regrade": regrade,
-         "exchange": exchange, "train": train, "merge": merge_checkpoint, "card": describe_model, "push": publish}
+         "exchange": exchange, "train": train, "merge": merge_checkpoint, "card": describe_run,
+         "verify": verify_run, "push": publish}
 
 
 def main(

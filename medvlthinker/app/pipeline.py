@@ -18,7 +18,7 @@ from ..core.commands import find_path, project_root, redact, redact_file, run_ma
 from .profile import Profile, Workspace, overrides, load_profile, parse_words
 from ..data.corpora import has_corpora
 from .cost import RATES, Cost, asking_cost, data_cost, free_bytes, refuse_small_disk, total_cost, training_cost
-from .crate import write_cards
+from .cards import write_cards
 from ..generation.engine import check_nodes, copies, vllm_arguments
 from .runs import ask_words, evaluation_samplings, training_places
 from ..generation.request import Sampling
