@@ -1,6 +1,5 @@
 """What the tests share: where the real data lies, and a home for runs that is not the user's."""
 import contextlib
-import datetime
 import io
 import json
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from medvlthinker.core.files import environment_info
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import InvalidRow, Sample
 from PIL import Image
@@ -178,25 +176,6 @@ def watched(browser, **given):
     page.on("request", lambda request: asked.append(request.url))
     page.on("websocket", lambda websocket: asked.append(websocket.url))
     return page, wrong, asked
-
-
-@pytest.fixture(scope="session")
-def tally():
-    "Counts what was tried and survived, a JSON line a test, for the tables of 77_trust: `with tally(TABLE, CASE) as count: count.tried += 1; ...; count.survived += 1`."
-    about = {"date": datetime.date.today().isoformat(), **{key: environment_info()[key] for key in ("commit", "clean", "machine")}}
-
-    @contextlib.contextmanager
-    def counting(table: str, case: str, **facts):
-        count = SimpleNamespace(tried=0, survived=0)
-        try:
-            yield count
-        finally:  # a test that fails is counted too
-            path = Path(os.environ.get("MEDVLTHINKER_TALLY") or ROOT / "_runs" / "trust" / "tally.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"table": table, "case": case, **vars(count), **facts, **about}) + "\n")
-
-    return counting
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def run(
     Options behind the profile go to Snakemake: -j 1 runs one step at a time, --executor slurm makes a job of each step.
     Example: medvlthinker run smoke limit=20 recipes=tiny-RL_PMC
     """
-    from medvlthinker.app.crate import write_cards
+    from medvlthinker.app.cards import write_cards
     from medvlthinker.app.cost import cost_summary, dry_run as steps_in_words
     from medvlthinker.app.workflow import reasons, run_workflow
 
@@ -254,9 +254,9 @@ def card(words: Words = None) -> None:
 
     Example: medvlthinker card smoke recipe=tiny-SFT_PMC
     """
-    from medvlthinker.app.commands import describe
+    from medvlthinker.app.commands import describe_run
 
-    describe(words or [])
+    describe_run(words or [])
 
 
 @app.command()
@@ -291,9 +291,9 @@ def verify(words: Words = None) -> None:
 
     Example: medvlthinker verify smoke cell=tiny/PMC
     """
-    from medvlthinker.app.verify import main
+    from medvlthinker.app.commands import verify_run
 
-    raise typer.Exit(main(words or []) or 0)
+    verify_run(words or [])
 
 
 @app.command()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['preflight', 'stored_rollouts', 'two_sides', 'find_rollouts', 'compare_settings', 'ablate', 'compare_rules', 'export',
-           'merge_checkpoint', 'describe', 'compare_models', 'evaluation_record', 'compare', 'evaluate_models',
-           'rollout', 'train', 'check_paper']
+           'merge_checkpoint', 'describe_model', 'describe_run', 'verify_run', 'compare_models', 'evaluation_record',
+           'compare', 'evaluate_models', 'rollout', 'train', 'check_paper']
 
 # %% ../../nbs/app/77_commands.ipynb #c78a04
 import os
@@ -14,8 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .card import write_card
-from .crate import write_cards
+from .cards import write_card, write_cards
 from ..core.commands import read_value
 from ..core.files import UserError, file_hash, read_json
 from ..core.grade import RULES
@@ -26,6 +25,7 @@ from .runs import (
     ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
     rollouts_folder, samplings, training_data, training_places)
 from .profile import Profile, Workspace, load_profile, parse_words
+from .verify import run_files, show_findings, trace
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
     rescore, split_words)
@@ -334,17 +334,56 @@ def merge_checkpoint(
     print(merge_recipe(recipe, workspace.checkpoints, **step, base=profile.base, log=log))
 
 # %% ../../nbs/app/77_commands.ipynb #c78a44
-def describe(
-    words: list[str],  # [profile] [recipe=NAME] [key=value ...]
+def describe_model(
+    words: list[str],  # [profile] recipe=NAME [key=value ...]
 ) -> None:
-    "Write the card of a recipe's model, or all cards of a run."
-    if not any(word.startswith("recipe=") for word in words):
-        name, given = parse_words(words)
-        return print(*write_cards(load_profile(name, **given), print), sep="\n")
+    "Write the card of a recipe's model."
     recipe, profile, step = _recipe_words(words)
     if step:
         raise UserError("A card is that of the finished model; leave step out.")
     print(write_card(recipe, profile, Workspace(profile.name)))
+
+# %% ../../nbs/app/77_commands.ipynb #c78c02
+def describe_run(
+    words: list[str],  # [profile] [recipe=NAME] [key=value ...]
+) -> None:
+    "Write the cards of a run that are missing or out of date, or that of a recipe's model."
+    name, given = parse_words(words)
+    if "recipe" in given:
+        return describe_model(words)
+    profile, root, failed = load_profile(name, **given), _root_of_run(name), []
+
+    def show(line):
+        (print if line.startswith("Wrote ") else failed.append)(line.replace(f"{root}/", ""))
+
+    written = write_cards(profile, show)
+    if failed:
+        raise UserError(f"{len(failed)} cards could not be written; the first: {failed[0]}")
+    print(f"{len(written)} cards were written in {root}; the others are up to date.")
+
+
+def _root_of_run(name: str) -> Path:
+    "The folder of a profile's run; `UserError` where nothing was made yet."
+    root = Workspace(name).root
+    if not run_files(root):
+        raise UserError(f"Nothing of the profile {name} has been made in {root} yet; run "
+                        f"./reproduce.sh {name} first.")
+    return root
+
+# %% ../../nbs/app/77_commands.ipynb #c78c05
+def verify_run(
+    words: list[str],  # [profile] [cell=ROW/COLUMN [show=N]]
+) -> None:
+    "Check every file of a run, or follow one cell of a table."
+    name, given = parse_words(words)
+    cell, show = given.pop("cell", ""), read_value("show", 3, given.pop("show", 3))
+    load_profile(name, **given)
+    root = _root_of_run(name)
+    if cell:
+        for line in trace(root, cell, show):
+            print(line)
+    elif bad := show_findings(root):
+        raise UserError(f"{root} is not what was recorded: {bad} files, named above.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0002
 def compare_models(

@@ -16,7 +16,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 import medvlthinker
-from ..core.files import UserError, file_hash, read_json, require_package
+from ..core.files import (
+    UserError, file_hash, read_json, require_package, write_record)
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample
 from ..data.synthetic import KINDS, MODALITIES, PIXELS, QUESTIONS, TWO_SCANS
@@ -379,10 +380,11 @@ def _make_once(folder: Path, card: dict, write: Callable[[Path], None]) -> None:
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
             try:
-                write(part)
-                (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                part.rename(folder)
+                with write_record(folder, card):
+                    write(part)
+                    (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except (OSError, SafetensorError) as error:

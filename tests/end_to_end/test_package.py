@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HEAVY = ("torch", "torchvision", "transformers", "datasets", "vllm", "verl", "ray", "trl", "peft", "accelerate", "openai", "plotly", "kaleido", "ipywidgets", "IPython", "nbdev", "papermill",
-         "snakemake", "jupyterlab", "pypandoc", "mlcroissant", "rocrate", "datasketch", "imagehash", "pandas", "pyarrow", "scipy", "statsmodels", "PIL", "huggingface_hub")
+         "snakemake", "jupyterlab", "pypandoc", "datasketch", "imagehash", "pandas", "pyarrow", "scipy", "statsmodels", "PIL", "huggingface_hub")
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_first_run_and_what_makes_it_run_again(tree, env):
     assert run(tree, env)[0] == ["5_results"], "a lost table is made again"
 
 
-def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
+def test_killed_interrupted_and_called_again(tree, env, tmp_path):
     "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call finishes, and the results are those of a run without either."
     home = tmp_path / "killed"
     shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
@@ -131,13 +131,10 @@ def test_killed_interrupted_and_called_again(tree, env, tmp_path, tally):
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "code cell" in out and "first 1_data" in out, out
 
     process = begin("medvlthinker.app.cli rollout")
-    with tally("faults", "Ctrl-C to the whole run") as count:
-        count.tried += 1
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
-        assert at_work(home) == {}, "neither a kernel nor what it had started is left"
-        count.survived += 1
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
+    assert at_work(home) == {}, "neither a kernel nor what it had started is left"
     assert "interrupted" in status(tree, here, "recipes=")[0].values()
 
     run(tree, here)
@@ -255,18 +252,15 @@ def test_home_that_cannot_be_written(tmp_path):
     says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
 
 
-def test_full_disk(tmp_path, tally):
-    "The whole run on a file system of one megabyte: one sentence, exit code 2."
+def test_full_disk(tmp_path):
+    "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
     (tmp_path / "disk").mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], check=False, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (needs root); the full disk is not tested")
     try:
-        with tally("faults", "full disk, the whole run") as count:
-            count.tried += 1
-            says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
-            for path in (tmp_path / "disk").rglob("*.parquet"):
-                assert read_samples(path), "what is there is whole"
-            count.survived += 1
+        says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
+        for path in (tmp_path / "disk").rglob("*.parquet"):
+            assert read_samples(path), "what is there is whole"
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 

@@ -49,18 +49,16 @@ FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples
 SEED = 20261123
 
 
-def every(count, examples: int, *strategies):
-    "Runs a property over generated examples, the same each time, and counts them."
+def every(examples: int, *strategies):
+    "Runs a property over generated examples, the same each time."
     def run(holds):
         @seed(SEED)
         @settings(max_examples=examples * FUZZ, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(st.tuples(*strategies))
-        def counted(drawn):
-            count.tried += 1
+        def each(drawn):
             holds(*drawn)
-            count.survived += 1
 
-        counted()
+        each()
 
     return run
 
@@ -73,11 +71,10 @@ def contained(work: str, *words, seconds: int, megabytes: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-def all_done(count, work: str, *words, seconds: int, megabytes: int) -> list[str]:
-    "The lines of a contained process that says first how many things it will do, and then a line for each; counted."
+def all_done(work: str, *words, seconds: int, megabytes: int) -> list[str]:
+    "The lines of a contained process that says first how many things it will do, and then a line for each."
     total, *done = contained(work, *words, seconds=seconds, megabytes=megabytes)
-    count.tried, count.survived = int(total), len(done)
-    assert count.survived == count.tried, f"the process ended after {done[-1:]}"
+    assert len(done) == int(total) > 0, f"the process ended after {done[-1:]}"
     return done
 
 
@@ -92,41 +89,36 @@ SOUP = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from(ODD), st.text(s
 MEANT = st.lists(st.sampled_from(["A", "B", "liver", "B. spleen", " ", "\n", "<answer>", "</answer>", "<think>", "is"]), max_size=6).map("".join)
 
 
-def test_completions_that_nobody_would_write(tally):
-    with tally("hostile", "completions with broken tags, control characters, right-to-left marks and half characters", seed=SEED) as count:
-        @every(count, 600, SOUP, st.sampled_from(RULES), st.sampled_from("ABCD"))
-        def holds(text, rule, label):
-            verdict = grade(text, LETTERS, label, rule)
-            assert verdict.correct == (verdict.label == label) and (verdict.label is None or verdict.label in LETTERS)
-            other = dict(sorted(LETTERS.items(), reverse=True))
-            assert grade(text, other, label, rule) == verdict, "the order of the options does not matter"
+def test_completions_that_nobody_would_write():
+    @every(600, SOUP, st.sampled_from(RULES), st.sampled_from("ABCD"))
+    def holds(text, rule, label):
+        verdict = grade(text, LETTERS, label, rule)
+        assert verdict.correct == (verdict.label == label) and (verdict.label is None or verdict.label in LETTERS)
+        other = dict(sorted(LETTERS.items(), reverse=True))
+        assert grade(text, other, label, rule) == verdict, "the order of the options does not matter"
 
 
-def test_what_must_not_matter_does_not(tally):
-    with tally("hostile", "thoughts, blanks and invisible marks around an answer that must not change it", seed=SEED) as count:
-        thoughts = st.text(st.characters(exclude_characters="<"), max_size=60)
-        @every(count, 400, MEANT, thoughts, thoughts, st.sampled_from(RULES), st.sampled_from("ABCD"))
-        def holds(said, one, two, rule, label):
-            texts = [f"<think>{thought}</think>\n<answer> {said} </answer>" for thought in (one, two)]
-            first, second = (grade(text, LETTERS, label, rule) for text in texts)
-            assert (first.label, first.correct) == (second.label, second.correct), "what is thought is not what is answered"
-            if rule != "reward":  # which demands the form to the letter
-                assert grade(f" \n{texts[0]}\n\t ", LETTERS, label, rule) == first, "nor are blanks around it"
+def test_what_must_not_matter_does_not():
+    thoughts = st.text(st.characters(exclude_characters="<"), max_size=60)
+    @every(400, MEANT, thoughts, thoughts, st.sampled_from(RULES), st.sampled_from("ABCD"))
+    def holds(said, one, two, rule, label):
+        texts = [f"<think>{thought}</think>\n<answer> {said} </answer>" for thought in (one, two)]
+        first, second = (grade(text, LETTERS, label, rule) for text in texts)
+        assert (first.label, first.correct) == (second.label, second.correct), "what is thought is not what is answered"
+        if rule != "reward":  # which demands the form to the letter
+            assert grade(f" \n{texts[0]}\n\t ", LETTERS, label, rule) == first, "nor are blanks around it"
 
-        @every(count, 200, st.sampled_from("ABCD"), st.text(st.sampled_from("\u200b\u200e\u200f\u202e\u2066\u2069\ufeff\u00ad\0\x7f"), max_size=5), st.booleans())
-        def unseen(label, marks, as_text):
-            said = LETTERS[label] if as_text else label
-            verdict = grade(f"<think>x</think><answer>{marks}{said}{marks}</answer>", LETTERS, label)
-            assert verdict.label == label, "a mark that nobody sees changes nothing for the lenient rule"
+    @every(200, st.sampled_from("ABCD"), st.text(st.sampled_from("\u200b\u200e\u200f\u202e\u2066\u2069\ufeff\u00ad\0\x7f"), max_size=5), st.booleans())
+    def unseen(label, marks, as_text):
+        said = LETTERS[label] if as_text else label
+        verdict = grade(f"<think>x</think><answer>{marks}{said}{marks}</answer>", LETTERS, label)
+        assert verdict.label == label, "a mark that nobody sees changes nothing for the lenient rule"
 
 
-def test_a_letter_that_only_looks_like_one_earns_nothing(tally):
-    with tally("hostile", "homoglyph letters (Cyrillic, Greek, Cherokee) in place of the right one") as count:
-        for label, alike in {"A": "АΑᎪ", "B": "ВΒᏴ", "C": "СϹᏟ", "D": "Ꭰꓓ"}.items():
-            for letter, frame, rule in itertools.product(alike, ("{}", "<think>x</think><answer>{}</answer>", "The answer is {}.", "<answer>({})</answer>"), RULES):
-                count.tried += 1
-                assert not grade(frame.format(letter), LETTERS, label, rule).correct, (letter, frame, rule)
-                count.survived += 1
+def test_a_letter_that_only_looks_like_one_earns_nothing():
+    for label, alike in {"A": "АΑᎪ", "B": "ВΒᏴ", "C": "СϹᏟ", "D": "Ꭰꓓ"}.items():
+        for letter, frame, rule in itertools.product(alike, ("{}", "<think>x</think><answer>{}</answer>", "The answer is {}.", "<answer>({})</answer>"), RULES):
+            assert not grade(frame.format(letter), LETTERS, label, rule).correct, (letter, frame, rule)
 
 
 GIANTS = """
@@ -169,10 +161,9 @@ for name, act in acts.items():
 """
 
 
-def test_ten_megabytes_of_anything_are_graded_in_seconds(tally):
+def test_ten_megabytes_of_anything_are_graded_in_seconds():
     "Every rule, the edits by which a re-grading is explained, and the patterns that questions are read with: about ten seconds of work. A pattern that backtracks would need hours."
-    with tally("hostile", "completions of 10 MB and of 100,000 tags under every rule, and questions as long: 90 seconds of processor time, 2 GB") as count:
-        all_done(count, GIANTS, seconds=90, megabytes=2000)
+    all_done(GIANTS, seconds=90, megabytes=2000)
 
 
 # ---- images
@@ -271,17 +262,14 @@ REAL = {  # what real archives hold: (bytes, how it is looked at, what is seen, 
 }
 
 
-def test_images_that_do_occur_are_seen_as_a_person_sees_them(tally):
+def test_images_that_do_occur_are_seen_as_a_person_sees_them():
     "Upright, no shade clipped, the first frame, the see-through on white; what was mended is stored as PNG, and everything else keeps its bytes."
-    with tally("hostile", "CMYK, 16-bit, EXIF-rotated, animated, see-through and double-faced images, by their pixels") as count:
-        for name, (data, see, seen, mended) in REAL.items():
-            count.tried += 1
-            row = {"question": "What is it?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": data, "path": "a.png"}]}
-            sample, = samples_from(lambda row=row: [("row 0", row)], converters.unified, "odd")
-            assert isinstance(sample, Sample), (name, str(sample))
-            assert see(to_rgb(data)) == see(sample.pictures()[0]) == seen, (name, see(to_rgb(data)))
-            assert ("mended" in (sample.misc or {})) == mended and (sample.images == (data,)) == (not mended), (name, sample.misc)
-            count.survived += 1
+    for name, (data, see, seen, mended) in REAL.items():
+        row = {"question": "What is it?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [{"bytes": data, "path": "a.png"}]}
+        sample, = samples_from(lambda row=row: [("row 0", row)], converters.unified, "odd")
+        assert isinstance(sample, Sample), (name, str(sample))
+        assert see(to_rgb(data)) == see(sample.pictures()[0]) == seen, (name, see(to_rgb(data)))
+        assert ("mended" in (sample.misc or {})) == mended and (sample.images == (data,)) == (not mended), (name, sample.misc)
 
 
 def tiff_in_a_circle() -> bytes:
@@ -333,11 +321,10 @@ for name, data in {"64 million pixels of 16 bits": png(8000, 8000, 16, 0, bytes(
 """
 
 
-def test_what_is_no_picture_is_a_broken_row_in_bounded_memory(tally):
+def test_what_is_no_picture_is_a_broken_row_in_bounded_memory():
     "A picture has 64 million pixels at most, and its header says so before a pixel is decoded; 3 GB hold the largest."
-    with tally("hostile", "SVG, HTML, PostScript, polyglots, decompression bombs and giants called images: 60 seconds of processor time, 3 GB") as count:
-        done = all_done(count, PICTURES, seconds=60, megabytes=3000)
-        print(*done, sep="\n")
+    done = all_done(PICTURES, seconds=60, megabytes=3000)
+    print(*done, sep="\n")
     said = dict(line.split(" | ", 1) for line in done)
     sound = {name for name, words in said.items() if words.startswith(("None", "{"))}  # as far as anything can tell: what is missing of them is black
     assert sound == {"PNG that unfolds to 100 MB", "PNG with half its pixels", "APNG that promises a billion frames", "TIFF in a circle"}, sound
@@ -403,36 +390,33 @@ def refusals(items) -> int:
     return len(bad)
 
 
-def test_a_row_with_one_thing_wrong_is_a_sample_or_a_broken_row(tally, tmp_path):
+def test_a_row_with_one_thing_wrong_is_a_sample_or_a_broken_row(tmp_path):
     "In every layout: nothing else comes out, no row is lost, and what counts as a sample can be stored and read again as it was."
-    with tally("hostile", "rows of every source layout with wrong types, values, names and depths", seed=SEED) as count:
-        rng = random.Random(SEED)
-        files = {"a.png": PIXELS["bytes"], "a.jpg": PIXELS["bytes"], "Images/a.png": PIXELS["bytes"]}
+    rng = random.Random(SEED)
+    files = {"a.png": PIXELS["bytes"], "a.jpg": PIXELS["bytes"], "Images/a.png": PIXELS["bytes"]}
 
-        def image(name):
-            if isinstance(name, dict | bytes):
-                return name
-            if name not in files:  # a list cannot be looked up: TypeError, as with a folder
-                raise ValueError(f"{name} is not in images/")
-            return files[name]
+    def image(name):
+        if isinstance(name, dict | bytes):
+            return name
+        if name not in files:  # a list cannot be looked up: TypeError, as with a folder
+            raise ValueError(f"{name} is not in images/")
+        return files[name]
 
-        for name, (convert, row) in LAYOUTS.items():
-            rows = []
-            for number in range(160 * FUZZ):
-                own = copy.deepcopy(row) | {key: f"{row[key]}-{number}" for key in IDS if key in row}
-                rows.append((f"row {number}", own if number % 40 == 0 else changed(own, rng)))
-            rows = [(where, each) for where, each in rows if isinstance(each, dict)]  # what is none is refused by `read_rows`
-            items = list(samples_from(lambda rows=rows: rows, convert, "set", image))
-            count.tried += len(rows)
-            assert len(items) == len(rows) and all(isinstance(item, Sample) for item, (where, _) in zip(items, rows) if int(where[4:]) % 40 == 0), name
-            broken, good = refusals(items), [item for item in items if isinstance(item, Sample)]
-            assert 0 < broken < len(rows), (name, broken)
-            write_samples(good, tmp_path / "good.parquet")
-            told = lambda samples: [{**vars(sample), "misc": json.dumps(sample.misc)} for sample in samples]  # as JSON has it, in which a key is a text and nan is nan
-            assert told(read_samples(tmp_path / "good.parquet")) == told(good), name
-            drawn = list(samples_from(lambda rows=rows: rows, convert, "set", image, limit=9))
-            assert sum(isinstance(item, Sample) for item in drawn) == min(9, len(good)), name
-            count.survived += len(rows)
+    for name, (convert, row) in LAYOUTS.items():
+        rows = []
+        for number in range(160 * FUZZ):
+            own = copy.deepcopy(row) | {key: f"{row[key]}-{number}" for key in IDS if key in row}
+            rows.append((f"row {number}", own if number % 40 == 0 else changed(own, rng)))
+        rows = [(where, each) for where, each in rows if isinstance(each, dict)]  # what is none is refused by `read_rows`
+        items = list(samples_from(lambda rows=rows: rows, convert, "set", image))
+        assert len(items) == len(rows) and all(isinstance(item, Sample) for item, (where, _) in zip(items, rows) if int(where[4:]) % 40 == 0), name
+        broken, good = refusals(items), [item for item in items if isinstance(item, Sample)]
+        assert 0 < broken < len(rows), (name, broken)
+        write_samples(good, tmp_path / "good.parquet")
+        told = lambda samples: [{**vars(sample), "misc": json.dumps(sample.misc)} for sample in samples]  # as JSON has it, in which a key is a text and nan is nan
+        assert told(read_samples(tmp_path / "good.parquet")) == told(good), name
+        drawn = list(samples_from(lambda rows=rows: rows, convert, "set", image, limit=9))
+        assert sum(isinstance(item, Sample) for item in drawn) == min(9, len(good)), name
 
 
 # ---- files: torn, of another kind, and those that unfold
@@ -504,16 +488,14 @@ for path, read in write_all(folder).items():
 """
 
 
-def test_torn_files_of_every_kind_are_rows_or_one_sentence(tally, tmp_path):
+def test_torn_files_of_every_kind_are_rows_or_one_sentence(tmp_path):
     "Flipped bits, cuts and insertions in JSON, CSV, gzip, parquet, zip, stored samples and results; in a process of its own, for a reader may end with it."
     each = 60 * FUZZ
-    with tally("hostile", "torn files: JSON, JSON lines, gzip, CSV, parquet, zip, stored samples, results", seed=SEED) as count:
-        count.tried = 8 * each
-        count.survived = len(contained(TORN, tmp_path, each, seconds=60 + 30 * FUZZ, megabytes=1500))
-        assert count.survived == count.tried
+    done = contained(TORN, tmp_path, each, seconds=60 + 30 * FUZZ, megabytes=1500)
+    assert len(done) == 8 * each
 
 
-def test_tables_of_another_schema_are_refused_in_a_sentence(tally, tmp_path):
+def test_tables_of_another_schema_are_refused_in_a_sentence(tmp_path):
     good = {"question": "Which?", "options": '{"A": "x", "B": "y"}', "answer_label": "B"}
     half = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(struct.pack("<ii", 0, 2)), pyarrow.py_buffer(b"\xff\xfe"))
     tables = {"other columns": {"a": [1]}, "no column": {}, "no row": {key: pyarrow.array([], pyarrow.string()) for key in good}, "numbers for texts": {key: [1] for key in good}, "a struct for a text": good | {"question": [{"a": 1}]},
@@ -521,18 +503,15 @@ def test_tables_of_another_schema_are_refused_in_a_sentence(tally, tmp_path):
               "names for images": good | {"images": [["/etc/hostname"]]}, "numbers for images": good | {"images": [[1, 2]]}, "an image in an image": good | {"images": [[{"bytes": {"bytes": b"x"}}]]}, "a text for images": good | {"images": ["/etc/hostname"]},
               "a path alone": good | {"images": [[{"bytes": None, "path": "/etc/hostname"}]]}, "bytes that are no text": {key: [value] for key, value in good.items()} | {"reasoning": half}, "a date for an index": good | {"dataset_index": [datetime.datetime(2026, 1, 1)]},
               "a time beyond the calendar": good | {"misc": pyarrow.array([1 << 62], pyarrow.int64()).cast(pyarrow.timestamp("us"))}, "a list for a label": good | {"answer_label": [["B"]]}, "infinity for an index": good | {"dataset_index": [math.inf]}}
-    with tally("hostile", "parquet files of another schema, with nested junk, or with names of files for images") as count:
-        for name, columns in tables.items():
-            count.tried += 1
-            pyarrow.parquet.write_table(pyarrow.table({key: [value] if isinstance(value, str) else value for key, value in columns.items()}), tmp_path / "other.parquet")
-            if name in ("no row", "no column"):
-                assert read_samples(tmp_path / "other.parquet") == []
-            else:
-                with pytest.raises(UserError) as raised:
-                    print(name, read_samples(tmp_path / "other.parquet"))
-                assert str(raised.value).isprintable() and "other.parquet" in str(raised.value) and len(str(raised.value)) < 500, (name, raised.value)
-                assert "/etc" not in name or "not followed" in str(raised.value)
-            count.survived += 1
+    for name, columns in tables.items():
+        pyarrow.parquet.write_table(pyarrow.table({key: [value] if isinstance(value, str) else value for key, value in columns.items()}), tmp_path / "other.parquet")
+        if name in ("no row", "no column"):
+            assert read_samples(tmp_path / "other.parquet") == []
+        else:
+            with pytest.raises(UserError) as raised:
+                print(name, read_samples(tmp_path / "other.parquet"))
+            assert str(raised.value).isprintable() and "other.parquet" in str(raised.value) and len(str(raised.value)) < 500, (name, raised.value)
+            assert "/etc" not in name or "not followed" in str(raised.value)
 
 
 BOMBS = """
@@ -599,13 +578,12 @@ for name, act in acts.items():
 """
 
 
-def test_what_unfolds_to_gigabytes_is_refused_in_little_memory(tally, tmp_path):
+def test_what_unfolds_to_gigabytes_is_refused_in_little_memory(tmp_path):
     "Each unfolds to gigabytes; the process may take one and a half, most of which are its libraries' address space."
-    with tally("hostile", "gzip, zip, CSV and parquet that unfold to gigabytes: 60 seconds of processor time, 1.5 GB") as count:
-        all_done(count, BOMBS, tmp_path, seconds=60, megabytes=1500)
+    all_done(BOMBS, tmp_path, seconds=60, megabytes=1500)
 
 
-def test_names_and_members_that_leave_their_folder(tally, tmp_path):
+def test_names_and_members_that_leave_their_folder(tmp_path):
     "By name, by link, in a zip and from a tar that somebody unpacked: nothing outside is read that is no picture, and nothing is written anywhere."
     folder, secret = tmp_path / "data" / "images", tmp_path / "secret.png"
     folder.mkdir(parents=True)
@@ -626,18 +604,13 @@ def test_names_and_members_that_leave_their_folder(tally, tmp_path):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     row = lambda name: {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_label": "A", "images": [name]}
-    with tally("hostile", "names, links and archive members that leave their folder") as count:
-        for place in (folder, tmp_path / "images.zip"):
-            items = list(samples_from(lambda: [(f"row {number}", row(name)) for number, name in enumerate(["a.png", *names])], converters.unified, "set", image_reader(place)))
-            count.tried += len(names)
-            assert isinstance(items[0], Sample) and refusals(items[1:]) == len(names) and not any("not for you" in str(item) for item in items)
-            count.survived += len(names)
-        count.tried += 2
-        for name in ("../../escaped.png", "/escaped.png"):  # inside the archive these are names like any other: read, and never unpacked
-            assert image_reader(tmp_path / "images.zip")(name) == PIXELS["bytes"] if name[0] != "/" else True
-        with pytest.raises(UserError, match="is no readable zip file"):
-            image_reader(tmp_path / "images.tar")
-        count.survived += 2
+    for place in (folder, tmp_path / "images.zip"):
+        items = list(samples_from(lambda: [(f"row {number}", row(name)) for number, name in enumerate(["a.png", *names])], converters.unified, "set", image_reader(place)))
+        assert isinstance(items[0], Sample) and refusals(items[1:]) == len(names) and not any("not for you" in str(item) for item in items)
+    for name in ("../../escaped.png", "/escaped.png"):  # inside the archive these are names like any other: read, and never unpacked
+        assert image_reader(tmp_path / "images.zip")(name) == PIXELS["bytes"] if name[0] != "/" else True
+    with pytest.raises(UserError, match="is no readable zip file"):
+        image_reader(tmp_path / "images.tar")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
@@ -648,33 +621,30 @@ VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floa
 BYTES = st.one_of(VALUES.map(lambda value: json.dumps(value).encode()), st.binary(max_size=60), st.sampled_from([b"[" * 100_000, b'{"inputs": ' * 50_000, b"\xff\xfe{}", b"9" * 5000, b'{"inputs": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b"\0" * 9, b'{"rows": 1, "finished": "x"}\n']))
 
 
-def test_any_bytes_in_a_manifest_are_a_reason_or_a_sentence(tally, tmp_path):
+def test_any_bytes_in_a_manifest_are_a_reason_or_a_sentence(tmp_path):
     artefact = tmp_path / "made.json"
     artefact.write_text("{}")
     sample = Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No")
-    with tally("hostile", "manifests of any bytes", seed=SEED) as count:
-        @every(count, 150, BYTES)
-        def manifest(data):
-            record_path(artefact).write_bytes(data)
-            assert isinstance(read_json(record_path(artefact)), dict)
-            try:
-                assert stale_reason(artefact, {"never": "so"}), "what cannot be read never holds"
-            except UserError as error:
-                assert "was written by a newer version" in str(error)
+    @every(150, BYTES)
+    def manifest(data):
+        record_path(artefact).write_bytes(data)
+        assert isinstance(read_json(record_path(artefact)), dict)
+        try:
+            assert stale_reason(artefact, {"never": "so"}), "what cannot be read never holds"
+        except UserError as error:
+            assert "was written by a newer version" in str(error)
 
-        @every(count, 12, BYTES)
-        def samples(data):
-            record_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
-            store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})
-            record_path(tmp_path / "stored.parquet").write_bytes(data if data.startswith(b"[") else b'{"inputs": {"a": 1}, "broken": ' + data + b"}")
-            with contextlib.suppress(UserError):
-                assert list(store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
+    @every(12, BYTES)
+    def samples(data):
+        record_path(tmp_path / "stored.parquet").unlink(missing_ok=True)
+        store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})
+        record_path(tmp_path / "stored.parquet").write_bytes(data if data.startswith(b"[") else b'{"inputs": {"a": 1}, "broken": ' + data + b"}")
+        with contextlib.suppress(UserError):
+            assert list(store_samples(tmp_path / "stored.parquet", lambda: [sample], {"a": 1})) == [sample]
 
-        count.tried += 1
-        record_path(artefact).unlink()
-        record_path(artefact).mkdir()  # a folder where a file should be
-        assert read_json(record_path(artefact)) == {} and stale_reason(artefact, {})
-        count.survived += 1
+    record_path(artefact).unlink()
+    record_path(artefact).mkdir()  # a folder where a file should be
+    assert read_json(record_path(artefact)) == {} and stale_reason(artefact, {})
 
 
 ASKED = [Sample(f"Is it {number}?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa", dataset_index=number) for number in range(3)]
@@ -709,94 +679,80 @@ LINES = {"no object": b"[", "no JSON": b"{]", "nothing": b"", "nested deeply": b
          "a list for a text": ROW | {"completions": [{"text": ["B"], "finish_reason": "stop", "tokens": 1}]}, "a number for a name": ROW | {"dataset_name": 7}, "a text of a megabyte for an index": ROW | {"index": "x" * 1_000_000}}
 
 
-def test_a_line_that_is_no_row_of_a_rollout_is_one_sentence_and_is_asked_again(tally, tmp_path):
+def test_a_line_that_is_no_row_of_a_rollout_is_one_sentence_and_is_asked_again(tmp_path):
     "Its checksum is right, and so is that of the file: whoever wrote it meant it. Where the rollout is not finished, its question is owed."
     whole = ask(tmp_path)
     first, second, third = whole.path.read_bytes().splitlines(True)
-    with tally("hostile", "lines of a rollout with right checksums: wrong types, missing keys, indices out of range, deep nesting, a megabyte") as count:
-        for name, row in LINES.items():
-            count.tried += 1
-            data = first + sealed(row) + third
-            whole.path.write_bytes(data)
-            record = whole.record | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            (whole.folder / "rollout.json").write_text(json.dumps(record))
-            with pytest.raises(UserError, match=r"rollout.jsonl, line 2 is damaged; run the rollout again"):
-                read_everything(whole.folder)
-            del record["finished"]
-            (whole.folder / "rollout.json").write_text(json.dumps(record))
-            assert ask(tmp_path, asked := []) == whole and asked == [1], (name, asked)
-            assert whole.path.read_bytes() == first + second + third, name
-            count.survived += 1
+    for name, row in LINES.items():
+        data = first + sealed(row) + third
+        whole.path.write_bytes(data)
+        record = whole.record | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (whole.folder / "rollout.json").write_text(json.dumps(record))
+        with pytest.raises(UserError, match=r"rollout.jsonl, line 2 is damaged; run the rollout again"):
+            read_everything(whole.folder)
+        del record["finished"]
+        (whole.folder / "rollout.json").write_text(json.dumps(record))
+        assert ask(tmp_path, asked := []) == whole and asked == [1], (name, asked)
+        assert whole.path.read_bytes() == first + second + third, name
 
 
-def test_any_bytes_in_a_rollout_are_rows_or_one_sentence(tally, tmp_path):
+def test_any_bytes_in_a_rollout_are_rows_or_one_sentence(tmp_path):
     "Of the record, of the lines, or of both; the same call makes it whole, or says why not."
     whole = ask(tmp_path)
     told, lines = whole.folder / "rollout.json", whole.path.read_bytes().splitlines(True)
-    with tally("hostile", "rollouts of any bytes, and with one thing wrong in their record or their lines", seed=SEED) as count:
-        @every(count, 300, BYTES, st.binary(max_size=30), st.integers(), st.sampled_from(["bytes", "record", "lines", "both"]), st.booleans())
-        def rollout(head, body, number, what, fits):
-            rng = random.Random(number)
-            data = body if what == "bytes" else b"".join(sealed(changed(from_line(line), rng)) if what != "record" else line for line in lines)
-            record = whole.record | ({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} if fits else {})
-            told.write_bytes(head if what == "bytes" else json.dumps(changed(record, rng) if what != "lines" else record, default=str, skipkeys=True).encode())
-            whole.path.write_bytes(data)
-            for act in (read_everything, lambda folder: read_everything(ask(tmp_path).folder)):
-                try:
-                    act(whole.folder)
-                except UserError as error:
-                    assert str(error).isprintable() and len(str(error)) < 700, error
-            told.unlink(missing_ok=True)
-            assert len(ask(tmp_path)) == len(load_rollout(whole.folder)[:]) == 3
+    @every(300, BYTES, st.binary(max_size=30), st.integers(), st.sampled_from(["bytes", "record", "lines", "both"]), st.booleans())
+    def rollout(head, body, number, what, fits):
+        rng = random.Random(number)
+        data = body if what == "bytes" else b"".join(sealed(changed(from_line(line), rng)) if what != "record" else line for line in lines)
+        record = whole.record | ({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} if fits else {})
+        told.write_bytes(head if what == "bytes" else json.dumps(changed(record, rng) if what != "lines" else record, default=str, skipkeys=True).encode())
+        whole.path.write_bytes(data)
+        for act in (read_everything, lambda folder: read_everything(ask(tmp_path).folder)):
+            try:
+                act(whole.folder)
+            except UserError as error:
+                assert str(error).isprintable() and len(str(error)) < 700, error
+        told.unlink(missing_ok=True)
+        assert len(ask(tmp_path)) == len(load_rollout(whole.folder)[:]) == 3
 
-        count.tried += 1
-        told.write_text(json.dumps(whole.record | {"format": FORMAT + 1}))
-        with pytest.raises(UserError, match="rollout.json was written by a newer version"):
+    told.write_text(json.dumps(whole.record | {"format": FORMAT + 1}))
+    with pytest.raises(UserError, match="rollout.json was written by a newer version"):
+        load_rollout(whole.folder)
+    for path, words in ((whole.path, "rollout.jsonl cannot be written .Is a directory."), (told, "rollout.json cannot be written .Is a directory.")):  # a folder where a file should be
+        shutil.rmtree(whole.folder)
+        ask(tmp_path)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(UserError):
             load_rollout(whole.folder)
-        count.survived += 1
-        for path, words in ((whole.path, "rollout.jsonl cannot be written .Is a directory."), (told, "rollout.json cannot be written .Is a directory.")):  # a folder where a file should be
-            count.tried += 1
-            shutil.rmtree(whole.folder)
+        with pytest.raises(UserError, match=words):
             ask(tmp_path)
-            path.unlink()
-            path.mkdir()
-            with pytest.raises(UserError):
-                load_rollout(whole.folder)
-            with pytest.raises(UserError, match=words):
-                ask(tmp_path)
-            count.survived += 1
 
 
-def test_any_line_of_results_is_a_row_or_a_sentence(tally, tmp_path):
+def test_any_line_of_results_is_a_row_or_a_sentence(tmp_path):
     line, path = {"dataset_name": "pmc_vqa", "dataset_index": 7, "answer_label": "B", "parsed_outputs": [{"output_text": "<answer>B</answer>"}, {"output_text": None}]}, tmp_path / "eval_results.jsonl"
-    with tally("hostile", "lines of eval_results.jsonl with one thing wrong", seed=SEED) as count:
-        rng = random.Random(SEED)
-        for _ in range(600 * FUZZ):
-            count.tried += 1
-            path.write_text(json.dumps(changed(line, rng), default=str, skipkeys=True), errors="surrogateescape")
-            with contextlib.suppress(UserError):
-                row, = read_eval_results(path)
-                assert isinstance(row["dataset_name"], str) and isinstance(row["dataset_index"], int) and all(isinstance(each["text"], str) for each in row["completions"])
-            count.survived += 1
+    rng = random.Random(SEED)
+    for _ in range(600 * FUZZ):
+        path.write_text(json.dumps(changed(line, rng), default=str, skipkeys=True), errors="surrogateescape")
+        with contextlib.suppress(UserError):
+            row, = read_eval_results(path)
+            assert isinstance(row["dataset_name"], str) and isinstance(row["dataset_index"], int) and all(isinstance(each["text"], str) for each in row["completions"])
 
 
-def test_half_a_character_survives_the_way_to_the_disk_and_back(tally, tmp_path):
+def test_half_a_character_survives_the_way_to_the_disk_and_back(tmp_path):
     "A server may send one, and so may a file of results: it is kept, graded, and written as JSON can hold it. So may the name of a model's folder."
     samples = ASKED[:1]
-    with tally("hostile", "completions with half a character, stored, read, graded, and written as results") as count:
-        for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
-            count.tried += 1
-            engine = FunctionEngine(lambda request, text=text: [Completion(text, "stop", 1)], f"models/{text}")
-            rows = generate(samples, engine, Sampling(), tmp_path, lambda line: None)
-            same = json.loads(json.dumps(text))
-            assert rows[0]["completions"][0]["text"] == same
-            write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")
-            again, = read_eval_results(tmp_path / "eval_results.jsonl")
-            assert again["completions"][0]["text"] == same
-            lines = [{**line, "text": same} for line in grade_rollout(samples, [again]).to_dict("records")]
-            store_record(tmp_path / "record.json", {"text": same}, lines, {})
-            assert json.loads((tmp_path / "record.json").read_text())["text"] == same
-            count.survived += 1
+    for text in ("\ud800 <answer>B</answer>", "<answer>B</answer>\udfff", "<answer>\udc80</answer>", "\ud83d\ude00 <answer> B </answer>"):
+        engine = FunctionEngine(lambda request, text=text: [Completion(text, "stop", 1)], f"models/{text}")
+        rows = generate(samples, engine, Sampling(), tmp_path, lambda line: None)
+        same = json.loads(json.dumps(text))
+        assert rows[0]["completions"][0]["text"] == same
+        write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")
+        again, = read_eval_results(tmp_path / "eval_results.jsonl")
+        assert again["completions"][0]["text"] == same
+        lines = [{**line, "text": same} for line in grade_rollout(samples, [again]).to_dict("records")]
+        store_record(tmp_path / "record.json", {"text": same}, lines, {})
+        assert json.loads((tmp_path / "record.json").read_text())["text"] == same
 
 
 # ---- settings.ini and the keys of a profile
@@ -815,37 +771,36 @@ def sound(profile) -> None:
     assert re.fullmatch(r"[\w.-]+", profile.name) and not profile.name.startswith("."), "it is the name of a folder"
 
 
-def test_any_settings_are_a_profile_or_a_sentence(tally, tmp_path, monkeypatch):
+def test_any_settings_are_a_profile_or_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ini = tmp_path / "settings.ini"
     names = st.one_of(st.sampled_from(["smoke", "DEFAULT", "x", "..", "a/b", "", "../../x", "\0", "a b"]), st.text(max_size=5))
-    with tally("hostile", "settings.ini of any text, and profile keys of any value", seed=SEED) as count:
-        def tried(act):
-            try:
-                sound(act())
-            except UserError as error:
-                assert str(error).isprintable() and len(str(error)) < 5000, error
+    def tried(act):
+        try:
+            sound(act())
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error)) < 5000, error
 
-        @every(count, 250, st.sampled_from([*FIELDS, "name", "", "self", "limits", "LIMIT"]), GIVEN)
-        def keys(key, value):
-            ini.write_text("[smoke]\n")
-            tried(lambda: load_profile("smoke", **{key: value}))
+    @every(250, st.sampled_from([*FIELDS, "name", "", "self", "limits", "LIMIT"]), GIVEN)
+    def keys(key, value):
+        ini.write_text("[smoke]\n")
+        tried(lambda: load_profile("smoke", **{key: value}))
 
-        section = st.builds(lambda name, pairs: f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in pairs), names, st.lists(st.tuples(st.sampled_from([*FIELDS, "name", "x"]), WORDS), max_size=4))
-        text = st.one_of(st.lists(section, max_size=3).map("".join).map(lambda text: text.encode("utf-8", "surrogatepass")), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")), st.binary(max_size=60))
+    section = st.builds(lambda name, pairs: f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in pairs), names, st.lists(st.tuples(st.sampled_from([*FIELDS, "name", "x"]), WORDS), max_size=4))
+    text = st.one_of(st.lists(section, max_size=3).map("".join).map(lambda text: text.encode("utf-8", "surrogatepass")), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")), st.binary(max_size=60))
 
-        @every(count, 250, text, names)
-        def settings_file(data, name):
-            ini.write_bytes(data)
-            tried(lambda: load_profile(name))
+    @every(250, text, names)
+    def settings_file(data, name):
+        ini.write_bytes(data)
+        tried(lambda: load_profile(name))
 
-        @every(count, 100, st.lists(st.one_of(st.sampled_from(["smoke", "name=x", "limit=2", "limit=", "=", "=x", "self=1"]), WORDS), max_size=3))
-        def words(words):
-            ini.write_text("[smoke]\n")
-            def read():
-                name, given = profile.parse_words(words)
-                return load_profile(name, **given)
-            tried(read)
+    @every(100, st.lists(st.one_of(st.sampled_from(["smoke", "name=x", "limit=2", "limit=", "=", "=x", "self=1"]), WORDS), max_size=3))
+    def words(words):
+        ini.write_text("[smoke]\n")
+        def read():
+            name, given = profile.parse_words(words)
+            return load_profile(name, **given)
+        tried(read)
 
 
 # ---- tables for a spreadsheet
@@ -863,24 +818,21 @@ def is_formula(cell: str) -> bool:
         return bool(STARTS.match(cell))
 
 
-def test_no_cell_of_a_table_is_a_formula(tally, tmp_path):
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
     "In every CSV that is written: texts that begin like a formula are marked, numbers stay numbers, and our own readers take the marks off again."
-    with tally("hostile", "cells that begin like a formula, in every table that is written", seed=SEED) as count:
-        @every(count, 40, st.lists(st.tuples(CELLS, st.floats(allow_nan=False, allow_infinity=False, width=32)), min_size=1, max_size=24), CELLS)
-        def holds(rows, name):
-            frame = pd.DataFrame({name or "x": [text for text, _ in rows], "-change ": [number for _, number in rows]})
-            for read in (lambda: (write_csv(frame, tmp_path / "table.csv"), (tmp_path / "table.csv").read_text(encoding="utf-8"))[1], lambda: frame_csv(frame)):
-                lines = list(csv.reader(io.StringIO(read(), newline="")))
-                assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
-            assert [unescape_formula(escape_formula(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
-            again = read_csv(tmp_path / "table.csv")
-            assert np.allclose(again.iloc[:, 1].astype(float), [number for _, number in rows], rtol=1e-6)
+    @every(40, st.lists(st.tuples(CELLS, st.floats(allow_nan=False, allow_infinity=False, width=32)), min_size=1, max_size=24), CELLS)
+    def holds(rows, name):
+        frame = pd.DataFrame({name or "x": [text for text, _ in rows], "-change ": [number for _, number in rows]})
+        for read in (lambda: (write_csv(frame, tmp_path / "table.csv"), (tmp_path / "table.csv").read_text(encoding="utf-8"))[1], lambda: frame_csv(frame)):
+            lines = list(csv.reader(io.StringIO(read(), newline="")))
+            assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
+        assert [unescape_formula(escape_formula(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
+        again = read_csv(tmp_path / "table.csv")
+        assert np.allclose(again.iloc[:, 1].astype(float), [number for _, number in rows], rtol=1e-6)
 
-        evil = {"model": "=1+1", "source": "hub", "rule": "regrade", "rules": {}, "counts": {"pmc_vqa": (1, 2)}, "instruction": "trained"}
-        count.tried += 1
-        table = list(csv.reader(io.StringIO(to_csv(results_table(evil)))))
-        assert any("'=1+1" in line for line in table) and not any(map(is_formula, itertools.chain.from_iterable(table)))
-        count.survived += 1
+    evil = {"model": "=1+1", "source": "hub", "rule": "regrade", "rules": {}, "counts": {"pmc_vqa": (1, 2)}, "instruction": "trained"}
+    table = list(csv.reader(io.StringIO(to_csv(results_table(evil)))))
+    assert any("'=1+1" in line for line in table) and not any(map(is_formula, itertools.chain.from_iterable(table)))
 
 
 def test_tables_are_written_in_one_place():
@@ -891,4 +843,4 @@ def test_tables_are_written_in_one_place():
         sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)
     calls = [(path.name, node.func.attr, node.func.value) for path, text in sources.items() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     writers = sorted((name, attribute) for name, attribute, owner in calls if attribute == "to_csv" or attribute in ("writer", "DictWriter") and isinstance(owner, ast.Name) and owner.id == "csv")
-    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("report.py", "writer"), ("trust.py", "DictWriter")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
+    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("report.py", "writer")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests

@@ -214,7 +214,7 @@ def opened(traps):
     return found
 
 
-def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
+def test_weights_that_are_a_program_do_not_run(traps, opened, home):
     "By every engine on this machine, by training and by merging: one sentence, and the program has not run."
     import torch
     from medvlthinker.training.checkpoint import merge
@@ -230,28 +230,20 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home, tally):
             "copies": lambda: ask(data_parallel=2),
             **{recipe: lambda recipe=recipe: trained(recipe) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
             "merge": lambda: merge(pickled, "tiny", place / "merged")}
-    with tally("hostile", "weights that are a program") as count:
-        for name, way in ways.items():
-            count.tried += 1
-            with pytest.raises(UserError, match=r"holds no weights") as said:
-                way()
-            assert "\n" not in str(said.value) and not mark.exists(), name
-            count.survived += 1
-        count.tried += 1
-        said, ran = opened[0]
-        assert "someone--thing" in said and "is a pickle and is not opened" in said and "\n" not in said and not ran, said
-        count.survived += 1
+    for name, way in ways.items():
+        with pytest.raises(UserError, match=r"holds no weights") as said:
+            way()
+        assert "\n" not in str(said.value) and not mark.exists(), name
+    said, ran = opened[0]
+    assert "someone--thing" in said and "is a pickle and is not opened" in said and "\n" not in said and not ran, said
     torch.load(pickled / "pytorch_model.bin", weights_only=False)  # and it would have
     mark.rmdir()
 
 
-def test_code_of_a_model_does_not_run(opened, tally):
+def test_code_of_a_model_does_not_run(opened):
     "Not even where somebody at the terminal says yes to what transformers would ask."
-    with tally("hostile", "a model with code of its own") as count:
-        for said, ran in opened[1:-1]:
-            count.tried += 1
-            assert said and not ran and "\n" not in said and "Error(" not in said, said
-            count.survived += 1
+    for said, ran in opened[1:-1]:
+        assert said and not ran and "\n" not in said and "Error(" not in said, said
     assert opened[-1][1], "it would have run"
 
 
@@ -306,7 +298,7 @@ else:
 """
 
 
-def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, secrets, monkeypatch, tally):
+def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, secrets, monkeypatch):
     "In a command; and in a step of the pipeline that then dies in a cell of its own: sentence, logs and the wreck of the notebook name no secret."
     from medvlthinker.app import workflow
 
@@ -318,17 +310,13 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     (tmp_path / "1_data.ipynb").write_text(json.dumps(notebook))
     monkeypatch.setattr(workflow, "paper_notebook", lambda name: tmp_path / "1_data.ipynb")
     profile = load_profile("smoke")
-    with tally("hostile", "a user's file that prints every secret") as count:
-        count.tried += 2
-        done = warm.run("-m", "medvlthinker.app.cli", "status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
-        assert done.returncode == 2 and done.stdout.count("***") == 3 and "no entry with ***" in done.stderr, done.stderr
-        assert told(home, done.stdout, done.stderr) == []
-        count.survived += 1
-        with pytest.raises(UserError, match="refused") as said:
-            workflow.execute("1_data", profile)
-        wreck = (home / "smoke" / "notebooks" / "1_data.running.ipynb").read_text()
-        assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redact(str(said.value))) == []
-        count.survived += 1
+    done = warm.run("-m", "medvlthinker.app.cli", "status", "smoke", f"extend={tmp_path / 'own.py'}", cwd=ROOT)
+    assert done.returncode == 2 and done.stdout.count("***") == 3 and "no entry with ***" in done.stderr, done.stderr
+    assert told(home, done.stdout, done.stderr) == []
+    with pytest.raises(UserError, match="refused") as said:
+        workflow.execute("1_data", profile)
+    wreck = (home / "smoke" / "notebooks" / "1_data.running.ipynb").read_text()
+    assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redact(str(said.value))) == []
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -368,23 +356,20 @@ def echo():
     server.shutdown()
 
 
-def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets, tally):
+def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
     words = ("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
-    with tally("hostile", "a server that repeats the key") as count:
-        for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
-            echo.locked = locked
-            count.tried += 1
-            done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
-            assert part in done.stderr and told(home, done.stdout, done.stderr) == [], done.stderr
-            count.survived += 1
+    for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
+        echo.locked = locked
+        done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
+        assert part in done.stderr and told(home, done.stdout, done.stderr) == [], done.stderr
     stored = "".join(path.read_text() for path in home.rglob("rollout.jsonl"))
     assert stored.count("<answer> A </answer> ***") == 4 and "400: *** is refused" in stored and "500: ***" in stored, stored[:3000]
 
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
-    from medvlthinker.app import crate, workflow
+    from medvlthinker.app import cards, workflow
     from medvlthinker.training import train, verl
     from medvlthinker.app.cost import dry_run
 
@@ -403,7 +388,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     print(*dry_run(paper, {}), *workflow.status(load_profile("smoke")))
     (workspace.results / "synthetic").mkdir()
     with contextlib.suppress(UserError):  # of a run without results there is little to say
-        crate.write_cards(load_profile("smoke"))
+        cards.write_cards(load_profile("smoke"))
     out = capsys.readouterr()
     assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
 

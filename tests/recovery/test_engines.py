@@ -158,7 +158,7 @@ def wait_for_the_moment(process, folder: Path, rng, number: int, seconds: float)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_killed_at_random_moments(processes, warm_tiny, tmp_path, tally, victim):
+def test_killed_at_random_moments(processes, warm_tiny, tmp_path, victim):
     """Killed and called again until it is whole: the bytes are those of a run that nobody killed.
     Ray starts a worker again, and the run goes on by itself."""
     if MOMENTS < 2 and victim not in ("the driver of a rollout by vLLM", "a worker of Ray"):
@@ -178,39 +178,37 @@ def test_killed_at_random_moments(processes, warm_tiny, tmp_path, tally, victim)
     seconds, every = time.monotonic() - began, whole_lines(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     rng, half, kills, runs, slowest, agents = random.Random(7), 0, 0, 0, 0.0, []
-    with tally("faults", f"SIGKILL of {victim}", seed=7) as count:
-        while kills < MOMENTS or process.exitcode != 0:
-            folder = tmp_path / f"{runs}"
-            process = start(folder)
-            while kills < MOMENTS and process.is_alive():
-                wait_for_the_moment(process, folder, rng, kills, seconds)
-                found, family = prey(process, named), descendants(process.pid)
-                if not found or not process.is_alive():
-                    process.join(0.1)
-                    continue
-                os.kill(rng.choice(found), signal.SIGKILL)
-                kills = count.tried = kills + 1
-                half += 0 < whole_lines(folder).total() < every.total()
-                if victim != "a worker of Ray":
-                    process.join(120)
-                    assert not process.is_alive(), "whoever loses its engine ends"
-                    began = time.monotonic()
-                    agents += [pid for pid in family if "agent" in command(pid).lower()]
-                    assert not (left := still_there([*{*family} - {*agents}])), left
-                    slowest = max(slowest, time.monotonic() - began)
-            process.join(300)
-            ends = (0,) if victim == "a worker of Ray" else (0, 2, -9)
-            assert process.exitcode in ends, (folder / "log").read_text()[-3000:]
-            if process.exitcode == 2:
-                said = [line for line in (folder / "log").read_text(errors="replace").splitlines()
-                        if line.startswith("medvlthinker: ")]
-                assert "kept, run again" in said[-1] or "cannot be loaded" in said[-1], said
-            assert whole_lines(folder) <= every, "what is there is right, and there once"
-            runs += process.exitcode == 0
-            if process.exitcode == 0:
-                assert contents(folder) == expected and not list(folder.rglob("*.part"))
-        assert not (left := still_there(agents, 120)), left  # Ray's agents take a minute
-        count.survived = kills
+    while kills < MOMENTS or process.exitcode != 0:
+        folder = tmp_path / f"{runs}"
+        process = start(folder)
+        while kills < MOMENTS and process.is_alive():
+            wait_for_the_moment(process, folder, rng, kills, seconds)
+            found, family = prey(process, named), descendants(process.pid)
+            if not found or not process.is_alive():
+                process.join(0.1)
+                continue
+            os.kill(rng.choice(found), signal.SIGKILL)
+            kills += 1
+            half += 0 < whole_lines(folder).total() < every.total()
+            if victim != "a worker of Ray":
+                process.join(120)
+                assert not process.is_alive(), "whoever loses its engine ends"
+                began = time.monotonic()
+                agents += [pid for pid in family if "agent" in command(pid).lower()]
+                assert not (left := still_there([*{*family} - {*agents}])), left
+                slowest = max(slowest, time.monotonic() - began)
+        process.join(300)
+        ends = (0,) if victim == "a worker of Ray" else (0, 2, -9)
+        assert process.exitcode in ends, (folder / "log").read_text()[-3000:]
+        if process.exitcode == 2:
+            said = [line for line in (folder / "log").read_text(errors="replace").splitlines()
+                    if line.startswith("medvlthinker: ")]
+            assert "kept, run again" in said[-1] or "cannot be loaded" in said[-1], said
+        assert whole_lines(folder) <= every, "what is there is right, and there once"
+        runs += process.exitcode == 0
+        if process.exitcode == 0:
+            assert contents(folder) == expected and not list(folder.rglob("*.part"))
+    assert not (left := still_there(agents, 120)), left  # Ray's agents take a minute
     print(f"{kills} kills of {victim}, {half} with a part of the lines there; what it had started "
           f"was gone after {slowest:.1f} s at most")
 

@@ -82,7 +82,7 @@ def ended(process) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_killed_at_ten_moments(start, tmp_path, tally, sampling):
+def test_killed_at_ten_moments(start, tmp_path, sampling):
     "Two sets in one stream; what was whole at the kill is not computed again."
     ended(start(tmp_path / "first", sampling))  # pays for imports
     began = time.monotonic()
@@ -90,27 +90,25 @@ def test_killed_at_ten_moments(start, tmp_path, tally, sampling):
     seconds, expected = time.monotonic() - began, contents(tmp_path / "whole")
     every = whole_lines(tmp_path / "whole")
     rng, half = random.Random(20), 0
-    with tally("faults", "SIGKILL of a rollout", seed=20) as count:
-        for trial in range(10):
-            folder, count.tried = tmp_path / f"{trial}", count.tried + 1
-            process = start(folder, sampling)
-            if trial % 2:  # at any moment
-                process.join(rng.uniform(0.05, 0.95) * seconds)
-            wanted = 0 if trial % 2 else rng.randrange(1, len(every))
-            while process.is_alive() and whole_lines(folder).total() < wanted:
-                time.sleep(0.002)
-            process.kill()
-            process.join()
-            before, batches = whole_lines(folder), len(computed(folder / "log"))
-            assert before <= every, "what is there is right, and there once"
-            half += 0 < before.total() < every.total()
-            ended(start(folder, sampling))
-            assert contents(folder) == expected
-            assert not list(folder.rglob("*.part")), "nothing half-written is left"
-            stored = {(row["dataset_name"], row["index"]) for row in map(from_line, before)}
-            for name, places in computed(folder / "log")[batches:]:
-                assert not {(name, i) for i in places} <= stored, "this batch was whole"
-            count.survived += 1
+    for trial in range(10):
+        folder = tmp_path / f"{trial}"
+        process = start(folder, sampling)
+        if trial % 2:  # at any moment
+            process.join(rng.uniform(0.05, 0.95) * seconds)
+        wanted = 0 if trial % 2 else rng.randrange(1, len(every))
+        while process.is_alive() and whole_lines(folder).total() < wanted:
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        before, batches = whole_lines(folder), len(computed(folder / "log"))
+        assert before <= every, "what is there is right, and there once"
+        half += 0 < before.total() < every.total()
+        ended(start(folder, sampling))
+        assert contents(folder) == expected
+        assert not list(folder.rglob("*.part")), "nothing half-written is left"
+        stored = {(row["dataset_name"], row["index"]) for row in map(from_line, before)}
+        for name, places in computed(folder / "log")[batches:]:
+            assert not {(name, i) for i in places} <= stored, "this batch was whole"
     assert half >= 4, f"only {half} of ten kills met a half-finished rollout"
 
 
@@ -133,18 +131,15 @@ def test_cut_at_any_byte(tmp_path):
 # ---- two at once ----
 
 
-def test_two_processes_on_one_rollout(start, tmp_path, tally):
+def test_two_processes_on_one_rollout(start, tmp_path):
     "One works and the other waits, which it says in one sentence; the bytes are those of one."
-    with tally("faults", "two rollouts at once, one folder") as count:
-        count.tried += 1
-        names = ["pmc_vqa"]
-        both = [start(tmp_path / "shared", names=names, log=log) for log in ("one", "two")]
-        [ended(process) for process in (*both, start(tmp_path / "alone", names=names))]
-        assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-        texts = [(tmp_path / "shared" / log).read_text() for log in ("one", "two")]
-        assert sum(text.count("Another process is working in") for text in texts) == 1
-        assert sorted(len(computed(tmp_path / "shared" / log)) for log in ("one", "two")) == [0, 3]
-        count.survived += 1
+    names = ["pmc_vqa"]
+    both = [start(tmp_path / "shared", names=names, log=log) for log in ("one", "two")]
+    [ended(process) for process in (*both, start(tmp_path / "alone", names=names))]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    texts = [(tmp_path / "shared" / log).read_text() for log in ("one", "two")]
+    assert sum(text.count("Another process is working in") for text in texts) == 1
+    assert sorted(len(computed(tmp_path / "shared" / log)) for log in ("one", "two")) == [0, 3]
 
 
 def test_several_rollouts_in_opposite_order(start, tmp_path):
@@ -177,7 +172,7 @@ generate(synthetic.benchmark("pmc_vqa", 200), Shuffled(answer), Sampling(), sys.
 """
 
 
-def test_locks_that_hold_nobody(tmp_path, tally):
+def test_locks_that_hold_nobody(tmp_path):
     "On a file system that ignores locks work is done twice, and the bytes are right."
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "sitecustomize.py").write_text(UNLOCKED)
@@ -188,19 +183,15 @@ def test_locks_that_hold_nobody(tmp_path, tally):
         return subprocess.Popen(words, env=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True)
 
-    unlocked = tally("faults", "two writers of one rollout, on a file system that ignores locks")
-    with unlocked as count:
-        for trial in range(3):
-            count.tried += 1
-            both = [write(f"both-{trial}", name) for name in ("one", "two")]
-            said = [process.communicate()[0] for process in both]
-            assert [process.returncode for process in both] == [0, 0], said
-            assert not any("Another process" in text for text in said)
-            if not trial:
-                assert write("alone", "three").wait() == 0
-            assert contents(tmp_path / f"both-{trial}") == contents(tmp_path / "alone")
-            load_rollout(next((tmp_path / f"both-{trial}").glob("*/rollout.json")).parent)
-            count.survived += 1
+    for trial in range(3):
+        both = [write(f"both-{trial}", name) for name in ("one", "two")]
+        said = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        assert not any("Another process" in text for text in said)
+        if not trial:
+            assert write("alone", "three").wait() == 0
+        assert contents(tmp_path / f"both-{trial}") == contents(tmp_path / "alone")
+        load_rollout(next((tmp_path / f"both-{trial}").glob("*/rollout.json")).parent)
 
 
 # ---- damaged ----
@@ -235,26 +226,23 @@ DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; w
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_lines_are_asked_again(tmp_path, tally, damage, state):
+def test_damaged_lines_are_asked_again(tmp_path, damage, state):
     "Only those, and the bytes are as before."
     samples, asked = sets(8)["pmc_vqa"], []
     rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
     whole, record = rollout.path.read_bytes(), rollout.folder / "rollout.json"
     harm, lost = DAMAGES[damage]
-    with tally("faults", f"a rollout's file: {damage}") as count:
-        count.tried += 1
-        rollout.path.unlink()
-        if (data := harm(whole)) is not None:
-            rollout.path.write_bytes(data)
-        if state == "unfinished":
-            known = json.loads(record.read_text())
-            del known["finished"]
-            record.write_text(json.dumps(known))
-        assert not lost or reads_wrong(rollout.folder)
-        asked.clear()
-        again = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
-        assert (again.path.read_bytes(), {*asked}) == (whole, {*lost})
-        count.survived += 1
+    rollout.path.unlink()
+    if (data := harm(whole)) is not None:
+        rollout.path.write_bytes(data)
+    if state == "unfinished":
+        known = json.loads(record.read_text())
+        del known["finished"]
+        record.write_text(json.dumps(known))
+    assert not lost or reads_wrong(rollout.folder)
+    asked.clear()
+    again = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+    assert (again.path.read_bytes(), {*asked}) == (whole, {*lost})
 
 
 def reads_wrong(folder: Path) -> bool:
@@ -304,13 +292,11 @@ def small_disk(folder: Path, size: str):
 
 
 @pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])
-def test_a_full_disk_keeps_what_was_finished(tmp_path, tally, room):
+def test_a_full_disk_keeps_what_was_finished(tmp_path, room):
     "One sentence; whole lines stay, and with room again only the others are asked."
     samples, asked = synthetic.benchmark("pmc_vqa", 200), []
-    full_disk = tally("faults", "full disk, a rollout")
-    with small_disk(tmp_path / "disk", "300k") as disk, full_disk as count:
+    with small_disk(tmp_path / "disk", "300k") as disk:
         (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
-        count.tried += 1
         with pytest.raises(UserError, match="cannot be written .No space left on device.; what was "
                                             "finished before is kept"):
             generate(samples, counting(asked), GREEDY, disk / "run", quiet)
@@ -322,7 +308,6 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, tally, room):
         assert len(asked) == 200 - kept.total()
         generate(samples, counting([]), GREEDY, tmp_path / "elsewhere", quiet)
         assert contents(disk / "run") == contents(tmp_path / "elsewhere")
-        count.survived += 1
 
 
 # ---- another rollout ----

@@ -1,17 +1,21 @@
-"What the scripts of this folder share; each measures one thing, alone or through tests/speed/bench.py."
+"What the scripts of this folder share; each measures one thing, alone or through bench.py."
+import os
 import statistics
 import time
 from datetime import date
+from pathlib import Path
 from typing import NamedTuple
 
 from medvlthinker.core.files import environment_info
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Bound(NamedTuple):
-    "What a measurement is held to."
+    "What a measurement must keep."
     what: str
     unit: str
-    bound: float  # 0 where the value is stated only
+    bound: float  # 0 where the value is only stated
     side: str = "at most"
 
 
@@ -29,16 +33,39 @@ def seconds(act, times: int = 1) -> float:
     return statistics.median(taken)
 
 
+def alternate(ours, rival, turns: int = 5, before=lambda: None) -> list[tuple[float, float]]:
+    "Seconds of ours and of the rival, in turns; who comes first changes, and one turn warms up."
+    taken = []
+    for turn in range(turns + 1):  # what runs later finds a warmer machine
+        found = {}
+        for act in (rival, ours) if turn % 2 else (ours, rival):
+            before()
+            found[act] = seconds(act)
+        taken.append((found[ours], found[rival]))
+    ours_seconds, rival_seconds = (statistics.median(column) for column in zip(*taken[1:]))
+    print(f"    {turns} turns: ours {ours_seconds:.3g} s, the rival {rival_seconds:.3g} s",
+          flush=True)
+    return taken[1:]
+
+
 def quiet(line: str) -> None:
     "What a rollout shows is not measured."
 
 
-def report(measure, bounds: tuple[Bound, ...]) -> None:
-    "Run one measurement and print its values, with date and machine."
-    what = f": {measure.__doc__}" if measure.__doc__ else ""
-    print(f"{date.today()}, {environment_info()['machine']}{what}")
+def report(measure, bounds: tuple[Bound, ...]) -> int:
+    "Run one measurement and print its values, each with its spread; how many bounds are missed."
+    missed = 0
+    print(f"{measure.__name__}: {measure.__doc__}\n    {date.today()}, "
+          f"{environment_info()['machine']}, load {os.getloadavg()[0]:.1f}", flush=True)
     try:
-        for value, given in zip(measure(), bounds):
-            print(f"{given.what}: {value:.4g} {given.unit} ({given.side} {given.bound:g})")
+        for found, (what, unit, bound, side) in zip(measure(), bounds):
+            values = found if isinstance(found, list) else [found]
+            value = statistics.median(values)
+            kept = value <= bound if side == "at most" else value >= bound
+            spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+            missed += not kept
+            print(f"    {what}: {value:.4g} {unit}{spread}, {side} {bound:g}: "
+                  f"{'holds' if kept else 'DOES NOT HOLD'}", flush=True)
     except NotHere as reason:
-        print(f"Not measured on this machine: {reason}.")
+        print(f"    Not measured on this machine: {reason}.")
+    return missed

@@ -2,8 +2,9 @@
 import importlib.util
 import sys
 import tempfile
+from functools import partial
 
-from measuring import Bound, NotHere, quiet, report, seconds
+from measuring import Bound, NotHere, alternate, quiet, report
 from medvlthinker.data import synthetic
 from medvlthinker.app.profile import Workspace
 from medvlthinker.generation.engine import open_engine
@@ -19,15 +20,15 @@ def ray_rate(model: str = "tiny"):
     if not all(map(importlib.util.find_spec, ("vllm", "ray"))):
         raise NotHere("vLLM and Ray are not both installed (./reproduce.sh setup full)")
     samples, checkpoints = synthetic.benchmark("pmc_vqa", 1000), Workspace("smoke").checkpoints
-    taken = {}
-    for name in ("vllm", "ray"):
-        engine = open_engine(EngineSettings(model=model, engine=name, checkpoints=str(checkpoints)))
-        for turn in range(3):  # the first warms up
-            with tempfile.TemporaryDirectory() as folder:
-                sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
-                taken[name, turn] = seconds(
-                    lambda: generate(samples, engine, sampling, folder, quiet))
-    yield min(taken["ray", i] for i in (1, 2)) / min(taken["vllm", i] for i in (1, 2))
+    engines = [open_engine(EngineSettings(model=model, engine=name, checkpoints=str(checkpoints)))
+               for name in ("ray", "vllm")]
+
+    def ask(engine):
+        with tempfile.TemporaryDirectory() as folder:
+            sampling = Sampling(n=4, temperature=1.0, max_tokens=40)
+            generate(samples, engine, sampling, folder, quiet)
+
+    yield [ray / vllm for ray, vllm in alternate(*(partial(ask, each) for each in engines), 3)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 "What a rollout by transformers costs over bare generate."
-import statistics
 import sys
 import tempfile
 
-from measuring import Bound, quiet, report, seconds
+from measuring import Bound, alternate, quiet, report
 from medvlthinker.data import synthetic
 from medvlthinker.app.profile import Workspace
 from medvlthinker.generation.engine import batches, open_engine
@@ -40,11 +39,9 @@ def transformers_rate(model: str = "tiny"):
         with tempfile.TemporaryDirectory() as folder:
             generate(samples, engine, sampling, folder, quiet)
 
-    bare()
-    turns = [(seconds(bare), seconds(ours)) for _ in range(5)]
-    alone, whole = (statistics.median(column) for column in zip(*turns))
-    yield whole / alone
-    yield 1000 * (whole - alone) / len(samples)
+    turns = alternate(ours, bare)
+    yield [whole / alone for whole, alone in turns]
+    yield [1000 * (whole - alone) / len(samples) for whole, alone in turns]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 "What a rollout leaves of the rate of bare vLLM."
 import importlib.util
-import statistics
 import sys
 import tempfile
 
-from measuring import Bound, NotHere, quiet, report, seconds
+from measuring import Bound, NotHere, alternate, quiet, report
 from medvlthinker.data import synthetic
 from medvlthinker.app.profile import Workspace
 from medvlthinker.generation.engine import _pil_chat, open_engine
@@ -13,7 +12,6 @@ from medvlthinker.generation.rollout import generate
 
 BOUNDS = (Bound("a rollout's rate over that of bare LLM.chat (tiny model on the CPU, 2,000 image "
                 "questions, n=4)", "x", 0.95, "at least"),)
-TURNS = 5  # the first warms up
 
 
 def vllm_rate(model: str = "tiny", number: int = 2000):
@@ -43,16 +41,7 @@ def vllm_rate(model: str = "tiny", number: int = 2000):
     def bare():  # its images are decoded beforehand
         llm.chat(chats, params, use_tqdm=False)
 
-    ratios = []
-    for turn in range(TURNS):  # who comes first changes: what runs later finds a warmer machine
-        taken = {}
-        for act in (bare, ours) if turn % 2 else (ours, bare):
-            fresh()
-            taken[act] = seconds(act)
-        ratios.append(taken[bare] / taken[ours])
-        print(f"    turn {turn}: bare {taken[bare]:.1f} s, ours {taken[ours]:.1f} s", flush=True)
-    print(f"    {TURNS - 1} ratios from {min(ratios[1:]):.2f} to {max(ratios[1:]):.2f}")
-    yield statistics.median(ratios[1:])
+    yield [alone / whole for whole, alone in alternate(ours, bare, 4, before=fresh)]
 
 
 if __name__ == "__main__":

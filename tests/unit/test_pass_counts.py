@@ -178,7 +178,7 @@ def act(folder, target, kill_at=0):
     curate(folder / "large.parquet", pd.read_pickle(folder / "decisions.pickle"), target, by="tiny")
 
 
-def test_six_kills(large, tmp_path, tally):
+def test_six_kills(large, tmp_path):
     def run(target, kill_at=0):
         process = warm.FORK.Process(target=act, args=(large, target, kill_at))
         process.start()
@@ -191,17 +191,14 @@ def test_six_kills(large, tmp_path, tally):
     assert run(tmp_path / "whole") == 0
     want = files(tmp_path / "whole")
     assert sorted(want) == [".lock", "large-tiny-easy_to_hard.dropped.jsonl", "large-tiny-easy_to_hard.parquet"]
-    with tally("faults", "SIGKILL of a curation", seed=22) as count:
-        for kill_at in range(1, 7):
-            target = tmp_path / f"killed-{kill_at}"
-            count.tried += 1
-            assert run(target, kill_at) == -signal.SIGKILL
-            before = {name: data for name, data in files(target).items() if not name.startswith(".")}
-            assert before.items() <= want.items() and "large-tiny-easy_to_hard.parquet" not in before, "what has its name is whole"
-            assert run(target) == 0
-            assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, "nothing half-written is left"
-            assert files(target) == want
-            count.survived += 1
+    for kill_at in range(1, 7):
+        target = tmp_path / f"killed-{kill_at}"
+        assert run(target, kill_at) == -signal.SIGKILL
+        before = {name: data for name, data in files(target).items() if not name.startswith(".")}
+        assert before.items() <= want.items() and "large-tiny-easy_to_hard.parquet" not in before, "what has its name is whole"
+        assert run(target) == 0
+        assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}, "nothing half-written is left"
+        assert files(target) == want
 
 
 def test_memory_holds(large, tmp_path):

@@ -1,0 +1,62 @@
+"The default profile from nothing to tables, and the test suite."
+import contextlib
+import os
+import subprocess
+import tempfile
+import threading
+import time
+
+import psutil
+from measuring import ROOT, Bound, report
+from medvlthinker.core.files import UserError
+
+BOUNDS = (
+    Bound("./reproduce.sh, the whole of smoke, set up before", "s", 720),
+    Bound("./reproduce.sh smoke, peak memory of all processes together", "GiB", 4e9 / 2**30),
+    Bound("second ./reproduce.sh", "s", 10),
+    Bound("./reproduce.sh results, after a run", "s", 60),
+    Bound("./reproduce.sh test", "s", 900))
+
+
+def memory(process) -> int:
+    "Bytes of a process; what several share counts once."
+    try:
+        return process.memory_full_info().pss
+    except (psutil.Error, AttributeError):  # it has ended, or the system does not say
+        return 0
+
+
+def run(home: str, *words: str) -> tuple[float, float]:
+    "Seconds and peak memory in GiB, all processes together, of a command of ./reproduce.sh."
+    own, most, done = {**os.environ, "MEDVLTHINKER_HOME": home}, [0], threading.Event()
+    process = psutil.Popen(["./reproduce.sh", *words], cwd=ROOT, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, env=own)
+
+    def watch():
+        while not done.wait(1):
+            with contextlib.suppress(psutil.Error):
+                every = [process, *process.children(recursive=True)]
+                most.append(sum(map(memory, every)))
+
+    (watcher := threading.Thread(target=watch)).start()
+    began = time.perf_counter()
+    code, taken = process.wait(), time.perf_counter() - began
+    done.set()
+    watcher.join()
+    if code:
+        raise UserError(f"./reproduce.sh {' '.join(words)} ended with exit code {code}; what it "
+                        "took says nothing. Run it by itself.")
+    return taken, max(most) / 2**30
+
+
+def whole():
+    "Data, curation, six recipes, evaluation, results and audit; again; and the tests."
+    with tempfile.TemporaryDirectory() as home:
+        yield from run(home, "smoke")
+        yield [run(home, "smoke")[0] for _ in range(3)]
+        yield run(home, "results", "smoke")[0]
+        yield run(home, "test")[0]
+
+
+if __name__ == "__main__":
+    report(whole, BOUNDS)
