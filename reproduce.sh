@@ -237,8 +237,8 @@ case "${1:-}" in
         shift; ready; run medvlthinker.app.commands train "$@" ;;
     results)
         ready; run medvlthinker.app.pipeline "$@" ;;
-    compare)
-        ready; run medvlthinker.results.contract "$@" ;;
+    compare | check-paper)
+        shift; ready; run medvlthinker.app.commands check-paper "$@" ;;
     rollout)
         shift; ready; run medvlthinker.app.runs "$@" ;;
     preflight | look | parity | regrade | exchange | merge | push)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'preflight', 'stored_rollouts', 'two_sides', 'find_rollouts', 'parity', 'look', 'regrade', 'exchange',
-           'merge_checkpoint', 'describe_model', 'publish', 'train', 'main']
+           'merge_checkpoint', 'describe_model', 'publish', 'train', 'check_paper', 'main']
 
 # %% ../../nbs/app/78_commands.ipynb #c78a04
 import os
@@ -20,9 +20,9 @@ from ..core.grade import RULES
 from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
-from medvlthinker.app.runs import (
-    engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder, training_data,
-    training_places)
+from .runs import (
+    engine_settings, launch_rollout, question_sets, rollouts, rollouts_folder, stored_records,
+    training_data, training_places)
 from .profile import Profile, Workspace, load_profile, parse_words
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
@@ -37,7 +37,8 @@ from ..generation.model import folder_name, prompt_format, resolve_model
 from ..generation.request import Sampling
 from ..generation.rollout import (
     Rollout, load_rollout, rollout_record, samples_fingerprint)
-from ..results.report import stored_records
+from ..results.claims import compare_to_paper, comparison_lines, stored_pass_counts
+from ..results.published import published
 from ..training.checkpoint import merge_recipe
 from ..training.recipe import Recipe
 from ..training.sft import check_machine, read_recipe
@@ -363,9 +364,29 @@ def train(
     write_card(recipe, profile, Workspace(name))
     print(f"{recipe.name} is ready: {final}")
 
+# %% ../../nbs/app/78_commands.ipynb #c78a51
+def check_paper(
+    words: list[str],  # [profile] [key=value ...]
+) -> None:
+    "Set the paper's numbers beside what a profile measured."
+    name, given = parse_words(words)
+    profile = load_profile(name, **given)
+    records, results = stored_records(profile), Workspace(profile.name).results
+    counts = [] if profile.source == "synthetic" else stored_pass_counts(
+        results / f"difficulty_{profile.source}.csv")
+    repeats = stored_records(profile, "repeats.json")
+    print(*comparison_lines(compare_to_paper(published(), records, repeats, counts)), sep="\n")
+    if not records:
+        print(f"Nothing has been evaluated in the profile {profile.name} yet; "
+              f"./reproduce.sh {profile.name} does it.")
+    elif any(record["source"] == "synthetic" for record in records):
+        print("What was measured on drawn scans is not compared with the paper: it tests the "
+              "machinery and means nothing medical.")
+
 # %% ../../nbs/app/78_commands.ipynb #c78a32
 VERBS = {"preflight": preflight, "parity": parity, "look": look, "regrade": regrade,
-         "exchange": exchange, "train": train, "merge": merge_checkpoint, "card": describe_model, "push": publish}
+         "exchange": exchange, "train": train, "check-paper": check_paper,
+         "merge": merge_checkpoint, "card": describe_model, "push": publish}
 
 
 def main(

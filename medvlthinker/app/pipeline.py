@@ -22,7 +22,7 @@ from .crate import write_cards
 from ..generation.engine import check_nodes, copies, vllm_arguments
 from .runs import ask_words, evaluation_samplings, training_places
 from ..generation.request import Sampling
-from ..results.report import stored_records
+from .runs import stored_records
 from ..generation.request import Hardware
 from ..training.grpo import vllm_settings
 from ..training.memory import estimate, gib, machine_of, settings_that_fit
@@ -554,7 +554,7 @@ def _outline(step: Step, profile: Profile) -> dict[str, str]:
             "3_train": lambda: _training(RECIPES[step.value], profile),
             "4_evaluate": lambda: {"reads": f"samples/{source}/, {place(step.value)}", "writes": f"rollouts/{folder_name(step.value)}/{source}/, results/{source}/{folder_name(step.value)}/", **_asking(profile, {step.value: evaluation_samplings(profile, step.value)})},
             "5_results": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/, figures/", "hardware": "CPU"},
-            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/contract.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": shlex.join(call)}
+            "6_audit": lambda: {"reads": f"results/{source}/*/, results/difficulty_{source}.csv", "writes": "results/audit.csv, results/check_paper.csv, figures/", "hardware": "CPU"}}[step.notebook]() | {"notebook": shlex.join(call)}
 
 
 def _asking(profile: Profile, samplings: dict[str, list[Sampling]], kind: str = "benchmark") -> dict[str, str]:

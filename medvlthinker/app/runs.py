@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask', 'rollouts', 'num_samples',
            'evaluation_samplings', 'ask_words', 'launch_rollout', 'main', 'data_file', 'training_data',
-           'training_places']
+           'training_places', 'stored_records']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
 import dataclasses, sys
@@ -19,11 +19,12 @@ from ..data.corpora import (
     available_corpora, corpus_file, load_corpus, load_reasoning, reasoning_file)
 from ..data.sample import Sample
 from .profile import Profile, Workspace, load_profile, overrides, parse_words
+from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
 from ..generation.model import folder_name
 from ..generation.request import EngineSettings, Hardware, Sampling
 from ..generation.rollout import Job, Rollout, generate_all
-from ..training.recipe import BASES, RECIPES, Recipe
+from ..training.recipe import BASES, RECIPES, Recipe, wanted
 
 # %% ../../nbs/app/71_runs.ipynb #347cb6fd
 KINDS = ("benchmark", "corpus")
@@ -209,3 +210,12 @@ def training_places(
     workspace = Workspace(profile.name)
     logs = workspace.logs / recipe.name
     return data_file(recipe, profile, workspace), workspace.checkpoints, logs
+
+# %% ../../nbs/app/71_runs.ipynb #cc987a84
+def stored_records(
+    profile: Profile,
+    name: str = "evaluation.json",  # or repeats.json, of several answers a question
+) -> list[dict]:
+    "The records of a profile's models and of the recipes that it trains; missing ones are left out."
+    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
+    return read_records(Workspace(profile.name).results / profile.source, models, name)

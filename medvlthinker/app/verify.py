@@ -21,7 +21,7 @@ from ..generation.model import folder_name, model_fingerprint
 from ..evaluation.evaluate import count_right, grade_rollout
 from ..core.grade import RULES
 from ..data.prompt import INSTRUCTIONS
-from ..results.report import AVERAGE, HEADINGS
+from ..results.tables import AVERAGE, HEADINGS
 from ..generation.rollout import Rollout, load_rollout, rollout_record, samples_fingerprint
 from ..data.sample import SampleFile
 

@@ -36,7 +36,8 @@ class UserError(Exception):
 # %% ../../nbs/core/00_files.ipynb #c2b24522
 _NOTEBOOKS = (
     "nbdev", "fastcore", "papermill", "doit", "ipykernel", "IPython", "ipywidgets", "jupyterlab",
-    "nbconvert", "plotly", "kaleido", "pypandoc", "bs4", "mlcroissant", "rocrate")
+    "nbconvert", "plotly", "kaleido", "pypandoc", "bs4", "mlcroissant", "rocrate",
+    "jinja2")
 EXTRAS = {  # module -> the extra of this package that brings it
     "torch": "torch", "torchvision": "torch", "trl": "train", "peft": "train",
     "accelerate": "torch", "vllm": "vllm", "verl": "verl", "ray": "ray",

@@ -20,7 +20,7 @@ from ..app.profile import Profile, Workspace
 from ..data.corpora import corpus_file, corpus_names
 from ..core.grade import RULES, grade
 from ..training.recipe import wanted
-from .report import SYNTHETIC_NOTE
+from .tables import SYNTHETIC_NOTE
 from ..app.runs import KINDS
 from ..generation.model import folder_name, prompt_format
 from ..generation.rollout import Rollout, load_rollout, samples_fingerprint

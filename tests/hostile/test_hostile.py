@@ -35,7 +35,7 @@ from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, s
 from medvlthinker.app.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
-from medvlthinker.results.report import results_table, to_csv
+from medvlthinker.results.tables import results_table, to_csv
 from medvlthinker.evaluation.evaluate import grade_rollout, store_record
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling

@@ -18,7 +18,7 @@ from medvlthinker.app.crate import CRATE, run_files, write_cards
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.generation.request import Sampling
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
-from medvlthinker.results.report import results_table, write_table
+from medvlthinker.results.tables import results_table, write_table
 from medvlthinker.app.runs import rollouts
 from medvlthinker.app.verify import findings, main
 
