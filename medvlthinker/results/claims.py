@@ -9,9 +9,10 @@ __all__ = ['Finding', 'PAIRS', 'CLOSED', 'CHANCE', 'FORMAT_VARIANTS', 'CLAIMED',
            'new_records', 'on_par_with_gpt4o', 'three_runs', 'averages_recompute', 'one_denominator',
            'cells_are_possible', 'order_is_one', 'above_chance', 'one_grader', 'gain_is_not_format', 'greedy_shows_all',
            'bars_show_their_label', 'answers_stay_diverse', 'last_checkpoints', 'budgets_are_equal',
-           'filter_fits_the_model', 'audit', 'verdicts_markdown', 'calculations_markdown', 'calculation_table',
-           'measured_models', 'base_pairs', 'paired_differences', 'run_differences', 'difference_rows', 'audit_runs',
-           'compare_to_paper', 'comparison_lines', 'stored_pass_counts', 'agreement_table']
+           'filter_fits_the_model', 'audit_claims', 'markdown_table', 'verdicts_markdown', 'calculations_markdown',
+           'calculation_table', 'measured_models', 'base_pairs', 'paired_differences', 'run_differences',
+           'difference_rows', 'audit_runs', 'compare_to_paper', 'comparison_lines', 'stored_pass_counts',
+           'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
 import functools, inspect, math, re
@@ -41,7 +42,7 @@ def model_label(row: Published) -> str:
     "A model's name as the paper's first table has it."
     return recipe_label(row.recipe) if row.recipe else row.model
 
-
+# %% ../../nbs/results/63_claims.ipynb #bbbcf273
 def interval_verdict(
     low: float,  # of the interval of a difference
     high: float,
@@ -168,7 +169,7 @@ def text_beats_base(paper: Paper) -> Finding:
     "Does RL on text improve on the base model?"
     return _compare_recipes(paper, "text_beats_base")
 
-
+# %% ../../nbs/results/63_claims.ipynb #7f2d50b5
 def second_stage_beats_base(paper: Paper) -> Finding:
     "Is a model after two stages of training better than the base model?"
     return _compare_recipes(paper, "second_stage_beats_base")
@@ -207,8 +208,9 @@ def new_records(paper: Paper) -> Finding:
     "Is the best of the paper's models ahead of the best open rival on each of three sets?"
     own, lines, texts = [row for row in paper.rows if row.recipe], list[dict](), []
     for name in ("pmc_vqa", "slake_closed", "vqa_rad_closed"):
-        best = (max(rows, key=lambda row: row.scores[name]) for rows in (own, _rivals(paper)))
-        line = difference_interval(*best, names=[name])
+        first, second = (max(rows, key=lambda row: row.scores[name])
+                         for rows in (own, _rivals(paper)))
+        line = difference_interval(first, second, names=[name])
         del line["average by"], line["± if paired, at best"]
         lines.append({"benchmark": COLUMNS[name], **line})
         texts.append(f"{COLUMNS[name]}: {_differences_text([line])}")
@@ -253,8 +255,9 @@ def three_runs(paper: Paper) -> Finding:
 # %% ../../nbs/results/63_claims.ipynb #d1737196
 def averages_recompute(paper: Paper) -> Finding:
     "Is every printed average the mean of its six cells?"
-    lines = [{"model": model_label(row), "printed": str(row.average),
-              "recomputed": float(sum(row.scores.values()) / len(COLUMNS))} for row in paper.rows]
+    lines: list[dict] = [
+        {"model": model_label(row), "printed": str(row.average),
+         "recomputed": float(sum(row.scores.values()) / len(COLUMNS))} for row in paper.rows]
     off = [line["model"] for line in lines
            if abs(float(line["printed"]) - line["recomputed"]) > 0.00501]
     because = (f"{len(lines) - len(off)} of {len(lines)} recompute to within rounding"
@@ -264,7 +267,7 @@ def averages_recompute(paper: Paper) -> Finding:
 # %% ../../nbs/results/63_claims.ipynb #4b5d69dd
 def one_denominator(paper: Paper) -> Finding:
     "Are all MedX-M cells shares of the same number of questions?"
-    lines = []
+    lines: list[dict] = []
     for row in paper.rows:
         cell = row.scores["MedXpertQA-MM"]
         fits = [str(n) for n in (1996, 2000) if grim_test(cell, n, row.runs)]
@@ -295,9 +298,10 @@ def order_is_one(paper: Paper) -> Finding:
     "Do the models stand in the same order when every question weighs the same?"
     ranked = sorted(paper.rows, key=lambda row: -row.average)
     pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1:]]
-    lines = [{"first": model_label(a), "second": model_label(b),
-              "by benchmark": float(a.average - b.average), "by question": float(a.micro - b.micro)}
-             for a, b in pairs if a.micro < b.micro]
+    lines: list[dict] = [
+        {"first": model_label(a), "second": model_label(b),
+         "by benchmark": float(a.average - b.average), "by question": float(a.micro - b.micro)}
+        for a, b in pairs if a.micro < b.micro]
     lines.sort(key=lambda line: line["by question"])
     because = f"{len(lines)} of {len(pairs)} pairs change places"
     for line in lines[:1]:
@@ -338,9 +342,11 @@ FORMAT_VARIANTS = {
 
 def one_grader(paper: Paper) -> Finding:
     "Do reward, inference and table agree on what a right answer is?"
-    lines = [{"writing": name, "text": text}
-             | {rule: grade(text, {"A": "Yes", "B": "No"}, "B", rule).correct for rule in RULES}
-             for name, text in FORMAT_VARIANTS.items()]
+    options = {"A": "Yes", "B": "No"}
+    lines: list[dict] = [
+        {"writing": name, "text": text}
+        | {rule: grade(text, options, "B", rule).correct for rule in RULES}
+        for name, text in FORMAT_VARIANTS.items()]
     split = [line["writing"] for line in lines
              if not line["reward"] == line["strict"] == line["regrade"]]
     because = (f"Of {len(lines)} ways to write a right answer the paper's three rules disagree on "
@@ -379,7 +385,7 @@ def _mean_bars(paper: Paper) -> dict[str, tuple[float, float]]:
 
 def greedy_shows_all(paper: Paper) -> Finding:
     "Is a model's greedy accuracy what it reaches when it samples?"
-    lines = []
+    lines: list[dict] = []
     for model, (sampled, _) in _mean_bars(paper).items():
         if "@" not in model:
             greedy = float(paper.row(model).average)
@@ -428,9 +434,10 @@ def answers_stay_diverse(paper: Paper) -> Finding:
     """Does a trained model keep finding other answers when it is asked again?
 
     It does where pass@5 is well above the average."""
-    lines = [{"model": model, "average": average, "pass@5": passed,
-              "gain from asking again": passed - average}
-             for model, (average, passed) in _mean_bars(paper).items()]
+    lines: list[dict] = [
+        {"model": model, "average": average, "pass@5": passed,
+         "gain from asking again": passed - average}
+        for model, (average, passed) in _mean_bars(paper).items()]
     gains = {line["model"]: line["gain from asking again"] for line in lines}
     bases = [f"{gain:.1f}" for model, gain in gains.items() if model.startswith("Qwen")]
     parts: dict[str, list[str]] = {"at least a quarter of that": [], "less": []}
@@ -448,7 +455,7 @@ def answers_stay_diverse(paper: Paper) -> Finding:
 # %% ../../nbs/results/63_claims.ipynb #e89ae8e3
 def last_checkpoints(paper: Paper) -> Finding:
     "Is each published checkpoint the last of its run?"
-    lines = []
+    lines: list[dict] = []
     for recipe in (RECIPES[row.recipe] for row in paper.rows if row.recipe):
         last = total_steps(recipe, ROWS[recipe.method, recipe.corpus][0])
         lines.append({"recipe": recipe.name, "published step": recipe.published_step,
@@ -463,7 +470,7 @@ def last_checkpoints(paper: Paper) -> Finding:
 # %% ../../nbs/results/63_claims.ipynb #ebe5eba8
 def budgets_are_equal(paper: Paper) -> Finding:
     "Did RL on text and RL on images spend the same number of answers and updates?"
-    lines = {}
+    lines: dict[str, dict] = {}
     for recipe in (RECIPES[row.recipe] for row in paper.rows if row.recipe):
         steps, how = recipe.published_step, recipe.how
         if isinstance(how, Grpo):
@@ -503,7 +510,7 @@ ASKED = (text_beats_base, second_stage_beats_base, averages_recompute, one_denom
          budgets_are_equal, filter_fits_the_model)
 
 
-def audit(
+def audit_claims(
     paper: Paper,  # from `published`, or a copy with other numbers
     questions: Iterable[Callable[[Paper], Finding]] = CLAIMED + ASKED,
 ) -> dict[str, Verdict]:
@@ -511,24 +518,30 @@ def audit(
     return {question.__name__: give_verdict(question, paper) for question in questions}
 
 # %% ../../nbs/results/63_claims.ipynb #6fbc43f1
-def _pipe_table(rows: Iterable[dict]) -> str:
-    "Rows as a Markdown table; text that Markdown or HTML would read as a mark is escaped."
-    rows, escapes = [*rows], {"|": r"\|", "<": "&lt;", "\n": " ", "*": r"\*", "_": r"\_"}
+_MARKS = {"|": r"\|", "<": "&lt;", "*": r"\*", "_": r"\_", "\n": " "}
+
+
+def _escape(text) -> str:
+    "Text in which Markdown and HTML read no mark."
+    return "".join(_MARKS.get(c, c) for c in str(text))
+
+
+def markdown_table(rows: Iterable[dict]) -> str:
+    "Rows as a Markdown table; numbers with two digits."
+    rows = [*rows]
     head = dict.fromkeys(key for row in rows for key in row)
+    cells = [[number_text(x, 2) if isinstance(x, float) else _escape(x)
+              for x in (row.get(key, "") for key in head)] for row in rows]
+    lines = [[*map(_escape, head)], ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def text(value):
-        if isinstance(value, float):
-            return "" if value != value else number_text(value, 2)
-        return "".join(escapes.get(c, c) for c in str(value))
-
-    lines = [[*head], ["---"] * len(head), *([row.get(key, "") for key in head] for row in rows)]
-    return "\n".join(f"| {' | '.join(map(text, line))} |" for line in lines)
-
-
+# %% ../../nbs/results/63_claims.ipynb #a58958e0
 def verdicts_markdown(verdicts: dict[str, Verdict]) -> str:
-    "The verdicts as a Markdown table: what is claimed or asked, the verdict, and where."
-    return _pipe_table({"claim" if each.where != "asked here" else "question": each.question,
-                        "verdict": each.verdict, "where": each.where} for each in verdicts.values())
+    "The verdicts as a Markdown table: what is claimed or asked, the verdict, where it is claimed."
+    return markdown_table(
+        {"question": each.question, "verdict": each.verdict} if each.where == "asked here" else
+        {"claim": each.question, "verdict": each.verdict, "where": each.where}
+        for each in verdicts.values())
 
 # %% ../../nbs/results/63_claims.ipynb #c3c2a4ae
 def calculations_markdown(
@@ -540,10 +553,11 @@ def calculations_markdown(
     for each in verdicts.values():
         where = "; ".join(filter(None, (each.where, each.on and f"on {each.on}")))
         verdict = each.verdict[0].upper() + each.verdict[1:]
-        parts += [f"**{each.question}** ({where})", f"**{verdict}.** {each.because}"]
+        parts += [f"**{_escape(each.question)}** ({where})",
+                  f"**{verdict}.** {_escape(each.because)}"]
         if n := len(each.numbers):
             summary = f"<summary>the calculation: {n} line{'s' * (n > 1)}</summary>"
-            parts += [f"<details{' open' * (n <= most)}>{summary}", _pipe_table(each.numbers),
+            parts += [f"<details{' open' * (n <= most)}>{summary}", markdown_table(each.numbers),
                       "</details>"]
     return "\n\n".join(parts)
 
@@ -564,7 +578,7 @@ def measured_models(models: Iterable[str]) -> dict[str, str]:
     return {row.recipe or row.hub_id or row.model if row else model: model
             for model, row in rows.items()}
 
-
+# %% ../../nbs/results/63_claims.ipynb #7960c9fb
 def base_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
     "Every recipe among the models with the base model that it starts from, if both are there."
     known = measured_models(models)
@@ -615,7 +629,7 @@ def run_differences(
             "verdict": interval_verdict(macro["low"], macro["high"])})
     return lines
 
-
+# %% ../../nbs/results/63_claims.ipynb #d27ea72f
 def difference_rows(
     folder, models: Iterable[str], pairs: Iterable[tuple[str, str]], rule: str = "regrade",
 ) -> list[dict]:

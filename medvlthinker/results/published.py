@@ -29,8 +29,7 @@ def read_published(
 ) -> list[dict[str, str]]:  # the cells as printed, with a `source` in each row
     "The rows of one file of published numbers."
     path = files("medvlthinker") / "published" / f"{name}.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 # %% ../../nbs/results/60_published.ipynb #7a1a11c7
 @dataclass(frozen=True)

@@ -89,10 +89,10 @@ def test_every_claim_and_question_is_flipped_or_rests_on_code():
 
 
 def test_the_verdicts_on_the_seven_claims_are_these():
-    words = [verdict.verdict for verdict in claims.audit(PAPER, claims.CLAIMED).values()]
+    words = [verdict.verdict for verdict in claims.audit_claims(PAPER, claims.CLAIMED).values()]
     assert words == ["holds in part", "within noise", "within noise", "does not hold", "does not hold",
                      "within noise", "holds in part"]
-    table = claims.verdicts_markdown(claims.audit(PAPER, claims.CLAIMED)).splitlines()
+    table = claims.verdicts_markdown(claims.audit_claims(PAPER, claims.CLAIMED)).splitlines()
     assert len(table) == 2 + 7 and all(word in line for word, line in zip(words, table[2:]))
 
 
