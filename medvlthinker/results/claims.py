@@ -92,7 +92,7 @@ class Verdict:
     numbers: tuple[dict, ...]  # the calculation, a line a comparison
     on: str  # the published numbers, or which run
 
-
+# %% ../../nbs/results/63_claims.ipynb #0913e6ec
 _ANSWERS = {"holds": "yes", "holds in part": "in part", "does not hold": "no"}
 
 
@@ -687,7 +687,7 @@ def _published_numbers(paper: Paper) -> Iterator[tuple]:
         share = round(Decimal(100 * count) / sum(paper.histogram), 1)
         yield f"{k} of 16 right", "Qwen2.5-VL-7B-Instruct", "m23k", k, share
 
-
+# %% ../../nbs/results/63_claims.ipynb #7bd51058
 def _table_cells(record: dict) -> Iterator[tuple]:
     "What a record measured of the paper's tables: under their rule, whatever the record's own."
     six = {name: pair for name, pair in record["rules"]["regrade"].items() if name in COLUMNS}
@@ -706,7 +706,7 @@ def _repeat_cells(record: dict) -> Iterator[tuple]:
             what = names.get(measure) if rule == "regrade" else f"{measure}, strict"
             yield what, *(line[key] for key in ("dataset_name", "k", "percent", "low", "high", "n"))
 
-
+# %% ../../nbs/results/63_claims.ipynb #c11c0249
 def _pass_cells(lines: Iterable[dict]) -> Iterator[tuple]:
     "What pass counts measured: the share of questions with k right answers."
     lines = [*lines]

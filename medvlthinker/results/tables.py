@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'results_table', 'notes', 'truncation_notes', 'number_text',
-           'to_html', 'escape_latex', 'to_latex', 'to_csv', 'to_text', 'write_table', 'accuracy_figure']
+           'to_html', 'escape_latex', 'breakable_latex', 'to_latex', 'to_csv', 'to_text', 'write_table',
+           'accuracy_figure']
 
 # %% ../../nbs/results/61_tables.ipynb #055781a7
 import html, re, textwrap
@@ -272,14 +273,14 @@ def _lines(
             lines += [[text(cell) if cell else "" for cell in cells] for text in below.values()]
     return pd.DataFrame(lines, index=names, columns=[*HEADINGS.values()])
 
-# %% ../../nbs/results/61_tables.ipynb #6b557e65
-_USES = r"% needs \usepackage[T1]{fontenc} and the packages array, booktabs and longtable" + "\n"
-
-
-def _breakable(text: str) -> str:
+# %% ../../nbs/results/61_tables.ipynb #366166b4
+def breakable_latex(text: str) -> str:
     "Text that LaTeX may also break after a dash, a stroke or a bracket."
     parts = re.split(r"(?<=[-/_)])(?=\S)", text.replace(" - ", " − "))
     return r"\allowbreak{}".join(map(escape_latex, parts))
+
+# %% ../../nbs/results/61_tables.ipynb #6b557e65
+_USES = r"% needs \usepackage[T1]{fontenc} and the packages array, booktabs and longtable" + "\n"
 
 
 def to_latex(
@@ -290,7 +291,8 @@ def to_latex(
     import pandas as pd
 
     def name(block, model):
-        return _breakable(model) or rf"\midrule \emph{{{escape_latex(block)}}}"
+        title = rf"\midrule \makebox[0pt][l]{{\emph{{{escape_latex(block)}}}}}"
+        return breakable_latex(model) or title
 
     def value(cell):
         return (r"\textbf{%s}" if cell.best else "%s") % escape_latex(_value(cell))
@@ -306,7 +308,8 @@ def to_latex(
     text = lines.to_latex(
         longtable=True, escape=False, caption=escape_latex(TABLES[table["table"].iloc[0]]) + ".",
         column_format=r">{\raggedright\arraybackslash}p{70pt}" + "r" * len(HEADINGS))
-    size, said = r"{\footnotesize\setlength{\tabcolsep}{2pt}", _breakable(" ".join(notes(table)))
+    size = r"{\footnotesize\setlength{\tabcolsep}{2pt}"
+    said = breakable_latex(" ".join(notes(table)))
     return f"{_USES}{size}\n{text}\\scriptsize\\noindent {said}\\par}}\n"
 
 # %% ../../nbs/results/61_tables.ipynb #96ab052e
