@@ -633,12 +633,12 @@ def run_differences(
 def difference_rows(
     folder, models: Iterable[str], pairs: Iterable[tuple[str, str]], rule: str = "regrade",
 ) -> list[dict]:
-    "The same differences by benchmark, as `tables.results_table` takes them."
+    "The same differences by benchmark, in points, as `tables.results_table` takes them."
     rows = []
     for first, second, table in paired_differences(folder, models, pairs, rule):
         if isinstance(table, UserError):
             continue  # they were asked other questions; the audit says so
-        cells = {name: (line["difference"] / 100, line["low"] / 100, line["high"] / 100, line["n"])
+        cells = {name: (line["difference"], line["low"], line["high"], line["n"])
                  for name, line in table.to_dict("index").items()}
         average = cells.pop("macro average")
         cells |= {"average": average} if cells.keys() == COLUMNS.keys() else {}

@@ -76,14 +76,13 @@ def _our_cells(record: dict) -> list[dict]:
 
 # %% ../../nbs/results/61_tables.ipynb #6583d22d
 def _difference_cells(
-    row: dict,  # model, source, and differences: column -> (value, low, high, n), as fractions
+    row: dict,  # model, source, and differences: column -> (value, low, high, n), in points
 ) -> list[dict]:
-    "The cells of a row of differences, in points."
+    "The cells of a row of differences."
     facts = {"block": "Differences of this run, in points", "origin": "difference", "about": "",
              "source": row["source"], "model": row["model"]}
-    return [facts | {"column": column, "percent": 100 * value, "low": 100 * low, "high": 100 * high,
-                     "n": n}
-            for column, (value, low, high, n) in row["differences"].items() if column in HEADINGS]
+    return [facts | {"column": column} | dict(zip(("percent", "low", "high", "n"), cell))
+            for column, cell in row["differences"].items() if column in HEADINGS]
 
 # %% ../../nbs/results/61_tables.ipynb #df9d3387
 _LINE = ("table row block model origin source about column percent low high correct n").split()
