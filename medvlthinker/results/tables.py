@@ -388,10 +388,14 @@ def accuracy_figure(
                          model=models, whose=frame["block"].map(html.escape))
     figure = px.scatter(
         frame, x="percent", y="model", color="whose", symbol="whose", error_x="up",
-        error_x_minus="down", facet_row="benchmark", facet_row_spacing=0.02, range_x=[0, 100],
-        labels={"percent": "Accuracy (%)", "model": "", "whose": ""},
-        height=120 + len(HEADINGS) * (20 + 16 * frame["row"].nunique()),
+        error_x_minus="down", facet_col="benchmark", facet_col_wrap=2, facet_row_spacing=0.03,
+        range_x=[0, 100], labels={"percent": "Accuracy (%)", "model": "", "whose": ""},
+        height=120 + 4 * (40 + 15 * frame["row"].nunique()),
         template="plotly_dark" if dark else "plotly_white")
     figure.for_each_annotation(lambda title: title.update(text=title.text.split("=")[1]))
     figure.update_yaxes(autorange="reversed", dtick=1)
-    return figure.update_layout(legend=dict(orientation="h", y=1, yanchor="bottom"), margin_t=40)
+    said = [note for note in notes(table) if note == SYNTHETIC_NOTE]
+    text = "<br>".join(textwrap.wrap(" ".join(said), 90))
+    title = dict(text=text, font_size=11, x=0.02, y=0.99, yanchor="top")
+    legend = dict(orientation="h", y=1.02, yanchor="bottom")
+    return figure.update_layout(title=title, legend=legend, margin_t=120)
