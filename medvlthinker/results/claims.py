@@ -9,7 +9,7 @@ __all__ = ['Finding', 'PAIRS', 'CLOSED', 'CHANCE', 'FORMAT_VARIANTS', 'CLAIMED',
            'new_records', 'on_par_with_gpt4o', 'three_runs', 'averages_recompute', 'one_denominator',
            'cells_are_possible', 'order_is_one', 'above_chance', 'one_grader', 'gain_is_not_format', 'greedy_shows_all',
            'bars_show_their_label', 'answers_stay_diverse', 'last_checkpoints', 'budgets_are_equal',
-           'filter_fits_the_model', 'audit_claims', 'markdown_table', 'verdicts_markdown', 'calculations_markdown',
+           'filter_fits_the_model', 'audit_claims', 'rows_markdown', 'verdicts_markdown', 'calculations_markdown',
            'calculation_table', 'measured_models', 'base_pairs', 'paired_differences', 'run_differences',
            'difference_rows', 'audit_runs', 'compare_to_paper', 'comparison_lines', 'stored_pass_counts',
            'agreement_table']
@@ -526,7 +526,7 @@ def _escape(text) -> str:
     return "".join(_MARKS.get(c, c) for c in str(text))
 
 
-def markdown_table(rows: Iterable[dict]) -> str:
+def rows_markdown(rows: Iterable[dict]) -> str:
     "Rows as a Markdown table; numbers with two digits."
     rows = [*rows]
     head = dict.fromkeys(key for row in rows for key in row)
@@ -538,7 +538,7 @@ def markdown_table(rows: Iterable[dict]) -> str:
 # %% ../../nbs/results/63_claims.ipynb #a58958e0
 def verdicts_markdown(verdicts: dict[str, Verdict]) -> str:
     "The verdicts as a Markdown table: what is claimed or asked, the verdict, where it is claimed."
-    return markdown_table(
+    return rows_markdown(
         {"question": each.question, "verdict": each.verdict} if each.where == "asked here" else
         {"claim": each.question, "verdict": each.verdict, "where": each.where}
         for each in verdicts.values())
@@ -557,7 +557,7 @@ def calculations_markdown(
                   f"**{verdict}.** {_escape(each.because)}"]
         if n := len(each.numbers):
             summary = f"<summary>the calculation: {n} line{'s' * (n > 1)}</summary>"
-            parts += [f"<details{' open' * (n <= most)}>{summary}", markdown_table(each.numbers),
+            parts += [f"<details{' open' * (n <= most)}>{summary}", rows_markdown(each.numbers),
                       "</details>"]
     return "\n\n".join(parts)
 
