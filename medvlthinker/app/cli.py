@@ -282,7 +282,7 @@ def check_paper(words: Words = None) -> None:
     """
     from medvlthinker.app.commands import check_paper
 
-    check_paper(_profile(words))
+    check_paper(words or [])
 
 
 @app.command()

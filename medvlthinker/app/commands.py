@@ -23,7 +23,7 @@ from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
 from .runs import (
     ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
-    rollouts_folder, samplings, training_data, training_places)
+    rollouts_folder, samplings, stored_records, training_data, training_places)
 from .profile import Profile, Workspace, load_profile, parse_words
 from .verify import run_files, show_findings, trace
 from medvlthinker.evaluation.compare import (
@@ -40,9 +40,8 @@ from ..generation.model import folder_name, prompt_format, resolve_model
 from ..generation.request import Sampling
 from ..generation.rollout import (
     Rollout, load_rollout, rollout_record, samples_fingerprint)
-from ..results.contract import compare as compare_to_paper, counted, to_lines
+from ..results.claims import compare_to_paper, comparison_lines, stored_pass_counts
 from ..results.published import published
-from ..results.report import stored_records
 from ..training.checkpoint import merge_recipe
 from ..training.recipe import Recipe
 from ..training.sft import check_machine, read_recipe
@@ -474,14 +473,21 @@ def train(
     write_card(recipe, profile, Workspace(name))
     print(f"{recipe.name} is ready: {final}")
 
-# %% ../../nbs/app/77_commands.ipynb #c78e0012
+# %% ../../nbs/app/77_commands.ipynb #c78a51
 def check_paper(
-    profile: Profile,
+    words: list[str],  # [profile] [key=value ...]
 ) -> None:
-    "Each published number beside what the run measured."
-    measured, repeats = stored_records(profile), stored_records(profile, "repeats.json")
-    print(*to_lines(compare_to_paper(published(), measured, repeats, counted(profile))), sep="\n")
-    if not measured:
-        print(f"Nothing has been evaluated in the profile {profile.name} yet; ./reproduce.sh {profile.name} does it.")
-    elif any(record["source"] == "synthetic" for record in measured):
-        print("What was measured on drawn scans is not compared: it tests the machinery and means nothing medical.")
+    "Set the paper's numbers beside what a profile measured."
+    name, given = parse_words(words)
+    profile = load_profile(name, **given)
+    records, results = stored_records(profile), Workspace(profile.name).results
+    counts = [] if profile.source == "synthetic" else stored_pass_counts(
+        results / f"difficulty_{profile.source}.csv")
+    repeats = stored_records(profile, "repeats.json")
+    print(*comparison_lines(compare_to_paper(published(), records, repeats, counts)), sep="\n")
+    if not records:
+        print(f"Nothing has been evaluated in the profile {profile.name} yet; "
+              f"./reproduce.sh {profile.name} does it.")
+    elif any(record["source"] == "synthetic" for record in records):
+        print("What was measured on drawn scans is not compared with the paper: it tests the "
+              "machinery and means nothing medical.")

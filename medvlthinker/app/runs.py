@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts', 'num_samples',
            'evaluation_samplings', 'ask_words', 'launch_rollout', 'samplings', 'data_file', 'training_data',
-           'training_places', 'newest_rollout', 'stored_viewer', 'Step', 'steps']
+           'training_places', 'stored_records', 'newest_rollout', 'stored_viewer', 'Step', 'steps']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
 import contextlib, dataclasses, sys
@@ -21,6 +21,7 @@ from medvlthinker.data.corpora import (
     reasoning_file)
 from ..data.sample import Sample, SampleFile
 from .profile import Profile, Workspace, overrides
+from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
 from ..generation.model import folder_name, prompt_format
 from ..generation.request import EngineSettings, Hardware, Sampling
@@ -200,6 +201,15 @@ def training_places(
     workspace = Workspace(profile.name)
     logs = workspace.logs / recipe.name
     return data_file(recipe, profile, workspace), workspace.checkpoints, logs
+
+# %% ../../nbs/app/71_runs.ipynb #cc987a84
+def stored_records(
+    profile: Profile,
+    name: str = "evaluation.json",  # or repeats.json, of several answers a question
+) -> list[dict]:
+    "The records of a profile's models and of the recipes that it trains; missing ones are left out."
+    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
+    return read_records(Workspace(profile.name).results / profile.source, models, name)
 
 # %% ../../nbs/app/71_runs.ipynb #64b00002
 def newest_rollout(

@@ -23,7 +23,7 @@ from ..evaluation.evaluate import count_right, grade_rollout
 from ..generation.model import folder_name, model_fingerprint
 from ..generation.rollout import (
     Rollout, load_rollout, rollout_record, samples_fingerprint)
-from ..results.report import AVERAGE, HEADINGS
+from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
 def run_files(root: Path) -> list[Path]:

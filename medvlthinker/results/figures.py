@@ -17,7 +17,7 @@ from zlib import crc32
 from ..core.files import UserError, require_package, atomic_write
 from ..core.plots import COLOURS, series_style, write_figure
 from .published import COLUMNS, SIZES, Paper, data_sizes, recipe_label
-from .report import AVERAGE, HEADINGS, SYNTHETIC_NOTE, _tex
+from .tables import AVERAGE, HEADINGS, SYNTHETIC_NOTE, escape_latex as _tex
 from ..data.readers import escape_formula
 from ..core.stats import macro_average, wilson
 from ..training.train import SHOWN
@@ -261,7 +261,7 @@ def repeated_figure(
 
 # %% ../../nbs/results/62_figures.ipynb #e00c9203
 def our_repeated_frame(
-    records: list[dict],  # from report.stored_records(profile, "repeats.json")
+    records: list[dict],  # from runs.stored_records(profile, "repeats.json")
     rule: str = "regrade",  # one of grade.RULES
 ):  # as `repeated_frame`
     "Average, majority and pass@5 of our own answers."
@@ -385,7 +385,7 @@ def rules_frame(
 
 
 def our_rules_frame(
-    records: list[dict],  # from report.stored_records(profile)
+    records: list[dict],  # from runs.stored_records(profile)
 ):  # as `rules_frame`
     "Our stored completions under every rule, with intervals; an average only over all six benchmarks."
     lines = []

@@ -87,6 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in names} == {"medvlthinker", meta.split("/")[0]}, "no tests, no notebooks"
     assert not [name for name in names if name.endswith(".ipynb")] and "medvlthinker/py.typed" in names
     assert settings == (ROOT / "settings.ini").read_bytes() and (ROOT / "medvlthinker" / "settings.ini").is_symlink(), "one source of the profiles"
+    assert {f"medvlthinker/published/{path.name}" for path in (ROOT / "nbs" / "published").glob("*.csv")} == {name for name in names if name.endswith(".csv")}, "the published numbers"
     assert re.search(r"^Version: (.*)$", metadata, re.M)[1] == medvlthinker.__version__
     assert {"vllm", "train", "verl", "notebooks"} <= set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.M))
     assert {name for name in names if name.endswith(".py")} == {path.relative_to(ROOT).as_posix() for path in (ROOT / "medvlthinker").rglob("*.py")}
@@ -144,7 +145,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
-    "from medvlthinker.results.report import accuracy_figure; accuracy_figure(None)": "notebooks",
+    "from medvlthinker.results.tables import accuracy_figure; accuracy_figure(None)": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
 

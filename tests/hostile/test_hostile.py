@@ -35,7 +35,7 @@ from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, s
 from medvlthinker.app.profile import Profile, load_profile
 from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
-from medvlthinker.results.report import results_table, to_csv
+from medvlthinker.results.tables import results_table, to_csv
 from medvlthinker.evaluation.evaluate import grade_rollout, store_record
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
@@ -843,4 +843,4 @@ def test_tables_are_written_in_one_place():
         sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)
     calls = [(path.name, node.func.attr, node.func.value) for path, text in sources.items() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     writers = sorted((name, attribute) for name, attribute, owner in calls if attribute == "to_csv" or attribute in ("writer", "DictWriter") and isinstance(owner, ast.Name) and owner.id == "csv")
-    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("report.py", "writer")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
+    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("tables.py", "to_csv")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests

@@ -16,7 +16,7 @@ from medvlthinker.results import figures as drawing
 from medvlthinker.core.files import UserError
 from medvlthinker.evaluation.evaluate import repeated_accuracy
 from medvlthinker.results.published import COLUMNS, SIZES, published
-from medvlthinker.results.report import SYNTHETIC_NOTE
+from medvlthinker.results.tables import SYNTHETIC_NOTE
 from medvlthinker.core.stats import majority, pass_at_k
 
 PAPER = published()

@@ -1,17 +1,19 @@
-"""Results and audit: verdicts follow from the data, and bad input is one sentence."""
+"""Published numbers, tables and claims: verdicts follow from the data, bad input is one sentence."""
 import ast
 import json
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
 import pytest
 from conftest import ROOT, python, says
-from medvlthinker.results import audit
 from medvlthinker.core.files import UserError
-from medvlthinker.app.profile import load_profile
-from medvlthinker.results.contract import compare, counted, to_lines
-from medvlthinker.results.published import COLUMNS, published
+from medvlthinker.results import claims
+from medvlthinker.results.published import COLUMNS, published, read_published
+from medvlthinker.results.tables import results_table, to_html, to_latex, to_text
 
 PAPER = published()
 
@@ -26,8 +28,12 @@ def rows(change, *models):
     return replace(PAPER, rows=tuple(map(changed, PAPER.rows)))
 
 
-def plus(points, *models, only=COLUMNS):
-    return rows(lambda name, score: score + points if name in only else score, *models)
+def plus(points, *models):
+    return rows(lambda name, score: score + points, *models)
+
+
+def only(column, value, *models):
+    return rows(lambda name, score: value if name == column else score, *models)
 
 
 def bars(change):
@@ -38,24 +44,32 @@ def own_row(bar):
     return PAPER.row(bar.label).scores[bar.dataset_name]
 
 
+RL, HUATUO = "MedVLThinker-{} RL({})", "HuatuoGPT-Vision-{}"
+STAGES = [f"MedVLThinker-{size} {first}(m23k)+RL(PMC)" for size in ("3B", "7B") for first in ("SFT", "RL")]
+STRONG = ["MedGemma 4B", "MedGemma 27B", HUATUO.format("34B"), HUATUO.format("7B"),
+          "Qwen2.5-VL-32B-Instruct", "Gemma 3 27B"]
 FLIPS = {
-    "rl_beats_sft": (plus(10, "MedVLThinker-3B RL(PMC)"), "holds"),
-    "text_beats_images": (plus(5, "MedVLThinker-3B RL(m23k)", "MedVLThinker-7B RL(m23k)"), "holds"),
-    "best_open_7b": (plus(-5, "HuatuoGPT-Vision-7B", "Qwen2.5-VL-7B-Instruct"), "holds"),
-    "tops_all_open": (plus(-10, "HuatuoGPT-Vision-34B"), "within noise"),
-    "new_records": (plus(-25, "MedGemma 4B", "MedGemma 27B", "HuatuoGPT-Vision-34B", "HuatuoGPT-Vision-7B", "Qwen2.5-VL-32B-Instruct", "Gemma 3 27B"), "holds"),
-    "on_par_with_gpt4o": (plus(-10, "MedVLThinker-32B RL(m23k)"), "does not hold"),
-    "three_runs": (rows(lambda name, score: "44.13" if name == "MMMU-medical" else score, "Qwen2.5-VL-3B-Instruct"), "does not hold"),
-    "text_beats_base": (plus(5, "MedVLThinker-7B RL(m23k)"), "yes"),
-    "second_stage_beats_base": (plus(20, *(f"MedVLThinker-{size} {stages}+RL(PMC)" for size in ("3B", "7B") for stages in ("SFT(m23k)", "RL(m23k)"))), "yes"),
-    "averages_recompute": (replace(PAPER, rows=(replace(PAPER.rows[0], average=Decimal("49.20")), *PAPER.rows[1:])), "no"),
-    "one_denominator": (rows(lambda name, score: "25.00" if name == "MedXpertQA-MM" else score), "yes"),
-    "cells_are_possible": (rows(lambda name, score: "53.40" if name == "pmc_vqa" else score, "HuatuoGPT-Vision-7B", "HuatuoGPT-Vision-34B"), "yes"),
-    "order_is_one": (rows(lambda name, score: "50.00", *[row.model for row in PAPER.rows if row.model != "GPT-4o"]), "yes"),
+    "rl_beats_sft": (plus(10, RL.format("3B", "PMC")), "holds"),
+    "text_beats_images": (plus(5, RL.format("3B", "m23k"), RL.format("7B", "m23k")), "holds"),
+    "best_open_7b": (plus(-5, HUATUO.format("7B"), "Qwen2.5-VL-7B-Instruct"), "holds"),
+    "tops_all_open": (plus(-10, HUATUO.format("34B")), "within noise"),
+    "new_records": (plus(-25, *STRONG), "holds"),
+    "on_par_with_gpt4o": (plus(-10, RL.format("32B", "m23k")), "does not hold"),
+    "three_runs": (only("MMMU-medical", "44.13", "Qwen2.5-VL-3B-Instruct"), "does not hold"),
+    "text_beats_base": (plus(5, RL.format("7B", "m23k")), "yes"),
+    "second_stage_beats_base": (plus(20, *STAGES), "yes"),
+    "averages_recompute": (replace(PAPER, rows=(replace(PAPER.rows[0], average=Decimal("49.20")),
+                                                *PAPER.rows[1:])), "no"),
+    "one_denominator": (only("MedXpertQA-MM", "25.00"), "yes"),
+    "cells_are_possible": (only("pmc_vqa", "53.40", HUATUO.format("7B"), HUATUO.format("34B")), "yes"),
+    "order_is_one": (rows(lambda name, score: "50.00", *[row.model for row in PAPER.rows
+                                                         if row.model != "GPT-4o"]), "yes"),
     "above_chance": (plus(15), "yes"),
-    "gain_is_not_format": (replace(PAPER, curves=PAPER.curves | {(bar.model, bar.dataset_name): {1: bar.average} for bar in PAPER.repeated}), "yes"),
+    "gain_is_not_format": (replace(PAPER, curves=PAPER.curves | {
+        (bar.model, bar.dataset_name): {1: bar.average} for bar in PAPER.repeated}), "yes"),
     "greedy_shows_all": (bars(lambda bar: {"average": own_row(bar)}), "yes"),
-    "bars_show_their_label": (bars(lambda bar: {"average": own_row(bar)} if "@" in bar.model else {}), "yes"),
+    "bars_show_their_label": (bars(lambda bar: {"average": own_row(bar)} if "@" in bar.model else {}),
+                              "yes"),
     "answers_stay_diverse": (bars(lambda bar: {"passed": bar.average + 25}), "yes"),
     "filter_fits_the_model": (replace(PAPER, histogram=(1000, *[3000] * 7, *[100] * 9)), "yes"),
 }
@@ -63,44 +77,150 @@ FLIPS = {
 
 @pytest.mark.parametrize("key", FLIPS)
 def test_a_verdict_changes_with_its_numbers(key):
-    before, changed = audit.audit(PAPER)[key], getattr(audit, key)
-    paper, expected = FLIPS[key]
-    after = audit._asked(key, changed, paper, changed(paper))
+    question, (paper, expected) = getattr(claims, key), FLIPS[key]
+    before, after = claims.give_verdict(question, PAPER), claims.give_verdict(question, paper)
     assert after.verdict == expected != before.verdict, after.because
     assert after.because != before.because
 
 
-def test_every_claim_and_question_is_flipped_or_rests_on_code():
-    rest_on_code = {"one_grader", "last_checkpoints", "budgets_are_equal"}  # the graders and the recipes, which have their own tests
-    assert set(FLIPS) | rest_on_code == {question.__name__ for question in (*audit.CLAIMED, *audit.ASKED)}
+def test_the_verdicts_on_the_seven_claims_are_these():
+    words = [verdict.verdict for verdict in claims.audit_claims(PAPER, claims.CLAIMED).values()]
+    assert words == ["holds in part", "within noise", "within noise", "does not hold", "does not hold",
+                     "within noise", "holds in part"]
+    table = claims.verdicts_markdown(claims.audit_claims(PAPER, claims.CLAIMED)).splitlines()
+    assert len(table) == 2 + 7 and all(word in line for word, line in zip(words, table[2:]))
 
 
-def test_all_averages_recompute():
-    verdict = audit.audit(PAPER)["averages_recompute"]
-    assert len(verdict.numbers) == 25 and verdict.verdict == "yes"
+def test_what_others_measured_says_who_where_and_how():
+    for row in read_published("later"):
+        assert row["measured_by"] and row["protocol"] and row["source"] and 0 < float(row["percent"]) < 100
+    agreement = claims.agreement_table(PAPER).set_index(["model", "setting", "benchmark"])["printed lies"]
+    assert set(agreement["32B RL(m23k)", "with reasoning"]) == {"inside"} and len(agreement) == 15
+    assert agreement["32B RL(m23k)", "without reasoning", "SLAKE"] == "outside"
 
 
-def lines(right):
-    return [{"dataset_name": name, "dataset_index": i, "image": f"{name}/{i}", "gold": "A", "regrade_correct": bool(hit)}
-            for name, hits in right.items() for i, hit in enumerate(hits)]
+# ------------------------------------------------------------------------------------ tables
+
+COUNTS = {name: [60, 100] for name in COLUMNS}
+LONG = "UCSC-VLAA/MedVLThinker-3B-SFT_m23k-RL_PMC"
 
 
-def test_contract_names_every_number_once():
-    table = compare(PAPER, [])
-    assert set(table.status) == {"not run"} and not table.duplicated(["what", "model", "benchmark"]).any()
-    hidden = sum(bar.majority is None for bar in PAPER.repeated)
-    of_known = [bar for bar in PAPER.repeated if "@" not in bar.model]
-    assert len(table) == 25 * 7 + 3 * len(of_known) - sum(bar.majority is None for bar in of_known) + sum(map(len, PAPER.curves.values())) + len(PAPER.histogram) and hidden
-    assert to_lines(table)[-1].startswith("0 match, 0 inside, 0 outside")
+def table(which="recipes"):
+    "A table as a run leaves it: long names, differences, a zero that is no exact zero."
+    records = [{"model": model, "source": "hub", "rule": "regrade", "counts": COUNTS}
+               for model in (LONG, "tiny", *(f"7B-RL_mine_{i}" for i in range(16)))]
+    wide, zero = (-12, -21.5, -10.4, 100), (-6.559e-17, -.04, .04, 100)
+    differences = [{"model": f"{LONG} - Qwen/Qwen2.5-VL-3B-Instruct", "source": "hub",
+                    "differences": dict.fromkeys((*COLUMNS, "average"), value)} for value in (wide, zero)]
+    return results_table(records, which, differences=differences)
 
 
-def test_contract_of_repeats_and_pass_counts():
-    line = lambda measure, k, value: {"dataset_name": "pmc_vqa", "measure": measure, "k": k, "percent": value, "low": value - 2, "high": value + 2, "n": 2000, "answers": 64}
-    record = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "source": "hub", "rules": {"regrade": [line("average", 1, 43.65), line("majority of 5", 0, 46.0), line("pass@5", 5, 90)],
-                                                                              "strict": [line("pass@64", 64, 92.4)]}}
-    table = compare(PAPER, [], [record])
-    found = {(each.what, each.status) for each in table[table.status != "not run"].itertuples()}
-    assert found == {("average of 5", "match"), ("majority of 5", "inside"), ("pass@5", "outside"), ("pass@64, strict", "match")}
+@pytest.mark.parametrize("which", ["recipes", "comparison"])
+def test_a_table_for_latex_compiles_and_fits_its_page(which, tmp_path):
+    if not shutil.which("pdflatex"):
+        pytest.skip("pdflatex is not installed (apt-get install texlive-latex-recommended)")
+    (tmp_path / "page.tex").write_text(
+        "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{array,booktabs,longtable}\n"
+        f"\\begin{{document}}\n{to_latex(table(which))}\\end{{document}}\n", encoding="utf-8")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "page.tex"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "page.pdf").is_file(), done.stdout[-2000:]
+    assert not re.findall(r"Overfull.*|too large.*", done.stdout)
+
+
+def test_each_line_for_latex_has_eight_columns():
+    lines = [line for line in to_latex(table()).splitlines() if " & " in line]
+    assert len(lines) > 40 and {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {7}
+
+
+def test_minus_is_a_minus_sign_and_zero_has_none():
+    for text in (to_html(table()), to_text(table()), to_latex(table())):
+        assert "e-17" not in text and not re.search(r"[-−+]0\.0\b|-\$0\.0\b", text)
+        assert not re.search(r"(?<![\w.\[-])-\d+\.\d", text), "a hyphen before a number"
+    assert "−12.0" in to_html(table()) and "−12.0" in to_text(table()) and "$-$12.0" in to_latex(table())
+    assert f"{LONG} − Qwen" in to_html(table()) and " less " not in to_text(table())
+
+
+def test_a_cell_of_ours_leads_to_its_questions():
+    page = to_html(table(), lambda cell: f"viewer.html#model={cell.model}&set={cell.column}")
+    links = re.findall(r'<a href="([^"]+)">60\.0</a>', page.replace("<b>", "").replace("</b>", ""))
+    assert len(links) == 18 * 7 and f"viewer.html#model={LONG}&amp;set=slake_closed" in links
+    assert "<a href" not in to_html(table())
+
+
+# ------------------------------------------------------------------- every number beside a run
+
+def test_the_comparison_names_every_number_once_and_sums_up_what_was_not_run():
+    compared = claims.compare_to_paper(PAPER, [])
+    assert set(compared.status) == {"not run"} and not compared.duplicated(["what", "model", "benchmark"]).any()
+    assert claims.comparison_lines(compared) == [
+        "not run: 511 numbers of 25 models.",
+        "0 match, 0 inside, 0 outside, 511 not run, of 511 published numbers."]
+
+
+def test_several_answers_are_compared_with_the_figures():
+    def line(measure, k, value):
+        return {"dataset_name": "pmc_vqa", "measure": measure, "k": k, "percent": value,
+                "low": value - 2, "high": value + 2, "n": 2000, "answers": 64}
+    five = [line("average", 1, 43.65), line("majority of 5", 0, 46.0), line("pass@5", 5, 90)]
+    record = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "source": "hub",
+              "rules": {"regrade": five, "strict": [line("pass@64", 64, 92.4)]}}
+    compared = claims.compare_to_paper(PAPER, [], [record])
+    found = {(each.what, each.status) for each in compared[compared.status != "not run"].itertuples()}
+    assert found == {("average of 5", "match"), ("majority of 5", "inside"), ("pass@5", "outside"),
+                     ("pass@64, strict", "match")}
+
+
+def test_the_tables_are_compared_under_their_own_rule_and_prompt():
+    row = PAPER.row("Qwen2.5-VL-3B-Instruct")
+    right = {name: [round(float(score) * row.sizes[name] / 100), row.sizes[name]] for name, score in row.scores.items()}
+    record = {"model": row.hub_id, "source": "hub", "rule": "lenient", "instruction": "trained",
+              "counts": {name: [n, n] for name, (_, n) in right.items()}, "rules": {"regrade": right}}
+    measured = claims.compare_to_paper(PAPER, [record]).query("what == 'table' and ours == ours")
+    assert len(measured) == 7 and set(measured.status) <= {"match", "inside"}
+    for other in ({"instruction": "none"}, {"source": "synthetic"}):
+        assert set(claims.compare_to_paper(PAPER, [record | other]).status) == {"not run"}
+
+
+def test_commands_say_what_is_wrong_in_one_sentence(home):
+    says(python("-m", "medvlthinker.app.cli", "check-paper", "smke"), "No profile 'smke'")
+    says(python("-m", "medvlthinker.app.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
+    done = python("-m", "medvlthinker.app.cli", "check-paper", "smoke")
+    assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
+    assert len(done.stdout.splitlines()) == 3
+
+
+# ------------------------------------------------------------------------------ claims on runs
+
+def evaluated(folder, right):
+    "What paper/4_evaluate leaves of a model's grades, written by hand."
+    folder.mkdir(parents=True)
+    lines = [{"dataset_name": name, "dataset_index": i, "image": f"{name}/{i}", "gold": "A", "regrade_correct": bool(hit)}
+             for name, hits in right.items() for i, hit in enumerate(hits)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_models_that_were_asked_other_questions_are_left_open(tmp_path):
+    evaluated(tmp_path / "tiny", {name: [1, 0] for name in COLUMNS})
+    evaluated(tmp_path / "tiny-RL_m23k", {name: [1, 1, 0] for name in COLUMNS})
+    models = ["tiny", "tiny-RL_m23k"]
+    verdict = claims.audit_runs(tmp_path, models)["text_beats_base"]
+    assert verdict.verdict == "open" and "not compared" in verdict.because
+    assert "18 and 12 questions" in verdict.numbers[0]["why"]
+    assert claims.difference_rows(tmp_path, models, claims.base_pairs(models)) == []
+    with pytest.raises(UserError, match="No rule 'foo'"):
+        claims.audit_runs(tmp_path, models, "foo")
+
+
+def test_published_weights_are_known_by_their_hub_id(tmp_path):
+    dice, models = np.random.default_rng(0), ["Qwen/Qwen2.5-VL-3B-Instruct", "UCSC-VLAA/MedVLThinker-3B-RL_m23k"]
+    for model, share in zip(models, (.4, .7)):
+        evaluated(tmp_path / model.replace("/", "--"), {name: (dice.random(200) < share).tolist() for name in COLUMNS})
+    verdict = claims.audit_runs(tmp_path, models, on="a run")["text_beats_base"]
+    assert verdict.verdict == "yes" and verdict.on == "a run, 1,200 questions"
+    row, = claims.difference_rows(tmp_path, models, claims.base_pairs(models))
+    assert row["model"] == "3B-RL_m23k - Qwen/Qwen2.5-VL-3B-Instruct"
+    assert row["differences"]["average"][0] == pytest.approx(30, abs=5)
 
 
 def test_no_number_is_typed_in_the_results_notebooks():
@@ -110,55 +230,3 @@ def test_no_number_is_typed_in_the_results_notebooks():
         tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
         numbers = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool)}
         assert numbers <= {0, 1, 2, 3, 100, 0.0051}, (name, numbers)
-
-
-def test_commands_say_what_is_wrong_in_one_sentence(home):
-    says(python("-m", "medvlthinker.results.contract", "compare", "smke"), "No profile 'smke'")
-    says(python("-m", "medvlthinker.results.contract"), "compare [PROFILE]")
-    says(python("-m", "medvlthinker.app.cli", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
-    done = python("-m", "medvlthinker.results.contract", "compare", "smoke")
-    assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
-    assert counted(load_profile("smoke")) == []
-
-
-def evaluated(home, profile, source, model, right):
-    "What paper/4_evaluate leaves of a model, written by hand."
-    from medvlthinker.generation.model import folder_name
-
-    folder = home / profile / "results" / source / folder_name(model)
-    folder.mkdir(parents=True)
-    counts = {name: [int(sum(hits)), len(hits)] for name, hits in right.items()}
-    (folder / "evaluation.json").write_text(json.dumps({"model": model, "source": source, "rule": "regrade", "instruction": "trained", "counts": counts, "rules": {"regrade": counts}}))
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(right)))
-
-
-def test_models_that_were_asked_other_questions_are_left_open(home):
-    evaluated(home, "smoke", "synthetic", "tiny", {name: [1, 0] for name in COLUMNS})
-    evaluated(home, "smoke", "synthetic", "tiny-RL_m23k", {name: [1, 1, 0] for name in COLUMNS})
-    profile = load_profile("smoke")
-    verdict = audit.audit_runs(profile)["text_beats_base"]
-    assert verdict.verdict == "open" and "not compared" in verdict.because and "18 and 12 questions" in verdict.numbers[0]["why"]
-    assert audit.difference_rows(profile, audit.base_pairs(set(audit.measured_models(profile)))) == []
-    with pytest.raises(UserError, match="No rule 'foo'"):
-        audit.audit_runs(profile, "foo")
-
-
-def test_published_weights_are_known_by_their_hub_id(home):
-    dice = np.random.default_rng(0)
-    trained = "UCSC-VLAA/MedVLThinker-3B-RL_m23k"
-    evaluated(home, "mini", "hub", "Qwen/Qwen2.5-VL-3B-Instruct", {name: (dice.random(200) < .4).tolist() for name in COLUMNS})
-    evaluated(home, "mini", "hub", trained, {name: (dice.random(200) < .7).tolist() for name in COLUMNS})
-    profile = load_profile("mini", models=f"Qwen/Qwen2.5-VL-3B-Instruct, {trained}", recipes="")
-    assert audit.measured_models(profile) == {"Qwen/Qwen2.5-VL-3B-Instruct": "Qwen/Qwen2.5-VL-3B-Instruct", "3B-RL_m23k": trained}
-    verdict = audit.audit_runs(profile)["text_beats_base"]
-    assert verdict.verdict == "yes" and "1,200 questions" in verdict.on and "LoRA of rank 32" in verdict.on
-    rows = audit.difference_rows(profile, audit.base_pairs(set(audit.measured_models(profile))))
-    assert rows[0]["differences"]["average"][0] == pytest.approx(.3, abs=.05)
-
-
-def test_the_contract_holds_the_rule_of_the_tables_against_the_tables():
-    row = PAPER.row("Qwen2.5-VL-3B-Instruct")
-    right = {name: [round(float(score) * row.sizes[name] / 100), row.sizes[name]] for name, score in row.scores.items()}
-    record = {"model": row.hub_id, "source": "hub", "rule": "lenient", "instruction": "trained", "counts": {name: [n, n] for name, (_, n) in right.items()}, "rules": {"regrade": right}}
-    assert set(compare(PAPER, [record]).query("what == 'table' and ours == ours").status) <= {"match", "inside"}
-    assert set(compare(PAPER, [record | {"instruction": "none"}]).status) == {"not run"}, "another prompt is another measurement"

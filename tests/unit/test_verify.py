@@ -18,7 +18,7 @@ from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.generation.request import Sampling
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.results.report import results_table, write_table
+from medvlthinker.results.tables import results_table, write_table
 
 MODELS = ("raw", "llama:8b")
 
