@@ -211,6 +211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medvlthinker.app.site._link': ('app/site.html#_link', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._merged': ('app/site.html#_merged', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._moved': ('app/site.html#_moved', 'medvlthinker/app/site.py'),
+                                       'medvlthinker.app.site._output_text': ('app/site.html#_output_text', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._parameters': ('app/site.html#_parameters', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._prose': ('app/site.html#_prose', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._scripts': ('app/site.html#_scripts', 'medvlthinker/app/site.py'),

@@ -215,12 +215,18 @@ def readme(
             text = relink(cell.source, lambda link: posixpath.normpath(f"nbs/{link}"))
             parts.append(text.strip())
         else:
-            parts.append(fenced(cell.source.strip(), "python"))
-            parts += [fenced(output.get("text") or output["data"]["text/plain"])
-                      for output in cell.outputs]
+            if "#| echo: false" not in cell.source:
+                parts.append(fenced(cell.source.strip(), "python"))
+            parts += [_output_text(output) for output in cell.outputs]
     with atomic_write(root / "README.md") as file:
         file.write("\n\n".join(parts) + "\n")
     return root / "README.md"
+
+
+def _output_text(output) -> str:
+    "A stored output in Markdown: as it is, or fenced where it is plain text."
+    data = output.get("data", {})
+    return data.get("text/markdown") or fenced(output.get("text") or data["text/plain"])
 
 # %% ../../nbs/app/76_site.ipynb #f6d60ce1
 def find_pages(

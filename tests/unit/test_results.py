@@ -184,7 +184,7 @@ def test_the_tables_are_compared_under_their_own_rule_and_prompt():
 
 def test_commands_say_what_is_wrong_in_one_sentence(home):
     says(python("-m", "medvlthinker.app.cli", "check-paper", "smke"), "No profile 'smke'")
-    says(python("-m", "medvlthinker.app.pipeline", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
+    says(python("-m", "medvlthinker.app.cli", "results", "smoke"), "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
     done = python("-m", "medvlthinker.app.cli", "check-paper", "smoke")
     assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
     assert len(done.stdout.splitlines()) == 3
