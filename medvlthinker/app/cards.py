@@ -22,13 +22,13 @@ from ..data.prompt import user_text
 from ..data.sample import Sample, open_parquet
 from ..generation.model import folder_name
 from ..training.checkpoint import refuse_pickles
-from ..training.recipe import RECIPES, Recipe, chain
+from ..training.recipe import BASES, RECIPES, Recipe, chain
 
 # %% ../../nbs/app/73_cards.ipynb #18708e15
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable]) -> str:
     "A Markdown table."
     lines = [[*head], ["---" for _ in head], *rows]
-    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+    cells = [[" ".join(str(cell).replace("|", r"\|").split()) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 # %% ../../nbs/app/73_cards.ipynb #507ec62e
@@ -38,7 +38,7 @@ def settings_line(settings: dict) -> str:
         if isinstance(value, (dict, list)) and len(value) > 6:
             return f"{len(value)} entries"
         if isinstance(value, dict):
-            return f"({settings_line(value)})"
+            return f"({settings_line(value)})" if value else "none"
         return value[:16] if isinstance(value, str) and len(value) == 64 else value
 
     return ", ".join(f"{key} {short(value)}" for key, value in settings.items()) or "not recorded"
@@ -233,6 +233,9 @@ def _results_table(results: list) -> str:
             "of the questions, and not that of another training run.")
 
 # %% ../../nbs/app/73_cards.ipynb #9867c055
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
 def model_metadata(
     recipe: Recipe | None,  # None for the embedded model before any recipe
     evaluation: dict,  # as for `eval_results`; empty where nothing was measured
@@ -248,10 +251,11 @@ def model_metadata(
     if recipe is None or recipe.size == "tiny":
         data.tags.append("machinery-test")
         return data
-    data.base_model, data.base_model_relation = chain(recipe)[0].init, "finetune"
+    if _REPOSITORY.fullmatch(base := chain(recipe)[0].init):  # else a folder of one's own
+        data.base_model, data.base_model_relation = base, "finetune"
     if recipe.size == "3B":
         data.license, data.license_name = "other", "qwen-research"
-        data.license_link = f"https://huggingface.co/{data.base_model}/blob/main/LICENSE"
+        data.license_link = f"https://huggingface.co/{BASES['3B']}/blob/main/LICENSE"
     data.datasets = []
     for each in chain(recipe):
         published = PUBLISHED | (PUBLISHED_REASONING if each.method == "SFT" else {})
@@ -450,7 +454,7 @@ def push(
     show: Callable = print,  # gets a line at a time
 ) -> list[str]:  # names of the files
     "Upload a model's folder to the hub; `UserError` without a card, a token, or safetensors."
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if not _REPOSITORY.fullmatch(repo):
         raise UserError(f"{repo!r} is no name of a repository; it is owner/name.")
     sizes = {path.name: path.stat().st_size for path in _files_to_push(Path(folder))}
     show(f"{'Uploading' if yes else 'Would upload'} {len(sizes)} files, "

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'run_files', 'recorded', 'Finding', 'check_file', 'questions_file', 'rollout_mismatch', 'check_run',
-           'show_findings', 'Cell', 'find_cell', 'trace']
+           'show_findings', 'Cell', 'find_cell', 'evaluations', 'describe_rollout', 'trace']
 
 # %% ../../nbs/app/74_verify.ipynb #a40ea918
-import csv, glob, math, os, textwrap
+import csv, glob, io, os, textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +17,9 @@ from typing import NamedTuple
 from .cards import environment_line, settings_line
 from .profile import Workspace
 from ..core.files import UserError, file_hash, read_json, record_path, verify_checksum
-from ..core.grade import RULES
 from ..data.sample import SampleFile
-from ..evaluation.evaluate import count_right, grade_rollout
-from ..generation.model import folder_name, model_fingerprint
+from ..evaluation.evaluate import grade_rollout
+from ..generation.model import model_fingerprint
 from ..generation.rollout import (
     Rollout, load_rollout, rollout_record, samples_fingerprint)
 from ..results.tables import AVERAGE, HEADINGS
@@ -182,153 +181,121 @@ def show_findings(
     return states["changed"] + states["missing"]
 
 # %% ../../nbs/app/74_verify.ipynb #7ce6952a
-TABLES = ("comparison", "recipes", "difficulty_")  # whose numbers are counted from answers
-
-
 class Cell(NamedTuple):
     "One cell of a table."
     table: Path  # its CSV file
-    row: str
-    column: str  # a heading of the table, or a corpus
-    lines: list[dict]  # the lines of the file: one, or one a pass count
+    column: str  # a heading of the table
+    line: dict  # its row: model, origin, source, and a number under each heading
 
 # %% ../../nbs/app/74_verify.ipynb #3f8189ae
+TABLES = ("comparison.csv", "recipes.csv")  # in the order in which a cell is looked for
+
+
 def find_cell(
     root: Path,  # of a run
-    cell: str,  # ROW/COLUMN, such as tiny/PMC; with a table before it, recipes:tiny/PMC
+    cell: str,  # ROW/COLUMN, such as tiny/PMC
 ) -> Cell:
     "Where a cell is; `UserError` says what there is."
-    folder, (table, _, rest) = root / "results", cell.partition(":")
-    if not rest or "/" in table or not [*folder.glob(f"{glob.escape(table)}*.csv")]:
-        table, rest = "", cell  # a colon in the name of a model
-    row, _, name = rest.rpartition("/")
+    row, _, name = cell.rpartition("/")
     column, rows = HEADINGS.get(name, name), dict[str, None]()
-    paths = [path for prefix in ([table] if table else TABLES)
-             for path in sorted(folder.glob(f"{glob.escape(prefix)}*.csv"))]
-    for path in paths:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file) if line.get("model")]
-        rows.update(dict.fromkeys(line["model"] for line in lines))
-        lines = [line for line in lines if line["model"] == row]
-        if counted := [line for line in lines if line.get("corpus") == name]:
-            return Cell(path, row, name, counted)
-        if lines and column in HEADINGS.values() and lines[0].get(column):
-            return Cell(path, row, column, lines)
+    for path in [root / "results" / name for name in TABLES]:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in csv.DictReader(io.StringIO(text)):
+            rows[line["model"]] = None
+            has_number = column in HEADINGS.values() and line.get(column)
+            if line["model"] == row and has_number:
+                return Cell(path, column, line)
+    if not rows:
+        raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
+                        f"./reproduce.sh {root.name} first.")
     if row in rows:
         raise UserError(f"The row {row} has no number in a column {name}; columns are "
-                        f"{', '.join(HEADINGS.values())}, or the corpora in difficulty_*.csv.")
-    if not paths:
-        raise UserError(f"There is no table of accuracies in {folder}; run ./reproduce.sh "
-                        f"{root.name} first.")
+                        f"{', '.join(HEADINGS.values())}.")
     raise UserError(f"No row {row!r}; a cell is ROW/COLUMN, and the rows are {', '.join(rows)}.")
 
 # %% ../../nbs/app/74_verify.ipynb #03b0d91a
-def _evaluations(cell: Cell, root: Path) -> list[dict]:
-    "The evaluations behind a row: one, or the two of a difference; empty where they are gone."
-    folder = root / "results" / cell.lines[0].get("source", "*")
+def evaluations(cell: Cell, root: Path) -> list[dict]:
+    "The evaluations behind a row: one, or the two of a difference; `UserError` where one is gone."
+    folder, row = root / "results" / cell.line["source"], cell.line["model"]
     records = [read_json(path) for path in sorted(folder.glob("*/evaluation.json"))]
-    records = [record for record in records if record.get("model")]
-    for first in records:
-        if " ".join(first["model"].split()) == cell.row:
-            return [first]
-        for second in records:
-            if f"{first['model']} - {second['model']}" == cell.row:
-                return [first, second]
-    return []
+    found = {" ".join(record["model"].split()): record for record in records if record}
+    if row in found:
+        return [found[row]]
+    for first in found:
+        second = row.removeprefix(f"{first} - ")
+        if second in found:
+            return [found[first], found[second]]
+    raise UserError(f"{cell.table.name} has a row {row}, and {folder} has no evaluation of it; it "
+                    "was removed, or the table is of another run.")
+
+# %% ../../nbs/app/74_verify.ipynb #1ed02327
+def describe_rollout(
+    folder: Path,
+    root: Path,  # of the run
+    show: int = 3,  # answers that are shown
+) -> list[str]:
+    "Who was asked what, with which settings, in lines."
+    rollout, questions = load_rollout(folder), questions_file(folder, root)
+    record = rollout.record
+    lines = [
+        f"  {_inside(folder, root)}: {record['completions']} answers to {len(rollout)} questions",
+        f"    of {_inside(questions, root)}, prompt {record['instruction']}",
+        f"    by {record['model']}, weights {record['weights']}",
+        f"    with {settings_line({key: record[key] for key in _KEYS})}",
+        f"    code {environment_line(record)}"]
+    trained = read_json(record_path(root / "checkpoints" / record["model"]))
+    if inputs := _part(trained, "inputs"):
+        lines.append(f"    the model was made with {settings_line(inputs)}")
+    for number, row in enumerate(rollout[:show], 1):
+        text = textwrap.shorten(row["completions"][0]["text"], 70) or "(empty)"
+        lines.append(f"    rollout.jsonl line {number}, question {row['dataset_index']}: {text}")
+    return lines
 
 
-def _corpus_rollout(cell: Cell, root: Path) -> Path:
-    "The rollout behind a row of difficulty; `UserError` where it is gone."
-    n, model = int(cell.lines[0]["of"]), root / "rollouts" / folder_name(cell.row)
-    source = cell.table.stem.removeprefix("difficulty_")
-    places = [path.parent for each in (source, "own")
-              for path in sorted(model.glob(f"{each}/corpus/{cell.column}/*/rollout.json"))]
-    for folder in reversed(places):
-        if rollout_record(folder)["n"] == n:
-            return folder
-    raise UserError(f"No rollout of {cell.row} over {cell.column} with {n} answers a question is "
-                    f"in {root / 'rollouts'}; it was removed, or the table is of another run.")
+_KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
 
-# %% ../../nbs/app/74_verify.ipynb #f40d0d76
+# %% ../../nbs/app/74_verify.ipynb #0a71747c
 def trace(
     root: Path,  # of a run
     cell: str,  # as for `find_cell`
     show: int = 3,  # answers that are shown of each rollout
 ) -> Iterator[str]:
     "Where a cell comes from, in lines; `UserError` at the end where it does not come out again."
-    found, known = find_cell(root, cell), recorded(root)
-    line = found.lines[0]
-    shown = line.get(found.column) or " ".join(each["questions"] for each in found.lines)
-    table = check_file(found.table, root, known)
-    yield f"{found.row}, {found.column}: {shown} in {table.path} ({table.state})"
-    if line.get("origin") == "paper":
+    found, known, problems = find_cell(root, cell), recorded(root), list[str]()
+    table, number = check_file(found.table, root, known), found.line[found.column]
+    yield f"{found.line['model']}, {found.column}: {number} in {table.path} ({table.state})"
+    if found.line["origin"] == "paper":
         yield "  a published number; its source is in medvlthinker.results.published"
         return
-    problems: list[str] = []
-    if "corpus" in line:
-        grades = yield from _regrade(_corpus_rollout(found, root), root, known, problems, show)
-        again = _pass_counts(grades, found)
-    else:
-        again = yield from _accuracy(found, root, known, problems, show)
-    yield f"  counted again: {again}"
-    if "corpus" not in line and math.isclose(float(again), float(shown), abs_tol=0.00501):
-        again = shown
-    problems += [f"the table says {shown}, and the answers give {again}"] * (again != shown)
+    means = []
+    for record in evaluations(found, root):
+        shares = []
+        for folder in _rollouts(record, found.column, root):
+            yield from describe_rollout(folder, root, show)
+            problems += _problems(folder, root, known)
+            questions = SampleFile(questions_file(folder, root), look=False)
+            right = grade_rollout(questions, load_rollout(folder))[f"{record['rule']}_correct"]
+            yield f"    {right.sum()} of {len(right)} right under the rule {record['rule']}"
+            shares.append(100 * right.mean())
+        means.append(sum(shares) / len(shares))
+    again = means[0] - sum(means[1:])
+    yield f"  counted again: {again:.2f}"
+    if abs(again - float(number)) > 0.00501:
+        problems.append(f"the table says {number}, and the answers give {again:.2f}")
     if problems:
         raise UserError(f"{cell} does not come out again: {'; '.join(problems)}.")
 
-# %% ../../nbs/app/74_verify.ipynb #a90f66df
-def _accuracy(cell: Cell, root: Path, known: dict, problems: list[str], show: int):
-    "Lines about the rollouts of a row; returns its accuracy or difference in percent."
-    if not (records := _evaluations(cell, root)):
-        raise UserError(f"{cell.table.name} has a row {cell.row}, and {root / 'results'} has no "
-                        "evaluation of it; it was removed, or the table is of another run.")
-    name = next(name for name, heading in HEADINGS.items() if heading == cell.column)
-    means = []
-    for record in records:
-        shares = []
-        for each, place in record["rollouts"].items():
-            if each in HEADINGS and name in (each, AVERAGE):
-                grades = yield from _regrade(root / place, root, known, problems, show)
-                right, n = count_right(grades, record["rule"])[each]
-                yield f"    {right} of {n} right under the rule {record['rule']}"
-                shares.append(right / n)
-        means.append(100 * sum(shares) / len(shares))
-    return f"{means[0] - sum(means[1:]):.4f}"
+
+def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
+    "The rollouts of an evaluation that a column is about."
+    names = [name for name, heading in HEADINGS.items()
+             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
+    return [root / record["rollouts"][name] for name in names]
 
 
-def _pass_counts(grades, cell: Cell) -> str:
-    "How many questions were answered right 0, 1, ... times, under the rule that gives the table."
-    n, found = int(cell.lines[0]["of"]), ""
-    for rule in reversed(RULES):  # the table does not say which
-        counts = Counter(grades.groupby("dataset_index")[f"{rule}_correct"].sum())
-        found = " ".join(str(counts[right]) for right in range(n + 1))
-        if found == " ".join(line["questions"] for line in cell.lines):
-            break
-    return found
-
-# %% ../../nbs/app/74_verify.ipynb #0a71747c
-_KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
-
-
-def _regrade(folder: Path, root: Path, known: dict, problems: list[str], show: int):
-    "Lines about a rollout; returns its grades, and adds to the problems what is not as it was."
-    rollout, questions = load_rollout(folder), questions_file(folder, root)
-    record, model = rollout.record, rollout.record["model"]
-    checks = [check_file(path, root, known) for path in (rollout.path, folder / "rollout.json")]
-    problems += [f"{each.path}: {each.why}" for each in checks if each.why]
-    problems += filter(None, [rollout_mismatch(folder, root)])
-    grades = grade_rollout(SampleFile(questions, look=False), rollout)
-    yield f"  {_inside(folder, root)}: {len(grades)} answers to {len(rollout)} questions"
-    yield f"    by {environment_line(record)}"
-    yield f"    asked with {settings_line({key: record[key] for key in _KEYS})}"
-    yield f"    prompt {record['instruction']}; questions {_inside(questions, root)}"
-    yield f"    model {model}, weights {record['weights']}"
-    if trained := _part(read_json(record_path(root / "checkpoints" / model)), "inputs"):
-        yield f"      trained with {settings_line(trained)}"
-    texts = [(number, each["text"]) for number, row in enumerate(rollout, 1)
-             for each in row["completions"]]
-    for (number, text), line in zip(texts[:show], grades.to_dict("records")):
-        yield (f"    rollout.jsonl line {number}, question {line['dataset_index']}, "
-               f"key {line['gold']}: {textwrap.shorten(text, 70) or '(empty)'}")
-    return grades
+def _problems(folder: Path, root: Path, known: dict) -> list[str]:
+    "What of a rollout is not as it was."
+    paths = (folder / "rollout.json", folder / "rollout.jsonl")
+    checks = [check_file(path, root, known) for path in paths]
+    found = [f"{each.path}: {each.why}" for each in checks if each.why]
+    return found + [why for why in [rollout_mismatch(folder, root)] if why]

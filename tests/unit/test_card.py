@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,9 @@ def test_a_card_that_the_hub_would_not_take_is_refused(old, new, said):
     assert old in text
     with pytest.raises(UserError, match=said):
         check_card(text.replace(old, new))
+
+
+def test_a_model_that_started_from_a_local_folder_has_a_card():
+    own = replace(find("3B-RL_m23k"), init="/data/my-base")
+    text = model_card(own)
+    assert "RL of /data/my-base" in text and "base_model" not in text and "qwen-research" in text

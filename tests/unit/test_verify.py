@@ -13,7 +13,7 @@ from conftest import ROOT, python, says
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.runs import rollouts
 from medvlthinker.app.verify import check_run, recorded, run_files, trace
-from medvlthinker.core.files import UserError, atomic_write, file_hash, write_record
+from medvlthinker.core.files import UserError, file_hash, write_record
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.generation.request import Sampling
@@ -41,17 +41,13 @@ def finished(tmp_path_factory) -> Path:
         samples, rows = rollouts(profile, "raw", sampling, kind="corpus")["pmc_vqa"]
         counts = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))), 0, 1)
         curate(samples.path, counts, run.curated / "synthetic", by="raw")
-        right = counts.correct.value_counts()
-        with atomic_write(results / "difficulty_synthetic.csv") as file:
-            file.write("model,corpus,right,of,questions\n")
-            file.writelines(f"raw,pmc_vqa,{k},2,{right.get(k, 0)}\n" for k in range(3))
         records = read_records(results / "synthetic", MODELS)
         shares = [{name: k / n for name, (k, n) in each["counts"].items()} for each in records]
         change = {name: (shares[0][name] - shares[1][name], -1, 1, 3) for name in shares[0]}
         change["average"] = sum(value for value, *_ in change.values()) / 6, -1, 1, 18
         row = {"model": " - ".join(MODELS), "source": "synthetic", "differences": change}
         table = results_table(records, "recipes", only=("GPT-4o", "Qwen2.5-VL-3B-Instruct"), less=[row])
-        paths = [*write_table("recipes", table, results), results / "difficulty_synthetic.csv"]
+        paths = write_table("recipes", table, results)
         notebook.write_text("{}")
         facts["outputs"] = {str(path.relative_to(run.root)): file_hash(path) for path in paths}
     yield run.root
@@ -136,10 +132,10 @@ def lines(root: Path, cell: str, show: int = 0) -> str:
 def test_a_cell_leads_to_its_answers(finished):
     text = lines(finished, "raw/SLAKE", 2)
     folder = re.search(r"(rollouts/raw/synthetic/slake_closed/\w{16}): 3 answers to 3 ", text)[1]
-    shown = re.findall(r"rollout\.jsonl line (\d+), question (\d+), key (\w): ", text)
+    shown = re.findall(r"rollout\.jsonl line (\d+), question (\d+): ", text)
     stored = (finished / folder / "rollout.jsonl").read_text().splitlines()
     assert len(shown) == 2 and "samples/synthetic/slake_closed-3.parquet" in text
-    for line, question, _ in shown:
+    for line, question in shown:
         assert f'"dataset_index": {question},' in stored[int(line) - 1]
 
 
@@ -152,7 +148,6 @@ def test_every_row_of_every_table_is_followed(finished):
         for column in [name for name in ("SLAKE", "Avg.") if row[name]]:
             text = lines(finished, f"{row['model']}/{column}")
             assert "published number" in text or "counted again" in text
-    assert lines(finished, "difficulty:raw/pmc_vqa").count("answers to") == 1
     assert lines(finished, f"{' - '.join(MODELS)}/SLAKE").count("answers to") == 2
 
 
