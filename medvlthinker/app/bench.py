@@ -150,7 +150,7 @@ def history_figure(
     figure.update_yaxes(tickvals=list(range(len(things))), ticktext=[_label(thing) for thing in things], range=[len(things) - 0.4, -0.6])
     figure.update_xaxes(showgrid=False, zeroline=False, tickfont_size=10).update_yaxes(showgrid=False, zeroline=False, tickfont_size=10)
     said = "Value over bound, or bound over value where more is better: up to 1 the bound holds. Columns: day and commit of a run; earlier: the last one before."
-    return lay_out(figure, 34 * len(things) + 20, [said, f"This machine: {machine}."], dark, left=176, below=64)
+    return lay_out(figure, 34 * len(things) + 20, [said, f"This machine: {machine}."], below=64)
 
 # %% ../../nbs/app/76_bench.ipynb #388004d2
 def write_history(
