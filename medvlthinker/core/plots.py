@@ -69,7 +69,8 @@ def draw_panels(
     figure = draw(frame, facet_col="panel", facet_col_wrap=columns, facet_col_spacing=0.09,
                   facet_row_spacing=gap / inner * (rows > 1), category_orders=order,
                   color_discrete_sequence=COLOURS, **words)
-    figure.for_each_annotation(lambda note: note.update(text=f"<b>{note.text.split('=', 1)[1]}</b>", font_size=12))
+    for title in figure.layout.annotations:
+        title.update(text=f"<b>{title.text.partition('=')[2]}</b>", font_size=12)
     figure.update_xaxes(showticklabels=True, tickangle=0)
     return lay_out(figure, inner, notes)
 
@@ -132,7 +133,7 @@ def _still(
         Image.open(io.BytesIO(data)).convert("RGB").quantize(64).save(small, "png", optimize=True)
         output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
 
-
+# %% ../../nbs/core/04_plots.ipynb #2faa136f
 def with_outputs(
     notebook,  # an .ipynb file
     draw=picture,  # a plotly figure -> bytes of a png; empty bytes draw nothing
