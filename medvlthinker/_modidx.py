@@ -1634,6 +1634,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'medvlthinker/results/contract.py')},
             'medvlthinker.results.figures': { 'medvlthinker.results.figures._count_notes': ( 'results/figures.html#_count_notes',
                                                                                              'medvlthinker/results/figures.py'),
+                                              'medvlthinker.results.figures._lane': ( 'results/figures.html#_lane',
+                                                                                      'medvlthinker/results/figures.py'),
                                               'medvlthinker.results.figures._print_once': ( 'results/figures.html#_print_once',
                                                                                             'medvlthinker/results/figures.py'),
                                               'medvlthinker.results.figures._tex_number': ( 'results/figures.html#_tex_number',

@@ -11,7 +11,7 @@ __all__ = ['MEASURES', 'RADARS', 'tidy', 'figure_notes', 'model_names', 'with_bo
            'write_figure_files']
 
 # %% ../../nbs/results/62_figures.ipynb #f21a5b10
-import functools
+import functools, re
 from pathlib import Path
 
 from ..core.files import UserError, atomic_write, require_package
@@ -492,15 +492,25 @@ def forest_figure(
                         side_by_side=True)
     return figure.update_xaxes(zeroline=True, zerolinewidth=2, zerolinecolor="#7F7F7F")
 
-# %% ../../nbs/results/62_figures.ipynb #eaf4bd0d
+# %% ../../nbs/results/62_figures.ipynb #c27e3a8d
+def _lane(cell) -> str:
+    "Ours have a lane each; published models share one with those of their kind."
+    stages = re.findall(r"(SFT|RL)\(", cell.model)
+    if cell.origin == "ours":
+        return cell.model
+    if cell.table == "comparison":
+        return f"{'MedVLThinker' if stages else cell.block} (paper)"
+    return "two stages (paper)" if len(stages) > 1 else f"{(stages or ['base'])[0]} (paper)"
+
+
 def accuracy_figure(
     table,  # from `results_table`
 ):  # a plotly figure
     "Accuracy by benchmark: published models as marks, ours with 95 % intervals."
     cells = table[table["origin"].isin(["paper", "ours"])]
     ours = cells["origin"] == "ours"
-    lane = cells["model"].where(ours, cells["group"] + " (paper)")
-    drawn = cells.assign(lane=lane, series=cells["block"], dataset_name=cells["column"])
+    drawn = cells.assign(lane=[_lane(cell) for cell in cells.itertuples()],
+                         series=cells["block"], dataset_name=cells["column"])
     source = cells["source"].where(ours, "its tables, as printed")
     notes = figure_notes(drawn.assign(source=source), "Bars: 95 % intervals." if ours.any() else "")
     return draw_marks(by_benchmark(drawn), "percent", "Accuracy (%)", notes)
