@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'results_table', 'notes', 'truncation_notes', 'number_text',
-           'to_html', 'escape_latex', 'breakable_latex', 'to_latex', 'to_csv', 'to_text', 'write_table',
-           'accuracy_figure']
+           'to_html', 'escape_latex', 'breakable_latex', 'to_latex', 'to_csv', 'to_text', 'write_table']
 
 # %% ../../nbs/results/61_tables.ipynb #055781a7
 import html, re, textwrap
@@ -371,31 +370,3 @@ def write_table(
         with atomic_write(path) as file:
             file.write(text)
     return paths
-
-# %% ../../nbs/results/61_tables.ipynb #5921970a
-def accuracy_figure(
-    table,  # from `results_table`
-    dark: bool = False,  # light text on a dark ground
-):  # a plotly Figure
-    "Accuracy by benchmark: published models as points, ours with 95 % intervals."
-    require_package("plotly")
-    import plotly.express as px
-
-    frame = table[table["origin"] != "difference"].assign(benchmark=table["column"].map(HEADINGS))
-    up, down = frame["high"] - frame["percent"], frame["percent"] - frame["low"]
-    models = frame["model"].map(html.escape)
-    frame = frame.assign(up=up.round(2), down=down.round(2), percent=frame["percent"].round(2),
-                         model=models, whose=frame["block"].map(html.escape))
-    figure = px.scatter(
-        frame, x="percent", y="model", color="whose", symbol="whose", error_x="up",
-        error_x_minus="down", facet_col="benchmark", facet_col_wrap=2, facet_row_spacing=0.03,
-        range_x=[0, 100], labels={"percent": "Accuracy (%)", "model": "", "whose": ""},
-        height=120 + 4 * (40 + 15 * frame["row"].nunique()),
-        template="plotly_dark" if dark else "plotly_white")
-    figure.for_each_annotation(lambda title: title.update(text=title.text.split("=")[1]))
-    figure.update_yaxes(autorange="reversed", dtick=1)
-    said = [note for note in notes(table) if note == SYNTHETIC_NOTE]
-    text = "<br>".join(textwrap.wrap(" ".join(said), 90))
-    title = dict(text=text, font_size=11, x=0.02, y=0.99, yanchor="top")
-    legend = dict(orientation="h", y=1.02, yanchor="bottom")
-    return figure.update_layout(title=title, legend=legend, margin_t=120)

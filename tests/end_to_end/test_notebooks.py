@@ -56,8 +56,8 @@ def test_imports_point_downwards():
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_paper_notebooks_are_clean(path):
-    "Sources of paper notebooks hold no outputs, no definitions, and one cell of parameters."
+    "Sources of paper notebooks hold no outputs (but for two, see test_figures), no definitions, and one cell of parameters."
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert not any(cell["outputs"] for cell in cells)
+    assert path.stem in ("5_results", "6_audit") or not any(cell["outputs"] for cell in cells)
     assert not any(re.search(r"^(def|class) ", "".join(cell["source"]), re.M) for cell in cells)
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1

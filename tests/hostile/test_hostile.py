@@ -33,7 +33,6 @@ from medvlthinker.data import converters
 from medvlthinker.app import profile
 from medvlthinker.core.files import FORMAT, UserError, record_path, read_json, stale_reason
 from medvlthinker.app.profile import Profile, load_profile
-from medvlthinker.results.figures import frame_csv
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.results.tables import results_table, to_csv
 from medvlthinker.evaluation.evaluate import grade_rollout, store_record
@@ -823,9 +822,9 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path):
     @every(40, st.lists(st.tuples(CELLS, st.floats(allow_nan=False, allow_infinity=False, width=32)), min_size=1, max_size=24), CELLS)
     def holds(rows, name):
         frame = pd.DataFrame({name or "x": [text for text, _ in rows], "-change ": [number for _, number in rows]})
-        for read in (lambda: (write_csv(frame, tmp_path / "table.csv"), (tmp_path / "table.csv").read_text(encoding="utf-8"))[1], lambda: frame_csv(frame)):
-            lines = list(csv.reader(io.StringIO(read(), newline="")))
-            assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
+        write_csv(frame, tmp_path / "table.csv")
+        lines = list(csv.reader(io.StringIO((tmp_path / "table.csv").read_text(encoding="utf-8"), newline="")))
+        assert len(lines) == len(rows) + 1 and not any(map(is_formula, itertools.chain.from_iterable(lines))), lines
         assert [unescape_formula(escape_formula(text)) for text, _ in rows] == [text.replace("\r", "\n") for text, _ in rows]
         again = read_csv(tmp_path / "table.csv")
         assert np.allclose(again.iloc[:, 1].astype(float), [number for _, number in rows], rtol=1e-6)
@@ -843,4 +842,4 @@ def test_tables_are_written_in_one_place():
         sources[path] = "\n".join("".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))) for cell in cells)
     calls = [(path.name, node.func.attr, node.func.value) for path, text in sources.items() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     writers = sorted((name, attribute) for name, attribute, owner in calls if attribute == "to_csv" or attribute in ("writer", "DictWriter") and isinstance(owner, ast.Name) and owner.id == "csv")
-    assert writers == [("figures.py", "writer"), ("readers.py", "to_csv"), ("tables.py", "to_csv")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
+    assert writers == [("readers.py", "to_csv"), ("tables.py", "to_csv")]  # two put their texts through `csv_text`, as is tested above; the last one's are names of these tests
