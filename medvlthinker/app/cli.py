@@ -10,7 +10,7 @@ __all__ = ['app', 'Words', 'run', 'status', 'step', 'results', 'ask', 'evaluate'
 # %% ../../nbs/app/78_cli.ipynb #76669723
 import dataclasses, difflib, os, signal, subprocess, sys, time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 
 import typer
@@ -133,14 +133,15 @@ def ask(
     given = dict(word.split("=", 1) for word in keys or [] if "=" in word)
     known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
     check_keys(given, known, "key of an engine")
-    settings = {"checkpoints": str(Workspace("smoke").checkpoints)}
+    settings: dict[str, Any] = {"checkpoints": str(Workspace("smoke").checkpoints)}
     settings |= {key: read_value(key, known[key], value) for key, value in given.items()}
-    options: list[str] = option or []
+    options, picture = option or [], image
     if not image:
         drawn = benchmark("pmc_vqa", 1)[0]
-        image, question, options = drawn.images[0], question or drawn.question, options or ([] if free else list(drawn.options.values()))
+        picture, question = drawn.images[0], question or drawn.question
+        options = options or ([] if free else list(drawn.options.values()))
         print("A drawn scan: it tests the machinery and means nothing medical.\n")
-    print(ask_model(image, question, options, model, "free" if free else "trained", **settings))
+    print(ask_model(picture, question, options, model, "free" if free else "trained", **settings))
 
 # %% ../../nbs/app/78_cli.ipynb #e1242bcd
 @app.command()
@@ -340,10 +341,11 @@ def lab(words: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS OF J
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}\n')
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    os.execv(sys.executable, [  # noqa: S606
+    words = [
         sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--notebook-dir={project_root() / 'nbs'}",
         "--LabApp.default_url=/lab/tree/index.ipynb", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *root, *(words or [])])
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *root, *(words or [])]
+    raise typer.Exit(subprocess.run(words, check=False).returncode)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -373,6 +375,8 @@ def main(
             near = difflib.get_close_matches(words[0], [*verbs(), *profile_names()], 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(verbs())}.")
+    if words[:1] == ["compare"] and "--" in words:  # or Typer would take it for the end of options
+        words = ["compare", "--", *words[1:]]
     try:
         code = app(args=words, prog_name="medvlthinker", standalone_mode=False) or 0
     except typer.TyperException as error:

@@ -399,8 +399,8 @@ def compare_models(
     first, tables = first or profile.models[0], []
     sides = [stored_rollouts(profile, evaluation_record(profile, each)) for each in (first, second)]
     for each in sides[0].keys() & sides[1].keys():
-        samples = sides[0][each][0]
-        tables.append(compare_rollouts(samples, *(side[each][1] for side in sides), rule, split_words))
+        (samples, old), (_, new) = (side[each] for side in sides)
+        tables.append(compare_rollouts(samples, old, new, rule, split_words, same_model=False))
     if not tables:
         raise UserError(f"{first} and {second} were asked no common test set in the profile {profile.name}.")
     changes = paired_changes(pd.concat(tables))
@@ -426,8 +426,12 @@ def compare(
     "Two settings with -- between them, two models (with=NAME), or two rules (old= new=)."
     if "--" in words:
         return compare_settings(words)
-    if any(word.startswith("with=") for word in words):
+    keys = {word.partition("=")[0] for word in words if "=" in word}
+    if "with" in keys:
         return compare_models(words)
+    if "model" in keys:
+        raise UserError("Say what to compare: another model (with=NAME), two rules of all models (old=RULE new=RULE), "
+                        "or two settings with -- between them.")
     return compare_rules(words)
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0007

@@ -281,10 +281,10 @@ def cost_summary(
         new = sum(size for what, size in cost.downloads.items() if what not in seen)
         seen |= {*cost.downloads}
         table.append([name, *_amounts(cost, new, cost.hours)])
-    hours = tuple(sum(cost.hours[place] for cost in costs.values()) for place in range(3))
+    least, likely, most = (sum(cost.hours[place] for cost in costs.values()) for place in range(3))
     head = [f"{profile.name}: {len(costs)} of {len(every)} steps to run", "GPUs",
             "hours, one after the other", "GPU hours", "GB to fetch", "GB kept"]
-    whole = _amounts(total, sum(total.downloads.values()), hours)
+    whole = _amounts(total, sum(total.downloads.values()), (least, likely, most))
     table = [head, ["all together", *whole], *table]
     widths = [max(len(row[place]) for row in table) for place in range(len(head))]
     rows = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
@@ -333,15 +333,17 @@ def _beside(recipe: Recipe, settings: TrainingSettings) -> dict:
     keys = ("distributed_type", "num_machines", "num_processes", "mixed_precision")
     shown = {key: config[key] for key in keys[config["num_processes"] == 1:]}
     if recipe.method == "RL":
-        beside, keys = vllm_settings(recipe, settings, []), ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization")
-        shown |= {key: beside[key] for key in keys if key in beside}
+        beside = vllm_settings(recipe, settings, [])
+        told = ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization")
+        shown |= {key: beside[key] for key in told if key in beside}
     return {"trainer": "accelerate: " + " ".join(f"{key}={value}" for key, value in shown.items())}
 
 
 def _training(recipe: Recipe, profile: Profile) -> dict:
     "Hardware, memory and commands of a recipe."
     data, checkpoints, logs = training_places(recipe, profile)
-    fitting, said = profile, []
+    said: list[str] = []
+    fitting: TrainingSettings = profile
     try:
         fitting = settings_that_fit(recipe, profile, show=said.append)
         need = f"{gib(estimate(recipe, fitting, machine_of(profile, recipe.nodes))):.1f} GiB at the longest row and answer"

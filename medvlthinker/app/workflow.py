@@ -12,6 +12,7 @@ import ast, collections, contextlib, dataclasses, functools, hashlib, json, logg
 import subprocess, sys, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import medvlthinker
 from .cost import refuse_small_disk
@@ -291,10 +292,10 @@ class Narrator(logging.Handler):
         self.begun: dict[int, tuple[str, float]] = {}
         self.total, self.dry = 0, "MEDVLTHINKER_REASONS" in os.environ
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, log_record: logging.LogRecord) -> None:
         "One event; others than those of steps are passed over."
-        event = getattr(record, "event", None)
-        number = getattr(record, "jobid", getattr(record, "job_id", None))
+        record: Any = log_record  # Snakemake adds what an event is about
+        event, number = getattr(record, "event", ""), getattr(record, "jobid", getattr(record, "job_id", 0))
         if event == "run_info":
             self.total = record.stats["total"] - ("all" in record.stats)  # which is a job too
         elif event == "job_info" and record.output:
@@ -326,7 +327,8 @@ def snakemake(
     require_package("snakemake", "papermill", "ipykernel")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"MEDVLTHINKER_REASONS": "1"} if dry else {})
     log = tempfile.TemporaryFile("w+") if dry else open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
-    with log, subprocess.Popen(_command(profile, options, dry), stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+    words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options, dry)]
+    with log, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
                                stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent(signal.SIGKILL)) as process:  # noqa: PLW1509
         failed = ""
         try:
@@ -351,9 +353,9 @@ def _failure(lines: list[str], step: str) -> UserError:
     return UserError(f"Snakemake stopped: {lines[-1] if lines else 'it said nothing'}")
 
 
-def _command(profile: Profile, options: Sequence[str], dry: bool) -> list[str]:
+def _snakemake_words(profile: Profile, options: Sequence[str], dry: bool) -> list[str]:
     snakefile = paper_notebook("1_data").with_name("Snakefile")
-    words = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--nolock", "--rerun-incomplete", "--keep-going"]
+    words = ["--snakefile", str(snakefile), "--nolock", "--rerun-incomplete", "--keep-going"]
     words += ["--quiet", "rules", "host", *["--dry-run"] * dry, *options]
     if _elsewhere(options):
         words += [] if {"--jobs", "-j"} & {*options} else ["--jobs", "16"]
@@ -385,8 +387,9 @@ def run_workflow(
 ) -> int:  # steps that ran
     "Run what is missing or out of date, and nothing else."
     check_nodes(profile)
+    every = steps(profile)  # a mistake in the profile is said before anything runs
     if profile.gpus:  # before the first step, and not after days
-        waiting = {step.value for step in steps(profile) if step.notebook == "3_train"} & {name.removeprefix("3_train-") for name in reasons(profile)}
+        waiting = {step.value for step in every if step.notebook == "3_train"} & {name.removeprefix("3_train-") for name in reasons(profile)}
         recipes = [RECIPES[name] for name in waiting]
         wide = [recipe.name for recipe in recipes if nodes_of(recipe, profile) > 1]
         if wide and _elsewhere(options):

@@ -50,7 +50,7 @@ def test_mistakes_are_one_sentence(answered):
     says(call("compare", "smoke", "limit=9", ASKED[1]), "answers other questions than these of slake_closed")
     says(call("export", "smoke", *ASKED, "model=tiny", "to=csv", "folder=x"), "No form 'csv'")
     says(call("export", "smoke", *ASKED, "model=tiny", "to=inspect", f"folder={answered}", "rules=kind"), "No rule kind")
-    says(call("compare"), "Say one of preflight, parity, look, regrade, exchange")
+    says(call("compare", "smoke", "model=tiny"), "Say what to compare", "with=NAME")
     assert not list((answered / "smoke" / "results" / "synthetic").glob("rescore-*"))
 
 
@@ -87,7 +87,7 @@ def test_parity_on_the_command_line(warm_home):
     says(run(*words, "--", "batch_size=12"), "one and the same rollout")
     says(run(*words, "--", "max_tokens=39"), "give max_tokens once")
     says(run("compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=11", "batch_size=12", "--", f"folder={two}"), "no greedy rollout of these questions")
-    says(run(*words), "parted by one --")
+    says(run(*words), "two settings with -- between them")
     victim = two / "rollout.jsonl"
     victim.write_bytes(victim.read_bytes()[:-9])
     says(run(*words, "--", f"folder={two}"), victim.name, "missing or damaged")
