@@ -2,11 +2,11 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'medvlthinker'},
   'syms': { 'medvlthinker.app.cards': { 'medvlthinker.app.cards._cards': ('app/cards.html#_cards', 'medvlthinker/app/cards.py'),
+                                        'medvlthinker.app.cards._data_card': ('app/cards.html#_data_card', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards._data_files': ('app/cards.html#_data_files', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards._file_cells': ('app/cards.html#_file_cells', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards._files_to_push': ( 'app/cards.html#_files_to_push',
                                                                                    'medvlthinker/app/cards.py'),
-                                        'medvlthinker.app.cards._metadata': ('app/cards.html#_metadata', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards._results_table': ( 'app/cards.html#_results_table',
                                                                                    'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards._stored_card': ('app/cards.html#_stored_card', 'medvlthinker/app/cards.py'),
