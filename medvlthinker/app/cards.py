@@ -123,21 +123,24 @@ Written by `./reproduce.sh card`, which replaces what is changed here by hand.
 _LOAD = """from datasets import load_dataset
 
 data = load_dataset("parquet", data_files="{file}", split="train")
-print(len(data), data[0]["question"], data[0]["options"])"""
+print(len(data), data[:1]["question"], data[:1]["options"])"""
 _COUNTS = ("left_out", "broken", "first_broken", "dropped", "mended")  # of a record
 
 
-def _metadata(title: str, source: str, **more):  # -> a huggingface_hub DatasetCardData
-    "The metadata of a card of data."
+def _data_card(source: str, records: Iterable[dict], metadata: dict, **parts: str) -> str:
+    "The template filled in, with licence, tags, warning and versions by source and records."
     from huggingface_hub import DatasetCardData
 
     licence, tags = {"license": "apache-2.0"}, ["medical", "medvlthinker", "machinery-test"]
     if source != "synthetic":
-        tags.pop()
         licence = {"license": "other", "license_name": "as-its-sources",
                    "license_link": "README.md"}
-    return DatasetCardData(language="en", pretty_name=f"MedVLThinker, {title}", tags=tags,
-                           **licence, **more)
+        tags.pop()
+    data = DatasetCardData(language="en", pretty_name=f"MedVLThinker, {parts['title']}", tags=tags,
+                           **licence, **metadata)
+    code = dict.fromkeys(f"- {environment_line(record)}" for record in records)
+    return _CARD.format(data=data.to_yaml(), code="\n".join(code), **parts,
+                        warning=_SYNTHETIC if source == "synthetic" else _CLINICAL)
 
 # %% ../../nbs/app/73_cards.ipynb #592cb963
 def dataset_card(
@@ -146,21 +149,17 @@ def dataset_card(
 ) -> str:
     "The card of a folder of questions."
     source = folder.parent.name if folder.name == "corpus" else folder.name
-    paths, title = _data_files(folder), f"{KINDS[kind][0]} ({source})"
-    split = "test" if kind == "tests" else "train"
+    paths, split = _data_files(folder), "test" if kind == "tests" else "train"
     configs = [{"config_name": path.stem, "data_files": [{"split": split, "path": path.name}]}
                for path in paths]
     records = [read_json(record_path(path)) for path in paths]
     rows = [_file_cells(*each, source) for each in zip(paths, records)]
-    code = dict.fromkeys(f"- {environment_line(record)}" for record in records)
     about = (f"{KINDS[kind][1]} Columns: `options` is a JSON object from letter to text, `images` "
              "holds encoded files; the others are named after what they hold.")
-    return _CARD.format(
-        data=_metadata(title, source, configs=configs).to_yaml(), title=title,
-        warning=_SYNTHETIC if source == "synthetic" else _CLINICAL, about=about,
-        table=markdown_table(("file", "questions", "made (UTC)", "of", "counts", "licence",
-                              "to cite"), rows),
-        code="\n".join(code), use=_LOAD.format(file=paths[-1].name))
+    head = ("file", "questions", "made (UTC)", "of", "counts", "licence", "to cite")
+    return _data_card(source, records, {"configs": configs}, about=about,
+                      title=f"{KINDS[kind][0]} ({source})", table=markdown_table(head, rows),
+                      use=_LOAD.format(file=paths[-1].name))
 
 
 def _file_cells(path: Path, record: dict, source: str) -> tuple:
@@ -194,15 +193,13 @@ def rollout_card(
     source = "synthetic" if {place.parts[0] for place in records} == {"synthetic"} else "real"
     rows = [(f"`{place}`", *(record.get(key, "") for key in _ASKED), record.get("finished", "no"))
             for place, record in records.items()]
-    code = dict.fromkeys(f"- {environment_line(record)}" for record in records.values())
     about = ("What the model wrote when it was asked multiple-choice questions; `length` counts "
              "answers that were cut. Wrong answers stand beside right ones. The terms of the model "
              "hold for what it wrote. Do not train on answers to test questions.")
-    return _CARD.format(
-        data=_metadata(title, source).to_yaml(), title=title, about=about, code="\n".join(code),
-        warning=_SYNTHETIC if source == "synthetic" else _CLINICAL,
-        table=markdown_table(("folder", *_ASKED, "finished"), rows),
-        use=_READ.format(folder=next(iter(records))))
+    finished = [place for place, record in records.items() if record.get("finished")]
+    return _data_card(source, records.values(), {}, title=title, about=about,
+                      table=markdown_table(("folder", *_ASKED, "finished"), rows),
+                      use=_READ.format(folder=[*finished, *records][0]))
 
 # %% ../../nbs/app/73_cards.ipynb #87279abb
 def eval_results(

@@ -135,7 +135,8 @@ def ask(
     check_keys(given, known, "key of an engine")
     settings: dict[str, Any] = {"checkpoints": str(Workspace("smoke").checkpoints)}
     settings |= {key: read_value(key, known[key], value) for key, value in given.items()}
-    options, picture = option or [], image
+    options: list[str] = option or []
+    picture: Any = image
     if not image:
         drawn = benchmark("pmc_vqa", 1)[0]
         picture, question = drawn.images[0], question or drawn.question

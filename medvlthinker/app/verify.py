@@ -70,7 +70,7 @@ class Finding(NamedTuple):
     state: str  # unchanged, changed, missing, unfinished, or no record
     why: str = ""
 
-# %% ../../nbs/app/74_verify.ipynb #a0e99f13
+# %% ../../nbs/app/74_verify.ipynb #45c2afda
 def check_file(
     path: Path,
     root: Path,  # of the run
@@ -106,7 +106,7 @@ def _record_error(path: Path) -> str:
             return f"it describes the rollout {config.fingerprint}, and not that of this folder"
     return ""
 
-# %% ../../nbs/app/74_verify.ipynb #2cf383e2
+# %% ../../nbs/app/74_verify.ipynb #fb15c00b
 def questions_file(
     folder: Path,  # of a rollout
     root: Path,  # of its run
@@ -126,7 +126,7 @@ def _holds(path: Path, samples: str) -> bool:
     except UserError:  # torn
         return False
 
-# %% ../../nbs/app/74_verify.ipynb #33ab7152
+# %% ../../nbs/app/74_verify.ipynb #6c50a98d
 def rollout_mismatch(
     folder: Path,  # of a rollout
     root: Path,  # of its run
@@ -143,7 +143,7 @@ def rollout_mismatch(
         return f"the weights of {_inside(folder, root)} are not those in {_inside(model, root)}"
     return ""
 
-# %% ../../nbs/app/74_verify.ipynb #ea582fef
+# %% ../../nbs/app/74_verify.ipynb #75998a92
 def check_run(root: Path) -> list[Finding]:
     "Every file of a run in order, and then the evaluations that do not fit what is there."
     known = recorded(root)
@@ -164,7 +164,7 @@ def _mismatches(root: Path) -> Iterator[Finding]:
             if why:
                 yield Finding(_inside(path, root), "changed", why)
 
-# %% ../../nbs/app/74_verify.ipynb #f6a0b5ab
+# %% ../../nbs/app/74_verify.ipynb #79bd5167
 def show_findings(
     root: Path,  # of a run
     show: Callable = print,  # gets a line at a time
@@ -180,14 +180,14 @@ def show_findings(
     show(f"{len(found):,} files, {size:.1f} GB: {counts}")
     return states["changed"] + states["missing"]
 
-# %% ../../nbs/app/74_verify.ipynb #7ce6952a
+# %% ../../nbs/app/74_verify.ipynb #3f8189ae
 class Cell(NamedTuple):
     "One cell of a table."
     table: Path  # its CSV file
     column: str  # a heading of the table
     line: dict  # its row: model, origin, source, and a number under each heading
 
-# %% ../../nbs/app/74_verify.ipynb #3f8189ae
+# %% ../../nbs/app/74_verify.ipynb #7884933c
 TABLES = ("comparison.csv", "recipes.csv")  # in the order in which a cell is looked for
 
 
@@ -213,7 +213,7 @@ def find_cell(
                         f"{', '.join(HEADINGS.values())}.")
     raise UserError(f"No row {row!r}; a cell is ROW/COLUMN, and the rows are {', '.join(rows)}.")
 
-# %% ../../nbs/app/74_verify.ipynb #03b0d91a
+# %% ../../nbs/app/74_verify.ipynb #1ed02327
 def evaluations(cell: Cell, root: Path) -> list[dict]:
     "The evaluations behind a row: one, or the two of a difference; `UserError` where one is gone."
     folder, row = root / "results" / cell.line["source"], cell.line["model"]
@@ -228,7 +228,7 @@ def evaluations(cell: Cell, root: Path) -> list[dict]:
     raise UserError(f"{cell.table.name} has a row {row}, and {folder} has no evaluation of it; it "
                     "was removed, or the table is of another run.")
 
-# %% ../../nbs/app/74_verify.ipynb #1ed02327
+# %% ../../nbs/app/74_verify.ipynb #a90f66df
 def describe_rollout(
     folder: Path,
     root: Path,  # of the run
@@ -254,7 +254,22 @@ def describe_rollout(
 
 _KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
 
-# %% ../../nbs/app/74_verify.ipynb #0a71747c
+# %% ../../nbs/app/74_verify.ipynb #224d2d49
+def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
+    "The rollouts of an evaluation that a column is about."
+    names = [name for name, heading in HEADINGS.items()
+             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
+    return [root / record["rollouts"][name] for name in names]
+
+
+def _problems(folder: Path, root: Path, known: dict) -> list[str]:
+    "What of a rollout is not as it was."
+    paths = (folder / "rollout.json", folder / "rollout.jsonl")
+    checks = [check_file(path, root, known) for path in paths]
+    found = [f"{each.path}: {each.why}" for each in checks if each.why]
+    return found + [why for why in [rollout_mismatch(folder, root)] if why]
+
+# %% ../../nbs/app/74_verify.ipynb #ddf2c572
 def trace(
     root: Path,  # of a run
     cell: str,  # as for `find_cell`
@@ -284,18 +299,3 @@ def trace(
         problems.append(f"the table says {number}, and the answers give {again:.2f}")
     if problems:
         raise UserError(f"{cell} does not come out again: {'; '.join(problems)}.")
-
-
-def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
-    "The rollouts of an evaluation that a column is about."
-    names = [name for name, heading in HEADINGS.items()
-             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    return [root / record["rollouts"][name] for name in names]
-
-
-def _problems(folder: Path, root: Path, known: dict) -> list[str]:
-    "What of a rollout is not as it was."
-    paths = (folder / "rollout.json", folder / "rollout.jsonl")
-    checks = [check_file(path, root, known) for path in paths]
-    found = [f"{each.path}: {each.why}" for each in checks if each.why]
-    return found + [why for why in [rollout_mismatch(folder, root)] if why]

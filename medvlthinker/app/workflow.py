@@ -20,7 +20,7 @@ from .profile import KEYS, Profile, Workspace, load_profile, overrides
 from .runs import steps
 from ..core.commands import end_with_parent, find_path, project_root, redact, redact_file
 from ..core.files import (
-    UserError, atomic_write, read_record, record_path, require_package, write_error, write_record)
+    UserError, atomic_write, file_hash, read_record, record_path, require_package, write_error, write_record)
 from ..generation.engine import check_nodes
 from ..generation.rollout import file_lock
 from ..training.recipe import RECIPES, TrainingSettings, nodes_of
@@ -235,12 +235,24 @@ def execute(
         os.environ["OMP_NUM_THREADS"] = "1"
     log = workspace.logs / f"{name}.kernel.log"
     inputs = {"notebook": step.notebook, **given}
-    with _own_family(log), write_record(target, inputs):
+    began = time.time()
+    with _own_family(log), write_record(target, inputs) as facts:
         done = _papermill(paper_notebook(step.notebook), partial, given, step.value or step.notebook)
         with atomic_write(target) as file:
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
+        facts["outputs"] = _made_since(began, workspace)
     return target
+
+
+def _made_since(began: float, workspace: Workspace) -> dict[str, str]:
+    "Checksums of the tables and figures that were written since; verify reads them."
+    found = {}
+    for path in (path for folder in (workspace.results, workspace.figures) for path in sorted(folder.rglob("*"))):
+        with contextlib.suppress(FileNotFoundError):  # another step may be at work
+            if path.is_file() and not path.name.startswith(".") and path.stat().st_mtime >= began - 2:
+                found[path.relative_to(workspace.root).as_posix()] = file_hash(path)
+    return found
 
 
 def partial_notebook(

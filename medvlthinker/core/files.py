@@ -36,7 +36,7 @@ class UserError(Exception):
 # %% ../../nbs/core/00_files.ipynb #c2b24522
 _NOTEBOOKS = (
     "nbdev", "fastcore", "papermill", "snakemake", "ipykernel", "IPython", "ipywidgets", "jinja2",
-    "jupyterlab", "nbconvert", "plotly", "kaleido", "pypandoc", "bs4", "mlcroissant", "rocrate")
+    "jupyterlab", "nbconvert", "plotly", "kaleido", "pypandoc", "bs4")
 EXTRAS = {  # module -> the extra of this package that brings it
     "torch": "torch", "torchvision": "torch", "trl": "train", "peft": "train",
     "accelerate": "torch", "vllm": "vllm", "verl": "verl", "ray": "ray",

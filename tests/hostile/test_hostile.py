@@ -65,7 +65,7 @@ def every(examples: int, *strategies):
 def contained(work: str, *words, seconds: int, megabytes: int) -> list[str]:
     "The lines that a process prints which may use so much processor time and memory, and no more; it is killed beyond."
     limits = f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))\nresource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20, {megabytes} << 20))\n"
-    done = python("-c", limits + work, *words, OPENBLAS_NUM_THREADS=1, ARROW_DEFAULT_MEMORY_POOL="system", PYTHONPATH=ROOT / "tests")
+    done = python("-c", limits + work, *words, OPENBLAS_NUM_THREADS=1, ARROW_DEFAULT_MEMORY_POOL="system", PYTHONPATH=f"{ROOT}/tests:{ROOT}/tests/hostile")
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     return done.stdout.splitlines()
 
