@@ -710,6 +710,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'medvlthinker/data/overlap.py')},
             'medvlthinker.data.prompt': { 'medvlthinker.data.prompt.extract_reasoning': ( 'data/prompt.html#extract_reasoning',
                                                                                           'medvlthinker/data/prompt.py'),
+                                          'medvlthinker.data.prompt.failing_keys': ( 'data/prompt.html#failing_keys',
+                                                                                     'medvlthinker/data/prompt.py'),
                                           'medvlthinker.data.prompt.messages': ('data/prompt.html#messages', 'medvlthinker/data/prompt.py'),
                                           'medvlthinker.data.prompt.raw_prompt': ( 'data/prompt.html#raw_prompt',
                                                                                    'medvlthinker/data/prompt.py'),
