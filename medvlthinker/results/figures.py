@@ -485,7 +485,9 @@ def forest_figure(
     frame,  # label, difference, low, high, group, source, n; origin where it is known
 ):  # a plotly figure
     "Differences with intervals, a lane a pair of models, a mark a group."
-    drawn = frame.assign(panel="", lane=frame["label"], series=frame["group"],
+    groups = list(frame["group"].unique())
+    drawn = frame.assign(panel=wrap_label(groups[0], 26) if len(groups) == 1 else "",
+                         lane=frame["label"], series=frame["group"],
                          origin=frame.get("origin", "ours"))
     note = "Right of the line: the first is higher. Bars: 95 % intervals."
     figure = draw_marks(drawn, "difference", "Difference (points)", figure_notes(drawn, note),
