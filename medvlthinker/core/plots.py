@@ -76,7 +76,7 @@ def draw_panels(
 
 # %% ../../nbs/core/04_plots.ipynb #47ac9e0e
 def write_figure(name: str, figure, folder) -> Path:
-    "Write a plotly figure as the page NAME.html, which opens without a network."
+    "Write a plotly figure as the page NAME.html, for a phone too, which needs no network."
     require_package("plotly")
     from plotly.offline import get_plotlyjs
 
@@ -84,7 +84,9 @@ def write_figure(name: str, figure, folder) -> Path:
     with atomic_write(path.with_name("plotly.min.js")) as file:
         file.write(get_plotlyjs())
     with atomic_write(path) as file:
-        file.write(figure.to_html(include_plotlyjs="directory", div_id=name))
+        page = figure.to_html(include_plotlyjs="directory", div_id=name)
+        width = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        file.write(page.replace("<head>", "<head>" + width, 1))
     return path
 
 # %% ../../nbs/core/04_plots.ipynb #66b765c8
