@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import warm
 from conftest import ROOT
+from medvlthinker.app import cli
 from medvlthinker.data import benchmarks, corpora, synthetic, prompt
 from medvlthinker.generation import model
 from medvlthinker.training import recipe
@@ -31,7 +32,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "python -m": f"{sys.executable} -m", "FOLDER": "{folder}", "MODEL": "{model}",
-    "mine.py": "{place}/mine.py", "accuracy.py": "{place}/accuracy.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
+    "scan.png": "{place}/scan.png", "--model 3B-RL_m23k": "--model {model}", "mine.py": "{place}/mine.py", "my_rules.py": "{place}/my_rules.py", "folder=logs": "folder={place}/logs",
     "checkpoints/tiny": "{place}/checkpoints/tiny"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
@@ -43,28 +44,32 @@ CI = {  # .ci/run calls them itself, before or after this test: command -> how t
     "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC": "./reproduce.sh verify smoke cell=tiny-RL_PMC/PMC",  # of the run above it
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
     ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",
-    ".venv/bin/python -m medvlthinker.app.site readme": ".venv/bin/python -m medvlthinker.app.site readme",
+    "./reproduce.sh docs --readme": "./reproduce.sh docs --readme",
     "git diff --exit-code --stat": "git diff --exit-code --stat"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
     "./reproduce.sh mini": "--dry-run",  # a GPU and the hub
+    "./reproduce.sh run mini": "--dry-run",
     "./reproduce.sh paper": "--dry-run",  # eight GPUs and the hub
+    "./reproduce.sh run paper": "--dry-run",
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
-    ".venv/bin/python accuracy.py": "limit=6",  # as for the next two
-    ".venv/bin/python -m pytest": "--collect-only",  # the run that collects it is this one, or another worker's
-    "python -m medvlthinker.app.commands preflight smoke": "limit=6 train_limit=6",
-    "python -m medvlthinker.app.commands look smoke": "limit=6",
-    "python -m medvlthinker.app.commands train smoke": "train_limit=20 max_steps=2",
-    "python -m medvlthinker.app.commands regrade smoke": "limit=6",  # the answers that the fixture has asked for
-    "python -m medvlthinker.app.commands exchange smoke": "limit=6"}
+    "./reproduce.sh evaluate smoke": "limit=4",
+    "./reproduce.sh evaluate mini": "data=synthetic limit=4 engine=transformers gpus=0 dtype=float32 repeats_others=0 max_tokens=40",
+    "./reproduce.sh viewer smoke": "limit=6 recipes=",  # of the answers that the fixture has asked for
+    "./reproduce.sh preflight smoke": "limit=6 train_limit=6",
+    "./reproduce.sh ablate smoke": "limit=6",
+    "./reproduce.sh train smoke": "train_limit=20 max_steps=2",
+    "./reproduce.sh compare smoke old=": "limit=6",
+    "./reproduce.sh export smoke": "limit=6",
+    ".venv/bin/python -m pytest": "--collect-only"}  # the run that collects it is this one, or another worker's
 
 ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order
-    ".venv/bin/papermill nbs/paper/4_evaluate.ipynb": ("test_pipeline.py", "test_real_radiographs", '"nbs/paper/4_evaluate.ipynb"', '"-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
-    "python -m medvlthinker.app.commands parity smoke": ("test_commands.py", "test_parity_on_the_command_line", '"parity", "smoke", "model=tiny"', "batch_size="),
-    "python -m medvlthinker.app.commands merge": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"merge", "smoke", "recipe='),  # of a smaller run
-    "python -m medvlthinker.app.commands card": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"card", "smoke", "recipe='),
-    "python -m medvlthinker.app.commands push": ("test_checkpoint.py", "test_push_asks_nobody_without_yes", '"push", hub.model'),
-    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.site", "build"', "--serve"),
+    "./reproduce.sh evaluate mini model=MODEL benchmark=vqa_rad": ("test_workflow.py", "test_real_radiographs", '"-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
+    "./reproduce.sh compare smoke model=tiny with=": ("test_commands.py", "test_two_models_on_the_command_line", '"model=tiny", f"with='),
+    "./reproduce.sh compare smoke model=tiny batch_size=": ("test_commands.py", "test_parity_on_the_command_line", '"compare", "smoke", "model=tiny"', "batch_size="),
+    "./reproduce.sh merge": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"merge", "smoke", "recipe='),  # of a smaller run
+    "./reproduce.sh card": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"card", "smoke", "recipe='),
+    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.cli", "docs"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
     "47_train": ("3_train.ipynb", "", "final = train(recipe, run, *places"),  # for each recipe of .ci/run's smoke
@@ -159,7 +164,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 def first_of(table: dict, command: str):
     "The entry of a table whose key begins the command, the longest first."
-    return next((table[key] for key in sorted(table, key=len, reverse=True) if command == key or command.startswith(f"{key} ")), None)
+    return next((table[key] for key in sorted(table, key=len, reverse=True) if command == key or command.startswith(f"{key} ") or key.endswith("=") and command.startswith(key)), None)
 
 
 # --- what they stand on ---------------------------------------------------------------------------------------------------------
@@ -178,6 +183,7 @@ def place(tmp_path_factory, warm_tiny):
             lines.append(f"{number}.png,{sample.question.replace(',', ';')},{sample.options['A']},{sample.options['B']},{sample.answer_label},It is seen.")
     for name in ("test.csv", "train.csv"):
         (folder / name).write_text("\n".join(lines) + "\n")
+    (place / "scan.png").write_bytes(synthetic.benchmark("pmc_vqa", 1)[0].images[0])
     values = {"place": place, "folder": folder, "model": warm_tiny}
     for block in README:
         if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)):
@@ -232,7 +238,8 @@ def test_command(file, command, request):
 
 
 def by_shell(line: str) -> subprocess.CompletedProcess:
-    "Run a command line; a bare call of one of our modules or files by a process that finds torch loaded."
+    "Run a command line; a bare call of one of our verbs, modules or files by a process that finds torch loaded."
+    line = re.sub(rf"^\./reproduce\.sh (?=({'|'.join(cli.verbs())}) )", f"{sys.executable} -m medvlthinker.app.cli ", line)
     environment = {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if re.fullmatch(rf"{re.escape(str(Path(sys.executable).parent))}/python\S* (-m medvlthinker\.|\S+\.py )[^$|&;<>*?~`]*", line):
         return warm.run(*shlex.split(line)[1:], cwd=ROOT, timeout=300, **environment)
@@ -341,17 +348,16 @@ def test_every_exemption_is_used():
     "An entry that no block or command needs any more hides nothing, and goes."
     lines, files = [command for _, command in SHELL], {block.file for block in PYTHON}
     for table in (CI, MORE, UNRUN):
-        assert not [key for key in table if not any(line == key or line.startswith(f"{key} ") for line in lines)]
+        assert not [key for key in table if not any(line == key or line.startswith(key) for line in lines)]
     assert not [key for key in ELSEWHERE if key not in files and not any(line.startswith(key) for line in lines)]
     assert not [key for key in (*GIVEN, *SMALLER) if key not in files]
 
 
 def test_verbs_and_modules_that_the_chapters_name_exist():
-    known = subprocess.run(["bash", "reproduce.sh", "--help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    verbs = {*re.findall(r"^ *\./reproduce\.sh (\w+)", known, re.M), "smoke", "mini", "paper"}
+    verbs = {*cli.verbs(), "setup", "test", "clean", "smoke", "mini", "paper", "VERB"}
     for path in NOTEBOOKS:
         for number, text in prose(path):
-            assert not {verb for verb in re.findall(r"\./reproduce\.sh (\w+)", text)} - verbs, (path.name, number)
+            assert not {verb for verb in re.findall(r"\./reproduce\.sh ([\w-]*\w)", text)} - verbs, (path.name, number)
             assert not [module for module in re.findall(r"-m medvlthinker\.([\w.]*\w)", text) if not (ROOT / "medvlthinker" / f"{module.replace('.', '/')}.py").is_file()], (path.name, number)
 
 
@@ -374,11 +380,8 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
 
 
-def test_every_verb_starts_something():
-    "What reproduce.sh runs is a module that does something when it is run: one without an entry would end in silence, as if all were done."
-    script = (ROOT / "reproduce.sh").read_text(encoding="utf-8")
-    modules = set(re.findall(r"\brun (?:-m )?\"?(medvlthinker\.[\w.]+)", script)) | {f"medvlthinker.app.{verb}" for verb in ("status", "verify")}
-    assert len(modules) > 5 and "medvlthinker.app.commands" in modules
-    for module in modules - {"medvlthinker.app."}:
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        assert 'if __name__ == "__main__"' in source, module
+@pytest.mark.parametrize("verb", cli.verbs())
+def test_each_verb_explains_itself_with_an_example(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"Examples?: medvlthinker {verb}\b", said) and len(said.splitlines()) > 5

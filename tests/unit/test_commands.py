@@ -1,6 +1,7 @@
 """The command lines of comparison, image ablation and export: what they print and keep, and one sentence for a mistake."""
 import functools
 import json
+import shutil
 
 import pytest
 import warm
@@ -70,6 +71,19 @@ def test_look_on_the_command_line(warm_home):
     assert len((folder / "image_ablation.jsonl").read_text().splitlines()) == 10
     says(run("ablate", "smoke", "model=tiny", "conditions=inverted"), "No condition inverted")
     says(run("ablate", "smoke", "model=tiny", "rule=kind"), "No rule 'kind'")
+
+
+def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path):
+    "Answers by hand against those of the embedded model: a line a set and one for the average."
+    copy = tmp_path / "copy"
+    shutil.copytree(warm_tiny, copy)
+    done = run("evaluate", "smoke", *ASKED, f"model={copy}")
+    assert done.returncode == 0 and "macro average" in done.stdout, done.stderr
+    done = run("compare", "smoke", *ASKED, "model=tiny", f"with={copy}")
+    assert done.returncode == 0 and f"{copy} - tiny, percentage points, rule regrade" in done.stdout, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["slake_closed", "vqa_rad_closed", "macro"]
+    says(run("compare", "smoke", *ASKED, "model=tiny", "with=nobody"), "nobody has no stored evaluation", "./reproduce.sh evaluate smoke model=nobody")
 
 
 def test_parity_on_the_command_line(warm_home):
