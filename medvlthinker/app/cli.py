@@ -7,8 +7,8 @@ __all__ = ['app', 'Words', 'run', 'status', 'step', 'results', 'ask', 'evaluate'
            'export', 'curate', 'train', 'merge', 'card', 'push', 'check_paper', 'verify', 'docs', 'viewer', 'lab',
            'bench', 'verbs', 'main', 'console']
 
-# %% ../../nbs/app/78_cli.ipynb #76669723
-import dataclasses, difflib, os, signal, subprocess, sys, time
+# %% ../../nbs/app/78_cli.ipynb #3a91c79e
+import dataclasses, difflib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +20,11 @@ from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
 from ..core.files import UserError
 
-# %% ../../nbs/app/78_cli.ipynb #41020889
-app = typer.Typer(name="medvlthinker", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="MedVLThinker, reproduced and extended. Each verb has --help with an example.")
+# %% ../../nbs/app/78_cli.ipynb #58b3e840
+app = typer.Typer(
+    name="medvlthinker", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    help="A companion to MedVLThinker. Each verb has --help with an example.")
 Words = Annotated[list[str] | None, typer.Argument(
     metavar="[PROFILE] [KEY=VALUE]...", show_default=False,
     help="A profile of settings.ini (smoke if none is named), and keys that differ in this call.")]
@@ -38,11 +39,14 @@ def _profile(words: list[str] | None):
 @app.command(context_settings={"ignore_unknown_options": True})
 def run(
     words: Words = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "--dryrun", "-n", help="Only say what would run, and what it takes.")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", "--dryrun", "-n", help="Only say what would run, and what it takes.")] = False,
 ) -> None:
     """Run the paper's notebooks: what is missing or out of date, and nothing else.
 
-    Options behind the profile go to Snakemake: -j 1 runs one step at a time, --executor slurm makes a job of each step.
+    Options behind the profile go to Snakemake: -j 1 runs one step at a time, --executor slurm
+    makes a job of each step.
+
     Example: medvlthinker run smoke limit=20 recipes=tiny-RL_PMC
     """
     from medvlthinker.app.cards import write_cards
@@ -54,15 +58,18 @@ def run(
     if dry_run:
         due = reasons(profile, *options)
         summary = cost_summary(profile, due)
-        return print(summary + "\n", *steps_in_words(profile, due), *summary.splitlines()[:2], sep="\n")
+        sums = summary.splitlines()[:2]
+        return print(f"{summary}\n", *steps_in_words(profile, due), *sums, sep="\n")
     ran = run_workflow(profile, *options)
     workspace = Workspace(profile.name)
     if ran:
         write_cards(profile, lambda line: None)
     if (table := workspace.results / "table.txt").is_file():
         print(f"\n{table.read_text(encoding='utf-8')}")
-    print(f"Tables     {workspace.results}\nFigures    {workspace.figures}\nNotebooks  {workspace.notebooks}")
-    print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran else "Everything was done already; nothing ran.")
+    for name in ("results", "figures", "notebooks"):
+        print(f"{name.capitalize():10} {getattr(workspace, name)}")
+    print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
+          else "Everything was done already; nothing ran.")
 
 
 def _options(words: list[str]) -> tuple[list[str], list[str]]:
@@ -73,7 +80,7 @@ def _options(words: list[str]) -> tuple[list[str], list[str]]:
 # %% ../../nbs/app/78_cli.ipynb #f04f8e36
 @app.command()
 def status(words: Words = None) -> None:
-    """Say how far a run has come: done, stale and why, missing, running, failed. Nothing is written.
+    """Say how far a run has come: done, stale and why, missing, running, failed.
 
     Example: medvlthinker status smoke
     """
@@ -81,9 +88,12 @@ def status(words: Words = None) -> None:
 
     print(*lines(_profile(words)), sep="\n")
 
-
+# %% ../../nbs/app/78_cli.ipynb #2b094c58
 @app.command()
-def step(name: Annotated[str, typer.Argument(help="As `status` lists it, such as 4_evaluate-tiny.")], words: Words = None) -> None:
+def step(
+    name: Annotated[str, typer.Argument(help="As `status` lists it, such as 4_evaluate-tiny.")],
+    words: Words = None,
+) -> None:
     """Execute one notebook of the paper, whether it is out of date or not.
 
     Example: medvlthinker step 1_data smoke limit=20
@@ -93,7 +103,7 @@ def step(name: Annotated[str, typer.Argument(help="As `status` lists it, such as
 
     execute(name, _profile(words))
 
-
+# %% ../../nbs/app/78_cli.ipynb #5747a44e
 @app.command()
 def results(words: Words = None) -> None:
     """Draw every table and figure anew from the runs that there are; nothing is asked or trained.
@@ -106,21 +116,28 @@ def results(words: Words = None) -> None:
     profile = _profile(words)
     workspace = Workspace(profile.name)
     if not stored_records(profile):
-        raise UserError(f"Nothing of the profile {profile.name} has been evaluated in {workspace.root}; run ./reproduce.sh {profile.name} first.")
+        raise UserError(f"Nothing of the profile {profile.name} has been evaluated in "
+                        f"{workspace.root}; run ./reproduce.sh {profile.name} first.")
     for name in ("5_results", "6_audit"):
         execute(name, profile)
     print((workspace.results / "table.txt").read_text(encoding="utf-8"))
-    print(f"Tables     {workspace.results}\nFigures    {workspace.figures}")
+    print(f"Results    {workspace.results}\nFigures    {workspace.figures}")
 
-# %% ../../nbs/app/78_cli.ipynb #efb69325
+# %% ../../nbs/app/78_cli.ipynb #12ed8a8d
 @app.command()
 def ask(
-    image: Annotated[str, typer.Argument(help="An image file; without one a drawn scan, its question and its options.")] = "",
+    image: Annotated[str, typer.Argument(
+        help="An image file; without one a drawn scan, its question and its options.")] = "",
     question: Annotated[str, typer.Argument(help="The question, in quotation marks.")] = "",
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False, help="Of the engine: engine=vllm gpus=1, or engine=openai base_url=...")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The text of an option; once for each.", show_default=False)] = None,
-    model: Annotated[str, typer.Option(help="tiny, a recipe of the run, a folder or a hub id.")] = "tiny",
-    free: Annotated[bool, typer.Option("--free", help="Ask as the README of the paper's code does: no options, sampled.")] = False,
+    keys: Annotated[list[str] | None, typer.Argument(
+        metavar="[KEY=VALUE]...", show_default=False,
+        help="Of the engine: engine=vllm gpus=1, or engine=openai base_url=...")] = None,
+    option: Annotated[list[str] | None, typer.Option(
+        "--option", "-o", show_default=False, help="The text of an option; once for each.")] = None,
+    model: Annotated[str, typer.Option(
+        help="tiny, a recipe of the run, a folder or a hub id.")] = "tiny",
+    free: Annotated[bool, typer.Option(
+        "--free", help="Ask as the README of the paper's code does: no options, sampled.")] = False,
 ) -> None:
     """Ask a model one question about one image, and show its reasoning and its answer.
 
@@ -144,34 +161,40 @@ def ask(
         print("A drawn scan: it tests the machinery and means nothing medical.\n")
     print(ask_model(picture, question, options, model, "free" if free else "trained", **settings))
 
-# %% ../../nbs/app/78_cli.ipynb #e1242bcd
+# %% ../../nbs/app/78_cli.ipynb #39fd03cf
 @app.command()
 def evaluate(words: Words = None) -> None:
     """Ask one model (model=NAME) the six test sets, and say how often it was right, with intervals.
 
-    A model is `tiny`, a recipe of this run, a folder or a hub id; every model of the profile where none is named.
+    A model is `tiny`, a recipe of this run, a folder or a hub id; every model of the profile where
+    none is named.
+
     Example: medvlthinker evaluate smoke model=tiny limit=20
     """
     from medvlthinker.app.commands import evaluate_models
 
     evaluate_models(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #4a518edc
 @app.command()
 def rollout(words: Words = None) -> None:
     """Ask one model (model=NAME) all questions and keep its answers, ungraded.
 
-    n, temperature and top_p say how it is asked (n=8 temperature=0.5), kind=corpus asks the training questions.
+    n, temperature and top_p say how it is asked (n=8 temperature=0.5), kind=corpus asks the
+    training questions.
+
     Example: medvlthinker rollout smoke model=tiny engine=openai base_url=http://127.0.0.1:8000/v1
     """
     from medvlthinker.app.commands import rollout
 
     rollout(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #bd9007a0
 @app.command()
 def preflight(words: Words = None) -> None:
-    """Before anything runs: does every prompt fit, is every image one? max_prompt_length and max_model_len may be given.
+    """Before anything runs: does every prompt fit, is every image one?
+
+    max_prompt_length and max_model_len may be given.
 
     Example: medvlthinker preflight smoke model=tiny
     """
@@ -179,10 +202,12 @@ def preflight(words: Words = None) -> None:
 
     preflight(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #f747586f
 @app.command()
 def ablate(words: Words = None) -> None:
-    """Does a model (model=NAME) use the image? The same questions with it, without, blank, shuffled; conditions= names some.
+    """Does a model (model=NAME) use the image?
+
+    The same questions with it, without, blank, shuffled; conditions= names some.
 
     Example: medvlthinker ablate smoke model=tiny conditions=original,blank
     """
@@ -190,10 +215,10 @@ def ablate(words: Words = None) -> None:
 
     ablate(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #6366fc53
 @app.command(context_settings={"ignore_unknown_options": True})
 def compare(words: Words = None) -> None:
-    """Compare on the same questions: two models (with=NAME), two rules (old= new=), or two settings (A -- B).
+    """Compare two models (with=NAME), two rules (old= new=), or two settings (A -- B).
 
     \b
     Examples: medvlthinker compare smoke model=tiny with=tiny-SFT_PMC
@@ -204,10 +229,12 @@ def compare(words: Words = None) -> None:
 
     compare(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #9d5e38cd
 @app.command()
 def export(words: Words = None) -> None:
-    """Write a model's stored answers for another tool (to=inspect), or as the paper published them (to=eval_results).
+    """Write a model's stored answers for another tool.
+
+    to=inspect makes a log of inspect_ai, to=eval_results the form that the paper published.
 
     Example: medvlthinker export smoke model=tiny to=inspect folder=logs
     """
@@ -215,7 +242,7 @@ def export(words: Words = None) -> None:
 
     export(words or [])
 
-# %% ../../nbs/app/78_cli.ipynb #9cb8a888
+# %% ../../nbs/app/78_cli.ipynb #d1a98886
 @app.command()
 def curate(words: Words = None) -> None:
     """Count how often a model answers each training question, and keep those of middle difficulty.
@@ -227,10 +254,12 @@ def curate(words: Words = None) -> None:
     for name in ("1_data", "2_difficulty"):
         print(execute(name, _profile(words)))
 
-
+# %% ../../nbs/app/78_cli.ipynb #89be072a
 @app.command()
 def train(words: Words = None) -> None:
-    """Train one recipe (recipe=NAME), or go on with it after a kill; init= starts from another model.
+    """Train one recipe (recipe=NAME), or go on with it after a kill.
+
+    init= starts from another model.
 
     Example: medvlthinker train smoke recipe=tiny-SFT_PMC max_steps=2
     """
@@ -238,7 +267,7 @@ def train(words: Words = None) -> None:
 
     train(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #450b07f8
 @app.command()
 def merge(words: Words = None) -> None:
     """Make a model of a training run's last checkpoint, or of that of a step (step=N).
@@ -249,7 +278,7 @@ def merge(words: Words = None) -> None:
 
     merge_checkpoint(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #36f56dd4
 @app.command()
 def card(words: Words = None) -> None:
     """Write the card of a recipe's model (recipe=NAME), or all cards of a run.
@@ -260,12 +289,13 @@ def card(words: Words = None) -> None:
 
     describe_run(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #535365ca
 @app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="A model's folder.")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it only what would be uploaded is said.")] = False,
+    yes: Annotated[bool, typer.Option(
+        "--yes", help="Upload; without it only what would be uploaded is said.")] = False,
 ) -> None:
     """Upload a model to the hub, or say what would be uploaded.
 
@@ -275,7 +305,7 @@ def push(
 
     push(folder, repo, yes)
 
-# %% ../../nbs/app/78_cli.ipynb #4bf109de
+# %% ../../nbs/app/78_cli.ipynb #76e47897
 @app.command(name="check-paper")
 def check_paper(words: Words = None) -> None:
     """Compare each published number with the run: equal, inside its interval, outside, not run.
@@ -286,10 +316,12 @@ def check_paper(words: Words = None) -> None:
 
     check_paper(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #9cf3660d
 @app.command()
 def verify(words: Words = None) -> None:
-    """Is every file what was recorded when it was made? cell=ROW/COLUMN says from which answers a number comes.
+    """Is every file what was recorded when it was made?
+
+    cell=ROW/COLUMN says from which answers a number comes.
 
     Example: medvlthinker verify smoke cell=tiny/PMC
     """
@@ -297,13 +329,15 @@ def verify(words: Words = None) -> None:
 
     verify_run(words or [])
 
-
+# %% ../../nbs/app/78_cli.ipynb #1a3d6d4a
 @app.command()
 def docs(
     profile: Annotated[str, typer.Argument(help="Whose results the pages show.")] = "smoke",
-    serve: Annotated[bool, typer.Option("--serve", help="Show the site on this machine until Ctrl-C.")] = False,
+    serve: Annotated[bool, typer.Option(
+        "--serve", help="Show the site on this machine until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Where --serve shows it.")] = 8000,
-    readme: Annotated[bool, typer.Option("--readme", help="Only make README.md from nbs/index.ipynb.")] = False,
+    readme: Annotated[bool, typer.Option(
+        "--readme", help="Only make README.md from nbs/index.ipynb.")] = False,
 ) -> None:
     """Build the site of the chapters and of a run in _docs/.
 
@@ -318,7 +352,7 @@ def docs(
     else:
         site.build(profile)
 
-
+# %% ../../nbs/app/78_cli.ipynb #9f56ca31
 @app.command()
 def viewer(words: Words = None) -> None:
     """Write one page with the questions of a run, every answer, and its verdict under each rule.
@@ -331,38 +365,52 @@ def viewer(words: Words = None) -> None:
     profile = _profile(words)
     print(write_page(stored_viewer(profile), Workspace(profile.name).results / "viewer.html"))
 
-
+# %% ../../nbs/app/78_cli.ipynb #303e937c
 @app.command(context_settings={"ignore_unknown_options": True})
-def lab(words: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS OF JUPYTERLAB]...", show_default=False)] = None) -> None:
-    """Open the notebooks in JupyterLab, on this machine only; it asks nobody for news, updates or extensions.
+def lab(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="[OPTIONS OF JUPYTERLAB]...", show_default=False)] = None,
+) -> None:
+    """Open the notebooks in JupyterLab, on this machine only.
+
+    It asks nobody for news, updates or extensions.
 
     Example: medvlthinker lab --no-browser
     """
     config = Path(sys.prefix) / "etc/jupyter/labconfig/page_config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}\n')
+    silent = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+    config.write_text(json.dumps(silent))
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     words = [
-        sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--notebook-dir={project_root() / 'nbs'}",
-        "--LabApp.default_url=/lab/tree/index.ipynb", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *root, *(words or [])]
+        sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", *root,
+        f"--notebook-dir={project_root() / 'nbs'}", "--LabApp.default_url=/lab/tree/index.ipynb",
+        "--LabApp.news_url=None", "--LabApp.extension_manager=readonly",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(words or [])]
     raise typer.Exit(subprocess.run(words, check=False).returncode)
 
-
+# %% ../../nbs/app/78_cli.ipynb #f80bb325
 @app.command(context_settings={"ignore_unknown_options": True})
-def bench(words: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)] = None) -> None:
-    """Measure speed and memory, each beside its rival where there is one; --list names the measurements.
+def bench(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="[NAME]...", show_default=False)] = None,
+) -> None:
+    """Measure speed and memory, each beside its rival where there is one.
+
+    --list names the measurements.
 
     Example: medvlthinker bench grading_rate
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runner = project_root() / "tests" / "speed" / "bench.py"
-    raise typer.Exit(subprocess.run([sys.executable, runner, *(words or [])], env=environment, check=False).returncode)
+    done = subprocess.run([sys.executable, runner, *(words or [])], env=environment, check=False)
+    raise typer.Exit(done.returncode)
 
-# %% ../../nbs/app/78_cli.ipynb #7af1d407
+# %% ../../nbs/app/78_cli.ipynb #ca965c0f
 def verbs() -> list[str]:
     "All verbs, as they are written."
-    return [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return [command.name or command.callback.__name__ for command in app.registered_commands
+            if command.callback]
 
 
 def main(
@@ -375,13 +423,15 @@ def main(
         else:
             near = difflib.get_close_matches(words[0], [*verbs(), *profile_names()], 1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(verbs())}.")
+            raise UserError(f"No verb or profile {words[0]!r}{hint} "
+                            f"Verbs are {', '.join(verbs())}.")
     if words[:1] == ["compare"] and "--" in words:  # or Typer would take it for the end of options
         words = ["compare", "--", *words[1:]]
     try:
         code = app(args=words, prog_name="medvlthinker", standalone_mode=False) or 0
     except typer.TyperException as error:
-        raise UserError(f"{error.format_message().rstrip('.')}; medvlthinker {words[0]} --help says what it takes.") from None
+        raise UserError(f"{error.format_message().rstrip('.')}; medvlthinker {words[0]} --help "
+                        "says what it takes.") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if code == 130:  # what Typer makes of Ctrl-C
@@ -393,6 +443,6 @@ def console() -> None:
     "What the installed program `medvlthinker` calls."
     run_main(main)
 
-# %% ../../nbs/app/78_cli.ipynb #f12147e2
+# %% ../../nbs/app/78_cli.ipynb #6134b3ae
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
     console()

@@ -48,10 +48,8 @@ CI = {  # .ci/run calls them itself, before or after this test: command -> how t
     "git diff --exit-code --stat": "git diff --exit-code --stat"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
-    "./reproduce.sh mini": "--dry-run",  # a GPU and the hub
-    "./reproduce.sh run mini": "--dry-run",
-    "./reproduce.sh paper": "--dry-run",  # eight GPUs and the hub
-    "./reproduce.sh run paper": "--dry-run",
+    "./reproduce.sh run mini": "--dry-run",  # a GPU and the hub
+    "./reproduce.sh run paper": "--dry-run",  # eight GPUs and the hub
     "./reproduce.sh lab": "--version",  # opens a browser, and stays until it is ended; test_viewer.py works in JupyterLab
     "./reproduce.sh evaluate smoke": "limit=4",
     "./reproduce.sh evaluate mini": "data=synthetic limit=4 engine=transformers gpus=0 dtype=float32 repeats_others=0 max_tokens=40",
@@ -354,7 +352,7 @@ def test_every_exemption_is_used():
 
 
 def test_verbs_and_modules_that_the_chapters_name_exist():
-    verbs = {*cli.verbs(), "setup", "test", "clean", "smoke", "mini", "paper", "VERB"}
+    verbs = {*cli.verbs(), "setup", "test", "clean", "smoke", "mini", "paper", "VERB", "--help"}
     for path in NOTEBOOKS:
         for number, text in prose(path):
             assert not {verb for verb in re.findall(r"\./reproduce\.sh ([\w-]*\w)", text)} - verbs, (path.name, number)
