@@ -231,15 +231,15 @@ def _own_family(log: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _made_since(began: float, workspace: Workspace) -> dict[str, str]:
-    "Checksums of the tables and figures that were written since; verify reads them."
-    found: dict[str, str] = {}
+def _stamps(workspace: Workspace) -> dict[Path, tuple]:
+    "What tells whether a table or figure was written: not its time alone, for a clock may go back."
+    found = {}
     for path in (*workspace.results.rglob("*"), *workspace.figures.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # another step may be at work
-            named = path.is_file() and not path.name.startswith(".")
-            if named and path.stat().st_mtime >= began - 2:
-                found[path.relative_to(workspace.root).as_posix()] = file_hash(path)
-    return dict(sorted(found.items()))
+            if path.is_file() and not path.name.startswith("."):
+                stat = path.stat()
+                found[path] = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return found
 
 # %% ../../nbs/app/75_workflow.ipynb #0dcb8a07
 def partial_notebook(
@@ -270,7 +270,8 @@ def execute(
     if name not in known:
         raise UserError(f"No step {name!r} in the profile {profile.name}; "
                         f"there are {', '.join(known)}.")
-    step, workspace, began = known[name], Workspace(profile.name), time.time()
+    step, workspace = known[name], Workspace(profile.name)
+    before = _stamps(workspace)
     partial_notebook(name, profile).parent.mkdir(parents=True, exist_ok=True)
     target, partial = executed_notebook(name, profile), partial_notebook(name, profile)
     given = {"profile": profile.name, **step.parameters, **overrides(profile)}
@@ -283,7 +284,9 @@ def execute(
         with atomic_write(target) as file:
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
-        facts["outputs"] = _made_since(began, workspace)
+        made = [path for path, stamp in _stamps(workspace).items() if before.get(path) != stamp]
+        facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
+                            for path in sorted(made)}
     return target
 
 # %% ../../nbs/app/75_workflow.ipynb #fa3571f1
@@ -380,7 +383,8 @@ def _snakemake_words(profile: Profile, options: Sequence[str], dry: bool) -> lis
     "The command line of Snakemake behind its name."
     fresh = not _known_to_snakemake(profile)  # what lies there was not made by it
     words = ["--snakefile", str(paper_notebook("1_data").with_name("Snakefile")), "--nolock",
-             "--rerun-incomplete", "--keep-going", "--quiet", "rules", "host", *options]
+             "--rerun-incomplete", "--keep-going", "--max-checksum-file-size", "100000000",
+             "--quiet", "rules", "host", *options]
     words += ["--dry-run"] * dry + ["--forceall"] * fresh
     numbered = {"--cores", "-c", "--jobs", "-j"} & {*options}
     if not numbered:  # on this machine two steps run side by side
