@@ -319,7 +319,7 @@ def plain_reason(
 ) -> str:
     "Why a step runs, in a few words."
     missing = _listed(reason, "Missing output files")
-    if any(name.endswith(".ipynb") for name in missing):
+    if "Forced execution" in reason or any(name.endswith(".ipynb") for name in missing):
         return "it has not run yet"
     parts = [f"{', '.join(missing)} is gone"] if missing else _changed_keys(reason)
     if edited := [_step_or_module(name) for name in _listed(reason, "Updated input files")]:

@@ -231,7 +231,7 @@ def test_readme_is_the_same_each_time_and_hides_what_is_hidden(tmp_path):
 
 
 def run(folder, *words):
-    return subprocess.run([sys.executable, "-u", "-m", "medvlthinker.app.site", *words], cwd=folder, check=False, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-u", "-m", "medvlthinker.app.cli", "docs", *words], cwd=folder, check=False, capture_output=True, text=True,
                           timeout=60, env={**os.environ, "MEDVLTHINKER_HOME": str(folder / "_runs")})
 
 
@@ -240,12 +240,12 @@ def test_mistakes_get_one_sentence(tmp_path):
     (root / "nbs" / "core" / "00_words.ipynb").write_text('{"cells": [')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for words, sentence in ((["build"], "00_words.ipynb is not a notebook"), (["build", "smke"], "No profile 'smke'"),
-                                (["build", "--serve", port], f"Port {port} of this machine is taken")):
+        for words, sentence in (([], "00_words.ipynb is not a notebook"), (["smke"], "No profile 'smke'"),
+                                (["--serve", "--port", port], f"Port {port} of this machine is taken")):
             done = run(root, *words)
             assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.strip().splitlines()) == 1
     (root / "nbs" / "index.ipynb").unlink()
-    assert "README.md and the first page are made from it" in run(root, "readme").stderr
+    assert "README.md and the first page are made from it" in run(root, "--readme").stderr
 
 
 def test_docs_are_served_on_this_machine_until_interrupted(tmp_path):

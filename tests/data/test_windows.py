@@ -35,7 +35,7 @@ def test_a_file_of_ones_own_runs(tmp_path):
 
 
 def test_keys_are_read(tmp_path):
-    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "reproduce.sh").read_text(), re.M | re.S)[0]
+    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "locks" / "setup.sh").read_text(), re.M | re.S)[0]
     (tmp_path / ".env").write_bytes(as_windows("HF_TOKEN=hf_file\nWANDB_API_KEY=\"quoted\"\n"))
     show = 'read_env; printf "%s|" "$HF_TOKEN" "$WANDB_API_KEY"'
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", function + show], cwd=tmp_path, check=True, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})

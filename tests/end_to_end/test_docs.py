@@ -59,6 +59,7 @@ MORE = {  # the same command with words behind it: how it begins -> the words, a
     "./reproduce.sh train smoke": "train_limit=20 max_steps=2",
     "./reproduce.sh compare smoke old=": "limit=6",
     "./reproduce.sh export smoke": "limit=6",
+    "./reproduce.sh bench": "--list",
     ".venv/bin/python -m pytest": "--collect-only"}  # the run that collects it is this one, or another worker's
 
 ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, and words that stand in it, in this order

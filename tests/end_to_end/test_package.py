@@ -145,7 +145,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
-    "from medvlthinker.results.tables import accuracy_figure; accuracy_figure(None)": "notebooks",
+    "from medvlthinker.results.figures import accuracy_figure; accuracy_figure(None)": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
 
@@ -168,7 +168,7 @@ for call in json.loads(sys.argv[1]):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "rollout", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "status"), "needs a checkout of the project")
-    says(alone(bare, ROOT, "-m", "medvlthinker.app.site", "readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
+    says(alone(bare, ROOT, "-m", "medvlthinker.app.cli", "docs", "--readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
 
 
 def test_each_extra_brings_what_it_is_said_to_bring(wheel):

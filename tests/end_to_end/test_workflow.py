@@ -24,7 +24,9 @@ def tree(tmp_path_factory) -> Path:
     files = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     copy = tmp_path_factory.mktemp("copy") / "project"
     for name in filter(None, files):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_dir():  # a link to one
+            shutil.copytree(ROOT / name, copy / name)
+        elif (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     return copy

@@ -417,7 +417,7 @@ def test_bad_command_lines_are_one_sentence(home, tmp_path):
     says(python("-m", "medvlthinker.app.cli", "card", "recipe=tiny-SFT_m23k"), "train and merge it first")
     says(python("-m", "medvlthinker.app.cli", "card", "recipe=tiny-SFT_m23k", "step=2"), "leave step out")
     says(python("-m", "medvlthinker.app.cli", "merge", "recipe=tiny-SFT_m23k", "step=two"), "step")
-    says(python("-m", "medvlthinker.app.cli", "push", tmp_path), "Say what to upload")
+    says(python("-m", "medvlthinker.app.cli", "push", tmp_path), "Missing argument", "push --help")
     says(python("-m", "medvlthinker.app.cli", "push", tmp_path, "a/b"), "holds no model")
 
 

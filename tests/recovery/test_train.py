@@ -12,7 +12,7 @@ import warm
 from conftest import ROOT, python, says
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.app import commands
+from medvlthinker.app import cli
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
@@ -200,7 +200,7 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as said:
-        commands.main(["train", "smoke", *(word.replace("BLANK", str(blank)) for word in words)])
+        cli.main(["train", "smoke", *(word.replace("BLANK", str(blank)) for word in words)])
     for part in parts:
         assert part in str(said.value)
     assert not [path for path in Workspace("smoke").checkpoints.iterdir() if (path / "config.json").exists()], "nothing stands under a final name"

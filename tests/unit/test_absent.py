@@ -46,10 +46,10 @@ import importlib, sys
 
 for name in sys.argv.pop(1).split(","):
     importlib.import_module(f"medvlthinker.{name}")
-from medvlthinker.core import commands
-from medvlthinker.app import runs as ask
+from medvlthinker.core.commands import run_main
+from medvlthinker.app.commands import rollout
 
-commands.run_main(ask.main)
+run_main(rollout)
 """
 
 

@@ -20,8 +20,8 @@ def test_types_hold_and_a_wrong_one_is_found(tmp_path):
     done = mypy(ROOT, tmp_path / "cache")
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(PACKAGE, tmp_path / "medvlthinker", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(tmp_path / "medvlthinker" / "results" / "audit.py", "a") as file:  # nothing but the contract imports it, and from the cache the rest is read
-        file.write('\n\ndef planted(paper: Paper) -> str:\n    return gap("7B-RL_m23k", paper.rows[0])\n')
+    with open(tmp_path / "medvlthinker" / "results" / "claims.py", "a") as file:  # little imports it, and from the cache the rest is read
+        file.write('\n\ndef planted(paper: Paper) -> str:\n    return difference_interval("7B-RL_m23k", paper.rows[0])\n')
     found = mypy(tmp_path, tmp_path / "cache").stdout
     assert 'has incompatible type "str"; expected "Published"' in found and "Incompatible return value type" in found, found
 

@@ -43,10 +43,11 @@ def finished(tmp_path_factory) -> Path:
         curate(samples.path, counts, run.curated / "synthetic", by="raw")
         records = read_records(results / "synthetic", MODELS)
         shares = [{name: k / n for name, (k, n) in each["counts"].items()} for each in records]
-        change = {name: (shares[0][name] - shares[1][name], -1, 1, 3) for name in shares[0]}
-        change["average"] = sum(value for value, *_ in change.values()) / 6, -1, 1, 18
+        change = {name: (100 * (shares[0][name] - shares[1][name]), -100, 100, 3) for name in shares[0]}
+        change["average"] = sum(value for value, *_ in change.values()) / 6, -100, 100, 18
         row = {"model": " - ".join(MODELS), "source": "synthetic", "differences": change}
-        table = results_table(records, "recipes", only=("GPT-4o", "Qwen2.5-VL-3B-Instruct"), less=[row])
+        only = ("GPT-4o", "Qwen2.5-VL-3B-Instruct")
+        table = results_table(records, "recipes", only=only, differences=[row])
         paths = write_table("recipes", table, results)
         notebook.write_text("{}")
         facts["outputs"] = {str(path.relative_to(run.root)): file_hash(path) for path in paths}
