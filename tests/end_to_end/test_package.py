@@ -145,7 +145,6 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
-    "from medvlthinker.results.figures import accuracy_figure; accuracy_figure(None)": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
 
