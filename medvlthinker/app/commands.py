@@ -398,7 +398,7 @@ def compare_models(
     find_rule(rule)
     first, tables = first or profile.models[0], []
     sides = [stored_rollouts(profile, evaluation_record(profile, each)) for each in (first, second)]
-    for each in sides[0].keys() & sides[1].keys():
+    for each in (name for name in sides[0] if name in sides[1]):
         (samples, old), (_, new) = (side[each] for side in sides)
         tables.append(compare_rollouts(samples, old, new, rule, split_words, same_model=False))
     if not tables:

@@ -563,6 +563,7 @@ def status(
     profile: Profile,
 ) -> Iterator[str]:
     "How far a run has come, line by line, and what the next one would do; nothing is written."
+    paper_notebook("1_data")  # else this is no checkout
     due, running = reasons(profile), is_running(profile)
     rows = [step_status(step.name, profile, due.get(step.name, ""), running)
             for step in steps(profile)]

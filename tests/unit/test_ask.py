@@ -164,7 +164,7 @@ def test_quickstart_runs_from_top_to_bottom(warm_home, tmp_path):
     done = python("-m", "papermill", "nbs/quickstart.ipynb", tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar", cwd=ROOT, MEDVLTHINKER_HOME=warm_home)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
-    assert len(cells) == 10, "as its title says"
+    assert len(cells) == 1 + 10, "a title and ten cells"
     shown = ["".join(output["data"]["text/plain"]) for cell in cells for output in cell.get("outputs", []) if "data" in output]
     assert [text.partition("(")[0].partition("\n")[0] for text in shown[:3]] == ["FileUpload", "Prompt", "Prompt"]
     assert "Answer\nA. X-ray" in shown[1] and "[system]" in shown[2]
