@@ -51,11 +51,11 @@ def act(folder: Path, main, *given) -> None:
 
 
 def ask(home: Path, *words: str) -> None:
-    "What `python -m medvlthinker.app.runs smoke WORDS` does, with a home of its own."
-    from medvlthinker.app.runs import main
+    "What `medvlthinker rollout smoke WORDS` does, with a home of its own."
+    from medvlthinker.app.commands import rollout
 
     os.environ["MEDVLTHINKER_HOME"] = str(home)
-    main(["smoke", *words])
+    rollout(["smoke", *words])
 
 
 def ended(process, folder: Path) -> tuple[int, str]:
