@@ -338,15 +338,21 @@ def docs(
     port: Annotated[int, typer.Option(help="Where --serve shows it.")] = 8000,
     readme: Annotated[bool, typer.Option(
         "--readme", help="Only make README.md from nbs/index.ipynb.")] = False,
+    outputs: Annotated[bool, typer.Option(
+        "--outputs", help="Only store 5_results and 6_audit with the published numbers.")] = False,
 ) -> None:
     """Build the site of the chapters and of a run in _docs/.
 
     Example: medvlthinker docs smoke --serve
     """
     from medvlthinker.app import site
+    from medvlthinker.core.plots import store_outputs
 
     if readme:
         print(site.readme().name)
+    elif outputs:
+        paper = project_root() / "nbs" / "paper"
+        store_outputs(paper / "5_results.ipynb", paper / "6_audit.ipynb")
     elif serve:
         site.serve(profile, port)
     else:

@@ -68,6 +68,7 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh compare smoke model=tiny batch_size=": ("test_commands.py", "test_parity_on_the_command_line", '"compare", "smoke", "model=tiny"', "batch_size="),
     "./reproduce.sh merge": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"merge", "smoke", "recipe='),  # of a smaller run
     "./reproduce.sh card": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"card", "smoke", "recipe='),
+    "./reproduce.sh docs --outputs": ("test_figures.py", "test_stored_outputs_are_small_and_belong_to_the_code_as_it_is", "plots.with_outputs(path"),
     "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.cli", "docs"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
