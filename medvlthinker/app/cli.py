@@ -18,7 +18,7 @@ import typer
 from .profile import Workspace, load_profile, parse_words, profile_names
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
-from ..core.files import UserError
+from ..core.files import UserError, require_package
 
 # %% ../../nbs/app/78_cli.ipynb #58b3e840
 app = typer.Typer(
@@ -383,17 +383,19 @@ def lab(
 
     Example: medvlthinker lab --no-browser
     """
+    require_package("jupyterlab")
     config = Path(sys.prefix) / "etc/jupyter/labconfig/page_config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     silent = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     config.write_text(json.dumps(silent))
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    words = [
-        sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", *root,
+    from jupyterlab.labapp import LabApp
+
+    LabApp.launch_instance([
+        "--ip=127.0.0.1", *root,
         f"--notebook-dir={project_root() / 'nbs'}", "--LabApp.default_url=/lab/tree/index.ipynb",
         "--LabApp.news_url=None", "--LabApp.extension_manager=readonly",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(words or [])]
-    raise typer.Exit(subprocess.run(words, check=False).returncode)
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", *(words or [])])
 
 # %% ../../nbs/app/78_cli.ipynb #f80bb325
 @app.command(context_settings={"ignore_unknown_options": True})

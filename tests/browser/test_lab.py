@@ -44,9 +44,10 @@ def project(chromium, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lab") / "project"
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(ROOT / "settings.ini", folder)
-    script, found = re.subn(r"(\n    lab\).*\n +shift; )ready\n", r"\1\n", (ROOT / "reproduce.sh").read_text())  # set up it is
+    script, found = re.subn(r"(\n    \*\)\n +)ready; exec", r"\1exec", (ROOT / "reproduce.sh").read_text())  # set up it is
     assert found == 1
     (folder / "reproduce.sh").write_text(script)
+    shutil.copytree(ROOT / "locks", folder / "locks")
     (folder / ".venv").symlink_to(sys.prefix)
     look = new_nb([mk_cell(source) for source in LOOK])
     look["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
