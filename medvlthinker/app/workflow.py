@@ -462,7 +462,7 @@ def reasons(
 def run_workflow(
     profile: Profile,
     *options: str,  # of Snakemake
-    show: Callable[[str], object] = functools.partial(print, flush=True),
+    show: Callable[[str], object] = lambda line: print(line, flush=True),
 ) -> int:  # steps that ran
     "Run what is missing or out of date, and nothing else."
     check_nodes(profile)

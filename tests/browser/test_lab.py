@@ -43,7 +43,8 @@ def project(chromium, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("lab") / "project"
     shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
-    shutil.copy(ROOT / "settings.ini", folder)
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(ROOT / name, folder)
     script, found = re.subn(r"(\n    \*\)\n +)ready; exec", r"\1exec", (ROOT / "reproduce.sh").read_text())  # set up it is
     assert found == 1
     (folder / "reproduce.sh").write_text(script)
