@@ -540,7 +540,8 @@ def _is_dead(target: str, path: Path, pages: dict[Path, _Links]) -> bool:
         return False
     file, _, anchor = unquote(target).partition("#")
     there = Path(os.path.normpath(path.parent / file)) if file else path
-    lost = bool(anchor) and there in pages and anchor not in pages[there].anchors
+    named = bool(anchor) and "=" not in anchor  # the viewer's page reads a view from behind the mark
+    lost = named and there in pages and anchor not in pages[there].anchors
     return lost or not there.is_file()
 
 # %% ../../nbs/app/76_site.ipynb #558a204f
