@@ -241,6 +241,14 @@ def _stamps(workspace: Workspace) -> dict[Path, tuple]:
                 found[path] = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return found
 
+
+def _not_older(made: list[Path], folder: Path) -> None:
+    "Nothing that was made is older than the notebooks before it, though the clock went back."
+    newest = max(path.stat().st_mtime for path in folder.glob("*.ipynb"))
+    for path in made:
+        if path.stat().st_mtime < newest:
+            os.utime(path, (newest, newest))
+
 # %% ../../nbs/app/75_workflow.ipynb #0dcb8a07
 def partial_notebook(
     name: str,  # of a step
@@ -285,6 +293,7 @@ def execute(
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
         made = [path for path, stamp in _stamps(workspace).items() if before.get(path) != stamp]
+        _not_older([target, *made], target.parent)
         facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
                             for path in sorted(made)}
     return target
@@ -382,9 +391,10 @@ def _known_to_snakemake(profile: Profile) -> bool:
 def _snakemake_words(profile: Profile, options: Sequence[str], dry: bool) -> list[str]:
     "The command line of Snakemake behind its name."
     fresh = not _known_to_snakemake(profile)  # what lies there was not made by it
-    words = ["--snakefile", str(paper_notebook("1_data").with_name("Snakefile")), "--nolock",
-             "--rerun-incomplete", "--keep-going", "--max-checksum-file-size", "100000000",
-             "--quiet", "rules", "host", *options]
+    words = ["--snakefile", str(paper_notebook("1_data").with_name("Snakefile")),
+             "--directory", str(Workspace(profile.name).root), "--nolock", "--rerun-incomplete",
+             "--keep-going", "--max-checksum-file-size", "100000000", "--quiet", "rules", "host",
+             *options]
     words += ["--dry-run"] * dry + ["--forceall"] * fresh
     numbered = {"--cores", "-c", "--jobs", "-j"} & {*options}
     if not numbered:  # on this machine two steps run side by side
