@@ -314,8 +314,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'medvlthinker.app.workflow._listed': ( 'app/workflow.html#_listed',
                                                                                   'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._names': ('app/workflow.html#_names', 'medvlthinker/app/workflow.py'),
-                                           'medvlthinker.app.workflow._not_older': ( 'app/workflow.html#_not_older',
-                                                                                     'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._own_family': ( 'app/workflow.html#_own_family',
                                                                                       'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._papermill': ( 'app/workflow.html#_papermill',

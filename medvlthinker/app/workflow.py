@@ -241,14 +241,6 @@ def _stamps(workspace: Workspace) -> dict[Path, tuple]:
                 found[path] = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return found
 
-
-def _not_older(made: list[Path], folder: Path) -> None:
-    "Nothing that was made is older than the notebooks before it, though the clock went back."
-    newest = max(path.stat().st_mtime for path in folder.glob("*.ipynb"))
-    for path in made:
-        if path.stat().st_mtime < newest:
-            os.utime(path, (newest, newest))
-
 # %% ../../nbs/app/75_workflow.ipynb #0dcb8a07
 def partial_notebook(
     name: str,  # of a step
@@ -293,7 +285,6 @@ def execute(
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
         made = [path for path, stamp in _stamps(workspace).items() if before.get(path) != stamp]
-        _not_older([target, *made], target.parent)
         facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
                             for path in sorted(made)}
     return target
@@ -419,8 +410,10 @@ def _failure(lines: list[str], step: str) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
-    last = lines[-1] if lines else "it said nothing"
-    return _death(step) if step else UserError(f"Snakemake stopped: {last}")
+    own = [after for line, after in zip(lines, lines[1:]) if line.startswith("WorkflowError in rule")]
+    if step and not own:
+        return _death(step)
+    return UserError(f"Snakemake stopped: {(own or lines[-1:] or ['it said nothing'])[0]}")
 
 # %% ../../nbs/app/75_workflow.ipynb #d48a0eb8
 def snakemake(

@@ -325,3 +325,16 @@ def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
     assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results", "6_audit"]
     assert "2_difficulty" in [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path), corpus="m23k"))]
+
+
+def test_a_clock_that_went_back_is_a_sentence(tree, env):
+    "What is there was written tomorrow: Snakemake would run it for ever, so it stops, and says which file."
+    home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
+    later = time.time() + 86400
+    os.utime(home / "notebooks" / "1_data.ipynb", (later, later))
+    (home / "notebooks" / "6_audit.ipynb").unlink()
+    (home / "notebooks" / "2_difficulty.ipynb").unlink()
+    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **env)
+    says(done, "Snakemake stopped: ", "older modification time", "1_data.ipynb")
+    os.utime(home / "notebooks" / "1_data.ipynb")
+    assert {"2_difficulty", "6_audit"} <= set(run(tree, env)[0])

@@ -1,4 +1,4 @@
-"""The whole run against what machines do: killed at random moments, ended by a scheduler, run twice at once, with a clock that goes back. Each time the same bytes, nothing twice, nothing torn."""
+"""The whole run against what machines do: killed at random moments, ended by a scheduler, run twice at once. Each time the same bytes, nothing twice, nothing torn."""
 import dataclasses
 import json
 import os
@@ -217,51 +217,6 @@ def test_killed_at_random_moments(tree, undisturbed, warm_tiny, tmp_path):
         assert_same(home, reference)
         shutil.rmtree(home)
     assert KILLS < 50 or STEPS <= met.keys(), f"no kill met {STEPS - met.keys()}"
-
-
-# --- a run that is partly made anew, under worse conditions ----------------------------------------------------------------
-
-A_CLOCK_THAT_GOES_BACK = """import time
-began, seconds, nanoseconds = time.monotonic(), time.time, time.time_ns
-back = lambda: 7200 if time.monotonic() - began > 3 else 0  # two hours, three seconds after each process has begun
-time.time, time.time_ns = lambda: seconds() - back(), lambda: nanoseconds() - back() * 10**9
-"""
-
-
-def with_gaps(undisturbed: Path, home: Path, steps: set[str], *places: str) -> Path:
-    "A copy of a finished run in which some steps, and what they had made, are missing."
-    shutil.copytree(undisturbed, home)
-    for name in steps:
-        for path in (home / "smoke" / "notebooks").glob(f"{name}.ipynb*"):
-            path.unlink()
-    for place in places:
-        for path in (home / "smoke").glob(place):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return home
-
-
-def everywhere(tmp_path: Path, tree: Path, code: str) -> dict:
-    "The environment in which each Python process begins with this code."
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": f"{tmp_path / 'first'}:{tree}"}
-
-
-@pytest.mark.heavy
-def test_a_clock_that_goes_back(tree, undisturbed, tmp_path):
-    "What is there was written tomorrow, and the clock goes back by two hours in the middle of each process: what is missing is made, what is there is not made again, and nothing differs."
-    missing = {"2_difficulty", "4_evaluate-tiny", "5_results", "6_audit"}
-    home = with_gaps(undisturbed, tmp_path / "home", missing, "rollouts/tiny", "curated", "results/synthetic/tiny", "results/table.txt")
-    for path in home.rglob("*"):
-        os.utime(path, (time.time() + 86400,) * 2)
-    run = Run(tree, home, **everywhere(tmp_path, tree, A_CLOCK_THAT_GOES_BACK))
-    assert run.ended() == 0, run.err.read_text()
-    assert set(run.named("done in")) == missing
-    assert_same(home, lasting(undisturbed))
-    listed = json.loads(record_path(home / "smoke" / "notebooks" / "5_results.ipynb").read_text())["outputs"]
-    assert "results/table.txt" in listed and "samples/synthetic/pmc_vqa-3.parquet" not in listed, "what a step wrote is told from what was there, whatever the clock says"
-    again = Run(tree, home)
-    assert again.ended() == 0 and "nothing ran" in again.out.read_text()
 
 
 # --- files that somebody or something has changed --------------------------------------------------------------------------
