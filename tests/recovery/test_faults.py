@@ -26,7 +26,7 @@ from medvlthinker.generation.rollout import generate, load_rollout
 from medvlthinker.data.sample import read_samples, write_samples
 from safetensors.numpy import load_file
 
-KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "3"))  # at random moments; CI is short of time, a hundred take most of an hour
+KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "2"))  # at random moments; CI is short of time, fifty take half an hour
 WORDS = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
 STEPS = {"1_data", "2_difficulty", "3_train-tiny-RL_PMC", "4_evaluate-tiny", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"}
 
