@@ -12,7 +12,6 @@ import dataclasses, difflib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 from typing import Annotated, Any
 
-
 import typer
 
 from .profile import Workspace, load_profile, parse_words, profile_names
@@ -63,7 +62,7 @@ def run(
     ran = run_workflow(profile, *options)
     workspace = Workspace(profile.name)
     if ran:
-        write_cards(profile, lambda line: None)
+        write_cards(profile, lambda line: line.startswith("Wrote ") or print(line))
     if (table := workspace.results / "table.txt").is_file():
         print(f"\n{table.read_text(encoding='utf-8')}")
     for name in ("results", "figures", "notebooks"):
@@ -98,7 +97,8 @@ def step(
 
     Example: medvlthinker step 1_data smoke limit=20
     """
-    end_with_parent(signal.SIGTERM, int(os.environ.get("MEDVLTHINKER_PARENT") or os.getppid()))()
+    if parent := os.environ.get("MEDVLTHINKER_PARENT"):  # a run started it, and not a person
+        end_with_parent(signal.SIGTERM, int(parent))()
     from medvlthinker.app.workflow import execute
 
     execute(name, _profile(words))
@@ -147,7 +147,10 @@ def ask(
     from medvlthinker.generation.ask import ask as ask_model
     from medvlthinker.generation.request import EngineSettings
 
-    given = dict(word.split("=", 1) for word in keys or [] if "=" in word)
+    if stray := [word for word in keys or [] if "=" not in word]:
+        raise UserError(f"What is {stray[0]!r}? An option is given by --option, a key of the engine "
+                        "as KEY=VALUE.")
+    given = dict(word.split("=", 1) for word in keys or [])
     known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
     check_keys(given, known, "key of an engine")
     settings: dict[str, Any] = {"checkpoints": str(Workspace("smoke").checkpoints)}
@@ -251,8 +254,9 @@ def curate(words: Words = None) -> None:
     """
     from medvlthinker.app.workflow import execute
 
+    profile = _profile(words)
     for name in ("1_data", "2_difficulty"):
-        print(execute(name, _profile(words)))
+        print(execute(name, profile))
 
 # %% ../../nbs/app/78_cli.ipynb #89be072a
 @app.command()
@@ -451,6 +455,6 @@ def console() -> None:
     "What the installed program `medvlthinker` calls."
     run_main(main)
 
-# %% ../../nbs/app/78_cli.ipynb #6134b3ae
+# %% ../../nbs/app/78_cli.ipynb #1da6c08d
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
     console()

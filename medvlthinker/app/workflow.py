@@ -226,6 +226,7 @@ def _own_family(log: Path) -> Iterator[None]:
         yield
     finally:
         os.dup2(kept, 2)
+        os.close(kept)
         redact_file(log)
         for number, handler in before.items():
             signal.signal(number, handler)
