@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medvlthinker.app.site._output_text': ('app/site.html#_output_text', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._parameters': ('app/site.html#_parameters', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._prose': ('app/site.html#_prose', 'medvlthinker/app/site.py'),
+                                       'medvlthinker.app.site._pypandoc': ('app/site.html#_pypandoc', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._scripts': ('app/site.html#_scripts', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._table': ('app/site.html#_table', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._visible': ('app/site.html#_visible', 'medvlthinker/app/site.py'),

@@ -417,6 +417,18 @@ def _coloured(page: str) -> str:
 
     return re.sub('<pre class="python"><code>(.*?)</code></pre>', coloured, page, flags=re.S)
 
+# %% ../../nbs/app/76_site.ipynb #319dc3ef
+def _pypandoc():
+    "The library, when it has found a pandoc."
+    try:
+        import pypandoc
+
+        pypandoc.get_pandoc_path()
+    except (ImportError, OSError):
+        raise UserError("The site needs pandoc or Quarto; "
+                        "`pip install 'medvlthinker[notebooks]'` brings pandoc.") from None
+    return pypandoc
+
 # %% ../../nbs/app/76_site.ipynb #f58087c2
 def pandoc(
     page: Path,  # of Markdown
@@ -424,15 +436,9 @@ def pandoc(
     *words: str,  # further options of pandoc's command line
 ) -> str:
     "The page as HTML."
+    options = ["--mathml", "--wrap=preserve", "--syntax-highlighting=none", *words]
     try:
-        import pypandoc
-
-        options = ["--mathml", "--wrap=preserve", "--syntax-highlighting=none", *words]
-        return _coloured(pypandoc.convert_file(
-            str(page), "html5", dialect, options, verify_format=False))
-    except (ImportError, OSError):
-        raise UserError("The site needs pandoc or Quarto; "
-                        "`pip install 'medvlthinker[notebooks]'` brings pandoc.") from None
+        return _pypandoc().convert_file(str(page), "html5", dialect, options, verify_format=False)
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"pandoc could not read {page.name}: {last}") from None
@@ -458,15 +464,16 @@ def render_by_pandoc(staged: Path) -> Path:
     unused = shutil.ignore_patterns("*.md", "_*", "*.scss", "page.html")
     shutil.copytree(staged, site, ignore=unused)
 
-    def render(name: str) -> None:
+    def render(name: str) -> str:
         around = _around(name, config["website"])
         facts = [f"--variable={key}:{value}" for key, value in around.items()]
-        page = pandoc(staged / name, config["format"]["html"]["from"], "--toc", *facts,
+        return pandoc(staged / name, config["format"]["html"]["from"], "--toc", *facts,
                       f"--template={staged / 'assets' / 'page.html'}")
-        (site / name).with_suffix(".html").write_text(page, encoding="utf-8")
 
+    _pypandoc()  # imported before there are threads: two that import at once can find half a module
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a pandoc of its own
-        list(pool.map(render, names))
+        for name, page in zip(names, pool.map(render, names)):
+            (site / name).with_suffix(".html").write_text(_coloured(page), encoding="utf-8")
     write_search_index(site, [f"{name[:-3]}.html" for name in names])
     return site
 

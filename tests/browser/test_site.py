@@ -1,5 +1,6 @@
 """README.md and the site, made from a small project of five notebooks; then the real site in a browser."""
 import ast
+import builtins
 import contextlib
 import io
 import json
@@ -159,6 +160,22 @@ def test_quarto_renders_the_same_folder_where_it_is_installed(tmp_path, monkeypa
 
 
 # --- the pages that pandoc makes -------------------------------------------------------------------------------------
+
+
+def test_its_threads_import_nothing(tmp_path, monkeypatch):
+    "Two threads that import pygments.lexers at once find half of it: the site was refused for want of a pandoc, now and then."
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pypandoc", "pygments")]:
+        monkeypatch.delitem(sys.modules, name)
+    load, found = builtins.__import__, []
+
+    def watch(name, *words, **more):
+        if name not in sys.modules and threading.current_thread() is not threading.main_thread():
+            found.append(name)
+        return load(name, *words, **more)
+
+    monkeypatch.setattr(builtins, "__import__", watch)
+    build(write_project(tmp_path))
+    assert not found and "pypandoc" in sys.modules
 
 
 def test_links_lead_to_pages_and_files(built):
