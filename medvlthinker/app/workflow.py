@@ -265,6 +265,8 @@ def execute(
 ) -> Path:  # the executed notebook
     "Execute one step; `UserError` with its last error line and where the partial notebook lies."
     require_package("papermill", "ipykernel")
+    # a grammar of URIs, which jsonschema takes a second to load and nbformat does not use
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import nbformat
 
     known = {step.name: step for step in steps(profile)}
