@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'LAYERS', 'PLACES', 'row_lengths', 'unusable', 'Run', 'reward_file', 'loggers', 'check_machine',
-           'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics',
-           'curve_callback', 'last_whole', 'checkpoint', 'remove_old_checkpoints', 'whole_callback', 'how_of',
-           'recomputes', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'ended', 'run_trainer',
-           'train_sft', 'accelerate_config', 'accelerate_file', 'trl_command', 'read_recipe', 'read_words',
-           'run_command', 'main']
+           'start_and_inputs', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics',
+           'cut_metrics', 'curve_callback', 'last_whole', 'checkpoint', 'remove_old_checkpoints', 'whole_callback',
+           'how_of', 'recomputes', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'ended',
+           'run_trainer', 'train_sft', 'accelerate_config', 'accelerate_file', 'trl_command', 'read_recipe',
+           'read_words', 'train_run', 'run_command', 'main']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
 import contextlib, dataclasses, importlib.util, json, os, shutil, sys, time
@@ -24,7 +24,7 @@ from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample, SampleFile, from_row
 from ..difficulty.preflight import lengths, open_processor
 from ..generation.model import (
-    check_weights, download_model, model_fingerprint, pixel_limits)
+    check_weights, download_model, model_fingerprint, pixel_limits, weight_files)
 from ..generation.rollout import file_lock
 from .memory import LORA_TARGETS, Row
 from .recipe import (
@@ -106,22 +106,6 @@ def reward_file() -> Path:
 
     return Path(medvlthinker.__file__).parent / "core" / "grade.py"
 
-# %% ../../nbs/training/42_sft.ipynb #70c1fc64
-_LOSS = "mean of row means"  # see `row_mean_loss`
-
-
-def _inputs(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) -> dict:
-    "All that decides the outcome of a run."
-    how = json.loads(json.dumps(dataclasses.asdict(recipe.how)))  # lists for tuples
-    if recipe.method == "RL":
-        own = {"reward": file_hash(reward_file()), "trainer": settings.trainer}
-    else:
-        own = {"loss": _LOSS, "trainer": "trl"}
-    small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
-    return {"recipe": recipe.name, **how, **own, "start": model_fingerprint(start),
-            "data": file_hash(data), "seed": settings.seed, "max_steps": settings.max_steps,
-            "lora_rank": settings.lora_rank, "dtype": settings.dtype, **small}
-
 # %% ../../nbs/training/42_sft.ipynb #64c56c8b
 def loggers(
     settings: TrainingSettings,
@@ -150,7 +134,34 @@ def check_machine(recipe: Recipe, settings: TrainingSettings) -> None:
         raise UserError(f"{recipe.name} was to run on gpus={settings.gpus} and this machine shows "
                         f"{here or 'none'}; {way}.")
 
-# %% ../../nbs/training/42_sft.ipynb #681e05e3
+# %% ../../nbs/training/42_sft.ipynb #2daac42e
+def start_and_inputs(
+    recipe: Recipe,
+    settings: TrainingSettings,
+    data: Path,  # the questions, a parquet file in the unified format
+    checkpoints: Path,  # the folder with models that were trained here
+    show=print,  # told where a published model is taken
+) -> tuple[str, dict]:
+    "What a run starts from, and all that decides its outcome; `UserError` says what is missing."
+    start = starting_point(recipe, checkpoints, settings.base, show)
+    check_machine(recipe, settings)
+    absent = [name for name in loggers(settings) if not importlib.util.find_spec(name)]
+    if absent:
+        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
+                        f"installed; pip install {absent[0]}, or leave it out.")
+    weight_files(download_model(start))
+    how = json.loads(json.dumps(dataclasses.asdict(recipe.how)))  # lists for tuples
+    if recipe.method == "RL":
+        own = {"reward": file_hash(reward_file()), "trainer": settings.trainer}
+    else:
+        own = {"loss": "mean of row means", "trainer": "trl"}  # see `row_mean_loss`
+    small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
+    return start, {"recipe": recipe.name, **how, **own, "start": model_fingerprint(start),
+                   "data": file_hash(data), "seed": settings.seed,
+                   "max_steps": settings.max_steps, "lora_rank": settings.lora_rank,
+                   "dtype": settings.dtype, **small}
+
+# %% ../../nbs/training/42_sft.ipynb #2daac431
 def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) -> dict:
     "Which rows are left out, how many of the others have images, and the longest of them."
     processor, limits = open_processor(start, settings.max_pixels)
@@ -164,14 +175,6 @@ def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
         longest = Row(int(row.text_tokens), int(row.image_tokens), int(row.answer_tokens))
     return {"rows": len(table), "dropped": dropped, "longest": longest,
             "with_images": int((kept.image_tokens > 0).sum())}
-
-
-def _check_loggers(settings: TrainingSettings) -> None:
-    "`UserError` where a place for the curves is not installed."
-    absent = [name for name in loggers(settings) if not importlib.util.find_spec(name)]
-    if absent:
-        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
-                        f"installed; pip install {absent[0]}, or leave it out.")
 
 
 def _reasons(found: dict) -> str:
@@ -196,7 +199,7 @@ def _check_rows(recipe: Recipe, settings: TrainingSettings, data: Path, found: d
                         "one GPU reads an image and another none, each waits for the other. Train "
                         "on one GPU, or on the rows with and without images one after the other.")
 
-# %% ../../nbs/training/42_sft.ipynb #2daac42e
+
 def plan(
     recipe: Recipe,
     settings: TrainingSettings,
@@ -206,11 +209,8 @@ def plan(
     show=print,  # told what was left out
 ) -> Run:
     "Check everything that a run needs, and list its rows; `UserError` says what is missing."
-    start = starting_point(recipe, checkpoints, settings.base, show)
-    check_machine(recipe, settings)
-    _check_loggers(settings)
+    start, inputs = start_and_inputs(recipe, settings, data, checkpoints, show)
     check_weights(download_model(start))
-    inputs = _inputs(recipe, settings, start, data)
     folder = training_folder(recipe, checkpoints) / fingerprint(inputs)
     if not (listed := folder / "rows.json").is_file():
         with atomic_write(listed) as file:
@@ -627,13 +627,14 @@ def trl_command(
     data: Path,
     checkpoints: Path,
     logs: Path,
+    module: str,  # of this package; it trains what the words say
 ) -> list[str]:
-    "The command that trains a recipe through TRL; several processes read `accelerate_file(logs)`."
-    module = "medvlthinker.training.sft" if recipe.method == "SFT" else "medvlthinker.training.grpo"
+    "A command that trains a recipe; where processes share it, they read `accelerate_file(logs)`."
     init = [f"init={recipe.init}"] if recipe.init != find(recipe.name).init else []
-    words = ["-m", module, f"recipe={recipe.name}", *init, f"data={data}",
-             f"checkpoints={checkpoints}", f"logs={logs}", *training_words(settings)]
-    if processes(recipe, settings) == 1:
+    words = ["-m", f"medvlthinker.training.{module}", f"recipe={recipe.name}", *init,
+             f"data={data}", f"checkpoints={checkpoints}", f"logs={logs}",
+             *training_words(settings)]
+    if module == "train" or processes(recipe, settings) == 1:
         return [sys.executable, *words]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_file(logs))]
     return [sys.executable, *launch, *words]
@@ -669,6 +670,19 @@ def read_words(
     return recipe, read_training(given), (data, checkpoints, logs)
 
 # %% ../../nbs/training/42_sft.ipynb #4cabbfa6
+def train_run(
+    run: Run,
+    train,  # Run -> the checkpoint that becomes the model
+    first: bool = True,  # of the processes that share the run
+) -> Path:
+    "Train a run while its folder is locked; the first of its processes speaks."
+    if first:
+        print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
+              f"from {run.start}", flush=True)
+    with file_lock(run.folder) if first else contextlib.nullcontext():
+        return train(run)
+
+
 def run_command(
     words: Iterable[str],  # as for `read_words`
     method: str,  # `SFT` or `RL`
@@ -687,11 +701,7 @@ def run_command(
         first, order = state.is_main_process, state.main_process_first()
     with order:
         run = plan(recipe, settings, *paths, print if first else lambda *_: None)
-    if first:
-        print(f"{recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
-              f"from {run.start}", flush=True)
-    with file_lock(run.folder) if first else contextlib.nullcontext():
-        train(run)
+    train_run(run, train, first)
 
 # %% ../../nbs/training/42_sft.ipynb #1c3a69e3
 def main(

@@ -7,17 +7,17 @@ __all__ = ['DIFFERENCES', 'METRICS', 'verl_row', 'write_rows', 'fitting_samples'
            'validation_parquet', 'has_flash_attention', 'micro_batch', 'verl_settings', 'overrides', 'run_notes',
            'published_settings', 'composed_settings', 'compare_settings', 'environment', 'job_id', 'command',
            'command_text', 'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves', 'is_complete',
-           'latest_checkpoint', 'set_resume_point', 'refuse_changed_settings', 'ready', 'run_process', 'is_at_work',
-           'train']
+           'latest_checkpoint', 'set_resume_point', 'refuse_changed_settings', 'ready', 'refuse_second_run', 'run_verl',
+           'is_at_work', 'train']
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import dataclasses, importlib.util, itertools, json, math, os, re
-import shlex, shutil, subprocess, sys, time, zipfile
+import shlex, shutil, subprocess, sys, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..core.commands import redact_file
+from ..core.commands import run_logged
 from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, fingerprint, record_path, require_package, stale_reason,
     write_record)
@@ -658,67 +658,41 @@ def ready(
                             f"machine has {here}; set gpus, or use trainer=trl.")
 
 # %% ../../nbs/training/44_verl.ipynb #802e34d4
-def _refuse_second_run(logs: Path) -> None:
-    "`UserError` where a process of verl is still at work on a run."
-    try:
-        pid = int((logs / "verl.pid").read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return
-    if b"main_ppo" in words:
-        raise UserError(f"verl is still at work on this run (process {pid}, log in {logs}); "
-                        "wait for it, or end it.")
-
-
-def _error_line(log: Path) -> str:
-    "The last line of a log that names an error, else its last line."
-    text = log.read_text(encoding="utf-8", errors="replace")
-    plain = re.sub(r"\x1b\[\d*m|\([^()]*pid=\d+\)", "", text)
-    lines = [line.strip() for line in plain.splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return [*lines, *errors][-1][:300]
-
-
-def _follow(process: subprocess.Popen, curves: Path, show: Callable) -> None:
-    "Show each step that verl writes until the process has ended."
-    shown, ended = 0, False
-    while not ended:
-        ended = process.poll() is not None  # before reading, so that the last lines are not missed
-        if len(rows := read_steps(curves)) > shown:
-            merge_curves(curves.parent)
-        for row in rows[shown:]:
-            show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        shown = len(rows)
-        time.sleep(0 if ended else 1)
+def refuse_second_run(folder: Path) -> None:
+    "`UserError` where a process of verl on this machine still trains into a run's folder."
+    own = f"trainer.default_local_dir={_written(str(folder.absolute()))}".encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:  # it has ended
+            continue
+        if b"verl.trainer.main_ppo" in words and own in words:
+            raise UserError(f"verl is still at work on this run (process {path.parent.name}); "
+                            "wait for it, or end it.")
 
 # %% ../../nbs/training/44_verl.ipynb #b9e1f025
-def run_process(
+def run_verl(
     words: list[str],  # what `command` returned
     variables: dict[str, str],  # what `environment` returned
     logs,  # the folder of the recipe's logs
     show: Callable = print,  # gets a line for each step
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
-    logs, curves = Path(logs), Path(variables["VERL_FILE_LOGGER_PATH"])
-    _refuse_second_run(logs)
+    curves, shown = Path(variables["VERL_FILE_LOGGER_PATH"]), 0
     with atomic_write(curves.with_suffix(".sh")) as file:
         file.write(command_text(words, variables) + "\n")
+
+    def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
+        nonlocal shown
+        if len(rows := read_steps(curves)) > shown:
+            merge_curves(curves.parent)
+        for row in rows[shown:]:
+            show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        shown = len(rows)
+
     programs = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-    with open(log := curves.with_suffix(".log"), "w", encoding="utf-8") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, "PATH": programs, **variables})
-    with atomic_write(logs / "verl.pid") as file:
-        file.write(str(process.pid))
-    try:
-        _follow(process, curves, show)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        redact_file(log)
-    if code := process.returncode:
-        raise UserError(f"verl ended with exit code {code}: {_error_line(log)} (log: {log})")
+    run_logged(words, curves.with_suffix(".log"), follow, {"PATH": programs, **variables})
+    follow()
 
 # %% ../../nbs/training/44_verl.ipynb #ec24c358
 def is_at_work(job: str) -> bool:
@@ -768,12 +742,12 @@ def train(
 def _run(recipe, settings, folder, logs, words, variables, steps, file, show) -> None:
     "Start verl from the last checkpoint, or follow what is still at work."
     nodes = 1 if "trainer.device=cpu" in words else nodes_of(recipe, settings)
-    _refuse_second_run(logs)
+    refuse_second_run(folder)
     starts = len(list(logs.glob("verl-*.sh")))
     if nodes > 1 and starts and is_at_work(job := job_id(folder, starts)):
         show(f"Ray is still at work on {recipe.name} (job {job}); following it.")
         given = environment(logs, starts, nodes)
-        return run_process([*_ray_job("logs"), "--follow", job], given, logs, show)
+        return run_verl([*_ray_job("logs"), "--follow", job], given, logs, show)
     rows = json.loads(record_path(file).read_text(encoding="utf-8"))["inputs"]
     refuse_changed_settings(folder, words, fingerprint(rows), file_hash(reward_file()))
     if (done := set_resume_point(folder, max(1, _grpo(recipe).keep - 1))) >= steps:
@@ -781,4 +755,4 @@ def _run(recipe, settings, folder, logs, words, variables, steps, file, show) ->
     show(f"{recipe.name}: step {done} of {steps}; verl's own words are in {logs}.")
     given = {**environment(logs, starts + 1, nodes), **variables}
     job = job_id(folder, starts + 1)
-    run_process(command(words, given, nodes, job=job), given, logs, show)
+    run_verl(command(words, given, nodes, job=job), given, logs, show)

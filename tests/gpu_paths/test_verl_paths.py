@@ -144,7 +144,7 @@ def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, 
     words = verl.overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
     assert "+ray_kwargs.ray_init.address=local" in words
     show = "import os; print(repr(os.environ['RAY_ADDRESS']), os.environ['PATH'])"
-    verl.run_process([sys.executable, "-c", show], verl.environment(tmp_path), tmp_path)
+    verl.run_verl([sys.executable, "-c", show], verl.environment(tmp_path), tmp_path)
     told = (tmp_path / "verl-001.log").read_text()
     assert told.startswith(f"'' {Path(sys.executable).parent}:")
     assert verl.command(words, {})[0] == sys.executable
@@ -371,7 +371,7 @@ def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path):
         time.sleep(0.5)
     client.kill()
     client.wait()
-    verl.run_process([*verl._ray_job("logs"), "--follow", job], given, logs, (shown := []).append)
+    verl.run_verl([*verl._ray_job("logs"), "--follow", job], given, logs, (shown := []).append)
     assert shown == STEPS and not verl.is_at_work(job)
     assert str(QUOTED) in (logs / "verl-001.log").read_text()
 
