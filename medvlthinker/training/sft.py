@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'LAYERS', 'PLACES', 'row_lengths', 'unusable', 'Run', 'reward_file', 'loggers', 'check_machine',
-           'start_and_inputs', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics',
-           'cut_metrics', 'curve_callback', 'last_whole', 'checkpoint', 'remove_old_checkpoints', 'whole_callback',
-           'how_of', 'recomputes', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'ended',
-           'run_trainer', 'train_sft', 'accelerate_config', 'accelerate_file', 'trl_command', 'read_recipe',
-           'read_words', 'train_run', 'run_command', 'main']
+           'start_and_inputs', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'cache_image_features',
+           'keeps_image_features', 'open_model', 'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole',
+           'checkpoint', 'remove_old_checkpoints', 'whole_callback', 'how_of', 'recomputes', 'shared_settings',
+           'token_losses', 'row_mean_loss', 'sft_settings', 'ended', 'run_trainer', 'train_sft', 'accelerate_config',
+           'accelerate_file', 'trl_command', 'read_recipe', 'read_words', 'train_run', 'run_command', 'main']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
-import contextlib, dataclasses, importlib.util, json, os, shutil, sys, time
+import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +267,37 @@ def whole_checkpoints(
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     return {int(mark.parent.name.split("-")[1]): mark.parent for mark in marks}
 
+# %% ../../nbs/training/42_sft.ipynb #d1f77d43
+def cache_image_features(
+    model,  # transformers' `Qwen2_5_VLModel`, its vision tower frozen
+) -> None:
+    "Let a model compute the features of each image once and keep them."
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    compute, known = model.get_image_features, {}
+
+    def features(pixel_values, image_grid_thw, **kwargs):
+        found, last = [], None
+        patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        for image, grid in zip(patches, image_grid_thw):
+            if last is None or not (torch.equal(grid, last[1]) and torch.equal(image, last[0])):
+                last = image, grid  # the answers to one question follow each other
+                key = hashlib.sha256(image.flatten().numpy()).digest(), *grid.tolist()
+            if key not in known:
+                with torch.no_grad():
+                    known[key] = compute(image, grid[None], **kwargs).pooler_output[0]
+            found.append(known[key])
+        return BaseModelOutputWithPooling(pooler_output=tuple(found))
+
+    model.get_image_features = features
+
+
+def keeps_image_features(run: Run) -> bool:
+    "Is this a run whose images are few and always look the same: on a CPU, with a frozen tower?"
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return run.images and run.recipe.how.freeze_vision and not run.settings.gpus and alone
+
 # %% ../../nbs/training/42_sft.ipynb #0630bca4
 def open_model(
     run: Run,
@@ -298,6 +329,8 @@ def open_model(
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
     if run.recipe.how.freeze_vision or not run.images:
         model.model.visual.requires_grad_(False)
+    if keeps_image_features(run):
+        cache_image_features(model.model)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS) if rank else None
     return model, processor, lora
 
