@@ -17,8 +17,8 @@ from ..data.sample import Sample
 from .recipe import (
     Grpo, Recipe, TrainingSettings, processes, steps_per_epoch)
 from .sft import (
-    Run, cache_image_features, chats, checkpoint, curve_callback, ended, how_of,
-    keeps_image_features, last_whole, open_model, run_command, run_trainer, shared_settings, whole_callback)
+    Run, cache_image_features, chats, curve_callback, how_of, keeps_image_features, last_whole,
+    open_model, run_command, run_trainer, shared_settings, whole_callback)
 
 # %% ../../nbs/training/43_grpo.ipynb #071fc03d
 def rewards(
@@ -33,9 +33,7 @@ def rewards(
     return reward
 
 # %% ../../nbs/training/43_grpo.ipynb #ebfd32fe
-def grpo_chat(
-    sample: Sample,
-) -> dict:
+def grpo_chat(sample: Sample) -> dict:
     "One row for `GRPOTrainer`."
     info = {"answer_label": sample.answer_label, "answer": sample.answer, "options": sample.options}
     pictures = {"images": sample.pictures()} if sample.images else {}
@@ -47,14 +45,13 @@ _NEVER_DRAWN = ("<|image_pad|>", "<|video_pad|>")
 
 
 def vllm_settings(
-    recipe: Recipe,
-    settings: TrainingSettings,
+    recipe: Recipe, settings: TrainingSettings,
     never: list[int],  # tokens that are never drawn
 ) -> dict:
     "vLLM beside the model that learns, on the same GPUs, in the words of `trl.GRPOConfig`; nothing where transformers answers."
     how = how_of(recipe, Grpo)
     if not settings.gpus or settings.engine != "vllm":
-        alone = processes(recipe, settings) == 1  # else a question's answers may be of several
+        alone = processes(recipe, settings) == 1 and how.rollouts <= settings.batch_size
         return {"generation_kwargs": {"suppress_tokens": never,
                                       "num_return_sequences": how.rollouts if alone else 1}}
     if settings.max_pixels:
@@ -137,9 +134,7 @@ def prefill_once(
     model._expand_inputs_for_generation, model._prefill = expand_and_keep, prefill_prompts
 
 # %% ../../nbs/training/43_grpo.ipynb #a63f50a7
-def train_grpo(
-    run: Run,
-) -> Path:
+def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
     require_package("trl")
     from trl import GRPOConfig, GRPOTrainer
@@ -172,7 +167,7 @@ def train_grpo(
                                    multimodal_fields, size)
             return [ids for part in parts for ids in answer(*part, *more)[0]], None
 
-    if not ended(run):
+    if not run.has_ended:
         model, processor, lora = open_model(run)
         prefill_once(model)
         trainer = Trainer(
@@ -183,7 +178,7 @@ def train_grpo(
         if trainer.ref_model and keeps_image_features(run):
             cache_image_features(trainer.ref_model.model)
         run_trainer(run, trainer)
-    return checkpoint(run, run.takes)
+    return run.checkpoint(run.takes)
 
 # %% ../../nbs/training/43_grpo.ipynb #b25d6a19
 def main(

@@ -20,19 +20,15 @@ from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
 from .grpo import train_grpo
 from .sft import (
-    Run, accelerate_config, accelerate_file, checkpoint, plan, read_metrics, read_words,
-    start_and_inputs, train_run, train_sft, trl_command)
+    Run, accelerate_config, accelerate_file, plan, read_metrics, read_words, start_and_inputs,
+    train_run, train_sft, trl_command)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/training/47_train.ipynb #b74f64dd
 def printed_command(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data: Path,
-    checkpoints: Path,
-    logs: Path,
+    recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
 ) -> str:
     "The command that trains a recipe, as one would type it."
     if not uses_verl(recipe, settings):
@@ -80,7 +76,7 @@ def _train_trl(run: Run, checkpoints: Path, show) -> Path:
                         "sft" if is_sft else "grpo")
     show("$ " + shlex.join(words))
     run_logged(words, run.logs / "processes.log", show)
-    return checkpoint(run, run.takes)
+    return run.checkpoint(run.takes)
 
 
 def _train_verl(run: Run, checkpoints: Path, show) -> Path:
@@ -92,11 +88,7 @@ def _train_verl(run: Run, checkpoints: Path, show) -> Path:
 
 
 def train_here(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data: Path,  # the questions, a parquet file in the unified format
-    checkpoints: Path,  # the folder with models that were trained here
-    logs: Path,  # the folder of this recipe's logs
+    recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
     show=print,  # takes each line of what is said
 ) -> Path:  # checkpoints/<recipe>
     "Plan a run, fit it into the memory, train, and make a model of the checkpoint that is taken."
@@ -110,11 +102,7 @@ def train_here(
 
 # %% ../../nbs/training/47_train.ipynb #cccf90a1
 def train(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data: Path,  # the questions, a parquet file in the unified format
-    checkpoints: Path,  # the folder with models that were trained here
-    logs: Path,  # the folder of this recipe's logs
+    recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
     show=print,  # takes each line of the log
 ) -> Path:  # checkpoints/<recipe>
     "Train a recipe in a process of its own, unless its model is there and still holds."
@@ -127,9 +115,7 @@ def train(
     return final
 
 # %% ../../nbs/training/47_train.ipynb #4602eee8
-def curves(
-    logs: Path,  # of one recipe
-) -> "pd.DataFrame":  # one row a step
+def curves(logs: Path) -> "pd.DataFrame":  # one row a step
     "The curves of a run, as far as it has come."
     import pandas as pd
 
@@ -171,8 +157,7 @@ def curve_figure(
 
 # %% ../../nbs/training/47_train.ipynb #bbcf4002
 def watch(
-    logs: Path,  # of one recipe
-    title: str = "",
+    logs: Path, title: str = "",
     every: float = 5.0,  # seconds between two drawings
 ):
     "A `show` for `train` that prints each line and keeps a figure of the curves up to date."

@@ -79,6 +79,8 @@ def test_killed_and_called_again(ready, tmp_path, module, recipe, steps, at):
     assert list(seen.index) == list(range(1, steps + 1)), "every step once"
     assert (seen.drop(columns="seconds") == expected.drop(columns="seconds")).all().all()
     assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
+    left = (ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")
+    assert [path.name for path in left] == [f"checkpoint-{steps}"], "only what is needed stays on the disk"
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
     again = warm.run(*mine, cwd=ROOT)
@@ -98,13 +100,6 @@ def test_two_processes_share_a_run(ready):
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder)[1] == 4
-
-
-def test_only_what_is_needed_stays_on_the_disk(ready):
-    "Of ten steps with a checkpoint every four the newest stays, and the one that becomes the model."
-    assert warm.run(*words(*SFT, ready), cwd=ROOT).returncode == 0
-    folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-10"]
 
 
 def trained_with(home: Path, module: str, recipe: str, steps: int, sizes: tuple[int, int]) -> list[tuple]:
