@@ -7,15 +7,14 @@ __all__ = ['redact', 'redact_file', 'RedactedStream', 'run_main', 'end_with_pare
            'project_root', 'find_path', 'load_plugin', 'read_value', 'check_keys']
 
 # %% ../../nbs/core/03_commands.ipynb #935d0212
-import base64, contextlib, ctypes, difflib, functools, importlib.util, json, math, os, signal, subprocess
-import sys, time, traceback, types
-from collections.abc import Callable, Iterable
+import base64, contextlib, ctypes, difflib, functools, importlib.util, json, math, os, re, signal
+import subprocess, sys, time, traceback, types
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from .files import (
     EXTRAS, UserError, atomic_write, missing_package_error, write_error)
-
 
 # %% ../../nbs/core/03_commands.ipynb #1094b33e
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # how the names of such variables end
@@ -109,24 +108,29 @@ def end_with_parent(
     return bind
 
 # %% ../../nbs/core/03_commands.ipynb #55200c22
+_NOISE = re.compile(r"\x1b\[\d*m|\([^()]*pid=\d+\)")  # colours, and how Ray says who speaks
+
+
 def run_logged(
     words: list[str],  # the command, such as [sys.executable, "-m", "medvlthinker.app.site", ...]
     log,  # the file that takes its output
     show: Callable[[str], object] = lambda line: print("|", line),  # called with each new line
+    variables: Mapping[str, str] | None = None,  # of the environment, beside those of this process
 ) -> None:
-    "Run a command and follow its log; its failure is a `UserError` with the log's last line."
+    "Run a command and follow its log; its failure is a `UserError` with what the log says last."
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    last, ended = "", False
+    last, problem, ended = "no output", "", False
     with open(log, "wb") as out, open(log, encoding="utf-8", errors="replace") as lines:
         process = subprocess.Popen(
             words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
             preexec_fn=end_with_parent() if "MEDVLTHINKER_BATCH" in os.environ else None)  # noqa: PLW1509
         try:
             while not ended:
                 ended = process.poll() is not None  # first, so that the last lines are not missed
                 for line in lines:
-                    last = line.strip() or last
+                    last = _NOISE.sub("", line).strip() or last
+                    problem = last if re.match(r"[\w.]*(Error|Exception)\b", last) else problem
                     show(line.rstrip("\n"))
                 time.sleep(0 if ended else 0.1)
         except BaseException:
@@ -135,10 +139,12 @@ def run_logged(
             raise
         finally:
             redact_file(log)
-    if process.returncode:
-        reason = redact(last).removeprefix("medvlthinker: ")
-        raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: "
-                        f"{reason} (log: {log})")
+    if not process.returncode:
+        return
+    if last.startswith(own := "medvlthinker: "):  # a sentence already
+        raise UserError(f"{redact(last.removeprefix(own))} (log: {log})")
+    raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: "
+                    f"{redact(problem or last)[:300]} (log: {log})")
 
 # %% ../../nbs/core/03_commands.ipynb #a9a420dd
 def settings_file() -> Path:

@@ -44,9 +44,7 @@ _SIGNS = {"fsdp": "pytorch_model_fsdp_0", "verl": "model_world_size_*_rank_*.pt"
           "adapter": "adapter_model.safetensors", "weights": "model*.safetensors"}
 
 
-def layout_of(
-    checkpoint: str | Path,  # a folder
-) -> str:
+def layout_of(checkpoint: str | Path) -> str:
     "`fsdp`, `verl`, `adapter` or `weights`; `UserError` for anything else."
     for layout, sign in _SIGNS.items():
         if any(Path(checkpoint).glob(sign)):
@@ -59,7 +57,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp", ".meta
 
 
 def refuse_pickles(
-    checkpoint: str | Path,  # a folder
+    checkpoint: str | Path,
     own: str | Path | None = None,  # the run's own training folder
 ) -> None:
     "`UserError` for pickles in a folder that is not the run's own."
@@ -402,7 +400,7 @@ def _merge_inputs(checkpoint: Path, base: str) -> dict:
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600031
 def merge(
-    checkpoint: str | Path,  # a folder
+    checkpoint: str | Path,
     base: str,  # folder or hub id of the model that the run started from
     folder: str | Path,  # where the model appears once it is whole
     own: str | Path | None = None,  # the run's training folder; without it pickles are refused
@@ -425,8 +423,7 @@ def merge(
 
 # %% ../../nbs/training/46_checkpoint.ipynb #e71ca97f
 def merge_recipe(
-    recipe: Recipe,
-    checkpoints: Path,  # the folder with models that were trained here
+    recipe: Recipe, checkpoints: Path,
     step: int = 0,  # 0 for the last checkpoint, which becomes the finished model
     base: str = "",  # a folder in place of the hub's base model
     log: str | Path = os.devnull,  # takes the output of verl's merger

@@ -85,9 +85,7 @@ class TrainingSettings(Hardware):
     extend: str = ""  # a Python file of your own, run first: it adds sets, models or recipes
 
 # %% ../../nbs/training/40_recipe.ipynb #8766116d
-def training_words(
-    settings: TrainingSettings,
-) -> list[str]:
+def training_words(settings: TrainingSettings) -> list[str]:
     "The settings that are not the defaults, as key=value; what only chooses recipes is left out."
     words = []
     for field in dataclasses.fields(TrainingSettings):
@@ -97,9 +95,7 @@ def training_words(
     return words
 
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
-def read_training(
-    given: dict[str, str],  # key -> value
-) -> TrainingSettings:
+def read_training(given: dict[str, str]) -> TrainingSettings:
     "The settings of these words; `UserError` for an unknown key and a wrong value."
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingSettings)}
     check_keys(given, defaults)
@@ -192,9 +188,7 @@ def _embedded() -> list[Recipe]:
 RECIPES = {recipe.name: recipe for recipe in [*_embedded(), *_supervised("3B"), *_reinforced("3B"), *_supervised("7B"), *_reinforced("7B"), *_two_stages(), *_large()]}
 
 # %% ../../nbs/training/40_recipe.ipynb #db883aaa
-def find(
-    name: str,  # of a recipe
-) -> Recipe:
+def find(name: str) -> Recipe:
     "The recipe of this name; `UserError` lists the known ones."
     if name not in RECIPES:
         raise UserError(f"No recipe {name!r}; known are {', '.join(RECIPES)}.")
@@ -224,17 +218,13 @@ ROWS = {  # questions that the paper trained on, as (at least, at most)
 }
 
 
-def steps_per_epoch(
-    recipe: Recipe,  # the training run
-    rows: int,  # questions that the run reads
-) -> int:
+def steps_per_epoch(recipe: Recipe, rows: int) -> int:
     "Steps of one pass over the corpus; SFT takes the last, partial batch along, verl leaves it out."
     return math.ceil(rows / recipe.how.batch) if recipe.method == "SFT" else rows // recipe.how.batch
 
 
 def total_steps(
-    recipe: Recipe,  # the training run
-    rows: int,  # questions that the run reads
+    recipe: Recipe, rows: int,
     max_steps: int = 0,  # 0 for as many as the epochs have
 ) -> int:
     "Steps of the whole run; `UserError` where there is not one."
@@ -245,8 +235,7 @@ def total_steps(
 
 # %% ../../nbs/training/40_recipe.ipynb #bea5b073
 def steps_to_train(
-    recipe: Recipe,  # the training run
-    rows: int,  # questions that the run reads
+    recipe: Recipe, rows: int,
     max_steps: int = 0,  # 0 for as many as the epochs have
 ) -> tuple[int, int]:  # steps that are trained, and the step whose checkpoint becomes the model
     "How far a run goes, and which of its checkpoints is the model."
@@ -257,9 +246,7 @@ def steps_to_train(
     return steps, taken if 0 < taken < steps else steps
 
 # %% ../../nbs/training/40_recipe.ipynb #babfcd44
-def chain(
-    recipe: Recipe,  # the training run
-) -> list[Recipe]:
+def chain(recipe: Recipe) -> list[Recipe]:
     "The recipes that lead to this one, itself last."
     before = RECIPES.get(recipe.init.split("@")[0])
     return [*(chain(before) if before else ()), recipe]
@@ -290,17 +277,14 @@ def wanted(
     return list({step.name: step for name in given for step in chain(find(name))}.values())
 
 # %% ../../nbs/training/40_recipe.ipynb #0245851e
-def training_folder(
-    recipe: Recipe,  # the training run
-    checkpoints: Path,  # the folder with models that were trained here
-) -> Path:
+def training_folder(recipe: Recipe, checkpoints: Path) -> Path:
     "Where a run keeps its checkpoints on the way; the finished model is `checkpoints/<recipe>`."
     return checkpoints / f"{recipe.name}.training"
 
 
 def model_folder(
     init: str,  # a recipe's name, `@STEP` behind it for a checkpoint on the way
-    checkpoints: Path,  # the folder with models that were trained here
+    checkpoints: Path,
 ) -> Path:
     "Where the model of a recipe lies, or will lie."
     name, _, step = init.partition("@")
@@ -308,8 +292,7 @@ def model_folder(
 
 
 def starting_point(
-    recipe: Recipe,  # the training run
-    checkpoints: Path,  # the folder with models that were trained here
+    recipe: Recipe, checkpoints: Path,
     base: str = "",  # a folder in place of the hub's base model
     show=print,  # told when a published model is taken
 ) -> str:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'LAYERS', 'PLACES', 'row_lengths', 'unusable', 'Run', 'reward_file', 'loggers', 'check_machine',
-           'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics',
-           'curve_callback', 'last_whole', 'checkpoint', 'remove_old_checkpoints', 'whole_callback', 'how_of',
-           'recomputes', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'ended', 'run_trainer',
-           'train_sft', 'accelerate_config', 'accelerate_file', 'trl_command', 'read_recipe', 'read_words',
-           'run_command', 'main']
+           'start_and_inputs', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'cache_image_features',
+           'keeps_image_features', 'open_model', 'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole',
+           'remove_old_checkpoints', 'whole_callback', 'how_of', 'recomputes', 'shared_settings', 'token_losses',
+           'row_mean_loss', 'sft_settings', 'run_trainer', 'train_sft', 'accelerate_config', 'accelerate_file',
+           'trl_command', 'read_recipe', 'read_words', 'train_run', 'run_command', 'main']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
-import contextlib, dataclasses, importlib.util, json, os, shutil, sys, time
+import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample, SampleFile, from_row
 from ..difficulty.preflight import lengths, open_processor
 from ..generation.model import (
-    check_weights, download_model, model_fingerprint, pixel_limits)
+    check_weights, download_model, model_fingerprint, pixel_limits, weight_files)
 from ..generation.rollout import file_lock
 from .memory import LORA_TARGETS, Row
 from .recipe import (
@@ -36,8 +36,7 @@ if TYPE_CHECKING:  # these take seconds to load
 
 # %% ../../nbs/training/42_sft.ipynb #1f440cf3
 def row_lengths(
-    samples: Sequence[Sample],
-    recipe: Recipe,
+    samples: Sequence[Sample], recipe: Recipe,
     processor,  # of the model that is trained
 ) -> "pd.DataFrame":
     "What `lengths` says of each row, with the tokens of its answer; of RL the most that it may have."
@@ -50,8 +49,7 @@ def row_lengths(
 
 # %% ../../nbs/training/42_sft.ipynb #c4bb8384
 def unusable(
-    samples: Sequence[Sample],
-    recipe: Recipe,
+    samples: Sequence[Sample], recipe: Recipe,
     table: "pd.DataFrame",  # what `row_lengths` returned
     context: int,  # tokens that the model can hold
 ) -> dict[str, list[int]]:
@@ -71,6 +69,9 @@ def unusable(
     return {reason: places for reason, places in found.items() if places}
 
 # %% ../../nbs/training/42_sft.ipynb #e3959ee8
+WHOLE = "whole.json"  # the mark of a checkpoint that is whole
+
+
 @dataclass(frozen=True)
 class Run:
     "One recipe, ready to be trained."
@@ -99,6 +100,15 @@ class Run:
         how = self.recipe.how
         return how.batch // how.mini_batch if isinstance(how, Grpo) else 1
 
+    def checkpoint(self, step: int) -> Path:
+        "Where the checkpoint of a step lies."
+        return self.folder / f"checkpoint-{step * self.updates}"
+
+    @property
+    def has_ended(self) -> bool:
+        "Are the last checkpoint and the one that becomes the model there, and whole?"
+        return all((self.checkpoint(step) / WHOLE).is_file() for step in (self.steps, self.takes))
+
 # %% ../../nbs/training/42_sft.ipynb #c370c00c
 def reward_file() -> Path:
     "The file that holds the reward: verl loads it by its path, TRL calls what is imported from it."
@@ -106,26 +116,8 @@ def reward_file() -> Path:
 
     return Path(medvlthinker.__file__).parent / "core" / "grade.py"
 
-# %% ../../nbs/training/42_sft.ipynb #70c1fc64
-_LOSS = "mean of row means"  # see `row_mean_loss`
-
-
-def _inputs(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) -> dict:
-    "All that decides the outcome of a run."
-    how = json.loads(json.dumps(dataclasses.asdict(recipe.how)))  # lists for tuples
-    if recipe.method == "RL":
-        own = {"reward": file_hash(reward_file()), "trainer": settings.trainer}
-    else:
-        own = {"loss": _LOSS, "trainer": "trl"}
-    small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
-    return {"recipe": recipe.name, **how, **own, "start": model_fingerprint(start),
-            "data": file_hash(data), "seed": settings.seed, "max_steps": settings.max_steps,
-            "lora_rank": settings.lora_rank, "dtype": settings.dtype, **small}
-
 # %% ../../nbs/training/42_sft.ipynb #64c56c8b
-def loggers(
-    settings: TrainingSettings,
-) -> list[str]:
+def loggers(settings: TrainingSettings) -> list[str]:
     "Where the curves go beside the local file; `UserError` for a place that is not known."
     names = [name.strip() for name in settings.report_to.split(",") if name.strip()]
     if unknown := [name for name in names if name not in ("wandb", "trackio", "tensorboard")]:
@@ -150,7 +142,33 @@ def check_machine(recipe: Recipe, settings: TrainingSettings) -> None:
         raise UserError(f"{recipe.name} was to run on gpus={settings.gpus} and this machine shows "
                         f"{here or 'none'}; {way}.")
 
-# %% ../../nbs/training/42_sft.ipynb #681e05e3
+# %% ../../nbs/training/42_sft.ipynb #2daac42e
+def start_and_inputs(
+    recipe: Recipe, settings: TrainingSettings,
+    data: Path,  # the questions, a parquet file in the unified format
+    checkpoints: Path,  # the folder with models that were trained here
+    show=print,  # told where a published model is taken
+) -> tuple[str, dict]:
+    "What a run starts from, and all that decides its outcome; `UserError` says what is missing."
+    start = starting_point(recipe, checkpoints, settings.base, show)
+    check_machine(recipe, settings)
+    absent = [name for name in loggers(settings) if not importlib.util.find_spec(name)]
+    if absent:
+        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
+                        f"installed; pip install {absent[0]}, or leave it out.")
+    weight_files(download_model(start))
+    how = json.loads(json.dumps(dataclasses.asdict(recipe.how)))  # lists for tuples
+    if recipe.method == "RL":
+        own = {"reward": file_hash(reward_file()), "trainer": settings.trainer}
+    else:
+        own = {"loss": "mean of row means", "trainer": "trl"}  # see `row_mean_loss`
+    small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
+    return start, {"recipe": recipe.name, **how, **own, "start": model_fingerprint(start),
+                   "data": file_hash(data), "seed": settings.seed,
+                   "max_steps": settings.max_steps, "lora_rank": settings.lora_rank,
+                   "dtype": settings.dtype, **small}
+
+# %% ../../nbs/training/42_sft.ipynb #2daac431
 def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) -> dict:
     "Which rows are left out, how many of the others have images, and the longest of them."
     processor, limits = open_processor(start, settings.max_pixels)
@@ -164,14 +182,6 @@ def _survey(recipe: Recipe, settings: TrainingSettings, start: str, data: Path) 
         longest = Row(int(row.text_tokens), int(row.image_tokens), int(row.answer_tokens))
     return {"rows": len(table), "dropped": dropped, "longest": longest,
             "with_images": int((kept.image_tokens > 0).sum())}
-
-
-def _check_loggers(settings: TrainingSettings) -> None:
-    "`UserError` where a place for the curves is not installed."
-    absent = [name for name in loggers(settings) if not importlib.util.find_spec(name)]
-    if absent:
-        raise UserError(f"report_to={absent[0]} needs the package {absent[0]}, which is not "
-                        f"installed; pip install {absent[0]}, or leave it out.")
 
 
 def _reasons(found: dict) -> str:
@@ -196,21 +206,14 @@ def _check_rows(recipe: Recipe, settings: TrainingSettings, data: Path, found: d
                         "one GPU reads an image and another none, each waits for the other. Train "
                         "on one GPU, or on the rows with and without images one after the other.")
 
-# %% ../../nbs/training/42_sft.ipynb #2daac42e
+
 def plan(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data: Path,  # the questions, a parquet file in the unified format
-    checkpoints: Path,  # the folder with models that were trained here
-    logs: Path,  # the folder of this recipe's logs
+    recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
     show=print,  # told what was left out
 ) -> Run:
     "Check everything that a run needs, and list its rows; `UserError` says what is missing."
-    start = starting_point(recipe, checkpoints, settings.base, show)
-    check_machine(recipe, settings)
-    _check_loggers(settings)
+    start, inputs = start_and_inputs(recipe, settings, data, checkpoints, show)
     check_weights(download_model(start))
-    inputs = _inputs(recipe, settings, start, data)
     folder = training_folder(recipe, checkpoints) / fingerprint(inputs)
     if not (listed := folder / "rows.json").is_file():
         with atomic_write(listed) as file:
@@ -257,20 +260,44 @@ def sft_chat(
             "completion": [{"role": "assistant", "content": target}]}
 
 # %% ../../nbs/training/42_sft.ipynb #c98790d5
-WHOLE = "whole.json"  # the mark of a checkpoint that is whole
-
-
-def whole_checkpoints(
-    folder: Path,  # of a run
-) -> dict[int, Path]:
+def whole_checkpoints(folder: Path) -> dict[int, Path]:
     "The whole checkpoints of a run, by their update."
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     return {int(mark.parent.name.split("-")[1]): mark.parent for mark in marks}
 
+# %% ../../nbs/training/42_sft.ipynb #d1f77d43
+def cache_image_features(
+    model,  # transformers' `Qwen2_5_VLModel`, its vision tower frozen
+) -> None:
+    "Let a model compute the features of each image once and keep them."
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    compute, known = model.get_image_features, {}
+
+    def features(pixel_values, image_grid_thw, **kwargs):
+        found, last = [], None
+        patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        for image, grid in zip(patches, image_grid_thw):
+            if last is None or not (torch.equal(grid, last[1]) and torch.equal(image, last[0])):
+                last = image, grid  # the answers to one question follow each other
+                key = hashlib.sha256(image.flatten().numpy()).digest(), *grid.tolist()
+            if key not in known:
+                with torch.no_grad():
+                    known[key] = compute(image, grid[None], **kwargs).pooler_output[0]
+            found.append(known[key])
+        return BaseModelOutputWithPooling(pooler_output=tuple(found))
+
+    model.get_image_features = features
+
+
+def keeps_image_features(run: Run) -> bool:
+    "Is this a run whose images are few and always look the same: on a CPU, with a frozen tower?"
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return run.images and run.recipe.how.freeze_vision and not run.settings.gpus and alone
+
 # %% ../../nbs/training/42_sft.ipynb #0630bca4
-def open_model(
-    run: Run,
-) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
+def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
     "The model that a run starts from, ready to be trained; `UserError` where it does not load."
     require_package("torch", "peft")
     import torch
@@ -298,6 +325,8 @@ def open_model(
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
     if run.recipe.how.freeze_vision or not run.images:
         model.model.visual.requires_grad_(False)
+    if keeps_image_features(run):
+        cache_image_features(model.model)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS) if rank else None
     return model, processor, lora
 
@@ -317,9 +346,7 @@ NAMES = {"loss": "loss", "reward": "reward", "kl": "kl", "entropy": "entropy",
          "frac_reward_zero_std": "no_signal", "num_tokens": "tokens"}  # TRL's word -> ours
 
 
-def read_metrics(
-    path: Path,  # metrics.jsonl
-) -> list[dict]:
+def read_metrics(path: Path) -> list[dict]:
     "The lines of a run's curves; one that was left half written is passed over."
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -329,7 +356,7 @@ def read_metrics(
 
 # %% ../../nbs/training/42_sft.ipynb #939eca38
 def cut_metrics(
-    path: Path,  # metrics.jsonl
+    path: Path,
     step: int,  # the last that stays
 ) -> None:
     "Forget the lines after a step."
@@ -338,9 +365,7 @@ def cut_metrics(
         file.writelines(json.dumps(line) + "\n" for line in kept)
 
 # %% ../../nbs/training/42_sft.ipynb #107a5b21
-def curve_callback(
-    run: Run,
-):  # a transformers TrainerCallback
+def curve_callback(run: Run):  # a transformers TrainerCallback
     "Writes a line of the curves for each step, and says from time to time how far the run is."
     from transformers import TrainerCallback
 
@@ -381,7 +406,7 @@ def curve_callback(
 
 # %% ../../nbs/training/42_sft.ipynb #574d38be
 def last_whole(
-    folder: Path,  # of a run
+    folder: Path,
 ) -> tuple[str | None, int]:  # the checkpoint's path (None where there is none) and its update
     "The newest checkpoint that is whole; torn ones are removed."
     found = whole_checkpoints(folder)
@@ -390,18 +415,8 @@ def last_whole(
     update = max(found, default=0)
     return (str(found[update]), update) if update else (None, 0)
 
-# %% ../../nbs/training/42_sft.ipynb #bce915a8
-def checkpoint(
-    run: Run,
-    step: int,  # of the recipe, not an update
-) -> Path:
-    "Where the checkpoint of a step lies."
-    return run.folder / f"checkpoint-{step * run.updates}"
-
 # %% ../../nbs/training/42_sft.ipynb #adc359c5
-def remove_old_checkpoints(
-    run: Run,
-) -> None:
+def remove_old_checkpoints(run: Run) -> None:
     "Leave the newest whole checkpoints, and the one that becomes the model."
     found = whole_checkpoints(run.folder)
     keep = run.settings.keep_checkpoints or len(found)
@@ -411,9 +426,7 @@ def remove_old_checkpoints(
         shutil.rmtree(found[update], ignore_errors=True)
 
 # %% ../../nbs/training/42_sft.ipynb #2501a17a
-def whole_callback(
-    run: Run,
-):  # a transformers TrainerCallback
+def whole_callback(run: Run):  # a transformers TrainerCallback
     "Marks a checkpoint as whole when all processes have written it, and removes old ones."
     require_package("accelerate")
     from accelerate import PartialState
@@ -449,10 +462,7 @@ def how_of(
     return recipe.how
 
 # %% ../../nbs/training/42_sft.ipynb #7c73a9cc
-def recomputes(
-    recipe: Recipe,
-    settings: TrainingSettings,
-) -> bool:
+def recomputes(recipe: Recipe, settings: TrainingSettings) -> bool:
     "Whether layers are computed again in the backward pass: as set, else as the paper did."
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "true"
@@ -515,9 +525,7 @@ def row_mean_loss(
     return (losses.sum(dim=1) / learnt.sum(dim=1)).mean()
 
 # %% ../../nbs/training/42_sft.ipynb #4b72163d
-def sft_settings(
-    run: Run,
-) -> dict:
+def sft_settings(run: Run) -> dict:
     "The recipe in the words of `trl.SFTConfig`; `UserError` where the GPUs cannot share a step evenly."
     how, share = how_of(run.recipe, Sft), processes(run.recipe, run.settings)
     at_once = run.settings.micro_batch or (1 if run.settings.gpus else max(1, how.batch // share))
@@ -530,13 +538,6 @@ def sft_settings(
     loss = {"loss_type": "nll", "max_length": None, "packing": False, "completion_only_loss": True}
     save_every = steps_per_epoch(run.recipe, len(run.rows))
     return {**shared_settings(run, save_every), **steps, **loss, "logging_steps": 1}
-
-# %% ../../nbs/training/42_sft.ipynb #6856c3ee
-def ended(
-    run: Run,
-) -> bool:
-    "Has the run its last checkpoint, and the one that it takes, and are these whole?"
-    return all((checkpoint(run, step) / WHOLE).is_file() for step in (run.steps, run.takes))
 
 # %% ../../nbs/training/42_sft.ipynb #d86c6659
 def run_trainer(
@@ -561,9 +562,7 @@ def run_trainer(
     trainer.train(resume_from_checkpoint=newest)
 
 # %% ../../nbs/training/42_sft.ipynb #f4776f7c
-def train_sft(
-    run: Run,
-) -> Path:
+def train_sft(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
     require_package("trl")
     from trl import SFTConfig, SFTTrainer
@@ -578,22 +577,19 @@ def train_sft(
             with self.accelerator.autocast():
                 return row_mean_loss(model, inputs)
 
-    if not ended(run):
+    if not run.has_ended:
         model, processor, lora = open_model(run)
         run_trainer(run, Trainer(
             model=model, args=SFTConfig(**sft_settings(run)), train_dataset=chats(run, sft_chat),
             processing_class=processor, peft_config=lora,
             callbacks=[curve_callback(run), whole_callback(run)]))
-    return checkpoint(run, run.takes)
+    return run.checkpoint(run.takes)
 
 # %% ../../nbs/training/42_sft.ipynb #b5605059
 LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out one by one
 
 
-def accelerate_config(
-    recipe: Recipe,
-    settings: TrainingSettings,
-) -> dict:
+def accelerate_config(recipe: Recipe, settings: TrainingSettings) -> dict:
     "The hardware of a run in the words of `accelerate`."
     nodes, here = nodes_of(recipe, settings), os.environ.get
     shared = {"compute_environment": "LOCAL_MACHINE", "num_machines": nodes,
@@ -614,26 +610,21 @@ def accelerate_config(
             "fsdp_config": sharding}
 
 # %% ../../nbs/training/42_sft.ipynb #39902115
-def accelerate_file(
-    logs: Path,  # of a recipe
-) -> Path:
+def accelerate_file(logs: Path) -> Path:
     "Where `accelerate` finds how a recipe's processes are started."
     return logs / "accelerate.json"
 
 # %% ../../nbs/training/42_sft.ipynb #4eee1ca1
 def trl_command(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data: Path,
-    checkpoints: Path,
-    logs: Path,
+    recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
+    module: str,  # of this package; it trains what the words say
 ) -> list[str]:
-    "The command that trains a recipe through TRL; several processes read `accelerate_file(logs)`."
-    module = "medvlthinker.training.sft" if recipe.method == "SFT" else "medvlthinker.training.grpo"
+    "A command that trains a recipe; where processes share it, they read `accelerate_file(logs)`."
     init = [f"init={recipe.init}"] if recipe.init != find(recipe.name).init else []
-    words = ["-m", module, f"recipe={recipe.name}", *init, f"data={data}",
-             f"checkpoints={checkpoints}", f"logs={logs}", *training_words(settings)]
-    if processes(recipe, settings) == 1:
+    words = ["-m", f"medvlthinker.training.{module}", f"recipe={recipe.name}", *init,
+             f"data={data}", f"checkpoints={checkpoints}", f"logs={logs}",
+             *training_words(settings)]
+    if module == "train" or processes(recipe, settings) == 1:
         return [sys.executable, *words]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_file(logs))]
     return [sys.executable, *launch, *words]
@@ -669,6 +660,19 @@ def read_words(
     return recipe, read_training(given), (data, checkpoints, logs)
 
 # %% ../../nbs/training/42_sft.ipynb #4cabbfa6
+def train_run(
+    run: Run,
+    train,  # Run -> the checkpoint that becomes the model
+    first: bool = True,  # of the processes that share the run
+) -> Path:
+    "Train a run while its folder is locked; the first of its processes speaks."
+    if first:
+        print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
+              f"from {run.start}", flush=True)
+    with file_lock(run.folder) if first else contextlib.nullcontext():
+        return train(run)
+
+
 def run_command(
     words: Iterable[str],  # as for `read_words`
     method: str,  # `SFT` or `RL`
@@ -687,11 +691,7 @@ def run_command(
         first, order = state.is_main_process, state.main_process_first()
     with order:
         run = plan(recipe, settings, *paths, print if first else lambda *_: None)
-    if first:
-        print(f"{recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
-              f"from {run.start}", flush=True)
-    with file_lock(run.folder) if first else contextlib.nullcontext():
-        train(run)
+    train_run(run, train, first)
 
 # %% ../../nbs/training/42_sft.ipynb #1c3a69e3
 def main(

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['DIFFERENCES', 'METRICS', 'verl_row', 'write_rows', 'fitting_samples', 'verl_parquet', 'count_rows', 'training_file',
-           'validation_parquet', 'has_flash_attention', 'micro_batch', 'verl_settings', 'overrides', 'run_notes',
-           'published_settings', 'composed_settings', 'compare_settings', 'environment', 'job_id', 'command',
-           'command_text', 'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves', 'is_complete',
-           'latest_checkpoint', 'set_resume_point', 'refuse_changed_settings', 'ready', 'run_process', 'is_at_work',
-           'train']
+           'has_flash_attention', 'micro_batch', 'verl_settings', 'overrides', 'run_notes', 'published_settings',
+           'composed_settings', 'compare_settings', 'environment', 'job_id', 'command', 'command_text', 'ray_address',
+           'refuse_missing_nodes', 'read_steps', 'merge_curves', 'is_complete', 'latest_checkpoint', 'set_resume_point',
+           'refuse_changed_settings', 'ready', 'refuse_second_run', 'run_verl', 'is_at_work', 'train']
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import dataclasses, importlib.util, itertools, json, math, os, re
-import shlex, shutil, subprocess, sys, time, zipfile
+import shlex, shutil, subprocess, sys, zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..core.commands import redact_file
+from ..core.commands import run_logged
 from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, fingerprint, record_path, require_package, stale_reason,
     write_record)
@@ -25,22 +24,21 @@ from ..data.prompt import verl_prompt
 from ..data.sample import Sample, SampleFile
 from ..difficulty.preflight import lengths, open_processor
 from ..generation.model import pixel_limits
-from ..generation.rollout import file_lock, samples_fingerprint
+from ..generation.rollout import file_lock
 from .recipe import (
     ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, starting_point, steps_to_train,
     total_steps, training_folder, uses_verl)
-from .sft import loggers, reward_file
+from .sft import how_of, loggers, reward_file
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
 def verl_row(
     sample: Sample,
     index: int,  # of the row in its file
     data_source: str = "medvlthinker",  # a free name; verl reports validation scores by it
-    split: str = "train",  # as verl's own data name it
 ) -> dict:
     "A sample as a row of verl's parquet."
     names = ("answer_label", "answer", "dataset_name", "dataset_index")
-    extra = {"split": split, "index": index, "question": sample.question,
+    extra = {"split": "train", "index": index, "question": sample.question,
              "options": json.dumps(sample.options, ensure_ascii=False),
              **{name: getattr(sample, name) for name in names}}
     row = {"data_source": data_source, "prompt": verl_prompt(sample), "ability": "medical_mcqa",
@@ -109,7 +107,6 @@ def verl_parquet(
     model: str,  # folder or hub id: its processor counts the tokens
     max_tokens: int,  # of a prompt, images included
     source: dict,  # what the samples are, for the file's record
-    split: str = "train",  # as verl's own data name it
     max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit
     show: Callable = print,  # gets a sentence on what is left out
 ) -> Path:
@@ -117,7 +114,7 @@ def verl_parquet(
     path, processor = Path(path), open_processor(model, max_pixels)[0]
     counts_by = [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template,
                  processor.image_processor.to_dict()]
-    inputs = {**source, "split": split, "max_prompt_length": max_tokens,
+    inputs = {**source, "max_prompt_length": max_tokens,
               "processor": fingerprint(counts_by)}
     with file_lock(path.parent):
         if not stale_reason(path, inputs):
@@ -128,7 +125,7 @@ def verl_parquet(
             if not (first := next(fitting, None)):
                 raise UserError(f"No question is left for verl: {dict(left_out) or 'none came'}.")
             fitting = itertools.chain([first], fitting)
-            rows = (verl_row(sample, i, path.stem, split) for i, sample in enumerate(fitting))
+            rows = (verl_row(sample, i, path.stem) for i, sample in enumerate(fitting))
             facts["rows"] = write_rows(rows, path)
     for reason, count in left_out.most_common():
         show(f"{count:,} questions are left out of {path.name}: {reason}.")
@@ -144,32 +141,8 @@ def count_rows(path) -> int:
 # %% ../../nbs/training/44_verl.ipynb #f6e0c301
 def training_file(data, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
-    data, limit = Path(data), _grpo(recipe).max_prompt_length
+    data, limit = Path(data), how_of(recipe, Grpo).max_prompt_length
     return data.parent / "verl" / f"{data.stem}-{limit}.parquet"
-
-
-def _grpo(recipe: Recipe) -> Grpo:
-    "How the recipe's GRPO is set; `UserError` for a supervised one."
-    if not isinstance(recipe.how, Grpo):
-        raise UserError(f"{recipe.name} is supervised, and verl is used for GRPO here; "
-                        "train it with trainer=trl.")
-    return recipe.how
-
-# %% ../../nbs/training/44_verl.ipynb #d0e5c84a
-def validation_parquet(
-    samples_by_set: Mapping[str, Sequence[Sample]],
-    folder,  # where the file appears
-    recipe: Recipe,
-    model: str,  # what the run starts from
-    max_pixels: int = 0,  # as for `verl_parquet`
-    show: Callable = print,
-) -> Path:
-    "Test sets as one parquet for verl's validation."
-    limit = _grpo(recipe).max_prompt_length
-    hashes = {name: samples_fingerprint(samples) for name, samples in samples_by_set.items()}
-    samples = itertools.chain.from_iterable(samples_by_set.values())
-    return verl_parquet(samples, Path(folder) / f"validation-{limit}.parquet", model, limit,
-                        {"samples": hashes}, "test", max_pixels, show)
 
 # %% ../../nbs/training/44_verl.ipynb #02a7ea6c
 def has_flash_attention() -> bool:
@@ -188,7 +161,7 @@ _PADDED_TOKENS = 4 * (2048 + 4096)  # places of one forward pass where padding s
 
 def micro_batch(recipe: Recipe, settings: TrainingSettings, flash: bool) -> int:
     "Answers of one forward pass on one GPU; it divides the GPU's share of an update."
-    how = _grpo(recipe)
+    how = how_of(recipe, Grpo)
     share = how.mini_batch * how.rollouts // processes(recipe, settings)
     most = settings.micro_batch or how.micro_batch
     if not flash and not settings.micro_batch:
@@ -202,10 +175,10 @@ def _under(part: str, values: dict) -> dict:
     return {f"{part}.{key}": value for key, value in values.items()}
 
 
-def _data(how: Grpo, data, validation, seed: int) -> dict:
+def _data(how: Grpo, data, seed: int) -> dict:
     "Settings of the data, the reward and the advantage."
-    files = {"train_files": str(data), "val_files": str(validation or data),
-             "val_max_samples": -1 if validation else 1, "image_key": "images"}
+    files = {"train_files": str(data), "val_files": str(data), "val_max_samples": 1,
+             "image_key": "images"}
     limits = {"train_batch_size": how.batch, "max_prompt_length": how.max_prompt_length,
               "max_response_length": how.max_response_length, "filter_overlong_prompts": False,
               "truncation": "error", "shuffle": how.shuffle, "seed": seed}
@@ -281,9 +254,9 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
     return {**sampling, **engine, **({"load_format": "safetensors"} if settings.lora_rank else {})}
 
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
-def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path, validation) -> dict:
+def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
-    how, stop = _grpo(recipe), settings.max_steps
+    how, stop = how_of(recipe, Grpo), settings.max_steps
     if not stop and recipe.published_step:  # one run of the paper was stopped by hand
         paper_steps = total_steps(recipe, ROWS["RL", recipe.corpus][0])
         stop = recipe.published_step if recipe.published_step < paper_steps else 0
@@ -292,22 +265,19 @@ def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path, validatio
             "n_gpus_per_node": max(1, settings.gpus), "nnodes": nodes_of(recipe, settings),
             "total_epochs": how.epochs, "total_training_steps": stop or None,
             "critic_warmup": 0, "balance_batch": True, "resume_mode": "auto",
-            "save_freq": how.save_every, "test_freq": how.save_every if validation else -1,
-            "val_before_train": bool(validation) and how.validate_first,
+            "save_freq": how.save_every, "test_freq": -1, "val_before_train": False,
             "max_actor_ckpt_to_keep": max(2, how.keep), "default_local_dir": str(folder)}
 
 # %% ../../nbs/training/44_verl.ipynb #092f0fea
 def verl_settings(
-    recipe: Recipe,
-    settings: TrainingSettings,
+    recipe: Recipe, settings: TrainingSettings,
     model: str,  # folder or hub id of what it starts from
     data,  # verl's parquet of the questions
     folder,  # of the checkpoints on the way
-    validation=None,  # what `validation_parquet` returned; None does without
     flash: bool | None = None,  # whether flash-attn is here; None to look
 ) -> dict:  # verl's key -> value; `+` before a key that verl's file does not have
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
-    how, gpus = _grpo(recipe), processes(recipe, settings)
+    how, gpus = how_of(recipe, Grpo), processes(recipe, settings)
     flash = has_flash_attention() if flash is None else flash
     if how.batch % how.mini_batch or how.mini_batch * how.rollouts % gpus:
         raise UserError(f"{recipe.name} updates on {how.mini_batch} x {how.rollouts} answers of "
@@ -318,14 +288,14 @@ def verl_settings(
                         f"GPUs of {recipe.name}; verl spreads copies of the model over all.")
     micro, pixels = micro_batch(recipe, settings, flash), pixel_limits(model, settings.max_pixels)
     ours = nodes_of(recipe, settings) == 1
-    return {**_data(how, data, validation, settings.seed),
+    return {**_data(how, data, settings.seed),
             **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings, flash),
             **_under("actor_rollout_ref.actor", _actor(how, settings, micro)),
             **_precision(settings),
             "actor_rollout_ref.ref.fsdp_config.param_offload": True,
             "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": micro,
             **_under("actor_rollout_ref.rollout", _rollout(how, settings, gpus, micro)),
-            **_under("trainer", _trainer(recipe, settings, Path(folder).absolute(), validation)),
+            **_under("trainer", _trainer(recipe, settings, Path(folder).absolute())),
             **({"+ray_kwargs.ray_init.address": "local"} if ours else {})}
 
 # %% ../../nbs/training/44_verl.ipynb #fd9c8d16
@@ -343,21 +313,19 @@ def _written(value) -> str:
 
 
 def overrides(
-    recipe: Recipe,
-    settings: TrainingSettings,
+    recipe: Recipe, settings: TrainingSettings,
     model: str,  # folder or hub id of what it starts from
     data,  # verl's parquet of the questions
     folder,  # of the checkpoints on the way
-    validation=None,  # what `validation_parquet` returned; None does without
 ) -> list[str]:
     "Every setting of a run of verl as words of its command line."
-    values = verl_settings(recipe, settings, model, data, folder, validation)
+    values = verl_settings(recipe, settings, model, data, folder)
     return [f"{key}={_written(value)}" for key, value in values.items()]
 
 # %% ../../nbs/training/44_verl.ipynb #1e7f7350
 def run_notes(recipe: Recipe, settings: TrainingSettings) -> list[str]:
     "What verl will do otherwise than the recipe says, in sentences."
-    how, notes = _grpo(recipe), []
+    how, notes = how_of(recipe, Grpo), []
     if how.freeze_vision:
         notes.append(f"{recipe.name} freezes the vision tower; verl 0.9.1 has a key for that which "
                      "nothing reads, so the tower is trained too.")
@@ -370,7 +338,7 @@ def run_notes(recipe: Recipe, settings: TrainingSettings) -> list[str]:
 # %% ../../nbs/training/44_verl.ipynb #03189c7d
 _PADDING = "flash-attn is in no lock; without it, padded places are computed too"
 _MICRO = "fewer answers where padding is computed; same gradient"
-_ASKED = "test sets are asked after training; with validation= on the way too"
+_ASKED = "test sets are asked after training"
 _SEED = "one seed for everything, the key `seed`"
 DIFFERENCES = {  # key -> why it is not the paper's value
     "actor_rollout_ref.model.use_remove_padding": _PADDING,
@@ -395,10 +363,14 @@ _OURS = {"data.train_files", "trainer.default_local_dir", "trainer.logger", f"{_
 def published_settings(recipe: Recipe) -> dict:
     "What the paper's run had, under today's keys."
     machine = TrainingSettings(gpus=recipe.gpus, dtype="bfloat16", tensor_parallel=0)
-    found = verl_settings(recipe, machine, "MODEL", "DATA", "FOLDER", "the six test sets", True)
-    found |= {"data.seed": 1, "actor_rollout_ref.rollout.seed": 0,
+    found = verl_settings(recipe, machine, "MODEL", "DATA", "FOLDER", True)
+    how = how_of(recipe, Grpo)
+    found |= {"data.val_files": "the six test sets", "data.val_max_samples": -1,
+              "trainer.test_freq": how.save_every,
+              "trainer.val_before_train": how.validate_first, "data.seed": 1,
+              "actor_rollout_ref.rollout.seed": 0,
               "actor_rollout_ref.rollout.free_cache_engine": False,
-              "trainer.max_actor_ckpt_to_keep": _grpo(recipe).keep or None}
+              "trainer.max_actor_ckpt_to_keep": how.keep or None}
     plain = {key.lstrip("+"): value for key, value in found.items()}
     return {key: value for key, value in plain.items() if key not in _OURS}
 
@@ -433,7 +405,7 @@ def compare_settings(
 
 # %% ../../nbs/training/44_verl.ipynb #86c87d08
 def environment(
-    logs,  # the folder of a recipe's logs
+    logs,
     start: int = 1,  # which start of this run: 1, 2, ...
     nodes: int = 1,  # how many share the run
 ) -> dict[str, str]:
@@ -585,7 +557,7 @@ def latest_checkpoint(folder) -> tuple[int, Path | None]:
 
 # %% ../../nbs/training/44_verl.ipynb #142abc9f
 def set_resume_point(
-    folder,  # of a run's checkpoints on the way
+    folder,
     keep: int = 1,  # whole ones that stay
 ) -> int:  # the step that verl will go on from; 0 for a start from nothing
     "Point verl to the last complete checkpoint, or to none; remove torn and older ones."
@@ -613,7 +585,7 @@ _FREE = ("trainer.logger", "trainer.total_training_steps", "trainer.save_freq", 
 
 
 def refuse_changed_settings(
-    folder,  # of a run's checkpoints on the way
+    folder,
     words: list[str],  # of the command
     data: str = "",  # what names the questions, whatever their path
     reward: str = "",  # the hash of the reward's file, whatever its path
@@ -637,8 +609,7 @@ def refuse_changed_settings(
 
 # %% ../../nbs/training/44_verl.ipynb #6a3bec29
 def ready(
-    recipe: Recipe,
-    settings: TrainingSettings,
+    recipe: Recipe, settings: TrainingSettings,
     words: Iterable[str] = (),  # settings behind those of the recipe
 ) -> None:
     "`UserError` where this machine cannot run a recipe through verl."
@@ -658,67 +629,40 @@ def ready(
                             f"machine has {here}; set gpus, or use trainer=trl.")
 
 # %% ../../nbs/training/44_verl.ipynb #802e34d4
-def _refuse_second_run(logs: Path) -> None:
-    "`UserError` where a process of verl is still at work on a run."
-    try:
-        pid = int((logs / "verl.pid").read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return
-    if b"main_ppo" in words:
-        raise UserError(f"verl is still at work on this run (process {pid}, log in {logs}); "
-                        "wait for it, or end it.")
+def refuse_second_run(folder: Path) -> None:
+    "`UserError` where a process of verl on this machine still trains into a run's folder."
+    own = f"trainer.default_local_dir={_written(str(folder.absolute()))}".encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:  # it has ended
+            continue
+        if b"verl.trainer.main_ppo" in words and own in words:
+            raise UserError(f"verl is still at work on this run (process {path.parent.name}); "
+                            "wait for it, or end it.")
 
+# %% ../../nbs/training/44_verl.ipynb #b9e1f025
+def run_verl(
+    words: list[str],  # what `command` returned
+    variables: dict[str, str],  # what `environment` returned
+    logs, show: Callable = print,
+) -> None:
+    "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
+    curves, shown = Path(variables["VERL_FILE_LOGGER_PATH"]), 0
+    with atomic_write(curves.with_suffix(".sh")) as file:
+        file.write(command_text(words, variables) + "\n")
 
-def _error_line(log: Path) -> str:
-    "The last line of a log that names an error, else its last line."
-    text = log.read_text(encoding="utf-8", errors="replace")
-    plain = re.sub(r"\x1b\[\d*m|\([^()]*pid=\d+\)", "", text)
-    lines = [line.strip() for line in plain.splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return [*lines, *errors][-1][:300]
-
-
-def _follow(process: subprocess.Popen, curves: Path, show: Callable) -> None:
-    "Show each step that verl writes until the process has ended."
-    shown, ended = 0, False
-    while not ended:
-        ended = process.poll() is not None  # before reading, so that the last lines are not missed
+    def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
+        nonlocal shown
         if len(rows := read_steps(curves)) > shown:
             merge_curves(curves.parent)
         for row in rows[shown:]:
             show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
         shown = len(rows)
-        time.sleep(0 if ended else 1)
 
-# %% ../../nbs/training/44_verl.ipynb #b9e1f025
-def run_process(
-    words: list[str],  # what `command` returned
-    variables: dict[str, str],  # what `environment` returned
-    logs,  # the folder of the recipe's logs
-    show: Callable = print,  # gets a line for each step
-) -> None:
-    "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
-    logs, curves = Path(logs), Path(variables["VERL_FILE_LOGGER_PATH"])
-    _refuse_second_run(logs)
-    with atomic_write(curves.with_suffix(".sh")) as file:
-        file.write(command_text(words, variables) + "\n")
     programs = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-    with open(log := curves.with_suffix(".log"), "w", encoding="utf-8") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, "PATH": programs, **variables})
-    with atomic_write(logs / "verl.pid") as file:
-        file.write(str(process.pid))
-    try:
-        _follow(process, curves, show)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        redact_file(log)
-    if code := process.returncode:
-        raise UserError(f"verl ended with exit code {code}: {_error_line(log)} (log: {log})")
+    run_logged(words, curves.with_suffix(".log"), follow, {"PATH": programs, **variables})
+    follow()
 
 # %% ../../nbs/training/44_verl.ipynb #ec24c358
 def is_at_work(job: str) -> bool:
@@ -732,25 +676,20 @@ def is_at_work(job: str) -> bool:
 
 # %% ../../nbs/training/44_verl.ipynb #e870196d
 def train(
-    recipe: Recipe,
-    settings: TrainingSettings,
-    data,  # the curated questions, a parquet file
-    checkpoints: Path,  # the folder with models that were trained here
-    logs: Path,  # the folder of the recipe's logs
+    recipe: Recipe, settings: TrainingSettings, data, checkpoints: Path, logs: Path,
     more: Iterable[str] = (),  # settings behind those of the recipe, such as cpu_overrides()
     variables: dict[str, str] | None = None,  # behind ours, such as cpu_environment()
-    validation=None,  # what `validation_parquet` returned; None does without
-    show: Callable = print,  # gets each line on the way
+    show: Callable = print,
 ) -> Path:  # global_step_N, with N the last step
     "Train a recipe with verl, or go on; `UserError` where the machine cannot, or verl fails."
-    more, limit = list(more), _grpo(recipe).max_prompt_length
+    more, limit = list(more), how_of(recipe, Grpo).max_prompt_length
     ready(recipe, settings, more)
     model = starting_point(recipe, checkpoints, settings.base, show=show)
     folder, source = training_folder(recipe, checkpoints), {"samples": file_hash(data)}
     file = verl_parquet(SampleFile(data, look=False), training_file(data, recipe), model, limit,
                         source, max_pixels=settings.max_pixels, show=show)
     steps, _ = steps_to_train(recipe, count_rows(file), settings.max_steps)
-    words = [*overrides(recipe, settings, model, file, folder, validation),
+    words = [*overrides(recipe, settings, model, file, folder),
              f"trainer.total_training_steps={steps}",
              f"hydra.run.dir={_written(str((logs / 'hydra').absolute()))}", *more]
     for sentence in run_notes(recipe, settings):
@@ -761,24 +700,24 @@ def train(
         if last is None or step < steps:
             raise UserError(f"verl ended at step {step} of {steps} without an error; its log is "
                             f"in {logs}.")
-        set_resume_point(folder, max(2, _grpo(recipe).keep))
+        set_resume_point(folder, max(2, how_of(recipe, Grpo).keep))
     return last
 
 
 def _run(recipe, settings, folder, logs, words, variables, steps, file, show) -> None:
     "Start verl from the last checkpoint, or follow what is still at work."
     nodes = 1 if "trainer.device=cpu" in words else nodes_of(recipe, settings)
-    _refuse_second_run(logs)
+    refuse_second_run(folder)
     starts = len(list(logs.glob("verl-*.sh")))
     if nodes > 1 and starts and is_at_work(job := job_id(folder, starts)):
         show(f"Ray is still at work on {recipe.name} (job {job}); following it.")
         given = environment(logs, starts, nodes)
-        return run_process([*_ray_job("logs"), "--follow", job], given, logs, show)
+        return run_verl([*_ray_job("logs"), "--follow", job], given, logs, show)
     rows = json.loads(record_path(file).read_text(encoding="utf-8"))["inputs"]
     refuse_changed_settings(folder, words, fingerprint(rows), file_hash(reward_file()))
-    if (done := set_resume_point(folder, max(1, _grpo(recipe).keep - 1))) >= steps:
+    if (done := set_resume_point(folder, max(1, how_of(recipe, Grpo).keep - 1))) >= steps:
         return
     show(f"{recipe.name}: step {done} of {steps}; verl's own words are in {logs}.")
     given = {**environment(logs, starts + 1, nodes), **variables}
     job = job_id(folder, starts + 1)
-    run_process(command(words, given, nodes, job=job), given, logs, show)
+    run_verl(command(words, given, nodes, job=job), given, logs, show)

@@ -116,9 +116,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #ef2e9ec7
-def _asked_for(
-    environment=os.environ,
-) -> bool:
+def _asked_for(environment=os.environ) -> bool:
     "Was verl told to load this module?"
     modules = environment.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
     return "medvlthinker.training.verl_cpu" in modules

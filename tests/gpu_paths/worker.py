@@ -100,7 +100,7 @@ def train(case: Case) -> None:
         state.wait_for_everyone()
         if state.is_main_process:
             shutil.copy(run.metrics, folder / "undisturbed.jsonl")
-            shutil.rmtree(sft.checkpoint(run, case.steps))
+            shutil.rmtree(run.checkpoint(case.steps))
         state.wait_for_everyone()
         accelerate.state.AcceleratorState._reset_state()
         sft.train_sft(run)

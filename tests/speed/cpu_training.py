@@ -1,0 +1,66 @@
+"CPU seconds of the embedded runs: a step of GRPO beside plain TRL, and a model from its recipe."
+import os
+import resource
+import tempfile
+from pathlib import Path
+
+from measuring import Bound, quiet, report
+from medvlthinker.data import synthetic
+from medvlthinker.data.sample import write_samples
+from medvlthinker.generation.tiny_model import make_tiny_model
+from medvlthinker.training.grpo import grpo_chat, grpo_settings, rewards, train_grpo
+from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.sft import chats, plan
+from medvlthinker.training.train import train
+
+BOUNDS = (Bound("four steps of tiny-RL_PMC, ratio to plain TRL", "", 0.85),
+          Bound("tiny-RL_PMC of four steps, all processes", "CPU s", 0),
+          Bound("tiny-SFT_PMC of four steps, all processes", "CPU s", 0))
+
+
+def train_plainly(run) -> None:
+    "The same run by TRL's own trainer, which reads a question for each of its answers."
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = AutoModelForImageTextToText.from_pretrained(run.start, dtype="float32")
+    model.model.visual.requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(run.start, padding_side="left")
+    settings = grpo_settings(run, processor)
+    settings["generation_kwargs"] |= {"num_return_sequences": 1}
+    GRPOTrainer(model=model, args=GRPOConfig(**settings), reward_funcs=rewards(),
+                train_dataset=chats(run, grpo_chat), processing_class=processor).train()
+
+
+def cpu_seconds(act) -> float:
+    "Of this process and of those that it has started and seen end."
+    began = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    act()
+    ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+               for begin, end in zip(began, ended))
+
+
+def cpu_training(turns: int = 3):
+    "64 drawn questions; GRPO in turns with its rival, after a turn that warms up."
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as home:
+        folder, data = Path(home), Path(home) / "pmc_vqa.parquet"
+        write_samples(synthetic.corpus("pmc_vqa", 64), data)
+        settings = TrainingSettings(base=str(make_tiny_model(folder / "base", show=quiet)), max_steps=4)
+        recipe, taken = find("tiny-RL_PMC"), []
+        for turn in range(turns + 1):
+            acts = (train_grpo, train_plainly) if turn % 2 else (train_plainly, train_grpo)
+            runs = {act: plan(recipe, settings, data, folder / f"{turn}-{act.__name__}",
+                              folder / f"logs-{turn}-{act.__name__}", quiet) for act in acts}
+            taken.append({act: cpu_seconds(lambda act=act: act(runs[act])) for act in acts})
+        print("    ours, plain TRL:", *(f"{each[train_grpo]:.1f}, {each[train_plainly]:.1f} CPU s;"
+                                        for each in taken[1:]))
+        yield [each[train_grpo] / each[train_plainly] for each in taken[1:]]
+        for name in ("tiny-RL_PMC", "tiny-SFT_PMC"):
+            places = (data, folder / "models", folder / f"logs-{name}")
+            yield cpu_seconds(lambda: train(find(name), settings, *places, quiet))
+
+
+if __name__ == "__main__":
+    report(cpu_training, BOUNDS)
