@@ -55,7 +55,7 @@ class RolloutConfig:
     instruction: str  # a name in prompt.INSTRUCTIONS
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
-    engine_version: str  # such as `transformers 5.10.4`
+    engine_version: str  # such as `transformers 5.10.4`, and how it draws several answers
     dtype: str
     n: int
     temperature: float
@@ -80,10 +80,12 @@ def rollout_config(
     "What a rollout of these samples by this engine is."
     settings = engine.settings
     batched = settings.engine_name == "transformers"
+    # before, each answer had a batch's row to its end, and the same seed drew other tokens
+    shared = " with shared prompts" if batched and sampling.draws > 1 else ""
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
-        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version,
+        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version + shared,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
