@@ -55,7 +55,7 @@ class RolloutConfig:
     instruction: str  # a name in prompt.INSTRUCTIONS
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
-    engine_version: str  # such as `transformers 5.10.4`
+    engine_version: str  # such as `transformers 5.10.4`, and how it draws several answers
     dtype: str
     n: int
     temperature: float
@@ -80,10 +80,12 @@ def rollout_config(
     "What a rollout of these samples by this engine is."
     settings = engine.settings
     batched = settings.engine_name == "transformers"
+    # before, each answer had a batch's row to its end, and the same seed drew other tokens
+    shared = " with shared prompts" if batched and sampling.draws > 1 else ""
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
-        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version,
+        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version + shared,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
@@ -240,6 +242,16 @@ def load_rollout(
         raise UserError(f"{path} is missing or damaged; run the rollout again, which asks what "
                         "is missing.")
     return Rollout(folder, record)
+
+
+def _is_finished(folder: Path) -> bool:
+    "Is nothing of this rollout owed, and its file whole?"
+    if not _stored_record(folder).get("finished"):
+        return False
+    with contextlib.suppress(UserError):
+        rollout = load_rollout(folder)
+        return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
+    return False
 
 # %% ../../nbs/generation/25_rollout.ipynb #02efab17
 class _Writer:
@@ -401,6 +413,47 @@ class Job:
     folder: Path | str  # takes the rollout as a folder of its own
 
 # %% ../../nbs/generation/25_rollout.ipynb #0bab5867
+class _Stream:
+    "The rollouts that are made together: what is asked, and where answers are stored."
+
+    def __init__(self, todo: dict[Path, list], engine, show: Callable):
+        self.todo, self.engine, self.show = todo, engine, show
+        self.open = contextlib.ExitStack()
+        self.bar = self.open.enter_context(
+            _Bar(sum(len(job.samples) for job, _ in todo.values()), show))
+        self.writers: list[_Writer] = []
+        self.busy: list[Path] = []  # rollouts that another process is making
+
+    def requests(self) -> Iterator[Request]:
+        "What is owed, one rollout after the other; each is locked when its turn comes."
+        for folder, (job, config) in self.todo.items():
+            if not (lock := _try_lock(folder)):
+                self.busy.append(folder)
+                continue
+            self.open.callback(lock.release)
+            if _is_finished(folder):  # by another process, in the meantime
+                lock.release()
+                continue
+            self.writers.append(writer := _Writer(job, config, folder, lock))
+            self.open.callback(writer.close)
+            self.bar.skip(len(job.samples) - len(writer.owed))
+            if not writer.owed:  # a kill came between the last answer and the record
+                self.finish(writer)
+            yield from writer.requests(len(self.writers) - 1, self.engine)
+
+    def store(self, request: Request, completions: list[Completion]) -> None:
+        "Append the completions of a question; the last one finishes its rollout."
+        writer = self.writers[request.rollout]
+        if writer.add(request, completions):
+            self.bar.add(completions)
+            if not writer.owed:
+                self.finish(writer)
+
+    def finish(self, writer: _Writer) -> None:
+        self.show(ending(writer.finish(self.engine.dropped), writer.folder.parent.name))
+        writer.close()
+
+# %% ../../nbs/generation/25_rollout.ipynb #139466eb
 def generate_all(
     jobs: Iterable[Job],
     engine,  # from `open_engine`
@@ -410,60 +463,19 @@ def generate_all(
     jobs = list(jobs)
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
-    todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
+    todo = {folder: pair for folder, *pair in zip(folders, jobs, configs)
             if not _is_finished(folder)}
-    while todo and (busy := _make(todo, engine, show)):
-        with file_lock(busy[0], show):
-            todo = {folder: todo[folder] for folder in busy}
+    while todo:
+        stream = _Stream(todo, engine, show)
+        with stream.open:
+            requests = stream.requests()
+            if first := next(requests, None):  # else nothing is owed, and no model is loaded
+                for answer in engine.answer(itertools.chain([first], requests)):
+                    stream.store(*answer)
+        if todo := {folder: todo[folder] for folder in stream.busy}:
+            with file_lock(stream.busy[0], show):
+                pass  # the other process has finished this one
     return [load_rollout(folder) for folder in folders]
-
-
-def _make(todo: dict[Path, tuple], engine, show: Callable) -> list[Path]:
-    "Make these rollouts in one stream; returns those that another process is making."
-    writers: list[_Writer] = []
-    busy: list[Path] = []
-
-    def requests() -> Iterator[Request]:
-        for folder, (job, config) in todo.items():
-            if not (lock := _try_lock(folder)):
-                busy.append(folder)
-                continue
-            stack.callback(lock.release)
-            if _is_finished(folder):  # by another process, in the meantime
-                lock.release()
-                continue
-            writers.append(writer := _Writer(job, config, folder, lock))
-            stack.callback(writer.close)
-            bar.skip(len(job.samples) - len(writer.owed))
-            if not writer.owed:  # a kill came between the last answer and the record
-                finish(writer)
-            yield from writer.requests(len(writers) - 1, engine)
-
-    def finish(writer: _Writer) -> None:
-        show(ending(writer.finish(engine.dropped), writer.folder.parent.name))
-        writer.close()
-
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_Bar(sum(len(job.samples) for job, _ in todo.values()), show))
-        stream = requests()
-        if first := next(stream, None):  # else nothing is owed, and no model is loaded
-            for request, completions in engine.answer(itertools.chain([first], stream)):
-                writer = writers[request.rollout]
-                if writer.add(request, completions):
-                    bar.add(completions)
-                    if not writer.owed:
-                        finish(writer)
-    return busy
-
-
-def _is_finished(folder: Path) -> bool:
-    "Is nothing of this rollout owed, and its file whole?"
-    if not _stored_record(folder).get("finished"):
-        return False
-    with contextlib.suppress(UserError):
-        rollout = load_rollout(folder)
-        return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
-    return False
 
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade2
 def generate(

@@ -352,9 +352,6 @@ class ServerEngine:
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
             yield from answer_concurrently(portal, ask, requests, concurrency)
 
-    def close(self) -> None:
-        "Nothing is open between two calls of `answer`."
-
 # %% ../../nbs/generation/23_server.ipynb #1ea4da90
 def _client(engine: ServerEngine):
     "The official client, with the budget before each request and the check after each answer."

@@ -11,7 +11,8 @@ from conftest import ROOT, python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.ask import STYLES, ask, own_sample, read_image
-from medvlthinker.generation.engine import EngineSettings, FunctionEngine, open_engine
+from medvlthinker.generation.engine import (
+    EngineSettings, FunctionEngine, model_inputs, open_engine)
 from medvlthinker.generation.request import Completion, Request
 from PIL import Image
 
@@ -78,8 +79,9 @@ def test_an_answer_is_that_of_a_rollout(tiny, tmp_path):
 def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):
     request = Request(own_sample(SCAN, "Which side is abnormal?"), 0, STYLES["free"], "free")
     engine = tiny._loaded or tiny._load()
-    text, [picture] = engine._inputs(request)
-    assert picture.size == (56, 40)
+    inputs = model_inputs([request], engine.processor, "tiny")
+    text = engine.processor.decode(inputs["input_ids"][0])
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]]  # 56 x 40 pixels, enlarged a little
     assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
     assert "helpful assistant" not in text and "Question:" not in text
     assert text.endswith("Which side is abnormal?<|im_end|>\n<|im_start|>assistant\n")

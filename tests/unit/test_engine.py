@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
-from medvlthinker.generation.engine import RayEngine, _Running, batches, open_engine
+from medvlthinker.generation import engine as engine_module
+from medvlthinker.generation.engine import (
+    RayEngine, _Running, batches, draw_answers, load_transformers, model_inputs, open_engine)
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
+from transformers import GenerationConfig
 
 SAMPLES = synthetic.benchmark("pmc_vqa", 3)
 GREEDY, SAMPLED = Sampling(max_tokens=40), Sampling(n=2, temperature=0.7, max_tokens=40)
@@ -103,6 +107,50 @@ def test_greedy_answers_are_computed_once(warm_tiny, plain):
     engine = open_engine(EngineSettings(model=str(warm_tiny)))
     found = answers(engine, replace(GREEDY, n=3))
     assert found == {index: each * 3 for index, each in plain[GREEDY].items()}
+
+
+@pytest.fixture(scope="module")
+def batch(warm_tiny):
+    "The tiny model, and a padded batch of questions with two images, one, and none."
+    pair = next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 40)
+                if len(sample.images) == 2)
+    mixed = [pair, SAMPLES[0], replace(SAMPLES[1], images=()), SAMPLES[2]]
+    model, processor = load_transformers(warm_tiny, EngineSettings())
+    asked = [Request(sample, index, GREEDY) for index, sample in enumerate(mixed)]
+    return model, model_inputs(asked, processor, "tiny")
+
+
+def until_end(answers: list[list[int]], model) -> list[list[int]]:
+    [end] = model.generation_config.eos_token_id
+    return [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in answers]
+
+
+def drawn(batch, config: dict, draws: int) -> list[list[int]]:
+    "Answers by `draw_answers` from one seed."
+    torch.manual_seed(1)
+    model, inputs = batch
+    config = GenerationConfig(max_new_tokens=40, **config)
+    return until_end(draw_answers(model, inputs, config, draws), model)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_greedy_answers_from_a_shared_prompt_are_those_from_one_each(batch, monkeypatch, steps):
+    "Whenever ended rows leave: positions of images, padding and cache are right."
+    monkeypatch.setattr(engine_module, "_STEPS", steps)
+    greedy = {"do_sample": False}
+    alone = drawn(batch, greedy, 1)
+    assert drawn(batch, greedy, 3) == [answer for answer in alone for _ in range(3)]
+
+
+def test_sampled_answers_from_a_shared_prompt_are_those_from_one_each(batch, monkeypatch):
+    "While no row leaves; another architecture computes the prompt for each answer."
+    config = {"do_sample": True, "temperature": 1.5, "top_k": 0}
+    assert drawn(batch, config, 3) == drawn(batch, config, 3)
+    monkeypatch.setattr(engine_module, "_STEPS", 40)
+    shared = drawn(batch, config, 3)
+    monkeypatch.setattr(batch[0].config, "model_type", "llava")
+    monkeypatch.setattr(engine_module, "_Rows", None)
+    assert drawn(batch, config, 3) == shared
 
 
 def test_a_batch_that_was_half_answered_is_computed_again_whole():
