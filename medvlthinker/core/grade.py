@@ -10,6 +10,7 @@ import json, re, unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 # %% ../../nbs/core/02_grade.ipynb #9e6da611
@@ -45,14 +46,21 @@ def _is_formatted(text: str) -> bool:
 _CUES = tuple((cue, re.compile(cue + r"\s*(.*)", re.I))
               for cue in ("answer:", "answer is:", "answer is", "is:"))
 
+def _fold(text: str) -> str:
+    "In small letters, as an expression that ignores case reads it, at the same places."
+    if not text.isascii(): text = text.replace("ſ", "s").replace("ı", "i").replace("İ", "i")
+    return text.lower()
+
 def _after_cue(text: str) -> str:
     "What follows the last cue of the first kind that occurs; the whole text where none does."
-    folded = text.lower().replace("ſ", "s").replace("ı", "i").replace("i̇", "i")
+    folded = _fold(text)
     for cue, pattern in _CUES:
         if cue in folded and (found := pattern.findall(text)): return found[-1]
     return text
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e000d
+_LINE_END = re.compile("[\n\r]")
+
 def _published(
     text: str,
     rule: str,  # any rule but lenient
@@ -60,7 +68,8 @@ def _published(
     "The text that a published rule grades."
     if rule in ("regrade", "llava"):
         block = _block(text, last=True)
-        answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
+        answer = _after_cue(text) if block is None else _LINE_END.split(block.strip(), 1)[0]
+        if "<" not in answer: return answer.strip()
         for tag in ("<think>", "</think>", "<answer>", "</answer>"):
             answer = answer.replace(tag, "")
         return answer.strip()
@@ -70,18 +79,26 @@ def _published(
     return None
 
 # %% ../../nbs/core/02_grade.ipynb #aafa7cc7
+@lru_cache(maxsize=512)   # the rollouts of a question share its options
+def _forms(options: tuple) -> dict[str, set[str]]:
+    "The answers that the published rules accept, each with the letters of the options it matches."
+    forms: dict[str, set[str]] = {}
+    for label, text in options:
+        text = str(text).lower()
+        for form in (f"{label}. {text}".strip().lower(), str(label).strip().lower(), text.strip()):
+            forms.setdefault(form, set()).add(label)
+    return forms
+
 def _exact(
     answer: str,
     options: dict,  # letter -> text
     substring: bool = False,  # an option's text anywhere in the answer is enough (llava)
 ) -> set[str]:  # the letters of the options that the answer matches
     "The published comparison, put to each option."
-    answer, same = answer.strip().lower(), set()
-    for label, text in options.items():
-        text = str(text).lower()
-        forms = f"{label}. {text}".strip().lower(), str(label).strip().lower(), text.strip()
-        if answer in forms or substring and text in answer: same.add(label)
-    return same
+    answer = answer.strip().lower()
+    same = _forms(tuple(options.items())).get(answer, set())
+    if not substring: return same
+    return same | {label for label, text in options.items() if str(text).lower() in answer}
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0014
 _REACH = 16_384
@@ -105,8 +122,15 @@ _MARK = re.compile(rf"[<\[◁](?:(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?){_
                    r"|unused9(?:4>(?:thought)?|5>)|\|channel\|>(?:analysis|commentary)<\|message\|>"
                    r"|(?:\|end\|><)?\|start\|>assistant<\|channel\|>final<\|message\|>)", re.I)
 _CLOSES = re.compile("/|end|95|final", re.I)
-_TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)"
-                  r"|\b(?:answer|think)>", re.I)   # also cut off, or without its first bracket
+_TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)", re.I)
+_TORN = re.compile(r"\b(?:answer|think)>", re.I)   # a tag without its first bracket
+
+_SAYS = re.compile(r"\w|<")
+
+def _without_tags(text: str, by: str = "\n") -> str:
+    "The text with a line end, or something else, in place of each tag."
+    if "<" in text: text = _TAG.sub(by, text)
+    return _TORN.sub(by, text) if ">" in text else text
 
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
@@ -114,22 +138,24 @@ def _speech(text: str) -> str:
     if "assistantfinal" in text:
         text = re.sub(r"\Aanalysis", "<think>", text).replace("assistantfinal", "</think>")
     *thoughts, rest = text.split("</think>")
-    if thoughts and "<think>" not in thoughts[0]: thoughts[0] = ""
+    if not thoughts: return text
+    if "<think>" not in thoughts[0]: thoughts[0] = ""
     said = "\n".join([thought.partition("<think>")[0] for thought in thoughts] + [rest])
-    return said if re.search(r"\w|<", _TAG.sub("", said)) else text
+    return said if _SAYS.search(_without_tags(said, "")) else text
 
 # %% ../../nbs/core/02_grade.ipynb #b0f44d6b
-_ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?(?:answer|solution)\s*(?:>|[:=](?=[^<>\n]*</))",
-                     re.I)
+_ANSWER = re.compile(r"<\s*(/?)\s*(?:final[_ -]?)?(?:answer|solution)\s*"
+                     r"(?:>|[:=](?=[^<>\n]*</)|(?<=</answer))", re.I)
 
 def _tags(text: str) -> list[str]:
     "What stands in each <answer>; of one without opening tag, the lines of its last paragraph."
-    parts = _ANSWER.sub(r"<\1answer>", text).split("<answer>")
-    (before, *closed), *rest = (re.split("</answer>?", part, maxsplit=1, flags=re.I)
-                                for part in parts)
-    lines = before.strip().split("\n\n")[-1].split("\n") if closed else []
+    if "<" not in text: return []
+    before, *rest = _ANSWER.split(text)
+    slashes, parts = rest[::2], rest[1::2]
+    lines = before.strip().split("\n\n")[-1].split("\n") if slashes[:1] == ["/"] else []
     found = [line for line in lines if line.strip()]
-    return found + [inside for inside, *closed in rest if closed or inside.strip()]
+    return found + [part for slash, part, closed in zip(slashes, parts, [*slashes[1:], ""])
+                    if not slash and (closed or part.strip())]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e001d
 _OWN = r"(?:(?:final|correct|right|best|selected|chosen|predicted|my|the|model)[_ -]?)*"
@@ -143,9 +169,33 @@ _FIELD = re.compile(rf"""["']{_OWN}{_KEY}["']\s*:\s*(?:\{{\s*["'][^"'{{}}]{{1,40
 def _filled(text: str, form: re.Pattern) -> list[str]:
     "What the model wrote into the boxes, or the JSON fields, that are made for the answer."
     matches = [*form.finditer(text)]
+    if not matches: return []
     values = ["".join(match.groups("")) for match in matches]
-    cut_off = bool(matches) and matches[-1].end() >= len(text.rstrip())
+    cut_off = matches[-1].end() >= len(text.rstrip())
     return values[:-1] if cut_off and (len(values) > 1 or not values[0].strip()) else values
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0022
+class _Cue(NamedTuple):
+    spot: re.Pattern      # found fast, and a part of each match; in small letters
+    pattern: re.Pattern
+
+def _near(cue: _Cue, text: str, folded: str, begin: int) -> list[re.Match]:
+    "The matches of a cue, which is tried near its spots alone."
+    windows: list[list[int]] = []
+    for spot in cue.spot.finditer(folded, begin):
+        start, end = max(begin, spot.start() - 80), spot.end() + 140
+        if windows and start <= windows[-1][1]: windows[-1][1] = end
+        else: windows.append([start, end])
+    return [match for start, end in windows for match in cue.pattern.finditer(text, start, end)]
+
+def _from_spots(cue: _Cue, text: str, folded: str) -> list[re.Match]:
+    "The matches of a cue that begin with its spots."
+    found, at = [], 0
+    for spot in cue.spot.finditer(folded):
+        if spot.start() >= at and (match := cue.pattern.match(text, spot.start())):
+            found.append(match)
+            at = match.end()
+    return found
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0020
 _ADJ = (r"(?:(?:the|my|our|your) )?(?:(?:final|correct|best|right|single|most (?:likely|appropriate"
@@ -156,41 +206,56 @@ _IS = (r"(?:'s| (?:is|was|would be|should be|must be|will be|has to be|seems(?: 
 _SURELY = (r"(?: (?:most likely|most probably|likely|probably|clearly|definitely|therefore|thus"
            r"|indeed|simply|actually|then|to be)){0,3}")
 _WHOLE = r"(?! ?(?-i:[a-z])[ \t]*(?:\n|\Z))"   # no article of a sentence that was cut off
-_DECLARED = tuple(re.compile(pattern, re.I | re.M) for pattern in (
+_DECLARED = tuple(_Cue(re.compile(spot), re.compile(pattern, re.I | re.M)) for spot, pattern in (
     # Answer: ...   anywhere; Selected option: ...   where a sentence begins
-    rf"\b(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
-    r"[ \t*_\"')\]]{0,4}[:=]",
-    rf"(?:^|[.!?;)][ \n])[^\w\n]{{0,8}}{_ADJ}(?:choice|option|selection|selected|prediction|guess"
+    ("[:=]",
+     rf"\b(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
+    r"[ \t*_\"')\]]{0,4}[:=]"),
+    ("[:=]",
+     rf"(?:^|[.!?;)][ \n])[^\w\n]{{0,8}}{_ADJ}(?:choice|option|selection|selected|prediction|guess"
     rf"|predicted|conclusion|decision|response|verdict|diagnosis|pick)(?: is| answer|{_KIND})"
-    r"[ \t*_]{0,4}[:=]",
-    rf"^[^\w\n]{{0,8}}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$",
+    r"[ \t*_]{0,4}[:=]"),
+    ("answer|choice|option|答案",
+     rf"^[^\w\n]{{0,8}}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$"),
     # ... the answer to this question is most likely ...
-    r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
-    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?{_IS}{_SURELY}[ \t]*:?{_WHOLE}",
+    ("answer|option|choice|selection|pick|guess|prediction",
+     r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
+    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?{_IS}{_SURELY}[ \t]*:?{_WHOLE}"),
     # I would choose ...
-    r"\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? (?:choose|chose|select(?:ed)?"
-    rf"|pick(?:ed)?|go(?:ing)? (?:with|for)|opt for|vote for|settle on)\b{_WHOLE}",
+    ("choose|chose|select|pick|go(?:ing)? (?:with|for)|(?:opt|vote) for|settle on",
+     r"\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? (?:choose|chose|select(?:ed)?"
+    rf"|pick(?:ed)?|go(?:ing)? (?:with|for)|opt for|vote for|settle on)\b{_WHOLE}"),
     # so option ... is the best
-    r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
-    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)",
+    ("(?:is|would be) (?:the )?(?:correct|right|best|answer|most)",
+     r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
+    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"),
     # Qwen falls into Chinese
-    r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?[是为选择:=]+)", r"正确(?:的|选项)应?[是为]",
-    r"选(?<![不未非]选)择?[ :]*(?=[*_(\[]{0,4}(?-i:[A-Z])\b)", r"选项 ?(?=(?-i:[A-Z]) ?是?(?:正确|对))"))
+    ("答案", r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?[是为选择:=]+)"),
+    ("正确", r"正确(?:的|选项)应?[是为]"),
+    ("选", r"选(?<![不未非]选)择?[ :]*(?=[*_(\[]{0,4}(?-i:[A-Z])\b)"),
+    ("选项", r"选项 ?(?=(?-i:[A-Z]) ?是?(?:正确|对))")))
 
 # %% ../../nbs/core/02_grade.ipynb #d5d796b5
 _DOUBT = re.compile(r"\b(?:not|never|if|whether|unless|wrong|incorrect|false|less|least|unlikely"
                     r"|cannot|i doubt)\b|n't\b|错|不|非", re.I)
+_CLAUSE = re.compile(r"[.,;:!?\n]")
+_PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])")
 
-def _after(text: str, cues: tuple) -> list[tuple[int, str]]:  # where each begins, and the statement
+def _after(
+    text: str,
+    cues: tuple[_Cue, ...],
+    begin: int = 0,  # where the search for cues begins
+) -> list[tuple[int, str]]:  # where each begins, and the statement
     "The statements that follow the cues, each up to the next cue or the end of its paragraph."
-    found = sorted((match.start(), match.end()) for cue in cues
-                   for match in _ends([*cue.finditer(text)], 32, []))
+    folded = _fold(text)
+    found = sorted(match.span() for cue in cues
+                   for match in _ends(_near(cue, text, folded, begin), 32, []))
     stops, statements = [start for start, _ in found[1:]] + [len(text)], []
     for (start, end), stop in zip(found, stops):
-        clause = re.split(r"[.,;:!?\n]", text[max(0, start - 200):start])[-1] + text[start:end]
+        clause = _CLAUSE.split(text[max(0, start - 200):start])[-1] + text[start:end]
         if _DOUBT.search(clause): continue
         statement = text[end:min(max(stop, end), end + 2000)].strip(" \t\n\r*_")
-        statements.append((end, re.split(r"\n\n(?!\(?[A-Z][).:])", statement, maxsplit=1)[0]))
+        statements.append((end, _PARAGRAPH.split(statement, 1)[0]))
     return statements
 
 # %% ../../nbs/core/02_grade.ipynb #a180cedf
@@ -202,19 +267,22 @@ _NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[
 def _statements(text: str) -> Iterator[tuple[list[str], str]]:
     "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."
     speech = _speech(_normal(text))
-    for region in dict.fromkeys((_NEXT.split(speech, maxsplit=1)[0], speech)):
+    next_question = _NEXT.search(speech)
+    for region in [speech[:next_question.start()], speech] if next_question else [speech]:
         if tags := _tags(region):
             if not tags[-1].strip(): return   # an answer withheld
-            yield [_TAG.sub("\n", tag) for tag in tags], "start"
+            yield [_without_tags(tag) for tag in tags], "start"
             region = "\n".join(tags)   # a tag was filled in: nothing outside it counts
         for values in (_filled(region, _BOX), _filled(region, _FIELD)):
             if values and not values[-1].strip(): return
-            yield values, "start"
-        region = _TAG.sub("\n", region).strip()
-        declared, last = _after(region, _DECLARED), region.rfind("\n") + 1
-        on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
-        yield on_last[-1:], "start"
-        yield [text for _, text in declared], "start"
+            if values: yield values, "start"
+        region = _without_tags(region).strip()
+        last, tail = region.rfind("\n") + 1, max(0, len(region) - 300)
+        for begin in dict.fromkeys((tail, 0)):
+            declared = _after(region, _DECLARED, begin)
+            on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
+            if on_last: yield on_last[-1:], "start"
+        if declared: yield [text for _, text in declared], "start"
         how = "thought" if "<think>" in speech else "tag" if tags else "lines"
         yield [line for line in region.split("\n") if line.strip()], how
         if tags: return
@@ -232,37 +300,44 @@ def extract(
     text = completion or ""
     if rule == "lenient":
         for group, how in _statements(text):
-            said = dict.fromkeys(statement.strip() for statement in group if statement.strip())
-            if said: yield _ends([*said], 16, []), how
+            said = [*dict.fromkeys(filter(None, map(str.strip, group)))]
+            if said: yield _ends(said, 16, []), how
     elif (answer := _published(text, rule)) is not None: yield [answer], "exact"
 
 # %% ../../nbs/core/02_grade.ipynb #4bc15bcd
 _WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|f?boxed|fbox)\b|\\[,; ]"
                    r"|[\^*_`$\\\"“”‘]|</?(?:b|i|u|em|strong|su[bp])>", re.I)
 _PICTURE = re.compile(r"<((?:image|img|picture|figure)[ _]?\d+)>", re.I)   # an option of MMMU
+_DASH = re.compile("[−–]")
 
 def _clean(text: str) -> str:
     "Without markdown and LaTeX wrapping; one form for each character."
     if not text.isascii():
-        text = re.sub("[−–]", "-", unicodedata.normalize("NFKC", text)).replace("’", "'")
-    return _WRAP.sub("", _PICTURE.sub(r"\1", text))
+        text = _DASH.sub("-", unicodedata.normalize("NFKC", text)).replace("’", "'")
+    return _WRAP.sub("", _PICTURE.sub(r"\1", text) if "<" in text else text)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e002d
 _TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\d+|[\u4e00-\u9fff]+"
                     r"|[^\W\d\u4e00-\u9fff]+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
 
+_ARTICLE = re.compile(r"\s*(?:an?|the)\s+(?=\w)")
+
 def _words(text: str) -> tuple[str, ...]:
     "The words, numbers and signs of an option's text, but for an article before them."
-    words = _TOKEN.findall(re.sub(r"\A\s*(?:an?|the)\s+(?=\w)", "", _clean(text).lower()))
-    return tuple(words) or (text.strip(),)
+    folded = _fold(_clean(text))
+    article = _ARTICLE.match(folded)
+    return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
-def _pattern(words: tuple[str, ...]) -> str:
-    "An expression for these words, whatever punctuation stands between them."
-    parts = [f"(?i:{re.escape(word)})" for word in words]
-    if words[0][:1].isdigit(): parts[0] = "(?<![-+])" + parts[0]   # -20 is not 20
+@lru_cache(maxsize=1024)
+def _expression(words: tuple[str, ...]) -> _Cue:
+    "What finds these words, whatever punctuation stands between them."
+    first, *rest = (f"(?i:{re.escape(word)})" for word in words)
+    if words[0][:1].isdigit(): first = "(?<![-+])" + first   # -20 is not 20
     gaps = [int(a[-1].isdigit() == b[0].isdigit()) for a, b in zip(words, words[1:])]
-    return parts[0] + "".join(f"[-\\s,.;:'()[\\]{{}}/&|]{{{gap},4}}{part}"
-                              for gap, part in zip(gaps, parts[1:]))
+    rest = [f"[-\\s,.;:'()[\\]{{}}/&|]{{{gap},4}}{word}" for gap, word in zip(gaps, rest)]
+    pattern = (rf"(?<![A-Za-z0-9_])(?<!\d[.,]){first}{''.join(rest)}"
+               r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
+    return _Cue(re.compile(re.escape(words[0])), re.compile(pattern))
 
 # %% ../../nbs/core/02_grade.ipynb #bbc6e6f1
 _VERB = (r"(?:is|was|are|were|can|could|may|might|must|should|would|will|do|does|did|has|have|had"
@@ -271,24 +346,43 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
                  r"|incorrect|false|unlikely|out|and|n?or|vs|th[ae]n|because|since|due|given|rather"
                  r"|instead|which|while|whereas|(?:al)?though|but|as|the|option|choice)\b")
 
-def _letters(labels: tuple[str, ...]) -> re.Pattern:
-    "An expression for letters: capitals that stand alone, and small ones that are no article."
-    upper = "|".join(re.escape(label.upper()) for label in labels) or "(?!)"
-    small = f"({upper}|{upper.lower()})"   # not (?i:...), to which a dotless i is an I
-    return re.compile(
-        rf"(?<![\w'+-])(?<!\w\.)({upper})(?![\w'+]|-\w|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
-        rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))"   # an article, a pronoun
-        rf"|(?:(?<=option )|(?<=choice )|(?<=letter )){small}(?!\w| [ⓐ-ⓩ])"
-        rf"|\A[^\w]{{0,9}}{small}(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))")
+class _Letters(NamedTuple):
+    "Expressions for the letters of options."
+    first: re.Pattern     # one that begins a text, of any size
+    capital: re.Pattern   # one that stands alone and is neither an article nor a pronoun
+    called: re.Pattern    # one behind "option", of any size
+
+@lru_cache   # most questions have the same letters
+def _letters(labels: tuple[str, ...]) -> _Letters:
+    "Each expression begins with the letters themselves, for which a text is searched fast."
+    upper = [re.escape(label.upper()) for label in labels] or ["(?!)"]
+    both = [*upper, *map(str.lower, upper)]   # not (?i:...), to which a dotless i is an I
+    first = rf"[^\w]{{0,9}}({'|'.join(both)})(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))"
+    alone = "|".join(rf"{name}(?<![\w'+-]{name})(?<!\w\.{name})" for name in upper)
+    capital = (rf"(?:{alone})(?![\w'+]|-\w|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
+               rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
+    called = "|".join(f"{name}(?<={noun} {name})" for name in both
+                      for noun in ("option", "choice", "letter"))
+    return _Letters(*map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
+
+def _letter_places(text: str, letters: _Letters) -> list[tuple[int, int]]:
+    "Where a text names a letter: start and end."
+    first = letters.first.match(text)
+    begin, places = (first.end(), {first.span(1)}) if first else (0, set())
+    places |= {found.span() for found in letters.capital.finditer(text, begin)}
+    if any(noun in text for noun in ("option ", "choice ", "letter ")):
+        places |= {found.span() for found in letters.called.finditer(text, begin)}
+    return sorted(places)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0033
 class _Names(NamedTuple):
     "What the options of a question are called."
-    texts: re.Pattern     # a group for each text
-    letters: re.Pattern
+    texts: list           # of each text its longest word, all its words, its mark; longest first
+    whole: dict           # the words of a text -> mark
+    reach: int            # characters of a text that may be an option's as a whole
+    letters: _Letters
     marks: dict           # small letter -> mark
     meaning: dict         # mark -> the labels that it may mean
-    whole: dict           # the words of a text -> mark
 
 @lru_cache(maxsize=512)   # the rollouts of a question share its options
 def _names(options: tuple[tuple[str, str], ...]) -> _Names:
@@ -299,25 +393,45 @@ def _names(options: tuple[tuple[str, str], ...]) -> _Names:
         meaning[chr(ord("Ⓐ") + i)] = {label}
         first = texts.setdefault(_words(str(text)), i)   # options of one text share its mark
         meaning.setdefault(chr(ord("ⓐ") + first), set()).add(label)
-    longest = sorted(texts, key=lambda words: (-len("".join(words)), words))
-    named = [words for words in longest if words[0] and " ".join(words) not in marks]
-    groups = [f"(?P<o{texts[words]}>{_pattern(words)})" for words in named]
-    whole = {words: chr(ord("ⓐ") + texts[words]) for words in named}
-    found = re.compile(rf"(?<![A-Za-z0-9_])(?<!\d[.,])(?:{'|'.join(groups) or '(?!)'})"
-                       r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
-    return _Names(found, _letters(tuple(marks)), marks, meaning, whole)
+    named = {words: chr(ord("ⓐ") + texts[words])
+             for words in sorted(texts, key=lambda words: (-len("".join(words)), words))
+             if words[0] and " ".join(words) not in marks}
+    longest = [(max(words, key=len), words, mark) for words, mark in named.items()]
+    reach = 2 * max((len(str(text)) for _, text in options), default=0) + 100
+    return _Names(longest, named, reach, _letters(tuple(marks)), marks, meaning)
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0034
+def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
+    "Where a cleaned text holds the text of an option, each with its mark."
+    folded = _fold(text)
+    found = [(*match.span(), mark) for word, words, mark in names.texts if word in folded
+             for match in _from_spots(_expression(words), text, folded)]
+    found.sort(key=lambda place: place[0])   # of two that begin together, the longest text is first
+    ends = [0, *accumulate((end for _, end, _ in found), max)]
+    return [place for place, before in zip(found, ends) if place[0] >= before]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
+_ARTICLE_MARK = re.compile("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])")
+
+def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
+    "The text with something else from each start to its end."
+    parts, at = [], 0
+    if not places: return text
+    for start, end, other in places:
+        parts += text[at:start], other
+        at = end
+    return "".join(parts) + text[at:]
+
 def _mark(text: str, names: _Names) -> str:
     "A cleaned text with marks for the names of options: 'B. Pneumonia' is 'Ⓑ. ⓑ'."
-    def letter(found):
-        name = found[found.lastindex]
-        return found[0].removesuffix(name) + names.marks[name.lower()]
-    if len(text) < 1000 and (mark := names.whole.get(_words(text))): return mark
-    text = names.texts.sub(lambda found: chr(ord("ⓐ") + int(str(found.lastgroup)[1:])), text)
-    return re.sub("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])", "", names.letters.sub(letter, text))
+    if len(text) < names.reach and (mark := names.whole.get(_words(text))): return mark
+    text = _replace(text, _texts(text, names))
+    letters = [(start, end, names.marks[text[start:end].lower()])
+               for start, end in _letter_places(text, names.letters)]
+    return _ARTICLE_MARK.sub("", _replace(text, letters))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0039
+_SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
           rf"|(?:[)\]]? ?{_AND}[Ⓐ-ⓩ]){{1,9}})?[)\]*\"']{{0,3}}")
@@ -334,24 +448,31 @@ _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
     rf"| *{_VERB}(?:n't\b|{_FEW} +{_NO})"
     rf"| *(?:[:=?–—-] *| )(?:no(?= *(?:[.,;\n(Ⓐ-ⓩ]|\Z))|{_NO})"
     r"| *(?:不|错|有误|(?:可以?|应)?排除|是?错误))", re.I)
-_BEFORE = re.compile(   # not B, rules out A and C, rather than B
+_BEFORE = _Cue(re.compile(   # not B, rules out A and C, rather than B
+    "n(?:o|ever|either)|rul|cross|exclud|eliminat|reject|dismiss|discard|rather than|instead of"
+    "|than|against|without|unlike|wrong|incorrect|false|absence of|negative for|cannot|n't"
+    "|不|排除|并非|而非"), re.compile(
     r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat\w+|reject\w*"
     r"|dismiss\w*|discard\w*|rather than|instead of|than|against|without(?! (?:a )?doubt)|unlike"
     r"|no(?! doubt)|wrong|incorrect|false|absence of|negative for|unlikely|cannot)|n't)\b"
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
-    r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I)
+    r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> str:
     "A marked text with commas in place of the names that are denied and the words that deny them."
-    spans = [match.span() for deny in (_BEHIND, _BEFORE) for match in deny.finditer(marked)]
-    for start, end in spans: marked = marked[:start] + "," * (end - start) + marked[end:]
+    if not _SIGN.search(marked): return marked
+    matches = [*_BEHIND.finditer(marked), *_from_spots(_BEFORE, marked, _fold(marked))]
+    for start, end in (match.span() for match in matches):
+        marked = marked[:start] + "," * (end - start) + marked[end:]
     return marked
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003b
 def _denied(marked: str, left: str) -> set[str]:
     "The small marks of the options that denial took out of a marked text, of which this is left."
-    return {old.lower() for old, new in zip(marked, left) if old != new and "Ⓐ" <= old <= "ⓩ"}
+    if marked == left: return set()
+    return {sign[0].lower() for sign in _SIGN.finditer(marked, 0, len(left))
+            if left[sign.start()] != sign[0]}
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003e
 _GAP = r"[^\w\n<>=%+≤≥±Ⓐ-ⓩ]"   # neither a word nor a sign nor a mark
@@ -366,7 +487,7 @@ _EMPTY = re.compile(rf"{_GAP}*(?:{_LEAD}\b{_GAP}*)*", re.I)
 def _common(readings) -> set | None:
     "The letters that all readings allow, but for those that name no option; None if none does."
     named = [labels for labels in readings if labels is not None]
-    return set.intersection(*named) if named else None
+    return set.intersection(*named) if len(named) > 1 else named[0] if named else None
 
 def _alone(piece: str, names: _Names) -> set | None:
     "What a marked piece means that holds names alone; None if more is said."
@@ -375,7 +496,7 @@ def _alone(piece: str, names: _Names) -> set | None:
 
 # %% ../../nbs/core/02_grade.ipynb #9b6330dc
 _WHY = re.compile(r"[\s,;(](?:because|since|due to|given|rather|instead|which|while|whereas"
-                  r"|(?:al)?though|but|not)\b|(?<!,)\sas\b", re.I)
+                  r"|(?:al)?though|but|not|(?<=\s)(?<!,\s)as)\b", re.I)
 _SENTENCE = re.compile(r"\.(?!\d)|[;\n!?]|(?<=[Ⓐ-ⓩ)])\s(?=\(?[Ⓐ-Ⓩ][.):])")
 _PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(?:and|or|vs|then)\b"
                     r"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|是?(?:正确|对))")
@@ -385,16 +506,18 @@ _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficie
 def _opening(marked: str, names: _Names) -> set | None:
     "What a statement means that begins with its answer; the empty set if it contradicts itself."
     if (labels := _alone(marked, names)) is not None: return labels
+    if not _SIGN.search(marked): return None
     text = _without_denied(marked)
-    first = re.search("[Ⓐ-ⓩ]", text)
+    first = _SIGN.search(text)
     why = first and _WHY.search(text, first.end())
     sentences = _SENTENCE.split(text[:why.start()] if why else text)[:24]
     pieces = [(n, _alone(piece, names)) for n, part in enumerate(sentences)
               for piece in _PIECE.split(part) if not _EMPTY.fullmatch(piece)][:24]
     if not pieces or pieces[0][1] is None or pieces[0][0] > 0 and text != marked: return None
     if _REFUSAL.search(sentences[pieces[0][0]]): return None
-    denied = _denied(marked, sentences[0]) | _denied(re.sub("[ⓐ-ⓩ]", " ", marked), text)
-    if denied & set(sentences[0].lower()): return set()   # also a letter denied later
+    if text != marked:
+        denied = _denied(marked, sentences[0]) | _denied(_SMALL_SIGN.sub(" ", marked), text)
+        if denied & set(sentences[0].lower()): return set()   # also a letter denied later
     prose = {n for n, labels in pieces if labels is None} - {pieces[0][0]}
     return _common(labels for n, labels in pieces if n not in prose)
 
@@ -418,26 +541,31 @@ def _kept(lines: list[str], names: _Names) -> list[str]:
     rest, several = [_without_denied(line) for line in lines], len(lines) > 1
     denied = set().union(*map(_denied, lines, rest))
     headings = [several and left.rstrip().endswith(":") for left in rest]
-    return ["" if item or heading or denied & set(left.lower()) else left
+    return ["" if item or heading or any(mark in left.lower() for mark in denied) else left
             for left, item, heading in zip(rest, _items(lines, names), headings)]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0047
 _LETTER = r"(?:(?:option|choice|answer|letter) )?[(\[]?(?-i:[Ⓐ-Ⓩ])"
-_CONCLUDED = tuple(re.compile(pattern, re.I) for pattern in (
+_CONCLUDED = tuple(_Cue(re.compile(spot), re.compile(pattern, re.I)) for spot, pattern in (
     # ... is (B); this is a B
-    rf"\b(?:is|are|be|was):? +(?:(?:an|[a-z]) )?(?=[(\[]{{0,2}}{_LETTER}(?:[).:\]]|\s*$))",
+    ("[Ⓐ-ⓩ]",
+     rf"\b(?:is|are|be|was):? +(?:(?:an|[a-z]) )?(?=[(\[]{{0,2}}{_LETTER}(?:[).:\]]|\s*$))"),
     # I think it's ...; which corresponds to option ...
-    r"\b(?:i|we) (?:think|believe|say|guess|suspect|conclude)"
-    rf"(?: (?:that|it's|it is|it must be))*\b(?= ?{_LETTER})",
-    r"\b(?:correspond(?:s|ing)? to|match(?:es|ing)?|consistent with|points? to|leaving|leaves"
+    ("[Ⓐ-ⓩ]",
+     r"\b(?:i|we) (?:think|believe|say|guess|suspect|conclude)"
+    rf"(?: (?:that|it's|it is|it must be))*\b(?= ?{_LETTER})"),
+    ("[Ⓐ-ⓩ]",
+     r"\b(?:correspond(?:s|ing)? to|match(?:es|ing)?|consistent with|points? to|leaving|leaves"
     r"|indicat(?:es|ing)|suggest(?:s|ing)?|supports?|fits?|is|be|are)\b"
-    rf"(?= (?:option|choice|answer|[(\[]) ?{_LETTER})",
+    rf"(?= (?:option|choice|answer|[(\[]) ?{_LETTER})"),
     # the most likely diagnosis is ...
-    r"\b(?:most (?:likely|appropriate|probable)|best|correct|final)\b[^.\n]{0,80}?"
-    rf"(?: are|{_IS})\b{_WHOLE}"))
+    ("most |best|correct|final",
+     r"\b(?:most (?:likely|appropriate|probable)|best|correct|final)\b[^.\n]{0,80}?"
+    rf"(?: are|{_IS})\b{_WHOLE}")))
 
 def _conclusion(line: str, names: _Names) -> set | None:
     "What a marked line concludes."
+    if not _SIGN.search(line): return None
     return _common(_opening(statement, names) for _, statement in _after(line, _CONCLUDED))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0049
@@ -446,12 +574,13 @@ _VAGUE = re.compile(r"\b(?:no|non|not|never|without|wrong|incorrect|false|may|mi
                     r"|absen\w+|negative|versus|history|den(?:y|ies|ied)|than)\b|n't|[?]"
                     r"|(?-i:[(\[][Ⓐ-Ⓩ]|[Oo]ption [Ⓐ-Ⓩ])|[.!]\s+\S", re.I)
 
+_TELLING = re.compile(r"[^\W\d_]{4}|[\u4e00-\u9fff]{2}|\d\W?[a-z]")
+
 def _sentence(text: str, names: _Names) -> set | None:
     "What a single sentence means: the only option whose text it holds, if it is not vague."
     if _VAGUE.search(_mark(text, names)): return None
-    found = [match for match in names.texts.finditer(text)
-             if re.search(r"[^\W\d_]{4}|[\u4e00-\u9fff]{2}|\d\W?[a-z]", match[0])]
-    return _common(names.meaning[chr(ord("ⓐ") + int(str(match.lastgroup)[1:]))] for match in found)
+    return _common(names.meaning[mark] for start, end, mark in _texts(text, names)
+                   if _TELLING.search(text, start, end))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e004c
 def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a reading a line
@@ -471,6 +600,12 @@ def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a 
     return [None] * (len(lines) - 1) + [last]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e004f
+@lru_cache(maxsize=1024)   # the answers to a question are few
+def _start(statement: str, options: tuple[tuple[str, str], ...]) -> set | None:
+    "What a statement means that begins with its answer."
+    names = _names(options)
+    return _opening(_mark(_clean(statement), names), names)
+
 def _readings(
     statements: list[str],
     how: str,  # as extract says
@@ -479,12 +614,16 @@ def _readings(
 ) -> list[set | None]:  # of each: the letters it may mean; None if it names no option
     "What the statements of one group mean."
     if rule != "lenient": return [_exact(statements[0], options, substring=rule == "llava")]
-    names = _names(tuple(options.items()))
-    texts = [_clean(statement[:2000]) for statement in statements]
-    if how != "start": return _lines(texts, how, names)
-    return [_opening(_mark(text, names), names) for text in texts]
+    key = tuple(options.items())
+    if how == "start": return [_start(statement[:2000], key) for statement in statements]
+    return _lines([_clean(statement[:2000]) for statement in statements], how, _names(key))
 
 # %% ../../nbs/core/02_grade.ipynb #47b6eddc
+def _differ(texts: list) -> bool:
+    "Whether these texts of options say different things."
+    return len(texts) > 1 and len({_words(str(text)) for text in texts}) > 1
+
+
 def grade(
     completion: str | None,  # what the model wrote
     options: dict[str, str], # letter -> text
@@ -496,7 +635,7 @@ def grade(
     for statements, how in extract(completion, rule):
         readings = _readings(statements, how, options, rule)
         if (labels := _common(readings)) is None: continue
-        if lenient and len({_words(str(options[label])) for label in labels}) > 1: labels = set()
+        if lenient and _differ([options[label] for label in labels]): labels = set()
         label = answer_label if answer_label in labels else min(labels, default=None)
         answer = next(said for said, read in zip(statements, readings) if read is not None)
         return Grade(None if lenient and not labels else answer, label, answer_label in labels)
