@@ -269,12 +269,10 @@ def one_denominator(paper: Paper) -> Finding:
         lines.append({"model": row.label, "MedX-M": str(cell), "runs": row.runs,
                       "possible with": " or ".join(fits) or "neither"})
     only = Counter(line["possible with"] for line in lines)
-    both = only["1996"] and only["2000"]
+    both = bool(only["1996"] and only["2000"])
+    lost = ": in runs on eight processes the last four questions were lost" * both
     because = (f"{only['1996']} cells are possible with 1,996 questions only, {only['2000']} with "
-               "2,000 only")
-    if both:
-        because += ": in runs on eight processes the last four questions were lost"
-    because += "."
+               f"2,000 only{lost}.")
     return "does not hold" if both else "holds", because, lines
 
 # %% ../../nbs/results/63_claims.ipynb #3caf96c7
@@ -369,13 +367,12 @@ def gain_is_not_format(paper: Paper) -> Finding:
     return "does not hold" if moved else "holds", because, lines
 
 # %% ../../nbs/results/63_claims.ipynb #bed52d82
-def _mean_bars(paper: Paper) -> dict[str, tuple[float, float]]:
+def _mean_bars(paper: Paper) -> dict[str, list[float]]:
     "Average and pass@5 of each model of the five-answer figure, over the benchmarks."
-    models = dict.fromkeys(bar.model for bar in paper.repeated)
-    bars = {model: [bar for bar in paper.repeated if bar.model == model] for model in models}
-    return {model: (sum(float(bar.average) for bar in group) / len(group),
-                    sum(float(bar.passed) for bar in group) / len(group))
-            for model, group in bars.items()}
+    bars: dict[str, list] = {}
+    for bar in paper.repeated:
+        bars.setdefault(bar.model, []).append((float(bar.average), float(bar.passed)))
+    return {model: np.mean(values, axis=0).tolist() for model, values in bars.items()}
 
 
 def greedy_shows_all(paper: Paper) -> Finding:
@@ -388,12 +385,11 @@ def greedy_shows_all(paper: Paper) -> Finding:
                           "difference": sampled - greedy})
     lost = [f"{line['model']} ({line['difference']:+.1f})" for line in lines
             if line["difference"] > 1.5]
+    why = (": after SFT on text greedy decoding loses answers, probably to thoughts that never end"
+           ) * bool(lost)
     because = ("Sampling is ahead of greedy by more than 1.5 points for "
-               f"{', '.join(lost) or 'none'}")
-    if lost:
-        because += (": after SFT on text greedy decoding loses answers, probably to thoughts that "
-                    "never end")
-    return "does not hold" if lost else "holds", f"{because}.", lines
+               f"{', '.join(lost) or 'none'}{why}.")
+    return "does not hold" if lost else "holds", because, lines
 
 # %% ../../nbs/results/63_claims.ipynb #b6b0ca70
 def bars_show_their_label(paper: Paper) -> Finding:
@@ -417,9 +413,8 @@ def bars_show_their_label(paper: Paper) -> Finding:
         elif nearest != label:
             near.append(label)
     because = "; ".join(wrong) + "."
-    if wrong:
-        because += (" (The notebook that draws them reads the folder of RL(m23k)+RL(PMC) at step "
-                    "900.)")
+    because += (" (The notebook that draws them reads the folder of RL(m23k)+RL(PMC) at step 900.)"
+                ) * bool(wrong)
     if near:
         because += f" Another row is nearer, but less clearly, to {' and '.join(near)}."
     return "does not hold" if wrong else "holds", because, lines
@@ -683,13 +678,12 @@ def _repeat_cells(record: dict) -> Iterator[tuple]:
             yield what, *(line[key] for key in ("dataset_name", "k", "percent", "low", "high", "n"))
 
 # %% ../../nbs/results/63_claims.ipynb #c11c0249
-def _pass_cells(lines: Iterable[dict]) -> Iterator[tuple]:
+def _pass_cells(counted: Iterable[dict]) -> Iterator[tuple]:
     "What pass counts measured: the share of questions with k right answers."
-    lines = [*lines]
-    asked: Counter = Counter()
-    for line in lines:
+    counted, asked = [*counted], Counter()
+    for line in counted:
         asked[line["model"], line["corpus"]] += line["questions"]
-    for line in lines:
+    for line in counted:
         k, n, right = line["questions"], asked[line["model"], line["corpus"]], line["right"]
         shares = (100 * x for x in (k / n, *wilson(k, n)))
         yield line["model"], (f"{right} of 16 right", line["corpus"], right, *shares, n)
@@ -697,13 +691,12 @@ def _pass_cells(lines: Iterable[dict]) -> Iterator[tuple]:
 
 def _measured_numbers(records, repeats, pass_counts) -> Iterator[tuple]:
     "What runs on real questions measured, under the keys of the published numbers."
-    found = [(record["model"], cell) for record in records
-             if record["source"] != "synthetic"
-             and record.get("instruction", "trained") == prompt_format(record["model"])[0]
-             for cell in _table_cells(record)]
-    found += [(record["model"], cell) for record in repeats if record["source"] != "synthetic"
-              for cell in _repeat_cells(record)]
-    for model, (what, *cell) in [*found, *_pass_cells(pass_counts)]:
+    records = [record for record in records
+               if record.get("instruction", "trained") == prompt_format(record["model"])[0]]
+    found = [(record["model"], cell)
+             for cells_of, kind in ((_table_cells, records), (_repeat_cells, repeats))
+             for record in kind if record["source"] != "synthetic" for cell in cells_of(record)]
+    for model, (what, *cell) in (*found, *_pass_cells(pass_counts)):
         if row := row_of(model):
             yield what, row.model, *cell
 

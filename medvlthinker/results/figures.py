@@ -354,15 +354,12 @@ RADARS = {"7B": ("GPT-4o-mini", "HuatuoGPT-Vision-7B", "MedGemma 4B", "7B-RL_m23
 
 def radar_frame(
     paper: Paper,
-    models: tuple[str, ...] | str = "7B",  # names of published rows, or a key of RADARS
+    size: str = "7B",  # a key of RADARS
 ):  # a pandas DataFrame: origin, model, dataset_name, percent, n, source, best, share
     "The rows of a radar: accuracy in percent, the best of each benchmark, percent of the best."
-    if isinstance(models, str) and models not in RADARS:
-        raise UserError(f"No radar {models!r}; there are {' and '.join(RADARS)}, or name models.")
-    rows = [paper.row(name) for name in (RADARS[models] if isinstance(models, str) else models)]
     frame = tidy([{"origin": "paper", "model": row.model, "dataset_name": name,
                    "percent": row.scores[name], "n": row.sizes[name], "source": row.source}
-                  for row in rows for name in COLUMNS],
+                  for row in map(paper.row, RADARS[size]) for name in COLUMNS],
                  "origin model dataset_name percent n source")
     best = frame.groupby("dataset_name")["percent"].transform("max")
     return frame.assign(best=best, share=100 * frame["percent"] / best)

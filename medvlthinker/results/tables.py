@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'our_cells', 'results_table', 'notes', 'truncation_notes',
-           'number_text', 'escape_markdown', 'markdown_table', 'to_html', 'escape_latex', 'breakable_latex', 'to_latex',
-           'to_csv', 'to_text', 'write_table']
+           'number_text', 'escape_markdown', 'markdown_table', 'to_html', 'escape_latex', 'to_latex', 'to_csv',
+           'to_text', 'write_table']
 
 # %% ../../nbs/results/61_tables.ipynb #055781a7
 import html, re, textwrap
@@ -247,8 +247,9 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 
 
 def escape_latex(text: str) -> str:
-    "Text in which LaTeX reads no command."
-    return "".join(_TEX.get(c, c) for c in text)
+    "Text in which LaTeX reads no command, and may also break after a dash, a stroke or a bracket."
+    parts = re.split(r"(?<=[-/_)])(?=\S)", text.replace(" - ", " − "))
+    return r"\allowbreak{}".join("".join(_TEX.get(c, c) for c in part) for part in parts)
 
 # %% ../../nbs/results/61_tables.ipynb #ca860d8a
 def _lines(
@@ -270,12 +271,6 @@ def _lines(
             lines += [[text(cell) if cell else "" for cell in cells] for text in below.values()]
     return pd.DataFrame(lines, index=names, columns=[*HEADINGS.values()])
 
-# %% ../../nbs/results/61_tables.ipynb #366166b4
-def breakable_latex(text: str) -> str:
-    "Text that LaTeX may also break after a dash, a stroke or a bracket."
-    parts = re.split(r"(?<=[-/_)])(?=\S)", text.replace(" - ", " − "))
-    return r"\allowbreak{}".join(map(escape_latex, parts))
-
 # %% ../../nbs/results/61_tables.ipynb #6b557e65
 _USES = r"% needs \usepackage[T1]{fontenc} and the packages array, booktabs and longtable" + "\n"
 
@@ -289,7 +284,7 @@ def to_latex(
 
     def name(block, model):
         title = rf"\midrule \makebox[0pt][l]{{\emph{{{escape_latex(block)}}}}}"
-        return breakable_latex(model) or title
+        return escape_latex(model) or title
 
     def value(cell):
         return (r"\textbf{%s}" if cell.best else "%s") % escape_latex(_value(cell))
@@ -306,7 +301,7 @@ def to_latex(
         longtable=True, escape=False, caption=escape_latex(TABLES[table["table"].iloc[0]]) + ".",
         column_format=r">{\raggedright\arraybackslash}p{70pt}" + "r" * len(HEADINGS))
     size = r"{\footnotesize\setlength{\tabcolsep}{2pt}"
-    said = breakable_latex(" ".join(notes(table)))
+    said = escape_latex(" ".join(notes(table)))
     return f"{_USES}{size}\n{text}\\scriptsize\\noindent {said}\\par}}\n"
 
 # %% ../../nbs/results/61_tables.ipynb #96ab052e
