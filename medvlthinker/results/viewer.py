@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'FILTERS', 'LINKS', 'Entry', 'read_entries', 'escape_invisible', 'Reading', 'readings', 'question_table',
-           'write_view', 'viewer_link', 'Viewer', 'data_uri', 'entry_html', 'browse', 'to_inline_json', 'spaced_places',
-           'write_page']
+           'write_view', 'viewer_link', 'Viewer', 'data_uri', 'entry_html', 'browse', 'spaced_places', 'write_page']
 
 # %% ../../nbs/results/64_viewer.ipynb #4db78798
-import base64, dataclasses, functools, hashlib, html, io, itertools, json, math, re
+import base64, dataclasses, functools, hashlib, html, io, itertools, math, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -305,6 +304,7 @@ def _template():
 
     environment = jinja2.Environment(
         autoescape=True, finalize=_printable, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     names = {"readings": readings, "count_right": _count_right}
     return environment.from_string(_asset("jinja"), names).module
 
@@ -339,23 +339,16 @@ def _controls(viewer: Viewer, view: dict) -> dict:
     return {column: made[column] for column in FILTERS if column in made}
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00038
-def _count(hits: int, questions: int, at: int) -> str:
-    "How many questions pass, as a sentence."
-    if hits:
-        return f"{hits} of {questions} questions pass; this is number {at}."
-    return f"0 of {questions} questions pass. Set one of the filters back to all."
-
-
 def _answer(viewer: Viewer, view: dict) -> tuple[int, str, str]:
     "How many questions pass a view; a sentence on them, with the view to copy; the entry."
     hits = viewer.hits(write_view(view))
     at = max(1, min(view["at"], len(hits)))
-    questions = (viewer.table["model"] == view["model"]).sum()
+    words = f"{len(hits)} of {(viewer.table['model'] == view['model']).sum()} questions pass"
+    words += f"; this is number {at}." if hits else ". Set one of the filters back to all."
     address = html.escape(write_view({**view, "at": at if at > 1 else ""}))
-    status = f'<span role="status">{_count(len(hits), questions, at)}</span>'
     models = [view["model"], view.get("models_disagree")]
     body = "".join(entry_html(viewer.entries[place], models) for place in hits[at - 1:at])
-    return len(hits), f"{status}<br><code>{address}</code>", body
+    return len(hits), f'<span role="status">{words}</span><br><code>{address}</code>', body
 
 # %% ../../nbs/results/64_viewer.ipynb #978696dc
 def browse(
@@ -392,12 +385,6 @@ def browse(
             widgets.HBox([back, place, forward], layout=wrap)]
     return widgets.VBox([*note, *rows, status, body])
 
-# %% ../../nbs/results/64_viewer.ipynb #87cd55c6
-def to_inline_json(value) -> str:
-    "JSON that no HTML parser can mistake for anything else."
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
 # %% ../../nbs/results/64_viewer.ipynb #612ed251
 def spaced_places(
     names: Sequence[str],  # of each entry's set
@@ -432,14 +419,14 @@ def _hash(block: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()}'"
 
 
-def _page(viewer: Viewer, title: str, limit: int, quality: int) -> str:
+def _page(viewer: Viewer, title: str, limit: int) -> str:
     "The page with at most `limit` questions of each set."
     names = [entry.sample.dataset_name for entry in viewer.entries]
     held, images, articles = spaced_places(names, limit), dict[str, int](), {}
     for place in sorted(itertools.chain.from_iterable(held.values())):
         entry, numbers = viewer.entries[place], list[int | None]()
         sample = entry.whole()
-        for uri in (data_uri(data, quality) for data in sample.images):
+        for uri in (data_uri(data, quality=75) for data in sample.images):
             numbers.append(images.setdefault(uri, len(images)) if uri else None)
         articles[place] = _template().entry(sample, "data-image", numbers, entry.answers, ())
     rows = viewer.table[viewer.table["question"].isin([*articles])].drop(columns="text")
@@ -450,7 +437,7 @@ def _page(viewer: Viewer, title: str, limit: int, quality: int) -> str:
     sizes = {name: f" ({len(held[name])} of {names.count(name)})" for name in held}
     return _template().page(
         title, policy, style, script, LINKS, FILTERS, viewer.choices, sizes,
-        _notes(viewer, len(articles)), articles, to_inline_json(data))
+        _notes(viewer, len(articles)), articles, data)
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00029
 def write_page(
@@ -458,14 +445,13 @@ def write_page(
     path,  # of the HTML file
     limit: int = 50,  # questions of each set at most
     title: str = "Questions and answers",
-    quality: int = 75,  # of the images, as for `data_uri`
     max_megabytes: int = 20,  # a larger page is made again with half as many questions
 ) -> Path:
     "Write one self-contained HTML page."
-    page = _page(viewer, title, limit, quality)
+    page = _page(viewer, title, limit)
     while len(page) > 1_000_000 * max_megabytes and limit > 1:
         limit //= 2
-        page = _page(viewer, title, limit, quality)
+        page = _page(viewer, title, limit)
     with atomic_write(path) as file:
         file.write(page)
     return Path(path)

@@ -66,35 +66,37 @@ def toy(n=1):
 # --- filters and links ---------------------------------------------------------------------------
 
 
-def passes(entry, view):
-    "The definition of every filter, without the table."
-    def correct(model, rule):
+def facts(entry, model):
+    "The definition of every filter but the search, without the table: for each column its values."
+    def correct(who, rule):
         return [grade(each["text"], entry.sample.options, entry.sample.answer_label, rule).correct
-                for each in entry.answers.get(model, [])]
+                for each in entry.answers[who]]
 
-    def share(model):
-        return sum(correct(model, "regrade")) / len(entry.answers[model])
-
-    model = view.get("model", "a")
-    if model not in entry.answers:
-        return False
-    mine, words = entry.answers[model], view.get("text", "").lower()
-    texts = [entry.sample.question, *entry.sample.options.values(), *(c["text"] for c in mine)]
+    mine, right = entry.answers[model], {rule: correct(model, rule) for rule in RULES}
+    shares = {other: sum(found := correct(other, "regrade")) / len(found) for other in entry.answers}
     differ = [f"{one} / {two}" for one, two in itertools.combinations(RULES, 2)
-              if correct(model, one) != correct(model, two)]
-    unlike = [other for other in entry.answers if share(other) != share(model)]
+              if right[one] != right[two]]
+    unlike = [other for other, share in shares.items() if share != shares[model]]
     nothing = [not grade(c["text"], entry.sample.options, "A", "regrade").label for c in mine]
-    facts = {"benchmark": [entry.sample.dataset_name], "model": [model],
+    found = {"benchmark": [entry.sample.dataset_name], "model": [model],
              "rules_disagree": differ + ["any"] * bool(differ),
              "models_disagree": unlike + ["any"] * bool(unlike),
              "cut_off": ["yes" if any(c["finish_reason"] == "length" for c in mine) else "no"],
              "no_answer": ["yes" if any(nothing) else "no"],
-             "right_count": [f"{sum(correct(model, 'regrade'))} of {len(mine)}"],
-             "text": [view.get("text")] if any(words in text.lower() for text in texts) else []}
-    for rule in RULES:
-        right = correct(model, rule)
-        facts[rule] = ["right" if all(right) else "partly" if any(right) else "wrong"]
-    return all(value in facts[key] for key, value in view.items())
+             "right_count": [f"{sum(right['regrade'])} of {len(mine)}"]}
+    return found | {rule: ["right" if all(each) else "partly" if any(each) else "wrong"]
+                    for rule, each in right.items()}
+
+
+def passes(entry, known, view):
+    "Whether a view shows the entry; `known` are the facts of each model's answers."
+    model, word = view.get("model", "a"), view.get("text", "").lower()
+    if model not in entry.answers:
+        return False
+    texts = [entry.sample.question, *entry.sample.options.values(),
+             *(each["text"] for each in entry.answers[model])]
+    return any(word in text.lower() for text in texts) and all(
+        value in known[model][key] for key, value in view.items() if key != "text")
 
 
 def views(viewer):
@@ -108,9 +110,11 @@ def views(viewer):
 @pytest.mark.parametrize("n", [1, 4])
 def test_filters_are_what_they_say(n):
     viewer, counts, values = toy(n), set(), dict[tuple, int]()
+    known = [{model: facts(entry, model) for model in entry.answers} for entry in viewer.entries]
     for view in views(viewer):
         hits = viewer.hits(write_view(view))
-        assert hits == [i for i, entry in enumerate(viewer.entries) if passes(entry, view)], view
+        assert hits == [i for i, entry in enumerate(viewer.entries)
+                        if passes(entry, known[i], view)], view
         counts.add(len(hits))
         for pair in view.items():
             values[pair] = max(values.get(pair, 0), len(hits))
@@ -315,7 +319,7 @@ def test_keys_filters_and_links(chromium, tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("width, scheme", [*itertools.product((390, 1400), ("light", "dark"))])
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1400, "dark")])
 def test_sizes_and_schemes(chromium, page_file, width, scheme):
     size = {"width": width, "height": 900}
     page, wrong, _ = watched(chromium, viewport=size, color_scheme=scheme)
@@ -369,8 +373,7 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.heavy
-def test_in_jupyterlab(chromium, lab):
-    "The widgets answer, go on by keyboard, filter, and nothing that a model wrote comes alive."
+def test_nothing_that_a_model_wrote_comes_alive_in_jupyterlab(chromium, lab):
     from playwright.sync_api import expect
 
     page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
@@ -389,12 +392,6 @@ def test_in_jupyterlab(chromium, lab):
     page.locator(".noUi-handle").last.focus()
     page.keyboard.press("ArrowLeft")
     expect(count).to_contain_text("number 12.")
-    page.locator("label:has-text('Questions of') + select").select_option("pmc_vqa")
-    expect(count).to_have_text("4 of 13 questions pass; this is number 1.")
-    search = page.locator("label:has-text('Search') + input")
-    search.fill("unicorn")
-    search.press("Enter")
-    expect(count).to_contain_text("0 of 13")
     alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
     assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
     assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT, python, says
 from medvlthinker.app.profile import Workspace, load_profile
@@ -44,8 +45,9 @@ def finished(tmp_path_factory) -> Path:
         records = read_records(results / "synthetic", MODELS)
         shares = [{name: k / n for name, (k, n) in each["counts"].items()} for each in records]
         change = {name: (100 * (shares[0][name] - shares[1][name]), -100, 100, 3) for name in shares[0]}
-        change["average"] = sum(value for value, *_ in change.values()) / 6, -100, 100, 18
-        row = {"model": " - ".join(MODELS), "source": "synthetic", "differences": change}
+        change["macro average"] = sum(value for value, *_ in change.values()) / 6, -100, 100, 18
+        change = pd.DataFrame.from_dict(change, "index", columns=["difference", "low", "high", "n"])
+        row = " - ".join(MODELS), "synthetic", change
         only = ("GPT-4o", "Qwen2.5-VL-3B-Instruct")
         table = results_table(records, "recipes", only=only, differences=[row])
         paths = write_table("recipes", table, results)
