@@ -162,8 +162,8 @@ def ask(
     from medvlthinker.generation.request import EngineSettings
 
     if stray := [word for word in keys or [] if "=" not in word]:
-        raise UserError(f"What is {stray[0]!r}? An option is given by --option, a key of the engine "
-                        "as KEY=VALUE.")
+        raise UserError(f"What is {stray[0]!r}? An option is given by --option, a key of the "
+                        "engine as KEY=VALUE.")
     given = dict(word.split("=", 1) for word in keys or [])
     known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
     check_keys(given, known, "key of an engine")
@@ -383,8 +383,6 @@ def main(
     words: list[str],  # VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run
 ) -> int:  # the exit code
     "The command line; `UserError` for a mistake."
-    # to import it, jsonschema would compile a grammar for a second, for a format that no file has
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     if words and not words[0].startswith("-") and words[0] not in verbs():
         if words[0] in profile_names() or "=" in words[0]:
             words = ["run", *words]

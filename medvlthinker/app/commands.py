@@ -171,9 +171,7 @@ def find_rollouts(
     return found
 
 # %% ../../nbs/app/77_commands.ipynb #c78b18
-def compare_settings(
-    words: list[str],  # as for `two_sides`; rule and folder too
-) -> None:
+def compare_settings(words: list[str]) -> None:  # as for `two_sides`; rule and folder too
     "Whether the numbers of two engines or settings may be compared."
     import pandas as pd
 
@@ -255,9 +253,7 @@ def _ablate(profile: Profile, model: str, conditions: list[str], rule: str) -> "
     return effects
 
 # %% ../../nbs/app/77_commands.ipynb #c78b24
-def compare_rules(
-    words: list[str],  # [profile] old=RULE new=RULE [key=value ...]
-) -> None:
+def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key=value ...]
     "Another rule over all stored greedy answers of a profile."
     profile, old, new = read_command(words, old="strict", new="regrade")
     for rule in (rules := (old, new)):
@@ -311,9 +307,7 @@ def export(
     print(*export_logs(stored, form, folder, chosen, images not in ("", "0")), sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
-def merge_checkpoint(
-    words: list[str],  # [profile] recipe=NAME [step=N] [key=value ...]
-) -> None:
+def merge_checkpoint(words: list[str]) -> None:  # [profile] recipe=NAME [step=N] [key=value ...]
     "Make a model of a recipe's last checkpoint, or of that of a step."
     name, given = parse_words(words)
     recipe, step = read_recipe(given), read_value("step", 0, given.pop("step", 0))
@@ -322,9 +316,7 @@ def merge_checkpoint(
     print(merge_recipe(recipe, workspace.checkpoints, step, profile.base, log))
 
 # %% ../../nbs/app/77_commands.ipynb #c78c02
-def describe_run(
-    words: list[str],  # [profile] [recipe=NAME] [key=value ...]
-) -> None:
+def describe_run(words: list[str]) -> None:  # [profile] [recipe=NAME] [key=value ...]
     "Write the cards of a run that are missing or out of date, or that of a recipe's model."
     name, given = parse_words(words)
     recipe = read_recipe(given) if "recipe" in given else None
@@ -351,9 +343,7 @@ def _root_of_run(name: str) -> Path:
     return root
 
 # %% ../../nbs/app/77_commands.ipynb #c78c05
-def verify_run(
-    words: list[str],  # [profile] [cell=ROW/COLUMN [show=N]]
-) -> None:
+def verify_run(words: list[str]) -> None:  # [profile] [cell=ROW/COLUMN [show=N]]
     "Check every file of a run, or follow one cell of a table."
     profile, cell, show = read_command(words, cell="", show="3")
     count, root = read_value("show", 3, show), _root_of_run(profile.name)
@@ -384,9 +374,7 @@ def compare_models(
     print(f"{second} - {first}, percentage points, rule {rule}", changes, sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0004
-def compare(
-    words: list[str],  # as for one of the three
-) -> None:
+def compare(words: list[str]) -> None:  # as for one of the three
     "Two settings with -- between them, two models (with=NAME), or two rules (old= new=)."
     keys = {word.partition("=")[0] for word in words if "=" in word}
     if "--" in words:
@@ -400,9 +388,7 @@ def compare(
         compare_rules(words)
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0007
-def evaluate_models(
-    words: list[str],  # [profile] [model=NAME] [rule=...] [key=value ...]
-) -> None:
+def evaluate_models(words: list[str]) -> None:  # [profile] [model=NAME] [rule=...] [key=value ...]
     "Ask a model, or each of the profile, and print its accuracies with their intervals."
     profile, model, rule = read_command(words, model="", rule="regrade")
     find_rule(rule)
@@ -425,9 +411,7 @@ def rollout(
         ask_model(profile, each, ways, kind)
 
 # %% ../../nbs/app/77_commands.ipynb #feb2f2c9
-def train(
-    words: list[str],  # [profile] recipe=NAME [init=MODEL] [key=value ...]
-) -> None:
+def train(words: list[str]) -> None:  # [profile] recipe=NAME [init=MODEL] [key=value ...]
     "Train a recipe under a profile, or go on with it."
     name, given = parse_words(words)
     recipe, profile = read_recipe(given), load_profile(name, **given)
@@ -439,9 +423,7 @@ def train(
     print(f"{recipe.name} is ready: {final}")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a51
-def check_paper(
-    words: list[str],  # [profile] [key=value ...]
-) -> None:
+def check_paper(words: list[str]) -> None:  # [profile] [key=value ...]
     "Set the paper's numbers beside what a profile measured."
     (profile,) = read_command(words)
     records, results = stored_records(profile), Workspace(profile.name).results

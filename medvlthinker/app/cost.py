@@ -143,20 +143,14 @@ def _nodes(profile: Profile) -> int:
 KEPT = 2  # checkpoints of a run that stay
 
 
-def checkpoint_bytes(
-    recipe: Recipe,
-    profile: Profile,
-) -> float:
+def checkpoint_bytes(recipe: Recipe, profile: Profile) -> float:
     "What a run leaves on the disk: the checkpoints that are kept, and the merged model."
     numbers = parameters_of(recipe.name)
     trained = 0.02 * numbers if profile.lora_rank else numbers  # adapters of rank 32 have 1 to 2 %
     return KEPT * 12 * trained + 2 * numbers
 
 # %% ../../nbs/app/72_cost.ipynb #c6900028
-def training_cost(
-    recipe: Recipe,
-    profile: Profile,
-) -> Cost:
+def training_cost(recipe: Recipe, profile: Profile) -> Cost:
     "What it takes to train a recipe, its merge included."
     gpus = profile.gpus * nodes_of(recipe, profile)
     from_hub = "/" in recipe.init and not profile.base
@@ -286,38 +280,7 @@ def _sentences(profile: Profile, total: Cost) -> list[str]:
               for work, rate in RATES.items()),
             "What a GPU machine needs beside GPUs stands in README.md."]
 
-# %% ../../nbs/app/72_cost.ipynb #c7200009
-def step_plan(
-    step: Step,
-    profile: Profile,
-) -> dict[str, str]:
-    "Hardware, inputs, outputs and commands of a step, by name."
-    source, model = profile.source, step.value or profile.models[0]
-    place = f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
-    words = {"profile": profile.name, **step.parameters, **overrides(profile)}
-    given = [word for key, value in words.items() for word in ("-p", key, str(value))]
-    notebook = str(project_root() / "nbs" / "paper" / f"{step.notebook}.ipynb")
-    call = [sys.executable, "-m", "papermill", notebook, "-", "-k", "python3", *given]
-    plan = {"hardware": "CPU", "notebook": shlex.join(call), "writes": "results/, figures/",
-            "reads": f"results/{source}/*/, results/difficulty_{source}.csv"}
-    if step.notebook == "1_data":
-        return plan | {"reads": f"the sources ({source})",
-                       "writes": f"samples/{source}/, results/overlap_{source}.csv"}
-    if step.notebook == "2_difficulty":
-        ways = [Sampling(n=profile.rollouts, temperature=1.0)]
-        return plan | {"reads": f"samples/{source}/corpus/, {place}",
-                       "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
-                       **_asking(profile, model, ways, "corpus")}
-    if step.notebook == "3_train":
-        return plan | _training(RECIPES[step.value], profile)
-    if step.notebook == "4_evaluate":
-        name, ways = folder_name(model), evaluation_samplings(profile, model)
-        return plan | {"reads": f"samples/{source}/, {place}",
-                       "writes": f"rollouts/{name}/{source}/, results/{source}/{name}/",
-                       **_asking(profile, model, ways, "benchmark")}
-    return plan
-
-
+# %% ../../nbs/app/72_cost.ipynb #p21e0001
 def _machine(nodes: int, gpus: int) -> str:
     "Nodes and GPUs in words."
     plural = lambda count, word: f"{count} {word}{'s' if count > 1 else ''}"
@@ -350,7 +313,7 @@ def _copies(profile: Profile, shared: int) -> str:
         return f", {count} copies of the model" if count > 1 else ""
     return f", {count} {'copies' if count > 1 else 'copy'} of the model on {shared} each"
 
-
+# %% ../../nbs/app/72_cost.ipynb #p21e0002
 def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
     "Hardware, memory and commands of a recipe."
     data, checkpoints, logs = training_places(recipe, profile)
@@ -390,6 +353,34 @@ def _trainer(recipe: Recipe, settings: TrainingSettings) -> dict[str, str]:
         keys += ["vllm_tensor_parallel_size", "vllm_gpu_memory_utilization"]
     words = " ".join(f"{key}={config[key]}" for key in keys if key in config)
     return {"trainer": f"accelerate: {words}"}
+
+# %% ../../nbs/app/72_cost.ipynb #c7200009
+def step_plan(step: Step, profile: Profile) -> dict[str, str]:
+    "Hardware, inputs, outputs and commands of a step, by name."
+    source, model = profile.source, step.value or profile.models[0]
+    place = f"checkpoints/{model}" if model in RECIPES or model == "tiny" else model
+    words = {"profile": profile.name, **step.parameters, **overrides(profile)}
+    given = [word for key, value in words.items() for word in ("-p", key, str(value))]
+    notebook = str(project_root() / "nbs" / "paper" / f"{step.notebook}.ipynb")
+    call = [sys.executable, "-m", "papermill", notebook, "-", "-k", "python3", *given]
+    plan = {"hardware": "CPU", "notebook": shlex.join(call), "writes": "results/, figures/",
+            "reads": f"results/{source}/*/, results/difficulty_{source}.csv"}
+    if step.notebook == "1_data":
+        return plan | {"reads": f"the sources ({source})",
+                       "writes": f"samples/{source}/, results/overlap_{source}.csv"}
+    if step.notebook == "2_difficulty":
+        ways = [Sampling(n=profile.rollouts, temperature=1.0)]
+        return plan | {"reads": f"samples/{source}/corpus/, {place}",
+                       "writes": f"rollouts/*/{source}/corpus/, curated/{source}/",
+                       **_asking(profile, model, ways, "corpus")}
+    if step.notebook == "3_train":
+        return plan | _training(RECIPES[step.value], profile)
+    if step.notebook == "4_evaluate":
+        name, ways = folder_name(model), evaluation_samplings(profile, model)
+        return plan | {"reads": f"samples/{source}/, {place}",
+                       "writes": f"rollouts/{name}/{source}/, results/{source}/{name}/",
+                       **_asking(profile, model, ways, "benchmark")}
+    return plan
 
 # %% ../../nbs/app/72_cost.ipynb #c7200011
 _PARTS = ("hardware", "memory", "takes", "engine", "trainer", "reads", "writes", "notebook",

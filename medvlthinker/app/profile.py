@@ -108,9 +108,7 @@ def overrides(
     return {key: as_text(given[key]) for key in differ}
 
 # %% ../../nbs/app/70_profile.ipynb #8df7b225
-def parse_words(
-    words: list[str],  # such as ["smoke", "limit=20"]
-) -> tuple[str, dict[str, str]]:
+def parse_words(words: list[str]) -> tuple[str, dict[str, str]]:  # such as ["smoke", "limit=20"]
     "A command line as a profile's name (`smoke` if none is given) and its overrides."
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
