@@ -75,6 +75,14 @@ _CLINICAL = ("**Not for clinical use.** Not for diagnosis, treatment or triage o
              "medical device. Answers can be wrong and sound right; medical errors in the data, "
              "bias, and whether a person can be recognised were not examined.")
 
+
+def _card(data, title: str, is_drawn: bool, about: str, sections: dict[str, str]) -> str:
+    "A card of the hub's metadata, a heading, a warning, and texts under headings of their own."
+    texts = [f"---\n{data.to_yaml()}\n---", f"# {title}", _SYNTHETIC if is_drawn else _CLINICAL,
+             about, *(f"## {head}\n\n{text}" for head, text in sections.items()),
+             "Written by `./reproduce.sh card`, which replaces what is changed here by hand.\n"]
+    return "\n\n".join(texts)
+
 # %% ../../nbs/app/73_cards.ipynb #59f2f54b
 KINDS = {  # of a folder of data files: title, and what to know first
     "tests": ("Test sets", "One file a set. **Do not train on them**, and choose no checkpoint by "
@@ -88,55 +96,32 @@ KINDS = {  # of a folder of data files: title, and what to know first
                 "asked again, a question near the border may fall on the other side.")}
 
 # %% ../../nbs/app/73_cards.ipynb #f1583d42
-_CARD = """---
-{data}
----
+_COUNTS = ("left_out", "broken", "first_broken", "dropped", "mended")  # of a record
 
-# {title}
 
-{warning}
+def _data_card(
+    source: str, records: Iterable[dict], title: str, about: str, table: str, use: str, **metadata,
+) -> str:
+    "A card of data, with licence, tags, warning and versions by source and records."
+    from huggingface_hub import DatasetCardData
 
-{about}
+    is_drawn = source == "synthetic"
+    licence = {"license": "apache-2.0"} if is_drawn else {
+        "license": "other", "license_name": "as-its-sources", "license_link": "README.md"}
+    data = DatasetCardData(language="en", pretty_name=f"MedVLThinker, {title}", **licence,
+                           tags=["medical", "medvlthinker"] + ["machinery-test"] * is_drawn,
+                           **metadata)
+    code = dict.fromkeys(f"- {environment_line(record)}" for record in records)
+    return _card(data, title, is_drawn, about, {
+        "Contents": table, "Code": "\n".join(code), "Use": f"```python\n{use}\n```"})
 
-## Contents
-
-{table}
-
-## Code
-
-{code}
-
-## Use
-
-```python
-{use}
-```
-
-Written by `./reproduce.sh card`, which replaces what is changed here by hand.
-"""
+# %% ../../nbs/app/73_cards.ipynb #592cb963
 _LOAD = """from datasets import load_dataset
 
 data = load_dataset("parquet", data_files="{file}", split="train")
 print(len(data), data[:1]["question"], data[:1]["options"])"""
-_COUNTS = ("left_out", "broken", "first_broken", "dropped", "mended")  # of a record
 
 
-def _data_card(source: str, records: Iterable[dict], metadata: dict, **parts: str) -> str:
-    "The template filled in, with licence, tags, warning and versions by source and records."
-    from huggingface_hub import DatasetCardData
-
-    licence, tags = {"license": "apache-2.0"}, ["medical", "medvlthinker", "machinery-test"]
-    if source != "synthetic":
-        licence = {"license": "other", "license_name": "as-its-sources",
-                   "license_link": "README.md"}
-        tags.pop()
-    data = DatasetCardData(language="en", pretty_name=f"MedVLThinker, {parts['title']}", tags=tags,
-                           **licence, **metadata)
-    code = dict.fromkeys(f"- {environment_line(record)}" for record in records)
-    return _CARD.format(data=data.to_yaml(), code="\n".join(code), **parts,
-                        warning=_SYNTHETIC if source == "synthetic" else _CLINICAL)
-
-# %% ../../nbs/app/73_cards.ipynb #592cb963
 def dataset_card(
     folder: Path,  # of data files, such as samples/synthetic
     kind: str,  # a key of `KINDS`
@@ -151,9 +136,9 @@ def dataset_card(
     about = (f"{KINDS[kind][1]} Columns: `options` is a JSON object from letter to text, `images` "
              "holds encoded files; the others are named after what they hold.")
     head = ("file", "questions", "made (UTC)", "of", "counts", "licence", "to cite")
-    return _data_card(source, records, {"configs": configs}, about=about,
-                      title=f"{KINDS[kind][0]} ({source})", table=markdown_table(head, rows),
-                      use=_LOAD.format(file=paths[-1].name))
+    return _data_card(source, records, f"{KINDS[kind][0]} ({source})", about,
+                      markdown_table(head, rows), _LOAD.format(file=paths[-1].name),
+                      configs=configs)
 
 
 def _file_cells(path: Path, record: dict, source: str) -> tuple:
@@ -177,9 +162,7 @@ rollout = load_rollout("{folder}")
 print(len(rollout), rollout[0]["completions"][0]["text"])"""
 
 
-def rollout_card(
-    folder: Path,  # rollouts/<model>
-) -> str:
+def rollout_card(folder: Path) -> str:  # rollouts/<model>
     "The card of what one model wrote."
     paths = sorted(folder.rglob("rollout.json"))
     records = {path.parent.relative_to(folder): read_json(path) for path in paths}
@@ -191,9 +174,9 @@ def rollout_card(
              "answers that were cut. Wrong answers stand beside right ones. The terms of the model "
              "hold for what it wrote. Do not train on answers to test questions.")
     finished = [place for place, record in records.items() if record.get("finished")]
-    return _data_card(source, records.values(), {}, title=title, about=about,
-                      table=markdown_table(("folder", *_ASKED, "finished"), rows),
-                      use=_READ.format(folder=[*finished, *records][0]))
+    return _data_card(source, records.values(), title, about,
+                      markdown_table(("folder", *_ASKED, "finished"), rows),
+                      _READ.format(folder=[*finished, *records][0]))
 
 # %% ../../nbs/app/73_cards.ipynb #87279abb
 def eval_results(
@@ -234,11 +217,11 @@ def model_metadata(
     "Base model, data, licence and results in the form that the hub reads."
     from huggingface_hub import ModelCardData
 
-    name = recipe.name if recipe else "tiny"
     data = ModelCardData(
-        language="en", license="apache-2.0", library_name="transformers", model_name=name,
-        pipeline_tag="image-text-to-text", eval_results=eval_results(evaluation) or None,
-        tags=["medical", "vision-language", "medvlthinker"])
+        language="en", license="apache-2.0", library_name="transformers",
+        model_name=recipe.name if recipe else "tiny", pipeline_tag="image-text-to-text",
+        tags=["medical", "vision-language", "medvlthinker"],
+        eval_results=eval_results(evaluation) or None)
     if recipe is None or recipe.size == "tiny":
         data.tags.append("machinery-test")
         return data
@@ -247,45 +230,21 @@ def model_metadata(
     if recipe.size == "3B":
         data.license, data.license_name = "other", "qwen-research"
         data.license_link = f"https://huggingface.co/{BASES['3B']}/blob/main/LICENSE"
-    data.datasets = []
-    for each in chain(recipe):
-        published = PUBLISHED | (PUBLISHED_REASONING if each.method == "SFT" else {})
-        data.datasets += [published[each.corpus]] if each.corpus in published else []
-    data.datasets = [*dict.fromkeys(data.datasets)]
+    published = [(PUBLISHED | (PUBLISHED_REASONING if each.method == "SFT" else {}))
+                 .get(each.corpus) for each in chain(recipe)]
+    data.datasets = [*dict.fromkeys(filter(None, published))]
     return data
 
 # %% ../../nbs/app/73_cards.ipynb #01f5123d
-_MODEL = '''---
-{data}
----
-
-# {name}
-
-{warning}
-
+_ABOUT = """\
 A vision-language model that reasons about a multiple-choice question, with or without images, and
-then names an option. Training follows MedVLThinker (arXiv:2508.02669).
-
-## How it was made
-
-{stages}
-
-This copy: {facts}. Code: {code}. Training data: {read}.
-
-## Results
-
-{results}
-
-## Limits
-
+then names an option. Training follows MedVLThinker (arXiv:2508.02669)."""
+_LIMITS = """\
 English multiple-choice questions only; that is no clinical work. A right option can be chosen for a
 wrong reason, and the reasoning that is shown need not be the cause of the answer. Errors by
 modality, organ or person were not measured. Test questions may be in the base model's pretraining
-data. The licences of the data hold beside the model's.
-
-## Use
-
-```python
+data. The licences of the data hold beside the model's."""
+_ASK = '''```python
 from PIL import Image
 from transformers import pipeline
 
@@ -295,10 +254,7 @@ prompt = {prompt!r}
 turn = [{{"type": "image", "image": image}}, {{"type": "text", "text": prompt}}]
 chat = [{{"role": "user", "content": turn}}]
 print(ask(text=chat, max_new_tokens=200, return_full_text=False)[0]["generated_text"])
-```
-
-Written by `./reproduce.sh card`, which replaces what is changed here by hand.
-'''
+```'''
 _QUESTION = Sample("Which modality is this?", {"A": "CT", "B": "MRI"}, "A", "CT")
 _FACTS = ("rows", "dropped", "steps", "takes", "trainer", "seed", "lora_rank", "sources")
 _READ_FACTS = ("artefact", "questions", "kept", "dropped", "inputs")
@@ -311,19 +267,20 @@ def model_card(
     data: dict | None = None,  # the record of the training data
 ) -> str:
     "The card of a model, checked."
-    evaluation, training, data = evaluation or {}, training or {}, data or {}
+    training, data = training or {}, data or {}
+    metadata = model_metadata(recipe, evaluation or {})
     stages = [f"- {each.name}: {each.method} of {each.init} on {each.corpus}, "
               f"{settings_line(dataclasses.asdict(each.how))}"
               for each in (chain(recipe) if recipe else [])]
-    metadata = model_metadata(recipe, evaluation)
-    text = _MODEL.format(
-        data=metadata.to_yaml(), name=metadata.model_name,
-        warning=_SYNTHETIC if metadata.model_name.startswith("tiny") else _CLINICAL,
-        stages="\n".join(stages) or "`medvlthinker.generation.tiny_model` makes it.",
-        facts=settings_line({key: training[key] for key in _FACTS if key in training}),
-        code=environment_line(training), results=_results_table(metadata.eval_results or []),
-        read=settings_line({key: data[key] for key in _READ_FACTS if key in data}),
-        prompt=user_text(_QUESTION))
+    made = "\n".join(stages) or "`medvlthinker.generation.tiny_model` makes it."
+    facts = settings_line({key: training[key] for key in _FACTS if key in training})
+    read = settings_line({key: data[key] for key in _READ_FACTS if key in data})
+    copy = f"This copy: {facts}. Code: {environment_line(training)}. Training data: {read}."
+    is_drawn = metadata.model_name.startswith("tiny")
+    text = _card(metadata, metadata.model_name, is_drawn, _ABOUT, {
+        "How it was made": f"{made}\n\n{copy}",
+        "Results": _results_table(metadata.eval_results or []),
+        "Limits": _LIMITS, "Use": _ASK.format(prompt=user_text(_QUESTION))})
     check_card(text)
     return text
 
@@ -350,19 +307,6 @@ def check_card(
         raise UserError(f"The model card has no {', '.join(missing)}.")
 
 # %% ../../nbs/app/73_cards.ipynb #2f9cdbfb
-def _stored_card(name: str, profile: Profile, workspace: Workspace) -> str:
-    "The card of a model of this run, as far as it is known now."
-    path = workspace.results / profile.source / folder_name(name) / "evaluation.json"
-    evaluation = read_json(path)
-    evaluation["date"] = read_json(record_path(path)).get("started", "not recorded")[:10]
-    if name not in RECIPES:
-        training = read_json(workspace.checkpoints / name / "tiny.json")
-        return model_card(None, evaluation, training)
-    data = read_json(record_path(data_file(RECIPES[name], profile, workspace)))
-    training = read_json(record_path(workspace.checkpoints / name))
-    return model_card(RECIPES[name], evaluation, training, data)
-
-
 def write_card(recipe: Recipe, profile: Profile, workspace: Workspace) -> Path:
     "The README.md of a recipe's model; `UserError` where there is no such model yet."
     folder = workspace.checkpoints / recipe.name
@@ -372,6 +316,18 @@ def write_card(recipe: Recipe, profile: Profile, workspace: Workspace) -> Path:
     with atomic_write(folder / "README.md") as file:
         file.write(_stored_card(recipe.name, profile, workspace))
     return folder / "README.md"
+
+
+def _stored_card(name: str, profile: Profile, workspace: Workspace) -> str:
+    "The card of a model of this run, as far as it is known now."
+    path = workspace.results / profile.source / folder_name(name) / "evaluation.json"
+    date = read_json(record_path(path)).get("started", "not recorded")[:10]
+    evaluation, recipe = read_json(path) | {"date": date}, RECIPES.get(name)
+    if recipe is None:
+        return model_card(None, evaluation, read_json(workspace.checkpoints / name / "tiny.json"))
+    training = read_json(record_path(workspace.checkpoints / name))
+    data = read_json(record_path(data_file(recipe, profile, workspace)))
+    return model_card(recipe, evaluation, training, data)
 
 # %% ../../nbs/app/73_cards.ipynb #2e4eb142
 def write_cards(
@@ -387,11 +343,10 @@ def write_cards(
                 continue
             with atomic_write(path) as file:
                 file.write(text)
-        except Exception as error:  # files of any age, torn ones too: no card is worth a run
-            show(f"{path} was not written: {error or type(error).__name__}")
-        else:
             written.append(path)
             show(f"Wrote {path}")
+        except Exception as error:  # files of any age, torn ones too: no card is worth a run
+            show(f"{path} was not written: {error or type(error).__name__}")
     return written
 
 
@@ -409,7 +364,27 @@ def _cards(profile: Profile, workspace: Workspace) -> list[tuple[Path, Callable[
               for folder in models if folder.name in (*RECIPES, "tiny")]
     return sorted((folder / "README.md", make) for folder, make in found)
 
-# %% ../../nbs/app/73_cards.ipynb #b3ca714f
+# %% ../../nbs/app/73_cards.ipynb #656e3bf2
+def push(
+    folder: str | Path,  # of a model
+    repo: str,  # owner/name
+    yes: bool = False,  # False says what would be done, and does nothing
+) -> list[str]:  # names of the files
+    "Upload a model's folder to the hub; `UserError` without a card, a token, or safetensors."
+    if not _REPOSITORY.fullmatch(repo):
+        raise UserError(f"{repo!r} is no name of a repository; it is owner/name.")
+    sizes = {path.name: path.stat().st_size for path in _files_to_push(Path(folder))}
+    print(f"{'Uploading' if yes else 'Would upload'} {len(sizes)} files, "
+          f"{sum(sizes.values()) / 1e6:,.1f} MB, to the private model repository {repo}:")
+    for name, size in sizes.items():
+        print(f"  {size:>15,}  {name}")
+    if yes:
+        _upload(Path(folder), repo, list(sizes))
+    else:
+        print("Nothing was done; --yes does it.")
+    return list(sizes)
+
+
 def _files_to_push(folder: Path) -> list[Path]:
     "The files of a model; `UserError` where it is none, holds pickles, or has no valid card."
     files = [path for path in folder.glob("*") if path.is_file() and path.name[0] != "."]
@@ -436,24 +411,3 @@ def _upload(folder: Path, repo: str, names: list[str]) -> None:
     except Exception as error:  # the hub's errors, and those of three HTTP libraries
         words = " ".join(str(error).split()).replace(token, "***")[:200]
         raise UserError(f"The upload to {repo} failed: {words}") from None
-
-# %% ../../nbs/app/73_cards.ipynb #656e3bf2
-def push(
-    folder: str | Path,  # of a model
-    repo: str,  # owner/name
-    yes: bool = False,  # False says what would be done, and does nothing
-    show: Callable = print,  # gets a line at a time
-) -> list[str]:  # names of the files
-    "Upload a model's folder to the hub; `UserError` without a card, a token, or safetensors."
-    if not _REPOSITORY.fullmatch(repo):
-        raise UserError(f"{repo!r} is no name of a repository; it is owner/name.")
-    sizes = {path.name: path.stat().st_size for path in _files_to_push(Path(folder))}
-    show(f"{'Uploading' if yes else 'Would upload'} {len(sizes)} files, "
-         f"{sum(sizes.values()) / 1e6:,.1f} MB, to the private model repository {repo}:")
-    for name, size in sizes.items():
-        show(f"  {size:>15,}  {name}")
-    if yes:
-        _upload(Path(folder), repo, list(sizes))
-    else:
-        show("Nothing was done; --yes does it.")
-    return list(sizes)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['preflight', 'stored_rollouts', 'evaluation_record', 'two_sides', 'find_rollouts', 'compare_settings', 'ablate',
-           'compare_rules', 'export', 'merge_checkpoint', 'describe_model', 'describe_run', 'verify_run',
-           'compare_models', 'compare', 'evaluate_models', 'rollout', 'train', 'check_paper']
+           'compare_rules', 'export', 'merge_checkpoint', 'describe_run', 'verify_run', 'compare_models', 'compare',
+           'evaluate_models', 'rollout', 'train', 'check_paper']
 
 # %% ../../nbs/app/77_commands.ipynb #c78a04
 import os
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cards import write_card, write_cards
+from .profile import (
+    Profile, Workspace, load_profile, parse_words, read_command)
+from .runs import (
+    ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
+    rollouts_folder, samplings, stored_records, training_data, training_places)
+from .verify import run_files, show_findings, trace
 from ..core.commands import read_value
 from ..core.files import UserError, file_hash, read_json
 from ..core.grade import RULES
 from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
-from .runs import (
-    ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
-    rollouts_folder, samplings, stored_records, training_data, training_places)
-from .profile import Profile, Workspace, load_profile, parse_words
-from .verify import run_files, show_findings, trace
 from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
     rescore, split_words)
-from ..evaluation.evaluate import (
-    accuracy, evaluate, evaluate_repeats, store_record)
+from ..evaluation.evaluate import accuracy, evaluate, evaluate_repeats, store_record
 from ..evaluation.export import export_logs
 from medvlthinker.evaluation.image_ablation import (
     CONDITIONS, ablation_answers, ablation_effects, ablation_table, ablation_verdict,
@@ -43,7 +43,6 @@ from ..generation.rollout import (
 from ..results.claims import compare_to_paper, comparison_lines, stored_pass_counts
 from ..results.published import published
 from ..training.checkpoint import merge_recipe
-from ..training.recipe import Recipe
 from ..training.sft import check_machine, read_recipe
 from ..training.train import train as train_recipe
 
@@ -51,41 +50,39 @@ if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
 
 # %% ../../nbs/app/77_commands.ipynb #c78p02
-def _preflight(profile: Profile, model: str, own: dict[str, int]) -> "pd.DataFrame":
-    "The findings on all corpora and test sets for one model."
-    import pandas as pd
-
-    place = resolve_model(model, Workspace(profile.name).checkpoints)
-    processor, limits = open_processor(place, profile.max_pixels)
-    own = {key: size for key, size in own.items() if size or key != "max_model_len"}
-    limits |= {"max_tokens": profile.max_tokens, "max_prompt_length": 2048, **own}
-    prompts = {"corpus": "trained", "benchmark": prompt_format(model, profile.instruction)[0]}
-    reports = [check_prompts(question_sets(profile, kind), kind, processor, limits, instruction)
-               for kind, instruction in prompts.items()]
-    return pd.concat(reports, ignore_index=True).assign(model=model)
-
-
 def preflight(
-    words: list[str],  # [profile] [model=NAME] [key=value ...]; max_prompt_length, max_model_len too
+    words: list[str],  # [profile] [model=NAME] [max_prompt_length=N] [max_model_len=N] [key=value]
 ) -> None:
     "Does every prompt fit? For one model or all of the profile; the paper trained at 2,048 tokens."
     import pandas as pd
 
-    name, given = parse_words(words)
-    model = given.pop("model", None)
-    limits = ("max_prompt_length", "max_model_len")
-    own = {key: given.pop(key) for key in [*given] if key in limits}
-    if bad := [key for key, value in own.items() if not value.isdecimal()]:
+    own = {"max_prompt_length": "2048", "max_model_len": ""}
+    profile, model, *given = read_command(words, model="", **own)
+    own = {key: size for key, size in zip(own, given) if size}
+    if bad := [key for key, size in own.items() if not size.isdecimal()]:
         raise UserError(f"{bad[0]} wants a whole number of tokens, not {own[bad[0]]!r}.")
-    profile, sizes = load_profile(name, **given), {key: int(value) for key, value in own.items()}
+    limits = {key: int(size) for key, size in own.items()}
     models = [model] if model else profile.models
-    report = pd.concat([_preflight(profile, each, sizes) for each in models], ignore_index=True)
+    report = pd.concat([_preflight(profile, each, limits) for each in models], ignore_index=True)
     path = Workspace(profile.name).results / "preflight.csv"
     write_csv(report, path)
     if (stops := report[report.refused]).empty:
         return print(f"No row would be refused; the report is {path}.")
     raise UserError(f"A run would stop: {stops.sentence.iloc[0]} ({len(stops)} such "
                     f"finding{'s' * (len(stops) > 1)} in {path})")
+
+
+def _preflight(profile: Profile, model: str, own: dict[str, int]) -> "pd.DataFrame":
+    "The findings on all corpora and test sets for one model."
+    import pandas as pd
+
+    place = resolve_model(model, Workspace(profile.name).checkpoints)
+    processor, limits = open_processor(place, profile.max_pixels)
+    limits |= {"max_tokens": profile.max_tokens, **own}
+    prompts = {"corpus": "trained", "benchmark": prompt_format(model, profile.instruction)[0]}
+    reports = [check_prompts(question_sets(profile, kind), kind, processor, limits, instruction)
+               for kind, instruction in prompts.items()]
+    return pd.concat(reports, ignore_index=True).assign(model=model)
 
 # %% ../../nbs/app/77_commands.ipynb #c78a09
 def stored_rollouts(
@@ -102,7 +99,21 @@ def stored_rollouts(
         check_questions(*found[name])
     return found
 
-# %% ../../nbs/app/77_commands.ipynb #c78a11
+# %% ../../nbs/app/77_commands.ipynb #c78e0021
+def evaluation_record(
+    profile: Profile,
+    model: str,
+    answers: str = "evaluation",  # or repeats
+    called: str = "stored evaluation",  # what is missing, in the sentence
+) -> dict:
+    "What an evaluation left on record; `UserError` where there is none."
+    record = read_json(_results(profile, model) / f"{answers}.json")
+    if not record:
+        raise UserError(f"{model} has no {called} in the profile {profile.name}; ./reproduce.sh "
+                        f"evaluate {profile.name} model={model} makes it.")
+    return record
+
+
 def _results(profile: Profile, model: str = "") -> Path:
     "The folder of a profile's records, or of a model's."
     return Workspace(profile.name).results / profile.source / (folder_name(model) if model else "")
@@ -117,20 +128,6 @@ def _origin(profile: Profile, rollouts: dict[str, Rollout]) -> dict[str, str]:
 def _rows(table: "pd.DataFrame") -> list[dict]:
     "The rows of a table as JSON can hold them: what is missing is None."
     return table.astype(object).where(table.notna(), None).to_dict("records")
-
-# %% ../../nbs/app/77_commands.ipynb #c78e0021
-def evaluation_record(
-    profile: Profile,
-    model: str,
-    answers: str = "evaluation",  # or repeats
-    called: str = "stored evaluation",  # what is missing, in the sentence
-) -> dict:
-    "What an evaluation left on record; `UserError` where there is none."
-    record = read_json(_results(profile, model) / f"{answers}.json")
-    if not record:
-        raise UserError(f"{model} has no {called} in the profile {profile.name}; ./reproduce.sh "
-                        f"evaluate {profile.name} model={model} makes it.")
-    return record
 
 # %% ../../nbs/app/77_commands.ipynb #c78a13
 _SHARED = ("model", "instruction", "rule", "max_tokens", "max_pixels", "limit", "benchmark", "data",
@@ -173,8 +170,33 @@ def find_rollouts(
         found[name] = load_rollout(places[0])
     return found
 
-# %% ../../nbs/app/77_commands.ipynb #c78a18
-def _answer_sides(profiles: list[Profile], sides: list[dict], model: str, sets: dict) -> list[dict]:
+# %% ../../nbs/app/77_commands.ipynb #c78b18
+def compare_settings(words: list[str]) -> None:  # as for `two_sides`; rule and folder too
+    "Whether the numbers of two engines or settings may be compared."
+    import pandas as pd
+
+    name, *sides = two_sides(words)
+    rule, own = sides[0].get("rule", "regrade"), ("model", "folder", "rule")
+    keys = [{key: side[key] for key in side if key not in own} for side in sides]
+    profile, other = (load_profile(name, **each) for each in keys)
+    find_rule(rule)
+    model, sets = sides[0].get("model", profile.models[0]), dict(question_sets(profile))
+    first, second = _answer_sides((profile, other), sides, model, sets)
+    split, tables = _splitter(profile, model), []
+    for each, samples in sets.items():
+        tables.append(compare_rollouts(samples, first[each], second[each], rule, split))
+        print(f"{each:15} {engine_agreement(tables[-1]).sentence}")
+    table = pd.concat(tables)
+    found, unit = engine_agreement(table), "word" if split is split_words else "token"
+    places = [_origin(profile, side) for side in (first, second)]
+    record = {"model": model, "rule": rule, "unit": unit, "sides": places, **asdict(found),
+              "verdict": found.verdict, "sentence": found.sentence}
+    path = _results(profile, model) / "engine_agreement.json"
+    store_record(path, record, _rows(table), {"sides": places, "rule": rule})
+    print(found.sentence)
+
+
+def _answer_sides(profiles: Sequence[Profile], sides: list[dict], model: str, sets: dict) -> list:
     "For each side its rollouts by set: found, or made in a process of its own."
     there = [find_rollouts(side["folder"], sets) if "folder" in side else {} for side in sides]
     for place, profile in enumerate(profiles):
@@ -198,46 +220,17 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
     place = resolve_model(model, Workspace(profile.name).checkpoints)
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
 
-# %% ../../nbs/app/77_commands.ipynb #c78b18
-def compare_settings(
-    words: list[str],  # as for `two_sides`; rule and folder too
-) -> None:
-    "Whether the numbers of two engines or settings may be compared."
-    import pandas as pd
-
-    name, *sides = two_sides(words)
-    rule, own = sides[0].get("rule", "regrade"), ("model", "folder", "rule")
-    keys = [{key: side[key] for key in side if key not in own} for side in sides]
-    profiles = [load_profile(name, **each) for each in keys]
-    find_rule(rule)
-    model, sets = sides[0].get("model", profiles[0].models[0]), dict(question_sets(profiles[0]))
-    first, second = _answer_sides(profiles, sides, model, sets)
-    split, tables = _splitter(profiles[0], model), []
-    for each, samples in sets.items():
-        tables.append(compare_rollouts(samples, first[each], second[each], rule, split))
-        print(f"{each:15} {engine_agreement(tables[-1]).sentence}")
-    table = pd.concat(tables)
-    found, unit = engine_agreement(table), "word" if split is split_words else "token"
-    places = [_origin(profiles[0], side) for side in (first, second)]
-    record = {"model": model, "rule": rule, "unit": unit, "sides": places, **asdict(found),
-              "verdict": found.verdict, "sentence": found.sentence}
-    path = _results(profiles[0], model) / "engine_agreement.json"
-    store_record(path, record, _rows(table), {"sides": places, "rule": rule})
-    print(found.sentence)
-
 # %% ../../nbs/app/77_commands.ipynb #c78a21
 def ablate(
     words: list[str],  # [profile] model=NAME [conditions=original,blank] [rule=...] [key=value ...]
 ) -> None:
     "The image ablation of a model, or of every model of the profile."
-    name, given = parse_words(words)
-    model, rule = given.pop("model", ""), given.pop("rule", "regrade")
-    conditions = given.pop("conditions", ",".join(CONDITIONS)).replace(" ", "").split(",")
-    profile = load_profile(name, **given)
+    own = {"rule": "regrade", "conditions": ",".join(CONDITIONS)}
+    profile, model, rule, conditions = read_command(words, model="", **own)
     if rule not in RULES:
         raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
     for each in [model] if model else profile.models:
-        effects = _ablate(profile, each, conditions, rule)
+        effects = _ablate(profile, each, conditions.replace(" ", "").split(","), rule)
         print(ablation_table(effects).to_string(), ablation_verdict(each, effects), sep="\n")
 
 
@@ -250,9 +243,8 @@ def _ablate(profile: Profile, model: str, conditions: list[str], rule: str) -> "
     asked = ask_conditions(sets, engine, sampling, folders, conditions, profile.seed)
     answers = ablation_answers(asked, rule)
     effects = ablation_effects(answers)
-    places = {}
-    for condition, each in asked.items():
-        places[condition] = _origin(profile, {name: rollout for name, (_, rollout) in each.items()})
+    places = {condition: _origin(profile, {name: rollout for name, (_, rollout) in each.items()})
+              for condition, each in asked.items()}
     record = {"model": model, "source": profile.source, "rule": rule, "seed": profile.seed,
               "rollouts": places, "effects": _rows(effects),
               "verdict": ablation_verdict(model, effects)}
@@ -260,14 +252,28 @@ def _ablate(profile: Profile, model: str, conditions: list[str], rule: str) -> "
     store_record(path, record, _rows(answers), {"rollouts": places, "rule": rule})
     return effects
 
-# %% ../../nbs/app/77_commands.ipynb #c78a24
-def _rescore_path(profile: Profile, old: str, new: str) -> Path:
-    "Where the diff of two rules is stored; a rule in a file goes by the file's and its own name."
-    names = []
-    for rule in (old, new):
-        file, _, function = rule.rpartition(":")
-        names.append(f"{Path(file).stem}.{function}" if file else rule)
-    return _results(profile) / f"rescore-{'-'.join(names)}.json"
+# %% ../../nbs/app/77_commands.ipynb #c78b24
+def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key=value ...]
+    "Another rule over all stored greedy answers of a profile."
+    profile, old, new = read_command(words, old="strict", new="regrade")
+    for rule in (rules := (old, new)):
+        find_rule(rule)
+    if not (records := stored_records(profile)):
+        raise UserError(f"No model has been evaluated in the profile {profile.name}; run "
+                        "paper/4_evaluate first.")
+    table, cells = _rescore_records(profile, records, rules)
+    flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
+    counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
+    origin = {record["model"]: record["rollouts"] for record in records}
+    code = {rule: file_hash(rule.rpartition(":")[0]) for rule in rules if ":" in rule}
+    record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
+              "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
+    names = [rule.rpartition("/")[2].replace(".py:", ".") for rule in rules]
+    path = _results(profile) / f"rescore-{'-'.join(names)}.json"
+    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules, "code": code})
+    explain_flips(table, rules)
+    print(cells.round(2).to_string())
+    print(f"Every flip stands in {path.with_suffix('.jsonl')}.")
 
 
 def _rescore_records(profile: Profile, records: list[dict], rules: tuple[str, str]) -> tuple:
@@ -281,87 +287,43 @@ def _rescore_records(profile: Profile, records: list[dict], rules: tuple[str, st
         changes[record["model"]] = paired_changes(tables[-1])
     return pd.concat(tables), pd.concat(changes, names=["model"])
 
-# %% ../../nbs/app/77_commands.ipynb #c78b24
-def compare_rules(
-    words: list[str],  # [profile] old=RULE new=RULE [key=value ...]
-) -> None:
-    "Another rule over all stored greedy answers of a profile."
-    name, given = parse_words(words)
-    rules = old, new = given.pop("old", "strict"), given.pop("new", "regrade")
-    profile = load_profile(name, **given)
-    for rule in rules:
-        find_rule(rule)
-    if not (records := stored_records(profile)):
-        raise UserError(f"No model has been evaluated in the profile {profile.name}; run "
-                        "paper/4_evaluate first.")
-    table, cells = _rescore_records(profile, records, rules)
-    flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
-    counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
-    origin = {record["model"]: record["rollouts"] for record in records}
-    code = {rule: file_hash(rule.rpartition(":")[0]) for rule in rules if ":" in rule}
-    record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
-              "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
-    path = _rescore_path(profile, old, new)
-    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules, "code": code})
-    explain_flips(table, rules)
-    print(cells.round(2).to_string())
-    print(f"Every flip stands in {path.with_suffix('.jsonl')}.")
-
 # %% ../../nbs/app/77_commands.ipynb #c78a28
 def export(
     words: list[str],  # [profile] model=NAME to=FORM folder=PATH; answers, rules, images=1 too
 ) -> None:
     "Write a model's stored rollouts in another tool's form."
-    name, given = parse_words(words)
-    if missing := [key for key in ("model", "to", "folder") if not given.get(key)]:
-        raise UserError(f"Give {', '.join(f'{key}=' for key in missing)} too: ./reproduce.sh "
-                        "export [profile] model=NAME to=inspect|eval_results folder=PATH.")
-    model, form, folder = (given.pop(key) for key in ("model", "to", "folder"))
-    answers, names = given.pop("answers", "greedy"), {"greedy": "evaluation", "repeats": "repeats"}
-    rules = [rule for rule in given.pop("rules", "").split(",") if rule]
-    images = given.pop("images", "0") not in ("", "0")
-    profile = load_profile(name, **given)
+    own = {"answers": "greedy", "rules": "", "images": "0"}
+    profile, model, form, folder, answers, rules, images = read_command(
+        words, model="", to="", folder="", **own)
+    given = {"model": model, "to": form, "folder": folder}
+    if missing := [f"{key}=" for key, value in given.items() if not value]:
+        raise UserError(f"Give {', '.join(missing)} too: ./reproduce.sh export [profile] "
+                        "model=NAME to=inspect|eval_results folder=PATH.")
+    names = {"greedy": "evaluation", "repeats": "repeats"}
     if answers not in names:
         raise UserError(f"No answers {answers!r}; known are {', '.join(names)}.")
     record = evaluation_record(profile, model, names[answers], f"{answers} answers")
-    print(*export_logs(stored_rollouts(profile, record), form, folder, rules, images), sep="\n")
-
-# %% ../../nbs/app/77_commands.ipynb #c78a41
-def _recipe_words(words: list[str]) -> tuple[Recipe, Profile, dict]:
-    "The recipe and profile that words name, and the step."
-    name, given = parse_words(words)
-    recipe, step = read_recipe(given), read_value("step", 0, given.pop("step", 0))
-    return recipe, load_profile(name, **given), {"step": step} if step else {}
+    stored, chosen = stored_rollouts(profile, record), [rule for rule in rules.split(",") if rule]
+    print(*export_logs(stored, form, folder, chosen, images not in ("", "0")), sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
-def merge_checkpoint(
-    words: list[str],  # [profile] recipe=NAME [step=N] [key=value ...]
-) -> None:
+def merge_checkpoint(words: list[str]) -> None:  # [profile] recipe=NAME [step=N] [key=value ...]
     "Make a model of a recipe's last checkpoint, or of that of a step."
-    recipe, profile, step = _recipe_words(words)
-    workspace = Workspace(profile.name)
+    name, given = parse_words(words)
+    recipe, step = read_recipe(given), read_value("step", 0, given.pop("step", 0))
+    profile, workspace = load_profile(name, **given), Workspace(name)
     log = workspace.logs / recipe.name / "merge.log"
-    print(merge_recipe(recipe, workspace.checkpoints, **step, base=profile.base, log=log))
-
-# %% ../../nbs/app/77_commands.ipynb #c78a44
-def describe_model(
-    words: list[str],  # [profile] recipe=NAME [key=value ...]
-) -> None:
-    "Write the card of a recipe's model."
-    recipe, profile, step = _recipe_words(words)
-    if step:
-        raise UserError("A card is that of the finished model; leave step out.")
-    print(write_card(recipe, profile, Workspace(profile.name)))
+    print(merge_recipe(recipe, workspace.checkpoints, step, profile.base, log))
 
 # %% ../../nbs/app/77_commands.ipynb #c78c02
-def describe_run(
-    words: list[str],  # [profile] [recipe=NAME] [key=value ...]
-) -> None:
+def describe_run(words: list[str]) -> None:  # [profile] [recipe=NAME] [key=value ...]
     "Write the cards of a run that are missing or out of date, or that of a recipe's model."
     name, given = parse_words(words)
-    if "recipe" in given:
-        return describe_model(words)
-    profile, root, failed = load_profile(name, **given), _root_of_run(name), []
+    recipe = read_recipe(given) if "recipe" in given else None
+    profile, failed = load_profile(name, **given), []
+    if recipe:
+        return print(write_card(recipe, profile, Workspace(name)))
+    root = _root_of_run(name)
 
     def show(line):
         (print if line.startswith("Wrote ") else failed.append)(line.replace(f"{root}/", ""))
@@ -381,16 +343,12 @@ def _root_of_run(name: str) -> Path:
     return root
 
 # %% ../../nbs/app/77_commands.ipynb #c78c05
-def verify_run(
-    words: list[str],  # [profile] [cell=ROW/COLUMN [show=N]]
-) -> None:
+def verify_run(words: list[str]) -> None:  # [profile] [cell=ROW/COLUMN [show=N]]
     "Check every file of a run, or follow one cell of a table."
-    name, given = parse_words(words)
-    cell, show = given.pop("cell", ""), read_value("show", 3, given.pop("show", 3))
-    load_profile(name, **given)
-    root = _root_of_run(name)
+    profile, cell, show = read_command(words, cell="", show="3")
+    count, root = read_value("show", 3, show), _root_of_run(profile.name)
     if cell:
-        for line in trace(root, cell, show):
+        for line in trace(root, cell, count):
             print(line)
     elif bad := show_findings(root):
         raise UserError(f"{root} is not what was recorded: {bad} files, named above.")
@@ -402,44 +360,37 @@ def compare_models(
     "How much more often one model is right than another, on the same questions."
     import pandas as pd
 
-    name, given = parse_words(words)
-    second, rule = given.pop("with"), given.pop("rule", "regrade")
-    first = given.pop("model", "")
-    profile = load_profile(name, **given)
+    own = {"model": "", "with": "", "rule": "regrade"}
+    profile, first, second, rule = read_command(words, **own)
     find_rule(rule)
-    first, tables = first or profile.models[0], []
+    first = first or profile.models[0]
     sides = [stored_rollouts(profile, evaluation_record(profile, each)) for each in (first, second)]
-    for each in (name for name in sides[0] if name in sides[1]):
-        (samples, old), (_, new) = (side[each] for side in sides)
-        tables.append(compare_rollouts(samples, old, new, rule, split_words, same_model=False))
+    tables = [compare_rollouts(samples, old, sides[1][each][1], rule, split_words, same_model=False)
+              for each, (samples, old) in sides[0].items() if each in sides[1]]
     if not tables:
-        raise UserError(f"{first} and {second} were asked no common test set in the profile {profile.name}.")
-    changes = paired_changes(pd.concat(tables))
-    print(f"{second} - {first}, percentage points, rule {rule}", changes.round(2).to_string(), sep="\n")
+        raise UserError(f"{first} and {second} were asked no common test set in the profile "
+                        f"{profile.name}.")
+    changes = paired_changes(pd.concat(tables)).round(2).to_string()
+    print(f"{second} - {first}, percentage points, rule {rule}", changes, sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0004
-def compare(
-    words: list[str],  # as for one of the three
-) -> None:
+def compare(words: list[str]) -> None:  # as for one of the three
     "Two settings with -- between them, two models (with=NAME), or two rules (old= new=)."
-    if "--" in words:
-        return compare_settings(words)
     keys = {word.partition("=")[0] for word in words if "=" in word}
-    if "with" in keys:
-        return compare_models(words)
-    if "model" in keys:
-        raise UserError("Say what to compare: another model (with=NAME), two rules of all models (old=RULE new=RULE), "
-                        "or two settings with -- between them.")
-    return compare_rules(words)
+    if "--" in words:
+        compare_settings(words)
+    elif "with" in keys:
+        compare_models(words)
+    elif "model" in keys:
+        raise UserError("Say what to compare: another model (with=NAME), two rules of all models "
+                        "(old=RULE new=RULE), or two settings with -- between them.")
+    else:
+        compare_rules(words)
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0007
-def evaluate_models(
-    words: list[str],  # [profile] [model=NAME] [rule=...] [key=value ...]
-) -> None:
+def evaluate_models(words: list[str]) -> None:  # [profile] [model=NAME] [rule=...] [key=value ...]
     "Ask a model, or each of the profile, and print its accuracies with their intervals."
-    name, given = parse_words(words)
-    model, rule = given.pop("model", ""), given.pop("rule", "regrade")
-    profile = load_profile(name, **given)
+    profile, model, rule = read_command(words, model="", rule="regrade")
     find_rule(rule)
     for each in [model] if model else profile.models:
         sets, *repeated = ask_model(profile, each, evaluation_samplings(profile, each))
@@ -453,18 +404,14 @@ def rollout(
     words: list[str],  # [profile] [model=NAME] [key=value ...]; n, temperature, top_p and kind too
 ) -> None:
     "Ask a model, or every model of a profile, and keep the answers."
-    name, given = parse_words(words)
-    model, kind = given.pop("model", None), given.pop("kind", "benchmark")
-    n, temperature, top_p = given.pop("n", "1"), given.pop("temperature", "0"), given.pop("top_p", "1")
-    profile = load_profile(name, **given)
+    own = {"kind": "benchmark", "n": "1", "temperature": "0", "top_p": "1"}
+    profile, model, kind, n, temperature, top_p = read_command(words, model="", **own)
     ways = samplings(n, temperature, top_p, profile.max_tokens)
     for each in [model] if model else profile.models:
         ask_model(profile, each, ways, kind)
 
 # %% ../../nbs/app/77_commands.ipynb #feb2f2c9
-def train(
-    words: list[str],  # [profile] recipe=NAME [init=MODEL] [key=value ...]
-) -> None:
+def train(words: list[str]) -> None:  # [profile] recipe=NAME [init=MODEL] [key=value ...]
     "Train a recipe under a profile, or go on with it."
     name, given = parse_words(words)
     recipe, profile = read_recipe(given), load_profile(name, **given)
@@ -476,12 +423,9 @@ def train(
     print(f"{recipe.name} is ready: {final}")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a51
-def check_paper(
-    words: list[str],  # [profile] [key=value ...]
-) -> None:
+def check_paper(words: list[str]) -> None:  # [profile] [key=value ...]
     "Set the paper's numbers beside what a profile measured."
-    name, given = parse_words(words)
-    profile = load_profile(name, **given)
+    (profile,) = read_command(words)
     records, results = stored_records(profile), Workspace(profile.name).results
     counts = [] if profile.source == "synthetic" else stored_pass_counts(
         results / f"difficulty_{profile.source}.csv")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'CHOICES', 'QuestioningSettings', 'Profile', 'profile_names', 'load_profile', 'overrides', 'parse_words',
-           'notebook_profile', 'Workspace']
+           'read_command', 'notebook_profile', 'Workspace']
 
 # %% ../../nbs/app/70_profile.ipynb #098ac56e
 import configparser, dataclasses, os, re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.commands import (
     check_keys, find_path, load_plugin, read_value, settings_file)
@@ -17,7 +18,6 @@ from ..core.files import UserError
 from ..data.readers import DataSettings
 from ..training import recipe as training
 from ..training.recipe import TrainingSettings
-
 
 # %% ../../nbs/app/70_profile.ipynb #cfff3231
 @dataclass(frozen=True)
@@ -108,14 +108,23 @@ def overrides(
     return {key: as_text(given[key]) for key in differ}
 
 # %% ../../nbs/app/70_profile.ipynb #8df7b225
-def parse_words(
-    words: list[str],  # such as ["smoke", "limit=20"]
-) -> tuple[str, dict[str, str]]:
+def parse_words(words: list[str]) -> tuple[str, dict[str, str]]:  # such as ["smoke", "limit=20"]
     "A command line as a profile's name (`smoke` if none is given) and its overrides."
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise UserError(f"One profile at a time; these are {len(names)}: {', '.join(names)}.")
     return (names or ["smoke"])[0], dict(word.split("=", 1) for word in words if "=" in word)
+
+# %% ../../nbs/app/70_profile.ipynb #p21a0002
+def read_command(
+    words: list[str],  # as for `parse_words`
+    **own: str,  # keys of the command itself, with their defaults
+) -> tuple[Any, ...]:
+    "The profile that the words name, and the values of the command's own keys."
+    name, given = parse_words(words)
+    check_keys(given, [*own, *KEYS], "profile key")
+    values = [given.pop(key, default) for key, default in own.items()]
+    return load_profile(name, **given), *values
 
 # %% ../../nbs/app/70_profile.ipynb #12691eda
 def notebook_profile(

@@ -8,32 +8,17 @@ __all__ = ['VIEWER', 'read_notebook', 'fenced', 'figure_html', 'output_html', 'r
            'render_by_pandoc', 'write_search_index', 'check_site', 'build', 'web_server', 'serve']
 
 # %% ../../nbs/app/76_site.ipynb #f776d115
-import ast, base64, fnmatch, functools, html, io, itertools, json, os
-import posixpath, re, shutil, tokenize
-from collections.abc import Iterator
+import ast, base64, fnmatch, functools, html, itertools, json, os, posixpath, re, shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from .profile import Workspace, load_profile
 from ..core.commands import project_root, run_logged
 from ..core.files import UserError, atomic_write
-from .profile import Workspace, load_profile
-
-# %% ../../nbs/app/76_site.ipynb #18ffbe75
-def _joined(outputs: list) -> list:
-    "The outputs with the pieces of a stream joined; of an overwritten line the last state."
-    from fastcore.xtras import clean_cli_output
-
-    result = []
-    for _, run in itertools.groupby(outputs, key=lambda output: output.get("name") or id(output)):
-        first, *others = run
-        if "text" in first:
-            text = "".join(piece["text"] for piece in (first, *others))
-            first = {**first, "text": clean_cli_output(text)}
-        result.append(first)
-    return result
 
 # %% ../../nbs/app/76_site.ipynb #66222485
 def read_notebook(path: Path):
@@ -49,6 +34,20 @@ def read_notebook(path: Path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a notebook ({type(error).__name__}: {error}); "
                         "restore it, or save it again in JupyterLab.") from None
+
+
+def _joined(outputs: list) -> list:
+    "The outputs with the pieces of a stream joined; of an overwritten line the last state."
+    from fastcore.xtras import clean_cli_output
+
+    result = []
+    for _, run in itertools.groupby(outputs, key=lambda output: output.get("name") or id(output)):
+        first, *others = run
+        if "text" in first:
+            text = "".join(piece["text"] for piece in (first, *others))
+            first = {**first, "text": clean_cli_output(text)}
+        result.append(first)
+    return result
 
 # %% ../../nbs/app/76_site.ipynb #9153d2bd
 def fenced(
@@ -87,75 +86,42 @@ def output_html(output: dict) -> str:
     text = output.get("text") or data.get("text/plain") or output.get("evalue", "")
     return f'<pre class="{output.get("name", "result")}">{html.escape(text.rstrip())}</pre>'
 
-# %% ../../nbs/app/76_site.ipynb #6a8a333f
-def _parameters(node) -> list[tuple]:
-    "Name, type and default of each parameter of a function, or of each field of a class."
-    if isinstance(node, ast.ClassDef):
-        init = [each for each in node.body if getattr(each, "name", "") == "__init__"]
-        fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
-        return _parameters(init[0]) if init else [
-            (ast.unparse(each.target), each.annotation, each.value) for each in fields]
-    given = node.args
-    plain = [*given.posonlyargs, *given.args]
-    defaults = [None] * (len(plain) - len(given.defaults)) + given.defaults
-    pairs = [*zip(plain, defaults), (given.vararg, None),
-             *zip(given.kwonlyargs, given.kw_defaults), (given.kwarg, None)]
-    result = [(arg.arg, arg.annotation, default) for arg, default in pairs
-              if arg and arg.arg != "self"]
-    return [*result, ("returns", node.returns, None)] if node.returns else result
-
-# %% ../../nbs/app/76_site.ipynb #76a41160
-def _table(node, comments: dict[int, str]) -> str:
-    "The parameters and public methods as HTML; `words` in backticks are code."
-    rows = [(name, kind and ast.unparse(kind), default and ast.unparse(default),
-             comments.get((default or kind).end_lineno) if default or kind else "")
-            for name, kind, default in _parameters(node)]
-    rows += [(f".{each.name}", each.returns and ast.unparse(each.returns), "",
-              (ast.get_docstring(each) or "").partition("\n")[0])
-             for each in node.body if isinstance(node, ast.ClassDef)
-             and isinstance(each, ast.FunctionDef) and not each.name.startswith("_")]
-    head = "<tr><th>name</th><th>type</th><th>default</th><th>what it is</th></tr>"
-    body = "".join("<tr>" + "".join(f"<td>{_prose(cell)}</td>" for cell in (
-        *(each and f"`{each}`" for each in row[:3]), row[3])) + "</tr>" for row in rows)
-    says_more = any(default or comment for _, _, default, comment in rows)  # than the signature
-    return f'<table class="parameters">{head}{body}</table>' if says_more else ""
-
-
-def _prose(text: str | None) -> str:
-    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text or "", quote=False))
-
 # %% ../../nbs/app/76_site.ipynb #a0ff3984
 def reference(
     source: str,  # of a cell
     module: str,  # such as "medvlthinker.core.grade"
 ) -> str:
-    "Heading, sentence and parameters of each public function and class in the cell, as Markdown."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {each.start[0]: each.string.lstrip("# ")
-                for each in tokens if each.type == tokenize.COMMENT}
+    "Heading and sentence of each public function and class in the cell, as Markdown."
     parts = []
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            parts.append(f"### `{node.name}` {{#{module}.{node.name} .reference}}")
-            sentence = f"<p>{_prose(ast.get_docstring(node))}</p>"
-            parts.append(fenced(sentence + _table(node, comments), "{=html}"))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+            text = html.escape(ast.get_docstring(node) or "", quote=False)
+            text = re.sub("`([^`]+)`", r"<code>\1</code>", text)
+            parts += [f"### `{node.name}` {{#{module}.{node.name} .reference}}",
+                      fenced(f"<p>{text}</p>", "{=html}")]
     return "\n\n".join(parts)
 
-# %% ../../nbs/app/76_site.ipynb #956983b6
-def _code(source: str, module: str, given: dict, folded: bool) -> str:
-    "The code of a cell, open or folded as its directives say, below the reference of its names."
-    code = fenced(source, "python")
-    exported = bool(given.keys() & {"export", "exports"})
-    if not exported and not folded:
-        return code
-    names = re.findall(r"^(?:def |class )?(\w+)(?= ?[=(:])", source, re.M) if exported else []
-    label = html.escape(", ".join(dict.fromkeys(names)) or ("Imports" if exported else "Code"))
-    mark = " open" if "exports" in given else ""
-    opening = fenced(f'<details class="code"{mark}><summary>{label}</summary>', "{=html}")
-    parts = [opening, code, fenced("</details>", "{=html}")]
-    return "\n\n".join([*([reference(source, module)] if exported else []), *parts])
+# %% ../../nbs/app/76_site.ipynb #48bfe356
+def page_markdown(
+    nb,  # from `read_notebook`
+    folded: bool = False,  # all code
+) -> str:
+    "The notebook as one page of pandoc's Markdown."
+    module, parts, cells = "", [], _visible(nb.cells)
+    for cell in _merged(cells) if folded else cells:
+        given = cell.directives
+        if cell.cell_type == "markdown":
+            parts.append(cell.source.strip())
+            continue
+        module = given.get("default_exp", module)
+        cell.remove_directives()
+        if "default_exp" not in given and given.get("echo") != "false":
+            parts += _code(cell.source.strip(), f"medvlthinker.{module}", given, folded)
+        for output in cell.outputs:
+            parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
+    return "\n\n".join(part for part in parts if part)
 
-# %% ../../nbs/app/76_site.ipynb #6507b3fc
+
 def _visible(cells: list) -> list:
     "The cells that a page shows."
     return [cell for cell in cells if cell.source.strip() and cell.cell_type in ("code", "markdown")
@@ -173,29 +139,24 @@ def _merged(cells: list) -> list:
         result.append(cell)
     return result
 
-# %% ../../nbs/app/76_site.ipynb #48bfe356
-def page_markdown(
-    nb,  # from `read_notebook`
-    folded: bool = False,  # all code
-) -> str:
-    "The notebook as one page of pandoc's Markdown."
-    module, parts, cells = "", [], _visible(nb.cells)
-    cells = _merged(cells) if folded else cells
-    for cell in cells:
-        given = cell.directives
-        if cell.cell_type == "markdown":
-            parts.append(cell.source.strip())
-            continue
-        module = given.get("default_exp", module)
-        cell.remove_directives()
-        if "default_exp" not in given and given.get("echo") != "false":
-            parts.append(_code(cell.source.strip(), f"medvlthinker.{module}", given, folded))
-        for output in cell.outputs:
-            parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
-    return "\n\n".join(part for part in parts if part)
+
+def _code(source: str, module: str, given: dict, folded: bool) -> list[str]:
+    "The code of a cell, open or folded as its directives say, below the reference of its names."
+    code, is_exported = fenced(source, "python"), bool(given.keys() & {"export", "exports"})
+    if not is_exported and not folded:
+        return [code]
+    names = re.findall(r"^(?:def |class )?(\w+)(?= ?[=(:])", source, re.M) if is_exported else []
+    label = html.escape(", ".join(dict.fromkeys(names)) or ("Imports" if is_exported else "Code"))
+    mark = " open" if "exports" in given else ""
+    opening = fenced(f'<details class="code"{mark}><summary>{label}</summary>', "{=html}")
+    return [reference(source, module) if is_exported else "", opening, code,
+            fenced("</details>", "{=html}")]
 
 # %% ../../nbs/app/76_site.ipynb #2875dd7f
-def relink(text: str, change) -> str:
+def relink(
+    text: str,  # Markdown
+    change: Callable[[str], str],
+) -> str:
     "The Markdown with `change(target)` in place of the target of each relative link."
     link = re.compile(r"""(`+).*?\1|(\]\(|\b(?:src|href)=")(?![a-z]+:|[/#])([^\s)"#]+)""", re.S)
     return link.sub(lambda found: found[0] if found[1] else found[2] + change(found[3]), text)
@@ -214,19 +175,16 @@ def readme(
         if cell.cell_type == "markdown":
             text = relink(cell.source, lambda link: posixpath.normpath(f"nbs/{link}"))
             parts.append(text.strip())
-        else:
-            if "#| echo: false" not in cell.source:
-                parts.append(fenced(cell.source.strip(), "python"))
-            parts += [_output_text(output) for output in cell.outputs]
+            continue
+        if "#| echo: false" not in cell.source:
+            parts.append(fenced(cell.source.strip(), "python"))
+        for output in cell.outputs:
+            data = output.get("data", {})
+            text = output.get("text") or data.get("text/plain", "")
+            parts.append(data.get("text/markdown") or fenced(text))
     with atomic_write(root / "README.md") as file:
         file.write("\n\n".join(parts) + "\n")
     return root / "README.md"
-
-
-def _output_text(output) -> str:
-    "A stored output in Markdown: as it is, or fenced where it is plain text."
-    data = output.get("data", {})
-    return data.get("text/markdown") or fenced(output.get("text") or data["text/plain"])
 
 # %% ../../nbs/app/76_site.ipynb #f6d60ce1
 def find_pages(
@@ -273,32 +231,6 @@ def provenance(nb, profile: str) -> str:
         return f"The published numbers. `./reproduce.sh {profile}` adds those of a run."
     return f"Without results here. `./reproduce.sh {profile}` makes them."
 
-# %% ../../nbs/app/76_site.ipynb #3fccf8fe
-def _moved(link: str, source: Path, staged: Path) -> str:
-    "The target on the site of a link of the notebook `source`."
-    nbs, target = staged.parent / "nbs", Path(os.path.normpath(source.parent / unquote(link)))
-    if target.suffix == ".ipynb":
-        return posixpath.join(posixpath.dirname(link), re.sub(r"^\d+_", "", target.stem) + ".html")
-    if target.is_relative_to(nbs) or not target.is_file():
-        return link
-    (staged / "files").mkdir(exist_ok=True)
-    shutil.copy(target, staged / "files" / f"{target.name}.txt")
-    return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
-
-# %% ../../nbs/app/76_site.ipynb #eb1cffec
-def _front(nb, variant: str) -> dict[str, str]:
-    "Title and sentence of the page, taken out of the first cell."
-    title, _, rest = nb.cells.pop(0).source.partition("\n")
-    return {"title": title.lstrip("# ") + (f" · {variant}" if variant else ""),
-            "description": rest.strip().lstrip("> ")}
-
-
-def _scripts(name: str) -> str:
-    "What draws the figures of the page of this name."
-    up = "../" * name.count("/")
-    return fenced("".join(f'<script defer src="{up}assets/{script}.js"></script>'
-                          for script in ("plotly.min", "figures")), "{=html}")
-
 # %% ../../nbs/app/76_site.ipynb #2072ef80
 def stage_page(
     name: str,  # of the page
@@ -310,7 +242,10 @@ def stage_page(
     "Write one page; its entry in the sidebar."
     nb, is_paper = read_notebook(shown), name.startswith("paper/")
     variant = shown.stem.removeprefix(source.stem).lstrip("-")
-    front = _front(nb, variant)
+    title, _, rest = nb.cells.pop(0).source.partition("\n")
+    title = title.lstrip("# ")
+    front = {"title": f"{title} · {variant}" if variant else title,
+             "description": rest.strip().lstrip("> ")}
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, lambda link: _moved(link, source, staged))
@@ -319,30 +254,30 @@ def stage_page(
         parts.append(f"::: {{.callout-note}}\n{provenance(nb, profile)}\n:::")
     parts.append(page_markdown(nb, folded=is_paper and shown != source))
     if 'class="live-figure"' in parts[-1]:
-        parts.append(_scripts(name))
+        place = "../" * name.count("/") + "assets"
+        parts.append(fenced("".join(f'<script defer src="{place}/{script}.js"></script>'
+                                    for script in ("plotly.min", "figures")), "{=html}"))
     (staged / name).parent.mkdir(exist_ok=True)
     (staged / name).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     number = "".join(re.findall(r"^\d+", source.stem))
-    return {"text": variant or f"{number} {front['title']}".strip(), "href": name}
+    return {"text": variant or f"{number} {title}".strip(), "href": name}
 
-# %% ../../nbs/app/76_site.ipynb #06cb649d
+
+def _moved(link: str, source: Path, staged: Path) -> str:
+    "The target on the site of a link of the notebook `source`."
+    nbs, target = staged.parent / "nbs", Path(os.path.normpath(source.parent / unquote(link)))
+    if target.suffix == ".ipynb":
+        return posixpath.join(posixpath.dirname(link), re.sub(r"^\d+_", "", target.stem) + ".html")
+    if target.is_relative_to(nbs) or not target.is_file():
+        return link
+    (staged / "files").mkdir(exist_ok=True)
+    shutil.copy(target, staged / "files" / f"{target.name}.txt")
+    return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
+
+# %% ../../nbs/app/76_site.ipynb #201caec4
 VIEWER = "paper/viewer.html"  # the page that paper/5_results makes
 
 
-def _assets(root: Path, executed: Path, staged: Path) -> None:
-    "Copy what pages load, and the viewer of a run."
-    import plotly
-
-    shutil.copytree(root / "nbs", staged, ignore=shutil.ignore_patterns(".*", "_*", "*.ipynb"))
-    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", staged / "assets")
-    dark = json.dumps(plotly.io.templates["plotly_dark"].to_plotly_json())
-    script = staged / "assets" / "figures.js"
-    text = script.read_text(encoding="utf-8")
-    script.write_text(f"const darkTemplate = {dark};\n{text}", encoding="utf-8")
-    for page in (executed.parent / "results").glob("viewer.html"):
-        shutil.copy(page, staged / VIEWER)
-
-# %% ../../nbs/app/76_site.ipynb #201caec4
 def stage(
     root: Path,
     executed: Path,  # the folder of a run's notebooks
@@ -353,10 +288,9 @@ def stage(
 
     staged = root / "_site_src"
     shutil.rmtree(staged, ignore_errors=True)
-    _assets(root, executed, staged)
+    _copy_assets(root, executed, staged)
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
-    website = config["website"]
-    found = find_pages(root / "nbs", executed)
+    website, found = config["website"], find_pages(root / "nbs", executed)
     entries = {name: stage_page(name, *paths, staged, profile) for name, paths in found.items()}
     pages: dict[str, dict] = {}
     for name, (_, source) in found.items():
@@ -371,20 +305,19 @@ def stage(
     (staged / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return staged
 
-# %% ../../nbs/app/76_site.ipynb #45f0ff1f
-def _flat(entries: list[dict]) -> Iterator[dict]:
-    "All pages of the sidebar in their order."
-    for entry in entries:
-        if "href" in entry:
-            yield entry
-        yield from _flat(entry.get("contents", []))
 
+def _copy_assets(root: Path, executed: Path, staged: Path) -> None:
+    "What pages load, and the viewer of a run."
+    import plotly
 
-def _link(entry: dict, here: str, up: str) -> str:
-    "The entry as HTML."
-    text, href = html.escape(entry.get("text") or entry["section"]), entry.get("href", "")
-    mark = ' aria-current="page"' if href == here else ""
-    return f'<a href="{up}{re.sub("[.]md$", ".html", href)}"{mark}>{text}</a>' if href else text
+    shutil.copytree(root / "nbs", staged, ignore=shutil.ignore_patterns(".*", "_*", "*.ipynb"))
+    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", staged / "assets")
+    dark = json.dumps(plotly.io.templates["plotly_dark"].to_plotly_json())
+    script = staged / "assets" / "figures.js"
+    text = script.read_text(encoding="utf-8")
+    script.write_text(f"const darkTemplate = {dark};\n{text}", encoding="utf-8")
+    for page in (executed.parent / "results").glob("viewer.html"):
+        shutil.copy(page, staged / VIEWER)
 
 # %% ../../nbs/app/76_site.ipynb #1c8c3d92
 def menu_html(
@@ -403,31 +336,12 @@ def menu_html(
         lines.append(line)
     return "\n".join(lines)
 
-# %% ../../nbs/app/76_site.ipynb #5709406b
-def _coloured(page: str) -> str:
-    "The page with coloured Python; pandoc alone would need ten times as long for it."
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
 
-    def coloured(found: re.Match) -> str:
-        code = highlight(html.unescape(found[1]), PythonLexer(), HtmlFormatter(nowrap=True))
-        code = re.sub('<span class="(?:n|p|o|w|bp)">(.*?)</span>', r"\1", code)  # not coloured
-        return f'<pre class="python"><code>{code.rstrip()}</code></pre>'
-
-    return re.sub('<pre class="python"><code>(.*?)</code></pre>', coloured, page, flags=re.S)
-
-# %% ../../nbs/app/76_site.ipynb #319dc3ef
-def _pypandoc():
-    "The library, when it has found a pandoc."
-    try:
-        import pypandoc
-
-        pypandoc.get_pandoc_path()
-    except (ImportError, OSError):
-        raise UserError("The site needs pandoc or Quarto; "
-                        "`pip install 'medvlthinker[notebooks]'` brings pandoc.") from None
-    return pypandoc
+def _link(entry: dict, here: str, up: str) -> str:
+    "The entry as HTML."
+    text, href = html.escape(entry.get("text") or entry["section"]), entry.get("href", "")
+    mark = ' aria-current="page"' if href == here else ""
+    return f'<a href="{up}{re.sub("[.]md$", ".html", href)}"{mark}>{text}</a>' if href else text
 
 # %% ../../nbs/app/76_site.ipynb #f58087c2
 def pandoc(
@@ -443,16 +357,17 @@ def pandoc(
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"pandoc could not read {page.name}: {last}") from None
 
-# %% ../../nbs/app/76_site.ipynb #2495d0c2
-def _around(name: str, website: dict) -> dict[str, str]:
-    "What the template says around a page."
-    up, sidebar = "../" * name.count("/"), website["sidebar"]["contents"]
-    links = [_link(page, name, up) for page in _flat(sidebar)]
-    at = next((number for number, link in enumerate(links) if "aria-current" in link), len(links))
-    return {"site": website["title"], "footer": website["page-footer"], "up": up,
-            "menu": menu_html(sidebar, name, up),
-            "navbar": menu_html(website["navbar"]["left"], name, up),
-            "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
+
+def _pypandoc():
+    "The library, when it has found a pandoc."
+    try:
+        import pypandoc
+
+        pypandoc.get_pandoc_path()
+    except (ImportError, OSError):
+        raise UserError("The site needs pandoc or Quarto; "
+                        "`pip install 'medvlthinker[notebooks]'` brings pandoc.") from None
+    return pypandoc
 
 # %% ../../nbs/app/76_site.ipynb #59579445
 def render_by_pandoc(staged: Path) -> Path:
@@ -476,6 +391,39 @@ def render_by_pandoc(staged: Path) -> Path:
             (site / name).with_suffix(".html").write_text(_coloured(page), encoding="utf-8")
     write_search_index(site, [f"{name[:-3]}.html" for name in names])
     return site
+
+
+def _around(name: str, website: dict) -> dict[str, str]:
+    "What the template says around a page."
+    up, sidebar = "../" * name.count("/"), website["sidebar"]["contents"]
+    links = [_link(page, name, up) for page in _flat(sidebar)]
+    at = next((number for number, link in enumerate(links) if "aria-current" in link), len(links))
+    return {"site": website["title"], "footer": website["page-footer"], "up": up,
+            "menu": menu_html(sidebar, name, up),
+            "navbar": menu_html(website["navbar"]["left"], name, up),
+            "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
+
+
+def _flat(entries: list[dict]) -> Iterator[dict]:
+    "All pages of the sidebar in their order."
+    for entry in entries:
+        if "href" in entry:
+            yield entry
+        yield from _flat(entry.get("contents", []))
+
+
+def _coloured(page: str) -> str:
+    "The page with coloured Python; pandoc alone would need ten times as long for it."
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    def coloured(found: re.Match) -> str:
+        code = highlight(html.unescape(found[1]), PythonLexer(), HtmlFormatter(nowrap=True))
+        code = re.sub('<span class="(?:n|p|o|w|bp)">(.*?)</span>', r"\1", code)  # not coloured
+        return f'<pre class="python"><code>{code.rstrip()}</code></pre>'
+
+    return re.sub('<pre class="python"><code>(.*?)</code></pre>', coloured, page, flags=re.S)
 
 # %% ../../nbs/app/76_site.ipynb #1e04e6c9
 def write_search_index(site: Path, names: list[str]) -> None:
@@ -501,7 +449,24 @@ def _words(text: str) -> str:
     plain = re.sub("<annotation.*?</annotation>|<[^>]+>", "", text, flags=re.S)
     return " ".join(html.unescape(plain).split())
 
-# %% ../../nbs/app/76_site.ipynb #436e005b
+# %% ../../nbs/app/76_site.ipynb #9be5d553
+def check_site(site: Path) -> list[str]:
+    "A sentence for each dead link; `UserError` where a page loads something from another host."
+    pages = {path: _Links(path) for path in sorted(site.rglob("*.html"))}
+    styles = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.css")}
+    styles |= {path: page.styles for path, page in pages.items()}
+    loads = [(path, target) for path, text in styles.items() for target in
+             re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]+)""", text)]
+    loads += [(path, target) for path, page in pages.items() for target in page.loads]
+    for path, target in loads:
+        if re.match(r"\s*(https?:)?//", target):
+            raise UserError(f"{path.relative_to(site)} loads {target[:100]}: no page may load from "
+                            "another host; the notebook has to bring that itself.")
+    return [f"{path.relative_to(site).as_posix()} leads to {target}, which is not there."
+            for path, page in pages.items() for target in page.links + page.loads
+            if _is_dead(target, path, pages)]
+
+
 class _Links(HTMLParser):
     "What a page loads and links, which anchors it has, and its styles."
 
@@ -523,23 +488,6 @@ class _Links(HTMLParser):
     def handle_data(self, data):
         self.styles += data if self.tag == "style" else ""
 
-# %% ../../nbs/app/76_site.ipynb #9be5d553
-def check_site(site: Path) -> list[str]:
-    "A sentence for each dead link; `UserError` where a page loads something from another host."
-    pages = {path: _Links(path) for path in sorted(site.rglob("*.html"))}
-    styles = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.css")}
-    styles |= {path: page.styles for path, page in pages.items()}
-    loads = [(path, target) for path, text in styles.items() for target in
-             re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]+)""", text)]
-    loads += [(path, target) for path, page in pages.items() for target in page.loads]
-    for path, target in loads:
-        if re.match(r"\s*(https?:)?//", target):
-            raise UserError(f"{path.relative_to(site)} loads {target[:100]}: no page may load from "
-                            "another host; the notebook has to bring that itself.")
-    return [f"{path.relative_to(site).as_posix()} leads to {target}, which is not there."
-            for path, page in pages.items() for target in page.links + page.loads
-            if _is_dead(target, path, pages)]
-
 
 def _is_dead(target: str, path: Path, pages: dict[Path, _Links]) -> bool:
     "Does a link within the site lead to no file, or to no anchor of a page?"
@@ -547,7 +495,7 @@ def _is_dead(target: str, path: Path, pages: dict[Path, _Links]) -> bool:
         return False
     file, _, anchor = unquote(target).partition("#")
     there = Path(os.path.normpath(path.parent / file)) if file else path
-    named = bool(anchor) and "=" not in anchor  # the viewer's page reads a view from behind the mark
+    named = bool(anchor) and "=" not in anchor  # the viewer reads a view from there
     lost = named and there in pages and anchor not in pages[there].anchors
     return lost or not there.is_file()
 
@@ -589,10 +537,7 @@ def web_server(
                         f"name another, such as --port {other}.") from None
 
 # %% ../../nbs/app/76_site.ipynb #1e86ae35
-def serve(
-    profile: str = "smoke",
-    port: int = 8000,
-) -> None:
+def serve(profile: str = "smoke", port: int = 8000) -> None:
     "Make the site and show it on this machine until Ctrl-C."
     with web_server(project_root() / "_docs", port) as server:
         build(profile)

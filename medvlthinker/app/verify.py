@@ -9,7 +9,7 @@ __all__ = ['TABLES', 'run_files', 'recorded', 'Finding', 'check_file', 'question
 # %% ../../nbs/app/74_verify.ipynb #a40ea918
 import csv, glob, io, os, textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -165,19 +165,16 @@ def _mismatches(root: Path) -> Iterator[Finding]:
                 yield Finding(_inside(path, root), "changed", why)
 
 # %% ../../nbs/app/74_verify.ipynb #79bd5167
-def show_findings(
-    root: Path,  # of a run
-    show: Callable = print,  # gets a line at a time
-) -> int:  # files that are not what was recorded
-    "Show every file that is not as it was recorded, and a summary."
+def show_findings(root: Path) -> int:  # files that are not what was recorded
+    "Print every file of a run that is not as it was recorded, and a summary."
     found = check_run(root)
     for finding in found:
         if finding.state != "unchanged":
-            show(f"{finding.path}  {finding.state}: {finding.why}")
+            print(f"{finding.path}  {finding.state}: {finding.why}")
     states = Counter(finding.state for finding in found)
     size = sum(path.stat().st_size for path in run_files(root)) / 1e9
     counts = ", ".join(f"{number:,} {state}" for state, number in states.most_common())
-    show(f"{len(found):,} files, {size:.1f} GB: {counts}")
+    print(f"{len(found):,} files, {size:.1f} GB: {counts}")
     return states["changed"] + states["missing"]
 
 # %% ../../nbs/app/74_verify.ipynb #3f8189ae
@@ -202,8 +199,7 @@ def find_cell(
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in csv.DictReader(io.StringIO(text)):
             rows[line["model"]] = None
-            has_number = column in HEADINGS.values() and line.get(column)
-            if line["model"] == row and has_number:
+            if line["model"] == row and column in HEADINGS.values() and line.get(column):
                 return Cell(path, column, line)
     if not rows:
         raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
@@ -229,6 +225,9 @@ def evaluations(cell: Cell, root: Path) -> list[dict]:
                     "was removed, or the table is of another run.")
 
 # %% ../../nbs/app/74_verify.ipynb #a90f66df
+_KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
+
+
 def describe_rollout(
     folder: Path,
     root: Path,  # of the run
@@ -250,24 +249,6 @@ def describe_rollout(
         text = textwrap.shorten(row["completions"][0]["text"], 70) or "(empty)"
         lines.append(f"    rollout.jsonl line {number}, question {row['dataset_index']}: {text}")
     return lines
-
-
-_KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
-
-# %% ../../nbs/app/74_verify.ipynb #224d2d49
-def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
-    "The rollouts of an evaluation that a column is about."
-    names = [name for name, heading in HEADINGS.items()
-             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    return [root / record["rollouts"][name] for name in names]
-
-
-def _problems(folder: Path, root: Path, known: dict) -> list[str]:
-    "What of a rollout is not as it was."
-    paths = (folder / "rollout.json", folder / "rollout.jsonl")
-    checks = [check_file(path, root, known) for path in paths]
-    found = [f"{each.path}: {each.why}" for each in checks if each.why]
-    return found + [why for why in [rollout_mismatch(folder, root)] if why]
 
 # %% ../../nbs/app/74_verify.ipynb #ddf2c572
 def trace(
@@ -299,3 +280,17 @@ def trace(
         problems.append(f"the table says {number}, and the answers give {again:.2f}")
     if problems:
         raise UserError(f"{cell} does not come out again: {'; '.join(problems)}.")
+
+
+def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
+    "The rollouts of an evaluation that a column is about."
+    names = [name for name, heading in HEADINGS.items()
+             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
+    return [root / record["rollouts"][name] for name in names]
+
+
+def _problems(folder: Path, root: Path, known: dict) -> list[str]:
+    "What of a rollout is not as it was."
+    checks = [check_file(folder / name, root, known) for name in ("rollout.json", "rollout.jsonl")]
+    found = [f"{each.path}: {each.why}" for each in checks if each.why]
+    return found + [why for why in [rollout_mismatch(folder, root)] if why]

@@ -32,95 +32,23 @@ PACKAGE = sorted((ROOT / "medvlthinker").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "locks" / "compat").glob("*/*.py"))]
 
 
-# --- the checkers ---------------------------------------------------------------------------------------------------------------
-
-
-def need(module: str) -> None:
-    if not importlib.util.find_spec(module):
-        pytest.skip(f"{module} is not installed; it comes with the extra `test`: ./reproduce.sh setup")
-
-
-def test_ruff_finds_nothing_and_what_is_planted(tmp_path):
-    need("ruff")
-    done = python("-m", "ruff", "check", "--no-cache", "--output-format", "concise", ".")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for place, text in {"medvlthinker/planted.py": "import os, pickle\ndef f(x=[]):\n    return pickle.loads(x)\n", "tests/test_planted.py": "import subprocess\nsubprocess.run('ls', shell=True)\n"}.items():
-        (tmp_path / place).parent.mkdir()
-        (tmp_path / place).write_text(text)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    found = python("-m", "ruff", "check", "--no-cache", "--output-format", "concise", ".", cwd=tmp_path).stdout
-    assert {"F401", "B006", "S301", "S602", "PLW1510"} <= set(re.findall(r": ([A-Z]+\d+) ", found)), found
-
-
-def test_bandit_finds_nothing_and_what_is_planted(tmp_path):
-    need("bandit")
-    (tmp_path / "planted.py").write_text("import subprocess, torch\nassert input()\nsubprocess.run(input(), shell=True)\ntorch.load('x')\n")
-    check = lambda *places: python("-m", "bandit", "-q", "-c", ROOT / "pyproject.toml", "-f", "json", "-r", *places)
-    wrong = {(Path(each["filename"]).name, each["test_id"], each["line_number"]) for each in json.loads(check(ROOT / "medvlthinker", ROOT / "locks" / "compat", tmp_path).stdout)["results"]}
-    assert wrong == {("planted.py", "B101", 2), ("planted.py", "B602", 3), ("planted.py", "B614", 4)}, wrong
-
-
 # --- the code, read as code -------------------------------------------------------------------------------------------------------
 
-CODE_FROM_DATA = re.compile(
-    r"(builtins\.)?(eval|exec|__import__)|os\.(system|popen|exec\w+|spawn\w+|posix_spawnp?)|pty\.spawn|subprocess\.get(status)?output|asyncio\.create_subprocess_shell"
-    r"|(c?[pP]ickle|dill|cloudpickle|joblib|marshal|shelve)\.(load|loads|dump|dumps|open|Unpickler|Pickler)|pandas\.read_pickle|yaml\.(unsafe_|full_)?load(_all)?|runpy\.\w+")
-STARTS = re.compile(r"subprocess\.(run|call|check_call|check_output|Popen)|asyncio\.create_subprocess_exec")
-SHELLS = {"sh", "bash", "zsh", "dash", "/bin/sh", "/bin/bash", "cmd", "powershell"}
+
+@pytest.mark.parametrize("linter", ["ruff check --no-cache .", "bandit -q -c pyproject.toml -r medvlthinker locks/compat"])
+def test_a_linter_finds_no_code_out_of_data_and_no_shell(linter):
+    if not importlib.util.find_spec(linter.split()[0]):
+        pytest.skip(f"{linter.split()[0]} is not installed; it comes with the extra `test`: ./reproduce.sh setup")
+    done = python("-m", *linter.split())
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def complaints(source: str) -> list[str]:
-    "Calls in a source that run code out of data, or that do not hand a command over as a list of words."
-    tree, found = ast.parse(source), []
-    full = {alias.asname or alias.name: alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    for function in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))]:
-        lists = set() if function is tree else {each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.annotation and ast.unparse(each.annotation).startswith("list[")}
-        lists |= {target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.ListComp) for target in node.targets if isinstance(target, ast.Name)}
-        for call in (node for node in own_nodes(function) if isinstance(node, ast.Call)):
-            first, _, rest = ast.unparse(call.func).partition(".")
-            name = ".".join(filter(None, [full.get(first, first), rest]))
-            given = {each.arg: each.value for each in call.keywords}
-            said = lambda key, given=given: ast.unparse(given[key]) if key in given else ""
-            words = call.args[0] if call.args else given.get("args")
-            if CODE_FROM_DATA.fullmatch(name) or (name == "torch.load" and said("weights_only") != "True") or said("allow_pickle") == "True":
-                found.append(f"line {call.lineno}: {name}")
-            if said("shell") not in ("", "False"):
-                found.append(f"line {call.lineno}: {name} with a shell")
-            if STARTS.fullmatch(name) and not (isinstance(words, ast.List | ast.ListComp) or (isinstance(words, ast.Name) and words.id in lists)):
-                found.append(f"line {call.lineno}: {name} does not take a list of words")
-            if STARTS.fullmatch(name) and isinstance(words, ast.List) and words.elts and isinstance(words.elts[0], ast.Constant) and words.elts[0].value in SHELLS:
-                found.append(f"line {call.lineno}: {name} starts a shell")
-    return found
-
-
-def own_nodes(function) -> list:
-    "The nodes of a function or module without those of the functions inside it."
-    found, todo = [], list(ast.iter_child_nodes(function))
-    while todo:
-        node = todo.pop()
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found.append(node)
-            todo += ast.iter_child_nodes(node)
-    return found
-
-
-@pytest.mark.parametrize("planted", [
-    "eval(x)", "import builtins\nbuiltins.exec(x)", "import os\nos.system(x)", "from os import popen as p\np(x)", "import pickle as q\nq.load(x)", "from marshal import loads\nloads(x)",
-    "import shelve\nshelve.open(x)", "import torch\ntorch.load(x)", "import torch\ntorch.load(x, weights_only=False)", "import numpy as np\nnp.load(x, allow_pickle=True)", "import yaml\nyaml.load(x)",
-    "import pandas as pd\npd.read_pickle(x)", "import subprocess\nsubprocess.run(['ls'], shell=True)", "import subprocess\nsubprocess.run('ls')", "import subprocess\nsubprocess.Popen(f'ls {x}')",
-    "from subprocess import run\ndef f(x: str):\n    run(x)", "import subprocess\nsubprocess.run(['bash', '-c', x])", "from subprocess import getoutput\ngetoutput(x)"])
-def test_a_planted_call_is_found(planted):
-    assert complaints(planted), planted
-
-
-def test_no_code_out_of_data_and_no_shell():
-    assert not complaints("import subprocess, torch\ndef f(words: list[str]):\n    subprocess.run(words)\n    subprocess.run(['ls', x])\n    torch.load(x, weights_only=True)\n    model.eval()\n")
-    assert {path.name: wrong for path in SOURCES if (wrong := complaints(path.read_text(encoding="utf-8")))} == {}
-    lone = {path.stem for path in SOURCES if re.search(r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|joblib)\b", path.read_text(encoding="utf-8"), re.M)}
-    assert lone == {"checkpoint"}, "only the list of a distributed checkpoint is a pickle, and its reader refuses every class but a dozen"
-    runs = {path.stem for path in SOURCES if "exec_module" in path.read_text(encoding="utf-8")}
-    assert runs == {"commands"}, "a user's own Python file is run where extend= names it, and in one place"
+def test_what_no_linter_looks_for():
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in SOURCES}
+    holding = lambda pattern: {name for name, text in texts.items() if re.search(pattern, text, re.M)}
+    assert holding(r"allow_pickle=True|\[['\"](?:/bin/)?(?:ba|z|da)?sh['\"], *['\"]-\w*c|torch\.load\(") == set(), "no pickle by another name, and no shell"
+    assert holding(r"^\s*(import|from) .*\b(pickle|marshal|shelve|dill|cloudpickle|joblib)\b") == {"checkpoint"}, "only the list of a distributed checkpoint is a pickle, and its reader refuses every class but a dozen"
+    assert holding("exec_module") == {"commands"}, "a user's own Python file is run where extend= names it, and in one place"
 
 
 def test_models_bring_neither_code_nor_pickles():
@@ -274,14 +202,6 @@ def told(folder: Path | None, *texts: str) -> list[str]:
     places = {str(path): path.read_bytes() for path in (folder.rglob("*") if folder else ()) if path.is_file()}
     places |= {f"text {number}": text.encode() for number, text in enumerate(texts)}
     return sorted({f"{name} in {place}" for place, data in places.items() for form, name in forms().items() if form in data})
-
-
-def test_the_search_finds_what_is_planted(tmp_path):
-    value = SECRETS["HF_TOKEN"]
-    for number, text in enumerate([f"x{value}x", base64.b64encode(value.encode()).decode(), base64.b64encode(f"Bearer {value}".encode()).decode(), json.dumps({"key": value})]):
-        (tmp_path / "deep").mkdir(exist_ok=True)
-        (tmp_path / "deep" / f"{number}.json").write_text(text)
-    assert len(told(tmp_path)) == 4 and told(None, "", f"<{SECRETS['WANDB_API_KEY']}>") == ["WANDB_API_KEY in text 1"]
 
 
 OWN = """
