@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import InvalidRow, Sample
 from PIL import Image
@@ -32,6 +34,8 @@ def pytest_configure(config):
     "The files keep the order in which they are collected; pytest-xdist would begin with those of many tests, and end with one of minutes."
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if warm.PLACE not in os.environ:  # else this is a worker of pytest-xdist, or a test that runs tests
+        warm.prepare()
 
 
 def pytest_collection_modifyitems(items):
@@ -129,9 +133,19 @@ def warm_home(home, warm_tiny) -> Path:
 
 
 def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    "Run the environment's Python with these words."
+    "Run the environment's Python with these words; a module of ours in a process that finds the libraries loaded, where what they read while they load is as it was."
+    if words[0] == "-m" and words[1].startswith("medvlthinker.") and while_loading({**os.environ, **environment}) == AT_START:
+        return warm.run(*words, cwd=cwd, **environment)
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                           env={**os.environ, **{key: str(value) for key, value in environment.items()}})
+
+
+def while_loading(environment: dict) -> dict:
+    "The variables that libraries read while they are imported."
+    return {key: str(value) for key, value in environment.items() if re.match("(HF|OMP|RAY|TORCH|VLLM|XDG|PYTHON(?!PATH))", key)}
+
+
+AT_START = while_loading(os.environ)
 
 
 def says(done: subprocess.CompletedProcess, *parts: str) -> None:
