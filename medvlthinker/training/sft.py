@@ -7,8 +7,8 @@ __all__ = ['WHOLE', 'NAMES', 'LAYERS', 'PLACES', 'row_lengths', 'unusable', 'Run
            'start_and_inputs', 'plan', 'chats', 'sft_chat', 'whole_checkpoints', 'cache_image_features',
            'keeps_image_features', 'open_model', 'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole',
            'remove_old_checkpoints', 'whole_callback', 'how_of', 'recomputes', 'shared_settings', 'token_losses',
-           'row_mean_loss', 'sft_settings', 'run_trainer', 'train_sft', 'accelerate_config', 'accelerate_file',
-           'trl_command', 'read_recipe', 'read_words', 'train_run', 'run_command', 'main']
+           'row_mean_loss', 'sft_settings', 'run_trainer', 'train_sft', 'train_run', 'accelerate_config',
+           'accelerate_file', 'trl_command', 'read_recipe', 'read_words', 'run_command', 'main']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
 import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
@@ -290,7 +290,7 @@ def cache_image_features(
 
     model.get_image_features = features
 
-
+# %% ../../nbs/training/42_sft.ipynb #8782f51a
 def keeps_image_features(run: Run) -> bool:
     "Is this a run whose images are few and always look the same: on a CPU, with a frozen tower?"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -585,6 +585,19 @@ def train_sft(run: Run) -> Path:
             callbacks=[curve_callback(run), whole_callback(run)]))
     return run.checkpoint(run.takes)
 
+# %% ../../nbs/training/42_sft.ipynb #0ecb2448
+def train_run(
+    run: Run,
+    train,  # Run -> the checkpoint that becomes the model
+    first: bool = True,  # of the processes that share the run
+) -> Path:
+    "Train a run while its folder is locked; the first of its processes speaks."
+    if first:
+        print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
+              f"from {run.start}", flush=True)
+    with file_lock(run.folder) if first else contextlib.nullcontext():
+        return train(run)
+
 # %% ../../nbs/training/42_sft.ipynb #b5605059
 LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out one by one
 
@@ -660,19 +673,6 @@ def read_words(
     return recipe, read_training(given), (data, checkpoints, logs)
 
 # %% ../../nbs/training/42_sft.ipynb #4cabbfa6
-def train_run(
-    run: Run,
-    train,  # Run -> the checkpoint that becomes the model
-    first: bool = True,  # of the processes that share the run
-) -> Path:
-    "Train a run while its folder is locked; the first of its processes speaks."
-    if first:
-        print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
-              f"from {run.start}", flush=True)
-    with file_lock(run.folder) if first else contextlib.nullcontext():
-        return train(run)
-
-
 def run_command(
     words: Iterable[str],  # as for `read_words`
     method: str,  # `SFT` or `RL`

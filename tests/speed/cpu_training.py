@@ -1,4 +1,6 @@
 "CPU seconds of the embedded runs: a step of GRPO beside plain TRL, and a model from its recipe."
+import contextlib
+import io
 import os
 import resource
 import tempfile
@@ -53,7 +55,8 @@ def cpu_training(turns: int = 3):
             acts = (train_grpo, train_plainly) if turn % 2 else (train_plainly, train_grpo)
             runs = {act: plan(recipe, settings, data, folder / f"{turn}-{act.__name__}",
                               folder / f"logs-{turn}-{act.__name__}", quiet) for act in acts}
-            taken.append({act: cpu_seconds(lambda act=act: act(runs[act])) for act in acts})
+            with contextlib.redirect_stdout(io.StringIO()):  # both say how far they are
+                taken.append({act: cpu_seconds(lambda act=act: act(runs[act])) for act in acts})
         print("    ours, plain TRL:", *(f"{each[train_grpo]:.1f}, {each[train_plainly]:.1f} CPU s;"
                                         for each in taken[1:]))
         yield [each[train_grpo] / each[train_plainly] for each in taken[1:]]
