@@ -22,9 +22,7 @@ from .request import Completion, EngineSettings, Request, Sampling
 from .server import image_uri
 
 # %% ../../nbs/generation/26_ask.ipynb #875aafd7
-def read_image(
-    image,  # a file's name, the bytes of one, or a PIL image
-) -> bytes:
+def read_image(image) -> bytes:  # a file's name, the bytes of one, or a PIL image
     "An image as an encoded file that every engine can read; `UserError` for what is none."
     is_name = isinstance(image, str | Path)
     name = f"The image {image}" if is_name else "The image"
@@ -98,10 +96,8 @@ class Answer:
             for heading, text in self.parts().items())
 
 # %% ../../nbs/generation/26_ask.ipynb #d2dc4ddf
-def prompt_text(
-    chat: list[dict] | dict,  # what `Request.chat` returned
-) -> str:
-    "A prompt as one text, in which <image> stands for an image."
+def prompt_text(chat: list[dict] | dict) -> str:
+    "What `Request.chat` returned as one text, in which <image> stands for an image."
     if isinstance(chat, dict):
         return chat["prompt"]
     turns = []

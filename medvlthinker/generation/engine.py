@@ -31,10 +31,8 @@ _HARMLESS = ("transformers_version", "do_sample", "max_length", "max_new_tokens"
              "output_attentions", "output_hidden_states", "_from_model_config")
 
 
-def ignored_settings(
-    folder,  # of a model
-) -> dict:
-    "What generation_config.json recommends and no run of this project applies."
+def ignored_settings(folder) -> dict:
+    "What a model's generation_config.json recommends and no run of this project applies."
     given = _generation_config(folder)
     return {key: value for key, value in given.items() if key not in (*_STRUCTURE, *_HARMLESS)}
 
@@ -610,9 +608,7 @@ def check_names(settings: Hardware) -> None:
             raise UserError(f"There is no {name!r} among {', '.join(known)}.")
 
 # %% ../../nbs/generation/24_engine.ipynb #9c479884
-def engine_version(
-    name: str,  # `transformers`, `vllm` or `openai`
-) -> str:
+def engine_version(name: str) -> str:
     "Name and installed version, such as `transformers 5.10.4`; a server has no version of ours."
     for distribution in () if name == "openai" else (name, f"{name}-cpu"):
         try:

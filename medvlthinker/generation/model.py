@@ -66,9 +66,7 @@ def prompt_format(
     return instruction or row.instruction, dialect or row.dialect
 
 # %% ../../nbs/generation/22_model.ipynb #e5139821
-def folder_name(
-    model: str,
-) -> str:
+def folder_name(model: str) -> str:
     "A model's name as the name of a folder."
     return model.strip("./~").replace("/", "--")
 
@@ -104,9 +102,7 @@ def resolve_model(
     return name
 
 # %% ../../nbs/generation/22_model.ipynb #38cb8aa7
-def resolve_revision(
-    model: str,  # what `resolve_model` returned
-) -> str:
+def resolve_revision(model: str) -> str:
     "The commit of a hub id, empty for a folder; `UserError` where neither hub nor cache knows it."
     if Path(model).is_dir():
         return ""
@@ -131,7 +127,7 @@ def resolve_revision(
         os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
     return Path(cached).parent.name
 
-# %% ../../nbs/generation/22_model.ipynb #cfd5a0f1
+# %% ../../nbs/generation/22_model.ipynb #fa445e5b
 _BLOCK = 1 << 20
 _PARTS = (".json", ".jinja", ".safetensors", ".txt")
 
@@ -146,7 +142,7 @@ def _hash_blocks(path: Path, digest) -> None:
             file.seek(start)
             digest.update(file.read(_BLOCK))
 
-# %% ../../nbs/generation/22_model.ipynb #fa445e5b
+
 def model_fingerprint(
     model: str | Path,  # what `resolve_model` returned
     revision: str = "",  # of a hub id, where it is known already
@@ -195,9 +191,7 @@ def download_model(
     return folder
 
 # %% ../../nbs/generation/22_model.ipynb #d14a2f62
-def weight_files(
-    folder: str | Path,
-) -> list[Path]:
+def weight_files(folder: str | Path) -> list[Path]:
     "The files that hold a model's weights; `UserError` where they are not there, or pickles."
     folder = Path(folder)
     index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
@@ -214,20 +208,15 @@ def weight_files(
     raise UserError(f"{folder} holds no weights (*.safetensors){pickle}; name a folder written by "
                     "save_pretrained.")
 
-# %% ../../nbs/generation/22_model.ipynb #8180c391
-def _same_weights(
-    one: str,
-    other: str,
-    files: dict,  # a weight's name -> its file
-) -> bool:
-    "Are two stored tensors equal?"
+# %% ../../nbs/generation/22_model.ipynb #620a97e6
+def _same_weights(one: str, other: str, files: dict[str, Path]) -> bool:
     import torch
     from safetensors import safe_open
 
     with safe_open(files[one], "pt") as file, safe_open(files[other], "pt") as second:
         return torch.equal(file.get_tensor(one), second.get_tensor(other))
 
-# %% ../../nbs/generation/22_model.ipynb #620a97e6
+
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
@@ -293,7 +282,7 @@ def _loading_report(net, stored: dict) -> dict[str, list] | None:
             logging.enable_progress_bar()
     return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
 
-# %% ../../nbs/generation/22_model.ipynb #25e5f5c9
+# %% ../../nbs/generation/22_model.ipynb #0fd148b8
 def unloadable_error(
     model: str | Path,
     error: Exception,  # what its library said
@@ -304,7 +293,7 @@ def unloadable_error(
                      "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
                      "dtype=bfloat16.")
 
-# %% ../../nbs/generation/22_model.ipynb #0fd148b8
+
 _WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
 
 
@@ -318,10 +307,8 @@ def _misfit_error(folder: Path, report: dict[str, list], stored: dict) -> UserEr
                      f"{hint} Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
-def check_weights(
-    folder: str | Path,  # a model
-) -> None:
-    "`UserError` where the weights do not fit the config; it names some, and says how many."
+def check_weights(folder: str | Path) -> None:
+    "`UserError` where a model's weights do not fit its config; it names some, and says how many."
     from safetensors import SafetensorError, safe_open
 
     folder, stored = Path(folder), {}

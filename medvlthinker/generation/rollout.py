@@ -115,9 +115,7 @@ def _fits(value, types: dict[str, Any]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), types[key]) for key in types)
 
 
-def from_line(
-    line: bytes,
-) -> dict | None:
+def from_line(line: bytes) -> dict | None:
     "The row of a line; None for one that is torn or damaged."
     body, tail = line[:-_TAIL], line[-_TAIL:]
     if tail != b', "crc32": "%08x"}\n' % zlib.crc32(body):
@@ -219,20 +217,16 @@ def _stored_record(folder: Path) -> dict:
     return {}
 
 
-def rollout_record(
-    folder,  # of one rollout
-) -> dict:
-    "What rollout.json says; `UserError` where there is none that can be read."
+def rollout_record(folder) -> dict:
+    "What rollout.json in a folder says; `UserError` where there is none that can be read."
     if not (record := _stored_record(Path(folder))):
         raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a "
                         "folder with rollout.json and rollout.jsonl.")
     return record
 
 # %% ../../nbs/generation/25_rollout.ipynb #5e0f1c2a
-def load_rollout(
-    folder,  # of one rollout
-) -> Rollout:
-    "A finished rollout; `UserError` where questions are missing or the file has another size."
+def load_rollout(folder) -> Rollout:
+    "A finished rollout, from its folder; `UserError` where questions are missing or the file has another size."
     folder, record = Path(folder), rollout_record(folder)
     path = folder / "rollout.jsonl"
     if not _fits(record, _FINISHED):

@@ -1,7 +1,6 @@
 "What a model is: its identity on the hub and in the cache, weights that do not fit, GPUs that hold it, and the limits of its images."
 import http.server
 import json
-import os
 import re
 import shutil
 import threading
@@ -16,7 +15,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.prompt import messages
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.generation.model import (
-    BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, refuse_too_large, resolve_model, tensor_parallel_size, weight_bytes)
+    BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, tensor_parallel_size, weight_bytes)
 from medvlthinker.generation.request import EngineSettings
 
 
@@ -101,11 +100,6 @@ def test_two_words_on_tied_embeddings_are_refused_where_the_file_does_not_decide
         check_weights(with_head(folder, 0.5))
 
 
-def test_a_tied_model_with_another_head_is_refused(blank, tmp_path):
-    with pytest.raises(UserError, match="which is not its embedding"):
-        check_weights(with_head(copied(blank, tmp_path), 0.5))
-
-
 def silent(folder: Path) -> Path:
     "The same folder, whose config.json says nothing on tied embeddings."
     config = json.loads((folder / "config.json").read_text())
@@ -167,16 +161,7 @@ def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
         model = AutoModelForImageTextToText.from_pretrained(folder)
         assert weight_bytes(folder, "float32") == 4 * sum(weight.numel() for weight in model.parameters()), name
         with pytest.raises(UserError, match=r"missing \(.*vision_tower"):
-            check_weights(copied_plain(folder, tmp_path / f"{name}-blind", "vision_tower"))
-
-
-def copied_plain(folder: Path, place: Path, without: str) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(folder, place)
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: weight for name, weight in weights.items() if without not in name}, place / "model.safetensors", {"format": "pt"})
-    return place
+            check_weights(copied(folder, tmp_path / f"{name}-blind", dropped("vision_tower")))
 
 
 def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
@@ -261,57 +246,57 @@ try:
     say("before", model_fingerprint("acme/tiny"), resolve_revision("acme/tiny"))
     folder = download_model("acme/tiny", resolve_revision("acme/tiny"))
     say("after", model_fingerprint("acme/tiny"), model_fingerprint(folder))
-    check_weights(folder)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     say("files", *sorted(path.name for path in folder.iterdir()))
+    if "load" in sys.argv:
+        check_weights(folder)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+        say("files", *sorted(path.name for path in folder.iterdir()))
 except UserError as error:
     say("error", str(error))
 """
 
 
-def identities(place: Path, endpoint: str) -> dict[str, list]:
-    "What a new process says of acme/tiny, with its own cache."
-    done = python("-c", IDENTITY, HF_HUB_OFFLINE="0", HF_HOME=place / "hf", HF_ENDPOINT=endpoint)
-    assert done.returncode == 0, done.stderr
-    return {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
-
-
 def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, tmp_path):
     endpoint, nobody = f"http://127.0.0.1:{hub.server_port}", "http://127.0.0.1:9"
+
+    def identities(address: str, *words: str) -> dict[str, list]:
+        "What a new process says of acme/tiny, always with the same cache."
+        done = python("-c", IDENTITY, *words, HF_HUB_OFFLINE="0", HF_HOME=tmp_path / "hf",
+                      HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stderr
+        return {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
+
     (blank / "pytorch_model.bin").write_bytes(b"a program")
     try:
-        assert "acme/tiny" in identities(tmp_path, nobody)["error"][0]  # no hub, no cache: one sentence
-        first = identities(tmp_path, endpoint)
+        assert "acme/tiny" in identities(nobody)["error"][0]  # no hub, no cache: one sentence
+        first = identities(endpoint, "load")
     finally:
         (blank / "pytorch_model.bin").unlink()
     assert first["before"] == ["0123456789abcdef", hub.commit]
     assert first["after"] == ["0123456789abcdef"] * 2
     assert first["files"] == sorted(path.name for path in blank.iterdir())  # and no pickle
-
-    fetched = [line for line in hub.asked if line.startswith("GET") and line.endswith("model.safetensors")]
+    assert identities(endpoint) == first and identities(nobody) == first  # from the cache
+    fetched = [line for line in hub.asked
+               if line.startswith("GET") and line.endswith("model.safetensors")]
     assert len(fetched) == 1
-    assert identities(tmp_path, endpoint) == first and identities(tmp_path, nobody) == first  # from the cache
-    assert [line for line in hub.asked if line.startswith("GET") and line.endswith("model.safetensors")] == fetched
 
     hub.commit = "fedcba9876543210fedcba9876543210fedcba98"  # somebody has changed the model
-    moved = identities(tmp_path, endpoint)
-    assert moved["before"] == ["fedcba9876543210", hub.commit] and moved["after"] == ["fedcba9876543210"] * 2
-    assert identities(tmp_path, nobody) == moved
+    moved = identities(endpoint)
+    assert moved["before"] == ["fedcba9876543210", hub.commit]
+    assert moved["after"] == ["fedcba9876543210"] * 2 and identities(nobody) == moved
 
 
 # --- chat template --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_chat_template_is_one_sentence(blank, tmp_path):
+def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
     from medvlthinker.difficulty.preflight import open_processor
     from transformers import AutoProcessor
 
     folder = copied(blank, tmp_path)
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        check_chat_template(AutoProcessor.from_pretrained(folder), folder)
     with pytest.raises(UserError, match="has no chat template"):
         open_processor(str(folder))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # as older models store it
@@ -372,13 +357,6 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
         tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
 
 
-def test_a_model_that_the_memory_cannot_hold_is_refused(blank, published):
-    with pytest.raises(UserError, match="1000000 copies"):
-        refuse_too_large(blank, EngineSettings(data_parallel=10**6))
-    refuse_too_large(blank, EngineSettings())
-    refuse_too_large(published["32B"], EngineSettings(gpus=1, engine="vllm"))  # the GPUs hold it
-
-
 # --- names and prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -389,14 +367,6 @@ def test_a_model_is_asked_in_its_own_words_by_row_and_by_hub_id():
     assert prompt_format("google/gemma-3-4b-it", "none", "chat") == ("none", "chat")
     with pytest.raises(UserError, match="No dialect 'chatty'"):
         prompt_format("tiny", dialect="chatty")
-
-
-def test_a_served_model_is_not_opened_here_and_the_other_way_round(tmp_path):
-    assert resolve_model("GPT-4o", tmp_path, served=True) == "gpt-4o-2024-11-20"
-    with pytest.raises(UserError, match="engine=openai"):
-        resolve_model("GPT-4o", tmp_path)
-    with pytest.raises(UserError, match="engine=vllm"):
-        resolve_model("MedGemma 4B", tmp_path, served=True)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------------------
@@ -468,8 +438,3 @@ def test_max_pixels_means_the_same_in_training(blank, tmp_path):
     told = verl.verl_settings(recipe, small, str(blank), "data.parquet", "folder")
     assert {key: value for key, value in told.items() if "pixels" in key} == {
         "+data.mm_processor_kwargs.min_pixels": 3136, "+data.mm_processor_kwargs.max_pixels": 3136}
-
-
-def test_importing_needs_neither_torch_nor_transformers():
-    done = python("-c", "import sys, medvlthinker.generation.model; print({'torch', 'transformers', 'huggingface_hub'} & {*sys.modules})", **os.environ)
-    assert done.stdout.strip() == "set()", done.stderr
