@@ -10,7 +10,6 @@ import json, re, unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 # %% ../../nbs/core/02_grade.ipynb #9e6da611
@@ -61,8 +60,6 @@ def _after_cue(text: str) -> str:
     return text
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e000d
-_LINE_END = re.compile("[\n\r]")
-
 def _published(
     text: str,
     rule: str,  # any rule but lenient
@@ -70,7 +67,7 @@ def _published(
     "The text that a published rule grades."
     if rule in ("regrade", "llava"):
         block = _block(text, last=True)
-        answer = _after_cue(text) if block is None else _LINE_END.split(block.strip(), 1)[0]
+        answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
         if "<" not in answer: return answer.strip()
         for tag in ("<think>", "</think>", "<answer>", "</answer>"):
             answer = answer.replace(tag, "")
@@ -427,17 +424,20 @@ def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     folded = _fold(text)
     found = [(start, end, mark) for word, words, mark in names.texts if word in folded
              for start in _places(words[0], folded) if (end := _end(words, text, folded, start)) > 0]
-    found.sort(key=lambda place: place[0])   # of two that begin together, the longest text is first
-    ends = [0, *accumulate((end for _, end, _ in found), max)]
-    return [place for place, before in zip(found, ends) if place[0] >= before]
+    places, at = [], 0
+    for place in sorted(found, key=lambda place: place[0]):   # the longest of those at one place
+        if place[0] >= at:
+            places.append(place)
+            at = place[1]
+    return places
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
 _ARTICLE_MARK = re.compile("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])")
 
 def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
     "The text with something else from each start to its end."
-    parts, at = [], 0
     if not places: return text
+    parts, at = [], 0
     for start, end, other in places:
         parts += text[at:start], other
         at = end
@@ -451,7 +451,7 @@ def _mark(text: str, names: _Names) -> str:
                for start, end in _letter_places(text, names.letters)]
     return _ARTICLE_MARK.sub("", _replace(text, letters))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e0039
+# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
@@ -479,7 +479,6 @@ _BEFORE = _Cue(re.compile(   # not B, rules out A and C, rather than B
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> str:
     "A marked text with commas in place of the names that are denied and the words that deny them."
     if not _SIGN.search(marked): return marked
@@ -488,7 +487,6 @@ def _without_denied(marked: str) -> str:
         marked = marked[:start] + "," * (end - start) + marked[end:]
     return marked
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003b
 def _denied(marked: str, left: str) -> set[str]:
     "The small marks of the options that denial took out of a marked text, of which this is left."
     if marked == left: return set()
