@@ -7,10 +7,9 @@ __all__ = ['RULES', 'Grade', 'extract', 'grade', 'compute_score']
 
 # %% ../../nbs/core/02_grade.ipynb #7586883e
 import json, re, unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 # %% ../../nbs/core/02_grade.ipynb #9e6da611
@@ -37,10 +36,12 @@ def _block(
     return None
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0007
+_SEAM_OF_TAGS = re.compile(r"</think>\s*<answer>")
+
 def _is_formatted(text: str) -> bool:
     "Whether the whole text is <think>...</think><answer>...</answer>, as the reward demands."
     ends = text.startswith("<think>") and text.endswith("</answer>")
-    return ends and re.search(r"</think>\s*<answer>", text) is not None
+    return ends and _SEAM_OF_TAGS.search(text) is not None
 
 # %% ../../nbs/core/02_grade.ipynb #30391519
 _CUES = tuple((cue, re.compile(cue + r"\s*(.*)", re.I))
@@ -59,8 +60,6 @@ def _after_cue(text: str) -> str:
     return text
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e000d
-_LINE_END = re.compile("[\n\r]")
-
 def _published(
     text: str,
     rule: str,  # any rule but lenient
@@ -68,7 +67,7 @@ def _published(
     "The text that a published rule grades."
     if rule in ("regrade", "llava"):
         block = _block(text, last=True)
-        answer = _after_cue(text) if block is None else _LINE_END.split(block.strip(), 1)[0]
+        answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
         if "<" not in answer: return answer.strip()
         for tag in ("<think>", "</think>", "<answer>", "</answer>"):
             answer = answer.replace(tag, "")
@@ -116,11 +115,12 @@ def _normal(text: str) -> str:
     return text if text.isascii() else _SEAM.sub(" ", text.translate(_WIDE))
 
 # %% ../../nbs/core/02_grade.ipynb #bda5a3a5
-_THOUGHT = (r"(?:seed:)?(?:cot_)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection"
-            r"|scratchpad)")
-_MARK = re.compile(rf"[<\[◁](?:(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?){_THOUGHT}\|?[>\]▷]"
-                   r"|unused9(?:4>(?:thought)?|5>)|\|channel\|>(?:analysis|commentary)<\|message\|>"
+_THOUGHT = (r"(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?)(?:seed:)?(?:cot_)?(?:think(?:ing)?"
+            r"|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]")
+_MARK = re.compile(rf"<(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
+                   r"|\|channel\|>(?:analysis|commentary)<\|message\|>"
                    r"|(?:\|end\|><)?\|start\|>assistant<\|channel\|>final<\|message\|>)", re.I)
+_OTHER_MARK = re.compile(rf"[\[◁]{_THOUGHT}", re.I)
 _CLOSES = re.compile("/|end|95|final", re.I)
 _TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)", re.I)
 _TORN = re.compile(r"\b(?:answer|think)>", re.I)   # a tag without its first bracket
@@ -134,7 +134,9 @@ def _without_tags(text: str, by: str = "\n") -> str:
 
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
-    text = _MARK.sub(lambda mark: "</think>" if _CLOSES.search(mark[0]) else "<think>", text)
+    def plain(mark): return "</think>" if _CLOSES.search(mark[0]) else "<think>"
+    text = _MARK.sub(plain, text)
+    if "[" in text or "◁" in text: text = _OTHER_MARK.sub(plain, text)
     if "assistantfinal" in text:
         text = re.sub(r"\Aanalysis", "<think>", text).replace("assistantfinal", "</think>")
     *thoughts, rest = text.split("</think>")
@@ -183,7 +185,7 @@ def _near(cue: _Cue, text: str, folded: str, begin: int) -> list[re.Match]:
     "The matches of a cue, which is tried near its spots alone."
     windows: list[list[int]] = []
     for spot in cue.spot.finditer(folded, begin):
-        start, end = max(begin, spot.start() - 80), spot.end() + 140
+        start, end = max(begin, spot.start() - 80), spot.end() + 20
         if windows and start <= windows[-1][1]: windows[-1][1] = end
         else: windows.append([start, end])
     return [match for start, end in windows for match in cue.pattern.finditer(text, start, end)]
@@ -218,15 +220,15 @@ _DECLARED = tuple(_Cue(re.compile(spot), re.compile(pattern, re.I | re.M)) for s
     ("answer|choice|option|答案",
      rf"^[^\w\n]{{0,8}}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$"),
     # ... the answer to this question is most likely ...
-    ("answer|option|choice|selection|pick|guess|prediction",
+    (r"(?:answer|option|choice|selection|pick|guess|prediction)[^\n]{0,120}",
      r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
     rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?{_IS}{_SURELY}[ \t]*:?{_WHOLE}"),
     # I would choose ...
-    ("choose|chose|select|pick|go(?:ing)? (?:with|for)|(?:opt|vote) for|settle on",
+    ("choose|chose|select|pick|go(?:ing)? (?:with|for)|opt for|vote for|settle on",
      r"\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? (?:choose|chose|select(?:ed)?"
     rf"|pick(?:ed)?|go(?:ing)? (?:with|for)|opt for|vote for|settle on)\b{_WHOLE}"),
     # so option ... is the best
-    ("(?:is|would be) (?:the )?(?:correct|right|best|answer|most)",
+    (" (?:is|would be) (?:the )?(?:correct|right|best|answer|most)",
      r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
     r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"),
     # Qwen falls into Chinese
@@ -264,45 +266,49 @@ _NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[
                    r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
                    r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
 
-def _statements(text: str) -> Iterator[tuple[list[str], str]]:
+_Groups = Iterable[tuple[list[str], str]]   # statements of equal firmness; how they are read
+
+def _group(statements: list[str], how: str) -> _Groups:
+    "One group, without empty and repeated statements; or none."
+    distinct = [*dict.fromkeys(filter(None, map(str.strip, statements)))]
+    return [(_ends(distinct, 16, []), how)] if distinct else []
+
+def _statements(text: str) -> _Groups:
     "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."
     speech = _speech(_normal(text))
     next_question = _NEXT.search(speech)
     for region in [speech[:next_question.start()], speech] if next_question else [speech]:
         if tags := _tags(region):
             if not tags[-1].strip(): return   # an answer withheld
-            yield [_without_tags(tag) for tag in tags], "start"
+            yield from _group([_without_tags(tag) for tag in tags], "start")
             region = "\n".join(tags)   # a tag was filled in: nothing outside it counts
         for values in (_filled(region, _BOX), _filled(region, _FIELD)):
             if values and not values[-1].strip(): return
-            if values: yield values, "start"
+            yield from _group(values, "start")
         region = _without_tags(region).strip()
-        last, tail = region.rfind("\n") + 1, max(0, len(region) - 300)
+        last, tail = region.rfind("\n") + 1, max(0, len(region) - 200)
         for begin in dict.fromkeys((tail, 0)):
             declared = _after(region, _DECLARED, begin)
             on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
-            if on_last: yield on_last[-1:], "start"
-        if declared: yield [text for _, text in declared], "start"
+            yield from _group(on_last[-1:], "start")
+        yield from _group([text for _, text in declared], "start")
         how = "thought" if "<think>" in speech else "tag" if tags else "lines"
-        yield [line for line in region.split("\n") if line.strip()], how
+        yield from _group(region.split("\n"), how)
         if tags: return
 
 # %% ../../nbs/core/02_grade.ipynb #da68aca1
 def extract(
     completion: str | None,  # what the model wrote; None (a filtered answer) counts as empty
     rule: str = "lenient",   # one of RULES
-) -> Iterator[tuple[list[str], str]]:  # statements of equal firmness; how they are read
+) -> Iterable[tuple[list[str], str]]:  # statements of equal firmness; how they are read
     """Where a completion states its answer, firmest statements first.
 
     At most one statement for a published rule. ValueError for an unknown rule."""
     if rule not in RULES:
         raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
-    text = completion or ""
-    if rule == "lenient":
-        for group, how in _statements(text):
-            said = [*dict.fromkeys(filter(None, map(str.strip, group)))]
-            if said: yield _ends(said, 16, []), how
-    elif (answer := _published(text, rule)) is not None: yield [answer], "exact"
+    if rule == "lenient": return _statements(completion or "")
+    answer = _published(completion or "", rule)
+    return [] if answer is None else [([answer], "exact")]
 
 # %% ../../nbs/core/02_grade.ipynb #4bc15bcd
 _WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|f?boxed|fbox)\b|\\[,; ]"
@@ -328,16 +334,21 @@ def _words(text: str) -> tuple[str, ...]:
     article = _ARTICLE.match(folded)
     return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
-@lru_cache(maxsize=1024)
-def _expression(words: tuple[str, ...]) -> _Cue:
-    "What finds these words, whatever punctuation stands between them."
-    first, *rest = (f"(?i:{re.escape(word)})" for word in words)
-    if words[0][:1].isdigit(): first = "(?<![-+])" + first   # -20 is not 20
-    gaps = [int(a[-1].isdigit() == b[0].isdigit()) for a, b in zip(words, words[1:])]
-    rest = [f"[-\\s,.;:'()[\\]{{}}/&|]{{{gap},4}}{word}" for gap, word in zip(gaps, rest)]
-    pattern = (rf"(?<![A-Za-z0-9_])(?<!\d[.,]){first}{''.join(rest)}"
-               r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
-    return _Cue(re.compile(re.escape(words[0])), re.compile(pattern))
+_BETWEEN = re.compile(r"[-\s,.;:'()[\]{}/&|]{0,4}")
+_BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])")
+_ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
+
+def _end(words: tuple[str, ...], text: str, folded: str, start: int) -> int:
+    "Where these words end that begin here, with punctuation between them; -1 if they do not."
+    signed = words[0][:1].isdigit() and folded[max(0, start - 1):start] in ("-", "+")
+    if signed or not _BEGINS.match(text, start): return -1   # -20 is not 20
+    at = start + len(words[0])
+    for before, word in zip(words, words[1:]):
+        least = at + (before[-1].isdigit() == word[0].isdigit())   # 10mg is 10 mg
+        gaps = range(next(_BETWEEN.finditer(folded, at)).end(), least - 1, -1)
+        at = next((gap + len(word) for gap in gaps if folded.startswith(word, gap)), -1)
+        if at < 0: return -1
+    return at if _ENDS.match(text, at) else -1
 
 # %% ../../nbs/core/02_grade.ipynb #bbc6e6f1
 _VERB = (r"(?:is|was|are|were|can|could|may|might|must|should|would|will|do|does|did|has|have|had"
@@ -401,22 +412,32 @@ def _names(options: tuple[tuple[str, str], ...]) -> _Names:
     return _Names(longest, named, reach, _letters(tuple(marks)), marks, meaning)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0034
+def _places(word: str, text: str) -> Iterable[int]:
+    "Where a word begins."
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + len(word))
+
 def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     "Where a cleaned text holds the text of an option, each with its mark."
     folded = _fold(text)
-    found = [(*match.span(), mark) for word, words, mark in names.texts if word in folded
-             for match in _from_spots(_expression(words), text, folded)]
-    found.sort(key=lambda place: place[0])   # of two that begin together, the longest text is first
-    ends = [0, *accumulate((end for _, end, _ in found), max)]
-    return [place for place, before in zip(found, ends) if place[0] >= before]
+    found = [(start, end, mark) for word, words, mark in names.texts if word in folded
+             for start in _places(words[0], folded) if (end := _end(words, text, folded, start)) > 0]
+    places, at = [], 0
+    for place in sorted(found, key=lambda place: place[0]):   # the longest of those at one place
+        if place[0] >= at:
+            places.append(place)
+            at = place[1]
+    return places
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
 _ARTICLE_MARK = re.compile("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])")
 
 def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
     "The text with something else from each start to its end."
-    parts, at = [], 0
     if not places: return text
+    parts, at = [], 0
     for start, end, other in places:
         parts += text[at:start], other
         at = end
@@ -430,7 +451,7 @@ def _mark(text: str, names: _Names) -> str:
                for start, end in _letter_places(text, names.letters)]
     return _ARTICLE_MARK.sub("", _replace(text, letters))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e0039
+# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
@@ -449,16 +470,15 @@ _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
     rf"| *(?:[:=?–—-] *| )(?:no(?= *(?:[.,;\n(Ⓐ-ⓩ]|\Z))|{_NO})"
     r"| *(?:不|错|有误|(?:可以?|应)?排除|是?错误))", re.I)
 _BEFORE = _Cue(re.compile(   # not B, rules out A and C, rather than B
-    "n(?:o|ever|either)|rul|cross|exclud|eliminat|reject|dismiss|discard|rather than|instead of"
+    "(?:n(?:o|ever|either)|rul|cross|exclud|eliminat|reject|dismiss|discard|rather than|instead of"
     "|than|against|without|unlike|wrong|incorrect|false|absence of|negative for|cannot|n't"
-    "|不|排除|并非|而非"), re.compile(
+    r"|不|排除|并非|而非)(?=[\w' :(*\[\"-]*[ⓐ-ⓩ])"), re.compile(
     r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat\w+|reject\w*"
     r"|dismiss\w*|discard\w*|rather than|instead of|than|against|without(?! (?:a )?doubt)|unlike"
     r"|no(?! doubt)|wrong|incorrect|false|absence of|negative for|unlikely|cannot)|n't)\b"
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> str:
     "A marked text with commas in place of the names that are denied and the words that deny them."
     if not _SIGN.search(marked): return marked
@@ -467,7 +487,6 @@ def _without_denied(marked: str) -> str:
         marked = marked[:start] + "," * (end - start) + marked[end:]
     return marked
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003b
 def _denied(marked: str, left: str) -> set[str]:
     "The small marks of the options that denial took out of a marked text, of which this is left."
     if marked == left: return set()
@@ -559,7 +578,7 @@ _CONCLUDED = tuple(_Cue(re.compile(spot), re.compile(pattern, re.I)) for spot, p
     r"|indicat(?:es|ing)|suggest(?:s|ing)?|supports?|fits?|is|be|are)\b"
     rf"(?= (?:option|choice|answer|[(\[]) ?{_LETTER})"),
     # the most likely diagnosis is ...
-    ("most |best|correct|final",
+    (r"(?:most |best|correct|final)[^\n]{0,100}",
      r"\b(?:most (?:likely|appropriate|probable)|best|correct|final)\b[^.\n]{0,80}?"
     rf"(?: are|{_IS})\b{_WHOLE}")))
 
@@ -583,6 +602,8 @@ def _sentence(text: str, names: _Names) -> set | None:
                    if _TELLING.search(text, start, end))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e004c
+_BRACKETED = re.compile(r"\((?:option |choice )?([Ⓐ-Ⓩ])\)")
+
 def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a reading a line
     "What lines without a declaration answer."
     lines = [_mark(text, names) for text in texts]
@@ -594,8 +615,8 @@ def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a 
     if opening is not None: return [None] * first + [opening]
     concluded = [_conclusion(line, names) for line in kept]
     if _common(concluded) is not None: return concluded
-    inside = re.findall(r"\((?:option |choice )?([Ⓐ-Ⓩ])\)", kept[-1])
-    last = None if _REFUSAL.search(kept[-1]) else _common(names.meaning[mark] for mark in inside)
+    inside = _common(names.meaning[mark] for mark in _BRACKETED.findall(kept[-1]))
+    last = None if inside is None or _REFUSAL.search(kept[-1]) else inside
     if last is None and len(texts) == 1 and how != "thought": last = _sentence(texts[0], names)
     return [None] * (len(lines) - 1) + [last]
 
@@ -637,8 +658,9 @@ def grade(
         if (labels := _common(readings)) is None: continue
         if lenient and _differ([options[label] for label in labels]): labels = set()
         label = answer_label if answer_label in labels else min(labels, default=None)
+        if lenient and not labels: return Grade(None, None, False)
         answer = next(said for said, read in zip(statements, readings) if read is not None)
-        return Grade(None if lenient and not labels else answer, label, answer_label in labels)
+        return Grade(answer, label, answer_label in labels)
     return Grade(None, None, False)
 
 # %% ../../nbs/core/02_grade.ipynb #30c03b7f

@@ -46,18 +46,22 @@ def _grade_questions(
     "The grades of some questions, in the columns of `grade_rollout`."
     import pyarrow as pa
 
-    lines = []
-    for sample, image, row in questions:
-        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
-        for number, completion in enumerate(row["completions"]):
-            verdicts = itertools.chain.from_iterable(
-                _verdict(completion["text"], sample, rule) for rule in rules)
-            ending = completion["finish_reason"], completion["tokens"]
-            lines.append((*about, number, *verdicts, *ending))
     kinds = _columns(rules)
-    columns = zip(*lines) if lines else [()] * len(kinds)
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds.values(), strict=True)]
-    return pa.table(arrays, names=list(kinds))
+    columns: dict[str, list] = {name: [] for name in kinds}
+    for sample, image, row in questions:
+        answers = row["completions"]
+        about = {"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index,
+                 "image": image, "gold": sample.answer_label}
+        for name, value in about.items():
+            columns[name] += [value] * len(answers)
+        columns["completion"] += range(len(answers))
+        for name in ("finish_reason", "tokens"):
+            columns[name] += [answer[name] for answer in answers]
+        for rule in rules:
+            verdicts = [_verdict(answer["text"], sample, rule) for answer in answers]
+            for place, name in enumerate(("label", "answer", "correct")):
+                columns[f"{rule}_{name}"] += [verdict[place] for verdict in verdicts]
+    return pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()})
 
 
 def _columns(rules: tuple[str, ...]) -> dict[str, "pa.DataType"]:

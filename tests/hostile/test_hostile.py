@@ -80,21 +80,7 @@ def all_done(work: str, *words, seconds: int, megabytes: int) -> list[str]:
 # ---- completions
 
 LETTERS = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}
-ODD = ["\0", "\x1b[2J", "\x7f", "\r", "\x0b", "\u200b", "\u200e", "\u200f", "\u202e", "\u202c", "\u2066", "\u2069", "\ufeff", "\u00ad", "\u2028", "\u2029", "\ud800", "\udfff", "\U000e0041", "\U0010ffff",
-       "А", "В", "С", "Β", "𝐁", "Ｂ", "ℬ", "Ⓑ", "b̸", "İ", "ß", "ﬀ", "٣", "½"]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<ANSWER>", "< answer >", "<answer", "answer>", "</answer", "<think><think>", "</answer></answer>", "<answer><answer>", "<answer/>", "<|im_end|>",
-        "\\boxed{", "}", "{", '{"answer": "', '"}', "Answer:", "the answer is ", "(", ")", "A", "B", "C.", "liver", "spleen", "left lung", "\n", "\n\n", " ", "because ", "or ", "not "]
-SOUP = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from(ODD), st.text(st.characters(), max_size=6)), max_size=40).map("".join)
 MEANT = st.lists(st.sampled_from(["A", "B", "liver", "B. spleen", " ", "\n", "<answer>", "</answer>", "<think>", "is"]), max_size=6).map("".join)
-
-
-def test_completions_that_nobody_would_write():
-    @every(600, SOUP, st.sampled_from(RULES), st.sampled_from("ABCD"))
-    def holds(text, rule, label):
-        verdict = grade(text, LETTERS, label, rule)
-        assert verdict.correct == (verdict.label == label) and (verdict.label is None or verdict.label in LETTERS)
-        other = dict(sorted(LETTERS.items(), reverse=True))
-        assert grade(text, other, label, rule) == verdict, "the order of the options does not matter"
 
 
 def test_what_must_not_matter_does_not():

@@ -1,6 +1,5 @@
 """What grading promises: the published rules, every text, the cases, two laws, real outputs."""
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -73,7 +72,9 @@ PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer",
           "C.", "(B)", "B. No", "No", "no", "NO.", "normal", "Yes", "I", "a", " ", "\n", "\n\n",
           "\t", "\r", "\v", "\u2028", "\x1c", ",", ".", ":", "**", "and", "or", "not", "because",
           r"\boxed{", "}", "{", '"answer": "', '"', "'", "Question:", "Option ", "x", "Ｂ", "İ", "é",
-          "-20", "20", "1.5", "\ud800", "ﷺ", " leading", "A.  leading"]
+          "-20", "20", "1.5", "\ud800", "ﷺ", " leading", "A.  leading", "\0", "\x1b[2J", "\x7f",
+          *"\u200b\u200f\u202e\u2066\ufeff\u00ad\u2029\udfff\U000e0041\U0010ffffАС𝐁ℬⒷßﬀ٣½", "b̸",
+          "<ANSWER>", "< answer >", "<answer/>", "<|im_end|>"]
 soup = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
 # nearly well-formed, so that the reward's format holds often enough to be tested on both sides
 INNER = ["A", "B", "No", " ", "\n", "\r", "<answer>", "</answer>", "<think>", "</think>", "x",
@@ -116,21 +117,6 @@ def test_verdict_is_that_of_the_plain_expression(text, question, rule):
     assert grade(text, options, label, rule).correct == right
 
 
-def test_options_with_outer_blanks_are_compared_as_the_paper_does():
-    options = {"A": " leading", "B": "other"}
-    for rule in ("strict", "regrade", "llava"):
-        right = [grade(text, options, "A", rule).correct
-                 for text in ("A.  leading", "leading", "A. leading")]
-        assert right == [True, True, rule == "llava"]
-    assert not grade("so:leading", options, "A", "llava").correct   # the blank has to occur, too
-
-
-@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\f", "\x1c", "\u2028", "\x85"])
-def test_only_newline_and_carriage_return_end_the_first_line_of_a_block(end):
-    right = grade(f"<answer>B{end}x</answer>", {"A": "Yes", "B": "No"}, "B", "regrade").correct
-    assert right == (end in "\r\n")
-
-
 def test_of_several_wrong_options_the_first_is_noted_and_of_right_ones_the_right():
     options = {"A": "stop", "B": "slow", "C": "slow"}
     assert [grade("slow", options, label, "regrade").label for label in "ABC"] == ["B", "B", "C"]
@@ -152,13 +138,6 @@ def test_verdict_on_every_form_of_every_option(frame, form):
                     assert grade(text, options, label, rule).correct == right, (text, rule)
 
 
-def test_both_sides_of_the_format_are_generated():
-    "The property above would be empty if no generated text passed the reward's format."
-    assert plain_reward("<think>x\n</think>\n<answer>B</answer>") == "B"
-    assert plain_reward("<think></think><answer>\nB\n</answer>") not in (None, "B")
-    assert plain_reward("<think></think>x<answer>B</answer>") is None
-
-
 # ------------------------------------------------------------------------------------------------
 # What holds for every rule and every text.
 
@@ -173,7 +152,7 @@ def test_every_text_gets_a_verdict_that_is_consistent(text, question, rule):
     if rule == "lenient":
         assert (verdict.answer is None) == (verdict.label is None)
         assert verdict.answer is None or verdict.answer.strip()
-    assert verdict == grade(text, options, label, rule)   # nothing is drawn
+    assert verdict == grade(text, dict(reversed(options.items())), label, rule)
 
 
 @settings(max_examples=800, deadline=None)
@@ -477,16 +456,6 @@ def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
     assert all(agreed >= 0.97 * rows for rows, agreed in counts.values()), counts
 
 
-# ------------------------------------------------------------------------------------------------
-# Time is measured elsewhere. Here stands only what does not end where a rule backtracks.
-
-
-def test_a_loop_that_the_plain_expression_cannot_survive():
-    text = "<answer>" * 100_000   # the plain search takes minutes on it
-    verdicts = [grade(text, {"A": "x", "B": "y"}, "A", rule).correct for rule in RULES]
-    assert verdicts == [False] * len(RULES)
-
-
 @settings(max_examples=50, deadline=None)
 @given(soup, soup)
 def test_lenient_reads_a_long_text_at_its_ends(start, end):
@@ -497,7 +466,7 @@ def test_lenient_reads_a_long_text_at_its_ends(start, end):
 
 
 # ------------------------------------------------------------------------------------------------
-# As verl loads it, and what an import costs.
+# As verl loads it.
 
 BY_PATH = """
 import importlib.util, sys
@@ -519,23 +488,6 @@ def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
     command = [sys.executable, "-I", "-S", "-c", BY_PATH, module.__file__, registered]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("1.0", 0), done.stderr
-
-
-def test_import_loads_the_standard_library_alone():
-    code = ("import sys; before = set(sys.modules); import medvlthinker.core.grade; "
-            "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-            "print(sorted(new - set(sys.stdlib_module_names) - {'medvlthinker'}))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_module_imports_the_standard_library_alone():
-    spec = importlib.util.find_spec("medvlthinker.core.grade")
-    source = Path(spec.origin).read_text()
-    imports = re.findall(r"^(?:from|import) +([\w., ]+?)(?: import|$)", source, re.M)
-    names = {name.strip().partition(".")[0] for line in imports for name in line.split(",")}
-    assert names and names <= set(sys.stdlib_module_names)
 
 
 # ------------------------------------------------------------------------------------------------
