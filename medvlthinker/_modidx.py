@@ -1770,8 +1770,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medvlthinker/results/published.py'),
                                                 'medvlthinker.results.published.published': ( 'results/published.html#published',
                                                                                               'medvlthinker/results/published.py'),
-                                                'medvlthinker.results.published.published_curves': ( 'results/published.html#published_curves',
-                                                                                                     'medvlthinker/results/published.py'),
                                                 'medvlthinker.results.published.published_rows': ( 'results/published.html#published_rows',
                                                                                                    'medvlthinker/results/published.py'),
                                                 'medvlthinker.results.published.read_published': ( 'results/published.html#read_published',

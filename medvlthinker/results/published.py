@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SIZES', 'TABLES', 'SOURCE', 'read_published', 'recipe_label', 'Published', 'published_rows', 'row_of',
-           'find_row', 'Repeated', 'published_curves', 'data_sizes', 'Claim', 'Paper', 'published']
+           'find_row', 'Repeated', 'data_sizes', 'Claim', 'Paper', 'published']
 
 # %% ../../nbs/results/60_published.ipynb #820d8087
 import csv, difflib, functools, re
@@ -136,15 +136,6 @@ def _repeated(line: dict[str, str]) -> Repeated:
     return Repeated(line["model"], line["label"], line["dataset_name"], Decimal(line["average"]),
                     majority, Decimal(line["pass@5"]), line["reading"])
 
-# %% ../../nbs/results/60_published.ipynb #b4a80b1c
-def published_curves() -> dict[tuple[str, str], dict[int, Decimal]]:
-    "(model, dataset_name or `all`) -> k -> pass@k in percent, read off the paper's figure."
-    curves: dict[tuple[str, str], dict[int, Decimal]] = {}
-    for line in read_published("pass_at_k"):
-        points = curves.setdefault((line["model"], line["dataset_name"]), {})
-        points[int(line["k"])] = Decimal(line["percent"])
-    return curves
-
 # %% ../../nbs/results/60_published.ipynb #bd6b47cd
 def data_sizes() -> list[dict]:  # data, stage, at least, at most, source
     "Every size of the training data that the sources give or the published steps imply."
@@ -165,7 +156,7 @@ class Paper:
     "All published numbers and claims."
     rows: tuple[Published, ...]
     repeated: tuple[Repeated, ...]
-    curves: dict[tuple[str, str], dict[int, Decimal]]
+    curves: dict[tuple[str, str], dict[int, Decimal]]  # (model, set or "all") -> k -> %
     histogram: tuple[int, ...]  # questions of m23k with 0, 1, ... 16 right answers of the 7B model
     claims: tuple[Claim, ...]
 
@@ -179,5 +170,8 @@ def published() -> Paper:
     "The paper as published."
     histogram = tuple(int(line["questions"]) for line in read_published("pass_counts"))
     claims = (Claim(*line.values()) for line in read_published("claims"))
-    bars = map(_repeated, read_published("five_answers"))
-    return Paper(tuple(published_rows()), tuple(bars), published_curves(), histogram, tuple(claims))
+    bars, curves = map(_repeated, read_published("five_answers")), dict[tuple[str, str], dict]()
+    for line in read_published("pass_at_k"):
+        points = curves.setdefault((line["model"], line["dataset_name"]), {})
+        points[int(line["k"])] = Decimal(line["percent"])
+    return Paper(tuple(published_rows()), tuple(bars), curves, histogram, tuple(claims))

@@ -133,13 +133,6 @@ def test_minus_is_a_minus_sign_and_zero_has_none():
     assert f"{LONG} − Qwen" in to_html(made)
 
 
-def test_a_cell_of_ours_leads_to_its_questions():
-    page = to_html(table(), lambda cell: f"viewer.html#model={cell.model}&set={cell.column}")
-    links = re.findall(r'<a href="([^"]+)">60\.0</a>', page.replace("<b>", "").replace("</b>", ""))
-    assert len(links) == 18 * 7 and f"viewer.html#model={LONG}&amp;set=slake_closed" in links
-    assert "<a href" not in to_html(table())
-
-
 # ------------------------------------------------------------------- every number beside a run
 
 def test_the_comparison_names_every_number_once_and_sums_up_what_was_not_run():
