@@ -190,7 +190,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medvlthinker.app.site._code': ('app/site.html#_code', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._coloured': ('app/site.html#_coloured', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._copy_assets': ('app/site.html#_copy_assets', 'medvlthinker/app/site.py'),
-                                       'medvlthinker.app.site._flat': ('app/site.html#_flat', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._is_dead': ('app/site.html#_is_dead', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._joined': ('app/site.html#_joined', 'medvlthinker/app/site.py'),
                                        'medvlthinker.app.site._link': ('app/site.html#_link', 'medvlthinker/app/site.py'),

@@ -9,7 +9,7 @@ __all__ = ['VIEWER', 'read_notebook', 'fenced', 'figure_html', 'output_html', 'r
 
 # %% ../../nbs/app/76_site.ipynb #f776d115
 import ast, base64, fnmatch, functools, html, itertools, json, os, posixpath, re, shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -395,21 +395,13 @@ def render_by_pandoc(staged: Path) -> Path:
 
 def _around(name: str, website: dict) -> dict[str, str]:
     "What the template says around a page."
-    up, sidebar = "../" * name.count("/"), website["sidebar"]["contents"]
-    links = [_link(page, name, up) for page in _flat(sidebar)]
+    up = "../" * name.count("/")
+    menu = menu_html(website["sidebar"]["contents"], name, up)
+    links = re.findall("<a .*?</a>", menu)
     at = next((number for number, link in enumerate(links) if "aria-current" in link), len(links))
-    return {"site": website["title"], "footer": website["page-footer"], "up": up,
-            "menu": menu_html(sidebar, name, up),
+    return {"site": website["title"], "footer": website["page-footer"], "up": up, "menu": menu,
             "navbar": menu_html(website["navbar"]["left"], name, up),
             "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
-
-
-def _flat(entries: list[dict]) -> Iterator[dict]:
-    "All pages of the sidebar in their order."
-    for entry in entries:
-        if "href" in entry:
-            yield entry
-        yield from _flat(entry.get("contents", []))
 
 
 def _coloured(page: str) -> str:

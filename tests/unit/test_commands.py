@@ -101,13 +101,14 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
 
 
 def test_parity_on_the_command_line(warm_home, call, monkeypatch):
-    words = ["compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"]
+    "Each side is asked in a process of its own; here in this one, which has torch loaded."
+    words, launched = ["compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"], []
+    monkeypatch.setattr(commands, "launch_rollout", lambda profile, model: launched.append((profile.batch_size, model)))
     last = call(*words, "--", "batch_size=5").splitlines()[-1]
     assert last.startswith(TOO_FEW) and "12 questions" in last
     record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "engine_agreement.json").read_text())
     assert record["unit"] == "token" and record["n"] == 12
-
-    monkeypatch.setattr(commands, "launch_rollout", lambda *given: None)  # what it would ask is there
+    assert launched == [(12, "tiny"), (5, "tiny")]
     two = warm_home / "smoke" / record["sides"][1]["pmc_vqa"]
     assert call(*words, "--", f"folder={two}").splitlines()[-1] == last
     refuses([*words, "--", f"folder={warm_home / 'smoke' / 'rollouts'}"], "holds 2 greedy rollouts", "name one of them")
@@ -132,3 +133,9 @@ def test_a_recipe_of_ones_own_can_be_merged(home, tmp_path):
 
 def test_an_environment_of_an_older_version_is_a_sentence():
     says(python("-c", "import sys; sys.modules['typer'] = None\nimport medvlthinker.app.cli"), "typer is not installed; ./reproduce.sh setup")
+
+
+def test_a_step_starts_its_kernel_without_the_slow_libraries():
+    imports = "import sys\nsys.modules['rfc3987_syntax'] = None\nimport medvlthinker.app.cli, medvlthinker.app.workflow, medvlthinker.app.commands, nbformat, papermill\n"
+    done = python("-c", imports + "print({'torch', 'transformers', 'datasets', 'pandas', 'plotly', 'scipy'} & {*sys.modules})")
+    assert done.stdout == "set()\n", done.stdout + done.stderr
