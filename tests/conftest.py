@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG = ("test_workflow", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile", "test_types")
+LONG = ("test_workflow", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
 
 
 def pytest_configure(config):
@@ -74,6 +74,46 @@ def warm_tiny(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("MEDVLTHINKER_WARM") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm")
     with file_lock(folder):  # one worker works, the others wait and find it done
         return make_tiny_model(folder / "tiny")
+
+
+SMALL = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
+STEPS = ["1_data", "2_difficulty", "3_train-tiny-RL_PMC", "4_evaluate-tiny", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"]  # of such a run
+
+
+@pytest.fixture(scope="session")
+def small_run(warm_tiny) -> Path:
+    "A copy of the project, beside it the home of a run of each of its steps, and what the run printed; made once for all test workers, and copied by tests that write."
+    from medvlthinker.generation.rollout import file_lock
+
+    folder = Path(os.environ[warm.PLACE]) / "small_run"
+    with file_lock(folder):
+        if not (folder / "out").exists():
+            copy_project(folder / "project")
+            shutil.copytree(warm_tiny, folder / "home" / "smoke" / "checkpoints" / "tiny")
+            done = python("-m", "medvlthinker.app.cli", "run", *SMALL, cwd=folder / "project", **in_copy(folder))
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "out").write_text(done.stdout)
+    return folder
+
+
+def copy_project(folder: Path) -> Path:
+    "The files that git knows or would take, in a folder where they can be edited."
+    files = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, folder / name)  # a folder is a link to one
+    return folder
+
+
+def in_copy(folder: Path) -> dict:
+    "The environment of a command in such a copy; pictures have their own tests."
+    return {"MEDVLTHINKER_HOME": folder / "home", "PYTHONPATH": folder / "project", "BROWSER_PATH": "none"}
+
+
+@pytest.fixture
+def own_run(small_run, tmp_path) -> Path:
+    "A copy of the project and its run for one test."
+    return shutil.copytree(small_run, tmp_path / "own", symlinks=True)
 
 
 def free_port() -> int:
@@ -133,8 +173,8 @@ def warm_home(home, warm_tiny) -> Path:
 
 
 def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    "Run the environment's Python with these words; a module of ours in a process that finds the libraries loaded, where what they read while they load is as it was."
-    if words[0] == "-m" and words[1].startswith("medvlthinker.") and while_loading({**os.environ, **environment}) == AT_START:
+    "Run the environment's Python with these words; a module of ours, or papermill, in a process that finds the libraries loaded, where what they read while they load is as it was."
+    if words[0] == "-m" and words[1].startswith(("medvlthinker.", "papermill")) and while_loading({**os.environ, **environment}) == AT_START:
         return warm.run(*words, cwd=cwd, **environment)
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                           env={**os.environ, **{key: str(value) for key, value in environment.items()}})

@@ -87,7 +87,7 @@ def ask(python: str) -> None:
     "What stands in place of `python`: the server runs modules and files, Python itself all else. Signals are passed on."
     words = sys.argv[1:]
     if not words or words[0].startswith("-") and words[0] != "-m":
-        os.execv(python, [python, *words])
+        os.execv(python, [python, *words])  # noqa: S606
     process = Process(words, os.getcwd(), dict(os.environ), [0, 1, 2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: os.kill(process.pid, number))

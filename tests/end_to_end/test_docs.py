@@ -45,6 +45,8 @@ CI = {  # .ci/run calls them itself, before or after this test: command -> how t
     ".venv/bin/nbdev-export": ".venv/bin/nbdev-export",  # writes in the project
     ".venv/bin/nbdev-clean": ".venv/bin/nbdev-clean",
     "./reproduce.sh docs --readme": "./reproduce.sh docs --readme",
+    ".venv/bin/ruff check .": ".venv/bin/ruff check .",
+    ".venv/bin/python -m mypy medvlthinker": ".venv/bin/python -m mypy medvlthinker",
     "git diff --exit-code --stat": "git diff --exit-code --stat"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
@@ -239,11 +241,11 @@ def test_command(file, command, request):
 
 def by_shell(line: str) -> subprocess.CompletedProcess:
     "Run a command line; a bare call of one of our verbs, modules or files by a process that finds torch loaded."
-    line = re.sub(rf"^\./reproduce\.sh (?=({'|'.join(cli.verbs())}) )", f"{sys.executable} -m medvlthinker.app.cli ", line)
+    line = re.sub(rf"^\./reproduce\.sh (?=({'|'.join(cli.verbs())})( |$))", f"{sys.executable} -m medvlthinker.app.cli ", line)
     environment = {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    if re.fullmatch(rf"{re.escape(str(Path(sys.executable).parent))}/python\S* (-m medvlthinker\.|\S+\.py )[^$|&;<>*?~`]*", line):
-        return warm.run(*shlex.split(line)[1:], cwd=ROOT, timeout=300, **environment)
-    return subprocess.run(["bash", "-c", line], cwd=ROOT, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env={**os.environ, **environment})
+    if re.fullmatch(rf"{re.escape(str(Path(sys.executable).parent))}/python\S* (-m medvlthinker\.|-m pytest |\S+\.py )[^$|&;<>*?~`]*", line):
+        return warm.run(*shlex.split(line)[1:], cwd=ROOT, **environment)
+    return subprocess.run(["bash", "-c", line], cwd=ROOT, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
 
 
 def stands_in(file: str, name: str, *words: str) -> None:

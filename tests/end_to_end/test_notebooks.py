@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import FLOORS, ROOT, python
+from conftest import FLOORS, ROOT
 
 LIBRARY = ["index.ipynb", *sorted(path.relative_to(ROOT / "nbs").as_posix() for floor in FLOORS for path in (ROOT / "nbs" / floor).glob("*.ipynb"))]
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -19,14 +19,6 @@ def test_runs(name):
     nbdev_test = Path(sys.executable).with_name("nbdev-test")
     done = warm.run(nbdev_test, f"nbs/{name}", "--n-workers", "0", cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-def test_modules_import_no_torch():
-    "Importing is free: no module loads torch, and none loads a library that takes seconds."
-    code = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module('medvlthinker.' + m)\n" \
-           "print([m for m in ('torch', 'transformers', 'datasets', 'vllm', 'trl', 'ray', 'plotly', 'pandas', 'scipy') if m in sys.modules])"
-    done = python("-c", code, *MODULES)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def order(name: str) -> tuple[int, int]:
@@ -61,3 +53,18 @@ def test_paper_notebooks_are_clean(path):
     assert path.stem in ("5_results", "6_audit") or not any(cell["outputs"] for cell in cells)
     assert not any(re.search(r"^(def|class) ", "".join(cell["source"]), re.M) for cell in cells)
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+
+
+def without_a_sentence(source: str) -> list[str]:
+    "The public functions, classes and methods of a module whose docstring does not begin with a sentence."
+    tree, found = ast.parse(source), []
+    names = next((ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"), [])
+    for node in (node for node in tree.body if getattr(node, "name", None) in names):
+        methods = [each for each in getattr(node, "body", []) if isinstance(node, ast.ClassDef) and isinstance(each, ast.FunctionDef) and not each.name.startswith("_")]
+        found += [f"{node.name}: {each.name}" for each in [node, *methods] if not (ast.get_docstring(each) or "").partition("\n")[0].endswith((".", "?"))]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_functions_say_what_they_are(module):
+    assert not without_a_sentence((ROOT / "medvlthinker" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))

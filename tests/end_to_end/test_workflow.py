@@ -10,47 +10,34 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, at_work, python, says
+from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says
 from medvlthinker.core.files import UserError
 from medvlthinker.app.profile import load_profile, parse_words
 from medvlthinker.app.cost import dry_run
 from medvlthinker.app.runs import steps
 from medvlthinker.data.sample import read_samples
 
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    "A copy of the project, in which modules can be edited."
-    files = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    copy = tmp_path_factory.mktemp("copy") / "project"
-    for name in filter(None, files):
-        if (ROOT / name).is_dir():  # a link to one
-            shutil.copytree(ROOT / name, copy / name)
-        elif (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    return copy
+EVALUATE = ("-j", "2", "notebooks/4_evaluate-tiny.ipynb")  # as far as this step
 
 
-@pytest.fixture(scope="module")
-def env(tree, warm_tiny, tmp_path_factory) -> dict:
-    home = tmp_path_factory.mktemp("runs")
-    shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
-    return {"MEDVLTHINKER_HOME": home, "PYTHONPATH": tree, "BROWSER_PATH": "none"}  # pictures have their own tests
+def call(folder: Path, verb: str, *words, **environment) -> subprocess.CompletedProcess:
+    "A verb for the small run in a folder."
+    return python("-m", "medvlthinker.app.cli", verb, *SMALL, *words, cwd=folder / "project", **in_copy(folder) | environment)
 
 
-def run(tree, env, *words):
-    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes=", *words, cwd=tree, **env)
+def run(folder: Path, *words) -> tuple[list[str], str]:
+    "Run it again: the steps that ran, and all that was printed."
+    done = call(folder, "run", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"^step \d+ of \d+  (\S+): done in", done.stdout, re.M), done.stdout
 
 
-def status(tree, env, *words, running=False):
+def status(folder: Path, *words, running: bool = False) -> tuple[dict[str, str], str]:
     "The state of each step, and the whole text; asking changes nothing."
-    home = Path(env["MEDVLTHINKER_HOME"])
+    home = folder / "home"
     stamps = lambda: {path: path.stat().st_mtime_ns for path in home.rglob("*") if ".snakemake" not in path.parts}
     before = stamps()
-    done = python("-m", "medvlthinker.app.cli", "status", "smoke", "limit=6", "train_limit=6", *words, cwd=tree, **env)
+    done = call(folder, "status", *words)
     assert done.returncode == 0, done.stderr
     assert running or stamps() == before, "asking writes nothing, but for notes of Snakemake's own"
     lines = done.stdout.splitlines()
@@ -58,109 +45,113 @@ def status(tree, env, *words, running=False):
     return {line.split()[0]: line.split()[1] for line in lines[1:-2] if not line.startswith(" ")}, done.stdout
 
 
-def test_first_run_and_what_makes_it_run_again(tree, env):
-    words = ("train_limit=32", "recipes=tiny-SFT_m23k", "max_steps=2")
-    ran, out = run(tree, env, *words)
-    assert ran[0] == "1_data" and set(ran[-2:]) == {"5_results", "6_audit"}, ran
-    assert "step 1 of 7  1_data: it has not run yet" in out
-    assert set(ran[1:-2]) == {"2_difficulty", "3_train-tiny-SFT_m23k", "4_evaluate-tiny", "4_evaluate-tiny-SFT_m23k"} and ran.index("3_train-tiny-SFT_m23k") < ran.index("4_evaluate-tiny-SFT_m23k")
-    assert "tiny-SFT_m23k: step 2 of 2" in out and "nothing medical" in out and "7B" in out, "the training can be watched, and the table is printed, with its warning, beside the paper's rows"
-    home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
-    assert sorted(path.stem for path in (home / "notebooks").glob("*.ipynb")) == sorted(ran)
+def due(folder: Path) -> set[str]:
+    "What the next run would do."
+    return {name for name, state in status(folder)[0].items() if state != "done"}
 
-    ran, out = run(tree, env, *words)
-    assert ran == [] and "nothing ran" in out
-    states, out = status(tree, env, *words)
-    assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
-    assert re.search(r"3_train-tiny-SFT_m23k +done +\d+ s", out), out
-    with open(tree / "medvlthinker" / "training" / "memory.py", "a") as module:
-        module.write("\n# edited\n")
-    states, out = status(tree, env, *words)
-    coming = {name for name, state in states.items() if state == "stale"}
-    assert re.search(r"3_train-tiny-SFT_m23k +stale .* training/memory was edited", out) and "follows 3_train-tiny-SFT_m23k" in out, out
-    ran, out = run(tree, env, *words)
-    assert set(ran) == coming, "what status said would run"
-    assert "3_train-tiny-SFT_m23k" in ran and "step 2 of 2" not in out, "the notebook is run again, the training is not"
-    run(tree, env)
 
-    os.utime(tree / "medvlthinker" / "results" / "figures.py")
-    notebook = tree / "nbs" / "paper" / "1_data.ipynb"
+def edit(folder: Path, module: str) -> None:
+    with open(folder / "project" / "medvlthinker" / module, "a") as file:
+        file.write("\n# edited\n")
+
+
+def test_a_first_run_can_be_watched(small_run):
+    out = (small_run / "out").read_text()
+    ran = re.findall(r"^step \d+ of \d+  (\S+): done in", out, re.M)
+    assert set(ran) == {*STEPS} and ran[0] == "1_data" and set(ran[-2:]) == {"5_results", "6_audit"}
+    assert ran.index("2_difficulty") < ran.index("3_train-tiny-RL_PMC") < ran.index("4_evaluate-tiny-RL_PMC")
+    assert "step 1 of 7  1_data: it has not run yet" in out and "tiny-RL_PMC: step 2 of 2" in out
+    assert "nothing medical" in out and "7B" in out, "the table is printed, with its warning, beside the paper's rows"
+    assert sorted(path.stem for path in (small_run / "home" / "smoke" / "notebooks").glob("*.ipynb")) == sorted(ran)
+
+
+def test_what_makes_it_run_again(own_run):
+    project, home = own_run / "project", own_run / "home" / "smoke"
+    os.utime(project / "medvlthinker" / "results" / "figures.py")
+    notebook = project / "nbs" / "paper" / "1_data.ipynb"
     notebook.write_text(notebook.read_text().replace("Two corpora, six benchmarks, one format", "Another sentence"))
-    assert run(tree, env)[0] == [], "a touched file is the same file, and a sentence is no code"
+    ran, out = run(own_run)
+    assert ran == [] and "nothing ran" in out, "a touched file is the same file, and a sentence is no code"
+    states, out = status(own_run)
+    assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
+    assert re.search(r"3_train-tiny-RL_PMC +done +\d+ s", out), out
 
-    shards = {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")}
-    with open(tree / "medvlthinker" / "results" / "figures.py", "a") as module:
-        module.write("\n# edited\n")
-    assert set(run(tree, env)[0]) == {"5_results", "6_audit"}, "only what imports the edited module"
-    with open(tree / "medvlthinker" / "core" / "grade.py", "a") as module:
-        module.write("\n# edited\n")
-    assert "4_evaluate-tiny" in run(tree, env)[0]
-    assert {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")} == shards, "grading anew asks no model"
+    table = home / "results" / "table.txt"
+    table.rename(table.with_suffix(".away"))
+    assert due(own_run) == {"5_results"}, "a lost table is made again"
+    table.with_suffix(".away").rename(table)
+    edit(own_run, "results/figures.py")
+    assert due(own_run) == {"5_results", "6_audit"}, "only what imports the edited module"
+    edit(own_run, "training/memory.py")
+    states, out = status(own_run)
+    coming = {name for name, state in states.items() if state == "stale"}
+    assert re.search(r"3_train-tiny-RL_PMC +stale .* training/memory was edited", out) and "follows 3_train-tiny-RL_PMC" in out, out
+    assert coming == {"3_train-tiny-RL_PMC", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"}
+    answers = {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")}
+    ran, out = run(own_run)
+    assert set(ran) == coming, "what status said would run"
+    assert "step 2 of 2" not in out and {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")} == answers, "notebooks are run again; nothing is trained or asked again"
 
-    (home / "results" / "table.txt").unlink()
-    assert run(tree, env)[0] == ["5_results"], "a lost table is made again"
 
-
-def test_killed_interrupted_and_called_again(tree, env, tmp_path):
-    "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call finishes, and the results are those of a run without either."
-    home = tmp_path / "killed"
-    shutil.copytree(Path(env["MEDVLTHINKER_HOME"]) / "smoke" / "checkpoints" / "tiny", home / "smoke" / "checkpoints" / "tiny")
-    here = {**env, "MEDVLTHINKER_HOME": home}
+def test_killed_interrupted_and_called_again(own_run):
+    "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call goes on, and the results are those of a run without either."
+    folder, before = own_run, own_run / "home" / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json"
+    counts = json.loads(before.read_text())["counts"]
+    shutil.move(folder / "home" / "smoke" / "checkpoints" / "tiny", folder / "tiny")
+    shutil.rmtree(folder / "home")
+    shutil.move(folder / "tiny", folder / "home" / "smoke" / "checkpoints" / "tiny")
 
     def begin(until: str) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes="], cwd=tree, env={**os.environ, **{key: str(value) for key, value in here.items()}},
+        words = [sys.executable, "-m", "medvlthinker.app.cli", "run", *SMALL]
+        process = subprocess.Popen(words, cwd=folder / "project", env={**os.environ, **{key: str(value) for key, value in in_copy(folder).items()}},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        for _ in range(1200):
-            if any(until in each for each in at_work(home).values()):
-                return process
+        while not any(until in each for each in at_work(folder / "home").values()):
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
-        raise AssertionError(f"{until} has not begun within two minutes")
+        return process
 
     process = begin("ipykernel")
-    unfinished = home / "smoke" / "notebooks" / "1_data.running.ipynb"
-    for _ in range(300):  # papermill writes when it begins a cell
-        if unfinished.exists() and '"status": "running"' in unfinished.read_text():
-            break
+    unfinished = folder / "home" / "smoke" / "notebooks" / "1_data.running.ipynb"
+    while not (unfinished.exists() and '"status": "running"' in unfinished.read_text()):  # papermill writes when it begins a cell
         time.sleep(0.1)
-    states, _ = status(tree, here, "recipes=", running=True)
-    assert states["1_data"] == "running", states
+    assert status(folder, running=True)[0]["1_data"] == "running"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    for _ in range(300):  # a kernel looks after its parent once a second
-        if not at_work(home):
-            break
+    while at_work(folder / "home"):  # a kernel looks after its parent once a second
         time.sleep(0.1)
-    states, out = status(tree, here, "recipes=")
+    states, out = status(folder)
     assert states["1_data"] == "interrupted" and "1_data.running.ipynb" in out and "code cell" in out and "first 1_data" in out, out
 
     process = begin("medvlthinker.app.cli rollout")
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
-    assert at_work(home) == {}, "neither a kernel nor what it had started is left"
-    assert "interrupted" in status(tree, here, "recipes=")[0].values()
-
-    run(tree, here)
-    counts = [json.loads((path / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())["counts"] for path in (home, Path(env["MEDVLTHINKER_HOME"]))]
-    assert counts[0] == counts[1]
+    assert at_work(folder / "home") == {}, "neither a kernel nor what it had started is left"
+    assert "interrupted" in status(folder)[0].values()
+    assert "4_evaluate-tiny" in run(folder, *EVALUATE)[0] and json.loads(before.read_text())["counts"] == counts
 
 
-def test_a_failed_notebook_leaves_its_partial_copy_and_a_sentence(tree, env, tmp_path):
-    source = tree / "nbs" / "paper" / "1_data.ipynb"
-    before = source.read_text()
-    notebook = json.loads(before)
+def test_a_failed_notebook_leaves_its_partial_copy_and_a_sentence(own_run):
+    source, notebooks = own_run / "project" / "nbs" / "paper" / "1_data.ipynb", own_run / "home" / "smoke" / "notebooks"
+    shutil.rmtree(own_run / "home")
+    notebook = json.loads(source.read_text())
     notebook["cells"].insert(4, {"cell_type": "code", "id": "broken", "metadata": {}, "outputs": [], "execution_count": None, "source": "1 / 0"})
-    try:
-        source.write_text(json.dumps(notebook))
-        done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **{**env, "MEDVLTHINKER_HOME": tmp_path})
-        says(done, "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
-        assert (tmp_path / "smoke" / "notebooks" / "1_data.running.ipynb").is_file()
-        assert not (tmp_path / "smoke" / "notebooks" / "5_results.ipynb").exists(), "what waits for a failed step does not run"
-        states, out = status(tree, {**env, "MEDVLTHINKER_HOME": tmp_path}, "recipes=")
-        assert states == {"1_data": "failed", "2_difficulty": "missing", "4_evaluate-tiny": "missing", "5_results": "missing", "6_audit": "missing"}
-        assert "    ZeroDivisionError: division by zero\n" in out and f"    {tmp_path}/smoke/notebooks/1_data.running.ipynb\n" in out, out
-    finally:
-        source.write_text(before)
+    source.write_text(json.dumps(notebook))
+    says(call(own_run, "run"), "ZeroDivisionError: division by zero", "1_data stopped there", "1_data.running.ipynb")
+    assert [path.name for path in notebooks.glob("*.ipynb")] == ["1_data.running.ipynb"], "what waits for a failed step does not run"
+    states, out = status(own_run)
+    assert states == {name: "failed" if name == "1_data" else "missing" for name in STEPS}
+    assert "    ZeroDivisionError: division by zero\n" in out and f"    {notebooks}/1_data.running.ipynb\n" in out, out
+
+
+def test_a_clock_that_went_back_is_a_sentence(own_run):
+    "What is there was written tomorrow: Snakemake would run it for ever, so it stops, and says which file."
+    notebooks, later = own_run / "home" / "smoke" / "notebooks", time.time() + 86400
+    os.utime(notebooks / "1_data.ipynb", (later, later))
+    (notebooks / "4_evaluate-tiny.ipynb").unlink()
+    says(call(own_run, "run", *EVALUATE), "Snakemake stopped: ", "older modification time", "1_data.ipynb")
+    os.utime(notebooks / "1_data.ipynb")
+    assert run(own_run, *EVALUATE)[0] == ["4_evaluate-tiny"]
 
 
 @pytest.mark.parametrize("words, parts", [
@@ -269,11 +260,9 @@ def test_full_disk(tmp_path):
 
 
 def test_real_radiographs(real_data, warm_home, tmp_path):
-    "The README's command for real images: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question."
+    "The README's command for real images: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question; each is asked once."
     out = tmp_path / "out.ipynb"
-    papermill = Path(sys.executable).with_name("papermill")
-    done = subprocess.run([papermill, "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data],
-                          cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(warm_home)})
+    done = python("-m", "papermill", "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data, "-p", "repeats", 0, MEDVLTHINKER_HOME=warm_home)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
     (right, n), = record["counts"].values()
@@ -284,9 +273,7 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
 
 
 def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
-    papermill = Path(sys.executable).with_name("papermill")
-    done = subprocess.run([papermill, "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1"], cwd=ROOT, check=False, capture_output=True,
-                          text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
+    done = python("-m", "papermill", "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1")
     assert done.returncode and "Unknown parameter gpu; did you mean gpus? Known are profile, model, data, data_dir" in done.stderr
 
 
@@ -315,26 +302,8 @@ def test_parameters_are_explained_and_unknown_ones_refused(name):
     assert names["run"].limit == 5
 
 
-def test_the_commands_help_explains_them():
-    done = subprocess.run([Path(sys.executable).with_name("papermill"), "--help-notebook", "nbs/paper/2_difficulty.ipynb"], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert "low: int (default 1)" in done.stdout and "fewest right answers of a question that is kept" in done.stdout
-
-
 def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     "Without a training corpus there is no difficulty to measure, and the rest runs; whoever names a corpus is told that it is not there."
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
     assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results", "6_audit"]
     assert "2_difficulty" in [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path), corpus="m23k"))]
-
-
-def test_a_clock_that_went_back_is_a_sentence(tree, env):
-    "What is there was written tomorrow: Snakemake would run it for ever, so it stops, and says which file."
-    home = Path(env["MEDVLTHINKER_HOME"]) / "smoke"
-    later = time.time() + 86400
-    os.utime(home / "notebooks" / "1_data.ipynb", (later, later))
-    (home / "notebooks" / "6_audit.ipynb").unlink()
-    (home / "notebooks" / "2_difficulty.ipynb").unlink()
-    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=6", "train_limit=6", "recipes=", cwd=tree, **env)
-    says(done, "Snakemake stopped: ", "older modification time", "1_data.ipynb")
-    os.utime(home / "notebooks" / "1_data.ipynb")
-    assert {"2_difficulty", "6_audit"} <= set(run(tree, env)[0])

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -70,10 +69,8 @@ def test_without_a_network_everything_imports_and_the_data_of_the_hub_are_a_sent
 @pytest.mark.heavy
 @pytest.mark.parametrize("words, parts", [(["app.cli", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
                                           (["app.cli", "rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["Qwen2.5-VL-3B-Instruct", "it has not been downloaded before"])])
-def test_without_a_network_the_hub_is_a_sentence_and_soon(cut_off, tmp_path, words, parts):
-    began = time.monotonic()
+def test_without_a_network_the_hub_is_a_sentence(cut_off, tmp_path, words, parts):
     says(cut_off("-m", f"medvlthinker.{words[0]}", *words[1:], MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path), *parts)
-    assert time.monotonic() - began < 90, "left to itself, the hub's client tries for three minutes"
 
 
 @pytest.mark.heavy
@@ -104,16 +101,6 @@ def test_without_a_gpu_whatever_asks_for_one_says_so(home, model, words, gpus):
 
 
 # --- a browser -------------------------------------------------------------------------------------------------------------
-
-BROWSED = ["test_lab.py", "test_viewer.py"]
-
-
-@pytest.mark.heavy
-def test_without_chromium_the_tests_that_need_one_are_skipped_with_a_sentence():
-    done = python("-m", "pytest", "-n", 0, "-m", "heavy", "--no-fold-skipped", *(Path("tests/browser", name) for name in BROWSED), PATH=Path(sys.executable).parent, BROWSER_PATH="")
-    assert done.returncode == 0, done.stdout[-3000:]
-    skipped = re.findall(r"SKIPPED tests/browser/(\w+\.py)::.* - (.*)", done.stdout)
-    assert {name for name, _ in skipped} == set(BROWSED) and all(re.search("no chromium|chromium is not installed", why) for _, why in skipped), skipped
 
 
 def test_without_chromium_the_script_says_what_is_skipped(tmp_path):
