@@ -61,8 +61,10 @@ def to_rgb(data: bytes, draft: int = 0):  # a JPEG may be decoded smaller, no si
     if draft:
         image.draft("RGB", (draft, draft))
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # 262 is PhotometricInterpretation
+    image.load()
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return _grey(image, white_is_zero)  # in images of up to 8 bits, Pillow inverts by itself
     if image.has_transparency_data:
@@ -99,8 +101,8 @@ def _misread(image) -> list[str]:
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000
 
 
-def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
-    "An image's size, and what may be misread in it; ValueError for an unusable image."
+def _inspect(data: bytes, fit: Callable | None = None) -> tuple[list[str], bool]:
+    "What may be misread in an image, and whether `fit` changes its size; ValueError for no image."
     from PIL import Image
 
     if not data:
@@ -112,7 +114,9 @@ def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
         raise ValueError(f"{width}x{height} pixels, and a side under {MIN_SIDE} shows nothing")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
-    words = _misread(image)
+    words, resized = _misread(image), fit is not None and fit(width, height) != (width, height)
+    if resized and not image.has_transparency_data:
+        return words, True  # it is decoded then
     with _reading():
         if image.format == "JPEG":
             image.draft("L", (width // 8, height // 8))  # reads all, computes little
@@ -120,7 +124,7 @@ def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
         if image.has_transparency_data and not image.mode.startswith(("I", "F")):
             if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 words.append("see-through, painted on white")
-    return (width, height), words
+    return words, resized
 
 # %% ../../nbs/data/10_sample.ipynb #d0a7713b
 def image_problem(data: bytes) -> str:
@@ -137,7 +141,7 @@ def _as_png(data: bytes, fit: Callable | None) -> bytes:
     with _reading():
         picture, file = to_rgb(data), io.BytesIO()
         picture = picture.resize(fit(*picture.size), resample=2) if fit else picture  # bilinear
-        picture.save(file, "PNG")
+        picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 # %% ../../nbs/data/10_sample.ipynb #ebe6d26b
@@ -150,9 +154,8 @@ def normalize_images(
     files, mended = [], []
     for data, name in itertools.zip_longest(images, names):
         try:
-            size, words = _inspect(data)
-            changed = words or fit and fit(*size) != size
-            files.append(_as_png(data, fit) if changed else data)
+            words, resized = _inspect(data, fit)
+            files.append(_as_png(data, fit) if words or resized else data)
             mended.append(" and ".join(words))
         except (ValueError, ArithmeticError) as problem:
             prefix = f"{name} is " if isinstance(name, str) else ""
