@@ -7,9 +7,9 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'LEAKS', 'COLUMNS', 'SAME_QUESTION', 'SPECI
            'NEAR_BITS', 'NEAR_COSINE', 'MOST_ALIGNED', 'SAME_COLOURS', 'SAME_DETAIL', 'SAME_TILE', 'normalize_question',
            'shingles', 'question_similarity', 'is_specific', 'QuestionIndex', 'thumbnail', 'crop', 'spectra',
            'sign_bits', 'similar_windows', 'colour_ranges', 'colour_distance', 'likely_windows', 'align_windows',
-           'detail_similarity', 'same_pixels', 'ImageIndex', 'identifiers', 'SampleIndex', 'overlap', 'searched_files',
-           'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions', 'without_overlap',
-           'accuracy_by_overlap', 'side_by_side']
+           'detail_similarity', 'same_pixels', 'ImageIndex', 'identifiers', 'SampleIndex', 'pair_table', 'overlap',
+           'searched_files', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions',
+           'without_overlap', 'accuracy_by_overlap', 'side_by_side']
 
 # %% ../../nbs/data/17_overlap.ipynb #663a54b7
 import base64, hashlib, html, io, itertools, re, unicodedata, zlib
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import fingerprint, record_path, read_json, write_record
-from .sample import Sample, to_rgb
+from .sample import Sample, SampleFile, to_rgb
 from .benchmarks import benchmark_file, benchmark_names
 from .corpora import corpus_file, corpus_names
 from .readers import DataSettings, parallel_map, read_csv, write_csv
@@ -301,6 +301,7 @@ class SampleIndex:
     "Test samples by row, searchable at every level."
 
     def __init__(self, samples: Sequence[Sample], threads: int = 2):
+        self._keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
         self._texts = [normalize_question(sample.question) for sample in samples]
         self._questions = QuestionIndex(text if is_specific(sample) else ""
                                         for sample, text in zip(samples, self._texts))
@@ -326,25 +327,28 @@ class SampleIndex:
         for level, name in identifiers(sample):
             yield from ((row, level, 1.0) for row in self._identifiers.get((level, name), ()))
 
+    def pairs(self, name: str, samples: Iterable[Sample], threads: int = 2) -> list[tuple]:
+        "A row of `COLUMNS` for each reason, for the samples of a corpus of this name."
+        found = parallel_map(lambda sample: (sample, [*self.search(sample)]), samples, threads)
+        return [(name, sample.dataset_index, *self._keys[row], *hit)
+                for sample, hits in found for row, *hit in hits]
+
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba3
-def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
-    "A DataFrame of all training and test items that are the same at some level, strongest first."
+def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
+    "A DataFrame of the pairs, by level, the most similar first."
     import pandas
 
-    test = list(test)
-    index, keys = SampleIndex(test, threads), [(s.dataset_name, s.dataset_index) for s in test]
-
-    def find_pairs(item: tuple[str, Sample]) -> list[tuple]:
-        name, sample = item
-        hits = index.search(sample)
-        return [(name, sample.dataset_index, *keys[row], *hit) for row, *hit in hits]
-
-    train = ((name, sample) for name, samples in corpora.items() for sample in samples)
-    rows = itertools.chain.from_iterable(parallel_map(find_pairs, train, threads))
     pairs = pandas.DataFrame(list(rows), columns=COLUMNS)
     order = pairs.assign(level=pairs["level"].map(LEVELS.index), similarity=-pairs["similarity"])
     order = order.sort_values(["level", "similarity", *COLUMNS[:4]])
     return pairs.loc[order.index].reset_index(drop=True)
+
+# %% ../../nbs/data/17_overlap.ipynb #49bb2ba5
+def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
+    "A DataFrame of all training and test items that are the same at some level, strongest first."
+    index = SampleIndex(list(test), threads)
+    return pair_table(itertools.chain.from_iterable(
+        index.pairs(name, samples, threads) for name, samples in corpora.items()))
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
 def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
@@ -434,17 +438,24 @@ def _cell(sample: Sample, title: str) -> str:
     return f"{cell}<br>{html.escape(sample.question[:400])}</td>"
 
 
-def side_by_side(pairs, corpora: dict[str, Iterable], test: Iterable[Sample], n: int = 20) -> str:
+def _chosen(samples: Iterable[Sample], numbers: Iterable) -> list[Sample]:
+    wanted = set(numbers)
+    if isinstance(samples, SampleFile):
+        return samples.select(wanted)
+    return [sample for sample in samples if sample.dataset_index in wanted]
+
+
+def side_by_side(pairs, corpora: dict[str, Iterable], tests: dict[str, Iterable], n=20) -> str:
     "HTML with n pairs at most, some of each level: pictures and questions, read once more."
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
-    sides = {"train": ((name, s) for name, samples in corpora.items() for s in samples),
-             "test": ((s.dataset_name, s) for s in test)}
     cells = {}
-    for side, samples in sides.items():
-        keys = set(zip(first[f"{side}_name"], first[f"{side}_index"]))
-        cells |= {(side, *key): _cell(s, f"{side} {key[0]} {key[1]}") for name, s in samples
-                  if (key := (name, s.dataset_index)) in keys}
+    for side, sets in (("train", corpora), ("test", tests)):
+        for name, samples in sets.items():
+            numbers = first.loc[first[f"{side}_name"] == name, f"{side}_index"]
+            cells |= {(side, name, sample.dataset_index):
+                      _cell(sample, f"{side} {name} {sample.dataset_index}")
+                      for sample in _chosen(samples, numbers)}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
             f"{cells['train', pair.train_name, pair.train_index]}"
             f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]

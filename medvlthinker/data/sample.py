@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to_rgb', 'image_problem', 'normalize_images',
            'InvalidRow', 'json_kind', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples',
-           'open_parquet', 'SampleFile', 'read_samples', 'store_samples']
+           'open_parquet', 'SampleFile', 'read_samples', 'sample_sizes', 'store_samples']
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
@@ -369,6 +369,12 @@ class SampleFile(Sequence):
         first, last = min(chosen, default=0), max(chosen, default=-1)
         return list(self._between(first, last + 1))[::chosen.step]
 
+    def select(self, indices: set[int]) -> list[Sample]:
+        "The samples with these numbers (`dataset_index`); other row groups are not read."
+        with open_parquet(self.path) as file:
+            numbers = file.read(["dataset_index"])["dataset_index"].to_pylist()
+        return [self[place] for place, number in enumerate(numbers) if number in indices]
+
     def _between(self, start: int, stop: int) -> Iterator[Sample]:
         bounds = enumerate(itertools.pairwise(self.starts))
         groups = [group for group, (first, end) in bounds if first < stop and start < end]
@@ -383,6 +389,14 @@ class SampleFile(Sequence):
 def read_samples(path, look: bool = True) -> list[Sample]:
     "All samples of a file at once; the arguments are those of `SampleFile`."
     return list(SampleFile(path, look))
+
+# %% ../../nbs/data/10_sample.ipynb #2ac1f0d2
+def sample_sizes(samples: Iterable[Sample]):
+    "A DataFrame, a row a sample: how many options and images it has, and whether reasoning."
+    import pandas
+
+    rows = [(len(each.options), len(each.images), bool(each.reasoning)) for each in samples]
+    return pandas.DataFrame(rows, columns=["options", "images", "reasoning"])
 
 # %% ../../nbs/data/10_sample.ipynb #d9e8f7a6
 def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
