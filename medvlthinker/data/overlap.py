@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_LEVELS', 'LEVELS', 'LEAKS', 'COLUMNS', 'SAME_QUESTION', 'SPECIFIC_WORDS', 'WHOLE', 'MIDDLE', 'WINDOWS',
-           'NEAR_BITS', 'NEAR_COSINE', 'SAME_DETAIL', 'SAME_TILE', 'normalize_question', 'shingles',
-           'question_similarity', 'is_specific', 'QuestionIndex', 'thumbnail', 'crop', 'spectra', 'sign_bits',
-           'similar_windows', 'align_windows', 'detail_similarity', 'same_pixels', 'ImageIndex', 'identifiers',
-           'SampleIndex', 'overlap', 'searched_files', 'store_pairs', 'stored_pairs', 'overlap_matrix',
-           'overlapping_questions', 'without_overlap', 'accuracy_by_overlap', 'side_by_side']
+           'NEAR_BITS', 'NEAR_COSINE', 'MOST_ALIGNED', 'SAME_COLOURS', 'SAME_DETAIL', 'SAME_TILE', 'normalize_question',
+           'shingles', 'question_similarity', 'is_specific', 'QuestionIndex', 'thumbnail', 'crop', 'spectra',
+           'sign_bits', 'similar_windows', 'colour_ranges', 'colour_distance', 'likely_windows', 'align_windows',
+           'detail_similarity', 'same_pixels', 'ImageIndex', 'identifiers', 'SampleIndex', 'pair_table', 'overlap',
+           'searched_files', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions',
+           'without_overlap', 'accuracy_by_overlap', 'side_by_side']
 
 # %% ../../nbs/data/17_overlap.ipynb #663a54b7
 import base64, hashlib, html, io, itertools, re, unicodedata, zlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import fingerprint, record_path, read_json, write_record
-from .sample import Sample, to_rgb
+from .sample import Sample, SampleFile, to_rgb
 from .benchmarks import benchmark_file, benchmark_names
 from .corpora import corpus_file, corpus_names
 from .readers import DataSettings, parallel_map, read_csv, write_csv
@@ -138,6 +139,53 @@ def similar_windows(
     order = np.argsort(cosine)[(cosine < NEAR_COSINE).sum():]  # the best last, to stay in the dict
     return {k // len(WINDOWS): WINDOWS[k % len(WINDOWS)] for k in near[order].tolist()}
 
+# %% ../../nbs/data/17_overlap.ipynb #9d2f0a12
+def colour_ranges(thumb) -> np.ndarray:  # 32 x 32 x 9, 8 bit
+    "Colours of a thumbnail at each point, then the least and the most of them nearby."
+    from scipy.ndimage import maximum_filter, minimum_filter, uniform_filter
+
+    if thumb is None:
+        return np.zeros((32, 32, 9), np.uint8)
+    colours = uniform_filter(np.asarray(thumb, np.float32), (4, 4, 0))[1::2, 1::2]
+    near = (7, 7, 1)  # three pixels each way
+    ranges = colours, minimum_filter(colours, near), maximum_filter(colours, near)
+    return np.concatenate(ranges, axis=2).astype(np.uint8)
+
+# %% ../../nbs/data/17_overlap.ipynb #9d2f0a14
+def _points(ranges: np.ndarray, windows) -> np.ndarray:  # images x 12 x 12 x 9
+    "The ranges at 12 x 12 points of each image's window."
+    left_top, right_bottom = np.split(np.array(windows)[..., None], 2, axis=1)
+    places = left_top + (right_bottom - left_top) * (np.arange(12) + 0.5) / 12
+    x, y = np.moveaxis((32 * places).astype(int), 1, 0)
+    image = np.arange(len(ranges))[:, None, None]
+    return ranges[image, y[:, :, None], x[:, None, :]].astype(np.int16)
+
+
+def colour_distance(
+    ranges: np.ndarray, window: Sequence[float],  # of one image
+    others: np.ndarray, windows: Sequence,  # of n images
+) -> np.ndarray:  # n values of 0 to 255
+    "The largest difference of colours that neither a small shift nor the brightness explains."
+    a, least_a, most_a = np.split(_points(ranges[None], [window]), 3, axis=3)
+    b, least_b, most_b = np.split(_points(others, windows), 3, axis=3)
+    brighter = (a.mean() - b.mean((1, 2, 3), keepdims=True)).astype(np.int16)
+    beyond = [a - brighter - most_b, least_b + brighter - a,
+              b + brighter - most_a, least_a - brighter - b]
+    return np.maximum.reduce(beyond).max((1, 2, 3))
+
+# %% ../../nbs/data/17_overlap.ipynb #9d2f0a17
+MOST_ALIGNED, SAME_COLOURS = 24, 114
+
+
+def likely_windows(thumb, window: Sequence[float], near: dict, ranges: np.ndarray) -> dict:
+    "Those of `similar_windows` with the colours of a window, the nearest first."
+    if not near:
+        return {}
+    numbers, windows = np.array(list(near)), list(near.values())
+    apart = colour_distance(colour_ranges(thumb), window, ranges[numbers], windows)
+    nearest = np.argsort(apart, kind="stable")[:MOST_ALIGNED]
+    return {int(numbers[i]): windows[i] for i in nearest if apart[i] <= SAME_COLOURS}
+
 # %% ../../nbs/data/17_overlap.ipynb #c95d2c81
 def _standardized(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
     "Blurred grey values, each picture with mean 0 and deviation 1."
@@ -153,11 +201,12 @@ def align_windows(target, thumbs: list, starts: Sequence) -> np.ndarray:  # n wi
     "The window of each thumbnail that shows what the target, from `crop`, shows, if it shows it."
     windows, along = np.array(starts, float), (np.arange(32) + 0.5) / 32
     for blur in (2, 2, 0.7, 0.7, 0.7, 0.7):  # in pixels, one round each
-        now = _standardized([crop(*pair) for pair in zip(thumbs, windows)], blur)
+        crops = [crop(*pair) for pair in zip(thumbs, windows)]
+        goal, now = np.split(_standardized([target, *crops], blur), [1])
         y, x = np.gradient(now, axis=(1, 2))
         moves = x * (1 - along), y * (1 - along[:, None]), x * along, y * along[:, None]
         slopes = np.stack([*moves, now, np.ones_like(now)], 1).reshape(len(now), 6, -1)
-        away = (_standardized([target], blur) - now).reshape(len(now), -1, 1)
+        away = (goal - now).reshape(len(now), -1, 1)
         normal = slopes @ slopes.transpose(0, 2, 1) + 0.1 * np.eye(6)
         steps = np.clip(np.linalg.solve(normal, slopes @ away)[:, :4, 0] / 32, -0.06, 0.06)
         size = windows[:, 2:] - windows[:, :2]
@@ -201,12 +250,15 @@ class ImageIndex:
         rows = [spectra(thumb, WINDOWS) for thumb in self._thumbs]
         self._spectra = np.concatenate([np.zeros((0, 64), np.float32), *rows])
         self._bits = sign_bits(self._spectra)
+        ranges = [colour_ranges(thumb)[None] for thumb in self._thumbs]
+        self._colours = np.concatenate([np.zeros((0, 32, 32, 9), np.uint8), *ranges])
 
     def search(self, data: bytes) -> dict[int, tuple[str, float]]:  # number -> level, similarity
         "The images that an image is a copy of, or that are a copy of it."
         found, thumb = {}, thumbnail(data)
         for window, spectrum in zip((WHOLE, MIDDLE), spectra(thumb, (WHOLE, MIDDLE))):
-            if near := similar_windows(spectrum, self._spectra, self._bits):
+            near = similar_windows(spectrum, self._spectra, self._bits)
+            if near := likely_windows(thumb, window, near, self._colours):
                 target, thumbs = crop(thumb, window), [self._thumbs[n] for n in near]
                 windows = align_windows(target, thumbs, list(near.values()))
                 alike = detail_similarity(target, [crop(*pair) for pair in zip(thumbs, windows)])
@@ -249,6 +301,7 @@ class SampleIndex:
     "Test samples by row, searchable at every level."
 
     def __init__(self, samples: Sequence[Sample], threads: int = 2):
+        self._keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
         self._texts = [normalize_question(sample.question) for sample in samples]
         self._questions = QuestionIndex(text if is_specific(sample) else ""
                                         for sample, text in zip(samples, self._texts))
@@ -274,25 +327,28 @@ class SampleIndex:
         for level, name in identifiers(sample):
             yield from ((row, level, 1.0) for row in self._identifiers.get((level, name), ()))
 
+    def pairs(self, name: str, samples: Iterable[Sample], threads: int = 2) -> list[tuple]:
+        "A row of `COLUMNS` for each reason, for the samples of a corpus of this name."
+        found = parallel_map(lambda sample: (sample, [*self.search(sample)]), samples, threads)
+        return [(name, sample.dataset_index, *self._keys[row], *hit)
+                for sample, hits in found for row, *hit in hits]
+
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba3
-def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
-    "A DataFrame of all training and test items that are the same at some level, strongest first."
+def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
+    "A DataFrame of the pairs, by level, the most similar first."
     import pandas
 
-    test = list(test)
-    index, keys = SampleIndex(test, threads), [(s.dataset_name, s.dataset_index) for s in test]
-
-    def find_pairs(item: tuple[str, Sample]) -> list[tuple]:
-        name, sample = item
-        hits = index.search(sample)
-        return [(name, sample.dataset_index, *keys[row], *hit) for row, *hit in hits]
-
-    train = ((name, sample) for name, samples in corpora.items() for sample in samples)
-    rows = itertools.chain.from_iterable(parallel_map(find_pairs, train, threads))
     pairs = pandas.DataFrame(list(rows), columns=COLUMNS)
     order = pairs.assign(level=pairs["level"].map(LEVELS.index), similarity=-pairs["similarity"])
     order = order.sort_values(["level", "similarity", *COLUMNS[:4]])
     return pairs.loc[order.index].reset_index(drop=True)
+
+# %% ../../nbs/data/17_overlap.ipynb #49bb2ba5
+def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
+    "A DataFrame of all training and test items that are the same at some level, strongest first."
+    index = SampleIndex(list(test), threads)
+    return pair_table(itertools.chain.from_iterable(
+        index.pairs(name, samples, threads) for name, samples in corpora.items()))
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
 def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
@@ -382,17 +438,24 @@ def _cell(sample: Sample, title: str) -> str:
     return f"{cell}<br>{html.escape(sample.question[:400])}</td>"
 
 
-def side_by_side(pairs, corpora: dict[str, Iterable], test: Iterable[Sample], n: int = 20) -> str:
+def _chosen(samples: Iterable[Sample], numbers: Iterable) -> list[Sample]:
+    wanted = set(numbers)
+    if isinstance(samples, SampleFile):
+        return samples.select(wanted)
+    return [sample for sample in samples if sample.dataset_index in wanted]
+
+
+def side_by_side(pairs, corpora: dict[str, Iterable], tests: dict[str, Iterable], n=20) -> str:
     "HTML with n pairs at most, some of each level: pictures and questions, read once more."
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
-    sides = {"train": ((name, s) for name, samples in corpora.items() for s in samples),
-             "test": ((s.dataset_name, s) for s in test)}
     cells = {}
-    for side, samples in sides.items():
-        keys = set(zip(first[f"{side}_name"], first[f"{side}_index"]))
-        cells |= {(side, *key): _cell(s, f"{side} {key[0]} {key[1]}") for name, s in samples
-                  if (key := (name, s.dataset_index)) in keys}
+    for side, sets in (("train", corpora), ("test", tests)):
+        for name, samples in sets.items():
+            numbers = first.loc[first[f"{side}_name"] == name, f"{side}_index"]
+            cells |= {(side, name, sample.dataset_index):
+                      _cell(sample, f"{side} {name} {sample.dataset_index}")
+                      for sample in _chosen(samples, numbers)}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
             f"{cells['train', pair.train_name, pair.train_index]}"
             f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_LINE', 'parse_json', 'open_stream', 'json_lines', 'json_list', 'csv_rows', 'read_rows', 'image_reader',
            'DatasetLayout', 'find_local_copy', 'download_hub_files', 'content_fingerprint', 'code_fingerprint',
-           'copy_fingerprint', 'DataSettings', 'parallel_map', 'samples_from', 'escape_formula', 'unescape_formula',
-           'write_csv', 'read_csv']
+           'copy_fingerprint', 'DataSettings', 'parallel_map', 'map_batches', 'samples_from', 'escape_formula',
+           'unescape_formula', 'write_csv', 'read_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
-import codecs, contextlib, csv, functools, gzip, inspect, io, json, os, random, re, zipfile, zlib
+import codecs, contextlib, csv, functools, gzip, inspect, io, itertools, json, os, random, re
+import zipfile, zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -332,6 +333,16 @@ def parallel_map(function: Callable, items: Iterable, threads=2, ahead=128) -> I
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         yield from (each.result() for each in waiting)
+
+# %% ../../nbs/data/13_readers.ipynb #5b0c7d22
+def map_batches(items: Iterable, functions: dict[str, Callable], size=256) -> dict[str, list]:
+    "What each function makes of each batch; the items are read once, and one batch is held."
+    results: dict[str, list] = {name: [] for name in functions}
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        for name, function in functions.items():
+            results[name].append(function(batch))
+    return results
 
 # %% ../../nbs/data/13_readers.ipynb #06722e03
 def _convert_rows(rows, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:

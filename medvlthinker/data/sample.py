@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to_rgb', 'image_problem', 'normalize_images',
            'InvalidRow', 'json_kind', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples',
-           'open_parquet', 'SampleFile', 'read_samples', 'store_samples']
+           'open_parquet', 'SampleFile', 'read_samples', 'sample_sizes', 'store_samples']
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
@@ -61,8 +61,10 @@ def to_rgb(data: bytes, draft: int = 0):  # a JPEG may be decoded smaller, no si
     if draft:
         image.draft("RGB", (draft, draft))
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # 262 is PhotometricInterpretation
+    image.load()
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return _grey(image, white_is_zero)  # in images of up to 8 bits, Pillow inverts by itself
     if image.has_transparency_data:
@@ -99,8 +101,8 @@ def _misread(image) -> list[str]:
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000
 
 
-def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
-    "An image's size, and what may be misread in it; ValueError for an unusable image."
+def _inspect(data: bytes, fit: Callable | None = None) -> tuple[list[str], bool]:
+    "What may be misread in an image, and whether `fit` changes its size; ValueError for no image."
     from PIL import Image
 
     if not data:
@@ -112,7 +114,9 @@ def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
         raise ValueError(f"{width}x{height} pixels, and a side under {MIN_SIDE} shows nothing")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
-    words = _misread(image)
+    words, resized = _misread(image), fit is not None and fit(width, height) != (width, height)
+    if resized and not image.has_transparency_data:
+        return words, True  # it is decoded then
     with _reading():
         if image.format == "JPEG":
             image.draft("L", (width // 8, height // 8))  # reads all, computes little
@@ -120,7 +124,7 @@ def _inspect(data: bytes) -> tuple[tuple[int, int], list[str]]:
         if image.has_transparency_data and not image.mode.startswith(("I", "F")):
             if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
                 words.append("see-through, painted on white")
-    return (width, height), words
+    return words, resized
 
 # %% ../../nbs/data/10_sample.ipynb #d0a7713b
 def image_problem(data: bytes) -> str:
@@ -137,7 +141,7 @@ def _as_png(data: bytes, fit: Callable | None) -> bytes:
     with _reading():
         picture, file = to_rgb(data), io.BytesIO()
         picture = picture.resize(fit(*picture.size), resample=2) if fit else picture  # bilinear
-        picture.save(file, "PNG")
+        picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 # %% ../../nbs/data/10_sample.ipynb #ebe6d26b
@@ -150,9 +154,8 @@ def normalize_images(
     files, mended = [], []
     for data, name in itertools.zip_longest(images, names):
         try:
-            size, words = _inspect(data)
-            changed = words or fit and fit(*size) != size
-            files.append(_as_png(data, fit) if changed else data)
+            words, resized = _inspect(data, fit)
+            files.append(_as_png(data, fit) if words or resized else data)
             mended.append(" and ".join(words))
         except (ValueError, ArithmeticError) as problem:
             prefix = f"{name} is " if isinstance(name, str) else ""
@@ -366,6 +369,12 @@ class SampleFile(Sequence):
         first, last = min(chosen, default=0), max(chosen, default=-1)
         return list(self._between(first, last + 1))[::chosen.step]
 
+    def select(self, indices: set[int]) -> list[Sample]:
+        "The samples with these numbers (`dataset_index`); other row groups are not read."
+        with open_parquet(self.path) as file:
+            numbers = file.read(["dataset_index"])["dataset_index"].to_pylist()
+        return [self[place] for place, number in enumerate(numbers) if number in indices]
+
     def _between(self, start: int, stop: int) -> Iterator[Sample]:
         bounds = enumerate(itertools.pairwise(self.starts))
         groups = [group for group, (first, end) in bounds if first < stop and start < end]
@@ -380,6 +389,14 @@ class SampleFile(Sequence):
 def read_samples(path, look: bool = True) -> list[Sample]:
     "All samples of a file at once; the arguments are those of `SampleFile`."
     return list(SampleFile(path, look))
+
+# %% ../../nbs/data/10_sample.ipynb #2ac1f0d2
+def sample_sizes(samples: Iterable[Sample]):
+    "A DataFrame, a row a sample: how many options and images it has, and whether reasoning."
+    import pandas
+
+    rows = [(len(each.options), len(each.images), bool(each.reasoning)) for each in samples]
+    return pandas.DataFrame(rows, columns=["options", "images", "reasoning"])
 
 # %% ../../nbs/data/10_sample.ipynb #d9e8f7a6
 def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from conftest import python
+from medvlthinker.data import overlap as module
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import write_record
-from medvlthinker.data.overlap import (COLUMNS, IMAGE_LEVELS, SAME_QUESTION, ImageIndex, normalize_question, overlap,
+from medvlthinker.data.overlap import (COLUMNS, IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
                                   overlapping_questions, question_similarity, store_pairs, stored_pairs)
 from medvlthinker.data.sample import Sample
 from medvlthinker.core.stats import wilson
@@ -153,6 +154,15 @@ def test_a_corpus_is_never_held():
 
     overlap({"t": train()}, one_each([synthetic.benchmark("pmc_vqa", 1)[0].images[0]]))
     assert most <= 257
+
+
+def test_the_images_that_are_aligned_are_bounded(monkeypatch):
+    "However many look alike: of 80 drawings of one body, 24 are aligned with each window, and the copy is among them."
+    body, aligned = synthetic.Scene("MRI", "none", "none", "none", "absent"), []
+    monkeypatch.setattr(module, "align_windows", lambda target, thumbs, starts: aligned.append(len(thumbs)) or align_windows(target, thumbs, starts))
+    scans = [synthetic.png(synthetic.draw(body, random.Random(seed), "test")) for seed in range(80)]
+    assert 50 in ImageIndex(scans).search(altered(scans[50], "q", random.Random(0)))
+    assert len(aligned) == 2 and max(aligned) == module.MOST_ALIGNED
 
 
 def test_corpora_keep_their_names_and_their_numbers_apart():

@@ -1,14 +1,18 @@
 "How long it takes to look for test items in a corpus of PMC-VQA's size."
 import io
 import random
+import time
 
 import numpy as np
 from measuring import Bound, report, seconds
 from medvlthinker.data import overlap as module
+from medvlthinker.data import synthetic
 from medvlthinker.data.sample import Sample
 from PIL import Image
 
 BOUNDS = (
+    Bound("overlap of 400 and 600 drawn items, which all look alike", "CPU s", 8),
+    Bound("preparing 8,220 test items", "CPU s", 20),
     Bound("overlap of 200,000 training and 8,220 test items, in full", "s", 300),
     Bound("planted crops found among them", "of 100", 95, "at least"))
 RNG, LETTERS = np.random.default_rng(0), random.Random(0)
@@ -43,9 +47,19 @@ def item(name: str, number: int, data: bytes) -> Sample:
                   dataset_index=number)
 
 
+def cpu_seconds(act) -> float:
+    began = time.process_time()
+    act()
+    return time.process_time() - began
+
+
 def overlap():
-    "Questions of 15 words, each with an image: decoding, hashing and matching, two threads."
+    "Drawn scans; then questions of 15 words, each with an image: from bytes to pairs, two threads."
+    corpora = {name: synthetic.corpus(name, 200) for name in synthetic.CORPORA}
+    drawings = [s for name in synthetic.BENCHMARKS for s in synthetic.benchmark(name, 100)]
+    yield cpu_seconds(lambda: module.overlap(corpora, drawings))
     test = [item("test", number, drawn(300, 300)) for number in range(8220)]
+    yield cpu_seconds(lambda: module.SampleIndex(test))
     pool = [drawn(600, 598) for _ in range(2000)]
     planted = {}
     for number, sample in enumerate(test[:100]):
