@@ -451,7 +451,7 @@ def _mark(text: str, names: _Names) -> str:
                for start, end in _letter_places(text, names.letters)]
     return _ARTICLE_MARK.sub("", _replace(text, letters))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003a
+# %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
@@ -479,6 +479,7 @@ _BEFORE = _Cue(re.compile(   # not B, rules out A and C, rather than B
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I))
 
+# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> str:
     "A marked text with commas in place of the names that are denied and the words that deny them."
     if not _SIGN.search(marked): return marked
