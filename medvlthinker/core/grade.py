@@ -60,22 +60,24 @@ def _after_cue(text: str) -> str:
     return text
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e000d
+@lru_cache(maxsize=1)   # llava reads what regrade has just read
+def _last_answer(text: str) -> str:
+    "The first line of the last block, else what follows a cue, without the paper's tags."
+    block = _block(text, last=True)
+    answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
+    for tag in ("<think>", "</think>", "<answer>", "</answer>") if "<" in answer else ():
+        answer = answer.replace(tag, "")
+    return answer.strip()
+
 def _published(
     text: str,
     rule: str,  # any rule but lenient
 ) -> str | None:  # None only where the reward's format check fails
     "The text that a published rule grades."
-    if rule in ("regrade", "llava"):
-        block = _block(text, last=True)
-        answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
-        if "<" not in answer: return answer.strip()
-        for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-            answer = answer.replace(tag, "")
-        return answer.strip()
-    if rule == "strict" or _is_formatted(text):
-        block = _block(text, one_line=rule == "reward")
-        return (text if block is None else block).strip()
-    return None
+    if rule in ("regrade", "llava"): return _last_answer(text)
+    if rule == "reward" and not _is_formatted(text): return None
+    block = _block(text, one_line=rule == "reward")
+    return (text if block is None else block).strip()
 
 # %% ../../nbs/core/02_grade.ipynb #aafa7cc7
 @lru_cache(maxsize=512)   # the rollouts of a question share its options
@@ -451,7 +453,7 @@ def _mark(text: str, names: _Names) -> str:
                for start, end in _letter_places(text, names.letters)]
     return _ARTICLE_MARK.sub("", _replace(text, letters))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e003a
+# %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?-i:(?P<one>[Ⓐ-ⓩ]))(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
@@ -479,6 +481,7 @@ _BEFORE = _Cue(re.compile(   # not B, rules out A and C, rather than B
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[Ⓐ-ⓩ][,和及或 ]{0,3})+", re.I))
 
+# %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> str:
     "A marked text with commas in place of the names that are denied and the words that deny them."
     if not _SIGN.search(marked): return marked
@@ -640,9 +643,9 @@ def _readings(
     return _lines([_clean(statement[:2000]) for statement in statements], how, _names(key))
 
 # %% ../../nbs/core/02_grade.ipynb #47b6eddc
-def _differ(texts: list) -> bool:
-    "Whether these texts of options say different things."
-    return len(texts) > 1 and len({_words(str(text)) for text in texts}) > 1
+def _differ(labels: set[str], options: dict) -> bool:
+    "Whether the options of these letters say different things."
+    return len({_words(str(options[label])) for label in labels}) > 1
 
 
 def grade(
@@ -655,11 +658,13 @@ def grade(
     lenient = rule == "lenient"
     for statements, how in extract(completion, rule):
         readings = _readings(statements, how, options, rule)
-        if (labels := _common(readings)) is None: continue
-        if lenient and _differ([options[label] for label in labels]): labels = set()
-        label = answer_label if answer_label in labels else min(labels, default=None)
+        named = [(said, read) for said, read in zip(statements, readings) if read is not None]
+        if not named: continue
+        answer, labels = named[0]
+        if len(named) > 1: labels = set.intersection(*(read for _, read in named))
+        if lenient and len(labels) > 1 and _differ(labels, options): labels = set()
         if lenient and not labels: return Grade(None, None, False)
-        answer = next(said for said, read in zip(statements, readings) if read is not None)
+        label = answer_label if answer_label in labels else min(labels, default=None)
         return Grade(answer, label, answer_label in labels)
     return Grade(None, None, False)
 
