@@ -227,24 +227,19 @@ def curve_figure(
 _RULED = "origin model dataset_name rule percent low high n source"
 
 
-def rules_frame(paper: Paper):  # -> pandas DataFrame; dataset_name may be "average"
+def rules_frame(paper: Paper):  # a pandas DataFrame; dataset_name may be "average"
     "Models of which the paper shows both: strict pass@1 and regraded average."
     import pandas as pd
 
-    regraded = {(bar.model, bar.dataset_name): bar for bar in paper.repeated}
-    lines = []
-    for (model, name), curve in paper.curves.items():
-        if bar := regraded.get((model, name)):
-            facts = {"origin": "paper", "model": paper_name(paper, model), "dataset_name": name,
-                     "n": paper.row(model).sizes[name]}
-            lines += [{**facts, "rule": "strict", "percent": curve[1],
-                       "source": "pass@k at k = 1, read off the picture"},
-                      {**facts, "rule": "regrade", "percent": bar.average,
-                       "source": f"five answers, {bar.source}"}]
-    frame = tidy(lines, _RULED)
+    strict, bars = curve_frame(paper), repeated_frame(paper)
+    strict = strict[(strict["k"] == 1) & (strict["dataset_name"] != "all")]
+    bars = bars[(bars["measure"] == "average") & bars["model"].isin(strict["model"])]
+    frame = pd.concat([
+        strict.assign(rule="strict", source="pass@k at k = 1, read off the picture"),
+        bars.assign(rule="regrade", source="five answers, " + bars["source"])])
     means = frame.groupby(["origin", "model", "rule"], sort=False)["percent"].mean().reset_index()
     means = means.assign(dataset_name=AVERAGE, source="mean of the six")
-    return pd.concat([frame, means], ignore_index=True)
+    return pd.concat([frame, means], ignore_index=True)[_RULED.split()]
 
 # %% ../../nbs/results/62_figures.ipynb #08b0275a
 def our_rules_frame(
