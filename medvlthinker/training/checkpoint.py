@@ -434,5 +434,6 @@ def merge_recipe(
     "The model of a recipe's run, merged into its place among the others."
     own = training_folder(recipe, checkpoints)
     folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, checkpoints)
+    taken = checkpoint_at(own, step)  # before the start, which may have to be made
     start = starting_point(recipe, checkpoints, base)
-    return merge(checkpoint_at(own, step), start, folder, own, log=log)
+    return merge(taken, start, folder, own, log=log)
