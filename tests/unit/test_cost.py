@@ -109,3 +109,4 @@ def test_a_printed_command_runs_in_another_folder(tmp_path, home):
     line = next(line for line in steps["3_train-tiny-SFT_m23k"].splitlines() if line.startswith("  merge "))
     done = subprocess.run(["bash", "-c", line.split(None, 1)[1]], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "No checkpoint in" in done.stderr, done.stderr
+    assert not list(home.rglob("*.safetensors")), "the model to start from is not made for nothing"
