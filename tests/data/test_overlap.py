@@ -31,7 +31,10 @@ def altered(data: bytes, how: str, rng: random.Random) -> bytes:
         factor = 2 ** rng.uniform(-1, 1)
         picture = picture.resize((int(factor * picture.width), int(factor * picture.height)), rng.choice((Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)))
     file = io.BytesIO()
-    picture.save(file, *(("JPEG",) if "q" in how else ("PNG",)), **({"quality": rng.randint(30, 95)} if "q" in how else {}))
+    if "q" in how:
+        picture.save(file, "JPEG", quality=rng.randint(30, 95))
+    else:
+        picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -123,7 +126,7 @@ def test_question_and_image_need_both():
 
 def test_two_threads_give_the_same():
     test = synthetic.benchmark("vqa_rad_closed", 30)
-    train = synthetic.corpus("pmc_vqa", 270) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
+    train = synthetic.corpus("pmc_vqa", 120) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
     one, two = (overlap({"pmc_vqa": iter(train)}, iter(test), threads=threads) for threads in (1, 2))
     assert len(one) >= 30 and one.equals(two)
 
@@ -194,7 +197,7 @@ def test_an_image_without_a_picture_matches_by_its_file_only(data):
     assert {(row.train_index, row.test_index, row.level) for row in pairs[pairs.level.isin(IMAGE_LEVELS)].itertuples()} == {(0, 3, "image bytes"), (1, 0, "image bytes")}
 
 
-@pytest.mark.parametrize("size", [(600, 9), (9, 600), (8, 8), (2000, 1500)])
+@pytest.mark.parametrize("size", [(600, 9), (9, 600), (8, 8), (1000, 750)])
 def test_odd_sizes_and_modes_match_themselves(size):
     noise = Image.blend(Image.radial_gradient("L").resize(size), Image.effect_noise(size, 60), 0.4)
     for mode, form in (("L", "PNG"), ("CMYK", "JPEG"), ("P", "GIF"), ("I;16", "PNG"), ("LA", "PNG")):
