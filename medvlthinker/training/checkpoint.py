@@ -430,6 +430,7 @@ def merge_recipe(
 ) -> Path:
     "The model of a recipe's run, merged into its place among the others."
     own = training_folder(recipe, checkpoints)
+    found = checkpoint_at(own, step)  # first: what a run starts from may have to be made
     folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, checkpoints)
-    checkpoint = checkpoint_at(own, step)  # first: without one no base model is made
-    return merge(checkpoint, starting_point(recipe, checkpoints, base), folder, own, log=log)
+    start = starting_point(recipe, checkpoints, base)
+    return merge(found, start, folder, own, log=log)
