@@ -41,11 +41,8 @@ def _generation_config(folder) -> dict:
     return read_json(Path(folder) / "generation_config.json")
 
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
-def load_transformers(
-    folder,  # of a model
-    settings: EngineSettings,
-) -> tuple:
-    "The model and its processor; `UserError` where they do not load."
+def load_transformers(folder, settings: EngineSettings) -> tuple:
+    "The model in a folder and its processor; `UserError` where they do not load."
     require_package("torch", "torchvision")
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -74,11 +71,7 @@ def _end_tokens(model) -> set[int]:
     return {*ends} if isinstance(ends, list) else {ends}
 
 # %% ../../nbs/generation/24_engine.ipynb #3dd5c46e
-def model_inputs(
-    requests: list[Request],
-    processor,
-    model: str | Path,  # its name, for a message
-):
+def model_inputs(requests: list[Request], processor, model):  # its name, for a message
     "Token ids, masks and pixels of a batch; `UserError` without a chat template."
     texts, images = [], []
     for request in requests:
@@ -172,11 +165,7 @@ class TransformersEngine:
     "Batched generation by transformers, on the CPU or one GPU."
     streams = False  # a batch is answered before the next is taken
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        folder,  # of the model
-    ):
+    def __init__(self, settings: EngineSettings, folder):
         self.model, self.processor = load_transformers(folder, settings)
         self.ends = _end_tokens(self.model)
         self.folder, self.batch_size = folder, settings.batch_size
@@ -204,9 +193,8 @@ class TransformersEngine:
             raise UserError(
                 f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
                 f"(now {self.batch_size}) and run again, what is finished is kept.") from None
-        answers, draws = [*map(self._completion, found)], sampling.draws
-        return [answers[i:i + draws] * (sampling.n // draws)
-                for i in range(0, len(answers), draws)]
+        answers, draws = iter(map(self._completion, found)), sampling.draws
+        return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
@@ -321,11 +309,7 @@ class VllmEngine:
     portion = 16  # questions that are added at once
     streams = True  # questions are taken while others are answered
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        folder,  # of the model
-    ):
+    def __init__(self, settings: EngineSettings, folder):
         self.llm, self.folder = _load_vllm(folder, settings), folder
         # tokens that a model never says are those of images; vLLM knows them as a bias
         never = _generation_config(folder).get("suppress_tokens") or ()
