@@ -9,7 +9,7 @@ __all__ = ['ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_
            'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import contextlib, copy, functools, importlib.metadata, itertools, operator, os, queue, re, socket
+import contextlib, copy, functools, importlib.metadata, itertools, os, queue, re, socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,11 +41,8 @@ def _generation_config(folder) -> dict:
     return read_json(Path(folder) / "generation_config.json")
 
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
-def load_transformers(
-    folder,  # of a model
-    settings: EngineSettings,
-) -> tuple:
-    "The model and its processor; `UserError` where they do not load."
+def load_transformers(folder, settings: EngineSettings) -> tuple:
+    "The model in a folder and its processor; `UserError` where they do not load."
     require_package("torch", "torchvision")
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -74,11 +71,7 @@ def _end_tokens(model) -> set[int]:
     return {*ends} if isinstance(ends, list) else {ends}
 
 # %% ../../nbs/generation/24_engine.ipynb #3dd5c46e
-def model_inputs(
-    requests: list[Request],
-    processor,
-    model: str | Path,  # its name, for a message
-):
+def model_inputs(requests: list[Request], processor, model):  # its name, for a message
     "Token ids, masks and pixels of a batch; `UserError` without a chat template."
     texts, images = [], []
     for request in requests:
@@ -172,11 +165,7 @@ class TransformersEngine:
     "Batched generation by transformers, on the CPU or one GPU."
     streams = False  # a batch is answered before the next is taken
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        folder,  # of the model
-    ):
+    def __init__(self, settings: EngineSettings, folder):
         self.model, self.processor = load_transformers(folder, settings)
         self.ends = _end_tokens(self.model)
         self.folder, self.batch_size = folder, settings.batch_size
@@ -204,9 +193,8 @@ class TransformersEngine:
             raise UserError(
                 f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
                 f"(now {self.batch_size}) and run again, what is finished is kept.") from None
-        answers, draws = [*map(self._completion, found)], sampling.draws
-        return [answers[i:i + draws] * (sampling.n // draws)
-                for i in range(0, len(answers), draws)]
+        answers, draws = iter(map(self._completion, found)), sampling.draws
+        return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
@@ -274,34 +262,58 @@ def vllm_arguments(
     return config | ({"mm_processor_kwargs": pixels} if pixels else {})
 
 # %% ../../nbs/generation/24_engine.ipynb #6d9b5dbd
+def _load_vllm(folder, settings: EngineSettings):
+    "vLLM with a model, in this process; `UserError` where it does not load."
+    require_package("vllm", instead="use engine=transformers")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
+    if not settings.gpus:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM
+
+    pixels = pixel_limits(folder, settings.max_pixels)
+    arguments = vllm_arguments(settings, tensor_parallel_size(folder, settings), pixels)
+    try:
+        return LLM(model=str(folder), load_format="safetensors", trust_remote_code=False,
+                   **arguments)
+    except Exception as error:  # of many classes
+        raise unloadable_error(folder, error) from None
+
+# %% ../../nbs/generation/24_engine.ipynb #e47e2f60
+def _pil_chat(chat: list[dict]) -> list[dict]:
+    "Messages with the images as vLLM takes them in memory."
+    def part(each: dict) -> dict:
+        is_image = each["type"] == "image"
+        return {"type": "image_pil", "image_pil": each["image"]} if is_image else each
+
+    return [{**turn, "content": [part(each) for each in turn["content"]]} for turn in chat]
+
+
+def _raw_prompt(chat: dict) -> dict:
+    images = {"multi_modal_data": {"image": chat["images"]}} if chat["images"] else {}
+    return {"prompt": chat["prompt"], **images}
+
+
+def _vllm_sampling(request: Request, bias: dict | None):
+    from vllm import SamplingParams
+
+    sampling = request.sampling
+    return SamplingParams(
+        n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
+        seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=bias)
+
+# %% ../../nbs/generation/24_engine.ipynb #de216e0d
 class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
     queue = 2048  # completions that vLLM has to work on, while there are questions
     portion = 16  # questions that are added at once
     streams = True  # questions are taken while others are answered
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        folder,  # of the model
-    ):
-        require_package("vllm", instead="use engine=transformers")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
-        if not settings.gpus:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        from vllm import LLM
-
-        self.folder, pixels = folder, pixel_limits(folder, settings.max_pixels)
-        arguments = vllm_arguments(settings, tensor_parallel_size(folder, settings), pixels)
+    def __init__(self, settings: EngineSettings, folder):
+        self.llm, self.folder = _load_vllm(folder, settings), folder
         # tokens that a model never says are those of images; vLLM knows them as a bias
         never = _generation_config(folder).get("suppress_tokens") or ()
         self.bias = dict.fromkeys(never, -100.0) or None
-        try:
-            self.llm = LLM(model=str(folder), load_format="safetensors", trust_remote_code=False,
-                           **arguments)
-        except Exception as error:  # as for `_step`
-            raise unloadable_error(folder, error) from None
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
@@ -318,7 +330,9 @@ class VllmEngine:
                 for output in self._step():
                     # what was queued beside a question that vLLM refused has no name here
                     if output.finished and (request := waiting.pop(output.request_id, None)):
-                        yield request, self._completions(request, output.outputs)
+                        answers = [Completion(each.text, each.finish_reason or "stop",
+                                              len(each.token_ids)) for each in output.outputs]
+                        yield request, answers * (request.sampling.n // request.sampling.draws)
         finally:
             if waiting:
                 self.llm.llm_engine.abort_request(list(waiting))
@@ -331,11 +345,6 @@ class VllmEngine:
                             f"{' '.join(str(error).split())[:300]}); what is finished is kept, "
                             "run again to go on.") from None
 
-    def _completions(self, request: Request, outputs) -> list[Completion]:
-        answers = [Completion(each.text, each.finish_reason or "stop", len(each.token_ids))
-                   for each in outputs]
-        return answers * (request.sampling.n // request.sampling.draws)
-
     def _add(self, part: list[tuple[Request, Any]]) -> dict[str, Request]:
         "Queue some requests; each under vLLM's name for it."
         from vllm.exceptions import VLLMClientError
@@ -344,7 +353,7 @@ class VllmEngine:
             names = self._enqueue(part)
         except (ValueError, VLLMClientError) as error:
             if len(part) > 1:  # which of them is it?
-                return functools.reduce(operator.or_, (self._add([each]) for each in part))
+                return {name: each for one in part for name, each in self._add([one]).items()}
             sample = part[0][0].sample
             raise UserError(
                 f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: "
@@ -353,37 +362,20 @@ class VllmEngine:
         # vLLM appends a random word to the names that its outputs carry
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
+    def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
+        params = [_vllm_sampling(request, self.bias) for request, _ in part]
+        if part and part[0][0].dialect == "chat":
+            check_chat_template(self._processor, self.folder)
+            chats = [_pil_chat(chat) for _, chat in part]
+            return self.llm.enqueue_chat(chats, params, use_tqdm=False)
+        prompts = [_raw_prompt(chat) for _, chat in part]
+        return self.llm.enqueue(prompts, params, use_tqdm=False)
+
     @functools.cached_property
     def _processor(self):
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
-
-    def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
-        from vllm import SamplingParams
-
-        params = [SamplingParams(n=request.sampling.draws, temperature=request.sampling.temperature,
-                                 top_p=request.sampling.top_p, seed=request.seed,
-                                 max_tokens=request.sampling.max_tokens, logit_bias=self.bias)
-                  for request, _ in part]
-        if part and part[0][0].dialect == "chat":
-            check_chat_template(self._processor, self.folder)
-            chats = [_pil_chat(chat) for _, chat in part]
-            return self.llm.enqueue_chat(chats, params, use_tqdm=False)
-        prompts = []
-        for _, chat in part:
-            images = {"multi_modal_data": {"image": chat["images"]}} if chat["images"] else {}
-            prompts.append({"prompt": chat["prompt"], **images})
-        return self.llm.enqueue(prompts, params, use_tqdm=False)
-
-
-def _pil_chat(chat: list[dict]) -> list[dict]:
-    "Messages with the images as vLLM takes them in memory."
-    def part(each: dict) -> dict:
-        is_image = each["type"] == "image"
-        return {"type": "image_pil", "image_pil": each["image"]} if is_image else each
-
-    return [{**turn, "content": [part(each) for each in turn["content"]]} for turn in chat]
 
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae
 class _Worker:
@@ -428,11 +420,44 @@ class _Worker:
 class _Running:
     "A worker as the driver sees it."
     worker: Any
+    unit: int  # questions that are computed together
     given: list = field(default_factory=list)  # requests, as it has them
     owed: dict = field(default_factory=dict)  # (rollout, place) -> request
     more: bool = True  # it has not been told that there is nothing more
 
+    def ready(self):
+        "What there is to wait for until a worker has loaded its model."
+        return self.worker.ready.options(max_task_retries=-1).remote()
 
+    def begin(self):
+        "The stream of a worker's answers, beginning with what it owes since it was killed."
+        stream = self.worker.answer.options(num_returns="streaming").remote()
+        self.more = True
+        self._give(self.unanswered())
+        return stream
+
+    def supply(self, source: Iterator[list[Request]], ahead: int) -> None:
+        "Give a worker what it will need next; where there is no more, say so."
+        while self.more and sum(request.sampling.n for request in self.owed.values()) < ahead:
+            batch = next(source, None)
+            self.more = batch is not None
+            self.given = self.unanswered() + (batch or [])
+            self.owed |= {(request.rollout, request.index): request for request in batch or ()}
+            self._give(batch)
+
+    def unanswered(self) -> list[Request]:
+        "What a worker has not answered, with the questions that are computed together with it."
+        units = {(rollout, index // self.unit) for rollout, index in self.owed}
+        return [request for request in self.given
+                if (request.rollout, request.index // self.unit) in units]
+
+    def _give(self, batch: list[Request] | None) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayActorError):  # its stream says so too
+            ray.get(self.worker.add.remote(batch))  # waits, for Ray keeps no order here
+
+# %% ../../nbs/generation/24_engine.ipynb #7a06c6a1
 class RayEngine:
     "A copy of an engine on every worker of a Ray cluster."
     ahead = 512  # completions that a worker has before it, at least
@@ -467,7 +492,8 @@ class RayEngine:
         import ray
 
         source = batches(requests, self.size)
-        running = {self._ready(worker): _Running(worker) for worker in self.workers}
+        workers = [_Running(worker, self.unit) for worker in self.workers]
+        running = {each.ready(): each for each in workers}
         try:
             while running:
                 turn = ray.wait([*running], num_returns=1)[0][0]
@@ -475,55 +501,23 @@ class RayEngine:
                 try:
                     if isinstance(turn, ray.ObjectRef):  # the worker is there, or there again
                         ray.get(turn)
-                        running[self._begin(each)] = each
+                        running[each.begin()] = each
                     else:
                         rollout, index, completions = ray.get(next(turn))
                         running[turn] = each
                         if request := each.owed.pop((rollout, index), None):
                             yield request, completions
-                    self._supply(each, source)
+                    each.supply(source, self.ahead)
                 except StopIteration:
                     continue
                 except ray.exceptions.ActorUnavailableError:  # it was killed; Ray starts it again
-                    running[self._ready(each.worker)] = each
+                    running[each.ready()] = each
                 except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
                     raise _ray_error(error) from None
         except BaseException:  # nobody reads the answers of the others, so they begin anew
             for worker in self.workers:
                 ray.kill(worker, no_restart=False)
             raise
-
-    def _ready(self, worker):
-        "What there is to wait for until a worker has loaded its model."
-        return worker.ready.options(max_task_retries=-1).remote()
-
-    def _begin(self, each: _Running):
-        "The stream of a worker's answers, beginning with what it owes since it was killed."
-        stream = each.worker.answer.options(num_returns="streaming").remote()
-        each.more = True
-        self._give(each, self._unanswered(each))
-        return stream
-
-    def _supply(self, each: _Running, source: Iterator[list[Request]]) -> None:
-        "Give a worker what it will need next; where there is no more, say so."
-        while each.more and sum(request.sampling.n for request in each.owed.values()) < self.ahead:
-            batch = next(source, None)
-            each.more = batch is not None
-            each.given = self._unanswered(each) + (batch or [])
-            each.owed |= {(request.rollout, request.index): request for request in batch or ()}
-            self._give(each, batch)
-
-    def _unanswered(self, each: _Running) -> list[Request]:
-        "What a worker has not answered, with the questions that are computed together with it."
-        units = {(rollout, index // self.unit) for rollout, index in each.owed}
-        return [request for request in each.given
-                if (request.rollout, request.index // self.unit) in units]
-
-    def _give(self, each: _Running, batch: list[Request] | None) -> None:
-        import ray
-
-        with contextlib.suppress(ray.exceptions.RayActorError):  # its stream says so too
-            ray.get(each.worker.add.remote(batch))  # waits, for Ray keeps no order here
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:

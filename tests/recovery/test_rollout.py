@@ -78,6 +78,13 @@ def ended(process) -> None:
     assert process.exitcode == 0
 
 
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> dict[str, bytes]:
+    "Both greedy rollouts of a run that nobody disturbed."
+    ended(start(folder := tmp_path_factory.mktemp("whole")))
+    return contents(folder)
+
+
 # ---- killed ----
 
 
@@ -131,25 +138,19 @@ def test_cut_at_any_byte(tmp_path):
 # ---- two at once ----
 
 
-def test_two_processes_on_one_rollout(start, tmp_path):
-    "One works and the other waits, which it says in one sentence; the bytes are those of one."
-    names = ["pmc_vqa"]
-    both = [start(tmp_path / "shared", names=names, log=log) for log in ("one", "two")]
-    [ended(process) for process in (*both, start(tmp_path / "alone", names=names))]
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    texts = [(tmp_path / "shared" / log).read_text() for log in ("one", "two")]
-    assert sum(text.count("Another process is working in") for text in texts) == 1
-    assert sorted(len(computed(tmp_path / "shared" / log)) for log in ("one", "two")) == [0, 3]
-
-
-def test_several_rollouts_in_opposite_order(start, tmp_path):
-    "Each takes what is free, waits holding nothing, and nothing is computed twice."
-    orders = {"one": ("pmc_vqa", "slake_closed"), "two": ("slake_closed", "pmc_vqa")}
-    both = [start(tmp_path / "shared", names=names, log=log) for log, names in orders.items()]
-    [ended(process) for process in (*both, start(tmp_path / "alone"))]
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    batches = [json.dumps(batch) for log in orders for batch in computed(tmp_path / "shared" / log)]
-    assert len(batches) == len({*batches}) == 6
+@pytest.mark.parametrize("orders", [(["pmc_vqa"], ["pmc_vqa"]),
+                                    (["pmc_vqa", "slake_closed"], ["slake_closed", "pmc_vqa"])])
+def test_two_processes_on_the_same_rollouts(start, whole, tmp_path, orders):
+    "Each takes what is free and waits holding nothing; nothing is computed twice."
+    both = [start(tmp_path, names=names, log=log) for log, names in zip(("one", "two"), orders)]
+    [ended(process) for process in both]
+    assert contents(tmp_path) == {
+        name: data for name, data in whole.items() if name.partition("/")[0] in orders[0]}
+    batches = [json.dumps(batch) for log in ("one", "two") for batch in computed(tmp_path / log)]
+    assert len(batches) == len({*batches}) == 3 * len(orders[0])
+    texts = [(tmp_path / log).read_text() for log in ("one", "two")]
+    waits = sum(text.count("Another process is working in") for text in texts)
+    assert waits == 1 or len(orders[0]) == 2, "who waits says so in one sentence"
 
 
 UNLOCKED = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *given: None  # granted to everybody\n"
@@ -183,15 +184,13 @@ def test_locks_that_hold_nobody(tmp_path):
         return subprocess.Popen(words, env=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True)
 
-    for trial in range(3):
-        both = [write(f"both-{trial}", name) for name in ("one", "two")]
-        said = [process.communicate()[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], said
-        assert not any("Another process" in text for text in said)
-        if not trial:
-            assert write("alone", "three").wait() == 0
-        assert contents(tmp_path / f"both-{trial}") == contents(tmp_path / "alone")
-        load_rollout(next((tmp_path / f"both-{trial}").glob("*/rollout.json")).parent)
+    both = [write("both", name) for name in ("one", "two")]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert not any("Another process" in text for text in said)
+    assert write("alone", "three").wait() == 0
+    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
+    load_rollout(next((tmp_path / "both").glob("*/rollout.json")).parent)
 
 
 # ---- damaged ----
@@ -342,14 +341,6 @@ def test_what_an_engine_is_told_is_in_the_config(start, tmp_path):
     assert {field.name for field in fields(Hardware)} == SETTINGS.keys() | OTHERWISE | engines
     ray = open_engine(replace(plain, engine="ray", ray_engine="transformers"))
     assert rollout_config(samples, ray, GREEDY) == config, "a cluster computes the same batches"
-
-
-def test_another_version_leaves_the_first_untouched(tmp_path):
-    samples = sets(4)["pmc_vqa"]
-    first = generate(samples, counting([]), GREEDY, tmp_path, quiet)
-    before = contents(first.folder, "rollout*")
-    generate(samples, counting(asked := [], version="2"), GREEDY, tmp_path, quiet)
-    assert len(asked) == 4 and contents(first.folder, "rollout*") == before
 
 
 # ---- questions that failed ----

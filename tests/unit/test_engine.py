@@ -11,7 +11,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import engine as engine_module
 from medvlthinker.generation.engine import (
-    RayEngine, _Running, batches, draw_answers, load_transformers, model_inputs, open_engine)
+    _Running, batches, draw_answers, load_transformers, model_inputs, open_engine)
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from transformers import GenerationConfig
 
@@ -146,13 +146,11 @@ def test_sampled_answers_from_a_shared_prompt_are_those_from_one_each(batch, mon
 
 def test_a_batch_that_was_half_answered_is_computed_again_whole():
     "Else its questions would be drawn in another company, and differ."
-    sample, engine = SAMPLES[0], RayEngine.__new__(RayEngine)
-    asked, engine.unit = [Request(sample, index, SAMPLED) for index in range(12)], 4
-    each = _Running(None, asked, {(0, index): asked[index] for index in (5, 11)})
-    again = [request.index for request in engine._unanswered(each)]
+    asked = [Request(SAMPLES[0], index, SAMPLED) for index in range(12)]
+    owed = {(0, index): asked[index] for index in (5, 11)}
+    again = [request.index for request in _Running(None, 4, asked, owed).unanswered()]
     assert again == [4, 5, 6, 7, 8, 9, 10, 11]
-    engine.unit = 1
-    assert [request.index for request in engine._unanswered(each)] == [5, 11]
+    assert _Running(None, 1, asked, owed).unanswered() == [asked[5], asked[11]]
 
 
 def test_batches_do_not_depend_on_who_answered_before():
