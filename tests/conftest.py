@@ -182,7 +182,7 @@ def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
 
 def while_loading(environment: dict) -> dict:
     "The variables that libraries read while they are imported."
-    return {key: str(value) for key, value in environment.items() if re.match("(HF|OMP|RAY|TORCH|VLLM|XDG|PYTHON(?!PATH))", key)}
+    return {key: str(value) for key, value in environment.items() if re.match("(HF|OMP|XDG|PYTHON(?!PATH))", key)}
 
 
 AT_START = while_loading(os.environ)

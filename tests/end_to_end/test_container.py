@@ -43,21 +43,9 @@ def test_what_is_copied_exists_and_is_not_left_out():
 
 
 def test_the_first_copies_hold_what_the_environment_is_made_from():
-    first = [index for index, (word, rest) in enumerate(STEPS) if word == "RUN" and "setup" in rest][0]
+    first = [index for index, (word, rest) in enumerate(STEPS) if word == "RUN" and "./reproduce.sh setup ${SETUP}" in rest][0]
     copies = {source for word, rest in STEPS[:first] if word == "COPY" for source in copied(rest)[0]}
-    script = (ROOT / "reproduce.sh").read_text(encoding="utf-8")
-    assert {"reproduce.sh", "pyproject.toml", "locks", "medvlthinker", "README.md", "settings.ini"} <= copies and "locks/" in script
-
-
-def test_run_lines_name_real_verbs_and_arguments():
-    script = (ROOT / "reproduce.sh").read_text(encoding="utf-8")
-    calls = [call for word, rest in STEPS if word == "RUN" for call in re.findall(r"\./reproduce\.sh (\w+) \$\{(\w+)\}", rest)]
-    assert calls == [("setup", "SETUP")] and re.search(r"^ +setup\)$", script, re.M)
-    given = {rest.partition("=")[0] for word, rest in STEPS if word == "ARG"}
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert given == {"BASE", "SETUP"} and set(re.findall(r"--build-arg (\w+)=", text)) <= given
-    values = {*re.findall(r"SETUP=(\w+)", text)}
-    assert values == {"cpu", "gpu"} and all(re.search(rf"\b{value}\b", re.search(r'"" \|([^)]*)\)', script)[1]) for value in values)
+    assert {"reproduce.sh", "pyproject.toml", "locks", "medvlthinker", "README.md", "settings.ini"} <= copies
     assert dict(STEPS)["ENTRYPOINT"] == '["./reproduce.sh"]' and dict(STEPS)["USER"] != "root"
 
 

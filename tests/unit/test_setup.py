@@ -67,15 +67,12 @@ def clone(tmp_path) -> Clone:
     return found
 
 
-VERBS = [["status"], ["smoke", "--dry-run"], ["preflight"], ["train", "recipe=x"], ["results"], ["compare"], ["rollout"], ["look"], ["merge"], ["verify"], ["card"], ["docs"], ["test"], []]
-
-
 def test_a_login_node_does_not_touch_the_environment_of_the_gpu_nodes(clone):
     clone.gpu()
     assert clone.call("setup").returncode == 0 and clone.state[0] == "full-gpu" and clone.installed
     before = (clone.folder / ".venv" / ".set-up").read_bytes()
     (clone.bin / "nvidia-smi").unlink()  # the same disk, seen from a machine without GPUs
-    for words in VERBS:
+    for words in ([], ["smoke", "--dry-run"], ["status"], ["train", "recipe=x"], ["docs"], ["test"]):
         done = clone.call(*words)
         assert done.returncode == 0, (words, done.stderr)
         assert not clone.installed and (clone.folder / ".venv" / ".set-up").read_bytes() == before, words
