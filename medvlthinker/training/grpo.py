@@ -52,8 +52,8 @@ def vllm_settings(
     how = how_of(recipe, Grpo)
     if not settings.gpus or settings.engine != "vllm":
         alone = processes(recipe, settings) == 1 and how.rollouts <= settings.batch_size
-        return {"generation_kwargs": {"suppress_tokens": never,
-                                      "num_return_sequences": how.rollouts if alone else 1}}
+        same = {"num_return_sequences": how.rollouts} if alone else {}
+        return {"generation_kwargs": {"suppress_tokens": never, **same}}
     if settings.max_pixels:
         raise UserError(f"max_pixels={settings.max_pixels} does not reach the vLLM that TRL "
                         "starts; leave it out, or use engine=transformers or trainer=verl.")
@@ -169,10 +169,12 @@ def train_grpo(run: Run) -> Path:
 
     if not run.has_ended:
         model, processor, lora = open_model(run)
-        prefill_once(model)
+        settings = GRPOConfig(**grpo_settings(run, processor))
+        if "num_return_sequences" in (settings.generation_kwargs or {}):
+            prefill_once(model)
         trainer = Trainer(
-            model=model, args=GRPOConfig(**grpo_settings(run, processor)),
-            train_dataset=chats(run, grpo_chat), processing_class=processor, peft_config=lora,
+            model=model, args=settings, train_dataset=chats(run, grpo_chat),
+            processing_class=processor, peft_config=lora,
             reward_funcs=rewards(how_of(run.recipe, Grpo).rule),
             callbacks=[curve_callback(run), whole_callback(run)])
         if trainer.ref_model and keeps_image_features(run):
