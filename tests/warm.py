@@ -24,7 +24,7 @@ import threading
 from pathlib import Path
 
 LOADED = ["pandas", "pyarrow.parquet", "scipy.stats", "statsmodels.stats.multitest", "PIL.Image", "plotly.express", "datasets", "safetensors.torch", "nbdev.test", "papermill",
-          "ipykernel.kernelapp", "snakemake.cli", "typer", "peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
+          "snakemake.cli", "typer", "peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
           "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer"]
 PLACE, OWNER = "MEDVLTHINKER_TESTS_WARM", "MEDVLTHINKER_TESTS_OWNER"  # the folder of the server's socket, and the number of the process that all the tests belong to
 PARENTS = ("MEDVLTHINKER_PARENT", "JPY_PARENT_PID")  # whom a process would look after; the server ends it in their place

@@ -2,6 +2,7 @@
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import warm
 from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
@@ -180,7 +180,7 @@ def act(folder, target, kill_at=0):
 
 def test_six_kills(large, tmp_path):
     def run(target, kill_at=0):
-        process = warm.FORK.Process(target=act, args=(large, target, kill_at))
+        process = multiprocessing.get_context("fork").Process(target=act, args=(large, target, kill_at))
         process.start()
         process.join()
         return process.exitcode
