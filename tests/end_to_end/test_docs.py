@@ -95,7 +95,7 @@ GIVEN = {  # what a chapter's example takes as known
                   "rollout = first = second = [{'dataset_name': sample.dataset_name, 'dataset_index': sample.dataset_index, 'completions': [{'text': '(A)', 'finish_reason': 'stop', 'tokens': 3}]}\n"
                   "                            for sample in samples]",
     "04_plots": "import pandas as pd, plotly.express as px\nfolder = Path('figures')",
-    "62_figures": "import pandas as pd\nours = repeated_frame(published()).head(3)",
+    "62_figures": "records = []",
 }
 
 SMALLER = {  # a chapter's example with less to do: text -> what is run
