@@ -8,7 +8,7 @@ __all__ = ['STYLES', 'read_image', 'own_sample', 'Answer', 'prompt_text', 'ask']
 # %% ../../nbs/generation/26_ask.ipynb #5fab66cd
 import html
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..core.commands import check_keys
@@ -144,10 +144,11 @@ def ask(
     sample = own_sample(image, question, options)
     if style not in STYLES:
         raise UserError(f"No style {style!r}; known are {', '.join(STYLES)}.")
+    request = Request(sample, 0, sampling or STYLES[style], "free", "chat")  # always a chat
+    if style == "free":
+        request.chat()  # what cannot be asked is refused before a model is made
     engine = _open_model(model, settings)
-    own = engine.instruction, engine.dialect
-    words = ("free", "chat") if style == "free" else own  # the free form is always a chat
-    request = Request(sample, 0, sampling or STYLES[style], *words)
-    request.chat()  # what cannot be asked is refused before a model is loaded
+    if style != "free":
+        request = replace(request, instruction=engine.instruction, dialect=engine.dialect)
     [(_, [completion])] = engine.answer([request])
     return _read_answer(engine.settings.model, request, completion)

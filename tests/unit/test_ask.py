@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
+from medvlthinker.generation import tiny_model
 from medvlthinker.generation.ask import STYLES, ask, own_sample, read_image
 from medvlthinker.generation.engine import (
     EngineSettings, FunctionEngine, model_inputs, open_engine)
@@ -153,7 +154,8 @@ def test_images_of_any_kind(tmp_path):
     ((SCAN, "Left?", YES_NO), {"gpu": 1}, "did you mean gpus?"),
     ((SCAN, "Left?", YES_NO), {"model": "no such model"}, "No model 'no such model'"),
 ])
-def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path):
+def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_model, "make_tiny_model", lambda *_, **__: pytest.fail("a model is made before the mistake is said"))
     (tmp_path / "note.txt").write_text("not an image")
     places = {"{note}": tmp_path / "note.txt", "{folder}": tmp_path}
     first = places.get(words[0], words[0]) if isinstance(words[0], str) else words[0]
