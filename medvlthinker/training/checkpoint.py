@@ -434,5 +434,5 @@ def merge_recipe(
     "The model of a recipe's run, merged into its place among the others."
     own = training_folder(recipe, checkpoints)
     folder = model_folder(f"{recipe.name}@{step}" if step else recipe.name, checkpoints)
-    checkpoint = checkpoint_at(own, step)  # first: without one no base model is made
-    return merge(checkpoint, starting_point(recipe, checkpoints, base), folder, own, log=log)
+    start = starting_point(recipe, checkpoints, base)
+    return merge(checkpoint_at(own, step), start, folder, own, log=log)
