@@ -180,7 +180,7 @@ def blank(home, tmp_path) -> Path:
     (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-200-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
     (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
     (["recipe=tiny-RL_m23k", "init=BLANK", "max_rejected=1"], ["No row of m23k-200-tiny-easy_to_hard.parquet can be used for tiny-RL_m23k", "longer than 512 tokens"]),
-    (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=wandb"], ["report_to=wandb needs the package wandb"]),
+    (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=trackio"], ["report_to=trackio needs the package trackio"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "train_limit=40", "max_steps=2", "seed=x"], ["seed wants a whole number"]),
 ])
 def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
