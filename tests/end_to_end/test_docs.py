@@ -36,7 +36,7 @@ PLACES = {  # what a reader puts in, and where a command would write into the pr
     "checkpoints/tiny": "{place}/checkpoints/tiny"}
 
 CI = {  # .ci/run calls them itself, before or after this test: command -> how the line begins there
-    "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 12 minutes; the same graph with fewer questions, steps and recipes
+    "./reproduce.sh": "./reproduce.sh smoke limit=40 ",  # 8 minutes; the same graph with fewer questions, steps and recipes
     "./reproduce.sh test": "./reproduce.sh test",
     "./reproduce.sh test heavy": "./reproduce.sh test heavy",
     "./reproduce.sh setup": "./reproduce.sh setup",
