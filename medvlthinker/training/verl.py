@@ -648,12 +648,16 @@ def run_verl(
     logs, show: Callable = print,
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
-    curves, shown = Path(variables["VERL_FILE_LOGGER_PATH"]), 0
+    curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
     with atomic_write(curves.with_suffix(".sh")) as file:
         file.write(command_text(words, variables) + "\n")
 
     def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
-        nonlocal shown
+        nonlocal shown, size
+        now = curves.stat().st_size if curves.exists() else 0
+        if now == size:  # most lines of a log are no step, and the file of steps grows long
+            return
+        size = now
         if len(rows := read_steps(curves)) > shown:
             merge_curves(curves.parent)
         for row in rows[shown:]:
