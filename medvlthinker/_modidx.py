@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'medvlthinker.core.grade._kept': ('core/grade.html#_kept', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._last_answer': ( 'core/grade.html#_last_answer',
                                                                                    'medvlthinker/core/grade.py'),
+                                         'medvlthinker.core.grade._lenient': ('core/grade.html#_lenient', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._letter_places': ( 'core/grade.html#_letter_places',
                                                                                      'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._letters': ('core/grade.html#_letters', 'medvlthinker/core/grade.py'),

@@ -8,15 +8,13 @@ __all__ = ['RULES', 'Grade', 'extract', 'grade', 'compute_score']
 # %% ../../nbs/core/02_grade.ipynb #7586883e
 import json, re, unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 # %% ../../nbs/core/02_grade.ipynb #9e6da611
 RULES = ("reward", "strict", "regrade", "llava", "lenient")
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     "What a rule made of one completion."
     answer: str | None   # the text that was read as the answer; None where there is none
     label: str | None    # the letter of the option that it names; None where it names no option
@@ -60,11 +58,13 @@ def _after_cue(text: str) -> str:
     return text
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e000d
+_LINE_END = re.compile("[\n\r]")
+
 @lru_cache(maxsize=1)   # llava reads what regrade has just read
 def _last_answer(text: str) -> str:
     "The first line of the last block, else what follows a cue, without the paper's tags."
     block = _block(text, last=True)
-    answer = _after_cue(text) if block is None else re.split("[\n\r]", block.strip())[0]
+    answer = _after_cue(text) if block is None else _LINE_END.split(block.strip(), 1)[0]
     for tag in ("<think>", "</think>", "<answer>", "</answer>") if "<" in answer else ():
         answer = answer.replace(tag, "")
     return answer.strip()
@@ -73,8 +73,10 @@ def _published(
     text: str,
     rule: str,  # any rule but lenient
 ) -> str | None:  # None only where the reward's format check fails
-    "The text that a published rule grades."
+    "The text that a published rule grades. ValueError for an unknown rule."
     if rule in ("regrade", "llava"): return _last_answer(text)
+    if rule not in RULES:
+        raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
     if rule == "reward" and not _is_formatted(text): return None
     block = _block(text, one_line=rule == "reward")
     return (text if block is None else block).strip()
@@ -119,7 +121,7 @@ def _normal(text: str) -> str:
 # %% ../../nbs/core/02_grade.ipynb #bda5a3a5
 _THOUGHT = (r"(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?)(?:seed:)?(?:cot_)?(?:think(?:ing)?"
             r"|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]")
-_MARK = re.compile(rf"<(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
+_MARK = re.compile(rf"<(?!(?-i:/?think>))(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
                    r"|\|channel\|>(?:analysis|commentary)<\|message\|>"
                    r"|(?:\|end\|><)?\|start\|>assistant<\|channel\|>final<\|message\|>)", re.I)
 _OTHER_MARK = re.compile(rf"[\[◁]{_THOUGHT}", re.I)
@@ -253,6 +255,7 @@ def _after(
     "The statements that follow the cues, each up to the next cue or the end of its paragraph."
     folded = _fold(text)
     found = sorted(match.span() for cue in cues
+                   if cue.spot.pattern[0].isascii() or not folded.isascii()
                    for match in _ends(_near(cue, text, folded, begin), 32, []))
     stops, statements = [start for start, _ in found[1:]] + [len(text)], []
     for (start, end), stop in zip(found, stops):
@@ -306,8 +309,6 @@ def extract(
     """Where a completion states its answer, firmest statements first.
 
     At most one statement for a published rule. ValueError for an unknown rule."""
-    if rule not in RULES:
-        raise ValueError(f"There is no grading rule {rule!r}; the rules are {', '.join(RULES)}.")
     if rule == "lenient": return _statements(completion or "")
     answer = _published(completion or "", rule)
     return [] if answer is None else [([answer], "exact")]
@@ -634,10 +635,8 @@ def _readings(
     statements: list[str],
     how: str,  # as extract says
     options: dict,
-    rule: str,
 ) -> list[set | None]:  # of each: the letters it may mean; None if it names no option
-    "What the statements of one group mean."
-    if rule != "lenient": return [_exact(statements[0], options, substring=rule == "llava")]
+    "What the statements of one group mean to `lenient`."
     key = tuple(options.items())
     if how == "start": return [_start(statement[:2000], key) for statement in statements]
     return _lines([_clean(statement[:2000]) for statement in statements], how, _names(key))
@@ -648,6 +647,18 @@ def _differ(labels: set[str], options: dict) -> bool:
     return len({_words(str(options[label])) for label in labels}) > 1
 
 
+def _lenient(completion: str | None, options: dict) -> tuple[str | None, set]:
+    "The answer of the firmest group that names an option, and the letters it may mean."
+    for statements, how in extract(completion):
+        readings = _readings(statements, how, options)
+        named = [(said, read) for said, read in zip(statements, readings) if read is not None]
+        if not named: continue
+        labels = set.intersection(*(read for _, read in named))
+        if labels and not (len(labels) > 1 and _differ(labels, options)): return named[0][0], labels
+        break
+    return None, set()
+
+
 def grade(
     completion: str | None,  # what the model wrote
     options: dict[str, str], # letter -> text
@@ -655,18 +666,14 @@ def grade(
     rule: str = "lenient",   # one of RULES
 ) -> Grade:
     "What a completion answers, and whether that is right. ValueError for an unknown rule."
-    lenient = rule == "lenient"
-    for statements, how in extract(completion, rule):
-        readings = _readings(statements, how, options, rule)
-        named = [(said, read) for said, read in zip(statements, readings) if read is not None]
-        if not named: continue
-        answer, labels = named[0]
-        if len(named) > 1: labels = set.intersection(*(read for _, read in named))
-        if lenient and len(labels) > 1 and _differ(labels, options): labels = set()
-        if lenient and not labels: return Grade(None, None, False)
-        label = answer_label if answer_label in labels else min(labels, default=None)
-        return Grade(answer, label, answer_label in labels)
-    return Grade(None, None, False)
+    if rule == "lenient":
+        answer, labels = _lenient(completion, options)
+    elif (answer := _published(completion or "", rule)) is None:
+        return Grade(None, None, False)
+    else:
+        labels = _exact(answer, options, substring=rule == "llava")
+    label = answer_label if answer_label in labels else min(labels, default=None)
+    return Grade(answer, label, answer_label in labels)
 
 # %% ../../nbs/core/02_grade.ipynb #30c03b7f
 def compute_score(
