@@ -34,7 +34,7 @@ run_tests() {  # two workers, one thread each: more threads than cores make ever
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
     case "${1:-}" in
         all)   run_tests; run_tests heavy ;;
-        heavy) need_browser; "$VENV/bin/python" -m pytest -n 0 -m heavy ;;  # one after the other: a run of verl is ten processes
+        heavy) need_browser; "$VENV/bin/python" -m pytest -n 2 --dist loadfile -m heavy ;;
         *)     "$VENV/bin/python" -m pytest -n 2 --dist loadfile -m "not heavy" "$@" ;;
     esac
 }

@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG = ("test_workflow", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
+LONG = ("test_verl", "test_engines", "test_workflow", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
 
 
 def pytest_configure(config):
