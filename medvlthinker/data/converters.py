@@ -183,7 +183,7 @@ def closed_question(
         options, label = closed_options(asked, known)
     except ValueError as reason:
         raise _Filtered(where, answer, str(reason)) from None
-    digest = hashlib.sha256((asked + known).encode()).hexdigest()[:16]
+    digest = hashlib.sha256((asked + known).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return {"question": asked, "options": options, "answer_label": label, "hash": digest,
             "images": [row.get(image)], "image_field": image, "id": row.get(id),
             "misc": _misc(row, *keep) or None}

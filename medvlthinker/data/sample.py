@@ -9,7 +9,6 @@ __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,7 +291,7 @@ def from_row(
             images, misc = normalize_images(found["images"], found["misc"], row["images"], fit)
             found |= {"images": images, "misc": misc}
     except UnicodeEncodeError:
-        raise InvalidRow(where, name, "holds half a character, which no file can store") from None
+        raise InvalidRow(where, name, "holds half a character, or bytes that are not UTF-8") from None
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         raise InvalidRow(where, name, str(error)) from None
     return Sample(**found)
@@ -401,13 +400,10 @@ def sample_sizes(samples: Iterable[Sample]):
 # %% ../../nbs/data/10_sample.ipynb #d9e8f7a6
 def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
     "The samples among the rows; other rows go to the file `rejected`; `facts` counts all."
-    facts.update(samples=0, left_out=0, broken=0, first_broken=None, mended=Counter())
+    facts.update(samples=0, left_out=0, broken=0, first_broken=None)
     for item in rows:
         if isinstance(item, Sample):
             facts["samples"] += 1
-            mended = (item.misc or {}).get("mended")
-            if isinstance(mended, list):  # a source may call anything so
-                facts["mended"].update(map(str, filter(None, mended)))
             yield item
         else:
             facts["left_out" if item.filtered else "broken"] += 1

@@ -79,7 +79,7 @@ BROKEN = {
     "a missing column": ({key: value for key, value in row().items() if key != "answer_type"}, "answer_type: there is no such column; there are qid, image_name,"),
     "a line that is not JSON": (b'{"question": "Is', "JSON: Unterminated string"),
     "a line that is no object": (b'["Is there a nodule?", "Yes"]', "row: a list, not an object"),
-    "a line that is not UTF-8": ('{"question": "Schädel?"}'.encode("latin-1"), "encoding: the byte 0xe4 is not UTF-8"),
+    "a line that is not UTF-8": (json.dumps(row("Schädel?"), ensure_ascii=False).encode("latin-1"), "question: holds half a character"),
     "a line that nests without end": (b"[" * 100_000, "JSON: "),
 }
 
@@ -116,8 +116,7 @@ def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
 
 
 @pytest.mark.parametrize("layout, content, sentence", [
-    ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json line 2, JSON: Expecting ':' delimiter at column 11"),
-    ("testset.json", '[{"question":\n "Schädel?"}]'.encode("latin-1"), "testset.json line 2, encoding: the byte 0xe4 is not UTF-8"),
+    ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json, JSON: Expecting ':' delimiter: line 2 column 11"),
     ("testset.json", b'"Is it?"', "testset.json holds no list of rows"),
     ("testset.json", b'[]', "testset.json holds no list of rows"),
     ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
@@ -217,11 +216,8 @@ def test_a_table_without_a_column_or_a_set_says_so(hub, tmp_path, home):
         b.load_benchmark("slake", DataSettings("hub", limit=1), repo=hub)
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
-    part = tmp_path / "data" / "test-00000-of-00002.parquet"
+    part = tmp_path / "data" / "test-00000-of-00001.parquet"
     pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), part)
-    with pytest.raises(UserError, match="holds 1 of the 2 files data/test-.-of-00002; get the others."):
-        list(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
-    part = part.rename(tmp_path / "data" / "test-00000-of-00001.parquet")
     broken = split(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed"))[1]
     assert str(broken[0]) == "data/test-00000-of-00001.parquet row 1, answer_label: None is not among the letters A, B"
     part.write_bytes(b"no parquet")
