@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from ..core.files import UserError, record_path, stale_reason, write_record
-from ..core.grade import RULES, grade
+from ..core.grade import grade
 from ..core.stats import wilson
 from ..data.prompt import extract_reasoning
 from ..data.sample import Sample, write_samples
@@ -46,33 +46,17 @@ def distill(
     counts: Counter | None = None,  # filled on the way: questions by outcome
 ) -> Iterator[Sample]:
     "The samples that have a teacher's reasoning, with it; `UserError` for rows of another set."
-    if rule not in RULES:
-        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
-    waiting, seen, counts = _by_index(rows), set(), Counter() if counts is None else counts
+    answered = {row["dataset_index"]: row for row in rows}
     for sample in samples:
-        if (index := sample.dataset_index) in seen:
-            raise UserError(f"Two samples of {sample.dataset_name} have the dataset_index {index}, "
-                            "so a rollout cannot be joined to them.")
-        seen.add(index)
-        row = waiting.pop(index, None)
+        row = answered.get(sample.dataset_index)
         if row and row["dataset_name"] != sample.dataset_name:
-            raise UserError(f"The rollout's row {index} is of {row['dataset_name']}, the sample of "
-                            f"{sample.dataset_name}; name the rollout of this set.")
+            raise UserError(f"The rollout's row {sample.dataset_index} is of {row['dataset_name']}, "
+                            f"the sample of {sample.dataset_name}; name the rollout of this set.")
         reasoning, outcome = first_reasoning(sample, row, rule)
-        counts[outcome] += 1
+        if counts is not None:
+            counts[outcome] += 1
         if reasoning:
             yield replace(sample, reasoning=reasoning)
-
-
-def _by_index(rows: Iterable[dict]) -> dict[int, dict]:
-    "The rows by dataset_index."
-    found: dict[int, dict] = {}
-    for row in rows:
-        if (index := row["dataset_index"]) in found:
-            raise UserError(f"The rollout has two rows with the dataset_index {index}; make it "
-                            "again, or remove one.")
-        found[index] = row
-    return found
 
 # %% ../../nbs/difficulty/31_distill.ipynb #45c857fb
 def summarize_outcomes(counts: dict[str, int]) -> str:

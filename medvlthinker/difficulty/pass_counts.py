@@ -287,26 +287,15 @@ def _states(histogram, per_round: int) -> tuple[np.ndarray, np.ndarray]:
     return joint, np.nan_to_num(before)  # more right than asked is no number
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #3fd343a3
-def _goes_on(sides: np.ndarray, before: np.ndarray, price: float) -> np.ndarray:
-    "[k, c]: whether the cheapest rule goes on, by backward induction."
-    mass = sides.sum(0)
-    cost = price * (mass - sides.max(0))  # of stopping
-    goes_on = np.zeros(mass.shape, dtype=bool)
-    per_round = (mass.shape[1] - 1) // len(before)
-    for k in reversed(range(len(before))):
-        onward = per_round * mass[k] + before[k] @ cost[k + 1]
-        goes_on[k] = (onward < cost[k]) | (k == 0)  # no decision without a single completion
-        cost[k] = np.where(goes_on[k], onward, cost[k])
-    return goes_on
-
-
-def _rule(joint, before, low: int, high: int, price: float) -> "pd.DataFrame":
-    "The rule that is cheapest if a wrong decision costs `price` completions; see `stopping_rule`."
+def _rule(joint, before, low: int, high: int, threshold: float) -> "pd.DataFrame":
+    "The rule that stops where a decision is right with this probability; see `stopping_rule`."
     import pandas as pd
 
     parts = np.split(joint, [low, high + 1], axis=2)
     sides = np.stack([part.sum(2) for part in parts])  # decision, k, c
-    goes_on, mass, n = _goes_on(sides, before, price), sides.sum(0), joint.shape[1] - 1
+    mass, n = sides.sum(0), joint.shape[1] - 1
+    goes_on = sides.max(0) < threshold * mass
+    goes_on[0], goes_on[-1] = True, False  # no decision without a single completion
     share = np.ones(mass.shape)  # of the questions that could be in a state: those that go on to it
     for k in range(len(before)):
         share[k + 1] = (share[k] * goes_on[k]) @ before[k]
@@ -343,18 +332,20 @@ def stopping_rule(
     agreement: float = 0.97,  # expected, with the decisions of all n completions
     per_round: int = 1,  # completions a question between two looks; divides n
 ) -> "pd.DataFrame":
-    """When to stop: the rule with the fewest expected completions that reaches the agreement.
+    """When to stop: the rule with the lowest threshold that reaches the agreement.
 
     A row a state. Columns: asked, correct, action (`go on` or one of `DECISIONS`), reach (share of
     questions), right (probability that the action is), level (right answers of n expected)."""
     n = len(histogram) - 1
     _check_rule(n, low, high, agreement, per_round)
-    states, cheap, dear = _states(histogram, per_round), 1.0, 1e9
-    while dear / cheap > 1.0001:
-        middle = (cheap * dear) ** 0.5
-        enough = expected(_rule(*states, low, high, middle))[0] >= agreement
-        cheap, dear = (cheap, middle) if enough else (middle, dear)
-    rule = _rule(*states, low, high, dear)
+    states, below, enough = _states(histogram, per_round), 0.0, 1.0
+    while enough - below > 1e-4:
+        middle = (below + enough) / 2
+        if expected(_rule(*states, low, high, middle))[0] >= agreement:
+            enough = middle
+        else:
+            below = middle
+    rule = _rule(*states, low, high, enough)
     rule.attrs = {"low": int(low), "high": int(high), "n": n, "agreement": agreement,
                   "per_round": per_round}
     return rule
