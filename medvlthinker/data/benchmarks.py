@@ -9,12 +9,13 @@ __all__ = ['BENCHMARKS', 'SHORT', 'HUB', 'SOURCES', 'LOCAL', 'published_layout',
            'own_set', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
-import difflib, functools, os, re
+import functools, os, re
 from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from . import converters, synthetic
+from ..core.commands import check_keys
 from ..core.files import UserError, read_json, record_path, stale_reason
 from .sample import InvalidRow, Sample, SampleFile, store_samples
 from .readers import (
@@ -86,13 +87,9 @@ def _plain(name: str) -> str:
 
 def set_names(names: str, local: dict, what: str, short: dict[str, str] | None = None) -> list[str]:
     "The sets of a comma-separated list, each once, in order, or all; `UserError` for another name."
-    known = {**(short or {}), **{_plain(name): name for name in local}}
+    known = {**{_plain(name): name for name in local}, **(short or {})}
     words = [_plain(word) for word in names.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            close = "".join(difflib.get_close_matches(word, known, n=1))
-            meant = f" (did you mean {close}?)" if close else ""
-            raise UserError(f"Unknown {what} {word}{meant}; known are {', '.join(local)}.")
+    check_keys(words, known, what)
     chosen = {known[word] for word in words} or {*local}
     return [name for name in local if name in chosen]
 

@@ -7,29 +7,21 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
            'check_prompts']
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #8a683d63
-import functools, io, itertools, re
+import functools, io, itertools
 from collections.abc import Callable, Iterable
 
 from ..core.files import UserError, require_package
 from ..core.plots import COLOURS, DASHES
 from ..data.prompt import user_text
-from ..data.sample import FORMATS, Sample, image_problem
+from ..data.sample import FORMATS, Sample
 from ..generation.model import check_chat_template, pixel_limits, resolve_revision
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #acb7a0fb
-_PNG_FLAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-
-
 def picture_size(data: bytes) -> tuple[int, int]:
-    "Width and height in pixels of an encoded image when it stands upright, from its header."
+    "Width and height in pixels of an encoded image, from its header."
     from PIL import Image
 
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.format == "PNG" and not any(name in data for name in _PNG_FLAGS):
-        return image.size
-    if image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
-        return image.size[::-1]
-    return image.size  # a TIFF has been turned by Pillow
+    return Image.open(io.BytesIO(data), formats=FORMATS).size
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #39b9d09c
 def visual_tokens(processor, width: int, height: int) -> int:
@@ -52,22 +44,6 @@ def prompt_ids(
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return processor.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #ceceb8e3
-def _pictures(sample: Sample, visual: Callable) -> tuple[list, int, str]:
-    "Sizes and tokens of a sample's images, up to the first problem; the problem."
-    sizes, tokens = [], 0
-    for data in sample.images:
-        try:
-            sizes.append(picture_size(data))
-        except Exception as error:  # Pillow's readers raise nearly everything
-            words = image_problem(data) or re.sub(" <_io[^>]*>", "", str(error))
-            return [], 0, f"unreadable image: {words}"
-        try:
-            tokens += visual(*sizes[-1])
-        except ValueError:
-            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
-    return sizes, tokens, ""
-
 # %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
 COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens",
            "prompt_tokens", "most_pixels", "problem")
@@ -87,13 +63,15 @@ def lengths(
     visual = functools.cache(functools.partial(visual_tokens, processor))
     while batch := list(itertools.islice(rest, 256)):
         for sample, ids in zip(batch, prompt_ids(batch, processor, instruction)):
-            sizes, tokens, problem = _pictures(sample, visual)
-            n, marks = len(sample.images), ids.count(mark)
-            if marks != n:
-                problem = problem or f"image placeholder in the text: {marks} for {n} images"
-            text = len(ids) - marks
+            sizes, tokens, text = [picture_size(data) for data in sample.images], 0, len(ids)
+            text -= (marks := ids.count(mark))
+            problem = "" if marks == len(sizes) else "image placeholder in the text"
+            try:
+                tokens = sum(visual(*size) for size in sizes)
+            except ValueError:
+                problem = "aspect ratio over 200"
             pixels = max((width * height for width, height in sizes), default=None)
-            lines.append((sample.dataset_name, sample.dataset_index, n, tokens, text,
+            lines.append((sample.dataset_name, sample.dataset_index, len(sizes), tokens, text,
                           text + tokens, pixels, problem))
     whole = dict.fromkeys(COLUMNS[1:-1], "Int64")  # a text has no pixels
     return pd.DataFrame(lines, columns=COLUMNS).astype(whole)
@@ -141,10 +119,9 @@ def findings(
     import pandas as pd
 
     fine, tokens, context = table.problem == "", table.prompt_tokens, limits["max_model_len"]
-    problems = table.problem.str.split(":").str[0]
     too_long = tokens > (limits["max_prompt_length"] or context)
     cases = {
-        "measured": fine, **{kind: problems == kind for kind in problems[~fine].unique()},
+        "measured": fine, **{kind: table.problem == kind for kind in table.problem[~fine].unique()},
         "over max_model_len": fine & (tokens >= context),
         "over max_prompt_length" if training else "longer than in training": fine & too_long,
         "completion cut": fine & (tokens < context) & (tokens + limits["max_tokens"] > context),

@@ -338,7 +338,7 @@ def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
     folder(tmp_path / "vqa_rad", GOOD)
     for change, sentence in [({"data_dir": "no/where"}, "No folder no/where (data_dir)"),
                              ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; it is looked for as slake_closed as a folder SLAKE/ with test.json"),
-                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad (did you mean vqa_rad?); known are")]:
+                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad; did you mean vqa_rad? Known are")]:
         with pytest.raises(UserError) as raised:
             b.available_benchmarks(DataSettings(**change))
         assert sentence in str(raised.value)
