@@ -13,8 +13,8 @@ from conftest import python
 from medvlthinker.data import overlap as module
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import write_record
-from medvlthinker.data.overlap import (COLUMNS, IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
-                                  overlapping_questions, question_similarity, store_pairs, stored_pairs)
+from medvlthinker.data.overlap import (IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
+                                  question_similarity, store_pairs, stored_pairs)
 from medvlthinker.data.sample import Sample
 from medvlthinker.core.stats import wilson
 
@@ -74,7 +74,7 @@ def holds(title, hits, pairs, copies):
 def test_planted_drawn_scans():
     "Look-alikes, which agree in modality, side, level and size, count neither way; a crop can take the fluid away."
     scans = [(data, tuple(facts[name] for name in ("modality", "side", "level", "size")))
-             for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
+             for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 5, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
     holds("drawn scans", *planted([data for data, _ in scans], [facts for _, facts in scans]))
 
 
@@ -111,17 +111,6 @@ def test_planted_questions(real_data):
     alike = [question_similarity(normalize_question(text), normalize_question(edited(text, rng))) >= SAME_QUESTION for text in short]
     print(f"questions of at most four words: {sum(alike)} of {len(alike)} edited ones above {SAME_QUESTION}")
     assert len(alike) >= 30 and sum(alike) >= 0.95 * len(alike)
-
-
-def test_question_and_image_need_both():
-    scan, other = (synthetic.benchmark("vqa_rad_closed", 2)[n].images[0] for n in (0, 1))
-    test = one_each([scan], "Is fluid seen?", "test")
-    train = [*one_each([scan], "IS  FLUID SEEN", "train"), dataclasses.replace(one_each([scan], "Which organ is this?", "train")[0], dataset_index=1),
-             dataclasses.replace(one_each([other], "Is fluid seen?", "train")[0], dataset_index=2)]
-    pairs = overlap({"train": train}, test)
-    assert list(pairs.columns) == COLUMNS
-    assert {(row.train_index, row.level) for row in pairs.itertuples()} == {(0, "question and image"), (0, "image bytes"), (1, "image bytes")}
-    assert overlapping_questions(pairs, "train") == {0, 1}
 
 
 def test_two_threads_give_the_same():
