@@ -816,8 +816,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'medvlthinker.data.sample.from_row': ('data/sample.html#from_row', 'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample.image_bytes': ( 'data/sample.html#image_bytes',
                                                                                     'medvlthinker/data/sample.py'),
-                                          'medvlthinker.data.sample.image_problem': ( 'data/sample.html#image_problem',
-                                                                                      'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample.json_kind': ( 'data/sample.html#json_kind',
                                                                                   'medvlthinker/data/sample.py'),
                                           'medvlthinker.data.sample.normalize_images': ( 'data/sample.html#normalize_images',

@@ -190,9 +190,9 @@ def detail_similarity(target, others: list) -> np.ndarray:  # n values from -1 t
 class ImageIndex:
     "Distinct encoded images, searchable for copies of them and for what they were cut from."
 
-    def __init__(self, images: Sequence[bytes], threads: int = 2):
+    def __init__(self, images: Sequence[bytes]):
         self._numbers = {hashlib.sha256(data).digest(): n for n, data in enumerate(images)}
-        self._thumbs = list(parallel_map(thumbnail, images, threads))
+        self._thumbs = list(parallel_map(thumbnail, images))
         rows = [spectra(thumb, WINDOWS) for thumb in self._thumbs]
         self._spectra = np.concatenate([np.zeros((0, 64), np.float32), *rows])
         self._bits = sign_bits(self._spectra)
@@ -214,7 +214,7 @@ class ImageIndex:
 class SampleIndex:
     "Test samples by row, searchable at every level."
 
-    def __init__(self, samples: Sequence[Sample], threads: int = 2):
+    def __init__(self, samples: Sequence[Sample]):
         self._keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
         self._texts = [normalize_question(sample.question) for sample in samples]
         self._questions = QuestionIndex(text if is_specific(sample) else ""
@@ -223,7 +223,7 @@ class SampleIndex:
         for row, sample in enumerate(samples):
             for data in dict.fromkeys(sample.images):
                 image_rows[data].append(row)
-        self._images, self._rows = ImageIndex(list(image_rows), threads), list(image_rows.values())
+        self._images, self._rows = ImageIndex(list(image_rows)), list(image_rows.values())
 
     def search(self, sample: Sample) -> Iterator[tuple[int, str, float]]:  # row, level, similarity
         "All reasons why a training sample and a test sample are the same."
@@ -237,9 +237,9 @@ class SampleIndex:
                 yield row, "question and image", alike
         yield from ((row, "question", alike) for row, alike in self._questions.search(text).items())
 
-    def pairs(self, name: str, samples: Iterable[Sample], threads: int = 2) -> list[tuple]:
+    def pairs(self, name: str, samples: Iterable[Sample]) -> list[tuple]:
         "A row of `COLUMNS` for each reason, for the samples of a corpus of this name."
-        found = parallel_map(lambda sample: (sample, [*self.search(sample)]), samples, threads)
+        found = parallel_map(lambda sample: (sample, [*self.search(sample)]), samples)
         return [(name, sample.dataset_index, *self._keys[row], *hit)
                 for sample, hits in found for row, *hit in hits]
 
@@ -254,11 +254,10 @@ def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
     return pairs.loc[order.index].reset_index(drop=True)
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba5
-def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample], threads: int = 2):
+def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
     "A DataFrame of all training and test items that are the same at some level, strongest first."
-    index = SampleIndex(list(test), threads)
-    return pair_table(itertools.chain.from_iterable(
-        index.pairs(name, samples, threads) for name, samples in corpora.items()))
+    index = SampleIndex(list(test))
+    return pair_table(itertools.chain.from_iterable(itertools.starmap(index.pairs, corpora.items())))
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
 def searched_files(settings=DataSettings(), folder=None) -> list[Path]:

@@ -113,13 +113,6 @@ def test_planted_questions(real_data):
     assert len(alike) >= 30 and sum(alike) >= 0.95 * len(alike)
 
 
-def test_two_threads_give_the_same():
-    test = synthetic.benchmark("vqa_rad_closed", 30)
-    train = synthetic.corpus("pmc_vqa", 40) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
-    one, two = (overlap({"pmc_vqa": iter(train)}, iter(test), threads=threads) for threads in (1, 2))
-    assert len(one) >= 30 and one.equals(two)
-
-
 def test_the_order_of_pairs_does_not_depend_on_the_hash_seed():
     "The search of questions answers in the order of a set of strings."
     code = ("from medvlthinker.data import synthetic; from medvlthinker.data.overlap import overlap; "
