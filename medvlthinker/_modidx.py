@@ -904,8 +904,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._decide': ( 'difficulty/pass_counts.html#_decide',
                                                                                                       'medvlthinker/difficulty/pass_counts.py'),
-                                                     'medvlthinker.difficulty.pass_counts._leave_out': ( 'difficulty/pass_counts.html#_leave_out',
-                                                                                                         'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._map_rows': ( 'difficulty/pass_counts.html#_map_rows',
                                                                                                         'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._rule': ( 'difficulty/pass_counts.html#_rule',

@@ -56,13 +56,9 @@ def check_band(
     high: int,  # most right answers of a question that is kept
 ) -> None:
     "`UserError` for a band that is none, or that keeps questions which are always right."
-    if int(low) == low and int(high) == high and 0 <= low <= high < n:
-        return
-    advice = f"the paper's 1 to 7 of 16 is 1 to {max(1, 7 * n // 16)} of {n}"
-    if n < 2:
-        advice = "one completion a question tells nothing of the middle: ask at least two"
-    raise UserError(f"A band counts right answers of {n}: whole numbers with 0 <= low <= high < "
-                    f"{n}, not {low} to {high}; {advice}.")
+    if int(low) != low or int(high) != high or not 0 <= low <= high < n:
+        raise UserError(f"A band counts right answers of {n}: whole numbers with 0 <= low <= high "
+                        f"< {n}, not {low} to {high}; with rollouts=1 there is none.")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #0c6a2b77
 def decision_stability(n: int, low: int, high: int) -> np.ndarray:
@@ -156,10 +152,10 @@ def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
                 out.write_table(table.cast(schema))
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #dccef2c7
-def _all_questions(samples: Path, decisions: "pd.DataFrame") -> "pd.DataFrame":
-    "Every question of a file with its decision, or `no rollout`; `UserError` where others are."
-    if "decision" not in decisions or "low" not in decisions.attrs:
-        raise UserError("These counts name no band; hand over what keep_band returned.")
+def _all_questions(
+    samples: Path, decisions: "pd.DataFrame", without: list[int],
+) -> "pd.DataFrame":
+    "Every question of a file with its decision, or why there is none; `UserError` where others are."
     with open_parquet(samples) as file:
         keys = file.read(columns=["dataset_name", "dataset_index"]).to_pandas()
     if (twice := keys.dataset_index.duplicated()).any():
@@ -170,16 +166,9 @@ def _all_questions(samples: Path, decisions: "pd.DataFrame") -> "pd.DataFrame":
         raise UserError(f"{samples.name} holds {known} of the {len(decisions)} questions that the "
                         "decisions are about; hand over those about this file.")
     absent = {"n": 0, "correct": -1, "decision": "no rollout", "level": -1.0}
-    return found.fillna(absent).astype({"n": int, "correct": int})
-
-
-def _leave_out(questions: "pd.DataFrame", without: list[int]) -> "pd.DataFrame":
-    "The questions, with those marked that overlap a test set."
-    if unknown := set(without) - set(questions.dataset_index):
-        raise UserError(f"Question {min(unknown)} is to be left out, but is not among the samples; "
-                        "the overlap was measured on other samples.")
-    overlaps = questions.dataset_index.isin(without)
-    return questions.assign(decision=questions.decision.mask(overlaps, "overlaps a test set"))
+    found = found.fillna(absent).astype({"n": int, "correct": int})
+    found.loc[found.dataset_index.isin(without), "decision"] = "overlaps a test set"
+    return found
 
 
 def _write_dropped(questions: "pd.DataFrame", path: Path) -> dict[str, int]:
@@ -221,7 +210,7 @@ def curate(
     "Write the kept questions, easy to hard; beside the file lie its record and `.dropped.jsonl`."
     samples, without = Path(samples), sorted(set(without))
     path = Path(folder) / f"{samples.stem}-{folder_name(by)}-easy_to_hard.parquet"
-    questions = _all_questions(samples, decisions)
+    questions = _all_questions(samples, decisions, without)
     counted = questions[["dataset_index", "n", "correct", "decision", "level"]].to_numpy()
     inputs = {"samples": file_hash(samples), "counts": fingerprint(counted.tolist()), "by": by,
               "band": decisions.attrs, "order": "easy_to_hard", "seed": seed, "overlap": overlap,
@@ -229,7 +218,7 @@ def curate(
     with file_lock(path.parent):
         if stale_reason(path, inputs):
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
-                facts.update(_write_curated(samples, _leave_out(questions, without), path, seed))
+                facts.update(_write_curated(samples, questions, path, seed))
     return path
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #05abc231
