@@ -35,12 +35,6 @@ def wilson(
     interval = test.proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
-# %% ../../nbs/core/01_stats.ipynb #496fa99a
-def _normal_interval(centre: float, error: float) -> tuple[float, float]:
-    "95 % normal interval of a proportion, clipped to [0, 1]; all of [0, 1] if `error` is NaN."
-    half = 1.959963984540054 * error  # 97.5 % of a standard normal distribution lie below
-    return max(0.0, centre - half), min(1.0, centre + half)
-
 # %% ../../nbs/core/01_stats.ipynb #479bb3bb
 def _weighted_sum(counts: dict, weights: dict) -> tuple[float, float, float]:
     "Weighted sum of the benchmarks' proportions and its 95 % interval (Price and Bonett, 2004)."
@@ -54,7 +48,8 @@ def _weighted_sum(counts: dict, weights: dict) -> tuple[float, float, float]:
         value += weight * k / n
         centre += weight * p
         variance += weight**2 * p * (1 - p) / (n + 2 * extra)
-    return value, *_normal_interval(centre, sqrt(variance))
+    half = 1.959963984540054 * sqrt(variance)  # 97.5 % of a standard normal distribution lie below
+    return value, max(0.0, centre - half), min(1.0, centre + half)
 
 # %% ../../nbs/core/01_stats.ipynb #052f03a3
 def macro_average(
