@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'FORMAT', 'sanitize', 'UserError', 'missing_package_error', 'require_package', 'write_error', 'is_alive',
-           'atomic_write', 'file_hash', 'fingerprint', 'environment_info', 'peak_memory', 'record_text',
-           'verify_checksum', 'record_path', 'read_record', 'read_json', 'write_record', 'stale_reason']
+           'atomic_write', 'file_hash', 'fingerprint', 'environment_info', 'record_text', 'verify_checksum',
+           'record_path', 'read_record', 'read_json', 'write_record', 'stale_reason']
 
 # %% ../../nbs/core/00_files.ipynb #910b90b7
 import contextlib, datetime, errno, functools, glob, hashlib, importlib.metadata, importlib.util
@@ -148,20 +148,6 @@ def environment_info() -> dict:
             "python": platform.python_version(), "libraries": versions,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 
-# %% ../../nbs/core/00_files.ipynb #64f92b1a
-def peak_memory() -> dict[str, float]:
-    "Peak memory in GiB of this process or the largest that it has waited for, and of its GPU."
-    import resource
-
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux kibibytes
-    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    peak = max(resource.getrusage(which).ru_maxrss for which in processes)
-    found = {"peak_memory_gib": round(peak / unit, 3)}
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    return found
-
 # %% ../../nbs/core/00_files.ipynb #898e0afb
 FORMAT = 1  # of the records that this version writes and reads
 
@@ -224,7 +210,7 @@ def write_record(path, inputs: dict, beside: Iterable = ()):  # further files th
     made = [each for each in made if each != card] + [Path(each) for each in beside]
     files = {os.path.relpath(each, path.parent): file_hash(each) for each in made}
     seconds = round(time.monotonic() - start, 3)
-    record = {"artefact": path.name, "inputs": inputs, "files": files, **peak_memory(), **facts,
+    record = {"artefact": path.name, "inputs": inputs, "files": files, **facts,
               "started": started, "seconds": seconds, **environment_info()}
     with atomic_write(record_path(path)) as file:
         file.write(record_text(record))

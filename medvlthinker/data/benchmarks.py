@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SHORT', 'HUB', 'SOURCES', 'LOCAL', 'published_layout', 'set_names', 'benchmark_names', 'DataSource',
-           'local_source', 'source_of', 'open_source', 'open_benchmark', 'missing_error', 'available_sets',
-           'available_benchmarks', 'sample_file', 'newest_sample_file', 'benchmark_file', 'store_source',
-           'store_synthetic', 'load_benchmark', 'own_set', 'register_benchmark']
+           'source_of', 'open_source', 'open_benchmark', 'missing_error', 'available_sets', 'available_benchmarks',
+           'sample_file', 'newest_sample_file', 'benchmark_file', 'store_source', 'store_synthetic', 'load_benchmark',
+           'own_set', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
-import difflib, functools, os, re
+import functools, os, re
 from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from . import converters, synthetic
+from ..core.commands import check_keys
 from ..core.files import UserError, read_json, record_path, stale_reason
 from .sample import InvalidRow, Sample, SampleFile, store_samples
 from .readers import (
@@ -86,13 +87,9 @@ def _plain(name: str) -> str:
 
 def set_names(names: str, local: dict, what: str, short: dict[str, str] | None = None) -> list[str]:
     "The sets of a comma-separated list, each once, in order, or all; `UserError` for another name."
-    known = {**(short or {}), **{_plain(name): name for name in local}}
+    known = {**{_plain(name): name for name in local}, **(short or {})}
     words = [_plain(word) for word in names.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            close = "".join(difflib.get_close_matches(word, known, n=1))
-            meant = f" (did you mean {close}?)" if close else ""
-            raise UserError(f"Unknown {what} {word}{meant}; known are {', '.join(local)}.")
+    check_keys(words, known, what)
     chosen = {known[word] for word in words} or {*local}
     return [name for name in local if name in chosen]
 
@@ -133,18 +130,6 @@ class DataSource(NamedTuple):
         return samples_from(self.rows, self.layout.convert, name, images, limit=limit, seed=seed,
                             **self.options)
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c064
-def local_source(name: str, data_dir, local: dict) -> DataSource | None:
-    "A copy of a set in a folder; None for no copy, `UserError` for no such folder."
-    if copy := find_local_copy(data_dir, local[name]):
-        return DataSource(*copy)
-    first = local[name][0]
-    if os.path.isabs(first.folders[0]):  # a set of the user's own, which is somewhere for certain
-        images = f" with {first.images} beside it" if first.images else ""
-        raise UserError(f"{first.folders[0]} holds no {first.files}{images}, "
-                        f"which {name} is said to be.")
-    return None
-
 # %% ../../nbs/data/15_benchmarks.ipynb #17c0e001
 def source_of(name: str, settings, sources: dict) -> str:
     "`own` for a set that was registered; else `synthetic`, `hub`, `source` or `local`."
@@ -160,23 +145,19 @@ def open_source(
         return published(name)
     if source == "source":
         return DataSource(*sources[name])
-    return local_source(name, settings.data_dir, local)
+    copy = find_local_copy(settings.data_dir or os.curdir, local[name])
+    return copy and DataSource(*copy)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c037
 def open_benchmark(
     name: str,  # in full
     settings=DataSettings("hub"),
     repo="",  # instead of the hub's: an id, or a folder with the same files
-    wording: str = "spaced",  # of MMMU's questions from its source; `glued` as in the paper
 ) -> DataSource | None:
     "Where the settings read a test set from; None where a folder does not hold it."
     data = open_source(name, settings, lambda name: DataSource(HUB, published_layout(name)),
                        SOURCES, LOCAL)
-    if data is None:
-        return None
-    if (layout := data.layout).convert is converters.mmmu:
-        layout = layout._replace(convert=functools.partial(converters.mmmu, wording=wording))
-    return data._replace(place=repo or data.place, layout=layout)
+    return data and data._replace(place=repo or data.place)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c074
 def missing_error(names: list[str], settings, local: dict) -> UserError:
@@ -269,8 +250,7 @@ def load_benchmark(
     name: str,  # of one test set; a short name will do
     settings=DataSettings(),  # where questions come from, and how many
     folder=None,  # where samples are stored, as for `sample_file`
-    repo="",  # as for `open_benchmark`, like `wording`
-    wording: str = "spaced",
+    repo="",  # as for `open_benchmark`
 ) -> list[Sample]:
     "The samples of a test set, stored for the next time; `UserError` where it cannot be had whole."
     names = benchmark_names(name)
@@ -281,9 +261,9 @@ def load_benchmark(
     path = benchmark_file(name, settings, folder)
     if source == "synthetic":
         return list(store_synthetic(path, synthetic.benchmark, name, limit or BENCHMARKS[name]))
-    if (data := open_benchmark(name, settings, repo, wording)) is None:
+    if (data := open_benchmark(name, settings, repo)) is None:
         raise missing_error([name], settings, LOCAL)
-    samples = store_source(path, name, data, limit, settings, source=source, wording=wording)
+    samples = store_source(path, name, data, limit, settings, source=source)
     if not limit:
         broken = read_json(record_path(path)).get("broken", 0)
         _compare_count(name, len(samples) + broken, data, source)
@@ -291,12 +271,16 @@ def load_benchmark(
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c047
 def own_set(name: str, folder, layout: DatasetLayout, known: Iterable) -> list[DatasetLayout]:
-    "What `LOCAL` says of a set of one's own; `UserError` for a name that is not free."
+    "What `LOCAL` says of a set of one's own; `UserError` for a name that is not free, or no set."
     if _plain(name) in map(_plain, known):
         raise UserError(f"The name {name} is taken by a set of this package; use another one.")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} cannot be the name of a set: letters, digits and . _ - can.")
-    return [layout._replace(folders=(os.path.abspath(os.path.expanduser(folder)),))]
+    place = Path(folder).expanduser().absolute()
+    if not layout.found(place):
+        images = f" with {layout.images} beside it" if layout.images else ""
+        raise UserError(f"{place} holds no {layout.files}{images}, which {name} is said to be.")
+    return [layout._replace(folders=(str(place),))]
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c049
 def register_benchmark(name: str, folder, layout: DatasetLayout) -> None:

@@ -168,7 +168,6 @@ def closed_options(question: str, answer: str) -> tuple[dict[str, str], str]:
 def closed_question(
     row: dict, where: str, question="question", answer="answer", image="image_name",
     kind: str = "answer_type",  # the column that says CLOSED; empty if only yes and no are closed
-    id: str = "",  # the column of the row's own identifier
     keep: tuple[str, ...] = (),  # columns that go into `misc`
 ) -> dict:
     "A closed question with options by our rule; other questions are filtered."
@@ -183,16 +182,15 @@ def closed_question(
         options, label = closed_options(asked, known)
     except ValueError as reason:
         raise _Filtered(where, answer, str(reason)) from None
-    digest = hashlib.sha256((asked + known).encode()).hexdigest()[:16]
+    digest = hashlib.sha256((asked + known).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return {"question": asked, "options": options, "answer_label": label, "hash": digest,
-            "images": [row.get(image)], "image_field": image, "id": row.get(id),
-            "misc": _misc(row, *keep) or None}
+            "images": [row.get(image)], "image_field": image, "misc": _misc(row, *keep) or None}
 
 # %% ../../nbs/data/14_converters.ipynb #c4607524
 def vqa_rad(row: dict, where: str) -> dict:
     "A row of VQA-RAD, from a file that holds one part only."
     keep = ("qid", "image_name", "image_organ", "question_type", "phrase_type")
-    return closed_question(row, where, id="qid", keep=keep)
+    return closed_question(row, where, keep=keep)
 
 # %% ../../nbs/data/14_converters.ipynb #3b504838
 def vqa_rad_release(row: dict, where: str) -> dict:
@@ -207,7 +205,7 @@ def slake(row: dict, where: str) -> dict:
     if (language := require_text(row, "q_lang", where)) != "en":
         raise _Filtered(where, "q_lang", f"{language}, and the paper asks in English")
     keep = ("qid", "img_name", "location", "modality", "content_type")
-    return closed_question(row, where, image="img_name", id="qid", keep=keep)
+    return closed_question(row, where, image="img_name", keep=keep)
 
 # %% ../../nbs/data/14_converters.ipynb #08319d2d
 def path_vqa(row: dict, where: str) -> dict:
@@ -265,7 +263,7 @@ def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
     return {"question": remove_image_marks(question, wording), "options": options,
             "answer_label": right_letter(options, row.get("answer"), where, "answer"),
             "images": images or [f"{require_text(row, 'id', where)}_{n}.png" for n in marks],
-            "image_field": "image", "id": row.get("id"),
+            "image_field": "image",
             "misc": _misc(row, "id", "explanation", "img_type", "question_type", "subfield",
                           "topic_difficulty")}
 
@@ -280,7 +278,7 @@ def medxpertqa(row: dict, where: str) -> dict:
         images = [image.get("image_path") or image if isinstance(image, dict) else image
                   for image in images]
     question = require_text(row, "question", where).split("\nAnswer Choices: ")[0].strip()
-    return {"question": question, "options": options, "images": images, "id": row.get("id"),
+    return {"question": question, "options": options, "images": images,
             "answer_label": right_letter(options, row.get("label"), where, "label"),
             "misc": _misc(row, "id", "body_system", "medical_task", "question_type")}
 

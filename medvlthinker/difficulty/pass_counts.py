@@ -56,13 +56,9 @@ def check_band(
     high: int,  # most right answers of a question that is kept
 ) -> None:
     "`UserError` for a band that is none, or that keeps questions which are always right."
-    if int(low) == low and int(high) == high and 0 <= low <= high < n:
-        return
-    advice = f"the paper's 1 to 7 of 16 is 1 to {max(1, 7 * n // 16)} of {n}"
-    if n < 2:
-        advice = "one completion a question tells nothing of the middle: ask at least two"
-    raise UserError(f"A band counts right answers of {n}: whole numbers with 0 <= low <= high < "
-                    f"{n}, not {low} to {high}; {advice}.")
+    if int(low) != low or int(high) != high or not 0 <= low <= high < n:
+        raise UserError(f"A band counts right answers of {n}: whole numbers with 0 <= low <= high "
+                        f"< {n}, not {low} to {high}; with rollouts=1 there is none.")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #0c6a2b77
 def decision_stability(n: int, low: int, high: int) -> np.ndarray:
@@ -156,10 +152,10 @@ def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
                 out.write_table(table.cast(schema))
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #dccef2c7
-def _all_questions(samples: Path, decisions: "pd.DataFrame") -> "pd.DataFrame":
-    "Every question of a file with its decision, or `no rollout`; `UserError` where others are."
-    if "decision" not in decisions or "low" not in decisions.attrs:
-        raise UserError("These counts name no band; hand over what keep_band returned.")
+def _all_questions(
+    samples: Path, decisions: "pd.DataFrame", without: list[int],
+) -> "pd.DataFrame":
+    "Every question of a file with its decision, or why there is none; `UserError` where others are."
     with open_parquet(samples) as file:
         keys = file.read(columns=["dataset_name", "dataset_index"]).to_pandas()
     if (twice := keys.dataset_index.duplicated()).any():
@@ -170,16 +166,9 @@ def _all_questions(samples: Path, decisions: "pd.DataFrame") -> "pd.DataFrame":
         raise UserError(f"{samples.name} holds {known} of the {len(decisions)} questions that the "
                         "decisions are about; hand over those about this file.")
     absent = {"n": 0, "correct": -1, "decision": "no rollout", "level": -1.0}
-    return found.fillna(absent).astype({"n": int, "correct": int})
-
-
-def _leave_out(questions: "pd.DataFrame", without: list[int]) -> "pd.DataFrame":
-    "The questions, with those marked that overlap a test set."
-    if unknown := set(without) - set(questions.dataset_index):
-        raise UserError(f"Question {min(unknown)} is to be left out, but is not among the samples; "
-                        "the overlap was measured on other samples.")
-    overlaps = questions.dataset_index.isin(without)
-    return questions.assign(decision=questions.decision.mask(overlaps, "overlaps a test set"))
+    found = found.fillna(absent).astype({"n": int, "correct": int})
+    found.loc[found.dataset_index.isin(without), "decision"] = "overlaps a test set"
+    return found
 
 
 def _write_dropped(questions: "pd.DataFrame", path: Path) -> dict[str, int]:
@@ -221,7 +210,7 @@ def curate(
     "Write the kept questions, easy to hard; beside the file lie its record and `.dropped.jsonl`."
     samples, without = Path(samples), sorted(set(without))
     path = Path(folder) / f"{samples.stem}-{folder_name(by)}-easy_to_hard.parquet"
-    questions = _all_questions(samples, decisions)
+    questions = _all_questions(samples, decisions, without)
     counted = questions[["dataset_index", "n", "correct", "decision", "level"]].to_numpy()
     inputs = {"samples": file_hash(samples), "counts": fingerprint(counted.tolist()), "by": by,
               "band": decisions.attrs, "order": "easy_to_hard", "seed": seed, "overlap": overlap,
@@ -229,7 +218,7 @@ def curate(
     with file_lock(path.parent):
         if stale_reason(path, inputs):
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
-                facts.update(_write_curated(samples, _leave_out(questions, without), path, seed))
+                facts.update(_write_curated(samples, questions, path, seed))
     return path
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #05abc231
@@ -287,26 +276,15 @@ def _states(histogram, per_round: int) -> tuple[np.ndarray, np.ndarray]:
     return joint, np.nan_to_num(before)  # more right than asked is no number
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #3fd343a3
-def _goes_on(sides: np.ndarray, before: np.ndarray, price: float) -> np.ndarray:
-    "[k, c]: whether the cheapest rule goes on, by backward induction."
-    mass = sides.sum(0)
-    cost = price * (mass - sides.max(0))  # of stopping
-    goes_on = np.zeros(mass.shape, dtype=bool)
-    per_round = (mass.shape[1] - 1) // len(before)
-    for k in reversed(range(len(before))):
-        onward = per_round * mass[k] + before[k] @ cost[k + 1]
-        goes_on[k] = (onward < cost[k]) | (k == 0)  # no decision without a single completion
-        cost[k] = np.where(goes_on[k], onward, cost[k])
-    return goes_on
-
-
-def _rule(joint, before, low: int, high: int, price: float) -> "pd.DataFrame":
-    "The rule that is cheapest if a wrong decision costs `price` completions; see `stopping_rule`."
+def _rule(joint, before, low: int, high: int, threshold: float) -> "pd.DataFrame":
+    "The rule that stops where a decision is right with this probability; see `stopping_rule`."
     import pandas as pd
 
     parts = np.split(joint, [low, high + 1], axis=2)
     sides = np.stack([part.sum(2) for part in parts])  # decision, k, c
-    goes_on, mass, n = _goes_on(sides, before, price), sides.sum(0), joint.shape[1] - 1
+    mass, n = sides.sum(0), joint.shape[1] - 1
+    goes_on = sides.max(0) < threshold * mass
+    goes_on[0], goes_on[-1] = True, False  # no decision without a single completion
     share = np.ones(mass.shape)  # of the questions that could be in a state: those that go on to it
     for k in range(len(before)):
         share[k + 1] = (share[k] * goes_on[k]) @ before[k]
@@ -343,18 +321,20 @@ def stopping_rule(
     agreement: float = 0.97,  # expected, with the decisions of all n completions
     per_round: int = 1,  # completions a question between two looks; divides n
 ) -> "pd.DataFrame":
-    """When to stop: the rule with the fewest expected completions that reaches the agreement.
+    """When to stop: the rule with the lowest threshold that reaches the agreement.
 
     A row a state. Columns: asked, correct, action (`go on` or one of `DECISIONS`), reach (share of
     questions), right (probability that the action is), level (right answers of n expected)."""
     n = len(histogram) - 1
     _check_rule(n, low, high, agreement, per_round)
-    states, cheap, dear = _states(histogram, per_round), 1.0, 1e9
-    while dear / cheap > 1.0001:
-        middle = (cheap * dear) ** 0.5
-        enough = expected(_rule(*states, low, high, middle))[0] >= agreement
-        cheap, dear = (cheap, middle) if enough else (middle, dear)
-    rule = _rule(*states, low, high, dear)
+    states, below, enough = _states(histogram, per_round), 0.0, 1.0
+    while enough - below > 1e-4:
+        middle = (below + enough) / 2
+        if expected(_rule(*states, low, high, middle))[0] >= agreement:
+            enough = middle
+        else:
+            below = middle
+    rule = _rule(*states, low, high, enough)
     rule.attrs = {"low": int(low), "high": int(high), "n": n, "agreement": agreement,
                   "per_round": per_round}
     return rule

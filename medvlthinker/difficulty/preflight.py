@@ -7,29 +7,21 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
            'check_prompts']
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #8a683d63
-import functools, io, itertools, re
+import functools, io, itertools
 from collections.abc import Callable, Iterable
 
 from ..core.files import UserError, require_package
 from ..core.plots import COLOURS, DASHES
 from ..data.prompt import user_text
-from ..data.sample import FORMATS, Sample, image_problem
+from ..data.sample import FORMATS, Sample
 from ..generation.model import check_chat_template, pixel_limits, resolve_revision
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #acb7a0fb
-_PNG_FLAGS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-
-
 def picture_size(data: bytes) -> tuple[int, int]:
-    "Width and height in pixels of an encoded image when it stands upright, from its header."
+    "Width and height in pixels of an encoded image, from its header."
     from PIL import Image
 
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.format == "PNG" and not any(name in data for name in _PNG_FLAGS):
-        return image.size
-    if image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
-        return image.size[::-1]
-    return image.size  # a TIFF has been turned by Pillow
+    return Image.open(io.BytesIO(data), formats=FORMATS).size
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #39b9d09c
 def visual_tokens(processor, width: int, height: int) -> int:
@@ -52,25 +44,9 @@ def prompt_ids(
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return processor.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #ceceb8e3
-def _pictures(sample: Sample, visual: Callable) -> tuple[list, int, str]:
-    "Sizes and tokens of a sample's images, up to the first problem; the problem."
-    sizes, tokens = [], 0
-    for data in sample.images:
-        try:
-            sizes.append(picture_size(data))
-        except Exception as error:  # Pillow's readers raise nearly everything
-            words = image_problem(data) or re.sub(" <_io[^>]*>", "", str(error))
-            return [], 0, f"unreadable image: {words}"
-        try:
-            tokens += visual(*sizes[-1])
-        except ValueError:
-            return sizes, 0, "aspect ratio over 200: {}x{} pixels".format(*sizes[-1])
-    return sizes, tokens, ""
-
 # %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
 COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens",
-           "prompt_tokens", "largest_side", "most_pixels", "least_pixels", "problem")
+           "prompt_tokens", "most_pixels", "problem")
 
 
 def lengths(
@@ -87,97 +63,72 @@ def lengths(
     visual = functools.cache(functools.partial(visual_tokens, processor))
     while batch := list(itertools.islice(rest, 256)):
         for sample, ids in zip(batch, prompt_ids(batch, processor, instruction)):
-            sizes, tokens, problem = _pictures(sample, visual)
-            n, marks = len(sample.images), ids.count(mark)
-            if marks != n:
-                problem = problem or f"image placeholder in the text: {marks} for {n} images"
-            text = len(ids) - marks
-            areas = [width * height for width, height in sizes] or [None]
-            side = max(itertools.chain.from_iterable(sizes), default=None)
-            lines.append((sample.dataset_name, sample.dataset_index, n, tokens, text,
-                          text + tokens, side, max(areas), min(areas), problem))
+            sizes, tokens, text = [picture_size(data) for data in sample.images], 0, len(ids)
+            text -= (marks := ids.count(mark))
+            problem = "" if marks == len(sizes) else "image placeholder in the text"
+            try:
+                tokens = sum(visual(*size) for size in sizes)
+            except ValueError:
+                problem = "aspect ratio over 200"
+            pixels = max((width * height for width, height in sizes), default=None)
+            lines.append((sample.dataset_name, sample.dataset_index, len(sizes), tokens, text,
+                          text + tokens, pixels, problem))
     whole = dict.fromkeys(COLUMNS[1:-1], "Int64")  # a text has no pixels
     return pd.DataFrame(lines, columns=COLUMNS).astype(whole)
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e77
 _LONGEST = "the longest with {worst:,} tokens (row {row}): "
-_SENTENCES = {
-    "over max_model_len": "{prompts} would fill max_model_len={max_model_len:,}, " + _LONGEST
-    + "vLLM refuses them.",
-    "over max_prompt_length": "{prompts} would exceed max_prompt_length={max_prompt_length:,}, "
-    + _LONGEST + "verl stops at the first of them; shrink their images, or leave them out with "
+_SENTENCES = {  # each begins with how many prompts it is about
+    "measured": " take {least:,} to {worst:,} tokens, {mean:,.1f} on average, {images:,.1f} of them "
+    "for images.",
+    "over max_model_len": " would fill max_model_len={max_model_len:,}, " + _LONGEST + "vLLM refuses "
+    "them.",
+    "over max_prompt_length": " would exceed max_prompt_length={max_prompt_length:,}, " + _LONGEST
+    + "verl stops at the first of them; shrink their images, or leave them out with "
     "data.filter_overlong_prompts=True.",
-    "longer than in training": "{prompts} would exceed the {max_prompt_length:,} tokens of "
-    "training, " + _LONGEST + "evaluation reads them whole; verl would stop at the first of them, "
-    "if they stood in its validation set.",
-    "completion cut": "{prompts} would leave less than max_tokens={max_tokens:,} of max_model_len="
+    "longer than in training": " would exceed the {max_prompt_length:,} tokens of training, "
+    + _LONGEST + "evaluation reads them whole; verl would stop at the first of them, if they stood "
+    "in its validation set.",
+    "completion cut": " would leave less than max_tokens={max_tokens:,} of max_model_len="
     "{max_model_len:,}, " + _LONGEST + "a completion may be cut, and an OpenAI-compatible server "
     "refuses the request.",
-    "shrunk": "{rows} would have an image shrunk to max_pixels={max_pixels:,}, the largest from "
-    "{worst:,} pixels (row {row}).",
-    "enlarged": "{rows} would have an image enlarged to min_pixels={min_pixels:,}, the smallest "
-    "from {worst:,} pixels (row {row})."}
+    "shrunk": " would have an image shrunk to max_pixels={max_pixels:,}, the largest from {worst:,} "
+    "pixels (row {row})."}
+_REFUSED = " would be refused, row {row} first: {problem}."
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e78
-def _finding(name: str, kind: str, rows, refused: bool, sentence: str, column: str, facts: dict):
-    "One line of the report; `column` makes one of the rows the extreme, or the first is named."
-    line = {"name": name, "finding": kind, "refused": refused, "count": len(rows), "worst": None}
-    place = rows.index[0]
-    if column:
-        place = rows[column].idxmin() if column == "least_pixels" else rows[column].idxmax()
-        line["worst"] = int(rows[column][place])
-    line["row"], s = int(rows.dataset_index[place]), "" if len(rows) == 1 else "s"
-    words = {what: f"{len(rows):,} {what[:-1]}{s} of {name}" for what in ("rows", "prompts")}
-    line["first_rows"] = " ".join(map(str, rows.dataset_index.head(5)))
-    return line | {"sentence": sentence.format(**line, **words, **facts)}
-
-
-def _measure(name: str, fine) -> dict:
-    "The line on a set as a whole."
-    images = "no images"
-    if fine.largest_side.notna().any():
-        images = (f"{fine.image_tokens.mean():,.1f} of them for images, whose longest side is "
-                  f"{fine.largest_side.max():,} pixels")
-    tokens = fine.prompt_tokens
-    sentence = (f"The prompts of {{name}} ({{count:,}}) take {tokens.min():,} to {{worst:,}} "
-                f"tokens, {tokens.mean():,.1f} on average, {images}.")
-    return _finding(name, "measured", fine, False, sentence, "prompt_tokens", {})
-
-# %% ../../nbs/difficulty/32_preflight.ipynb #eae65c66
-def _cases(fine, limits: dict, training: bool) -> dict:
-    "Each kind of finding: which rows it is about, and the column that makes one the extreme."
-    context, tokens = limits["max_model_len"], fine.prompt_tokens
-    cut = (tokens < context) & (tokens + limits["max_tokens"] > context)
-    cases = {
-        "over max_model_len": (tokens >= context, "prompt_tokens"),
-        "over max_prompt_length" if training else "longer than in training":
-            (tokens > (limits["max_prompt_length"] or context), "prompt_tokens"),
-        "completion cut": (cut, "prompt_tokens"),
-        "shrunk": (fine.most_pixels > limits["max_pixels"], "most_pixels"),
-        "enlarged": (fine.least_pixels < limits["min_pixels"], "least_pixels")}
-    return {kind: (fine[which.fillna(False)], column) for kind, (which, column) in cases.items()}
+def _finding(kind: str, rows, start: str, limits: dict) -> dict:
+    "One line of the report, about these rows."
+    column, tokens = "most_pixels" if kind == "shrunk" else "prompt_tokens", rows.prompt_tokens
+    worst = rows.loc[rows[column].idxmax() if kind in _SENTENCES else rows.index[0]]
+    facts = {"worst": int(worst[column]), "row": int(worst.dataset_index)}
+    sentence = start + _SENTENCES.get(kind, _REFUSED).format(
+        problem=worst.problem, least=tokens.min(), mean=tokens.mean(),
+        images=rows.image_tokens.mean(), **facts, **limits)
+    stops = kind not in _SENTENCES or kind.startswith("over")
+    return {"finding": kind, "refused": stops, "count": len(rows), **facts, "sentence": sentence}
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #eae65c67
 def findings(
     table,  # of `lengths`, of one set
     name: str,  # of the set
-    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0: none), min_ and max_pixels
+    limits: dict,  # max_model_len, max_tokens, max_prompt_length (0: none) and max_pixels
     training: bool = True,  # whether verl will read the set
 ):
     "A pandas table: the measure of a set, then a line with a sentence for each kind of finding."
     import pandas as pd
 
-    fine, bad = table[table.problem == ""], table[table.problem != ""]
-    lines = [_measure(name, fine)] if len(fine) else []
-    for kind, rows in bad.groupby(bad.problem.str.split(":").str[0]):
-        facts = {"problem": rows.problem.iloc[0]}
-        sentence = "{rows} would be refused, row {row} first: {problem}."
-        lines.append(_finding(name, kind, rows, True, sentence, "", facts))
-    for kind, (rows, column) in _cases(fine, limits, training).items():
-        if len(rows):
-            stops = kind.startswith("over")
-            lines.append(_finding(name, kind, rows, stops, _SENTENCES[kind], column, limits))
-    return pd.DataFrame(lines)
+    fine, tokens, context = table.problem == "", table.prompt_tokens, limits["max_model_len"]
+    too_long = tokens > (limits["max_prompt_length"] or context)
+    cases = {
+        "measured": fine, **{kind: table.problem == kind for kind in table.problem[~fine].unique()},
+        "over max_model_len": fine & (tokens >= context),
+        "over max_prompt_length" if training else "longer than in training": fine & too_long,
+        "completion cut": fine & (tokens < context) & (tokens + limits["max_tokens"] > context),
+        "shrunk": fine & (table.most_pixels > limits["max_pixels"]).fillna(False)}
+    kinds = [(kind, table[which]) for kind, which in cases.items() if which.any()]
+    return pd.DataFrame([_finding(kind, rows, f"{len(rows):,} of {len(table):,} prompts of {name}",
+                                  limits) for kind, rows in kinds])
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #3fbb3191
 def length_figure(
@@ -189,17 +140,17 @@ def length_figure(
     import pandas as pd
     import plotly.express as px
 
-    curves, percent = [], [100 * step / 199 for step in range(200)]
-    for name, table in tables.items():
-        tokens = sorted(table.prompt_tokens)
-        shown = [tokens[round((len(tokens) - 1) * share / 100)] for share in percent]
-        curves.append(pd.DataFrame({"set": f"{name}, n={len(tokens):,}", "x": shown, "y": percent}))
-    titles = {"x": "Tokens of the prompt, images included", "y": "Prompts (%)", "set": ""}
+    shares = [step / 199 for step in range(200)]
+    curves = pd.concat(
+        {f"{name}, n={len(table):,}": table.prompt_tokens.astype(int).quantile(shares, "nearest")
+         for name, table in tables.items()}, names=["set", "share"]).reset_index()
+    titles = {"prompt_tokens": "Tokens of the prompt, images included", "y": "Prompts (%)"}
     figure = px.line(
-        pd.concat(curves), "x", "y", color="set", line_dash="set", line_shape="hv", log_x=True,
-        color_discrete_sequence=COLOURS, line_dash_sequence=DASHES, labels=titles, height=380,
-        template="plotly_white", render_mode="svg")  # from 1,000 points on plotly asks for WebGL
-    if limit and max(table.prompt_tokens.max() for table in tables.values()) > limit / 4:
+        curves, "prompt_tokens", 100 * curves.share, color="set", line_dash="set", line_shape="hv",
+        log_x=True, color_discrete_sequence=COLOURS, line_dash_sequence=DASHES, height=380,
+        labels=titles | {"set": ""}, template="plotly_white",
+        render_mode="svg")  # from 1,000 points on plotly asks for WebGL
+    if limit and curves.prompt_tokens.max() > limit / 4:
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
     return figure.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
 
@@ -208,7 +159,7 @@ def open_processor(
     model: str,  # what `resolve_model` returned
     max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit
 ) -> tuple:
-    """A model's processor, and its limits: max_model_len, min_pixels and max_pixels.
+    """A model's processor, and its limits: max_model_len and max_pixels.
 
     The weights are not loaded. `UserError` for a model that reads no images."""
     require_package("torch", "torchvision")
@@ -228,9 +179,8 @@ def open_processor(
         raise UserError(f"The processor of {model} does not say how many tokens a picture takes; "
                         "preflight knows Qwen2-VL, Qwen2.5-VL and their kin.")
     check_chat_template(processor, model)
-    sizes, context = images.size, config.get_text_config().max_position_embeddings
-    return processor, {"max_model_len": context, "min_pixels": sizes["shortest_edge"],
-                       "max_pixels": sizes["longest_edge"]}
+    context = config.get_text_config().max_position_embeddings
+    return processor, {"max_model_len": context, "max_pixels": images.size["longest_edge"]}
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #78788acd
 def check_prompts(

@@ -201,7 +201,7 @@ def _published_row(where: str, line) -> tuple[dict, Any]:
 
 
 def read_eval_results(
-    path,  # eval_results.jsonl, gzipped or not
+    path,  # eval_results.jsonl
     samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
 ) -> Iterator[dict]:
     "The rows of a rollout in the published layout; `UserError` names file, line and field."

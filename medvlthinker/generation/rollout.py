@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import (
-    UserError, atomic_write, environment_info, file_hash, fingerprint, peak_memory, read_record,
+    UserError, atomic_write, environment_info, file_hash, fingerprint, read_record,
     record_text, write_error)
 from ..data.sample import Sample, to_row
 from .request import Completion, Request, Sampling
@@ -330,7 +330,7 @@ class _Writer:
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
         return self._record({
             "rows": len(self.places), **total, "dropped_parameters": [*dropped],
-            "seconds": round(seconds, 3), **peak_memory(), "bytes": size,
+            "seconds": round(seconds, 3), "bytes": size,
             "sha256": digest.hexdigest(), "finished": _now()})
 
     def _record(self, facts: dict) -> dict:

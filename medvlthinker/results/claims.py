@@ -26,7 +26,6 @@ import numpy as np
 from ..core.files import UserError
 from ..core.grade import RULES, grade
 from ..core.stats import grim_test, holm, wilson
-from ..data.readers import read_csv
 from ..evaluation.evaluate import paired_difference, read_grades
 from ..generation.model import prompt_format
 from .published import (
@@ -757,7 +756,9 @@ def stored_pass_counts(
     "The pass counts that paper/2_difficulty left, if they are of sixteen answers, as the paper's."
     if not Path(path).is_file():
         return []
-    table = read_csv(path)
+    import pandas
+
+    table = pandas.read_csv(path)
     return table[table["of"] == 16].to_dict("records")
 
 # %% ../../nbs/results/63_claims.ipynb #bbc13cf5

@@ -12,11 +12,11 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import encoded, key_opens, python, says, split
+from conftest import encoded, key_opens, python, split
 from medvlthinker.data import benchmarks as b
-from medvlthinker.core.files import UserError, read_json, record_path
+from medvlthinker.core.files import UserError
 from medvlthinker.data.converters import closed_options
-from medvlthinker.data.readers import DataSettings, read_rows
+from medvlthinker.data.readers import DataSettings
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -65,28 +65,20 @@ def rad(path: Path):
 BROKEN = {
     "an image that is gone": (row(image="gone.png"), "image_name: gone.png is not in images_dev/"),
     "a truncated image": (row(image="torn.jpg"), "image_name: torn.jpg is not a readable image"),
-    "an image of one pixel": (row(image="dot.png"), "image_name: dot.png is 1x1 pixels"),
     "a giant image": (row(image="giant.png"), "image_name: giant.png is not a readable image (Image size (400000000 pixels) exceeds limit"),
-    "no image but a text": (row(image="text.png"), "image_name: text.png is not a readable image"),
-    "an empty image": (row(image="empty.png"), "image_name: empty.png is an empty file"),
     "a path that leaves the folder": (row(image="../dev.jsonl"), "image_name: ../dev.jsonl leaves the folder images_dev/"),
-    "an absolute path": (row(image="/etc/hostname"), "image_name: /etc/hostname leaves the folder"),
-    "a folder for an image": (row(image="."), "image_name: . is not in images_dev/"),
     "a null byte in a name": (row(image="a\0b.png"), "image_name: "),
-    "a name that is no text": (row(image=["good.png"]), "image_name: "),
     "no answer": (row(answer=None), "answer: empty (None)"),
-    "a blank question": (row("  "), "question: empty ('  ')"),
     "a missing column": ({key: value for key, value in row().items() if key != "answer_type"}, "answer_type: there is no such column; there are qid, image_name,"),
     "a line that is not JSON": (b'{"question": "Is', "JSON: Unterminated string"),
     "a line that is no object": (b'["Is there a nodule?", "Yes"]', "row: a list, not an object"),
-    "a line that is not UTF-8": ('{"question": "Schädel?"}'.encode("latin-1"), "encoding: the byte 0xe4 is not UTF-8"),
-    "a line that nests without end": (b"[" * 100_000, "JSON: "),
+    "a line that is not UTF-8": (json.dumps(row("Schädel?"), ensure_ascii=False).encode("latin-1"), "question: holds half a character"),
 }
 
 
 @pytest.fixture(scope="module")
 def odd_images() -> dict:
-    return {"torn.jpg": encoded(300, 300, "JPEG")[:-900], "dot.png": encoded(1, 1), "giant.png": huge(20_000), "text.png": b"no image", "empty.png": b""}
+    return {"torn.jpg": encoded(300, 300, "JPEG")[:-900], "giant.png": huge(20_000)}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -116,8 +108,7 @@ def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
 
 
 @pytest.mark.parametrize("layout, content, sentence", [
-    ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json line 2, JSON: Expecting ':' delimiter at column 11"),
-    ("testset.json", '[{"question":\n "Schädel?"}]'.encode("latin-1"), "testset.json line 2, encoding: the byte 0xe4 is not UTF-8"),
+    ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json, JSON: Expecting ':' delimiter: line 2 column 11"),
     ("testset.json", b'"Is it?"', "testset.json holds no list of rows"),
     ("testset.json", b'[]', "testset.json holds no list of rows"),
     ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
@@ -217,36 +208,13 @@ def test_a_table_without_a_column_or_a_set_says_so(hub, tmp_path, home):
         b.load_benchmark("slake", DataSettings("hub", limit=1), repo=hub)
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
-    part = tmp_path / "data" / "test-00000-of-00002.parquet"
+    part = tmp_path / "data" / "test-00000-of-00001.parquet"
     pyarrow.parquet.write_table(table.drop_columns(["answer_label"]), part)
-    with pytest.raises(UserError, match="holds 1 of the 2 files data/test-.-of-00002; get the others."):
-        list(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
-    part = part.rename(tmp_path / "data" / "test-00000-of-00001.parquet")
     broken = split(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed"))[1]
     assert str(broken[0]) == "data/test-00000-of-00001.parquet row 1, answer_label: None is not among the letters A, B"
     part.write_bytes(b"no parquet")
     with pytest.raises(UserError, match="test-00000-of-00001.parquet is not a readable parquet file"):
         list(published("vqa_rad_closed", tmp_path).samples("vqa_rad_closed", 1))
-
-
-def test_the_papers_own_source_gives_what_the_local_folder_gives(tmp_path):
-    import datasets
-
-    local = folder(tmp_path / "vqa_rad", [*GOOD, row(answer_type="OPEN"), row("Where is it?", "Left")])
-    picture = {"bytes": (local / "images_dev" / "good.png").read_bytes(), "path": None}
-    rows = [{"image": picture, "input": item["question"], "label": item["answer"], "answer_type": item["answer_type"]} for _, item in read_rows(local / "dev.jsonl")]
-    rows[2]["image"] = {"bytes": b"torn", "path": None}
-    path = tmp_path / "source" / "VQA_RAD" / "test"
-    path.mkdir(parents=True)
-    features = datasets.Features({"image": datasets.Image(), **{name: datasets.Value("string") for name in ("input", "label", "answer_type")}})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path / "0000.parquet")
-    good, others = split(b.open_benchmark("vqa_rad_closed", DataSettings("source"), tmp_path / "source").samples("vqa_rad_closed"))
-    expected = split(rad(local))[0][:2]
-    assert [(s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in good] == [
-        (s.question, s.options, s.answer, s.images, s.hash, s.dataset_index) for s in expected]
-    assert [(bad.field, bad.filtered) for bad in others] == [("image", False), ("answer_type", True), ("label", True)]
-    with pytest.raises(UserError, match="vqa_rad holds no VQA_RAD/test/"):
-        list(b.open_benchmark("vqa_rad_closed", DataSettings("source"), local).rows())
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -318,13 +286,6 @@ def test_over_http_and_afterwards_without_a_network(hub, tmp_path):
     assert offline[2].startswith("The data set nobody/none cannot be read (") and offline[2].endswith("by data_dir=.")
 
 
-def test_a_folder_in_the_hubs_layout_has_no_commit(hub, home):
-    settings = DataSettings("hub", limit=1)
-    b.load_benchmark("pmc_vqa", settings, repo=hub)
-    inputs = read_json(record_path(b.benchmark_file("pmc_vqa", settings)))["inputs"]
-    assert "revision" not in inputs and list(inputs["questions"]) == ["data/test-00000-of-00001.parquet"]
-
-
 def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
     folder(tmp_path / "vqa_rad", GOOD)
     all_of_them, two = (DataSettings(data_dir=str(tmp_path), limit=limit) for limit in (0, 2))
@@ -333,23 +294,6 @@ def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
     assert len(first) == 3 and len(b.load_benchmark("vqa_rad", two)) == 2
     assert all(path.read_bytes() == data for path, data in before.items())
     assert len({b.benchmark_file("vqa_rad_closed", replaced) for replaced in (all_of_them, two, dataclasses.replace(two, seed=1))}) == 3
-
-
-# ---- the one entry
-
-
-def test_a_folder_that_is_missing_or_lacks_the_set(tmp_path, home):
-    folder(tmp_path / "vqa_rad", GOOD)
-    for change, sentence in [({"data_dir": "no/where"}, "No folder no/where (data_dir)"),
-                             ({"data_dir": str(tmp_path), "benchmark": "slake"}, "holds no copy of slake_closed that can be read; it is looked for as slake_closed as a folder SLAKE/ with test.json"),
-                             ({"data_dir": str(tmp_path / "vqa_rad" / "images_dev")}, "holds no copy of pmc_vqa"), ({"benchmark": "vqarad"}, "Unknown benchmark vqarad (did you mean vqa_rad?); known are")]:
-        with pytest.raises(UserError) as raised:
-            b.available_benchmarks(DataSettings(**change))
-        assert sentence in str(raised.value)
-    with pytest.raises(UserError, match="holds no copy of MMMU-medical"):
-        b.load_benchmark("mmmu", DataSettings(data_dir=str(tmp_path)))
-    done = python("-c", "from medvlthinker.core import commands; from medvlthinker.data import benchmarks, readers; commands.run_main(lambda words: benchmarks.available_benchmarks(readers.DataSettings(data_dir=words[0])))", "no/where")
-    says(done, "No folder no/where (data_dir)")
 
 
 def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, home, monkeypatch):

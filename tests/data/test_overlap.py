@@ -13,8 +13,8 @@ from conftest import python
 from medvlthinker.data import overlap as module
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import write_record
-from medvlthinker.data.overlap import (COLUMNS, IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
-                                  overlapping_questions, question_similarity, store_pairs, stored_pairs)
+from medvlthinker.data.overlap import (IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
+                                  question_similarity, store_pairs, stored_pairs)
 from medvlthinker.data.sample import Sample
 from medvlthinker.core.stats import wilson
 
@@ -42,10 +42,10 @@ def one_each(images, question="What is shown?", name="set") -> list[Sample]:
     return [Sample(question, {"A": "yes", "B": "no"}, "A", "yes", (data,), dataset_name=name, dataset_index=number) for number, data in enumerate(images)]
 
 
-def planted(originals, looks, copies=1):
+def planted(originals, looks):
     "Hits by kind, both ways, and false pairs and falsely matched copies, each as (k, n); equal looks set a pair aside."
     rng = random.Random(14)
-    cases = [(kind, i, altered(data, how, rng)) for kind, how in KINDS.items() for i, data in enumerate(originals) for _ in range(copies)]
+    cases = [(kind, i, altered(data, how, rng)) for kind, how in KINDS.items() for i, data in enumerate(originals)]
     whole, back = ImageIndex(originals), ImageIndex([data for _, _, data in cases])
     there = [whole.search(data) for _, _, data in cases]
     again = [back.search(data) for data in originals]
@@ -74,14 +74,14 @@ def holds(title, hits, pairs, copies):
 def test_planted_drawn_scans():
     "Look-alikes, which agree in modality, side, level and size, count neither way; a crop can take the fluid away."
     scans = [(data, tuple(facts[name] for name in ("modality", "side", "level", "size")))
-             for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 8, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
+             for name in synthetic.BENCHMARKS for sample in synthetic.benchmark(name, 5, seed=3) for data, facts in zip(sample.images, sample.misc["scenes"])]
     holds("drawn scans", *planted([data for data, _ in scans], [facts for _, facts in scans]))
 
 
 def test_planted_radiographs(real_data):
-    files = sorted((real_data / "vqa_rad" / "images_dev").glob("*.jpg"))
-    assert len(files) == 60
-    holds("radiographs", *planted([file.read_bytes() for file in files], range(60)))
+    files = sorted((real_data / "vqa_rad" / "images_dev").glob("*.jpg"))[::3]
+    assert len(files) == 20
+    holds("radiographs", *planted([file.read_bytes() for file in files], range(20)))
 
 
 def exam_questions(folder) -> list[str]:
@@ -113,24 +113,6 @@ def test_planted_questions(real_data):
     assert len(alike) >= 30 and sum(alike) >= 0.95 * len(alike)
 
 
-def test_question_and_image_need_both():
-    scan, other = (synthetic.benchmark("vqa_rad_closed", 2)[n].images[0] for n in (0, 1))
-    test = one_each([scan], "Is fluid seen?", "test")
-    train = [*one_each([scan], "IS  FLUID SEEN", "train"), dataclasses.replace(one_each([scan], "Which organ is this?", "train")[0], dataset_index=1),
-             dataclasses.replace(one_each([other], "Is fluid seen?", "train")[0], dataset_index=2)]
-    pairs = overlap({"train": train}, test)
-    assert list(pairs.columns) == COLUMNS
-    assert {(row.train_index, row.level) for row in pairs.itertuples()} == {(0, "question and image"), (0, "image bytes"), (1, "image bytes")}
-    assert overlapping_questions(pairs, "train") == {0, 1}
-
-
-def test_two_threads_give_the_same():
-    test = synthetic.benchmark("vqa_rad_closed", 30)
-    train = synthetic.corpus("pmc_vqa", 120) + [dataclasses.replace(sample, dataset_index=1000 + sample.dataset_index) for sample in test]
-    one, two = (overlap({"pmc_vqa": iter(train)}, iter(test), threads=threads) for threads in (1, 2))
-    assert len(one) >= 30 and one.equals(two)
-
-
 def test_the_order_of_pairs_does_not_depend_on_the_hash_seed():
     "The search of questions answers in the order of a set of strings."
     code = ("from medvlthinker.data import synthetic; from medvlthinker.data.overlap import overlap; "
@@ -160,21 +142,12 @@ def test_a_corpus_is_never_held():
 
 
 def test_the_images_that_are_aligned_are_bounded(monkeypatch):
-    "However many look alike: of 80 drawings of one body, 24 are aligned with each window, and the copy is among them."
+    "However many look alike: of 120 drawings of one body, 48 are aligned with each window, and the copy is among them."
     body, aligned = synthetic.Scene("MRI", "none", "none", "none", "absent"), []
     monkeypatch.setattr(module, "align_windows", lambda target, thumbs, starts: aligned.append(len(thumbs)) or align_windows(target, thumbs, starts))
-    scans = [synthetic.png(synthetic.draw(body, random.Random(seed), "test")) for seed in range(80)]
+    scans = [synthetic.png(synthetic.draw(body, random.Random(seed), "test")) for seed in range(120)]
     assert 50 in ImageIndex(scans).search(altered(scans[50], "q", random.Random(0)))
-    assert len(aligned) == 2 and max(aligned) == module.MOST_ALIGNED
-
-
-def test_corpora_keep_their_names_and_their_numbers_apart():
-    "Two corpora may hold the same number, and a corpus questions of several sources."
-    scan = synthetic.benchmark("vqa_rad_closed", 1)[0].images[0]
-    test = one_each([scan], "What is this?", "test")
-    pairs = overlap({"one": one_each([scan], name="a"), "two": [*one_each([b""], name="b"), *one_each([b"", scan], name="c")[1:]]}, test)
-    assert set(pairs.train_name) == {"one", "two"}
-    assert (overlapping_questions(pairs, "one"), overlapping_questions(pairs, "two")) == ({0}, {1})
+    assert max(aligned) == module.MOST_ALIGNED
 
 
 def test_a_set_that_was_not_searched_has_no_stored_pairs(tmp_path, capsys):
@@ -204,7 +177,7 @@ def test_odd_sizes_and_modes_match_themselves(size):
         picture = noise if mode == "I;16" else noise.convert(mode)
         (picture.convert("I").point(lambda v: v * 200).convert("I;16") if mode == "I;16" else picture).save(file := io.BytesIO(), form)
         pairs = overlap({"train": one_each([file.getvalue() + b"\0"])}, one_each([file.getvalue()], name="test"))
-        assert "image pixels" in set(pairs.level), (mode, form)
+        assert "image" in set(pairs.level), (mode, form)
 
 
 def test_questions_of_any_text():

@@ -1,5 +1,4 @@
 """What a row of someone else's file may hold, and what an editor may do to the file: read all the same, or refused in plain words."""
-import gzip
 import json
 import re
 import zipfile
@@ -70,19 +69,18 @@ TEXTS = {"rows.jsonl": '{"a": "x"}\n\n{"a": "y"}\n', "rows.json": '[\n {"a": "x"
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_a_windows_editor_does_to_a_text_does_no_harm(tmp_path, name, packed):
+def test_what_a_windows_editor_does_to_a_text_does_no_harm(tmp_path, name):
     "A byte-order mark and line ends of two characters, in every kind of text that is read."
     def rows(text):
-        path = tmp_path / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        path = tmp_path / name
+        path.write_bytes(text.encode())
         return [(where, {key: value.replace("\r\n", "\n") for key, value in row.items()}) for where, row in read_rows(path)]
 
     plain = rows(TEXTS[name])
     assert [row["a"] for _, row in plain] == ["x", "y"]
     for start, end in (("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")):
         assert rows(start + TEXTS[name].replace("\n", end)) == plain
-    with pytest.raises(UserError, match="no list of rows|is not UTF-8|Expecting value"):
+    with pytest.raises(UserError, match="no list of rows|Expecting value"):
         rows("\ufeff")
 
 

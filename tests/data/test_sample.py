@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, encoded
-from medvlthinker.core.files import UserError, read_json, record_path
-from medvlthinker.data.sample import InvalidRow, from_row, normalize_images, read_samples, store_samples, to_rgb
+from medvlthinker.core.files import UserError
+from medvlthinker.data.sample import InvalidRow, from_row, normalize_images, read_samples, to_rgb
 
 GOOD = {"question": "Is there a nodule?", "options": '{"A": "Yes", "B": "No"}', "answer_label": "B", "answer": "No"}
 SENTENCES = [
@@ -123,9 +123,3 @@ def test_what_is_no_number_does_not_hide_the_other_pixels(values):
     picture = to_rgb(tiff(np.tile(np.array(values, np.float32), (8, 4)), 32, False, False, False))
     shades = [picture.getpixel((x, 0))[0] for x in range(4)]
     assert shades[1:] == [0, 127, 255] if np.isfinite(values[1]) else len(set(shades)) == 1
-
-
-def test_what_a_source_itself_calls_mended_is_no_count_of_ours(tmp_path):
-    samples = [from_row(GOOD | {"misc": {"mended": value}}) for value in (5, {"a": 1}, [["x"], None, "mode CMYK"])]
-    assert list(store_samples(tmp_path / "odd.parquet", lambda: samples, {})) == samples
-    assert read_json(record_path(tmp_path / "odd.parquet"))["mended"] == {"['x']": 1, "mode CMYK": 1}

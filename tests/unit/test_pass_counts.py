@@ -1,10 +1,9 @@
-"""Pass counts at the places a notebook cannot show: the order of `datasets`, kills, memory, and real completions of the embedded model."""
+"""Pass counts at the places a notebook cannot show: the order of `datasets`, kills, memory, and rounds that are asked again."""
 import functools
 import itertools
 import json
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from dataclasses import replace
@@ -15,11 +14,11 @@ import pytest
 from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
-from medvlthinker.difficulty.pass_counts import check_band, curate, easy_to_hard, generate_until_decided, keep_band, pass_counts
+from medvlthinker.difficulty.pass_counts import curate, easy_to_hard, generate_until_decided, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import grade_rollout
-from medvlthinker.generation.engine import FunctionEngine, open_engine
+from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.model import folder_name
-from medvlthinker.generation.request import Completion, EngineSettings, Sampling
+from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 from medvlthinker.app.runs import data_file
 from medvlthinker.app.profile import Workspace, load_profile
@@ -107,22 +106,9 @@ def test_decisions_are_joined_by_set_and_number_and_never_by_position(tmp_path):
     turned.attrs = decisions.attrs
     assert curate(tmp_path / "toy.parquet", turned, tmp_path / "two", by="a").read_bytes() == path.read_bytes()
     for name, given, words in (("other", decisions, "holds 0 of the 100 questions"), ("twice", decisions, "holds question 5 twice"),
-                               ("toy", decisions.drop(columns="decision"), "name no band"), ("none", decisions, "No samples at")):
+                               ("none", decisions, "No samples at")):
         with pytest.raises(UserError, match=words):
             curate(tmp_path / f"{name}.parquet", given, tmp_path / "three", by="a")
-    with pytest.raises(UserError, match="Question 6 is to be left out, but is not among the samples"):
-        curate(tmp_path / "toy.parquet", decisions, tmp_path / "three", by="a", without=[6])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 64])
-def test_a_band_that_is_none_is_refused_with_the_one_that_would_do(n):
-    with pytest.raises(UserError) as told:
-        check_band(n, 1, n)
-    if n == 1:
-        assert "ask at least two" in str(told.value)
-    else:
-        low, high = map(int, re.search(rf"is (\d+) to (\d+) of {n}[.]$", str(told.value)).groups())
-        check_band(n, low, high)
 
 
 def begun(**parameters) -> dict:
@@ -153,9 +139,9 @@ def test_only_the_model_whose_counts_recipes_read_is_asked():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    "Three thousand questions with images of 60 kB: 180 MB."
+    "Two thousand questions with images of 30 kB: 60 MB."
     folder = tmp_path_factory.mktemp("large")
-    samples, decisions = drawn(3000, 60_000)
+    samples, decisions = drawn(2000, 30_000)
     write_samples(samples, folder / "large.parquet")
     decisions.to_pickle(folder / "decisions.pickle")
     return folder
@@ -202,7 +188,7 @@ def test_six_kills(large, tmp_path):
 
 
 def test_memory_holds(large, tmp_path):
-    "Of 180 MB of images Arrow never holds half: row groups come and go, the rest lies in the mapped file."
+    "Of 60 MB of images Arrow never holds half: row groups come and go, the rest lies in the mapped file."
     import pyarrow
 
     decisions, done, before = pd.read_pickle(large / "decisions.pickle"), threading.Event(), pyarrow.total_allocated_bytes()
@@ -216,38 +202,41 @@ def test_memory_holds(large, tmp_path):
     curate(large / "large.parquet", decisions, tmp_path, by="tiny")
     done.set()
     watcher.join()
-    assert 0 < max(held) < 90e6, f"{max(held) / 1e6:.0f} MB at once"
+    assert 0 < max(held) < 30e6, f"{max(held) / 1e6:.0f} MB at once"
 
 
 FULL = Sampling(n=16, temperature=1.0, max_tokens=64, seed=42)
 
 
-@pytest.fixture(scope="module")
-def answered(warm_tiny, tmp_path_factory):
-    "150 drawn questions, sixteen completions each from the embedded model."
-    samples, engine = synthetic.corpus("pmc_vqa", 150), open_engine(EngineSettings(model=str(warm_tiny), batch_size=10))
-    return samples, generate(samples, engine, FULL, tmp_path_factory.mktemp("rolled"), QUIET), engine
+def answers(rates):
+    "An engine whose answers to the question `i` are right at the rate `rates[i]`, each request by its own seed."
+    def answer(request):
+        right = np.random.default_rng(request.seed).random(request.sampling.n) < rates[request.sample.dataset_index]
+        return [Completion(f"<answer> {request.sample.answer_label if each else '?'} </answer>", "stop", 5) for each in right]
+
+    return FunctionEngine(answer)
 
 
 @pytest.mark.parametrize("per_round", [1, 2])
-def test_a_stopping_rule_keeps_its_promise_on_real_completions(answered, tmp_path, per_round):
-    "What the model answered is given again, one round after the other, and all is compared with the full decisions; without the pilot, which is asked in full."
-    samples, rows, _ = answered
+def test_a_stopping_rule_keeps_its_promise(tmp_path, per_round):
+    "The answers of a full rollout are given again, one round after the other, and all is compared with the full decisions; without the pilot, which is asked in full."
+    samples = [replace(sample, dataset_index=i) for i, sample in enumerate(drawn(600)[0])]
+    rows = generate(samples, answers(np.random.default_rng(5).beta(.3, 1, 600)), FULL, tmp_path / "full", QUIET)
     given = {row["dataset_index"]: iter(row["completions"]) for row in rows}
     engine = FunctionEngine(lambda request: [Completion(**next(given[request.sample.dataset_index])) for _ in range(request.sampling.n)])
     full = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))))
-    decisions = generate_until_decided(samples, engine, FULL, tmp_path, per_round=per_round, pilot=75, show=QUIET)
+    decisions = generate_until_decided(samples, engine, FULL, tmp_path, per_round=per_round, pilot=200, show=QUIET)
     assert decisions.dataset_index.tolist() == full.dataset_index.tolist()
     rest = decisions.n.to_numpy() < 16
-    agreement, share = (decisions.decision == full.decision).mean(), decisions.n.mean() / 16
-    assert agreement >= 0.97 and decisions.n[rest].mean() / 16 <= 0.60, (agreement, share)
+    agreement = (decisions.decision == full.decision).mean()
+    assert agreement >= 0.97 and decisions.n[rest].mean() / 16 <= 0.68, (agreement, decisions.n[rest].mean() / 16)
     assert (decisions.correct <= full.correct).all() and (decisions[~rest].correct == full[~rest].correct).all()
-    print(f"{per_round} a round, 150 questions: agreement {agreement:.3f}, completions {share:.3f}, of {rest.sum()} stopped early {decisions.n[rest].mean() / 16:.3f}")
 
 
-def test_live_sampling_until_decided(answered, tmp_path):
-    samples, _, engine = answered
-    write_samples(samples[:60], tmp_path / "pmc.parquet")
+def test_live_sampling_until_decided(tmp_path):
+    samples = [replace(sample, dataset_index=i) for i, sample in enumerate(drawn(60)[0])]
+    engine = answers(np.random.default_rng(6).beta(.5, 1, 60))
+    write_samples(samples, tmp_path / "pmc.parquet")
     samples = SampleFile(tmp_path / "pmc.parquet", look=False)  # lazily, as a corpus is read
     go = functools.partial(generate_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
     decisions = go(engine)
@@ -266,32 +255,3 @@ def test_live_sampling_until_decided(answered, tmp_path):
     assert go(engine).equals(decisions) and lost.read_bytes() == was, "what a round has lost is asked again, the rest is kept"
     path = curate(tmp_path / "pmc.parquet", decisions, tmp_path / "curated", by="tiny")
     assert pd.read_parquet(path).pass_of.tolist() == easy_to_hard(decisions).n.tolist()
-
-
-def test_what_was_curated_feeds_training(answered, warm_tiny, tmp_path):
-    "From pass counts to a trained model: curated, with the teacher's own chains, through TRL, and the weights move towards the answers."
-    pytest.importorskip("trl", reason="TRL is not installed; ./reproduce.sh setup installs it")
-    import torch
-    from datasets import Dataset
-    from medvlthinker.difficulty.distill import store_distilled
-    from medvlthinker.data.prompt import sft_target, user_text
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from trl import SFTConfig, SFTTrainer
-
-    samples, rows, _ = answered
-    write_samples(samples, tmp_path / "pmc_vqa.parquet")
-    path = curate(tmp_path / "pmc_vqa.parquet", keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))), 1, 12), tmp_path / "curated", by="tiny")
-    kept = list(SampleFile(path, look=False))
-    store_distilled(tmp_path / "lessons.parquet", kept, rows, "tiny", {"samples": "curated"})
-    lessons = list(SampleFile(tmp_path / "lessons.parquet", look=False))
-    assert 16 <= len(lessons) <= len(kept) < 150 and all(sample.reasoning and sample.images for sample in lessons)
-    data = [{"images": sample.pictures(), "prompt": [{"role": "user", "content": user_text(sample)}],
-             "completion": [{"role": "assistant", "content": sft_target(sample.answer_label, sample.reasoning)}]} for sample in lessons[:32]]
-    net, cut = AutoModelForImageTextToText.from_pretrained(warm_tiny, dtype="float32"), AutoProcessor.from_pretrained(warm_tiny)
-    how = SFTConfig(output_dir=str(tmp_path / "sft"), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-3, max_length=None, completion_only_loss=True, report_to="none",
-                    use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no", dataloader_pin_memory=False, disable_tqdm=True, seed=0)
-    trainer = SFTTrainer(model=net, args=how, train_dataset=Dataset.from_list(data), processing_class=cut)
-    trainer.train()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 6 and np.isfinite(losses).all() and np.mean(losses[-2:]) < np.mean(losses[:2]), losses
-    assert all(torch.isfinite(weight).all() for weight in net.parameters())

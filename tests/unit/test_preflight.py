@@ -1,4 +1,4 @@
-"""Preflight's counts are the real processor's: 120 random pictures, with the embedded processor and with one limited like Qwen2.5-VL's."""
+"""Preflight's counts are the real processor's: 60 pictures, with the embedded processor and with one limited like Qwen2.5-VL's."""
 import functools
 import io
 import random
@@ -7,14 +7,13 @@ from dataclasses import replace
 import pandas
 import pytest
 import warm
-from conftest import ROOT, says
+from conftest import ROOT
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model, tiny_processor
 from medvlthinker.core.files import UserError
 from medvlthinker.app.commands import preflight
 from medvlthinker.difficulty.preflight import findings, lengths, open_processor, picture_size, visual_tokens
 from medvlthinker.data.prompt import messages
-from medvlthinker.data.sample import image_problem, to_rgb
 from PIL import Image
 
 LIMITS = {"embedded": (3136, 12544), "like Qwen2.5-VL": (3136, 12845056)}
@@ -32,19 +31,18 @@ def processor(request):
     return made
 
 
-def encoded(width: int, height: int, format: str = "PNG", turn: int = 1) -> bytes:
-    file, flag = io.BytesIO(), Image.Exif()
-    flag[0x0112] = turn
-    Image.new("RGB", (width, height), (90, 120, 30)).save(file, format, exif=flag, **{"PNG": {"compress_level": 1}, "WEBP": {"method": 0}}.get(format, {}))
+def encoded(width: int, height: int, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (90, 120, 30)).save(file, format, **{"PNG": {"compress_level": 1}, "WEBP": {"method": 0}}.get(format, {}))
     return file.getvalue()
 
 
 @functools.cache
 def drawn(n: int, seed: int) -> list:
-    "Questions with one to three pictures, of n sizes between 28 and 2,000 pixels a side and the extreme ones; some lie on their side."
+    "Questions with one to three pictures, of n sizes between 28 and 2,000 pixels a side and the extreme ones."
     rng = random.Random(seed)
     sizes = [(rng.randint(28, 2000), rng.randint(28, 2000)) for _ in range(n - len(EXTREME))] + EXTREME
-    files = [encoded(w, h, rng.choice(("PNG", "JPEG", "WEBP")), rng.choice((1, 1, 3, 6, 8))) for w, h in sizes]
+    files = [encoded(w, h, rng.choice(("PNG", "JPEG", "WEBP"))) for w, h in sizes]
     questions, samples = synthetic.corpus("pmc_vqa", 40) + synthetic.benchmark("MMMU-medical", 40), []
     while files:
         count = rng.choice((1, 1, 2, 3))
@@ -54,9 +52,9 @@ def drawn(n: int, seed: int) -> list:
 
 
 def test_sizes_of_every_kind(processor):
-    samples = drawn(120, seed=42)
+    samples = drawn(60, seed=42)
     table = lengths(samples, processor)
-    assert table.images.sum() == 120 and (table.problem == "").all()
+    assert table.images.sum() == 60 and (table.problem == "").all()
     for sample, line in zip(samples, table.itertuples()):
         chat = messages(sample)
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -65,7 +63,7 @@ def test_sizes_of_every_kind(processor):
         sizes = [picture.size for picture in pictures]
         assert [picture_size(data) for data in sample.images] == sizes
         assert (line.prompt_tokens, line.image_tokens) == (len(ids), list(ids).count(processor.image_token_id)), sizes
-        assert line.text_tokens == line.prompt_tokens - line.image_tokens and line.largest_side == max(map(max, sizes)), sizes
+        assert line.text_tokens == line.prompt_tokens - line.image_tokens, sizes
 
 
 def test_text_only_and_every_instruction(processor):
@@ -83,18 +81,18 @@ def test_what_the_processor_refuses(processor):
         with pytest.raises(ValueError):
             processor.image_processor(images=[Image.new("RGB", size)])
     sample = synthetic.corpus("pmc_vqa", 1)[0]
-    assert list(lengths([replace(sample, images=(encoded(8, 1601),))], processor).problem) == ["aspect ratio over 200: 8x1601 pixels"]
+    assert list(lengths([replace(sample, images=(encoded(8, 1601),))], processor).problem) == ["aspect ratio over 200"]
     marked = replace(sample, question="<|image_pad|>?")
     text = processor.apply_chat_template(messages(marked), tokenize=False, add_generation_prompt=True)
     with pytest.raises((StopIteration, ValueError)):
         processor(text=[text], images=marked.pictures())
-    assert lengths([marked], processor).problem[0].startswith("image placeholder in the text")
+    assert lengths([marked], processor).problem[0] == "image placeholder in the text"
 
 
 def test_limits_are_those_of_a_stored_model(tmp_path):
     folder = make_tiny_model(tmp_path / "tiny", steps=0)
     processor, limits = open_processor(str(folder))
-    assert limits == {"max_model_len": 4096, "min_pixels": 3136, "max_pixels": 12544}
+    assert limits == {"max_model_len": 4096, "max_pixels": 12544}
     assert lengths(synthetic.corpus("pmc_vqa", 3), processor).image_tokens.tolist() == [16] * 3
     with pytest.raises(UserError, match="cannot be loaded"):
         open_processor(str(tmp_path))
@@ -104,7 +102,7 @@ def test_edges_of_the_limits():
     samples = synthetic.corpus("m23k", 30)
     table = lengths(samples, tiny_processor())
     longest = int(table.prompt_tokens.max())
-    limits = {"max_model_len": 4096, "max_tokens": 64, "max_prompt_length": longest, "min_pixels": 3136, "max_pixels": 12544}
+    limits = {"max_model_len": 4096, "max_tokens": 64, "max_prompt_length": longest, "max_pixels": 12544}
 
     def found(**changed):
         return set(findings(table, "m23k", limits | changed).finding) - {"measured"}
@@ -128,19 +126,11 @@ def test_command_line(home, tmp_path):
     assert all(sentence in done.stdout for sentence in report.sentence)
 
     longest = int(report.worst[report.name == "m23k"].iloc[0])
-    says(warm.run(*words, f"max_prompt_length={longest - 1}", cwd=ROOT, MEDVLTHINKER_HOME=home), "A run would stop", f"max_prompt_length={longest - 1}")
+    with pytest.raises(UserError, match=f"^A run would stop.*max_prompt_length={longest - 1}"):
+        preflight([*words[3:], f"max_prompt_length={longest - 1}"])
     report = pandas.read_csv(path)
     assert set(report.kind[report.refused]) <= {"corpus"} and "longer than in training" in set(report.finding)
-    says(warm.run(*words, "max_model_len=60", cwd=ROOT, MEDVLTHINKER_HOME=home), "vLLM refuses them")
+    with pytest.raises(UserError, match="vLLM refuses them"):
+        preflight([*words[3:], "max_model_len=60"])
     with pytest.raises(UserError, match="whole number"):
         preflight(["smoke", "max_prompt_length=-1"])
-
-
-def test_real_files_have_the_size_their_header_says(real_data):
-    files = [path for path in sorted(real_data.glob("*/images*/**/*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".gif")]
-    assert files
-    for path in files:
-        data = path.read_bytes()
-        if not image_problem(data):
-            assert picture_size(data) == to_rgb(data).size, path.name
-    print(f"{len(files)} files")

@@ -1,18 +1,12 @@
 """Statistics: input that cannot be is refused in one sentence."""
-import math
-
 import pytest
 from medvlthinker.core import stats
 from medvlthinker.core.files import UserError
 
 REFUSED = {
     "more right answers than questions": (lambda: stats.wilson(5, 4), "0 <= k <= n"),
-    "fewer right answers than none": (lambda: stats.wilson(-1, 4), "0 <= k <= n"),
-    "half a question": (lambda: stats.clopper_pearson(1, 2.5), "whole counts"),
-    "a count that is not a number": (lambda: stats.wilson(math.nan, 4), "whole counts"),
-    "infinitely many questions": (lambda: stats.wilson(3, math.inf), "whole counts"),
+    "half a question": (lambda: stats.wilson(1, 2.5), "whole counts"),
     "an average over no benchmark": (lambda: stats.macro_average({}), "at least one benchmark"),
-    "no benchmark to pool": (lambda: stats.micro_average({}), "at least one benchmark"),
     "a benchmark without questions": (lambda: stats.macro_average({"a": (0, 0)}), "n >= 1"),
     "a mean of nothing": (lambda: stats.clustered_mean([]), "at least one question"),
     "a value without its image": (lambda: stats.clustered_mean([1, 0], ["x"]), "2 values have 1"),
@@ -23,9 +17,6 @@ REFUSED = {
     "two models on different questions": (lambda: stats.mcnemar([1], [1, 0]), "the same questions"),
     "more right answers than answers": (lambda: stats.pass_at_k(3, 2, 1), "right <= n"),
     "more tries than answers": (lambda: stats.pass_at_k(1, 2, 3), "k <= n"),
-    "a curve with a negative count": (lambda: stats.pass_curve([-1, 2], 4), "0 <= right"),
-    "a curve with too large a count": (lambda: stats.pass_curve([5, 2], 4), "right <= n"),
-    "an unknown rule for ties": (lambda: stats.majority(["A"], "A", ties="coin"), "No way"),
 }
 
 
