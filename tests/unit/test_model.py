@@ -343,7 +343,7 @@ H100 = EngineSettings(engine="vllm", gpus=8, tensor_parallel=0, dtype="bfloat16"
     ("7B", 80, replace(H100, tensor_parallel=4), 4),  # whoever names a number gets it
     ("7B", 12, replace(H100, data_parallel=4), 2),  # four copies of at most two GPUs
     ("7B", 24, replace(H100, gpus=1), 1),  # it may fit with shorter sequences: vLLM says what does
-    ("7B", 80, replace(H100, engine="ray"), 1), ("7B", 80, replace(H100, engine="ray", ray_engine="transformers"), 1),
+    ("7B", 80, replace(H100, engine="ray"), 1),
     ("7B", 80, replace(H100, gpus=0), 1), ("7B", 80, replace(H100, engine="transformers"), 1),
 ])
 def test_the_fewest_gpus_that_hold_a_model(published, size, memory, settings, gpus):
