@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.files import UserError, atomic_write, write_record
+from ..core.files import UserError, atomic_write, sanitize, write_record
 from ..core.grade import RULES, grade
 from medvlthinker.core.stats import (
     clustered_mean, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap,
@@ -50,9 +50,9 @@ def match_rows(
                             "the limit that they were made with, or generate the others first.")
         for name in ("dataset_name", "dataset_index"):
             if row.get(name, getattr(sample, name)) != getattr(sample, name):
-                raise UserError(f"The answers to {row['dataset_name']} {row['dataset_index']} and "
-                                "after are not those to these questions; give the data and the "
-                                "limit that they were made with.")
+                place = sanitize(f"{row['dataset_name']} {row['dataset_index']}", 120)
+                raise UserError(f"The answers to {place} and after are not those to these "
+                                "questions; give the data and the limit that they were made with.")
         yield replace(sample, images=()), image_cluster_id(sample), row
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #b7c1d002

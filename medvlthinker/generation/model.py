@@ -284,9 +284,9 @@ def check_weights(folder: str | Path) -> None:
     if quantized or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
     tied = bool(getattr(net.config, "tie_word_embeddings", False))
-    for name in _check_head(folder, places, tied) if tied else ():
-        del tensors[name]
-    if (report := _loading_report(net, tensors)) is None:
+    repeated = _check_head(folder, places, tied)
+    needed = {name: tensor for name, tensor in tensors.items() if not tied or name not in repeated}
+    if (report := _loading_report(net, needed)) is None:
         return
     # a layer that the config does not count is wrong; what has no place at all may be left over
     known = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
