@@ -62,7 +62,8 @@ def flip_cause(
 ) -> str:
     "The feature of the text without which two rules agree; `other` where none is found."
     def verdicts(edited: str) -> list[tuple]:
-        grades = (grade(edited, sample.options, sample.answer_label, rule) for rule in (second, first))
+        grades = (grade(edited, sample.options, sample.answer_label, rule)
+                  for rule in (second, first))
         return [(found.label, found.correct) for found in grades]
 
     letters = {label: None for label, _ in verdicts(text) if label is not None}

@@ -7,7 +7,7 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
            'rollout_record', 'load_rollout', 'Job', 'generate_all', 'generate']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
-import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
+import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -174,29 +174,18 @@ class Rollout(Sequence):
     def __iter__(self) -> Iterator[dict]:
         with open(self.path, "rb") as file:
             for place in range(len(self)):
-                yield self._row(file.readline(), place)
+                if not (row := from_line(file.readline())) or row["index"] != place:
+                    raise UserError(f"{self.path}, line {place + 1} is damaged; run the rollout "
+                                    "again, which asks that question anew.")
+                yield row
 
     def __getitem__(self, place):
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[min(place, len(self._starts) - 1)])
-            return self._row(file.readline(), place)
+            return [*self][place]
+        return next(itertools.islice(self, range(len(self))[place], None))
 
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    @functools.cached_property
-    def _starts(self) -> list[int]:
-        with open(self.path, "rb") as file:
-            return [*itertools.accumulate(map(len, file), initial=0)]  # the last is its end
-
-    def _row(self, line: bytes, place: int) -> dict:
-        if not (row := from_line(line)) or row["index"] != place:
-            raise UserError(f"{self.path}, line {place + 1} is damaged; run the rollout again, "
-                            "which asks that question anew.")
-        return row
 
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
 _BEGUN = {field.name: int | float if field.type is float else field.type
@@ -223,7 +212,7 @@ def rollout_record(folder) -> dict:
 
 
 def load_rollout(folder) -> Rollout:
-    "A finished rollout, from its folder; `UserError` where questions are missing or the file has another size."
+    "A finished rollout, from its folder; `UserError` where it lacks questions or its file is torn."
     folder, record = Path(folder), rollout_record(folder)
     path = folder / "rollout.jsonl"
     if not _fits(record, _FINISHED):

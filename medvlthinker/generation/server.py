@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['server_address', 'api_key', 'fit_size', 'image_uri', 'request_body', 'drop_refused_parameter', 'part_text',
            'read_choice', 'count_tokens', 'read_answer', 'actual_status', 'error_text', 'Budget', 'served_models',
-           'answer_concurrently', 'ServerEngine']
+           'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
 import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..core.commands import redact
@@ -223,33 +223,6 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> tuple[tup
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
         return (), ""  # a question will say what is wrong, if anything is
 
-# %% ../../nbs/generation/23_server.ipynb #81b7bc6a
-def answer_concurrently(
-    portal,  # of anyio: runs coroutines in the thread of an event loop
-    ask: Callable,  # a coroutine function of a request; its `UserError` ends the run
-    requests: Iterable[Request],
-    concurrency: int,  # requests in flight at most
-) -> Iterator[tuple[Request, list[Completion]]]:
-    "Each request with what `ask` returned, as soon as it is there."
-    waiting, more, reason = {}, iter(requests), None
-    try:
-        while True:
-            while not reason and len(waiting) < concurrency and (request := next(more, None)):
-                waiting[portal.start_task_soon(ask, request)] = request
-            if not waiting:
-                break
-            for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
-                request = waiting.pop(future)
-                if isinstance(error := future.exception(), UserError):
-                    reason = reason or error
-                else:
-                    yield request, future.result()
-    finally:
-        for future in waiting:
-            future.cancel()
-    if reason:
-        raise reason
-
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
     "Completions from a server that speaks OpenAI's protocol, by the official client."
@@ -278,9 +251,26 @@ class ServerEngine:
         from anyio.from_thread import start_blocking_portal
 
         _, client = self.served, _client(self)
-        ask = functools.partial(_ask, self, client)
+        waiting, more, reason = {}, iter(requests), None
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
-            yield from answer_concurrently(portal, ask, requests, self.concurrency)
+            try:
+                while True:
+                    while not reason and len(waiting) < self.concurrency and (
+                            request := next(more, None)):
+                        waiting[portal.start_task_soon(_ask, self, client, request)] = request
+                    if not waiting:
+                        break
+                    for future in concurrent.futures.wait(waiting, None, "FIRST_COMPLETED").done:
+                        request = waiting.pop(future)
+                        if isinstance(error := future.exception(), UserError):
+                            reason = reason or error
+                        else:
+                            yield request, future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+        if reason:
+            raise reason
 
 # %% ../../nbs/generation/23_server.ipynb #1ea4da90
 def _client(engine: ServerEngine):
