@@ -17,7 +17,7 @@ from medvlthinker.core.stats import majority
 from medvlthinker.data.benchmarks import BENCHMARKS
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
 from medvlthinker.evaluation.evaluate import (
-    accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_records, repeated_accuracy, store_record)
+    accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_records, repeated_accuracy)
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
 SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
@@ -123,12 +123,6 @@ def test_scores_are_those_of_a_direct_loop(samples):
             assert (score.right, score.majority) == (sum(verdict.correct for verdict in verdicts), majority(votes, sample.answer_label)), rule
 
 
-def test_answers_that_name_no_option_are_votes_of_their_own(samples):
-    said = lambda *words: [{"completions": [{"text": f"<answer>{word}</answer>", "finish_reason": "stop", "tokens": 3} for word in words]}]
-    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "spleen", "B", "B")), "strict").majority.tolist() == [0]
-    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "lung", "heart", "B")), "strict").majority.tolist() == [1], "four wrong words are not one wrong answer"
-
-
 def test_a_table_of_cut_answers_says_so_above_its_numbers(samples):
     answers = rows(samples, 1)
     for place, text in ((2, ""), (3, "7% CUT at max_tokens")):  # of 60
@@ -221,13 +215,3 @@ def test_what_is_all_alike_is_not_certain():
     table = repeated_accuracy(asked)
     assert table.percent.tolist() == pytest.approx([100] * len(table)) and (table.low < 99).all()
     assert set(repeated_accuracy(asked.assign(dataset_name="OmniMedVQA")).dataset_name) == {"OmniMedVQA"}, "the paper's averages are over its six sets"
-
-
-def test_a_record_never_stands_without_its_lines(tmp_path):
-    def lines():
-        yield {"a": 1}
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError):
-        store_record(tmp_path / "toy.json", {"n": 2}, lines(), {})
-    assert not (tmp_path / "toy.json").exists()
