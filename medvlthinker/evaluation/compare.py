@@ -220,8 +220,9 @@ def explain_flips(
         for row in part.head(examples).itertuples():
             model = f"{row.model}, " if hasattr(row, "model") else ""
             place = f"{model}{row.dataset_name} {row.dataset_index}, answer {row.completion}"
-            turn = f"{row.first_label or 'none'} -> {row.second_label or 'none'}"
-            print(f"      {place}: {turn}  |  {' '.join(row.ending[-60:].split())}")
+            old, new = (label if isinstance(label, str) else "none"
+                        for label in (row.first_label, row.second_label))
+            print(f"      {place}: {old} -> {new}  |  {' '.join(row.ending[-60:].split())}")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #5df565fc
 SAFE, UNSAFE, TOO_FEW = "safe to compare", "not safe to compare", "too few questions to say"
