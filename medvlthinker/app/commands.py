@@ -22,15 +22,15 @@ from .runs import (
     rollouts_folder, samplings, stored_records, training_data, training_places)
 from .verify import run_files, show_findings, trace
 from ..core.commands import read_value
-from ..core.files import UserError, file_hash, read_json
-from ..core.grade import RULES
+from ..core.files import UserError, read_json
 from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
 from medvlthinker.evaluation.compare import (
-    check_questions, compare_rollouts, engine_agreement, explain_flips, find_rule, paired_changes,
-    rescore, split_words)
-from ..evaluation.evaluate import accuracy, evaluate, evaluate_repeats, store_record
+    check_questions, compare_rollouts, engine_agreement, explain_flips, paired_changes, rescore,
+    split_words)
+from ..evaluation.evaluate import (
+    accuracy, check_rules, evaluate, evaluate_repeats, store_record)
 from ..evaluation.export import export_logs
 from medvlthinker.evaluation.image_ablation import (
     CONDITIONS, ablation_answers, ablation_effects, ablation_table, ablation_verdict,
@@ -179,7 +179,7 @@ def compare_settings(words: list[str]) -> None:  # as for `two_sides`; rule and 
     rule, own = sides[0].get("rule", "regrade"), ("model", "folder", "rule")
     keys = [{key: side[key] for key in side if key not in own} for side in sides]
     profile, other = (load_profile(name, **each) for each in keys)
-    find_rule(rule)
+    check_rules(rule)
     model, sets = sides[0].get("model", profile.models[0]), dict(question_sets(profile))
     first, second = _answer_sides((profile, other), sides, model, sets)
     split, tables = _splitter(profile, model), []
@@ -227,8 +227,7 @@ def ablate(
     "The image ablation of a model, or of every model of the profile."
     own = {"rule": "regrade", "conditions": ",".join(CONDITIONS)}
     profile, model, rule, conditions = read_command(words, model="", **own)
-    if rule not in RULES:
-        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
+    check_rules(rule)
     for each in [model] if model else profile.models:
         effects = _ablate(profile, each, conditions.replace(" ", "").split(","), rule)
         print(ablation_table(effects).to_string(), ablation_verdict(each, effects), sep="\n")
@@ -256,8 +255,7 @@ def _ablate(profile: Profile, model: str, conditions: list[str], rule: str) -> "
 def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key=value ...]
     "Another rule over all stored greedy answers of a profile."
     profile, old, new = read_command(words, old="strict", new="regrade")
-    for rule in (rules := (old, new)):
-        find_rule(rule)
+    check_rules(*(rules := (old, new)))
     if not (records := stored_records(profile)):
         raise UserError(f"No model has been evaluated in the profile {profile.name}; run "
                         "paper/4_evaluate first.")
@@ -265,12 +263,10 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
     counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
     origin = {record["model"]: record["rollouts"] for record in records}
-    code = {rule: file_hash(rule.rpartition(":")[0]) for rule in rules if ":" in rule}
     record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
               "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
-    names = [rule.rpartition("/")[2].replace(".py:", ".") for rule in rules]
-    path = _results(profile) / f"rescore-{'-'.join(names)}.json"
-    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules, "code": code})
+    path = _results(profile) / f"rescore-{old}-{new}.json"
+    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules})
     explain_flips(table, rules)
     print(cells.round(2).to_string())
     print(f"Every flip stands in {path.with_suffix('.jsonl')}.")
@@ -289,12 +285,11 @@ def _rescore_records(profile: Profile, records: list[dict], rules: tuple[str, st
 
 # %% ../../nbs/app/77_commands.ipynb #c78a28
 def export(
-    words: list[str],  # [profile] model=NAME to=FORM folder=PATH; answers, rules, images=1 too
+    words: list[str],  # [profile] model=NAME to=FORM folder=PATH; answers too
 ) -> None:
     "Write a model's stored rollouts in another tool's form."
-    own = {"answers": "greedy", "rules": "", "images": "0"}
-    profile, model, form, folder, answers, rules, images = read_command(
-        words, model="", to="", folder="", **own)
+    profile, model, form, folder, answers = read_command(
+        words, model="", to="", folder="", answers="greedy")
     given = {"model": model, "to": form, "folder": folder}
     if missing := [f"{key}=" for key, value in given.items() if not value]:
         raise UserError(f"Give {', '.join(missing)} too: ./reproduce.sh export [profile] "
@@ -303,8 +298,7 @@ def export(
     if answers not in names:
         raise UserError(f"No answers {answers!r}; known are {', '.join(names)}.")
     record = evaluation_record(profile, model, names[answers], f"{answers} answers")
-    stored, chosen = stored_rollouts(profile, record), [rule for rule in rules.split(",") if rule]
-    print(*export_logs(stored, form, folder, chosen, images not in ("", "0")), sep="\n")
+    print(*export_logs(stored_rollouts(profile, record), form, folder), sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
 def merge_checkpoint(words: list[str]) -> None:  # [profile] recipe=NAME [step=N] [key=value ...]
@@ -362,7 +356,7 @@ def compare_models(
 
     own = {"model": "", "with": "", "rule": "regrade"}
     profile, first, second, rule = read_command(words, **own)
-    find_rule(rule)
+    check_rules(rule)
     first = first or profile.models[0]
     sides = [stored_rollouts(profile, evaluation_record(profile, each)) for each in (first, second)]
     tables = [compare_rollouts(samples, old, sides[1][each][1], rule, split_words, same_model=False)
@@ -391,7 +385,7 @@ def compare(words: list[str]) -> None:  # as for one of the three
 def evaluate_models(words: list[str]) -> None:  # [profile] [model=NAME] [rule=...] [key=value ...]
     "Ask a model, or each of the profile, and print its accuracies with their intervals."
     profile, model, rule = read_command(words, model="", rule="regrade")
-    find_rule(rule)
+    check_rules(rule)
     for each in [model] if model else profile.models:
         sets, *repeated = ask_model(profile, each, evaluation_samplings(profile, each))
         grades = evaluate(sets, _results(profile), rule)

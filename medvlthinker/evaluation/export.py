@@ -6,13 +6,13 @@
 __all__ = ['FORMS', 'inspect_sample', 'write_inspect_log', 'write_eval_results', 'read_eval_results', 'export_logs']
 
 # %% ../../nbs/evaluation/53_export.ipynb #29ec67df
-import base64, importlib.util, io, itertools, json, re
+import importlib.util, json, re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import UserError, atomic_write, environment_info
+from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..core.stats import clustered_mean
 from ..data.prompt import user_text
@@ -25,18 +25,6 @@ from ..generation.rollout import Rollout, RolloutConfig
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
 
-# %% ../../nbs/evaluation/53_export.ipynb #d07498b2
-def _content(sample: Sample, instruction: str, images: bool) -> str | list[dict]:
-    "What the model was asked: a text, or a text after its images."
-    from PIL import Image
-
-    parts = []
-    for data in sample.images if images else ():
-        kind, code = Image.open(io.BytesIO(data)).get_format_mimetype(), base64.b64encode(data)
-        parts.append({"type": "image", "image": f"data:{kind};base64,{code.decode()}"})
-    text = user_text(sample, instruction)
-    return [*parts, {"type": "text", "text": text}] if parts else text
-
 # %% ../../nbs/evaluation/53_export.ipynb #8472390c
 def inspect_sample(
     sample: Sample,
@@ -44,21 +32,17 @@ def inspect_sample(
     epoch: int,  # from 1
     scores: dict[str, dict],  # rule -> value, "C" or "I", and answer
     config: RolloutConfig,
-    images: bool = False,  # put the images into the log
 ) -> dict:
     "An answer as inspect_ai's EvalSample."
-    content, text = _content(sample, config.instruction, images), completion["text"] or ""
-    user = {"role": "user", "content": content}
+    question, text = user_text(sample, config.instruction), completion["text"]
     said = {"role": "assistant", "content": text, "source": "generate", "model": config.model}
     reason = {"stop": "stop", "length": "max_tokens"}.get(completion["finish_reason"], "unknown")
     output = {"model": config.model, "choices": [{"message": said, "stop_reason": reason}],
               "completion": text, "usage": {"output_tokens": completion["tokens"]}}
     found = {"id": f"{sample.dataset_name}/{sample.dataset_index}", "epoch": epoch,
-             "input": content if isinstance(content, str) else [user],
-             "choices": [*sample.options.values()], "target": sample.answer_label,
-             "messages": [user, said], "output": output, "scores": scores,
-             "metadata": {"dataset_name": sample.dataset_name, "options": sample.options,
-                          "dataset_index": sample.dataset_index}}
+             "input": question, "choices": [*sample.options.values()],
+             "target": sample.answer_label, "output": output, "scores": scores,
+             "messages": [{"role": "user", "content": question}, said]}
     if completion["finish_reason"] == "failed":
         message = completion.get("error") or "no answer"
         found["error"] = {"message": message, "traceback": "", "traceback_ansi": ""}
@@ -71,37 +55,26 @@ def _result(grades: "pd.DataFrame", rule: str) -> dict:
     mean, error = clustered_mean(scores.right / scores.n)
     error = error if error == error else 0.0  # a single question has none
     values = {"accuracy": mean, "stderr": error}
-    metrics = {name: {"name": name, "value": value, "params": {}} for name, value in values.items()}
-    return {"name": rule, "scorer": rule, "reducer": "mean" if scores.n.max() > 1 else None,
-            "scored_samples": len(scores), "unscored_samples": 0, "params": {}, "metrics": metrics}
+    return {"name": rule, "scorer": rule, "reducer": "mean", "scored_samples": len(scores),
+            "metrics": {name: {"name": name, "value": value} for name, value in values.items()}}
 
 # %% ../../nbs/evaluation/53_export.ipynb #16d0b513
-def _head(
-    samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame", rules: Sequence[str],
-) -> dict:
+def _head(samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame") -> dict:
     "An EvalLog without its samples."
     config, name, run = rollout.config, samples[0].dataset_name, rollout.config.fingerprint
     sampling = {key: getattr(config, key) for key in ("temperature", "top_p", "max_tokens", "seed")}
     started, finished = (rollout.record[key] for key in ("started", "finished"))
     metrics = [{"name": f"inspect_ai/{each}", "options": {}} for each in ("accuracy", "stderr")]
-    scorers = [{"name": rule, "options": {}, "metrics": metrics, "metadata": {}} for rule in rules]
-    ids = [f"{sample.dataset_name}/{sample.dataset_index}" for sample in samples]
-    spec = {"eval_id": run, "run_id": run, "task": name, "task_id": run, "task_version": 0,
-            "created": started, "task_attribs": {}, "task_args": {}, "task_args_passed": {},
-            "dataset": {"name": name, "samples": len(ids), "sample_ids": ids, "shuffled": False},
-            "model": config.model, "model_generate_config": sampling, "model_args": {},
-            "config": {"epochs": config.n, "epochs_reducer": ["mean"], "log_samples": True,
-                       "fail_on_error": False},
-            "packages": {"medvlthinker": environment_info()["version"]},
-            "metadata": {"rollout": asdict(config)}, "scorers": scorers}
-    usage = {config.model: {"output_tokens": int(grades.tokens.sum())}}
-    results = {"total_samples": len(grades), "scores": [_result(grades, rule) for rule in rules],
+    spec = {"eval_id": run, "run_id": run, "task_id": run, "task": name, "created": started,
+            "dataset": {"name": name, "samples": len(samples)}, "model": config.model,
+            "model_generate_config": sampling, "metadata": {"rollout": asdict(config)},
+            "config": {"epochs": config.n, "epochs_reducer": ["mean"]},
+            "scorers": [{"name": rule, "metrics": metrics} for rule in RULES]}
+    results = {"total_samples": len(grades), "scores": [_result(grades, rule) for rule in RULES],
                "completed_samples": int((grades.finish_reason != "failed").sum())}
-    solver = {"solver": "generate", "params": {}, "params_passed": {}}
-    return {"version": 2, "status": "success", "eval": spec, "results": results,
-            "plan": {"name": "plan", "steps": [solver], "config": sampling},
-            "stats": {"started_at": started, "completed_at": finished, "model_usage": usage,
-                      "role_usage": {}}}
+    usage = {config.model: {"output_tokens": int(grades.tokens.sum())}}
+    return {"version": 2, "status": "success", "eval": spec, "results": results, "stats": {
+        "started_at": started, "completed_at": finished, "model_usage": usage}}
 
 # %% ../../nbs/evaluation/53_export.ipynb #a96c8c45
 def _to_json(value) -> str:
@@ -111,28 +84,27 @@ def _to_json(value) -> str:
 
 
 def _inspect_samples(
-    samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame", rules: Sequence[str],
-    images: bool,
+    samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame",
 ) -> Iterator[dict]:
     "Each answer as an EvalSample."
     graded = grades.itertuples()
     for sample, row in zip(samples, rollout, strict=True):
         for epoch, completion in enumerate(row["completions"], 1):
             verdict, scores = next(graded), {}
-            for rule in rules:
+            for rule in RULES:
                 right, answer = (getattr(verdict, f"{rule}_{key}") for key in ("correct", "answer"))
                 scores[rule] = {"value": "C" if right else "I",
                                 "answer": answer if isinstance(answer, str) else ""}
-            yield inspect_sample(sample, completion, epoch, scores, rollout.config, images)
+            yield inspect_sample(sample, completion, epoch, scores, rollout.config)
 
 
-def _check_form(head: dict, samples: list[dict]) -> None:
+def _check_form(head: dict, sample: dict) -> None:
     "`UserError` where an inspect_ai that is installed does not know this form."
     if importlib.util.find_spec("inspect_ai"):
         from inspect_ai.log import EvalLog
 
         try:
-            EvalLog.model_validate({**head, "samples": samples})
+            EvalLog.model_validate({**head, "samples": [sample]})
         except ValueError as error:
             raise UserError("The installed inspect_ai has another form of logs; install 0.3.285: "
                             f"{' '.join(str(error).split())[:300]}.") from None
@@ -142,21 +114,18 @@ def write_inspect_log(
     samples: Sequence[Sample],  # of one benchmark
     rollout: Rollout,
     folder: Path | str,
-    rules: Sequence[str] = RULES,  # each is a scorer
-    images: bool = False,  # put the images into the log
 ) -> Path:  # of the log
-    "Write a rollout as a log of inspect_ai."
-    grades = grade_rollout(samples, rollout, tuple(rules))
-    head = _head(samples, rollout, grades, rules)
-    answers = _inspect_samples(samples, rollout, grades, rules, images)
-    _check_form(head, first := [*itertools.islice(answers, 1)])
+    "Write a rollout as a log of inspect_ai, each rule as a scorer."
+    grades = grade_rollout(samples, rollout)
+    head = _head(samples, rollout, grades)
+    answers = _inspect_samples(samples, rollout, grades)
+    _check_form(head, first := next(answers))
     task = re.sub(r"[\W_]+", "-", head["eval"]["task"])
     created = head["eval"]["created"].replace(":", "-")
     path = Path(folder) / f"{created}_{task}_{head['eval']['task_id']}.json"
     with atomic_write(path) as file:
-        file.write(f'{_to_json(head)[:-1]}, "samples": [')
-        for i, each in enumerate(itertools.chain(first, answers)):
-            file.write((",\n" if i else "\n") + _to_json(each))
+        file.write(f'{_to_json(head)[:-1]}, "samples": [\n{_to_json(first)}')
+        file.writelines(",\n" + _to_json(each) for each in answers)
         file.write("\n]}\n")
     return path
 
@@ -165,14 +134,13 @@ def write_eval_results(
     samples: Iterable[Sample],
     rows: Iterable[dict],  # of the rollout, in the same order
     path,
-    rule: str = "strict",  # whose verdict is written
 ) -> None:
-    "Write a rollout in the published layout."
+    "Write a rollout in the published layout, with the verdicts of the rule `strict`."
     with atomic_write(path) as file:
         for place, (sample, row) in enumerate(zip(samples, rows, strict=True)):
             outputs = []
             for completion in row["completions"]:
-                verdict = grade(completion["text"], sample.options, sample.answer_label, rule)
+                verdict = grade(completion["text"], sample.options, sample.answer_label, "strict")
                 outputs.append({"output_text": completion["text"], "is_correct": verdict.correct,
                                 "pred_letter": verdict.label or verdict.answer or ""})
             line = {"dp_index": place, "prompts": user_text(sample),
@@ -233,20 +201,16 @@ def export_logs(
     rolled: dict[str, tuple],  # dataset_name -> samples and rollout, of one model
     form: str,  # one of FORMS
     folder: Path | str,
-    rules: Sequence[str] = (),  # empty: all rules for inspect, `strict` for eval_results
-    images: bool = False,  # inspect only
 ) -> list[Path]:
     "Write the rollouts of a model in another tool's form; the paths of the files."
     if form not in FORMS:
         raise UserError(f"No form {form!r}; known are {', '.join(FORMS)}.")
-    if unknown := [rule for rule in rules if rule not in RULES]:
-        raise UserError(f"No rule {', '.join(unknown)}; known are {', '.join(RULES)}.")
     paths = []
     for name, (samples, rollout) in rolled.items():
         if form == "inspect":
-            paths.append(write_inspect_log(samples, rollout, folder, rules or RULES, images))
-            continue
-        place = Path(folder) / folder_name(rollout.config.model) / name
-        paths.append(place / "eval_results.jsonl")
-        write_eval_results(samples, rollout, paths[-1], (rules or ("strict",))[0])
+            paths.append(write_inspect_log(samples, rollout, folder))
+        else:
+            place = Path(folder) / folder_name(rollout.config.model) / name
+            paths.append(place / "eval_results.jsonl")
+            write_eval_results(samples, rollout, paths[-1])
     return paths

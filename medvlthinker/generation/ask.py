@@ -106,31 +106,7 @@ def prompt_text(chat: list[dict] | dict) -> str:
         turns.append(f"[{turn['role']}]\n{''.join(parts)}")
     return "\n\n".join(turns)
 
-# %% ../../nbs/generation/26_ask.ipynb #aaca89e0
-def _read_answer(model: str, request: Request, completion: Completion) -> Answer:
-    if completion.finish_reason == "failed":
-        raise UserError(f"{model} gave no answer: {completion.error}.")
-    notes = ["The completion was cut at max_tokens."] * (completion.finish_reason == "length")
-    if model.startswith("tiny"):
-        notes.append("A tiny model that knows drawn scans only: this tests the machinery and means "
-                     "nothing medical.")
-    text, options = completion.text, request.sample.options
-    found = grade(text, options, "", "regrade")
-    return Answer(model, prompt_text(request.chat()), text, extract_reasoning(text),
-                  found.answer or "", found.label, options.get(found.label or ""),
-                  " ".join(notes), request.sample.images[0])
-
 # %% ../../nbs/generation/26_ask.ipynb #00d096d9
-def _open_model(model, settings: dict):
-    "An engine for a name; an engine that is open already."
-    if isinstance(model, str):
-        check_keys(settings, [each.name for each in fields(EngineSettings)], "setting")
-        return open_engine(EngineSettings(model=model, **settings))
-    if settings:
-        raise UserError(f"An open engine has its settings; leave out {', '.join(settings)}.")
-    return model
-
-
 def ask(
     image,  # as for `read_image`
     question: str,
@@ -144,11 +120,30 @@ def ask(
     sample = own_sample(image, question, options)
     if style not in STYLES:
         raise UserError(f"No style {style!r}; known are {', '.join(STYLES)}.")
+    check_keys(settings, [each.name for each in fields(EngineSettings)], "setting")
+    if settings and not isinstance(model, str):
+        raise UserError(f"An open engine has its settings; leave out {', '.join(settings)}.")
     request = Request(sample, 0, sampling or STYLES[style], "free", "chat")  # always a chat
     if style == "free":
         request.chat()  # what cannot be asked is refused before a model is made
-    engine = _open_model(model, settings)
+    engine = model
+    if isinstance(model, str):
+        engine = open_engine(EngineSettings(model=model, **settings))
     if style != "free":
         request = replace(request, instruction=engine.instruction, dialect=engine.dialect)
     [(_, [completion])] = engine.answer([request])
     return _read_answer(engine.settings.model, request, completion)
+
+
+def _read_answer(model: str, request: Request, completion: Completion) -> Answer:
+    if completion.finish_reason == "failed":
+        raise UserError(f"{model} gave no answer: {completion.error}.")
+    notes = ["The completion was cut at max_tokens."] * (completion.finish_reason == "length")
+    if model.startswith("tiny"):
+        notes.append("A tiny model that knows drawn scans only: this tests the machinery and means "
+                     "nothing medical.")
+    text, options = completion.text, request.sample.options
+    found = grade(text, options, "", "regrade")
+    return Answer(model, prompt_text(request.chat()), text, extract_reasoning(text),
+                  found.answer or "", found.label, options.get(found.label or ""),
+                  " ".join(notes), request.sample.images[0])

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers', 'batches',
            'TransformersEngine', 'too_long_error', 'prefetch', 'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray',
-           'copies', 'check_nodes', 'check_gpus', 'check_names', 'engine_version', 'Engine', 'open_engine',
-           'FunctionEngine']
+           'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import contextlib, copy, functools, importlib.metadata, itertools, os, queue, re, socket
+import copy, functools, importlib.metadata, itertools, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,36 +87,6 @@ def model_inputs(requests: list[Request], processor, model):  # its name, for a 
     # lists first: in tensors the processor would count the image tokens one by one
     return processor(text=texts, images=images or None, padding=True).convert_to_tensors("pt")
 
-# %% ../../nbs/generation/24_engine.ipynb #7c9d39f3
-class _Rows:
-    "Answers in the making, a row each: their tokens, masks and cache."
-
-    def __init__(self, model, inputs):
-        from transformers import GenerationConfig
-
-        self.model, self.ids, self.mask = model, inputs["input_ids"], inputs["attention_mask"]
-        first = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True)
-        self.cache = model.generate(**inputs, generation_config=first).past_key_values
-        self.cache.crop(self.ids.shape[1] - 1)  # to go on, a model reads the last token
-
-    def select(self, rows: list[int]) -> None:
-        "Go on with these rows; one that is named twice becomes two."
-        self.cache.batch_select_indices(self.ids.new_tensor(rows))
-        self.ids, self.mask = self.ids[rows], self.mask[rows]
-        self.model.model.rope_deltas = self.model.model.rope_deltas[rows]  # where text goes on
-
-    def extend(self, config) -> list[list[int]]:
-        "The next tokens of each row."
-        import torch
-
-        begun = self.ids.shape[1]
-        self.ids = self.model.generate(
-            input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache,
-            generation_config=config)
-        new = self.ids[:, begun:]
-        self.mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
-        return new.tolist()
-
 # %% ../../nbs/generation/24_engine.ipynb #eff1cea4
 _STEPS = 8  # tokens after which answers that have ended leave the batch
 
@@ -129,22 +98,34 @@ def draw_answers(
     draws: int = 1,  # answers to each prompt
 ) -> list[list[int]]:
     "Tokens of the answers, those to one prompt side by side; after an end token, any others."
-    config, length = copy.copy(config), inputs["input_ids"].shape[1]
+    import torch
+    from transformers import GenerationConfig
+
+    config, ids, mask = copy.copy(config), inputs["input_ids"], inputs["attention_mask"]
     if draws == 1 or not _keeps_whole_prompt(model.config):
         config.num_return_sequences = draws
-        return model.generate(**inputs, generation_config=config)[:, length:].tolist()
-    rows, room = _Rows(model, inputs), config.max_new_tokens
-    rows.select([row for row in range(len(rows.ids)) for _ in range(draws)])
-    answers: list[list[int]] = [[] for _ in rows.ids]
-    going, ends = answers, _end_tokens(model)
+        return model.generate(**inputs, generation_config=config)[:, ids.shape[1]:].tolist()
+    first = GenerationConfig(do_sample=False, max_new_tokens=1, return_dict_in_generate=True)
+    cache = model.generate(**inputs, generation_config=first).past_key_values
+    cache.crop(ids.shape[1] - 1)  # to go on, a model reads the last token
+    rows = [row for row in range(len(ids)) for _ in range(draws)]
+    answers: list[list[int]] = [[] for _ in rows]
+    going, room = answers, config.max_new_tokens
     while going and room:
+        cache.batch_select_indices(ids.new_tensor(rows))
+        ids, mask, begun = ids[rows], mask[rows], ids.shape[1]
+        model.model.rope_deltas = model.model.rope_deltas[rows]  # where text goes on
         config.max_new_tokens = min(_STEPS, room)
-        new = rows.extend(config)
-        for answer, tokens in zip(going, new):
+        ids = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+                             generation_config=config)
+        new = ids[:, begun:]
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        for answer, tokens in zip(going, new.tolist()):
             answer += tokens
-        kept = [row for row, tokens in enumerate(new) if ends.isdisjoint(tokens)]
-        going, room = [going[row] for row in kept], room - config.max_new_tokens
-        rows.select(kept)
+        room -= config.max_new_tokens
+        rows = [row for row, tokens in enumerate(new.tolist())
+                if _end_tokens(model).isdisjoint(tokens)]
+        going = [going[row] for row in rows]
     return answers
 
 
@@ -163,28 +144,26 @@ def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
 # %% ../../nbs/generation/24_engine.ipynb #226a3ce5
 class TransformersEngine:
     "Batched generation by transformers, on the CPU or one GPU."
-    streams = False  # a batch is answered before the next is taken
 
     def __init__(self, settings: EngineSettings, folder):
         self.model, self.processor = load_transformers(folder, settings)
-        self.ends = _end_tokens(self.model)
-        self.folder, self.batch_size = folder, settings.batch_size
-        self.context = settings.max_model_len
+        self.folder, self.settings = folder, settings
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, a batch at a time."
-        for batch in batches(requests, self.batch_size):
+        for batch in batches(requests, self.settings.batch_size):
             yield from zip(batch, self._answer(batch), strict=True)
 
     def _answer(self, batch: list[Request]) -> list[list[Completion]]:
         import torch
 
-        sampling, number = batch[0].sampling, batch[0].index // self.batch_size
+        sampling, size = batch[0].sampling, self.settings.batch_size
         inputs = model_inputs(batch, self.processor, self.folder).to(self.model.device)
-        length, room = inputs["input_ids"].shape[1], sampling.max_tokens
-        if self.context and (room := min(room, self.context - length)) <= 0:
-            raise too_long_error(batch[0], length, self.context)
-        torch.manual_seed(sampling.seed + number)
+        length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
+        room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
+        if room <= 0:
+            raise too_long_error(batch[0], length, context)
+        torch.manual_seed(sampling.seed + batch[0].index // size)
         try:
             with torch.inference_mode():
                 config = _transformers_sampling(sampling, room)
@@ -192,12 +171,13 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
-                f"(now {self.batch_size}) and run again, what is finished is kept.") from None
+                f"(now {size}) and run again, what is finished is kept.") from None
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
     def _completion(self, tokens: list[int]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), None)
+        ends = _end_tokens(self.model)
+        end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return Completion(text, "stop" if end else "length", end or len(tokens))
 
@@ -280,34 +260,23 @@ def _load_vllm(folder, settings: EngineSettings):
         raise unloadable_error(folder, error) from None
 
 # %% ../../nbs/generation/24_engine.ipynb #e47e2f60
-def _pil_chat(chat: list[dict]) -> list[dict]:
-    "Messages with the images as vLLM takes them in memory."
+def _vllm_prompt(chat: list[dict] | dict):
+    "A raw prompt, or messages with the images as vLLM takes them in memory."
+    if isinstance(chat, dict):
+        images = {"multi_modal_data": {"image": chat["images"]}} if chat["images"] else {}
+        return {"prompt": chat["prompt"], **images}
+
     def part(each: dict) -> dict:
         is_image = each["type"] == "image"
         return {"type": "image_pil", "image_pil": each["image"]} if is_image else each
 
     return [{**turn, "content": [part(each) for each in turn["content"]]} for turn in chat]
 
-
-def _raw_prompt(chat: dict) -> dict:
-    images = {"multi_modal_data": {"image": chat["images"]}} if chat["images"] else {}
-    return {"prompt": chat["prompt"], **images}
-
-
-def _vllm_sampling(request: Request, bias: dict | None):
-    from vllm import SamplingParams
-
-    sampling = request.sampling
-    return SamplingParams(
-        n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
-        seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=bias)
-
 # %% ../../nbs/generation/24_engine.ipynb #de216e0d
 class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
     queue = 2048  # completions that vLLM has to work on, while there are questions
     portion = 16  # questions that are added at once
-    streams = True  # questions are taken while others are answered
 
     def __init__(self, settings: EngineSettings, folder):
         self.llm, self.folder = _load_vllm(folder, settings), folder
@@ -315,7 +284,9 @@ class VllmEngine:
         never = _generation_config(folder).get("suppress_tokens") or ()
         self.bias = dict.fromkeys(never, -100.0) or None
 
-    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+    def answer(
+        self, requests: Iterable[Request | None],  # None: there is nothing at this moment
+    ) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
         waiting, source, more = {}, prefetch(requests), True
         try:
@@ -363,12 +334,17 @@ class VllmEngine:
         return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
 
     def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
-        params = [_vllm_sampling(request, self.bias) for request, _ in part]
+        from vllm import SamplingParams
+
+        prompts, params = [_vllm_prompt(chat) for _, chat in part], []
+        for request, _ in part:
+            sampling = request.sampling
+            params.append(SamplingParams(
+                n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
+                seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias))
         if part and part[0][0].dialect == "chat":
             check_chat_template(self._processor, self.folder)
-            chats = [_pil_chat(chat) for _, chat in part]
-            return self.llm.enqueue_chat(chats, params, use_tqdm=False)
-        prompts = [_raw_prompt(chat) for _, chat in part]
+            return self.llm.enqueue_chat(prompts, params, use_tqdm=False)
         return self.llm.enqueue(prompts, params, use_tqdm=False)
 
     @functools.cached_property
@@ -379,88 +355,48 @@ class VllmEngine:
 
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae
 class _Worker:
-    "One engine on a cluster; requests come in by one method and go out by another."
+    "A vLLM on a cluster, which works on all calls together."
 
     def __init__(self, settings: EngineSettings, model: str, revision: str, environment: dict):
         os.environ.update(environment)
         folder = download_model(model, revision)
         check_weights(folder)
-        self.engine = ENGINES[settings.engine](settings, folder)
+        self.engine = VllmEngine(settings, folder)
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.held = 0  # requests that are not answered yet
+        self.promises: dict[int, Future] = {}  # id of a request -> its completions
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def ready(self) -> None:
-        "Returns when the model is loaded."
+    def answer(self, portion: list[Request]) -> list[list[Completion]]:
+        "The completions of each request."
+        promises = [Future() for _ in portion]
+        for pair in zip(portion, promises):
+            self.inbox.put(pair)
+        return [promise.result() for promise in promises]
 
-    def add(self, portion: list[Request] | None) -> None:
-        "Take some requests; None says that these were the last."
-        self.inbox.put(portion)
-
-    def answer(self) -> Iterator[tuple[int, int, list[Completion]]]:
-        "The rollout and the place of each request, with its completions."
-        for request, completions in self.engine.answer(self._requests()):
-            self.held -= 1
-            yield request.rollout, request.index, completions
-
-    def _requests(self) -> Iterator[Request | None]:
-        "What has come in; None while an engine that never waits has other work."
+    def _work(self) -> None:
         while True:
             try:
-                portion = self.inbox.get(block=not (self.held and self.engine.streams))
+                for request, completions in self.engine.answer(self._requests()):
+                    self.promises.pop(id(request)).set_result(completions)
+            except Exception as error:  # each call that is open says so
+                while self.promises:
+                    self.promises.popitem()[1].set_exception(error)
+
+    def _requests(self) -> Iterator[Request | None]:
+        "What has come in; None while there is nothing new and vLLM has other work."
+        while True:
+            try:
+                request, promise = self.inbox.get(block=not self.promises)
             except queue.Empty:
                 yield None
                 continue
-            if portion is None:
-                return
-            self.held += len(portion)
-            yield from portion
-
-# %% ../../nbs/generation/24_engine.ipynb #58e84498
-@dataclass
-class _Running:
-    "A worker as the driver sees it."
-    worker: Any
-    unit: int  # questions that are computed together
-    given: list = field(default_factory=list)  # requests, as it has them
-    owed: dict = field(default_factory=dict)  # (rollout, place) -> request
-    more: bool = True  # it has not been told that there is nothing more
-
-    def ready(self):
-        "What there is to wait for until a worker has loaded its model."
-        return self.worker.ready.options(max_task_retries=-1).remote()
-
-    def begin(self):
-        "The stream of a worker's answers, beginning with what it owes since it was killed."
-        stream = self.worker.answer.options(num_returns="streaming").remote()
-        self.more = True
-        self._give(self.unanswered())
-        return stream
-
-    def supply(self, source: Iterator[list[Request]], ahead: int) -> None:
-        "Give a worker what it will need next; where there is no more, say so."
-        while self.more and sum(request.sampling.n for request in self.owed.values()) < ahead:
-            batch = next(source, None)
-            self.more = batch is not None
-            self.given = self.unanswered() + (batch or [])
-            self.owed |= {(request.rollout, request.index): request for request in batch or ()}
-            self._give(batch)
-
-    def unanswered(self) -> list[Request]:
-        "What a worker has not answered, with the questions that are computed together with it."
-        units = {(rollout, index // self.unit) for rollout, index in self.owed}
-        return [request for request in self.given
-                if (request.rollout, request.index // self.unit) in units]
-
-    def _give(self, batch: list[Request] | None) -> None:
-        import ray
-
-        with contextlib.suppress(ray.exceptions.RayActorError):  # its stream says so too
-            ray.get(self.worker.add.remote(batch))  # waits, for Ray keeps no order here
+            self.promises[id(request)] = promise
+            yield request
 
 # %% ../../nbs/generation/24_engine.ipynb #7a06c6a1
 class RayEngine:
-    "A copy of an engine on every worker of a Ray cluster."
-    ahead = 512  # completions that a worker has before it, at least
+    "A copy of vLLM on every worker of a Ray cluster."
+    calls, portion = 128, 4  # open at each worker; questions in one
     restarts = 16  # of a worker, before the run ends
 
     def __init__(
@@ -475,49 +411,46 @@ class RayEngine:
 
         shared = tensor_parallel_size(download_model(model, revision), settings)
         gpus = shared if settings.gpus else 0
-        one = replace(settings, engine=settings.engine_name, data_parallel=1, nodes=1,
-                      tensor_parallel=shared, gpus=gpus)
+        one = replace(settings, engine="vllm", data_parallel=1, nodes=1, tensor_parallel=shared,
+                      gpus=gpus)
         # what a shell sets for this process is not set on the workers
         passed = ("HF_", "VLLM_", "OMP_", "MEDVLTHINKER_")
         environment = {key: value for key, value in os.environ.items() if key.startswith(passed)}
-        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=self.restarts,
-                                max_concurrency=2)(_Worker)
+        actor: Any = ray.remote(
+            num_cpus=1, num_gpus=gpus, max_restarts=self.restarts, max_task_retries=-1,
+            max_concurrency=self.calls)(_Worker)
         self.workers = [actor.remote(one, model, revision, environment)
                         for _ in range(copies(settings, shared))]
-        self.unit = settings.batch_size if one.engine == "transformers" else 1
-        self.size = self.unit * max(1, VllmEngine.portion // self.unit)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
-        "Each request with its completions, as soon as a worker has answered it."
+        "Each request with its completions, as soon as a worker has answered its call."
         import ray
 
-        source = batches(requests, self.size)
-        workers = [_Running(worker, self.unit) for worker in self.workers]
-        running = {each.ready(): each for each in workers}
-        try:
-            while running:
-                turn = ray.wait([*running], num_returns=1)[0][0]
-                each = running.pop(turn)
-                try:
-                    if isinstance(turn, ray.ObjectRef):  # the worker is there, or there again
-                        ray.get(turn)
-                        running[each.begin()] = each
-                    else:
-                        rollout, index, completions = ray.get(next(turn))
-                        running[turn] = each
-                        if request := each.owed.pop((rollout, index), None):
-                            yield request, completions
-                    each.supply(source, self.ahead)
-                except StopIteration:
-                    continue
-                except ray.exceptions.ActorUnavailableError:  # it was killed; Ray starts it again
-                    running[each.ready()] = each
-                except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
-                    raise _ray_error(error) from None
-        except BaseException:  # nobody reads the answers of the others, so they begin anew
-            for worker in self.workers:
-                ray.kill(worker, no_restart=False)
-            raise
+        source = iter(requests)
+        free, open_calls = deque(self.workers * self.calls), {}
+        while True:
+            while free and (portion := list(itertools.islice(source, self.portion))):
+                worker = free.popleft()
+                open_calls[worker.answer.remote(portion)] = worker, portion
+            if not open_calls:
+                return
+            call = ray.wait([*open_calls], num_returns=1)[0][0]
+            worker, portion = open_calls.pop(call)
+            free.append(worker)
+            try:
+                yield from zip(portion, ray.get(call), strict=True)
+            except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+                raise _ray_error(error) from None
+
+
+def _ray_error(error: Exception) -> UserError:
+    "What a worker said, as a sentence."
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
+                     f"{' '.join(str(error).split())[-400:]}); what is finished is kept, run "
+                     "again to go on.")
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:
@@ -528,39 +461,22 @@ def start_ray(settings: Hardware) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
+    here = {} if address else {"num_cpus": max(settings.data_parallel, os.cpu_count() or 1)}
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
     while not ray.is_initialized():
-        tries -= 1
         try:
-            _init_ray(settings)
+            if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+                # Ray itself would try for minutes
+                socket.create_connection((place[1], int(place[2])), 10).close()
+            # `local`: a cluster in RAY_ADDRESS, or one that has ended, is not ours to join
+            ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR",
+                     **here)
         except Exception as error:  # Ray's own class where a start took too long
+            if tries := tries - 1:
+                continue
             what = f"There is no Ray cluster at ray_address={address}" if address else (
                 "Ray could not be started here")
-            if not tries:
-                raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _init_ray(settings: Hardware) -> None:
-    import ray
-
-    address = settings.ray_address
-    if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
-        # Ray itself would try for minutes
-        socket.create_connection((place[1], int(place[2])), 10).close()
-    cores = max(settings.data_parallel, os.cpu_count() or 1)
-    here = {} if address else {"num_cpus": cores}
-    # `local`: another cluster's address in RAY_ADDRESS, or one that has ended, is not ours to join
-    ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR", **here)
-
-
-def _ray_error(error: Exception) -> Exception:
-    "What a worker said, as a sentence."
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, UserError):
-        return cause
-    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
-                     f"{' '.join(str(error).split())[-400:]}); what is finished is kept, run "
-                     "again to go on.")
+            raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 # %% ../../nbs/generation/24_engine.ipynb #2d9f9432
 def copies(
@@ -568,6 +484,8 @@ def copies(
     tensor_parallel: int = 1,  # GPUs that share one copy
 ) -> int:
     "Copies of the model that answer at once: `data_parallel`, or as many as the GPUs allow."
+    if settings.engine_name != "vllm":
+        return 1
     nodes = max(1, settings.nodes) if settings.engine == "ray" else 1
     return settings.data_parallel or max(1, settings.gpus * nodes // tensor_parallel)
 
@@ -578,28 +496,6 @@ def check_nodes(settings: Hardware) -> None:
         raise UserError(f"The engine {settings.engine} works on one machine; "
                         f"nodes={settings.nodes} needs engine=ray (with ray_address=auto on a "
                         "running cluster).")
-
-# %% ../../nbs/generation/24_engine.ipynb #1a026c05
-def check_gpus(settings: Hardware) -> None:
-    "`UserError` where this machine has fewer GPUs than an engine on it is to use."
-    if settings.engine in ("transformers", "vllm") and settings.gpus:
-        import torch
-
-        if (here := torch.cuda.device_count()) < settings.gpus:
-            raise UserError(f"gpus={settings.gpus} were asked for, and this machine shows "
-                            f"{here or 'none'}; go where they are, or set gpus=0 "
-                            "engine=transformers.")
-
-# %% ../../nbs/generation/24_engine.ipynb #02201dd6
-ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": VllmEngine}
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def check_names(settings: Hardware) -> None:
-    "`UserError` for an engine or a dtype that there is not."
-    for name, known in ((settings.engine_name, (*ENGINES, "openai")), (settings.dtype, DTYPES)):
-        if name not in known:
-            raise UserError(f"There is no {name!r} among {', '.join(known)}.")
 
 # %% ../../nbs/generation/24_engine.ipynb #9c479884
 def engine_version(name: str) -> str:
@@ -612,18 +508,25 @@ def engine_version(name: str) -> str:
     return name
 
 # %% ../../nbs/generation/24_engine.ipynb #121e4e88
+ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": VllmEngine}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 class Engine:
     "A model that answers; it is loaded when it is first asked."
 
     def __init__(self, settings: EngineSettings):
-        check_names(settings)
-        self.settings, served = settings, settings.engine_name == "openai"
+        for name, known in ((settings.engine, (*ENGINES, "ray", "openai")),
+                            (settings.dtype, DTYPES)):
+            if name not in known:
+                raise UserError(f"There is no {name!r} among {', '.join(known)}.")
+        self.settings, served = settings, settings.engine == "openai"
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
         self.weights = "" if served else model_fingerprint(self.model, self.revision)
         self.instruction, self.dialect = prompt_format(settings.model, settings.instruction)
         self.version = engine_version(settings.engine_name)
-        self.batch_size = settings.batch_size if settings.engine_name == "transformers" else 1
+        self.batch_size = settings.batch_size if settings.engine == "transformers" else 1
         self._loaded: Any = None
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
@@ -638,10 +541,16 @@ class Engine:
 
     def _load(self):
         settings = self.settings
-        if settings.engine_name == "openai":
+        if settings.engine == "openai":
             return ServerEngine(replace(settings, model=self.model))
         check_nodes(settings)
-        check_gpus(settings)
+        if settings.engine in ENGINES and settings.gpus:
+            import torch
+
+            if (here := torch.cuda.device_count()) < settings.gpus:
+                raise UserError(f"gpus={settings.gpus} were asked for, and this machine shows "
+                                f"{here or 'none'}; go where they are, or set gpus=0 "
+                                "engine=transformers.")
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import UserError, read_json, require_package, write_error
-from ..data.prompt import DIALECTS
 from .request import Hardware
 
 # %% ../../nbs/generation/22_model.ipynb #98b9b99b
@@ -23,22 +22,18 @@ class Baseline:
     model: str  # hub id, or the name that the provider gives it
     dialect: str = "chat"  # one of prompt.DIALECTS
     instruction: str = "trained"  # a name in prompt.INSTRUCTIONS
-    engine: str = "vllm"
-    data_parallel: int = 8  # on eight GPUs
-    tensor_parallel: int = 1
+    engine: str = "vllm"  # or `openai`
     note: str = ""
 
 # %% ../../nbs/generation/22_model.ipynb #a829e8db
-_BIG: dict = {"data_parallel": 2, "tensor_parallel": 4}
-_AZURE: dict = {"engine": "openai", "data_parallel": 4,
-                "note": "through Azure, API 2024-12-01-preview"}
+_AZURE: dict = {"engine": "openai", "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
-    "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3", **_BIG),
+    "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3"),
     "MedGemma 4B": Baseline(
         "google/medgemma-4b-it", "gemma3",
         note="its command is not in the repository; as for Gemma 3 4B"),
-    "MedGemma 27B": Baseline("google/medgemma-27b-it", "gemma3", **_BIG),
+    "MedGemma 27B": Baseline("google/medgemma-27b-it", "gemma3"),
     "LLaVA-Med v1.5 Mistral 7B": Baseline(
         "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline",
         note="eager; its config.json lacks head_dim, which is 128"),
@@ -46,7 +41,7 @@ BASELINES = {
         "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline",
         note="eager; the table's numbers come from another fork"),
     "HuatuoGPT-Vision-34B": Baseline(
-        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain", **_BIG,
+        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain",
         note="the table's numbers come from another fork"),
     "GPT-4o": Baseline("gpt-4o-2024-11-20", **_AZURE),
     "GPT-4o-mini": Baseline("gpt-4o-mini-2024-07-18", **_AZURE),
@@ -56,14 +51,11 @@ BASELINES = {
 def prompt_format(
     model: str,  # as for `resolve_model`
     instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for the model's own
-    dialect: str = "",  # one of prompt.DIALECTS; empty for the model's own
 ) -> tuple[str, str]:
     "Instruction and dialect in which a model is asked."
     rows = {row.model: row for row in BASELINES.values()} | BASELINES
     row = rows.get(model, Baseline(model))
-    if dialect not in ("", *DIALECTS):
-        raise UserError(f"No dialect {dialect!r}; known are {', '.join(DIALECTS)}.")
-    return instruction or row.instruction, dialect or row.dialect
+    return instruction or row.instruction, row.dialect
 
 # %% ../../nbs/generation/22_model.ipynb #e5139821
 def folder_name(model: str) -> str:
@@ -160,8 +152,8 @@ def model_fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/generation/22_model.ipynb #f394425d
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-_UNWANTED = ("*/*", "consolidated*")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_UNWANTED = ["*/*", "consolidated*"]
 
 
 def download_model(
@@ -178,68 +170,53 @@ def download_model(
     # a download of `main` notes its commit in the cache, where it is found without a network
     newest = resolve_revision(str(model))
     pinned = None if revision in ("", newest) else revision
-    patterns = {"allow_patterns": list(_WANTED), "ignore_patterns": list(_UNWANTED)}
+    patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     try:
-        folder = Path(snapshot_download(str(model), revision=pinned, **patterns))
+        return Path(snapshot_download(str(model), revision=pinned, **patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"The model {model} cannot be downloaded: {reason}") from None
     except OSError as error:
         raise write_error(error, f"The download of {model}") from None
-    if folder.name != (revision or newest):
-        raise UserError(f"{model} changed on the hub during the download; run again.")
-    return folder
 
 # %% ../../nbs/generation/22_model.ipynb #d14a2f62
 def weight_files(folder: str | Path) -> list[Path]:
-    "The files that hold a model's weights; `UserError` where they are not there, or pickles."
-    folder = Path(folder)
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-    files = [folder / name for name in sorted({*index.values()})] or [folder / "model.safetensors"]
-    files = files if index or files[0].is_file() else sorted(folder.glob("*.safetensors"))
-    if absent := [path.name for path in files if not path.is_file()]:
-        raise UserError(f"{folder} lacks {len(absent)} of {len(files)} weight files, {absent[0]} "
-                        "first; download or copy the model again.")
-    if files:
+    "The files that hold a model's weights; `UserError` where there are none."
+    if files := sorted(Path(folder).glob("*.safetensors")):
         return files
-    kinds = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    pickle = f"; {others[0]} is a pickle and is not opened" if others else ""
-    raise UserError(f"{folder} holds no weights (*.safetensors){pickle}; name a folder written by "
-                    "save_pretrained.")
+    raise UserError(f"{folder} holds no weights (*.safetensors; a pickle such as pytorch_model.bin "
+                    "is not opened); name a folder written by save_pretrained.")
 
 # %% ../../nbs/generation/22_model.ipynb #620a97e6
-def _same_weights(one: str, other: str, files: dict[str, Path]) -> bool:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(files[one], "pt") as file, safe_open(files[other], "pt") as second:
-        return torch.equal(file.get_tensor(one), second.get_tensor(other))
-
-
 def _check_head(
     folder: Path,
     stored: dict,  # a weight's name -> its file
     tied: bool,  # what transformers takes where config.json says nothing
-) -> list[str]:  # names of stored heads that repeat the embedding
+) -> set[str]:  # names of stored heads that repeat the embedding
     "`UserError` where config.json and file contradict each other about the head."
+    import torch
+    from safetensors import safe_open
+
     config = read_json(folder / "config.json")
     parts = (config, config.get("text_config") or {})
     said = {part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part}
-    said = said or {tied}
-    heads = [name for name in stored if name.endswith("lm_head.weight")]
-    embeddings = [name for name in stored if name.endswith("embed_tokens.weight")]
+    heads, embeddings = ([name for name in stored if name.endswith(f"{end}.weight")]
+                         for end in ("lm_head", "embed_tokens"))
     if said == {True, False} and not heads:
         raise UserError(f"{folder} says both tie_word_embeddings=true and false in config.json and "
                         "its text_config, and holds no lm_head.weight; give both the value true, "
                         "or copy the model again.")
-    if True not in said or not len(heads) == len(embeddings) == 1:
-        return []
-    if not _same_weights(heads[0], embeddings[0], stored):
+    if True not in (said or {tied}) or not len(heads) == len(embeddings) == 1:
+        return set()
+    both = []
+    for name in (*heads, *embeddings):
+        with safe_open(stored[name], "pt") as file:
+            both.append(file.get_tensor(name))
+    if not torch.equal(*both):
         raise UserError(f"{folder} says tie_word_embeddings=true and holds {heads[0]}, which is "
                         "not its embedding; set tie_word_embeddings to false in config.json and in "
                         "its text_config, or take the head out.")
-    return heads
+    return {*heads}
 
 # %% ../../nbs/generation/22_model.ipynb #8693f86a
 def empty_model(folder: Path):
@@ -256,18 +233,11 @@ def empty_model(folder: Path):
         return None
 
 # %% ../../nbs/generation/22_model.ipynb #6ec3f606
-def _loading_report(net, stored: dict) -> dict[str, list] | None:
+def _loading_report(net, tensors: dict) -> dict[str, list] | None:
     "What transformers says of weights with these names and shapes; None where it stops."
-    import torch
-    from safetensors import safe_open
     from transformers.utils import logging
 
-    tensors, verbosity = {}, logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    for path in set(stored.values()):
-        with safe_open(path, "pt") as file:
-            for name in (name for name, place in stored.items() if place == path):
-                tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -296,41 +266,39 @@ def unloadable_error(
 
 _WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
 
-
-def _misfit_error(folder: Path, report: dict[str, list], stored: dict) -> UserError:
-    "The sentence for weights that do not fit: some of each kind, and how many there are."
-    parts = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', ...' * (len(names) > 3)})"
-             for kind, names in report.items() if names]
-    left = [prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in stored)]
-    hint = f" Their names begin with {left[0]}, which a wrapper has left." if left else ""
-    return UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
-                     f"{hint} Save or copy the model again.")
-
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(folder: str | Path) -> None:
     "`UserError` where a model's weights do not fit its config; it names some, and says how many."
-    from safetensors import SafetensorError, safe_open
+    require_package("torch")
+    from safetensors import SafetensorError
+    from transformers.modeling_utils import load_state_dict
 
-    folder, stored = Path(folder), {}
+    folder, places, tensors = Path(folder), dict[str, Path](), dict[str, object]()
     for path in weight_files(folder):
         try:
-            with safe_open(path, "pt") as file:
-                stored |= dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
+            found = load_state_dict(path, map_location="meta")  # names and shapes alone
+        except (SafetensorError, ValueError, OSError) as error:
             raise unloadable_error(path, error) from None
+        tensors, places = tensors | found, places | dict.fromkeys(found, path)
     quantized = "quantization_config" in read_json(folder / "config.json")
     if quantized or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
     tied = bool(getattr(net.config, "tie_word_embeddings", False))
-    repeated = _check_head(folder, stored, tied)
-    needed = {name: path for name, path in stored.items() if not tied or name not in repeated}
+    repeated = _check_head(folder, places, tied)
+    needed = {name: tensor for name, tensor in tensors.items() if not tied or name not in repeated}
     if (report := _loading_report(net, needed)) is None:
         return
     # a layer that the config does not count is wrong; what has no place at all may be left over
-    places = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
-    layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in places]
+    known = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
+    layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in known]
     if report["missing"] or report["mismatched"] or layers:
-        raise _misfit_error(folder, report, stored)
+        more = {kind: ", ..." if len(names) > 3 else "" for kind, names in report.items()}
+        parts = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{more[kind]})"
+                 for kind, names in report.items() if names]
+        left = [prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in places)]
+        hint = f" Their names begin with {left[0]}, which a wrapper has left." if left else ""
+        raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
+                        f"{hint} Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -428,19 +396,15 @@ def refuse_too_large(
     settings: Hardware,  # its dtype and data_parallel are used
 ) -> None:
     "`UserError` where the weights need more memory than a machine without GPUs has free."
-    memory = Path("/proc/meminfo")
-    if settings.gpus or not memory.is_file():
-        return
-    copies = max(1, settings.data_parallel)
+    import psutil
+
+    copies, free = max(1, settings.data_parallel), psutil.virtual_memory().available
     needed = weight_bytes(folder, settings.dtype) * copies
-    found = re.search(r"MemAvailable:\s*(\d+)", memory.read_text())
-    free = 1024 * int(found[1]) if found else needed
-    if needed > free:
-        several = f" and {copies} copies" if copies > 1 else ""
+    if not settings.gpus and needed > free:
         raise UserError(
-            f"The model {folder} needs {needed / 2**30:,.1f} GiB for its weights in "
-            f"{settings.dtype}{several}, and {free / 2**30:,.1f} GiB are free; use dtype=bfloat16, "
-            "fewer copies (data_parallel), a smaller model or a larger machine.")
+            f"{copies} times the model {folder} needs {needed / 2**30:,.1f} GiB for weights in "
+            f"{settings.dtype}, and {free / 2**30:,.1f} GiB are free; use dtype=bfloat16, fewer "
+            "copies (data_parallel), a smaller model or a larger machine.")
 
 # %% ../../nbs/generation/22_model.ipynb #17d92229
 def pixel_limits(

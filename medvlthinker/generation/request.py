@@ -16,7 +16,7 @@ from ..data.sample import Sample
 @dataclass(frozen=True)
 class Hardware:
     "What generates answers, and on what hardware."
-    engine: str = "transformers"  # or `vllm`, `openai` (any compatible server), `ray` (a cluster)
+    engine: str = "transformers"  # or `vllm`, `ray` (vLLM on a cluster), `openai` (any such server)
     gpus: int = 0  # per node; 0 runs on the CPU
     nodes: int = 0  # 0 for as many as a recipe asks for, and 1 for everything else
     tensor_parallel: int = 1  # GPUs that share a copy of the model; 0 for the fewest that hold it
@@ -33,12 +33,11 @@ class Hardware:
     max_requests: int = 0  # to a server, in one run; 0 for any number
     max_total_tokens: int = 0  # of prompts and answers from a server, in one run; 0 for any number
     ray_address: str = ""  # of a cluster, such as ray://host:10001; empty starts one here
-    ray_engine: str = "vllm"  # what each worker of a cluster runs: `vllm` or `transformers`
 
     @property
     def engine_name(self) -> str:
-        "The engine that answers: on a cluster the one of its workers."
-        return self.ray_engine if self.engine == "ray" else self.engine
+        "The engine that answers: on a cluster of Ray it is vLLM."
+        return "vllm" if self.engine == "ray" else self.engine
 
 # %% ../../nbs/generation/21_request.ipynb #3093a7e9
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 'from_line', 'file_lock', 'Rollout',
-           'rollout_record', 'load_rollout', 'ending', 'Job', 'generate_all', 'generate']
+           'rollout_record', 'load_rollout', 'Job', 'generate_all', 'generate']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
-import contextlib, dataclasses, datetime, functools, hashlib, itertools, json, os, time, zlib
+import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -132,13 +132,13 @@ def from_line(line: bytes) -> dict | None:
     return None
 
 # %% ../../nbs/generation/25_rollout.ipynb #46b8ae3e
-def _try_lock(folder: Path):
-    "The folder's lock; None where another process holds it."
+def _lock(folder: Path, seconds: float):
+    "The folder's lock; None where another process holds it for so long (-1: wait for it)."
     from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (lock := FileLock(folder / ".lock")).acquire(timeout=0)
+        (lock := FileLock(folder / ".lock")).acquire(timeout=seconds)
     except Timeout:
         return None
     except OSError as error:
@@ -152,12 +152,9 @@ def file_lock(
     show: Callable = print,  # gets a sentence when another process has to be waited for
 ) -> Iterator[None]:
     "Hold the folder's lock; wait for another process that holds it."
-    from filelock import FileLock
-
-    if not (lock := _try_lock(Path(folder))):
+    if not (lock := _lock(Path(folder), 0)):
         show(f"Another process is working in {folder}; waiting for it.")
-        lock = FileLock(Path(folder) / ".lock")
-        lock.acquire()
+        lock = _lock(Path(folder), -1)
     try:
         yield
     finally:
@@ -182,34 +179,23 @@ class Rollout(Sequence):
     def __iter__(self) -> Iterator[dict]:
         with open(self.path, "rb") as file:
             for place in range(len(self)):
-                yield self._row(file.readline(), place)
+                if not (row := from_line(file.readline())) or row["index"] != place:
+                    raise UserError(f"{self.path}, line {place + 1} is damaged; run the rollout "
+                                    "again, which asks that question anew.")
+                yield row
 
     def __getitem__(self, place):
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[min(place, len(self._starts) - 1)])
-            return self._row(file.readline(), place)
+            return [*self][place]
+        return next(itertools.islice(self, range(len(self))[place], None))
 
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
-    @functools.cached_property
-    def _starts(self) -> list[int]:
-        with open(self.path, "rb") as file:
-            return [*itertools.accumulate(map(len, file), initial=0)]  # the last is its end
-
-    def _row(self, line: bytes, place: int) -> dict:
-        if not (row := from_line(line)) or row["index"] != place:
-            raise UserError(f"{self.path}, line {place + 1} is damaged; run the rollout again, "
-                            "which asks that question anew.")
-        return row
-
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
-_FLOATS = ("temperature", "top_p", "seconds")
-_BEGUN = {field.name: int | float if field.name in _FLOATS else field.type
-          for field in dataclasses.fields(RolloutConfig)} | {"started": str, "seconds": float}
+_BEGUN = {field.name: int | float if field.type is float else field.type
+          for field in dataclasses.fields(RolloutConfig)}
+_BEGUN |= {"started": str, "seconds": int | float}
 _FINISHED = dict.fromkeys(("rows", "completions", "length", "empty", "failed", "bytes"), int) | {
     "sha256": str, "finished": str}
 
@@ -229,9 +215,9 @@ def rollout_record(folder) -> dict:
                         "folder with rollout.json and rollout.jsonl.")
     return record
 
-# %% ../../nbs/generation/25_rollout.ipynb #5e0f1c2a
+
 def load_rollout(folder) -> Rollout:
-    "A finished rollout, from its folder; `UserError` where questions are missing or the file has another size."
+    "A finished rollout, from its folder; `UserError` where it lacks questions or its file is torn."
     folder, record = Path(folder), rollout_record(folder)
     path = folder / "rollout.jsonl"
     if not _fits(record, _FINISHED):
@@ -256,8 +242,8 @@ def _is_finished(folder: Path) -> bool:
 class _Writer:
     "A rollout that is being made; its folder is locked."
 
-    def __init__(self, job: "Job", config: RolloutConfig, folder: Path, lock):
-        self.job, self.config, self.folder, self.lock = job, config, folder, lock
+    def __init__(self, job: "Job", config: RolloutConfig, folder: Path):
+        self.job, self.config, self.folder = job, config, folder
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
         self.before = _stored_record(folder)
         self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
@@ -315,8 +301,8 @@ class _Writer:
             raise write_error(error, self.path) from None
         return self.file.tell() - len(data)
 
-    def finish(self, dropped: Iterable[str] = ()) -> dict:
-        "Put the lines in order, and write the record with counts, cost and checksum."
+    def finish(self, dropped: Iterable[str] = ()) -> str:
+        "Put the lines in order, write the record, and say how the completions ended."
         total, digest, size = Counter(), hashlib.sha256(), 0
         with atomic_write(self.path, "wb") as new:
             for index in range(len(self.job.samples)):
@@ -328,22 +314,20 @@ class _Writer:
                 digest.update(line)
                 size += new.write(line)
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
-        return self._record({
+        self._record({
             "rows": len(self.places), **total, "dropped_parameters": [*dropped],
             "seconds": round(seconds, 3), "bytes": size,
             "sha256": digest.hexdigest(), "finished": _now()})
+        again = " (these count as wrong; the same command asks them again)"
+        return (f"{self.folder.parent.name}: {len(self.places)} questions, {total['completions']} "
+                f"completions; {total['length']} cut at max_tokens, {total['empty']} empty, "
+                f"{total['failed']} failed{again if total['failed'] else ''}.")
 
-    def _record(self, facts: dict) -> dict:
+    def _record(self, facts: dict) -> None:
         started = self.before.get("started") or _now()
         record = {**asdict(self.config), **environment_info(), "started": started, **facts}
         with atomic_write(self.folder / "rollout.json") as file:
             file.write(record_text(record))
-        return record
-
-    def close(self) -> None:
-        "Let others work on the rollout."
-        self.file.close()
-        self.lock.release()
 
 
 def _endings(completions: list[dict]) -> dict[str, int]:
@@ -356,52 +340,6 @@ def _endings(completions: list[dict]) -> dict[str, int]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-# %% ../../nbs/generation/25_rollout.ipynb #d4db2bb7
-class _Bar:
-    "A tqdm bar over questions, whose lines `show` gets: a log wants lines, no carriage returns."
-
-    def __init__(self, total: int, show: Callable):
-        from tqdm import tqdm
-
-        self.show, self.tokens = show, 0
-        self.bar = tqdm(total=total, unit=" questions", file=self, mininterval=2, ncols=80)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
-
-    def write(self, text: str) -> None:
-        if text.strip() and "  0%|" not in text:  # nothing done yet is no news
-            self.show(text.strip())
-
-    def flush(self) -> None: ...
-
-    def skip(self, questions: int) -> None:
-        "These were answered before."
-        self.bar.initial += questions
-        self.bar.n += questions
-
-    def add(self, completions: list[Completion]) -> None:
-        "A question is answered."
-        self.tokens += sum(completion.tokens for completion in completions)
-        seconds = max(1e-9, self.bar.format_dict["elapsed"])
-        self.bar.set_postfix_str(f"{self.tokens / seconds:,.0f} tokens/s", refresh=False)
-        self.bar.update()
-
-
-def ending(
-    record: dict,  # of a rollout
-    name: str,  # of its questions
-) -> str:
-    "How the completions of a rollout ended, in a sentence."
-    words = (f"{name}: {record['rows']} questions, {record['completions']} completions; "
-             f"{record['length']} cut at max_tokens, {record['empty']} empty, "
-             f"{record['failed']} failed")
-    again = " (these count as wrong; the same command asks them again)"
-    return f"{words}{again if record['failed'] else ''}."
 
 # %% ../../nbs/generation/25_rollout.ipynb #f05a6e82
 @dataclass(frozen=True)
@@ -418,39 +356,50 @@ class _Stream:
     def __init__(self, todo: dict[Path, list], engine, show: Callable):
         self.todo, self.engine, self.show = todo, engine, show
         self.open = contextlib.ExitStack()
-        self.bar = self.open.enter_context(
-            _Bar(sum(len(job.samples) for job, _ in todo.values()), show))
         self.writers: list[_Writer] = []
         self.busy: list[Path] = []  # rollouts that another process is making
+        self.total = sum(len(job.samples) for job, _ in todo.values())
+        self.there = self.asked = self.tokens = 0  # questions, questions, tokens
+        self.began = self.said = time.monotonic()
 
     def requests(self) -> Iterator[Request]:
         "What is owed, one rollout after the other; each is locked when its turn comes."
         for folder, (job, config) in self.todo.items():
-            if not (lock := _try_lock(folder)):
+            if not (lock := _lock(folder, 0)):
                 self.busy.append(folder)
                 continue
             self.open.callback(lock.release)
             if _is_finished(folder):  # by another process, in the meantime
                 lock.release()
                 continue
-            self.writers.append(writer := _Writer(job, config, folder, lock))
-            self.open.callback(writer.close)
-            self.bar.skip(len(job.samples) - len(writer.owed))
+            self.writers.append(writer := _Writer(job, config, folder))
+            self.open.callback(writer.file.close)
+            self.there += len(job.samples) - len(writer.owed)
             if not writer.owed:  # a kill came between the last answer and the record
-                self.finish(writer)
+                self.show(writer.finish(self.engine.dropped))
             yield from writer.requests(len(self.writers) - 1, self.engine)
 
     def store(self, request: Request, completions: list[Completion]) -> None:
         "Append the completions of a question; the last one finishes its rollout."
         writer = self.writers[request.rollout]
-        if writer.add(request, completions):
-            self.bar.add(completions)
-            if not writer.owed:
-                self.finish(writer)
+        if not writer.add(request, completions):
+            return
+        self.asked += 1
+        self.tokens += sum(completion.tokens for completion in completions)
+        self._show_progress()
+        if not writer.owed:
+            self.show(writer.finish(self.engine.dropped))
 
-    def finish(self, writer: _Writer) -> None:
-        self.show(ending(writer.finish(self.engine.dropped), writer.folder.parent.name))
-        writer.close()
+    def _show_progress(self) -> None:
+        "A line of text every few seconds, for a log wants lines and no bar that moves."
+        from tqdm import tqdm
+
+        now, done = time.monotonic(), self.there + self.asked
+        if now - self.said > 5 or done == self.total:
+            seconds, self.said = now - self.began, now
+            self.show(tqdm.format_meter(
+                done, self.total, seconds, ncols=80, unit=" questions", initial=self.there,
+                postfix=f"{self.tokens / max(1e-9, seconds):,.0f} tokens/s"))
 
 # %% ../../nbs/generation/25_rollout.ipynb #139466eb
 def generate_all(

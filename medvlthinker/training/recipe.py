@@ -63,7 +63,7 @@ class Grpo:
 
 # %% ../../nbs/training/40_recipe.ipynb #455c8263
 CHOICES = {"engine": ("transformers", "vllm", "openai", "ray"),
-           "ray_engine": ("vllm", "transformers"), "dtype": ("float32", "bfloat16", "float16"),
+           "dtype": ("float32", "bfloat16", "float16"),
            "trainer": ("trl", "verl"), "gradient_checkpointing": ("auto", "true", "false")}
 
 

@@ -109,7 +109,7 @@ GIANTS = """
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.converters import mmmu, split_prompt, remove_image_marks
 from medvlthinker.data.converters import closed_options
-from medvlthinker.evaluation.compare import find_rule, flip_cause
+from medvlthinker.evaluation.compare import flip_cause
 from medvlthinker.data.sample import InvalidRow, Sample
 options, M = {"A": "liver", "B": "spleen", "C": "left lung", "D": "12.5 mg/dL"}, 10_000_000
 of = lambda piece, size=M: piece * (size // len(piece))
@@ -125,7 +125,7 @@ def graded(name):
     assert name != "a long thought" or all(verdict.correct for verdict in verdicts)
 
 def explained(text):
-    flip_cause(text, Sample("?", options, "B", "spleen"), find_rule("strict"), find_rule("lenient"))
+    flip_cause(text, Sample("?", options, "B", "spleen"), "strict", "lenient")
 
 def refused(error, act, *given):
     try:

@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import random
 import subprocess
-import sys
 import time
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
 from medvlthinker.core.files import FORMAT, UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
@@ -21,15 +21,16 @@ from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
 from rollout_files import contents, whole_lines
 
-GREEDY, SAMPLED = Sampling(max_tokens=24), Sampling(n=2, temperature=1.0, max_tokens=24, seed=5)
+GREEDY, SAMPLED = Sampling(max_tokens=16), Sampling(n=2, temperature=1.0, max_tokens=16, seed=5)
+JOBS = {"pmc_vqa": GREEDY, "slake_closed": SAMPLED}  # of one run
 SIZE = 8  # questions in a batch
 
 
-def sets(limit: int = 24) -> dict:
-    return {name: synthetic.benchmark(name, limit) for name in ("pmc_vqa", "slake_closed")}
+def sets(limit: int = 16) -> dict:
+    return {name: synthetic.benchmark(name, limit) for name in JOBS}
 
 
-def act(model: str, folder: Path, sampling: Sampling, names: list[str], log: Path) -> None:
+def act(model: str, folder: Path, names: list[str], log: Path) -> None:
     "Rollouts by the real engine, as a process of its own; its log also says what was computed."
     import torch
 
@@ -41,7 +42,7 @@ def act(model: str, folder: Path, sampling: Sampling, names: list[str], log: Pat
         return compute(engine, batch)
 
     TransformersEngine._answer = noted
-    jobs = [Job(sets()[name], sampling, folder / name) for name in names]
+    jobs = [Job(sets()[name], JOBS[name], folder / name) for name in names]
     engine = open_engine(EngineSettings(model=model, batch_size=SIZE))
     generate_all(jobs, engine, lambda line: print(line, file=out))
 
@@ -63,9 +64,9 @@ def start(tmp_path_factory):
         f"{auto}.modeling_auto", f"{auto}.processing_auto", "medvlthinker.generation.rollout"])
     model = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
 
-    def start(folder, sampling=GREEDY, names=("pmc_vqa", "slake_closed"), log="log"):
+    def start(folder, names=(*JOBS,), log="log"):
         folder.mkdir(exist_ok=True)
-        given = (model, folder, sampling, list(names), folder / log)
+        given = (model, folder, list(names), folder / log)
         process = context.Process(target=act, args=given)
         process.start()
         return process
@@ -80,7 +81,7 @@ def ended(process) -> None:
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory) -> dict[str, bytes]:
-    "Both greedy rollouts of a run that nobody disturbed."
+    "Both rollouts of a run that nobody disturbed."
     ended(start(folder := tmp_path_factory.mktemp("whole")))
     return contents(folder)
 
@@ -88,30 +89,23 @@ def whole(start, tmp_path_factory) -> dict[str, bytes]:
 # ---- killed ----
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_killed_at_ten_moments(start, tmp_path, sampling):
-    "Two sets in one stream; what was whole at the kill is not computed again."
-    ended(start(tmp_path / "first", sampling))  # pays for imports
-    began = time.monotonic()
-    ended(start(tmp_path / "whole", sampling))
-    seconds, expected = time.monotonic() - began, contents(tmp_path / "whole")
-    every = whole_lines(tmp_path / "whole")
+def test_killed_at_ten_moments(start, whole, tmp_path):
+    "A greedy and a sampled set in one stream; what was whole at the kill is not computed again."
+    every = Counter(line for data in whole.values() for line in data.splitlines(True))
     rng, half = random.Random(20), 0
     for trial in range(10):
-        folder = tmp_path / f"{trial}"
-        process = start(folder, sampling)
-        if trial % 2:  # at any moment
-            process.join(rng.uniform(0.05, 0.95) * seconds)
-        wanted = 0 if trial % 2 else rng.randrange(1, len(every))
+        process = start(folder := tmp_path / f"{trial}")
+        wanted = rng.randrange(1, every.total())
         while process.is_alive() and whole_lines(folder).total() < wanted:
             time.sleep(0.002)
+        process.join(rng.uniform(0, 0.2))  # at any moment from there on
         process.kill()
         process.join()
         before, batches = whole_lines(folder), len(computed(folder / "log"))
         assert before <= every, "what is there is right, and there once"
         half += 0 < before.total() < every.total()
-        ended(start(folder, sampling))
-        assert contents(folder) == expected
+        ended(start(folder))
+        assert contents(folder) == whole
         assert not list(folder.rglob("*.part")), "nothing half-written is left"
         stored = {(row["dataset_name"], row["index"]) for row in map(from_line, before)}
         for name, places in computed(folder / "log")[batches:]:
@@ -126,7 +120,7 @@ def test_cut_at_any_byte(tmp_path):
     whole, record = rollout.path.read_bytes(), rollout.folder / "rollout.json"
     unfinished = json.loads(record.read_text())
     del unfinished["finished"]
-    for size in range(0, len(whole) + 1, 13):
+    for size in range(0, len(whole) + 1, 29):
         rollout.path.write_bytes(whole[:size])
         record.write_text(json.dumps(unfinished))
         asked.clear()
@@ -147,50 +141,10 @@ def test_two_processes_on_the_same_rollouts(start, whole, tmp_path, orders):
     assert contents(tmp_path) == {
         name: data for name, data in whole.items() if name.partition("/")[0] in orders[0]}
     batches = [json.dumps(batch) for log in ("one", "two") for batch in computed(tmp_path / log)]
-    assert len(batches) == len({*batches}) == 3 * len(orders[0])
+    assert len(batches) == len({*batches}) == 2 * len(orders[0])
     texts = [(tmp_path / log).read_text() for log in ("one", "two")]
     waits = sum(text.count("Another process is working in") for text in texts)
     assert waits == 1 or len(orders[0]) == 2, "who waits says so in one sentence"
-
-
-UNLOCKED = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *given: None  # granted to everybody\n"
-WRITER = """
-import sys, time
-from medvlthinker.data import synthetic
-from medvlthinker.generation.engine import FunctionEngine
-from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.generation.rollout import generate
-
-class Shuffled(FunctionEngine):
-    def answer(self, requests):
-        asked = list(requests)
-        for request in sorted(asked, key=lambda r: hash((sys.argv[2], r.index))):
-            time.sleep(0.005)
-            yield request, self.function(request)
-
-answer = lambda request: [Completion(f"answer {request.seed} " * 400, "stop", 3)]
-generate(synthetic.benchmark("pmc_vqa", 200), Shuffled(answer), Sampling(), sys.argv[1])
-"""
-
-
-def test_locks_that_hold_nobody(tmp_path):
-    "On a file system that ignores locks work is done twice, and the bytes are right."
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "sitecustomize.py").write_text(UNLOCKED)
-    path = {**os.environ, "PYTHONPATH": f"{tmp_path / 'first'}:{ROOT}"}
-
-    def write(folder, name):
-        words = [sys.executable, "-c", WRITER, str(tmp_path / folder), name]
-        return subprocess.Popen(words, env=path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True)
-
-    both = [write("both", name) for name in ("one", "two")]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert not any("Another process" in text for text in said)
-    assert write("alone", "three").wait() == 0
-    assert contents(tmp_path / "both") == contents(tmp_path / "alone")
-    load_rollout(next((tmp_path / "both").glob("*/rollout.json")).parent)
 
 
 # ---- damaged ----
@@ -211,14 +165,10 @@ def counting(asked: list, **keys) -> FunctionEngine:
 
 DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; which lines it costs
     "a flipped byte": (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], {7}),
-    "a flipped byte in its first line": (lambda data: data.replace(b"index", b"indey", 1), {0}),
     "a flipped end of a line": (lambda data: data.replace(b"\n", b"\x0b", 1), {0, 1}),
     "cut off in the middle": (lambda data: data[:len(data) // 2 + 30], {4, 5, 6, 7}),
-    "its last page zeroes": (lambda data: data[:-100] + bytes(100), {7}),
     "a page in the middle zeroes": (lambda data: data[:300] + bytes(90) + data[390:], {1, 2}),
-    "empty": (lambda data: b"", {*range(8)}),
     "gone": (lambda data: None, {*range(8)}),
-    "its last line gone": (lambda data: data[:data.rindex(b"\n", 0, -1) + 1], {7}),
     "a line twice": (lambda data: data + data[:data.index(b"\n") + 1], {}),
 }
 
@@ -251,7 +201,7 @@ def reads_wrong(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", '{"format": 1}'])
 def test_a_damaged_record_costs_no_answers(tmp_path, text):
     samples, asked = sets(8)["pmc_vqa"], []
     rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
@@ -337,10 +287,9 @@ def test_what_an_engine_is_told_is_in_the_config(start, tmp_path):
     for key, value in SETTINGS.items():
         other = open_engine(replace(plain, **{key: value}))
         assert rollout_config(samples, other, GREEDY) != config, key
-    engines = {"engine", "ray_engine"}
-    assert {field.name for field in fields(Hardware)} == SETTINGS.keys() | OTHERWISE | engines
-    ray = open_engine(replace(plain, engine="ray", ray_engine="transformers"))
-    assert rollout_config(samples, ray, GREEDY) == config, "a cluster computes the same batches"
+    assert {field.name for field in fields(Hardware)} == SETTINGS.keys() | OTHERWISE | {"engine"}
+    ray, vllm = (open_engine(replace(plain, engine=name)) for name in ("ray", "vllm"))
+    assert rollout_config(samples, ray, GREEDY) == rollout_config(samples, vllm, GREEDY) != config
 
 
 # ---- questions that failed ----

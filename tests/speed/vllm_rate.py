@@ -6,7 +6,7 @@ import tempfile
 from measuring import Bound, NotHere, alternate, quiet, report
 from medvlthinker.data import synthetic
 from medvlthinker.app.profile import Workspace
-from medvlthinker.generation.engine import _pil_chat, open_engine
+from medvlthinker.generation.engine import _vllm_prompt, open_engine
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from medvlthinker.generation.rollout import generate
 
@@ -27,7 +27,7 @@ def vllm_rate(model: str = "tiny", number: int = 2000):
     asked = [Request(sample, i, sampling) for i, sample in enumerate(samples)]
     list(engine.answer(asked[:8]))  # loads
     llm = engine._loaded.llm
-    chats = [_pil_chat(request.chat()) for request in asked]
+    chats = [_vllm_prompt(request.chat()) for request in asked]
     params = [SamplingParams(n=4, temperature=1.0, max_tokens=40, seed=each.seed) for each in asked]
 
     def fresh():

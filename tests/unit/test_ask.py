@@ -11,7 +11,7 @@ from conftest import ROOT, python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny_model
-from medvlthinker.generation.ask import STYLES, ask, own_sample, read_image
+from medvlthinker.generation.ask import STYLES, ask, own_sample
 from medvlthinker.generation.engine import (
     EngineSettings, FunctionEngine, model_inputs, open_engine)
 from medvlthinker.generation.request import Completion, Request
@@ -68,15 +68,6 @@ def test_the_tiny_model_reasons_and_names_options(tiny):
     assert sum(sample.answer_label == answer.label for sample, answer in named) > 4
 
 
-def test_an_answer_is_that_of_a_rollout(tiny, tmp_path):
-    from medvlthinker.generation.request import Sampling
-    from medvlthinker.generation.rollout import generate
-
-    sample = synthetic.benchmark("slake_closed", 1)[0]
-    stored = generate([sample], tiny, Sampling(), tmp_path, show=lambda text: None)[0]["completions"][0]["text"]
-    assert ask(sample.images[0], sample.question, list(sample.options.values()), tiny).completion == stored
-
-
 def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):
     request = Request(own_sample(SCAN, "Which side is abnormal?"), 0, STYLES["free"], "free")
     engine = tiny._loaded or tiny._load()
@@ -129,13 +120,6 @@ def test_what_a_model_writes_stays_text(said):
     for shown in (str(answer), page.get_text()):
         assert all(c.isprintable() or c == "\n" for c in shown)
     assert answer.completion == said, "the completion itself is kept as it came"
-
-
-def test_images_of_any_kind(tmp_path):
-    SCAN.save(tmp_path / "scan.jpg")
-    assert read_image(tmp_path / "scan.jpg") == (tmp_path / "scan.jpg").read_bytes() == read_image(str(tmp_path / "scan.jpg"))
-    for mode in ("L", "RGB", "RGBA", "P", "1", "I;16"):
-        assert Image.open(io.BytesIO(read_image(Image.new(mode, (30, 20))))).size == (30, 20)
 
 
 @pytest.mark.parametrize("words, given, sentence", [

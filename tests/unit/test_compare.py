@@ -1,5 +1,4 @@
 """Two rules, two engines or two models on the same questions: what flips and why, and whether two numbers may be compared."""
-import time
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
-from medvlthinker.evaluation.compare import SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, find_rule, flip_cause, paired_changes, rescore
+from medvlthinker.evaluation.compare import (
+    SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
@@ -18,20 +18,6 @@ from medvlthinker.generation.rollout import generate
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
 SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}")
 TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
-MINE = '''from medvlthinker.core.grade import Grade
-
-def first_capital(text, options, label):
-    read = next((letter for letter in text if letter in options), None)
-    return Grade(read, read, read == label)
-
-def stumbles(text, options, label):
-    return {}[text] if "\\U0001fac0" in text else first_capital(text, options, label)
-
-def ends(text, options, label):
-    import os
-    os._exit(9)
-'''
-
 
 def reply(sample: Sample, k: int) -> Completion:
     "Answers of many shapes, with odd characters, the same each time."
@@ -41,19 +27,17 @@ def reply(sample: Sample, k: int) -> Completion:
 
 @pytest.fixture
 def finished(tmp_path):
-    "Samples in a file, of which every second pair shares an image; a rollout of four answers to each; and a file with rules."
+    "Samples in a file, of which every second pair shares an image; a rollout of four answers to each."
     images = [encoded() for _ in range(30)]
     samples = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
     write_samples(samples, tmp_path / "samples.parquet")
-    (tmp_path / "mine.py").write_text(MINE)
     samples = SampleFile(tmp_path / "samples.parquet")
     return samples, generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
 
 
 @pytest.mark.parametrize("old, new", [("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")])
-def test_the_flips_are_those_of_the_grades_and_the_same_in_several_processes(finished, old, new):
-    table = rescore(*finished, old, new, workers=2)
-    pd.testing.assert_frame_equal(table, rescore(*finished, old, new, workers=1))
+def test_the_flips_are_those_of_the_grades(finished, old, new):
+    table = rescore(*finished, old, new)
     grades = grade_rollout(*finished, (old, new))
     for side, rule in (("first", old), ("second", new)):
         assert table[f"{side}_correct"].tolist() == grades[f"{rule}_correct"].tolist()
@@ -74,22 +58,6 @@ def test_the_changes_are_the_paired_difference(finished):
     pd.testing.assert_frame_equal(changes[one.columns], one)
     turns = table.flip.value_counts()
     assert changes.difference["macro average"] == pytest.approx(100 / 60 * (turns.get("wrong -> right", 0) - turns.get("right -> wrong", 0)))
-
-
-def test_a_rule_of_ones_own(finished, tmp_path):
-    path = f"{tmp_path}/mine.py:first_capital"
-    table = rescore(*finished, "strict", path, workers=2)
-    assert table.equals(rescore(*finished, "strict", find_rule(path).function, workers=2)) and (table.flip != "").any()
-    for workers in (1, 2):
-        with pytest.raises(UserError, match=r"The rule .*mine.py:stumbles failed on pmc_vqa \d+, answer \d \(KeyError"):
-            rescore(*finished, "strict", f"{tmp_path}/mine.py:stumbles", workers)
-    with pytest.raises(UserError, match="returned a bool for pmc_vqa 0, answer 0"):
-        rescore(*finished, "strict", lambda text, options, label: True)
-    with pytest.raises(UserError, match="ended from outside"):
-        rescore(*finished, "strict", f"{tmp_path}/mine.py:ends", 2)
-    (tmp_path / "broken.py").write_text("def rule(:\n")
-    with pytest.raises(UserError, match=r"broken.py stopped in line \d+ with SyntaxError"):
-        find_rule(f"{tmp_path}/broken.py:rule")
 
 
 def test_answers_to_other_questions_are_refused(finished):
@@ -117,32 +85,23 @@ def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finis
     assert (table[table.cause == "no option read"][["first_label", "second_label"]].isna().sum(axis=1) == 1).all()
 
 
-texts = st.lists(st.sampled_from(["<answer>", "</answer>", "<Answer>", "< /answer >", "<think>", "</think>", "A", "B", "(B)", "liver", "Lung.", "\n", " ", "the answer is", ":", "or", "é", "\u2028"]),
-                 max_size=14).map("".join)
+TEXTS_OF_ANSWERS = st.lists(st.sampled_from([
+    "<answer>", "</answer>", "<Answer>", "< /answer >", "<think>", "</think>", "A", "B", "(B)", "liver", "\n", " ",
+    "the answer is", ":", "or", "\u2028"]), max_size=14).map("".join)
 ORGAN = Sample("Which organ?", {"A": "Lung", "B": "Liver", "C": "Spleen"}, "B", "Liver")
 
 
-@settings(max_examples=600, deadline=None)
-@given(texts, st.sampled_from(RULES), st.sampled_from(RULES))
-def test_every_flip_has_a_cause_and_the_cause_is_there(text, old, new):
+@settings(max_examples=300, deadline=None)
+@given(TEXTS_OF_ANSWERS, st.sampled_from(RULES), st.sampled_from(RULES))
+def test_without_the_cause_two_rules_agree(text, old, new):
+    "On an option that one of them had read."
     one, two = (grade(text, ORGAN.options, "B", rule) for rule in (old, new))
-    if (one.label, one.correct) == (two.label, two.correct):
+    if (one.label, one.correct) == (two.label, two.correct) or (cause := flip_cause(text, ORGAN, old, new)) == "other":
         return
-    cause, read = flip_cause(text, ORGAN, find_rule(old), find_rule(new)), {one.label, two.label} - {None}
-    without = [edited for letter in read for name, edited in _edits(text, letter, ORGAN.options) if name == cause]
-    if cause not in ("several of these together", "other"):  # some text without the feature is one on which the two agree, on an option that one of them had read
-        pairs = [[grade(edited, ORGAN.options, "B", rule).label for rule in (old, new)] for edited in without]
-        assert any(a == b and a in read for a, b in pairs)
-    if cause == "no answer tag":
-        assert "answer>" not in text.replace(" ", "").lower()
-
-
-@pytest.mark.parametrize("unit", ["<answer>", "</answer>", "< ", "<\n", "<answer", "<answer>A", "<answer>A</answer>", "A ", "(", "<think>", "</think> "])
-def test_the_cause_of_a_long_text_is_found_in_time(unit):
-    text = unit * (200_000 // len(unit)) + "<answer>\n(B)\n</answer>"
-    began = time.process_time()
-    flip_cause(text, ORGAN, find_rule("reward"), find_rule("lenient"))
-    assert time.process_time() - began < 5
+    read = {one.label, two.label} - {None}
+    without = [edited for letter in read for name, edited in _edits(text, letter) if name == cause]
+    pairs = [[grade(edited, ORGAN.options, "B", rule).label for rule in (old, new)] for edited in without]
+    assert any(a == b and a in read for a, b in pairs)
 
 
 def rows(texts):
@@ -163,13 +122,6 @@ def test_verdicts_on_planted_flips(n, lost, gained, verdict):
     assert found.flips[0] == pytest.approx(lost + gained) == 1 - found.equal_texts and found.difference[0] == pytest.approx(lost - gained)
     for value, low, high in (found.flips, found.difference):
         assert low <= value <= high and high > low
-
-
-def test_one_answer_more_never_turns_safe_into_not_safe():
-    samples = [Sample(f"Question {i}", {"A": "left", "B": "right"}, "A", "left", dataset_name="toy", dataset_index=i) for i in range(1000)]
-    right = rows(["<answer>A</answer>"] * 1000)
-    verdicts = [engine_agreement(compare_rollouts(samples, right, rows(["<answer>B</answer>"] * lost) + right[lost:])).verdict for lost in range(0, 42, 6)]
-    assert verdicts == sorted(verdicts, key=[SAFE, TOO_FEW, UNSAFE].index) and len(set(verdicts)) == 3
 
 
 def test_questions_of_one_image_count_less():

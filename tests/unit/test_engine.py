@@ -11,7 +11,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import engine as engine_module
 from medvlthinker.generation.engine import (
-    _Running, batches, draw_answers, load_transformers, model_inputs, open_engine)
+    batches, draw_answers, load_transformers, model_inputs, open_engine)
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from transformers import GenerationConfig
 
@@ -39,11 +39,9 @@ def plain(warm_tiny) -> dict:
 
 RECOMMENDED = [  # as in ../shared/cases/generation-config.json, and what else is found in models
     {"no_repeat_ngram_size": 3, "min_new_tokens": 30, "min_p": 0.9, "typical_p": 0.1, "top_k": 1,
-     "repetition_penalty": 1.9, "encoder_repetition_penalty": 1.9, "epsilon_cutoff": 0.5},
-    {"num_beams": 3, "min_length": 300, "do_sample": True, "temperature": 5.0, "top_p": 0.01,
-     "num_return_sequences": 2, "stop_strings": ["think"]},
-    {"penalty_alpha": 0.6, "top_k": 4, "temperature": 0.01, "guidance_scale": 3.0,
-     "exponential_decay_length_penalty": [2, 9.0], "sequence_bias": [[[5], 9.0]]},
+     "repetition_penalty": 1.9, "encoder_repetition_penalty": 1.9, "num_beams": 3,
+     "do_sample": True, "temperature": 5.0, "top_p": 0.01, "num_return_sequences": 2,
+     "penalty_alpha": 0.6, "guidance_scale": 3.0, "sequence_bias": [[[5], 9.0]]},
     {"max_new_tokens": 3, "max_length": 5}]
 
 
@@ -60,11 +58,10 @@ def test_what_a_model_recommends_changes_no_answer(warm_tiny, plain, tmp_path, c
     assert capfd.readouterr().out.count("not applied") == (not harmless)
 
 
-@pytest.mark.parametrize("text", ["{", '{"eos_token_id": null}'])
-def test_a_generation_config_that_says_nothing(warm_tiny, plain, tmp_path, text):
+def test_a_generation_config_that_says_nothing(warm_tiny, plain, tmp_path):
     "Then the model's config says which token ends an answer."
     folder = Path(shutil.copytree(warm_tiny, tmp_path / "copy"))
-    (folder / "generation_config.json").write_text(text)
+    (folder / "generation_config.json").write_text("{}")
     assert answers(open_engine(EngineSettings(model=str(folder))), GREEDY) == plain[GREEDY]
 
 
@@ -124,10 +121,9 @@ def drawn(batch, config: dict, draws: int) -> list[list[int]]:
     return until_end(draw_answers(model, inputs, config, draws), model)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_greedy_answers_from_a_shared_prompt_are_those_from_one_each(batch, monkeypatch, steps):
+def test_greedy_answers_from_a_shared_prompt_are_those_from_one_each(batch, monkeypatch):
     "Whenever ended rows leave: positions of images, padding and cache are right."
-    monkeypatch.setattr(engine_module, "_STEPS", steps)
+    monkeypatch.setattr(engine_module, "_STEPS", 3)
     greedy = {"do_sample": False}
     alone = drawn(batch, greedy, 1)
     assert drawn(batch, greedy, 3) == [answer for answer in alone for _ in range(3)]
@@ -140,17 +136,7 @@ def test_sampled_answers_from_a_shared_prompt_are_those_from_one_each(batch, mon
     monkeypatch.setattr(engine_module, "_STEPS", 40)
     shared = drawn(batch, config, 3)
     monkeypatch.setattr(batch[0].config, "model_type", "llava")
-    monkeypatch.setattr(engine_module, "_Rows", None)
     assert drawn(batch, config, 3) == shared
-
-
-def test_a_batch_that_was_half_answered_is_computed_again_whole():
-    "Else its questions would be drawn in another company, and differ."
-    asked = [Request(SAMPLES[0], index, SAMPLED) for index in range(12)]
-    owed = {(0, index): asked[index] for index in (5, 11)}
-    again = [request.index for request in _Running(None, 4, asked, owed).unanswered()]
-    assert again == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert _Running(None, 1, asked, owed).unanswered() == [asked[5], asked[11]]
 
 
 def test_batches_do_not_depend_on_who_answered_before():
@@ -165,8 +151,7 @@ def test_batches_do_not_depend_on_who_answered_before():
 # ---- what there is not ----
 
 
-@pytest.mark.parametrize("keys", [{"engine": "tgi"}, {"dtype": "float8"}, {"engine": "ray",
-                                                                           "ray_engine": "ray"}])
+@pytest.mark.parametrize("keys", [{"engine": "tgi"}, {"dtype": "float8"}])
 def test_an_unknown_engine_or_dtype_is_a_sentence(keys):
     with pytest.raises(UserError, match="There is no '.*' among "):
         open_engine(EngineSettings(model="/nowhere", **keys))

@@ -17,7 +17,7 @@ from medvlthinker.core.stats import majority
 from medvlthinker.data.benchmarks import BENCHMARKS
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
 from medvlthinker.evaluation.evaluate import (
-    accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_grades, read_records, repeated_accuracy, store_record)
+    accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_records, repeated_accuracy)
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
 SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
@@ -123,29 +123,13 @@ def test_scores_are_those_of_a_direct_loop(samples):
             assert (score.right, score.majority) == (sum(verdict.correct for verdict in verdicts), majority(votes, sample.answer_label)), rule
 
 
-def test_answers_that_name_no_option_are_votes_of_their_own(samples):
-    said = lambda *words: [{"completions": [{"text": f"<answer>{word}</answer>", "finish_reason": "stop", "tokens": 3} for word in words]}]
-    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "spleen", "B", "B")), "strict").majority.tolist() == [0]
-    assert question_scores(grade_rollout(samples[:1], said("A", "spleen", "lung", "heart", "B")), "strict").majority.tolist() == [1], "four wrong words are not one wrong answer"
-
-
-def test_several_answers_have_no_single_accuracy(samples):
-    grades = grade_rollout(samples, rows(samples, 2))
-    single = grades[grades.completion == 0]
-    for refused in (lambda: accuracy(grades), lambda: count_right(grades), lambda: paired_difference(grades, grades), lambda: paired_difference(single, grades)):
-        with pytest.raises(UserError, match="one answer a question"):
-            refused()
-
-
 def test_a_table_of_cut_answers_says_so_above_its_numbers(samples):
     answers = rows(samples, 1)
-    assert "CUT" not in accuracy(grade_rollout(samples, answers)).to_string()
-    for row in answers[:3]:  # 5 %
-        row["completions"][0]["finish_reason"] = "length"
-    assert "CUT" not in accuracy(grade_rollout(samples, answers)).to_string()
-    answers[3]["completions"][0]["finish_reason"] = "length"
-    table = accuracy(grade_rollout(samples, answers))
-    assert table.to_string().startswith("7% CUT at max_tokens") and "7% CUT at max_tokens" in table.to_html().partition("<tbody>")[0]
+    for place, text in ((2, ""), (3, "7% CUT at max_tokens")):  # of 60
+        for row in answers[:place + 1]:
+            row["completions"][0]["finish_reason"] = "length"
+        assert accuracy(grade_rollout(samples, answers)).to_string().startswith(text)
+        assert ("CUT" in accuracy(grade_rollout(samples, answers)).to_html()) == bool(text)
 
 
 class Stored(list):
@@ -167,14 +151,6 @@ def test_a_record_says_how_the_model_was_asked_and_not_how_others_are(samples, t
     assert record["counts"] == record["rules"]["strict"] == count_right(grades, "strict") and record["truncated"] == 0
     manifest = json.loads((folder / "llava--med" / "evaluation.json.manifest.json").read_text())
     assert manifest["inputs"] == {"rollouts": {"pmc_vqa": "rollouts/ab"}, "answers": {"pmc_vqa": "ab"}, "rule": "strict"}
-
-
-def test_stored_grades_are_read_as_they_were_made(samples, tmp_path):
-    grades = evaluate({"pmc_vqa": (samples, Stored(rows(samples, 1), tmp_path / "a" / "ab"))}, tmp_path / "results" / "hub")
-    read = read_grades(tmp_path / "results" / "hub", "llava/med")
-    assert list(read.columns) == list(grades.columns)
-    pd.testing.assert_frame_equal(read.astype(object).where(read.notna(), None), grades.astype(object).where(grades.notna(), None))
-    assert (paired_difference(read, grades)["difference"] == 0).all()
 
 
 def test_several_answers_are_stored_under_every_rule(samples, tmp_path):
@@ -213,11 +189,6 @@ def test_a_paired_difference_against_hand_and_scipy():
     assert made.difference["macro average"] == pytest.approx(100 * np.mean([first[name].mean() - second[name].mean() for name in ("a", "b")]), abs=1e-9)
 
 
-def test_the_order_of_the_second_models_rows_does_not_matter():
-    first, second = graded({"a": [1, 0, 1, 1], "b": [0, 1]}), graded({"a": [0, 0, 1, 0], "b": [0, 0]})
-    pd.testing.assert_frame_equal(paired_difference(first, second), paired_difference(first, second[::-1]))
-
-
 def test_shared_images_widen_the_interval():
     rng = np.random.default_rng(0)
     hits = np.repeat(rng.random(60) < .5, 5)  # an image's five questions are right together
@@ -244,13 +215,3 @@ def test_what_is_all_alike_is_not_certain():
     table = repeated_accuracy(asked)
     assert table.percent.tolist() == pytest.approx([100] * len(table)) and (table.low < 99).all()
     assert set(repeated_accuracy(asked.assign(dataset_name="OmniMedVQA")).dataset_name) == {"OmniMedVQA"}, "the paper's averages are over its six sets"
-
-
-def test_a_record_never_stands_without_its_lines(tmp_path):
-    def lines():
-        yield {"a": 1}
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError):
-        store_record(tmp_path / "toy.json", {"n": 2}, lines(), {})
-    assert not (tmp_path / "toy.json").exists()

@@ -5,14 +5,12 @@ import re
 import shutil
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
-from medvlthinker.data.prompt import messages
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.generation.model import (
     BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, tensor_parallel_size, weight_bytes)
@@ -50,7 +48,7 @@ def with_head(folder: Path, change: float) -> Path:
     return folder
 
 
-# --- weights --------------------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def dropped(pattern: str):
@@ -60,11 +58,9 @@ def dropped(pattern: str):
 BROKEN = {  # how the names are changed -> what the sentence holds
     "a layer is missing": (dropped(r"\.layers\.1\."), ["12 missing (model.language_model.layers.1."]),
     "the vision tower is missing": (dropped(r"visual\."), ["missing (model.visual."]),
-    "the embedding is missing": (dropped("embed_tokens"), ["2 missing (lm_head.weight, model.language_model.embed_tokens.weight)"]),
     "one weight is missing": (dropped(r"layers\.2\.self_attn\.k_proj\.bias"), ["1 missing (model.language_model.layers.2.self_attn.k_proj.bias)"]),
     **{f"a wrapper left {prefix}": (lambda name, prefix=prefix: prefix + name, ["missing (lm_head.weight", f"unexpected ({prefix}", f"begin with {prefix}"])
        for prefix in ("module.", "base_model.model.", "_orig_mod.")},
-    "the layers are those of another model": (lambda name: name.replace("layers.", "blocks."), ["missing", "unexpected"]),
 }
 
 
@@ -100,26 +96,16 @@ def test_two_words_on_tied_embeddings_are_refused_where_the_file_does_not_decide
         check_weights(with_head(folder, 0.5))
 
 
-def silent(folder: Path) -> Path:
-    "The same folder, whose config.json says nothing on tied embeddings."
+def test_a_config_that_says_nothing_on_the_head_means_what_transformers_takes(tmp_path):
+    "A Gemma 3 is tied then."
+    folder = small_models(tmp_path)["gemma"]
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config["text_config"]):
         part.pop("tie_word_embeddings", None)
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_config_that_says_nothing_on_the_head_means_what_transformers_takes(blank, tmp_path):
-    "A Qwen2.5-VL is untied then, a Gemma 3 tied."
-    folder = silent(copied(blank, tmp_path))
-    with pytest.raises(UserError, match=r"1 missing \(lm_head\.weight\)"):
-        check_weights(folder)
-    check_weights(with_head(folder, 0.5))
-    gemma = silent(small_models(tmp_path)["gemma"])
-    check_weights(gemma)
-    check_weights(with_head(gemma, 0.0))
+    check_weights(folder)
     with pytest.raises(UserError, match="which is not its embedding"):
-        check_weights(with_head(gemma, 0.5))
+        check_weights(with_head(folder, 0.5))
 
 
 def test_weights_that_fit_are_not_refused(blank, tmp_path):
@@ -136,7 +122,7 @@ def test_weights_that_fit_are_not_refused(blank, tmp_path):
     today = lambda name: f"model.{name}" if name.startswith("visual") else name.replace("model.", "model.language_model.", 1)
     check_weights(copied(blank, tmp_path / "today", today))
     next((tmp_path / "parts").glob("*-00002-of-*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"lacks 1 of \d+ weight files, model-00002"):
+    with pytest.raises(UserError, match=r"\d+ missing"):
         check_weights(tmp_path / "parts")
 
 
@@ -193,7 +179,7 @@ def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
         sft.open_model(replace(run, start=str(torn)))
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------------------
+# --- the hub ---
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -287,7 +273,7 @@ def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, 
     assert moved["after"] == ["fedcba9876543210"] * 2 and identities(nobody) == moved
 
 
-# --- chat template --------------------------------------------------------------------------------------------------------------
+# --- chat template ---
 
 
 def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
@@ -303,12 +289,12 @@ def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
     check_chat_template(AutoProcessor.from_pretrained(folder), folder)
 
 
-# --- GPUs -----------------------------------------------------------------------------------------------------------------------
+# --- GPUs ---
 
-QWEN = {  # Qwen2.5-VL as published: hidden, inner, layers, heads, key-value heads, vocabulary, tied, inner of the vision tower, parameters
-    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420, 3_754_622_976),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420, 8_292_166_656),
-    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456, 33_452_718_336),
+QWEN = {  # Qwen2.5-VL as published: hidden, inner, layers, heads, key-value heads, vocabulary, tied, inner of the vision tower
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3420),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 3420),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 3456),
 }
 
 
@@ -316,19 +302,13 @@ QWEN = {  # Qwen2.5-VL as published: hidden, inner, layers, heads, key-value hea
 def published(tmp_path_factory) -> dict[str, Path]:
     "The config.json of each size, in the form that the hub holds."
     made = {}
-    for size, (hidden, inner, layers, heads, pairs, vocabulary, tied, sight, _) in QWEN.items():
+    for size, (hidden, inner, layers, heads, pairs, vocabulary, tied, sight) in QWEN.items():
         made[size] = tmp_path_factory.mktemp(size)
         vision = {"model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": sight, "num_heads": 16, "out_hidden_size": hidden}
         (made[size] / "config.json").write_text(json.dumps({
             "model_type": "qwen2_5_vl", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
             "num_key_value_heads": pairs, "vocab_size": vocabulary, "tie_word_embeddings": tied, "max_position_embeddings": 128000, "vision_config": vision}))
     return made
-
-
-def test_the_size_of_a_model_follows_from_its_config(published):
-    for size, folder in published.items():
-        assert weight_bytes(folder, "bfloat16") == 2 * QWEN[size][-1], size
-        assert weight_bytes(folder, "float32") == 4 * QWEN[size][-1], size
 
 
 H100 = EngineSettings(engine="vllm", gpus=8, tensor_parallel=0, dtype="bfloat16")
@@ -338,12 +318,10 @@ H100 = EngineSettings(engine="vllm", gpus=8, tensor_parallel=0, dtype="bfloat16"
     ("3B", 80, H100, 1), ("7B", 80, H100, 1), ("32B", 80, H100, 2),
     ("32B", 80, replace(H100, max_model_len=8192), 2),  # the weights alone would leave room for two sequences
     ("3B", 24, H100, 1), ("7B", 24, H100, 2), ("7B", 24, replace(H100, max_model_len=8192), 1),
-    ("7B", 40, replace(H100, dtype="float32"), 2),
-    ("32B", 24, H100, 8), ("32B", 40, H100, 4),
+    ("7B", 40, replace(H100, dtype="float32"), 2), ("32B", 24, H100, 8),
     ("7B", 80, replace(H100, tensor_parallel=4), 4),  # whoever names a number gets it
     ("7B", 12, replace(H100, data_parallel=4), 2),  # four copies of at most two GPUs
     ("7B", 24, replace(H100, gpus=1), 1),  # it may fit with shorter sequences: vLLM says what does
-    ("7B", 80, replace(H100, engine="ray"), 1), ("7B", 80, replace(H100, engine="ray", ray_engine="transformers"), 1),
     ("7B", 80, replace(H100, gpus=0), 1), ("7B", 80, replace(H100, engine="transformers"), 1),
 ])
 def test_the_fewest_gpus_that_hold_a_model(published, size, memory, settings, gpus):
@@ -357,48 +335,17 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
         tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
 
 
-# --- names and prompts ----------------------------------------------------------------------------------------------------------
+# --- names and prompts ---
 
 
 def test_a_model_is_asked_in_its_own_words_by_row_and_by_hub_id():
     for name, row in BASELINES.items():
         assert prompt_format(name) == prompt_format(row.model) == (row.instruction, row.dialect)
     assert prompt_format("3B-RL_m23k") == prompt_format("somebody/model") == ("trained", "chat")
-    assert prompt_format("google/gemma-3-4b-it", "none", "chat") == ("none", "chat")
-    with pytest.raises(UserError, match="No dialect 'chatty'"):
-        prompt_format("tiny", dialect="chatty")
+    assert prompt_format("google/gemma-3-4b-it", "none") == ("none", "gemma3")
 
 
-# --- images ---------------------------------------------------------------------------------------------------------------------
-
-
-def image_tokens(folder: Path, max_pixels: int, size: tuple[int, int]) -> int:
-    "Tokens that an image takes when the model's processor reads it."
-    from PIL import Image
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder, **pixel_limits(folder, max_pixels))
-    images = processor.image_processor
-    count = images(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"].prod().item() // images.merge_size**2
-    assert count == images.get_number_of_image_patches(size[1], size[0], {}) // images.merge_size**2
-    return count
-
-
-def test_max_pixels_has_effect_down_to_one_token(blank):
-    assert [image_tokens(blank, most, (112, 112)) for most in (0, 12544, 3136, 784)] == [16, 16, 4, 1]
-    assert [image_tokens(blank, most, (28, 28)) for most in (0, 3136, 784)] == [4, 4, 1]  # not enlarged beyond the limit
-    assert pixel_limits(blank, 50000) == {"min_pixels": 3136, "max_pixels": 50000}
-
-
-def test_limits_hold_in_a_call_as_in_a_processor(blank):
-    "vLLM and verl give them with each call, where an upper limit alone would be ignored."
-    from transformers import AutoProcessor
-
-    processor, sample = AutoProcessor.from_pretrained(blank), synthetic.benchmark("vqa_rad_closed", 1)[0]
-    text = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True)
-    call = partial(processor, text=[text], images=sample.pictures())
-    count = [list(call(**limits)["input_ids"][0]).count(processor.image_token_id) for limits in ({}, {"max_pixels": 3136}, pixel_limits(blank, 3136))]
-    assert count == [16, 16, 4]
+# --- images ---
 
 
 def test_max_pixels_is_refused_where_a_model_brings_images_to_one_size(tmp_path):
