@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from ..core.commands import run_logged, run_main
 from ..core.files import (
-    atomic_write, record_path, require_package, stale_reason, write_record)
+    atomic_write, require_package, stale_reason, write_record)
+from ..generation.model import download_model
 from . import verl, verl_cpu
-from .checkpoint import atomic_folder, merge
+from .checkpoint import atomic_folder, merge_inputs, write_model
 from .memory import settings_that_fit
 from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
@@ -48,20 +49,17 @@ def finish(
     taken: Path,  # the checkpoint that becomes the model
     checkpoints: Path,
 ) -> Path:
-    "Merge a checkpoint, give it its name and its record."
-    final, own = checkpoints / run.recipe.name, training_folder(run.recipe, checkpoints)
-    made = merge(taken, run.start, run.folder / "model", own, log=run.logs / "merge.log")
-    merged = json.loads(record_path(made).read_text(encoding="utf-8"))["inputs"]
+    "Make the model of a checkpoint, under its name and with its record."
+    final = checkpoints / run.recipe.name
     dropped = {reason: len(places) for reason, places in run.dropped.items()}
     curves = [run.metrics] if run.metrics.is_file() else []
-    with write_record(final, run.inputs, curves) as record:
+    with write_record(final, run.inputs, curves) as record, atomic_folder(final) as part:
         record.update(
             rows=len(run.rows), dropped=dropped, steps=run.steps, takes=run.takes,
             trainer=run.inputs["trainer"], seed=run.settings.seed, start=run.start,
-            lora_rank=run.settings.lora_rank, data=run.data.name, merge=merged)
-        with atomic_folder(final) as part:
-            os.replace(made, part)
-    record_path(made).unlink()
+            lora_rank=run.settings.lora_rank, data=run.data.name,
+            merge=merge_inputs(taken, run.start))
+        write_model(taken, download_model(run.start), part, run.logs / "merge.log")
     return final
 
 # %% ../../nbs/training/47_train.ipynb #0bed9bf0
