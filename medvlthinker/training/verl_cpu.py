@@ -147,13 +147,11 @@ def cpu_overrides(
     plain = ("strategy=fsdp2", "use_torch_compile=False", "fsdp_config.use_torch_compile=False",
              "fsdp_config.param_offload=False")
     engines = [f"{part}.{who}.{setting}" for who in ("actor", "ref") for setting in plain]
-    exact = "mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     return [
         "trainer.device=cpu", "trainer.nnodes=1", f"trainer.n_gpus_per_node={workers}", *engines,
         f"{part}.model.use_remove_padding=False",
         f"{part}.model.enable_gradient_checkpointing=False",
         f"++{part}.model.override_config.attn_implementation=sdpa",
-        *(f"+{part}.{who}.fsdp_config.{exact}" for who in ("actor", "ref")),
         f"{rollout}.enforce_eager=True", f"{rollout}.dtype=float32",
         f"{rollout}.free_cache_engine=False", f"+{rollout}.enable_sleep_mode=False",
         f"{rollout}.gpu_memory_utilization=0.1", f"{rollout}.tensor_model_parallel_size=1",

