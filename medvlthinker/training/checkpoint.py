@@ -102,25 +102,22 @@ def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> Path | None:
     return adapter
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600019
-def _check_adapter(net, adapter: Path) -> None:
+def _adapter_names(net, adapter: Path) -> list[str]:  # of its weights
     "`UserError` for an adapter of no strength, or on a tensor that the base model uses twice."
     from safetensors import safe_open
 
     pairs = (net.all_tied_weights_keys or {}).items()
     shared = {name.split(".")[-2] for pair in pairs for name in pair}  # lm_head, embed_tokens
-    settings, words = read_json(adapter / "adapter_config.json"), set()
-    if settings.get("lora_alpha") == 0:
+    if read_json(adapter / "adapter_config.json").get("lora_alpha") == 0:
         raise UserError(f"The adapter {adapter} has lora_alpha=0, so it would change nothing; verl "
                         "writes that where its lora_train_meta.json is not beside the shards.")
-    for key in ("target_modules", "modules_to_save"):
-        if isinstance(settings.get(key), list):  # a pattern says nothing for certain
-            words |= {part for name in settings[key] for part in name.split(".")}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        words |= {part for name in file.keys() for part in name.split(".")}
-    if found := sorted(shared & words):
+        names = list(file.keys())
+    if found := sorted(shared & {part for name in names for part in name.split(".")}):
         raise UserError(f"The adapter {adapter} changes {' and '.join(found)}, and the base model "
                         f"has one tensor for {' and '.join(sorted(shared))}: merged, it would be "
                         "another model; train it without them (target_modules, modules_to_save).")
+    return names
 
 # %% ../../nbs/training/46_checkpoint.ipynb #5cbea198
 def merge_adapter(
@@ -130,15 +127,12 @@ def merge_adapter(
     "A model with an adapter merged into its weights; `UserError` where it does not fit."
     require_package("peft")
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
 
     try:
-        _check_adapter(net, Path(adapter))
+        held = _adapter_names(net, Path(adapter))
         net = PeftModel.from_pretrained(net, adapter)
-        held = load_file(Path(adapter, "adapter_model.safetensors"))
-    except UserError:
-        raise
-    except Exception as error:  # peft, safetensors and json each have their own
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The adapter {adapter} cannot be merged: {sanitize(error, 160)}") from None
     taken = get_peft_model_state_dict(net, save_embedding_layers=False)
     trained = {name for name in held if ".base_layer." not in name}  # peft copies a head, too
@@ -274,6 +268,7 @@ def merge(
 ) -> Path:
     "One Hugging Face folder from a checkpoint; returns at once where its record still holds."
     checkpoint, folder = Path(checkpoint), Path(folder)
+    layout_of(checkpoint)  # says first whether there is anything to merge
     refuse_pickles(checkpoint, own)
     inputs = merge_inputs(checkpoint, base)
     if stale_reason(folder, inputs):

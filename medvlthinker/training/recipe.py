@@ -89,12 +89,9 @@ class TrainingSettings(Hardware):
 # %% ../../nbs/training/40_recipe.ipynb #8766116d
 def training_words(settings: TrainingSettings) -> list[str]:
     "The settings that are not the defaults, as key=value; what only chooses recipes is left out."
-    words = []
-    for field in dataclasses.fields(TrainingSettings):
-        value = getattr(settings, field.name)
-        if value != field.default and field.name != "recipes":
-            words.append(f"{field.name}={value}")
-    return words
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainingSettings)
+             if field.name != "recipes"}
+    return [f"{key}={value}" for key, value in given.items() if value != getattr(TrainingSettings, key)]
 
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
 def read_training(given: dict[str, str]) -> TrainingSettings:

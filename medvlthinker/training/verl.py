@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIFFERENCES', 'METRICS', 'verl_row', 'training_file', 'verl_parquet', 'has_flash_attention', 'verl_settings',
            'overrides', 'published_settings', 'composed_settings', 'environment', 'job_id', 'command', 'command_text',
-           'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves', 'is_complete', 'complete_checkpoints',
+           'ray_address', 'refuse_missing_nodes', 'read_steps', 'merge_curves', 'complete_checkpoints',
            'set_resume_point', 'refuse_second_run', 'run_verl', 'is_at_work', 'train_verl']
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
@@ -395,8 +395,14 @@ def merge_curves(logs) -> list[dict]:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 
-# %% ../../nbs/training/44_verl.ipynb #571f653f
-def is_complete(folder: Path) -> bool:
+# %% ../../nbs/training/44_verl.ipynb #571f6541
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    "The complete checkpoints of a run by their step, the last one last."
+    found = {int(path.name.rpartition("_")[2]): path for path in folder.glob("global_step_*")}
+    return {step: found[step] for step in sorted(found) if _is_complete(found[step])}
+
+
+def _is_complete(folder: Path) -> bool:
     "Is this global_step_N a complete checkpoint of verl?"
     actor = folder / "actor"
     size = read_json(actor / "fsdp_config.json").get("world_size", 0)
@@ -404,12 +410,6 @@ def is_complete(folder: Path) -> bool:
              for kind in ("model", "optim", "extra_state") for rank in range(size)]
     return size > 0 and (actor / "huggingface" / "config.json").is_file() and all(
         zipfile.is_zipfile(path) for path in [*parts, folder / "data.pt"])
-
-# %% ../../nbs/training/44_verl.ipynb #571f6541
-def complete_checkpoints(folder: Path) -> dict[int, Path]:
-    "The complete checkpoints of a run by their step, the last one last."
-    found = {int(path.name.rpartition("_")[2]): path for path in folder.glob("global_step_*")}
-    return {step: found[step] for step in sorted(found) if is_complete(found[step])}
 
 # %% ../../nbs/training/44_verl.ipynb #142abc9f
 def set_resume_point(

@@ -47,11 +47,10 @@ def _register_platform() -> None:
                               "profiler_start", "profiler_stop", "cudart"))
     methods: dict = {name: (lambda self, *_, _answer=answer, **__: _answer)
                      for name, answer in answers.items()}
-    methods |= dict.fromkeys(("manual_seed", "manual_seed_all"),
-                             lambda self, seed: torch.manual_seed(seed))
+    seeds = dict.fromkeys(("manual_seed", "manual_seed_all"), lambda _, seed: torch.manual_seed(seed))
     facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"),
              "nvtx_range": lambda self, *_: contextlib.nullcontext()}
-    platform = type("PlatformCPU", (PlatformBase,), methods | facts)
+    platform = type("PlatformCPU", (PlatformBase,), methods | seeds | facts)
     PlatformRegistry.register(platform="cpu")(platform)
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #954ec75b
@@ -116,9 +115,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #ef2e9ec7
-def _asked_for(environment=os.environ) -> bool:
+def _asked_for() -> bool:
     "Was verl told to load this module?"
-    modules = environment.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
+    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
     return "medvlthinker.training.verl_cpu" in modules
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #99eebacf

@@ -65,11 +65,6 @@ def test_grpo_is_reckoned_at_the_longest_answer_and_not_at_300_tokens():
     assert 2 <= fits.micro_batch <= 8 and need <= 0.95 * 79.6 and fits.gpu_memory_utilization == 0.0 and "micro_batch=32" in said
 
 
-def test_sft_on_80_gib_keeps_its_settings_without_a_word():
-    fits, _, said = decided("3B-SFT_m23k", MINI, 79.6)
-    assert (fits.micro_batch, fits.gradient_checkpointing, said) == (1, "false", "")
-
-
 def test_on_a_gpu_transformers_answers_batch_size_questions_at_a_time(tmp_path, monkeypatch):
     "As the estimate has it; TRL would take the 2,048 of a step at once. A GPU's settings, on a CPU, with images and through TRL itself."
     from medvlthinker.data import synthetic
