@@ -88,8 +88,9 @@ def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
 def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> Path | None:
     "Put the shards of a verl checkpoint together in a folder, by verl; an adapter lies in it."
     require_package("verl")  # only verl can merge what it wrote
-    words = ["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(folder)]
-    run_logged([sys.executable, "-m", "verl.model_merger", *words], log, show=lambda line: None)
+    words = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp",
+             "--local_dir", str(checkpoint), "--target_dir", str(folder)]
+    run_logged(words, log, show=lambda line: None)
     if not (adapter := folder / "lora_adapter").is_dir():
         return None
     from safetensors import safe_open

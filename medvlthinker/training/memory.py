@@ -189,7 +189,8 @@ def logits(plan: Plan) -> int:
 def vllm_share(plan: Plan) -> float:
     "vLLM's part of a GPU: as set, or the least that suffices; 0 without vLLM, inf if none does."
     settings, how = plan.settings, plan.recipe.how
-    if not settings.gpus or not isinstance(how, Grpo) or not (plan.verl or settings.engine == "vllm"):
+    by_vllm = settings.gpus and (plan.verl or settings.engine == "vllm")
+    if not isinstance(how, Grpo) or not by_vllm:
         return 0.0
     own = math.gcd(how.tensor_parallel, plan.shards) if plan.verl else 1
     held = (2 * plan.n.all + _cache_bytes(plan)) / (settings.tensor_parallel or own)
@@ -241,28 +242,30 @@ def settings_that_fit(
     show=print,  # takes a sentence on what is not as in the recipe
 ) -> TrainingSettings:  # micro batch, checkpointing and vLLM's share decided
     "Settings with which a run fits; `UserError` where there are none."
-    plan = plan_of(recipe, settings, seen_memory(settings) if memory is None else memory, row, model)
+    memory = seen_memory(settings) if memory is None else memory
+    plan = plan_of(recipe, settings, memory, row, model)
     own, rows = plan.settings, rows_of_update(recipe, settings)
     sizes = [size for size in range(own.micro_batch, 0, -1) if rows % size == 0]
     again = "true" if settings.gradient_checkpointing == "auto" else own.gradient_checkpointing
     tried = [own, *(replace(own, micro_batch=size, gradient_checkpointing=again)
                     for size in (sizes[:1] if settings.micro_batch else sizes))]
     need = lambda each: sum(worst_moment(plan._replace(settings=each)).values())
-    fits = next((each for each in tried if need(each) <= 0.95 * plan.memory), None)
+    fits = next((each for each in tried if need(each) <= 0.95 * memory), None)
     words = lambda each: (f"micro_batch={each.micro_batch} "
                           f"gradient_checkpointing={each.gradient_checkpointing}")
     text = (f"{recipe.name} needs {need(own):,.1f} GiB with {words(own)}, at the longest row of "
-            f"{sum(plan.row):,} tokens; a GPU has {plan.memory:.1f} GiB.")
+            f"{sum(plan.row):,} tokens; a GPU has {memory:.1f} GiB.")
     if need(own) == math.inf:
-        text = (f"vLLM's share of {plan.memory:.1f} GiB does not hold the model of {recipe.name} and "
-                "its longest answer.")
+        text = (f"vLLM's share of {memory:.1f} GiB does not hold the model of {recipe.name} and its "
+                "longest answer.")
     if fits is None:
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
                         "gpu_memory_utilization to us, take more GPUs (gpus, nodes), adapters "
                         "(lora_rank=32) or a smaller model.")
     share, said = vllm_share(plan), words(fits)
     if share > (0.6 if plan.verl else 0.3):
-        fits, said = replace(fits, gpu_memory_utilization=share), f"{said} gpu_memory_utilization={share}"
+        fits = replace(fits, gpu_memory_utilization=share)
+        said += f" gpu_memory_utilization={share}"
     if fits != own:
         show(f"{text} It runs with {said} and {need(fits):.1f} GiB. An update keeps all of its "
              "rows, so results are equal up to rounding.")

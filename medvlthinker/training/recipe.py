@@ -89,9 +89,10 @@ class TrainingSettings(Hardware):
 # %% ../../nbs/training/40_recipe.ipynb #8766116d
 def training_words(settings: TrainingSettings) -> list[str]:
     "The settings that are not the defaults, as key=value; what only chooses recipes is left out."
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainingSettings)
-             if field.name != "recipes"}
-    return [f"{key}={value}" for key, value in given.items() if value != getattr(TrainingSettings, key)]
+    given = [(field.name, getattr(settings, field.name), field.default)
+             for field in dataclasses.fields(TrainingSettings)]
+    return [f"{key}={value}" for key, value, default in given
+            if value != default and key != "recipes"]
 
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
 def read_training(given: dict[str, str]) -> TrainingSettings:
@@ -224,7 +225,8 @@ def rows_of_update(recipe: Recipe, settings: TrainingSettings) -> int:
     how, gpus = recipe.how, processes(recipe, settings)
     rows = how.mini_batch * how.rollouts if isinstance(how, Grpo) else how.batch
     if rows % gpus:
-        raise UserError(f"{recipe.name} updates on {rows} rows, which {gpus} GPUs cannot share evenly; change gpus or nodes.")
+        raise UserError(f"{recipe.name} updates on {rows} rows, which {gpus} GPUs cannot share "
+                        "evenly; change gpus or nodes.")
     return rows // gpus
 
 # %% ../../nbs/training/40_recipe.ipynb #9226f99e
@@ -233,7 +235,8 @@ def rows_at_once(recipe: Recipe, settings: TrainingSettings) -> int:
     how, rows = recipe.how, rows_of_update(recipe, settings)
     own = math.gcd(how.micro_batch, rows) if isinstance(how, Grpo) else 1 if settings.gpus else rows
     if rows % (size := settings.micro_batch or own):
-        raise UserError(f"micro_batch={size} does not divide the {rows} rows of a GPU in an update of {recipe.name}.")
+        raise UserError(f"micro_batch={size} does not divide the {rows} rows of a GPU in an update "
+                        f"of {recipe.name}.")
     return size
 
 # %% ../../nbs/training/40_recipe.ipynb #23c9b99d

@@ -194,7 +194,8 @@ def _check_rows(
     lost = found["rows"] - left
     if recipe.method == "RL" and lost > settings.max_rejected:
         raise UserError(f"{lost} of {found['rows']} rows of {data.name} cannot be trained on: "
-                        f"{_reasons(found)}. Mend them, or leave them out with max_rejected={lost}.")
+                        f"{_reasons(found)}. Mend them, or leave them out with "
+                        f"max_rejected={lost}.")
     if not left:
         raise UserError(f"No row of {data.name} can be used for {recipe.name}: {_reasons(found)}.")
     shared = processes(recipe, settings) > 1 and not uses_verl(recipe, settings)

@@ -492,8 +492,8 @@ def train_verl(
              f"trainer.total_training_steps={run.steps}",
              f"hydra.run.dir={_written(str(logs / 'hydra'))}", *more]
     if settings.gpus and not has_flash_attention():
-        show("flash-attn is not here: torch's attention (sdpa), and padded places are computed too; "
-             "slower, the same gradient.")
+        show("flash-attn is not here: torch's attention (sdpa), and padded places are computed "
+             "too; slower, the same gradient.")
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
         done = set_resume_point(run.folder, max(2, recipe.grpo.keep))

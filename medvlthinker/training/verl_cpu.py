@@ -47,10 +47,11 @@ def _register_platform() -> None:
                               "profiler_start", "profiler_stop", "cudart"))
     methods: dict = {name: (lambda self, *_, _answer=answer, **__: _answer)
                      for name, answer in answers.items()}
-    seeds = dict.fromkeys(("manual_seed", "manual_seed_all"), lambda _, seed: torch.manual_seed(seed))
+    seed = lambda self, seed: torch.manual_seed(seed)
     facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"),
-             "nvtx_range": lambda self, *_: contextlib.nullcontext()}
-    platform = type("PlatformCPU", (PlatformBase,), methods | seeds | facts)
+             "nvtx_range": lambda self, *_: contextlib.nullcontext(),
+             "manual_seed": seed, "manual_seed_all": seed}
+    platform = type("PlatformCPU", (PlatformBase,), methods | facts)
     PlatformRegistry.register(platform="cpu")(platform)
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #954ec75b
