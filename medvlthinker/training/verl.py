@@ -52,8 +52,9 @@ def training_file(data, recipe: Recipe) -> Path:
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
 def verl_parquet(run: Run) -> Path:
     "verl's parquet of a run's rows, made where it is missing or stale."
-    from datasets import Dataset, Features, Image, List, Value
+    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 
+    disable_progress_bars()
     path, samples = training_file(run.data, run.recipe), SampleFile(run.data, look=False)
     inputs = {"samples": run.inputs["data"], "rows": fingerprint(run.rows)}
     text, number = Value("string"), Value("int64")
