@@ -5,19 +5,24 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from medvlthinker.core.files import UserError
-from medvlthinker.training import verl
+from medvlthinker.core.files import UserError, record_path
+from medvlthinker.data import synthetic
+from medvlthinker.data.sample import write_samples
+from medvlthinker.training import checkpoint, verl
 from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.train import train_here
 
 ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
@@ -91,7 +96,7 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     done = build(verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
-    kind = {"attention": "sdpa", "padding removed": False, "apart": 0}
+    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5)}
     assert found == {"awake": False, "sleeps": True, "actor": kind | {"dtype": "fp32"},
                      "ref": kind | {"dtype": "bf16"}}
 
@@ -113,6 +118,31 @@ def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.util.find_spec("flash_attn") and not verl.has_flash_attention()
+
+
+def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path, blank):
+    "From the plan to the folder that an engine loads; only verl itself, and its merger, are played."
+    started = []
+
+    def play(words, variables, logs, show):
+        given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+        step = Path(given["trainer.default_local_dir"]) / "global_step_2"
+        (step / "actor" / "huggingface").mkdir(parents=True)
+        (step / "actor" / "huggingface" / "config.json").write_text("{}")
+        (step / "actor" / "fsdp_config.json").write_text('{"world_size": 1}')
+        for name in ("data.pt", *(f"actor/{kind}_world_size_1_rank_0.pt" for kind in ("model", "optim", "extra_state"))):
+            zipfile.ZipFile(step / name, "w").close()
+        started.append((given["data.train_files"], given["trainer.total_training_steps"]))
+
+    monkeypatch.setattr(verl, "run_verl", play)
+    monkeypatch.setattr(verl, "require_package", lambda *names, instead: None)
+    monkeypatch.setattr(checkpoint, "_gather_verl", lambda place, folder, log: shutil.copytree(blank, folder, dirs_exist_ok=True) and None)
+    write_samples(synthetic.corpus("pmc_vqa", 16), tmp_path / "pmc_vqa.parquet")
+    settings = TrainingSettings(base=str(blank), trainer="verl", max_steps=2)
+    train = lambda: train_here(find("tiny-RL_PMC"), settings, tmp_path / "pmc_vqa.parquet", tmp_path, tmp_path / "logs", lambda line: None)
+    final = train()
+    assert (final / "model.safetensors").is_file() and json.loads(record_path(final).read_text())["merge"]["layout"] == "verl"
+    assert train() == final and started == [(str(tmp_path / "verl" / "pmc_vqa-512.parquet"), "2")]
 
 
 # --- one node --------------------------------------------------------------------------------------------------------------
