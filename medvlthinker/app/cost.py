@@ -23,7 +23,7 @@ from ..generation.engine import check_nodes, copies, vllm_arguments
 from ..generation.model import folder_name
 from ..generation.request import Sampling
 from ..training.grpo import vllm_settings
-from ..training.memory import estimate, gib, machine_of, settings_that_fit
+from ..training.memory import estimate, settings_that_fit
 from medvlthinker.training.recipe import (
     RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, planned_start, steps_to_train,
     uses_verl)
@@ -321,8 +321,7 @@ def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
     fitting: TrainingSettings = profile
     try:
         fitting = settings_that_fit(recipe, profile, show=notes.append)
-        size = gib(estimate(recipe, fitting, machine_of(profile, recipe.nodes)))
-        need = f"{size:.1f} GiB at the longest row and answer"
+        need = f"{estimate(recipe, fitting):.1f} GiB at the longest row and answer"
     except UserError as error:  # the run would say so, and stop
         need = f"does not fit: {error}"
     keys = [f"{key}={value}" for key, value in overrides(profile).items() if key != "recipes"]

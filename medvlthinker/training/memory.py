@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LORA_TARGETS', 'model_config', 'meta_model', 'Parameters', 'count_parameters', 'Row', 'longest_row',
-           'Machine', 'machine_of', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'moments',
-           'estimate', 'gib', 'fitting_settings', 'suggestions', 'settings_that_fit']
+           'seen_memory', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'worst_moment',
+           'estimate', 'settings_that_fit']
 
 # %% ../../nbs/training/41_memory.ipynb #0c9bafec
 import functools, math, os
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..core.files import UserError, require_package
 from ..generation.tiny_model import tiny_config, tiny_tokenizer
-from .recipe import Grpo, Recipe, TrainingSettings, uses_verl
+from .recipe import (
+    Grpo, Recipe, TrainingSettings, processes, recomputes, rows_at_once, rows_of_update, uses_verl)
 
 # %% ../../nbs/training/41_memory.ipynb #c3327459
 SIZES = {  # width, inner width, layers, heads, of keys, vocabulary; inner width of the vision tower
@@ -31,13 +31,13 @@ def model_config(model: str):  # `3B`, `7B`, `32B`, `tiny`, or a folder
     if model == "tiny":
         return tiny_config(tiny_tokenizer())
     if model in SIZES:
-        tied = {"tie_word_embeddings": model == "3B"}
         *text, inner = SIZES[model]
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "vocab_size")
         tower = {"hidden_size": 1280, "intermediate_size": inner, "out_hidden_size": text[0]}
-        text_config = dict(zip(names, text)) | tied
-        return Qwen2_5_VLConfig(text_config=text_config, vision_config=tower, **tied)
+        tied = {"tie_word_embeddings": model == "3B"}
+        return Qwen2_5_VLConfig(
+            text_config=dict(zip(names, text)) | tied, vision_config=tower, **tied)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -103,80 +103,55 @@ def longest_row(recipe: Recipe) -> Row:
     return Row(150, image, 1547) if recipe.corpus == "pmc_vqa" else Row(400, 0, 7461)
 
 # %% ../../nbs/training/41_memory.ipynb #7e1e2efc
-class Machine(NamedTuple):
-    "What a run has; memory in GiB, as the driver shows it (79.6 on a card sold with 80 GB)."
-    gpus: int = 8  # on a node; 0 for a CPU
-    memory: float = 79.6  # of each GPU; of the whole machine where there is none
-    nodes: int = 1
-
-    @property
-    def shards(self) -> int:
-        "Parts into which FSDP cuts weights, gradients and averages: one a GPU."
-        return max(1, self.gpus) * self.nodes
-
-
-def machine_of(settings: TrainingSettings, nodes: int = 1) -> Machine:  # `nodes` of the recipe
-    "The machine of some settings, with the memory seen here; 79.6 GiB where no GPU is seen."
+def seen_memory(settings: TrainingSettings) -> float:
+    "GiB of a GPU as set or as seen here, 79.6 where none is seen; of the machine for a CPU."
     if not settings.gpus:
-        return Machine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     require_package("torch")
     from torch import cuda
 
     seen = [cuda.get_device_properties(gpu).total_memory for gpu in range(cuda.device_count())]
-    memory = settings.gpu_memory or min(seen, default=79.6 * 2**30) / 2**30
-    return Machine(settings.gpus, memory, settings.nodes or nodes)
+    return settings.gpu_memory or min(seen, default=79.6 * 2**30) / 2**30
 
 # %% ../../nbs/training/41_memory.ipynb #5c09a2d5
 class Plan(NamedTuple):
     "A run, and what decides about its memory."
     recipe: Recipe
     settings: TrainingSettings  # micro batch and checkpointing decided
-    machine: Machine
+    memory: float  # GiB of a GPU
     row: Row
     n: Parameters
-    rows: int  # or answers, that each GPU has in one update
+    shards: int  # GPUs over which FSDP divides weights, gradients and averages
     verl: bool  # else TRL
     c: int  # bytes of a number in the computation
 
 
 def plan_of(
-    recipe: Recipe, settings: TrainingSettings, machine: Machine,
+    recipe: Recipe, settings: TrainingSettings, memory: float,
     row: Row | None = None,  # None for `longest_row`
     model: str = "",  # a folder; empty or a hub's id for the size that the recipe names
 ) -> Plan:
     "A plan with the recipe's micro batch and checkpointing where the settings leave them open."
-    how, gpu = recipe.how, machine.gpus > 0
-    if isinstance(how, Grpo):
-        rows = max(1, how.mini_batch * how.rollouts // machine.shards)
-        size, again, verl = math.gcd(how.micro_batch, rows), gpu, uses_verl(recipe, settings)
-    else:
-        rows = max(1, how.batch // machine.shards)
-        size, again, verl = 1 if gpu else rows, how.gradient_checkpointing, False
-    settings = replace(settings, micro_batch=settings.micro_batch or size)
-    if settings.gradient_checkpointing == "auto":
-        settings = replace(settings, gradient_checkpointing="true" if again else "false")
-    row, model = row or longest_row(recipe), model if os.path.isdir(model) else recipe.size
-    frozen = how.freeze_vision or not (row.image or verl)  # as 42_sft does it for text
-    n = count_parameters(model, settings.lora_rank, frozen)
-    c = 2 if gpu and settings.dtype != "float32" else 4
-    return Plan(recipe, settings, machine, row, n, rows, verl, c)
+    verl, row = uses_verl(recipe, settings), row or longest_row(recipe)
+    decided = replace(settings, micro_batch=rows_at_once(recipe, settings),
+                      gradient_checkpointing=str(recomputes(recipe, settings)).lower())
+    frozen = recipe.how.freeze_vision or not (row.image or verl)  # as 42_sft does it for text
+    n = count_parameters(model if os.path.isdir(model) else recipe.size, settings.lora_rank, frozen)
+    c = 2 if settings.gpus and settings.dtype != "float32" else 4
+    return Plan(recipe, decided, memory, row, n, processes(recipe, settings), verl, c)
 
 # %% ../../nbs/training/41_memory.ipynb #184394bf
-def states(plan: Plan) -> list[tuple]:  # what, the arithmetic, bytes
+def states(plan: Plan) -> dict[str, float]:  # what, and bytes
     "Weights, gradients, averages, and what every process needs, on one GPU."
-    k, c, n = plan.machine.shards, plan.c, plan.n
+    k, c, n = plan.shards, plan.c, plan.n
     adapters = n.trained if plan.settings.lora_rank else 0
     held = c if adapters and not plan.verl else 4
     reference = getattr(plan.recipe.how, "kl_coef", 0) and not adapters and not plan.verl
     gathered = 2 * n.layer + n.rest + n.largest if k > 1 else 0
-    copies = n.all if k == 1 and c < held else 0
-    return [("CUDA, NCCL" if plan.machine.gpus else "Python", "a constant", 1.5 * 2**30),
-            ("weights", f"{n.all:,} x {held} / {k}", (n.all * held + adapters * (4 - held)) / k),
-            ("Adam's averages", f"{n.trained:,} x 8 / {k}", n.trained * 8 / k),
-            ("reference model", f"{n.all:,} x 4 / {k}", n.all * 4 / k if reference else 0),
-            ("gradients", f"{n.trained:,} x 4 / {k}", n.trained * 4 / k),
-            ("gathered", f"{gathered:,} x {c}", gathered * c),
-            ("copies in bfloat16", f"{copies:,} x {c}", copies * c)]
+    return {"libraries": 1.5 * 2**30, "weights": (n.all * held + adapters * (4 - held)) / k,
+            "Adam's averages": n.trained * 8 / k, "gradients": n.trained * 4 / k,
+            "reference model": n.all * 4 / k if reference else 0, "gathered": gathered * c,
+            "copies in bfloat16": n.all * c if k == 1 and c < held else 0}
 
 # %% ../../nbs/training/41_memory.ipynb #46664bf1
 def activations(plan: Plan) -> tuple[int, int]:  # kept, and computed again for a moment
@@ -199,32 +174,30 @@ def activations(plan: Plan) -> tuple[int, int]:  # kept, and computed again for 
     return kept, max(again)
 
 # %% ../../nbs/training/41_memory.ipynb #cad27e0e
-def logits(plan: Plan) -> tuple[str, str, int]:  # what, the arithmetic, bytes
-    "The logits of a micro batch in an update, with all that is made of them."
-    vocabulary, tokens = plan.n.config.text_config.vocab_size, plan.row.answer
-    each, more = 2 * plan.c, 256 * 12
+def logits(plan: Plan) -> int:
+    "Bytes of the logits of a micro batch in an update, with all that is made of them."
+    tokens, each, more = plan.row.answer, 2 * plan.c, 256 * 12
     if plan.verl:
         tokens, each, more = sum(plan.row), 2 * plan.c + 4, 0
     elif plan.recipe.method == "RL":
-        number = plan.c if plan.machine.shards > 1 else 4
+        number = plan.c if plan.shards > 1 else 4
         each, more = 3 * number, tokens * number
-    tokens *= plan.settings.micro_batch
-    return ("logits", f"{tokens:,} tokens x {vocabulary:,} x {each} bytes, and a part",
-            (tokens * each + more) * vocabulary)
+    entries = tokens * plan.settings.micro_batch * each + more
+    return entries * plan.n.config.text_config.vocab_size
 
 # %% ../../nbs/training/41_memory.ipynb #1eacd312
 def vllm_share(plan: Plan) -> float:
     "vLLM's part of a GPU: as set, or the least that suffices; 0 without vLLM, inf if none does."
-    settings, gpus = plan.settings, plan.machine.shards
-    how, by_vllm = plan.recipe.how, plan.verl or settings.engine == "vllm"
-    if not plan.machine.gpus or not by_vllm or not isinstance(how, Grpo):
+    settings, how = plan.settings, plan.recipe.how
+    by_vllm = settings.gpus and (plan.verl or settings.engine == "vllm")
+    if not isinstance(how, Grpo) or not by_vllm:
         return 0.0
-    own = math.gcd(how.tensor_parallel, gpus) if plan.verl else 1
-    spread = settings.tensor_parallel or own
-    needed = (2 * plan.n.all + _cache_bytes(plan)) / spread / 2**30 + 3  # GiB; 3 to compute with
+    own = math.gcd(how.tensor_parallel, plan.shards) if plan.verl else 1
+    held = (2 * plan.n.all + _cache_bytes(plan)) / (settings.tensor_parallel or own)
+    needed = held / 2**30 + 3  # GiB; 3 to compute with
     given = settings.gpu_memory_utilization
     tried = [given] if given else [0.6 if plan.verl else 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    return next((share for share in tried if share * plan.machine.memory >= needed), math.inf)
+    return next((share for share in tried if share * plan.memory >= needed), math.inf)
 
 
 def _cache_bytes(plan: Plan) -> int:
@@ -234,99 +207,66 @@ def _cache_bytes(plan: Plan) -> int:
     return 2 * plan.c * text.num_hidden_layers * width * sum(plan.row)
 
 # %% ../../nbs/training/41_memory.ipynb #005ae0f9
-def moments(plan: Plan) -> list[list[tuple]]:
-    "What lies on a GPU in an update; in RL also before it, and while questions are answered."
-    always, (kept, again), table = states(plan), activations(plan), logits(plan)
-    tokens = plan.settings.micro_batch * sum(plan.row)
-    update = [*always, ("activations", f"{tokens:,} tokens, kept", kept),
-              table if table[2] > again else ("a layer again", f"{tokens:,} tokens", again)]
-    if plan.recipe.method == "SFT":
-        return [update]
-    share, count = vllm_share(plan), min(plan.settings.batch_size, plan.rows)
-    answers = (("vLLM", f"{share} of the GPU", share * plan.machine.memory * 2**30) if share else
-               ("cache", f"of {count} answers at once", count * _cache_bytes(plan)))
-    asleep = ("vLLM, asleep", "a constant", 1.5 * 2**30 if share else 0)
-    entropy = plan.verl * tokens * plan.n.config.text_config.vocab_size * (plan.c + 12)
-    before = ("logits, entropy", f"{tokens:,} tokens, {plan.c + 12} bytes an entry", entropy)
-    learnt = [line for line in always if line[0] != "gradients"]
-    resting = [line for line in learnt if line[0] not in ("gathered", "copies in bfloat16")]
-    return [[*update, asleep], [*learnt, asleep, before], [*resting, answers]]
+def worst_moment(plan: Plan) -> dict[str, float]:  # what, and GiB
+    "What lies on a GPU in an update; in RL also before it or while questions are answered."
+    always, (kept, again) = states(plan), activations(plan)
+    moments = [always | {"activations": kept, "logits or a layer again": max(logits(plan), again)}]
+    if plan.recipe.method == "RL":
+        share, update = vllm_share(plan), rows_of_update(plan.recipe, plan.settings)
+        asleep = {"vLLM, asleep": 1.5 * 2**30 if share else 0}
+        tokens = plan.settings.micro_batch * sum(plan.row)
+        entropy = plan.verl * tokens * plan.n.config.text_config.vocab_size * (plan.c + 12)
+        before = always | asleep | {"gradients": 0, "logits, entropy": entropy}
+        answers = ({"vLLM": share * plan.memory * 2**30} if share else
+                   {"cache": min(plan.settings.batch_size, update) * _cache_bytes(plan)})
+        resting = dict.fromkeys(("gradients", "gathered", "copies in bfloat16"), 0)
+        moments = [moments[0] | asleep, before, always | resting | answers]
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    return {what: size / 2**30 for what, size in worst.items() if size}
 
 # %% ../../nbs/training/41_memory.ipynb #e8d496fa
 def estimate(
-    recipe: Recipe, settings: TrainingSettings, machine: Machine, row: Row | None = None,
-    model: str = "",  # see `plan_of`
-) -> list[tuple]:  # what, the arithmetic, bytes
-    "What lies in the memory of each GPU at the worst moment of a step."
-    worst = max(moments(plan_of(recipe, settings, machine, row, model)), key=gib)
-    return [line for line in worst if line[2]]
-
-
-def gib(lines: list[tuple]) -> float:
-    "The sum of an estimate in GiB."
-    return sum(size for *_, size in lines) / 2**30
+    recipe: Recipe, settings: TrainingSettings,
+    memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
+    row: Row | None = None, model: str = "",  # see `plan_of`
+) -> float:
+    "GiB that the worst moment of a step needs on each GPU."
+    memory = seen_memory(settings) if memory is None else memory
+    return sum(worst_moment(plan_of(recipe, settings, memory, row, model)).values())
 
 # %% ../../nbs/training/41_memory.ipynb #9080a9e3
-def fitting_settings(plan: Plan, settings: TrainingSettings) -> dict[TrainingSettings, float]:
-    "The settings that fit and the GiB that they need, the first of them nearest to the recipe."
-    own = plan.settings
-    sizes = [size for size in range(own.micro_batch, 0, -1) if plan.rows % size == 0]
-    if own.micro_batch != sizes[0]:
-        raise UserError(f"micro_batch={own.micro_batch} does not divide the {plan.rows} rows of a "
-                        f"GPU in an update of {plan.recipe.name}; micro_batch={sizes[0]} does.")
-    again = "true" if settings.gradient_checkpointing == "auto" else own.gradient_checkpointing
-    tried = [own] + [replace(own, micro_batch=size, gradient_checkpointing=again)
-                     for size in (sizes[:1] if settings.micro_batch else sizes)]
-    needs = {each: max(map(gib, moments(plan._replace(settings=each)))) for each in tried}
-    return {each: need for each, need in needs.items() if need <= 0.95 * plan.machine.memory}
-
-# %% ../../nbs/training/41_memory.ipynb #b568dd38
-def suggestions(plan: Plan, model: str = "") -> str:
-    "A sentence with words of a command line with which a plan would fit."
-    machine, ways = plan.machine, []
-    free = replace(plan.settings, nodes=machine.nodes, micro_batch=0, gpu_memory_utilization=0.0,
-                   gradient_checkpointing="auto")
-    more = [(2, 1), (4, 1), (8, 1), (8, 2), (8, 4)] if machine.gpus else []
-    for rank in [free.lora_rank] if free.lora_rank else [0, 32]:
-        for gpus, nodes in [(machine.gpus, machine.nodes), *more]:
-            place = Machine(gpus, machine.memory, nodes)
-            tried = replace(free, lora_rank=rank, gpus=gpus, nodes=nodes)
-            fitting = fitting_settings(plan_of(plan.recipe, tried, place, plan.row, model), tried)
-            if fitting and place.shards >= machine.shards:
-                keys = ("lora_rank", "gpus", "nodes")
-                other = [key for key in keys if getattr(tried, key) != getattr(free, key)]
-                other = other or ["micro_batch", "gradient_checkpointing"]
-                ways.append(_words(next(iter(fitting)), other))
-                break
-    return f"It would fit with {'; or '.join(ways)}." if ways else "Take a smaller model."
-
-
-def _words(settings: TrainingSettings, keys: Iterable[str]) -> str:
-    return " ".join(f"{key}={getattr(settings, key)}" for key in keys)
-
-# %% ../../nbs/training/41_memory.ipynb #37aa3868
 def settings_that_fit(
     recipe: Recipe, settings: TrainingSettings,
-    machine: Machine | None = None,  # None for `machine_of`
+    memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
     row: Row | None = None, model: str = "",  # see `plan_of`
     show=print,  # takes a sentence on what is not as in the recipe
 ) -> TrainingSettings:  # micro batch, checkpointing and vLLM's share decided
-    "Settings with which a run fits; `UserError` with others that would, where these do not."
-    machine = machine or machine_of(settings, recipe.nodes)
-    plan = plan_of(recipe, settings, machine, row, model)
-    need, keys = max(map(gib, moments(plan))), ["micro_batch", "gradient_checkpointing"]
-    text = (f"{recipe.name} needs {need:,.1f} GiB with {_words(plan.settings, keys)}, at the "
-            f"longest row of {sum(plan.row):,} tokens")
-    if need == math.inf:
-        text = f"vLLM's share does not hold the model of {recipe.name} and its longest answer"
-    text += f"; there are {machine.shards} x {machine.memory:.1f} GiB."
-    if not (fitting := fitting_settings(plan, settings)):
-        raise UserError(f"{text} {suggestions(plan, model)}")
-    share, (fits, need) = vllm_share(plan), next(iter(fitting.items()))
+    "Settings with which a run fits; `UserError` where there are none."
+    memory = seen_memory(settings) if memory is None else memory
+    plan = plan_of(recipe, settings, memory, row, model)
+    own, rows = plan.settings, rows_of_update(recipe, settings)
+    sizes = [size for size in range(own.micro_batch, 0, -1) if rows % size == 0]
+    again = "true" if settings.gradient_checkpointing == "auto" else own.gradient_checkpointing
+    tried = [own, *(replace(own, micro_batch=size, gradient_checkpointing=again)
+                    for size in (sizes[:1] if settings.micro_batch else sizes))]
+    need = lambda each: sum(worst_moment(plan._replace(settings=each)).values())
+    fits = next((each for each in tried if need(each) <= 0.95 * memory), None)
+    words = lambda each: (f"micro_batch={each.micro_batch} "
+                          f"gradient_checkpointing={each.gradient_checkpointing}")
+    text = (f"{recipe.name} needs {need(own):,.1f} GiB with {words(own)}, at the longest row of "
+            f"{sum(plan.row):,} tokens; a GPU has {memory:.1f} GiB.")
+    if need(own) == math.inf:
+        text = (f"vLLM's share of {memory:.1f} GiB does not hold the model of {recipe.name} and its "
+                "longest answer.")
+    if fits is None:
+        raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
+                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), adapters "
+                        "(lora_rank=32) or a smaller model.")
+    share, said = vllm_share(plan), words(fits)
     if share > (0.6 if plan.verl else 0.3):
         fits = replace(fits, gpu_memory_utilization=share)
-        keys.append("gpu_memory_utilization")
-    if fits != plan.settings:
-        show(f"{text} It runs with {_words(fits, keys)} and {need:.1f} GiB. An update keeps all "
-             "of its rows, so results are equal up to rounding.")
+        said += f" gpu_memory_utilization={share}"
+    if fits != own:
+        show(f"{text} It runs with {said} and {need(fits):.1f} GiB. An update keeps all of its "
+             "rows, so results are equal up to rounding.")
     return fits

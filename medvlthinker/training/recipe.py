@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettings', 'training_words', 'read_training', 'Recipe',
-           'find', 'nodes_of', 'processes', 'uses_verl', 'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain',
-           'table', 'wanted', 'training_folder', 'model_folder', 'starting_point', 'planned_start']
+           'find', 'nodes_of', 'processes', 'uses_verl', 'rows_of_update', 'rows_at_once', 'recomputes',
+           'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'wanted', 'training_folder', 'model_folder',
+           'starting_point', 'planned_start']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import dataclasses, math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ..core.commands import check_keys, read_value
 from ..core.files import UserError
@@ -87,12 +89,10 @@ class TrainingSettings(Hardware):
 # %% ../../nbs/training/40_recipe.ipynb #8766116d
 def training_words(settings: TrainingSettings) -> list[str]:
     "The settings that are not the defaults, as key=value; what only chooses recipes is left out."
-    words = []
-    for field in dataclasses.fields(TrainingSettings):
-        value = getattr(settings, field.name)
-        if value != field.default and field.name != "recipes":
-            words.append(f"{field.name}={value}")
-    return words
+    given = [(field.name, getattr(settings, field.name), field.default)
+             for field in dataclasses.fields(TrainingSettings)]
+    return [f"{key}={value}" for key, value, default in given
+            if value != default and key != "recipes"]
 
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
 def read_training(given: dict[str, str]) -> TrainingSettings:
@@ -128,6 +128,16 @@ class Recipe:
     def size(self) -> str:
         "The model's, such as 3B."
         return self.name.split("-")[0]
+
+    @property
+    def sft(self) -> Sft:
+        "How it is set, where it is SFT."
+        return cast(Sft, self.how)
+
+    @property
+    def grpo(self) -> Grpo:
+        "How it is set, where it is RL."
+        return cast(Grpo, self.how)
 
 # %% ../../nbs/training/40_recipe.ipynb #f10ee7c0
 BASES = {"tiny": "tiny", **{size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B")}}
@@ -209,6 +219,33 @@ def uses_verl(recipe: Recipe, settings: TrainingSettings) -> bool:
     "Is this a run for verl?"
     return recipe.method == "RL" and settings.trainer == "verl"
 
+# %% ../../nbs/training/40_recipe.ipynb #9c3c9d0c
+def rows_of_update(recipe: Recipe, settings: TrainingSettings) -> int:
+    "Rows, or answers, of an update that each GPU has; `UserError` where they are not as many."
+    how, gpus = recipe.how, processes(recipe, settings)
+    rows = how.mini_batch * how.rollouts if isinstance(how, Grpo) else how.batch
+    if rows % gpus:
+        raise UserError(f"{recipe.name} updates on {rows} rows, which {gpus} GPUs cannot share "
+                        "evenly; change gpus or nodes.")
+    return rows // gpus
+
+# %% ../../nbs/training/40_recipe.ipynb #9226f99e
+def rows_at_once(recipe: Recipe, settings: TrainingSettings) -> int:
+    "Rows, or answers, of one forward pass on a GPU: as set, else the recipe's."
+    how, rows = recipe.how, rows_of_update(recipe, settings)
+    own = math.gcd(how.micro_batch, rows) if isinstance(how, Grpo) else 1 if settings.gpus else rows
+    if rows % (size := settings.micro_batch or own):
+        raise UserError(f"micro_batch={size} does not divide the {rows} rows of a GPU in an update "
+                        f"of {recipe.name}.")
+    return size
+
+# %% ../../nbs/training/40_recipe.ipynb #23c9b99d
+def recomputes(recipe: Recipe, settings: TrainingSettings) -> bool:
+    "Whether layers are computed again in the backward pass: as set, else as the paper did."
+    if settings.gradient_checkpointing != "auto":
+        return settings.gradient_checkpointing == "true"
+    return recipe.how.gradient_checkpointing if isinstance(recipe.how, Sft) else settings.gpus > 0
+
 # %% ../../nbs/training/40_recipe.ipynb #e9ab2f94
 ROWS = {  # questions that the paper trained on, as (at least, at most)
     ("SFT", "m23k"): (23460, 23460),  # 23,493 of m1 less 33 that did not become rows
@@ -250,22 +287,6 @@ def chain(recipe: Recipe) -> list[Recipe]:
     "The recipes that lead to this one, itself last."
     before = RECIPES.get(recipe.init.split("@")[0])
     return [*(chain(before) if before else ()), recipe]
-
-# %% ../../nbs/training/40_recipe.ipynb #c385e075
-def table(
-    sizes: tuple[str, ...] = ("3B", "7B", "32B"),  # which models
-):  # a pandas DataFrame
-    "The recipes as a table, one row each."
-    import pandas as pd
-
-    rows = []
-    for recipe in RECIPES.values():
-        if recipe.size in sizes:
-            how, first = recipe.how, ROWS.get((recipe.method, recipe.corpus), (0, 0))[0]  # none: a corpus of one's own
-            rows.append({"recipe": recipe.name, "starts from": recipe.init.removeprefix("Qwen/"), "epochs": how.epochs, "batch": how.batch,
-                         "mini": getattr(how, "mini_batch", None), "rate": how.learning_rate, "steps": total_steps(recipe, first) if first and recipe.size != "tiny" else None,
-                         "published": recipe.published_step or None, "GPUs": recipe.nodes * recipe.gpus, "note": recipe.note})
-    return pd.DataFrame(rows).set_index("recipe").astype({"mini": "Int64", "steps": "Int64", "published": "Int64"})
 
 # %% ../../nbs/training/40_recipe.ipynb #99e02020
 def wanted(

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 from ..core.commands import run_logged, run_main
 from ..core.files import (
-    atomic_write, record_path, require_package, stale_reason, write_record)
+    atomic_write, require_package, stale_reason, write_record)
+from ..generation.model import download_model
 from . import verl, verl_cpu
-from .checkpoint import atomic_folder, merge
+from .checkpoint import atomic_folder, merge_inputs, write_model
 from .memory import settings_that_fit
 from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
 from .grpo import train_grpo
-from .sft import (
-    Run, accelerate_config, accelerate_file, plan, read_metrics, read_words, start_and_inputs,
-    train_run, train_sft, trl_command)
+from medvlthinker.training.sft import (
+    Run, accelerate_config, plan, read_metrics, read_words, start_and_inputs, train_run, train_sft,
+    trl_command)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,9 +33,7 @@ def printed_command(
 ) -> str:
     "The command that trains a recipe, as one would type it."
     if not uses_verl(recipe, settings):
-        alone = processes(recipe, settings) == 1
-        module = "train" if alone else "sft" if recipe.method == "SFT" else "grpo"
-        return shlex.join(trl_command(recipe, settings, data, checkpoints, logs, module))
+        return shlex.join(trl_command(recipe, settings, data, checkpoints, logs))
     start, nodes = planned_start(recipe, checkpoints, settings.base), nodes_of(recipe, settings)
     words = verl.overrides(recipe, settings, start, verl.training_file(data, recipe),
                            training_folder(recipe, checkpoints))
@@ -48,43 +47,42 @@ def finish(
     taken: Path,  # the checkpoint that becomes the model
     checkpoints: Path,
 ) -> Path:
-    "Merge a checkpoint, give it its name and its record."
-    final, own = checkpoints / run.recipe.name, training_folder(run.recipe, checkpoints)
-    made = merge(taken, run.start, run.folder / "model", own, log=run.logs / "merge.log")
-    merged = json.loads(record_path(made).read_text(encoding="utf-8"))["inputs"]
+    "Make the model of a checkpoint, under its name and with its record."
+    final = checkpoints / run.recipe.name
     dropped = {reason: len(places) for reason, places in run.dropped.items()}
     curves = [run.metrics] if run.metrics.is_file() else []
-    with write_record(final, run.inputs, curves) as record:
+    with write_record(final, run.inputs, curves) as record, atomic_folder(final) as part:
         record.update(
             rows=len(run.rows), dropped=dropped, steps=run.steps, takes=run.takes,
             trainer=run.inputs["trainer"], seed=run.settings.seed, start=run.start,
-            lora_rank=run.settings.lora_rank, data=run.data.name, merge=merged)
-        with atomic_folder(final) as part:
-            os.replace(made, part)
-    record_path(made).unlink()
+            lora_rank=run.settings.lora_rank, data=run.data.name,
+            merge=merge_inputs(taken, run.start))
+        write_model(taken, download_model(run.start), part, run.logs / "merge.log")
     return final
 
 # %% ../../nbs/training/47_train.ipynb #0bed9bf0
-def _train_trl(run: Run, checkpoints: Path, show) -> Path:
-    "Train through TRL, in this process or in several; returns the checkpoint that is taken."
-    recipe, is_sft = run.recipe, run.recipe.method == "SFT"
-    if processes(recipe, run.settings) == 1:
-        return train_run(run, train_sft if is_sft else train_grpo)
-    with atomic_write(accelerate_file(run.logs)) as file:
-        json.dump(accelerate_config(recipe, run.settings), file, indent=1)
-    words = trl_command(recipe, run.settings, run.data, checkpoints, run.logs,
-                        "sft" if is_sft else "grpo")
+def _train(run: Run, first: bool = True) -> Path:
+    "Train through TRL in this process; returns the checkpoint that is taken."
+    return train_run(run, train_sft if run.recipe.method == "SFT" else train_grpo, first)
+
+
+def _launch(run: Run, checkpoints: Path, show) -> Path:
+    "Train through TRL in several processes, by accelerate."
+    config = run.logs / f"accelerate-{os.environ.get('MACHINE_RANK', '0')}.json"
+    with atomic_write(config) as file:
+        json.dump(accelerate_config(run.recipe, run.settings), file, indent=1)
+    python, *words = trl_command(run.recipe, run.settings, run.data, checkpoints, run.logs)
+    words = [python, "-m", "accelerate.commands.launch", "--config_file", str(config), *words]
     show("$ " + shlex.join(words))
-    run_logged(words, run.logs / "processes.log", show)
+    run_logged(words, config.with_suffix(".log"), show)
     return run.checkpoint(run.takes)
 
 
-def _train_verl(run: Run, checkpoints: Path, show) -> Path:
-    "Train through verl; returns its folder of the last step."
-    more = [] if run.settings.gpus else verl_cpu.cpu_overrides()
-    variables = {} if run.settings.gpus else verl_cpu.cpu_environment()
-    return verl.train(run.recipe, run.settings, run.data, checkpoints, run.logs, more, variables,
-                      show=show)
+def _train_verl(run: Run, show) -> Path:
+    "Train through verl; returns its checkpoint of the last step."
+    if run.settings.gpus:
+        return verl.train_verl(run, show=show)
+    return verl.train_verl(run, verl_cpu.cpu_overrides(), verl_cpu.cpu_environment(), show)
 
 
 def train_here(
@@ -97,8 +95,14 @@ def train_here(
         return final
     fitting = settings_that_fit(recipe, settings, row=run.longest, model=run.start, show=show)
     run = dataclasses.replace(run, settings=fitting)
-    train_it = _train_verl if uses_verl(recipe, settings) else _train_trl
-    return finish(run, train_it(run, checkpoints, show), checkpoints)
+    if uses_verl(recipe, settings):
+        taken = _train_verl(run, show)
+    elif processes(recipe, settings) == 1:
+        taken = _train(run)
+    else:
+        taken = _launch(run, checkpoints, show)
+    is_first = os.environ.get("MACHINE_RANK", "0") == "0"  # of the nodes that share the run
+    return finish(run, taken, checkpoints) if is_first else final
 
 # %% ../../nbs/training/47_train.ipynb #cccf90a1
 def train(
@@ -139,13 +143,10 @@ def curve_figure(
 
     names = [name for name in SHOWN if name in table and table[name].notna().any()] or ["loss"]
     values = table.reindex(columns=names)
-    parts = {"each step": values}
-    if len(table) >= 20:
-        smooth = values.rolling(max(2, len(table) // 20), center=True, min_periods=1)
-        parts["mean"] = smooth.mean()
-    long = [part.melt(ignore_index=False, var_name="curve").reset_index().assign(line=line)
-            for line, part in parts.items()]
-    figure = px.line(pd.concat(long), x="step", y="value", color="line", facet_col="curve",
+    smooth = values.rolling(max(1, len(table) // 20), center=True, min_periods=1).mean()
+    lines = {"each step": values, "mean": smooth}
+    long = pd.concat(lines, names=["line"]).melt(ignore_index=False, var_name="curve")
+    figure = px.line(long.reset_index(), x="step", y="value", color="line", facet_col="curve",
                      facet_col_wrap=3, facet_col_spacing=0.09, facet_row_spacing=0.2,
                      title=title, template="plotly_white",
                      color_discrete_map={"each step": "#56B4E9", "mean": "#0072B2"})
@@ -181,9 +182,17 @@ def watch(
 def main(
     words: list[str],  # recipe=NAME data=FILE checkpoints=FOLDER logs=FOLDER [key=value ...]
 ) -> None:
-    "The command line without a profile: train one recipe."
+    "The command line without a profile: train one recipe, or be one of the processes that do."
     recipe, settings, paths = read_words(words)
-    print(f"{recipe.name} is ready: {train_here(recipe, settings, *paths)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return print(f"{recipe.name} is ready: {train_here(recipe, settings, *paths)}")
+    require_package("accelerate")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not settings.gpus)
+    with state.main_process_first():  # the first plans; the others read what it wrote
+        run = plan(recipe, settings, *paths, print if state.is_main_process else lambda *_: None)
+    _train(run, state.is_main_process)
 
 # %% ../../nbs/training/47_train.ipynb #db1c484a
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file

@@ -47,10 +47,10 @@ def _register_platform() -> None:
                               "profiler_start", "profiler_stop", "cudart"))
     methods: dict = {name: (lambda self, *_, _answer=answer, **__: _answer)
                      for name, answer in answers.items()}
-    methods |= dict.fromkeys(("manual_seed", "manual_seed_all"),
-                             lambda self, seed: torch.manual_seed(seed))
+    seed = lambda self, seed: torch.manual_seed(seed)
     facts = {"device_name": "cpu", "vendor_name": "cpu", "device_module": _Device("cpu_device"),
-             "nvtx_range": lambda self, *_: contextlib.nullcontext()}
+             "nvtx_range": lambda self, *_: contextlib.nullcontext(),
+             "manual_seed": seed, "manual_seed_all": seed}
     platform = type("PlatformCPU", (PlatformBase,), methods | facts)
     PlatformRegistry.register(platform="cpu")(platform)
 
@@ -116,9 +116,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #ef2e9ec7
-def _asked_for(environment=os.environ) -> bool:
+def _asked_for() -> bool:
     "Was verl told to load this module?"
-    modules = environment.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
+    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
     return "medvlthinker.training.verl_cpu" in modules
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #99eebacf
@@ -147,13 +147,11 @@ def cpu_overrides(
     plain = ("strategy=fsdp2", "use_torch_compile=False", "fsdp_config.use_torch_compile=False",
              "fsdp_config.param_offload=False")
     engines = [f"{part}.{who}.{setting}" for who in ("actor", "ref") for setting in plain]
-    exact = "mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     return [
         "trainer.device=cpu", "trainer.nnodes=1", f"trainer.n_gpus_per_node={workers}", *engines,
         f"{part}.model.use_remove_padding=False",
         f"{part}.model.enable_gradient_checkpointing=False",
         f"++{part}.model.override_config.attn_implementation=sdpa",
-        *(f"+{part}.{who}.fsdp_config.{exact}" for who in ("actor", "ref")),
         f"{rollout}.enforce_eager=True", f"{rollout}.dtype=float32",
         f"{rollout}.free_cache_engine=False", f"+{rollout}.enable_sleep_mode=False",
         f"{rollout}.gpu_memory_utilization=0.1", f"{rollout}.tensor_model_parallel_size=1",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, python
+import warm
+from conftest import ROOT
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
@@ -14,16 +15,12 @@ from medvlthinker.training.sft import accelerate_config, read_metrics
 from transformers import AutoModelForImageTextToText
 
 WORKER = ROOT / "tests" / "gpu_paths" / "worker.py"
-GRADIENTS = {  # name: model, data, settings
-    "tied": ("tied", "images", {}),
+CASES = {  # name: model, data, settings
+    "tied, layers computed again": ("tied", "images", {"gradient_checkpointing": "true"}),
     "untied": ("untied", "images", {}),
     "text": ("untied", "text", {}),
-    "LoRA, tied": ("tied", "images", {"lora_rank": 4}),
-    "LoRA, untied": ("untied", "images", {"lora_rank": 4}),
-    "layers computed again": ("untied", "images", {"gradient_checkpointing": "true"}),
-    "two rows at once": ("untied", "images", {"micro_batch": 2}),
+    "LoRA": ("tied", "images", {"lora_rank": 4}),
 }
-RESUMED = {"text": ("tied", "text", {}), "images": ("untied", "images", {}), "LoRA": ("tied", "images", {"lora_rank": 4})}
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +52,31 @@ def run(places: Path, name: str, cases: dict, processes: int) -> None:
         path = places / f"{name}.accelerate.json"
         path.write_text(json.dumps(config))
         words = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0", *words]
-    done = python(*words)
+    done = warm.run(*words, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def case(places: Path, group: str, name: str, gpus: int, **more) -> dict:
-    model, data, settings = (GRADIENTS | RESUMED)[name] if group != "resumed" else RESUMED[name]
+def case(places: Path, group: str, name: str, gpus: int, more: dict | None = None, **keys) -> dict:
+    model, data, settings = CASES[name]
     return {"model": str(places / model), "data": str(places / f"{data}.parquet"), "folder": str(places / group / name.replace(" ", "_")),
-            "settings": {"gpus": gpus, **settings}, **more}
+            "settings": {"gpus": gpus, **settings, **(more or {})}, **keys}
 
 
 @pytest.fixture(scope="module")
 def trained(places) -> dict[str, dict]:
-    "The gradients of each case, by group: one process, two that share the weights (FSDP), two that do not (DDP), and TRL's own loss."
-    groups = {"one": {name: case(places, "one", name, 1, sharded=False) for name in GRADIENTS},
-              "fsdp": {name: case(places, "fsdp", name, 2) for name in GRADIENTS},
-              "ddp": {name: case(places, "ddp", name, 2, sharded=False) for name in ("tied", "untied")},
+    """The gradients of each case, by group: one process, two that share the weights (FSDP), two that do not (DDP), TRL's own loss, and two rows at once;
+    and the folders of two steps of which the second was taken away and trained again."""
+    groups = {"one": {name: case(places, "one", name, 1, sharded=False) for name in CASES},
+              "rows": {"untied": case(places, "rows", "untied", 1, {"micro_batch": 2}, sharded=False)},
+              "fsdp": {name: case(places, "fsdp", name, 2) for name in CASES},
+              "ddp": {"untied": case(places, "ddp", "untied", 2, sharded=False)},
               "trl": {"untied": case(places, "trl", "untied", 2, own_loss=False)}}
-    run(places, "one", groups["one"], 1)
-    two = {f"{group} {name}": each for group in ("fsdp", "ddp", "trl") for name, each in groups[group].items()}
-    run(places, "two", two, 2)
-    return {group: {name: torch.load(Path(each["folder"]) / "gradients.pt") for name, each in cases.items()} for group, cases in groups.items()}
+    again = {name: case(places, "again", name, 2, again=True, steps=2) for name in ("untied", "text", "LoRA")}
+    for processes, names in ((1, ("one", "rows")), (2, ("fsdp", "ddp", "trl"))):
+        cases = {f"{group} {name}": each for group in names for name, each in groups[group].items()}
+        run(places, str(processes), cases | (again if processes == 2 else {}), processes)
+    found = {group: {name: torch.load(Path(each["folder"]) / "gradients.pt") for name, each in cases.items()} for group, cases in groups.items()}
+    return found | {"again": {name: Path(each["folder"]) for name, each in again.items()}}
 
 
 def distances(one: dict, other: dict) -> dict[str, float]:
@@ -84,7 +85,7 @@ def distances(one: dict, other: dict) -> dict[str, float]:
     return {name: float((one["gradients"][name] - grad).norm() / grad.norm()) for name, grad in other["gradients"].items()}
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_gradient_is_that_of_one_process(trained, name):
     shared, alone = trained["fsdp"][name], trained["one"][name]
     assert (shared["sharded"], shared["processes"]) == (True, 2) and (alone["sharded"], alone["processes"]) == (False, 1)
@@ -95,19 +96,17 @@ def test_every_gradient_is_that_of_one_process(trained, name):
 
 def test_no_gpu_holds_whole_gradients_between_two_micro_batches(trained):
     "By default they are divided at the end of an update only, and 2 bytes for each parameter of the model lie on every GPU until then."
-    undivided = {name: case["undivided"] for name, case in trained["fsdp"].items()}
-    assert undivided == {**dict.fromkeys(undivided, 0), "two rows at once": -1}  # which has one pass an update
+    assert {case["undivided"] for case in trained["fsdp"].values()} == {0}
 
 
 def test_processes_with_whole_models_agree(trained):
-    for name in trained["ddp"]:
-        assert not trained["ddp"][name]["sharded"]
-        assert max(distances(trained["fsdp"][name], trained["ddp"][name]).values()) < 1e-5
+    assert not trained["ddp"]["untied"]["sharded"]
+    assert max(distances(trained["fsdp"]["untied"], trained["ddp"]["untied"]).values()) < 1e-5
 
 
 def test_rows_at_once_do_not_change_what_is_learnt(trained):
     "The mean of the rows' means, whether a pass takes one row or two."
-    assert max(distances(trained["one"]["two rows at once"], trained["one"]["untied"]).values()) < 1e-5
+    assert max(distances(trained["rows"]["untied"], trained["one"]["untied"]).values()) < 1e-5
 
 
 def test_these_tests_see_a_wrong_head(trained):
@@ -121,17 +120,11 @@ def test_text_leaves_the_vision_tower_alone(trained):
     assert [name for name in trained["fsdp"]["untied"]["gradients"] if "visual" in name]
 
 
-@pytest.fixture(scope="module")
-def resumed(places) -> dict[str, Path]:
-    cases = {name: case(places, "resumed", name, 2, again=True, steps=4) for name in RESUMED}
-    run(places, "resumed", cases, 2)
-    return {name: Path(each["folder"]) for name, each in cases.items()}
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_shared_run_goes_on_as_if_nothing_had_been(resumed, name):
-    "The last checkpoint is taken away; from the one before the same losses come again."
-    whole, again = (read_metrics(path) for path in (resumed[name] / "undisturbed.jsonl", resumed[name] / "logs" / "metrics.jsonl"))
-    assert [line["step"] for line in again] == [1, 2, 3, 4]
+@pytest.mark.parametrize("name", ["untied", "text", "LoRA"])
+def test_a_shared_run_goes_on_as_if_nothing_had_been(trained, name):
+    "The last checkpoint is taken away; from the one before the same loss comes again."
+    folder = trained["again"][name]
+    whole, again = (read_metrics(path) for path in (folder / "undisturbed.jsonl", folder / "logs" / "metrics.jsonl"))
+    assert [line["step"] for line in again] == [1, 2]
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in whole], rel=1e-5)
-    assert whole[0]["loss"] > whole[3]["loss"]
+    assert whole[0]["loss"] != whole[1]["loss"]

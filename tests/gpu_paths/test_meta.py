@@ -56,17 +56,12 @@ def test_adapters_stand_beside_the_seven_matrices_of_the_language_model_alone(si
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_layers_that_fsdp_wraps_are_classes_of_the_model(size):
+def test_the_layers_that_fsdp_wraps_are_classes_of_the_model_and_only_the_3b_ties_its_head(size):
     net = meta_model(size)
     wrapped = accelerate_config(find(f"{size}-SFT_m23k"), TrainingSettings(gpus=8, dtype="bfloat16"))["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
     modules = [type(module).__name__ for module in net.modules()]
     assert {name: modules.count(name) for name in wrapped} == {"Qwen2_5_VLDecoderLayer": LANGUAGE[size][3], "Qwen2_5_VLVisionBlock": 32}
     assert set(wrapped) == set(net._no_split_modules)  # by which the estimate counts what is gathered
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_only_the_3b_ties_its_head_to_the_embedding(size):
-    net = meta_model(size)
     tied = net.get_output_embeddings().weight is net.get_input_embeddings().weight
     assert tied == (size == "3B") == net.config.tie_word_embeddings == net.config.text_config.tie_word_embeddings
 

@@ -2,25 +2,24 @@
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, split
+from conftest import ROOT
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import load_profile
-from medvlthinker.training.checkpoint import merge
-from medvlthinker.training.recipe import RECIPES, find
-from medvlthinker.training.sft import reward_file
+from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
+from medvlthinker.training.sft import plan
 from medvlthinker.training import verl
 from medvlthinker.training.verl import (
-    compare_settings, composed_settings, count_rows, latest_checkpoint, overrides,
-    verl_parquet, verl_row, write_rows)
+    DIFFERENCES, complete_checkpoints, composed_settings, overrides, published_settings,
+    verl_parquet, verl_row)
 from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh setup full installs it")]
@@ -84,8 +83,7 @@ OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "data.seed": S
 UNPADDED = {"actor_rollout_ref.model.use_remove_padding": True,
             "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
 PADDED = {"actor_rollout_ref.model.use_remove_padding": False,
-          "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
-          "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4}
+          "actor_rollout_ref.model.override_config.attn_implementation": "sdpa"}
 SHARED |= UNPADDED | {"data.seed": 1, "actor_rollout_ref.rollout.seed": 0}
 
 
@@ -111,6 +109,20 @@ def differing(found: dict, expected: dict) -> dict:
             if found.get(key) != value}
 
 
+def accepted_by_verl(words: list[str]) -> dict:
+    "The configuration that verl makes of a command, once its own checks have passed."
+    from hydra import compose, initialize_config_dir
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    package = Path(importlib.util.find_spec("verl").origin).parent
+    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
+        composed = compose("ppo_trainer", words)
+    assert need_reference_policy(composed) and not need_critic(composed)
+    validate_config(composed, use_reference_policy=True, use_critic=False)
+    return composed_settings(words)
+
+
 @pytest.mark.parametrize("flash", [True, False])
 def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkeypatch, flash):
     "verl's own configuration takes every word, and ends with the values that stand above."
@@ -118,32 +130,15 @@ def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkey
     assert set(PUBLISHED) == {name for name, recipe in RECIPES.items()
                               if recipe.method == "RL" and recipe.size != "tiny"}
     for name in PUBLISHED:
-        composed = composed_settings(words(name))
+        composed = accepted_by_verl(words(name))
         assert differing(composed, wanted(name, flash)) == {}, name
-        table = compare_settings(find(name), composed)
-        paper = dict(zip(table.setting, table.paper))
+        paper = published_settings(find(name))
         known = {key: value for key, value in published(name).items() if key in paper}
         assert differing(paper, known) == {} and len(known) >= 46, name
-        named = set(table[table.why != ""].setting)
-        assert named <= {*OTHERWISE, *PADDED, "trainer.max_actor_ckpt_to_keep",
-            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
-            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"}, name
-        assert not any(table.why == "set by a key of the profile"), name
-
-
-def test_verl_itself_accepts_every_recipe():
-    from hydra import compose, initialize_config_dir
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
-
-    package = Path(importlib.util.find_spec("verl").origin).parent
-    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
-        for name in PUBLISHED:
-            composed = compose("ppo_trainer", words(name))
-            assert need_reference_policy(composed) and not need_critic(composed)
-            validate_config(composed, use_reference_policy=True, use_critic=False)
-        with pytest.raises(Exception, match="no_such_key"):
-            compose("ppo_trainer", [*words(name), "trainer.no_such_key=1"])
+        others = set(differing(composed, paper))
+        assert others <= {*OTHERWISE, *PADDED, "trainer.max_actor_ckpt_to_keep"} <= set(DIFFERENCES), name
+    with pytest.raises(Exception, match="no_such_key"):
+        composed_settings([*words(name), "trainer.no_such_key=1"])
 
 
 # --- (b) the data ----------------------------------------------------------------------------------------------------------
@@ -167,12 +162,20 @@ def blank_tiny(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
+def written(samples, folder: Path, model: Path, most: int = 512) -> Path:
+    "verl's file of samples, as a run with this limit makes it."
+    recipe = find("tiny-RL_PMC")
+    recipe = replace(recipe, how=replace(recipe.how, max_prompt_length=most))
+    write_samples(samples, folder / f"{samples[0].dataset_name}.parquet")
+    settings = TrainingSettings(base=str(model), max_rejected=len(samples))
+    return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))
+
+
 def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
     "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
     samples = synthetic.corpus("pmc_vqa", 150, 0)
     samples.insert(1, next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
-    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "scans.parquet")
-    read = verl_dataset(tmp_path / "scans.parquet", blank_tiny, 512)
+    read = verl_dataset(written(samples, tmp_path, blank_tiny), blank_tiny, 512)
     assert len(read) == 151
     for place in (0, 1, 64, 150):
         sample, row = samples[place], read[place]
@@ -182,8 +185,9 @@ def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
         assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
         assert json.loads(row["extra_info"]["options"]) == sample.options
     texts = synthetic.corpus("m23k", 10, 0)
-    write_rows((verl_row(sample, place) for place, sample in enumerate(texts)), tmp_path / "texts.parquet")
-    assert [row["raw_prompt"][0]["content"] for row in verl_dataset(tmp_path / "texts.parquet", blank_tiny, 512)] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
+    read = verl_dataset(written(texts, tmp_path, blank_tiny), blank_tiny, 512)
+    assert [row["raw_prompt"][0]["content"] for row in read] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
+    assert "images" not in read.dataframe.column_names
 
 
 @pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
@@ -194,31 +198,10 @@ def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
 
     samples = synthetic.corpus(corpus, 60, 1)
     most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
-    ours = verl_parquet(samples, tmp_path / "ours.parquet", str(blank_tiny), most, {})
-    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
-    assert 0 < count_rows(ours) < 60
-    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == count_rows(ours) == len(verl_dataset(tmp_path / "all.parquet", blank_tiny, most, filtered=True))
-
-
-def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_tiny, real_data):
-    "The same with pictures of real sizes under the limits of Qwen2.5-VL's processor, at five limits that cut through them."
-    from medvlthinker.data import benchmarks
-    from medvlthinker.data.readers import DataSettings
-    from medvlthinker.difficulty.preflight import lengths
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(blank_tiny)
-    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
-    shutil.copytree(blank_tiny, tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    samples = []
-    for name in ("vqa_rad_closed", "MMMU-medical", "pmc_vqa"):
-        samples += split(benchmarks.open_benchmark(name, DataSettings(data_dir=str(real_data))).samples(name))[0][:36]
-    counted = sorted(lengths(samples, AutoProcessor.from_pretrained(tmp_path / "model")).prompt_tokens)
-    write_rows((verl_row(sample, place) for place, sample in enumerate(samples)), tmp_path / "all.parquet")
-    assert len(samples) >= 20 and counted[-1] > 2 * counted[0]
-    for most in counted[2::len(counted) // 5]:
-        assert len(verl_dataset(tmp_path / "all.parquet", tmp_path / "model", int(most), filtered=True)) == sum(count <= most for count in counted)
+    ours, whole = (written(samples, tmp_path, blank_tiny, limit) for limit in (most, 512))
+    kept = len(verl_dataset(ours, blank_tiny, 512))
+    assert 0 < kept < 60
+    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == kept == len(verl_dataset(whole, blank_tiny, most, filtered=True))
 
 
 # --- (c), (d), (e) the run -------------------------------------------------------------------------------------------------
@@ -226,16 +209,16 @@ def test_verl_counts_tokens_of_real_images_as_we_do(tmp_path, own_cache, blank_t
 RUN = """
 import sys
 from dataclasses import replace
+from pathlib import Path
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import find
-from medvlthinker.training.verl import train
-from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
+from medvlthinker.training.train import train_here
 
 name, data, steps = sys.argv[1:]
 recipe, workspace = find(name), Workspace("smoke")
 how = replace(recipe.how, kl_coef=0.01, warmup_steps=0, save_every=1, keep=0)
-train(replace(recipe, how=how), load_profile("smoke", max_steps=int(steps)), data,
-      workspace.checkpoints, workspace.logs / name, cpu_overrides(), cpu_environment())
+train_here(replace(recipe, how=how), load_profile("smoke", trainer="verl", max_steps=int(steps)),
+           Path(data), workspace.checkpoints, workspace.logs / name)
 """
 
 
@@ -276,7 +259,7 @@ def lines(path: Path) -> list[dict]:
 def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
     "Two steps of GRPO with images through verl itself, SIGKILL after the first; the same command goes on, and the merged model is the trained one."
     write_samples(synthetic.corpus("pmc_vqa", 40, 3), data := tmp_path / "pmc_vqa.parquet")
-    folder, logs = warm_home / "smoke" / "checkpoints" / "tiny-RL_PMC.training", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
+    checkpoints, logs = warm_home / "smoke" / "checkpoints", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
     first, begun = begin(tmp_path / "first.log", "tiny-RL_PMC", data), 1
     try:
         until = time.monotonic() + 1800
@@ -294,7 +277,8 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
     while processes_of(warm_home) and time.monotonic() < until:
         time.sleep(0.5)
     assert not processes_of(warm_home)  # Ray's processes ended with the one that started them
-    assert latest_checkpoint(folder)[0] == 1 and [row["step"] for row in lines(logs / "metrics.jsonl")] == [1]
+    folder, = (checkpoints / "tiny-RL_PMC.training").glob("*/global_step_1/..")
+    assert list(complete_checkpoints(folder)) == [1] and [row["step"] for row in lines(logs / "metrics.jsonl")] == [1]
     torn = folder / "global_step_2" / "actor"  # as if the kill had come a second later: a folder begun, a number emptied
     torn.mkdir(parents=True, exist_ok=True)
     (torn / "model_world_size_1_rank_0.pt").write_bytes(b"PK\x03\x04 torn")
@@ -307,15 +291,13 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
     not_in_time(tmp_path / "second.log", second.returncode)
     assert second.returncode == 0, (tmp_path / "second.log").read_text()[-3000:]
     assert "step 1 of 2" in (tmp_path / "second.log").read_text()
-    step, last = latest_checkpoint(folder)
-    assert step == 2 and (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert max(complete_checkpoints(folder)) == 2 and (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
     rows = lines(logs / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and [row["step"] for row in lines(logs / f"verl-{starts + 1:03}.jsonl")] == [2]
     assert all(0 < row["reward"] < 1 and 1 < row["length"] <= 48 and row["learning_rate"] > 0 and row["seconds"] > 0 and row["tokens"] > 0 for row in rows)
     assert {"kl", "entropy", "loss", "grad_norm"} <= set(rows[0]) and rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 0
-    start = warm_home / "smoke" / "checkpoints" / "tiny"  # test_checkpoint holds the logits of a merged model against those of its shards
-    merged = load_file(merge(last / "actor", str(start), tmp_path / "merged", own=folder) / "model.safetensors")
-    assert any((merged[name] != weight).any() for name, weight in load_file(start / "model.safetensors").items())
+    start, merged = (load_file(checkpoints / name / "model.safetensors") for name in ("tiny", "tiny-RL_PMC"))
+    assert start.keys() == merged.keys() and any((merged[name] != start[name]).any() for name in start)  # test_checkpoint holds logits against shards
 
     third = begin(tmp_path / "third.log", "tiny-RL_PMC", data)  # nothing is left to do
     assert third.wait(300) == 0 and len(list(logs.glob("verl-*.sh"))) == starts + 1
@@ -331,16 +313,3 @@ def test_a_step_on_questions_without_a_picture(warm_home, tmp_path):
     assert run.returncode == 0, log.read_text()[-3000:]
     rows = lines(warm_home / "smoke" / "logs" / "tiny-RL_m23k" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1] and rows[0]["grad_norm"] > 0
-
-
-def test_verl_loads_our_reward_by_path():
-    "verl's own loader takes core/grade.py by its path, and the reward is the metric."
-    from omegaconf import OmegaConf
-    from verl.trainer.ppo.reward import get_custom_reward_fn
-
-    function = {"path": str(reward_file()), "name": "compute_score"}
-    score = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": function}}))
-    info = {"answer_label": "B", "answer": "No", "options": json.dumps({"A": "Yes", "B": "No"})}
-    answers = ["<think> x </think>\n<answer> B </answer>", "<think> x </think>\n<answer> A </answer>", "<think> x </think>\n<answer>\nB\n</answer>"]
-    found = [score(data_source="toy", solution_str=text, ground_truth="No", extra_info=info) for text in answers]
-    assert found == [1.0, 0.0, 0.0]

@@ -5,19 +5,24 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from medvlthinker.core.files import UserError, write_record
-from medvlthinker.training import verl
+from medvlthinker.core.files import UserError, record_path
+from medvlthinker.data import synthetic
+from medvlthinker.data.sample import write_samples
+from medvlthinker.training import checkpoint, verl
 from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.train import train_here
 
 ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
@@ -66,7 +71,7 @@ for name in ("actor", "ref"):
                        position_ids=places[:, 1:, :4]).logits[0]
     found[name] = {"attention": module.config._attn_implementation,
                    "dtype": part.engine.model_dtype, "padding removed": engine.use_remove_padding,
-                   "alike": bool(torch.allclose(padded, alone, atol=1e-5))}
+                   "apart": (padded - alone).abs().max().item()}
 print("FOUND", json.dumps(found))
 """
 
@@ -91,7 +96,7 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     done = build(verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
-    kind = {"attention": "sdpa", "padding removed": False, "alike": True}
+    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5)}
     assert found == {"awake": False, "sleeps": True, "actor": kind | {"dtype": "fp32"},
                      "ref": kind | {"dtype": "bf16"}}
 
@@ -107,8 +112,6 @@ def test_attention_and_padding_go_together(monkeypatch, flash):
     assert not given[model + "use_fused_kernels"]  # what else wants rows without padding
     assert not given["actor_rollout_ref.actor.use_dynamic_bsz"]
     assert given["actor_rollout_ref.actor.ulysses_sequence_parallel_size"] == 1
-    notes = verl.run_notes(TEXT, NODE)
-    assert len(notes) == (not flash) and all("padded places are computed" in each for each in notes)
 
 
 def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
@@ -117,12 +120,34 @@ def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
     assert importlib.util.find_spec("flash_attn") and not verl.has_flash_attention()
 
 
+def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path, blank):
+    "From the plan to the folder that an engine loads; only verl itself, and its merger, are played."
+    started = []
+
+    def play(words, variables, logs, show):
+        given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+        step = Path(given["trainer.default_local_dir"]) / "global_step_2"
+        (step / "actor" / "huggingface").mkdir(parents=True)
+        (step / "actor" / "huggingface" / "config.json").write_text("{}")
+        (step / "actor" / "fsdp_config.json").write_text('{"world_size": 1}')
+        for name in ("data.pt", *(f"actor/{kind}_world_size_1_rank_0.pt" for kind in ("model", "optim", "extra_state"))):
+            zipfile.ZipFile(step / name, "w").close()
+        started.append((given["data.train_files"], given["trainer.total_training_steps"]))
+
+    monkeypatch.setattr(verl, "run_verl", play)
+    monkeypatch.setattr(verl, "require_package", lambda *names, instead: None)
+    monkeypatch.setattr(checkpoint, "_gather_verl", lambda place, folder, log: shutil.copytree(blank, folder, dirs_exist_ok=True) and None)
+    write_samples(synthetic.corpus("pmc_vqa", 16), tmp_path / "pmc_vqa.parquet")
+    settings = TrainingSettings(base=str(blank), trainer="verl", max_steps=2)
+    train = lambda: train_here(find("tiny-RL_PMC"), settings, tmp_path / "pmc_vqa.parquet", tmp_path, tmp_path / "logs", lambda line: None)
+    final = train()
+    assert (final / "model.safetensors").is_file() and json.loads(record_path(final).read_text())["merge"]["layout"] == "verl"
+    assert train() == final and started == [(str(tmp_path / "verl" / "pmc_vqa-512.parquet"), "2")]
+
+
 # --- one node --------------------------------------------------------------------------------------------------------------
 
-CLUSTERS = ["", "http://127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:1", "auto"]
-
-
-@pytest.mark.parametrize("address", CLUSTERS)
+@pytest.mark.parametrize("address", ["", "http://127.0.0.1:1", "auto"])
 def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, tmp_path, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     verl.refuse_missing_nodes([TEXT], NODE)
@@ -138,22 +163,17 @@ def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, 
 # --- several nodes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["", "ray://head:10001", "head:6379", "auto"])
+@pytest.mark.parametrize("address", ["", "head:6379"])
 def test_several_nodes_want_an_http_address(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes.*http://HEAD:8265"):
         verl.refuse_missing_nodes([TEXT, LARGE], NODE)
     verl.refuse_missing_nodes([TEXT, LARGE], replace(NODE, nodes=1))
     verl.refuse_missing_nodes([LARGE], replace(NODE, trainer="trl"))
-
-
-def test_missing_nodes_are_counted(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setattr(verl, "_count_nodes", lambda address, gpus: 3)
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes with 8 GPUs, and Ray has 3"):
         verl.refuse_missing_nodes([LARGE], NODE)
-    monkeypatch.setattr(verl, "_count_nodes", lambda address, gpus: 4)
-    verl.refuse_missing_nodes([LARGE], NODE)
 
 
 def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
@@ -204,7 +224,7 @@ case $2 in
     logs) wait_for $6 ;;
 esac
 """
-QUOTED = ["a='7'", "b={x:fp16,y:fp32}", "c=[console,file]", "d='it\\'s $HOME'"]
+QUOTED = ["a='7'", "c=[console,file]", "d='it\\'s $HOME'"]
 
 
 def write_stand_in(folder: Path) -> Path:
@@ -229,14 +249,12 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(write_stand_in(tmp_path / "stand-in")))
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     monkeypatch.setenv("STATE", str(tmp_path / "state"))
-    with write_record(tmp_path / "data.parquet", {"samples": "a"}):
-        (tmp_path / "data.parquet").touch()
     return tmp_path
 
 
 def start(folder: Path, shown: list) -> None:
-    verl._run(LARGE, NODE, folder / "run", folder / "logs", QUOTED, {}, 100, folder / "data.parquet",
-              shown.append)
+    run = SimpleNamespace(recipe=LARGE, settings=NODE, folder=folder / "run", logs=folder / "logs", steps=100)
+    verl._start(run, QUOTED, {}, shown.append)
 
 
 def actions(folder: Path) -> list[str]:
@@ -272,19 +290,6 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     assert shown == [f"Ray is still at work on 32B-RL_m23k (job {job}); following it.", *STEPS]
     assert actions(cluster).count("submit") == 1 and actions(cluster)[-1] == "logs"
     assert (cluster / "run" / "global_step_50" / "actor").is_dir()
-
-
-def test_a_job_that_ray_knows_already_is_not_started_beside_it(cluster):
-    start(cluster, [])
-    (cluster / "logs" / "verl-001.sh").unlink()  # somebody deleted the logs
-    with pytest.raises(UserError, match="already exists"):
-        start(cluster, [])
-
-
-def test_a_cluster_that_does_not_answer_stops_the_start(cluster):
-    (cluster / "bin" / "ray").write_text("#!/bin/sh\necho ConnectionError: nobody there >&2; exit 1")
-    with pytest.raises(UserError, match="does not answer at http://head:8265.*nobody there"):
-        verl.is_at_work("x-001")
 
 
 @pytest.fixture(scope="module")

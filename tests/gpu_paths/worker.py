@@ -111,7 +111,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
     plain, curves = sft.sft_settings, sft.curve_callback
-    here = {"use_cpu": True, "dataloader_num_workers": 0, "save_steps": 2, "max_grad_norm": 1e9}
+    here = {"use_cpu": True, "dataloader_num_workers": 0, "save_steps": 1, "max_grad_norm": 1e9}
     sft.sft_settings = lambda run: plain(run) | here
     for given in json.loads(Path(sys.argv[1]).read_text()):
         train(Case(**given))

@@ -9,20 +9,18 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import ROOT, python, says
+from conftest import ROOT, python
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.app import cli, commands
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
-from medvlthinker.training.checkpoint import merge
 from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
-from medvlthinker.training.sft import WHOLE, accelerate_config, accelerate_file, last_whole
+from medvlthinker.training.sft import WHOLE, accelerate_config, last_whole
 from medvlthinker.training.train import curves, train_here
 from safetensors.numpy import load_file
 
-SFT, GRPO = ("sft", "tiny-SFT_PMC", 10), ("grpo", "tiny-RL_PMC", 8)
 
 
 @pytest.fixture
@@ -33,9 +31,9 @@ def ready(warm_home) -> Path:
     return warm_home
 
 
-def words(module: str, recipe: str, steps: int, home: Path) -> list[str]:
+def words(recipe: str, steps: int, home: Path) -> list[str]:
     "The words for Python that train a recipe in a home."
-    return ["-m", f"medvlthinker.training.{module}", f"recipe={recipe}", f"data={home / 'pmc_vqa.parquet'}",
+    return ["-m", "medvlthinker.training.train", f"recipe={recipe}", f"data={home / 'pmc_vqa.parquet'}",
             f"checkpoints={home / 'smoke' / 'checkpoints'}", f"logs={home / 'logs'}", f"max_steps={steps}"]
 
 
@@ -60,12 +58,12 @@ def killed_at(command: list[str], logs: Path, step: int) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("module, recipe, steps, at", [(*SFT, 6), (*GRPO, 7)])
-def test_killed_and_called_again(ready, tmp_path, module, recipe, steps, at):
+@pytest.mark.parametrize("recipe, steps, at", [("tiny-SFT_PMC", 10, 6), ("tiny-RL_PMC", 8, 7)])
+def test_killed_and_called_again(ready, tmp_path, recipe, steps, at):
     "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
-    whole, mine, theirs = tmp_path / "whole", words(module, recipe, steps, ready), words(module, recipe, steps, tmp_path / "whole")
+    whole, mine, theirs = tmp_path / "whole", words(recipe, steps, ready), words(recipe, steps, tmp_path / "whole")
     shutil.copytree(ready, whole)
-    done = python(*theirs)
+    done = python(*theirs)  # with a hash seed of its own
     assert done.returncode == 0, done.stderr[-3000:]
     killed_at(mine, ready / "logs", at)
     torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
@@ -84,41 +82,19 @@ def test_killed_and_called_again(ready, tmp_path, module, recipe, steps, at):
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
     again = warm.run(*mine, cwd=ROOT)
-    assert again.returncode == 0 and "step" not in again.stdout.split("from ")[-1], "a run that has ended is not run again"
-    assert len(curves(ready / "logs")) == steps
+    assert again.returncode == 0 and "step" not in again.stdout, "a run that has ended is not run again"
 
 
 def test_two_processes_share_a_run(ready):
     "The same rows, the same number of steps, one set of curves: two processes over gloo, started as accelerate starts GPUs."
     config = {**accelerate_config(find("tiny-SFT_PMC"), TrainingSettings()), "num_processes": 2}
-    path = accelerate_file(ready / "logs")
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(config))
-    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("sft", "tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT)
+    (path := ready / "accelerate.json").write_text(json.dumps(config))
+    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(curves(ready / "logs").index) == [1, 2, 3, 4]
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder)[1] == 4
-
-
-def trained_with(home: Path, module: str, recipe: str, steps: int, sizes: tuple[int, int]) -> list[tuple]:
-    "The curves and the weights of a recipe that is trained anew with each micro batch."
-    found = []
-    for size in sizes:
-        logs = home / f"logs{size}"
-        done = warm.run(*words(module, recipe, steps, home), f"logs={logs}", f"micro_batch={size}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append((curves(logs), weights(home, recipe, steps)))
-        shutil.rmtree(home / "smoke" / "checkpoints" / f"{recipe}.training")
-    return found
-
-
-def test_a_row_counts_the_same_however_many_are_taken_at_once(ready):
-    "gradient-accumulation: the same losses and weights, up to rounding, from sixteen rows at once and from one."
-    (whole, ends), (single, other) = trained_with(ready, "sft", "tiny-SFT_PMC", 3, (16, 1))
-    assert whole.loss.tolist() == pytest.approx(single.loss.tolist(), rel=1e-5)
-    assert max(abs(ends[name] - other[name]).max() for name in other) < 1e-4
 
 
 def test_logits_stay_in_half_precision(ready, monkeypatch):
@@ -137,25 +113,25 @@ def test_logits_stay_in_half_precision(ready, monkeypatch):
 
 def test_answers_at_once_do_not_change_what_is_rewarded(ready):
     "GRPO: the same answers, rewards and losses, up to rounding, from all answers of an update at once and from eight."
-    (whole, _), (parts, _) = trained_with(ready, "grpo", "tiny-RL_PMC", 2, (64, 8))
-    for name in ("reward", "length"):
-        assert whole[name].tolist() == pytest.approx(parts[name].tolist())
-    assert whole.grad_norm.tolist() == pytest.approx(parts.grad_norm.tolist(), rel=1e-2)
-    assert whole.reward.mean() > 0
+    for size in (64, 8):
+        done = warm.run(*words("tiny-RL_PMC", 1, ready), f"logs={ready / f'logs{size}'}", f"micro_batch={size}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC.training")
+        shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC")
+    whole, parts = (curves(ready / f"logs{size}").iloc[0] for size in (64, 8))
+    assert [*whole[["reward", "length"]]] == pytest.approx([*parts[["reward", "length"]]]) and whole.reward > 0
+    assert whole.grad_norm == pytest.approx(parts.grad_norm, rel=1e-2)
 
 
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
-    done = warm.run("-m", "medvlthinker.training.train", *words("sft", "tiny-SFT_PMC", 4, ready)[2:], "lora_rank=4", cwd=ROOT)
+    done = warm.run(*words("tiny-SFT_PMC", 4, ready), "lora_rank=4", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     home = ready / "smoke" / "checkpoints"
     model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
     assert model.keys() == start.keys()
     moved = {name for name in model if not (model[name] == start[name]).all()}
     assert moved == {name for name in model if "visual" not in name and name.endswith("_proj.weight")}
-    checkpoint = next(home.glob("tiny-SFT_PMC.training/*/checkpoint-4"))
-    merge(checkpoint, str(home / "tiny"), ready / "again", checkpoint.parent.parent)
-    assert same(load_file(ready / "again" / "model.safetensors"), model)
 
 
 def test_the_small_gpu_run_has_the_steps_that_it_asks_for():
@@ -174,14 +150,11 @@ def blank(home, tmp_path) -> Path:
     (["recipe=3B-RL_m32k"], ["No recipe '3B-RL_m32k'; known are", "3B-RL_m23k"]),
     (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
     (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors)"]),
-    (["recipe=tiny-SFT_PMC", "init=nowhere"], ["No model 'nowhere'"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no reasoning to imitate", "31_distill"]),
     (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
     (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-200-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
     (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
-    (["recipe=tiny-RL_m23k", "init=BLANK", "max_rejected=1"], ["No row of m23k-200-tiny-easy_to_hard.parquet can be used for tiny-RL_m23k", "longer than 512 tokens"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=trackio"], ["report_to=trackio needs the package trackio"]),
-    (["recipe=tiny-SFT_PMC", "init=BLANK", "train_limit=40", "max_steps=2", "seed=x"], ["seed wants a whole number"]),
 ])
 def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     (tmp_path / "hollow").mkdir()
@@ -200,11 +173,6 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     for part in parts:
         assert part in str(said.value)
     assert not [path for path in Workspace("smoke").checkpoints.iterdir() if (path / "config.json").exists()], "nothing stands under a final name"
-
-
-def test_a_mistake_ends_the_command_with_one_sentence(home):
-    says(python("-m", "medvlthinker.app.cli", "train", "smoke", "recipe=3B-RL_m23k"), "3B-RL_m23k needs GPUs")
-    says(python("-m", "medvlthinker.training.sft", "recipe=tiny-RL_PMC", "data=a", "checkpoints=b", "logs=c"), "this module trains SFT")
 
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
