@@ -4,50 +4,31 @@
 
 # %% auto #0
 __all__ = ['VIEWER', 'read_notebook', 'fenced', 'figure_html', 'output_html', 'reference', 'page_markdown', 'relink', 'readme',
-           'find_pages', 'sidebar_entries', 'provenance', 'stage_page', 'stage', 'menu_html', 'pandoc',
-           'render_by_pandoc', 'write_search_index', 'check_site', 'build', 'web_server', 'serve']
+           'find_pages', 'sidebar_entries', 'provenance', 'stage_page', 'stage', 'menu_html', 'render_by_pandoc',
+           'write_search_index', 'check_site', 'build']
 
 # %% ../../nbs/app/76_site.ipynb #f776d115
-import ast, base64, fnmatch, functools, html, itertools, json, os, posixpath, re, shutil
+import ast, base64, fnmatch, html, json, os, posixpath, re, shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
 from .profile import Workspace, load_profile
 from ..core.commands import project_root, run_logged
-from ..core.files import UserError, atomic_write
+from ..core.files import UserError, atomic_write, require_package
 
 # %% ../../nbs/app/76_site.ipynb #66222485
 def read_notebook(path: Path):
     "The notebook as fastcore reads it; `UserError` for a file that is none."
+    require_package("fastcore")
     from fastcore.nbio import read_nb
 
     try:
-        nb = read_nb(path)
-        for cell in nb.cells:
-            if cell.cell_type == "code":
-                cell.outputs = _joined(cell.outputs)
-        return nb
+        return read_nb(path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a notebook ({type(error).__name__}: {error}); "
                         "restore it, or save it again in JupyterLab.") from None
-
-
-def _joined(outputs: list) -> list:
-    "The outputs with the pieces of a stream joined; of an overwritten line the last state."
-    from fastcore.xtras import clean_cli_output
-
-    result = []
-    for _, run in itertools.groupby(outputs, key=lambda output: output.get("name") or id(output)):
-        first, *others = run
-        if "text" in first:
-            text = "".join(piece["text"] for piece in (first, *others))
-            first = {**first, "text": clean_cli_output(text)}
-        result.append(first)
-    return result
 
 # %% ../../nbs/app/76_site.ipynb #9153d2bd
 def fenced(
@@ -343,35 +324,11 @@ def _link(entry: dict, here: str, up: str) -> str:
     mark = ' aria-current="page"' if href == here else ""
     return f'<a href="{up}{re.sub("[.]md$", ".html", href)}"{mark}>{text}</a>' if href else text
 
-# %% ../../nbs/app/76_site.ipynb #f58087c2
-def pandoc(
-    page: Path,  # of Markdown
-    dialect: str,
-    *words: str,  # further options of pandoc's command line
-) -> str:
-    "The page as HTML."
-    options = ["--mathml", "--wrap=preserve", "--syntax-highlighting=none", *words]
-    try:
-        return _pypandoc().convert_file(str(page), "html5", dialect, options, verify_format=False)
-    except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(f"pandoc could not read {page.name}: {last}") from None
-
-
-def _pypandoc():
-    "The library, when it has found a pandoc."
-    try:
-        import pypandoc
-
-        pypandoc.get_pandoc_path()
-    except (ImportError, OSError):
-        raise UserError("The site needs pandoc or Quarto; "
-                        "`pip install 'medvlthinker[notebooks]'` brings pandoc.") from None
-    return pypandoc
-
 # %% ../../nbs/app/76_site.ipynb #59579445
 def render_by_pandoc(staged: Path) -> Path:
     "Render what `stage` wrote; the folder of pages."
+    require_package("pypandoc")
+    import pypandoc  # before there are threads: two that import at once can find half a module
     import yaml
 
     config = yaml.safe_load((staged / "_quarto.yml").read_text(encoding="utf-8"))
@@ -380,12 +337,13 @@ def render_by_pandoc(staged: Path) -> Path:
     shutil.copytree(staged, site, ignore=unused)
 
     def render(name: str) -> str:
-        around = _around(name, config["website"])
-        facts = [f"--variable={key}:{value}" for key, value in around.items()]
-        return pandoc(staged / name, config["format"]["html"]["from"], "--toc", *facts,
-                      f"--template={staged / 'assets' / 'page.html'}")
+        around = _around(name, config["website"]).items()
+        options = ["--mathml", "--wrap=preserve", "--syntax-highlighting=none", "--toc",
+                   f"--template={staged / 'assets' / 'page.html'}",
+                   *(f"--variable={key}:{value}" for key, value in around)]
+        return pypandoc.convert_file(str(staged / name), "html5", config["format"]["html"]["from"],
+                                     options, verify_format=False)
 
-    _pypandoc()  # imported before there are threads: two that import at once can find half a module
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a pandoc of its own
         for name, page in zip(names, pool.map(render, names)):
             (site / name).with_suffix(".html").write_text(_coloured(page), encoding="utf-8")
@@ -442,54 +400,28 @@ def _words(text: str) -> str:
     return " ".join(html.unescape(plain).split())
 
 # %% ../../nbs/app/76_site.ipynb #9be5d553
-def check_site(site: Path) -> list[str]:
-    "A sentence for each dead link; `UserError` where a page loads something from another host."
-    pages = {path: _Links(path) for path in sorted(site.rglob("*.html"))}
-    styles = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.css")}
-    styles |= {path: page.styles for path, page in pages.items()}
-    loads = [(path, target) for path, text in styles.items() for target in
-             re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]+)""", text)]
-    loads += [(path, target) for path, page in pages.items() for target in page.loads]
-    for path, target in loads:
-        if re.match(r"\s*(https?:)?//", target):
-            raise UserError(f"{path.relative_to(site)} loads {target[:100]}: no page may load from "
-                            "another host; the notebook has to bring that itself.")
-    return [f"{path.relative_to(site).as_posix()} leads to {target}, which is not there."
-            for path, page in pages.items() for target in page.links + page.loads
-            if _is_dead(target, path, pages)]
+_LOADING = ("src", "href", "data", "poster", "srcset", "xlink:href")
 
 
-class _Links(HTMLParser):
-    "What a page loads and links, which anchors it has, and its styles."
+def check_site(site: Path) -> None:
+    "`UserError` where a page loads something from another host."
+    from bs4 import BeautifulSoup
 
-    def __init__(self, path: Path):
-        super().__init__()
-        self.loads, self.links, self.anchors, self.styles, self.tag = [], [], set(), "", ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tag = tag
-        for name, value in attrs:
-            if name in ("src", "href", "data", "poster", "srcset", "xlink:href"):
-                (self.links if tag in ("a", "area") else self.loads).append(value or "")
-            elif name == "style":
-                self.styles += value or ""
-            elif name == "id":
-                self.anchors.add(value)
-
-    def handle_data(self, data):
-        self.styles += data if self.tag == "style" else ""
-
-
-def _is_dead(target: str, path: Path, pages: dict[Path, _Links]) -> bool:
-    "Does a link within the site lead to no file, or to no anchor of a page?"
-    if re.match(r"[\w+.-]+:|//", target):
-        return False
-    file, _, anchor = unquote(target).partition("#")
-    there = Path(os.path.normpath(path.parent / file)) if file else path
-    named = bool(anchor) and "=" not in anchor  # the viewer reads a view from there
-    lost = named and there in pages and anchor not in pages[there].anchors
-    return lost or not there.is_file()
+    styles = [(path, path.read_text(encoding="utf-8")) for path in site.rglob("*.css")]
+    for path in sorted(site.rglob("*.html")):
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        styles += [(path, str(tag.string)) for tag in page("style")]
+        for tag in page(True):
+            names = ("style",) if tag.name in ("a", "area") else ("style", *_LOADING)
+            found = [(name, str(tag[name])) for name in names if name in tag.attrs]
+            styles += [(path, value if name == "style" else f"url({value})")
+                       for name, value in found]
+    for path, text in styles:
+        for target in re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]+)""", text):
+            if re.match(r"(https?:)?//", target):
+                raise UserError(
+                    f"{path.relative_to(site)} loads {target[:100]}: no page may load from another "
+                    "host; the notebook has to bring that itself.")
 
 # %% ../../nbs/app/76_site.ipynb #558a204f
 def build(
@@ -503,38 +435,10 @@ def build(
         run_logged(words, staged / "_quarto.log")
     else:
         render_by_pandoc(staged)
-    site, dead = root / "_docs", check_site(staged / "_docs")
-    shutil.rmtree(site, ignore_errors=True)
+    check_site(staged / "_docs")
+    shutil.rmtree(site := root / "_docs", ignore_errors=True)
     shutil.move(staged / "_docs", site)
     shutil.rmtree(staged)
     count, name = len(list(site.rglob("*.html"))), "Quarto" if quarto else "pandoc"
-    print(*dead, f"_docs/index.html: {count} pages, rendered by {name}.", sep="\n")
+    print(f"_docs/index.html: {count} pages, rendered by {name}.")
     return site / "index.html"
-
-# %% ../../nbs/app/76_site.ipynb #84d1ae67
-def web_server(
-    folder: Path,
-    port: int = 8000,  # on 127.0.0.1; 0 takes a free one
-) -> ThreadingHTTPServer:
-    "A silent web server for a folder. It holds its port; `serve_forever` lets it answer."
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *words): ...
-
-    try:
-        handler = functools.partial(Quiet, directory=str(folder))
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except (OSError, OverflowError):
-        other = port + 1 if port < 65535 else 8001
-        raise UserError(f"Port {port} of this machine is taken or out of reach; "
-                        f"name another, such as --port {other}.") from None
-
-# %% ../../nbs/app/76_site.ipynb #1e86ae35
-def serve(profile: str = "smoke", port: int = 8000) -> None:
-    "Make the site and show it on this machine until Ctrl-C."
-    with web_server(project_root() / "_docs", port) as server:
-        build(profile)
-        print(f"http://127.0.0.1:{server.server_port}/ shows the site until Ctrl-C.", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass

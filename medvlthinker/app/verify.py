@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'run_files', 'recorded', 'Finding', 'check_file', 'questions_file', 'rollout_mismatch', 'check_run',
-           'show_findings', 'Cell', 'find_cell', 'evaluations', 'describe_rollout', 'trace']
+           'show_findings', 'find_cell', 'evaluations', 'trace']
 
 # %% ../../nbs/app/74_verify.ipynb #a40ea918
-import csv, glob, io, os, textwrap
+import csv, glob, io, os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .cards import environment_line, settings_line
 from .profile import Workspace
 from ..core.files import UserError, file_hash, read_json, record_path, verify_checksum
 from ..data.sample import SampleFile
@@ -115,7 +114,6 @@ def questions_file(
     *source, name = folder.relative_to(root).parts[2:-1]
     base, samples = (root / "samples").joinpath(*source), rollout_record(folder)["samples"]
     paths = [base / f"{name}.parquet", *sorted(base.glob(f"{glob.escape(name)}-*.parquet"))]
-    paths = [path for path in paths if path.is_file()] or paths[:1]
     return next((path for path in paths if _holds(path, samples)), paths[0])
 
 
@@ -177,13 +175,6 @@ def show_findings(root: Path) -> int:  # files that are not what was recorded
     print(f"{len(found):,} files, {size:.1f} GB: {counts}")
     return states["changed"] + states["missing"]
 
-# %% ../../nbs/app/74_verify.ipynb #3f8189ae
-class Cell(NamedTuple):
-    "One cell of a table."
-    table: Path  # its CSV file
-    column: str  # a heading of the table
-    line: dict  # its row: model, origin, source, and a number under each heading
-
 # %% ../../nbs/app/74_verify.ipynb #7884933c
 TABLES = ("comparison.csv", "recipes.csv")  # in the order in which a cell is looked for
 
@@ -191,7 +182,7 @@ TABLES = ("comparison.csv", "recipes.csv")  # in the order in which a cell is lo
 def find_cell(
     root: Path,  # of a run
     cell: str,  # ROW/COLUMN, such as tiny/PMC
-) -> Cell:
+) -> tuple[Path, str, dict[str, str]]:  # the table, its heading, and the row under all headings
     "Where a cell is; `UserError` says what there is."
     row, _, name = cell.rpartition("/")
     column, rows = HEADINGS.get(name, name), dict[str, None]()
@@ -200,19 +191,19 @@ def find_cell(
         for line in csv.DictReader(io.StringIO(text)):
             rows[line["model"]] = None
             if line["model"] == row and column in HEADINGS.values() and line.get(column):
-                return Cell(path, column, line)
+                return path, column, line
     if not rows:
         raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
                         f"./reproduce.sh {root.name} first.")
-    if row in rows:
-        raise UserError(f"The row {row} has no number in a column {name}; columns are "
-                        f"{', '.join(HEADINGS.values())}.")
-    raise UserError(f"No row {row!r}; a cell is ROW/COLUMN, and the rows are {', '.join(rows)}.")
+    raise UserError(f"No number in row {row!r}, column {name!r}; a cell is ROW/COLUMN, rows are "
+                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())}.")
 
 # %% ../../nbs/app/74_verify.ipynb #1ed02327
-def evaluations(cell: Cell, root: Path) -> list[dict]:
+def evaluations(
+    folder: Path,  # of a source's results
+    row: str,  # of a table: a model, or `A - B`
+) -> list[dict]:
     "The evaluations behind a row: one, or the two of a difference; `UserError` where one is gone."
-    folder, row = root / "results" / cell.line["source"], cell.line["model"]
     records = [read_json(path) for path in sorted(folder.glob("*/evaluation.json"))]
     found = {" ".join(record["model"].split()): record for record in records if record}
     if row in found:
@@ -221,72 +212,49 @@ def evaluations(cell: Cell, root: Path) -> list[dict]:
         second = row.removeprefix(f"{first} - ")
         if second in found:
             return [found[first], found[second]]
-    raise UserError(f"{cell.table.name} has a row {row}, and {folder} has no evaluation of it; it "
-                    "was removed, or the table is of another run.")
-
-# %% ../../nbs/app/74_verify.ipynb #a90f66df
-_KEYS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
-
-
-def describe_rollout(
-    folder: Path,
-    root: Path,  # of the run
-    show: int = 3,  # answers that are shown
-) -> list[str]:
-    "Who was asked what, with which settings, in lines."
-    rollout, questions = load_rollout(folder), questions_file(folder, root)
-    record = rollout.record
-    lines = [
-        f"  {_inside(folder, root)}: {record['completions']} answers to {len(rollout)} questions",
-        f"    of {_inside(questions, root)}, prompt {record['instruction']}",
-        f"    by {record['model']}, weights {record['weights']}",
-        f"    with {settings_line({key: record[key] for key in _KEYS})}",
-        f"    code {environment_line(record)}"]
-    trained = read_json(record_path(root / "checkpoints" / record["model"]))
-    if inputs := _part(trained, "inputs"):
-        lines.append(f"    the model was made with {settings_line(inputs)}")
-    for number, row in enumerate(rollout[:show], 1):
-        text = textwrap.shorten(row["completions"][0]["text"], 70) or "(empty)"
-        lines.append(f"    rollout.jsonl line {number}, question {row['dataset_index']}: {text}")
-    return lines
+    raise UserError(f"{folder} holds no evaluation of {row}; it was removed, or the table is of "
+                    "another run.")
 
 # %% ../../nbs/app/74_verify.ipynb #ddf2c572
+_SETTINGS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
+
+
 def trace(
     root: Path,  # of a run
     cell: str,  # as for `find_cell`
-    show: int = 3,  # answers that are shown of each rollout
 ) -> Iterator[str]:
     "Where a cell comes from, in lines; `UserError` at the end where it does not come out again."
-    found, known, problems = find_cell(root, cell), recorded(root), list[str]()
-    table, number = check_file(found.table, root, known), found.line[found.column]
-    yield f"{found.line['model']}, {found.column}: {number} in {table.path} ({table.state})"
-    if found.line["origin"] == "paper":
+    (path, column, line), known, problems = find_cell(root, cell), recorded(root), list[str]()
+    yield f"{cell}: {line[column]} in {path} ({check_file(path, root, known).state})"
+    if line["origin"] == "paper":
         yield "  a published number; its source is in medvlthinker.results.published"
         return
     means = []
-    for record in evaluations(found, root):
+    for evaluation in evaluations(root / "results" / line["source"], line["model"]):
         shares = []
-        for folder in _rollouts(record, found.column, root):
-            yield from describe_rollout(folder, root, show)
+        for folder in _rollouts(evaluation, column, root):
             problems += _problems(folder, root, known)
-            questions = SampleFile(questions_file(folder, root), look=False)
-            right = grade_rollout(questions, load_rollout(folder))[f"{record['rule']}_correct"]
-            yield f"    {right.sum()} of {len(right)} right under the rule {record['rule']}"
+            rollout, questions = load_rollout(folder), questions_file(folder, root)
+            record, rule = rollout.record, evaluation["rule"]
+            right = grade_rollout(SampleFile(questions, look=False), rollout)[f"{rule}_correct"]
+            yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
+            yield f"    {record['model']} {record['weights']} on {_inside(questions, root)}"
+            yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
     again = means[0] - sum(means[1:])
     yield f"  counted again: {again:.2f}"
-    if abs(again - float(number)) > 0.00501:
-        problems.append(f"the table says {number}, and the answers give {again:.2f}")
+    if abs(again - float(line[column])) > 0.00501:
+        problems.append(f"the table says {line[column]}, and the answers give {again:.2f}")
     if problems:
         raise UserError(f"{cell} does not come out again: {'; '.join(problems)}.")
 
 
-def _rollouts(record: dict, column: str, root: Path) -> list[Path]:
+def _rollouts(evaluation: dict, column: str, root: Path) -> list[Path]:
     "The rollouts of an evaluation that a column is about."
     names = [name for name, heading in HEADINGS.items()
              if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    return [root / record["rollouts"][name] for name in names]
+    return [root / evaluation["rollouts"][name] for name in names]
 
 
 def _problems(folder: Path, root: Path, known: dict) -> list[str]:

@@ -71,7 +71,6 @@ ELSEWHERE = {  # another test runs them: how it begins -> its file, its name, an
     "./reproduce.sh merge": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"merge", "smoke", "recipe='),  # of a smaller run
     "./reproduce.sh card": ("test_checkpoint.py", "test_a_model_and_its_card_are_made_on_the_command_line", '"card", "smoke", "recipe='),
     "./reproduce.sh docs --outputs": ("test_figures.py", "test_stored_outputs_are_small_and_belong_to_the_code_as_it_is", "plots.with_outputs(path"),
-    "./reproduce.sh docs --serve": ("test_site.py", "test_docs_are_served_on_this_machine_until_interrupted", '"medvlthinker.app.cli", "docs"', "--serve"),
     ".venv/bin/nbdev-test": ("test_notebooks.py", "test_runs", 'nbdev_test, f"nbs/{name}", "--n-workers", "0"'),
     "22_model": ("test_model.py", "test_a_hub_model_has_one_identity_before_and_after_its_download", ""),  # from a hub on this machine
     "47_train": ("3_train.ipynb", "", "final = train(recipe, run, *places"),  # for each recipe of .ci/run's smoke
@@ -241,7 +240,7 @@ def test_command(file, command, request):
 
 def by_shell(line: str) -> subprocess.CompletedProcess:
     "Run a command line; a bare call of one of our verbs, modules or files by a process that finds torch loaded."
-    line = re.sub(rf"^\./reproduce\.sh (?=({'|'.join(cli.verbs())})( |$))", f"{sys.executable} -m medvlthinker.app.cli ", line)
+    line = re.sub(rf"^\./reproduce\.sh (?=({'|'.join(cli.VERBS)})( |$))", f"{sys.executable} -m medvlthinker.app.cli ", line)
     environment = {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if re.fullmatch(rf"{re.escape(str(Path(sys.executable).parent))}/python\S* (-m medvlthinker\.|-m pytest |\S+\.py )[^$|&;<>*?~`]*", line):
         return warm.run(*shlex.split(line)[1:], cwd=ROOT, **environment)
@@ -356,7 +355,7 @@ def test_every_exemption_is_used():
 
 
 def test_verbs_and_modules_that_the_chapters_name_exist():
-    verbs = {*cli.verbs(), "setup", "test", "clean", "smoke", "mini", "paper", "VERB", "--help"}
+    verbs = {*cli.VERBS, "setup", "test", "clean", "smoke", "mini", "paper", "VERB", "--help"}
     for path in NOTEBOOKS:
         for number, text in prose(path):
             assert not {verb for verb in re.findall(r"\./reproduce\.sh ([\w-]*\w)", text)} - verbs, (path.name, number)
@@ -382,7 +381,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
 
 
-@pytest.mark.parametrize("verb", cli.verbs())
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_each_verb_explains_itself_with_an_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     said = capsys.readouterr().out

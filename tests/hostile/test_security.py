@@ -288,8 +288,8 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
 
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
-    "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
-    from medvlthinker.app import cards, workflow
+    "A traceback, the logs of what is started, commands and settings as they are printed and written, and the status."
+    from medvlthinker.app import workflow
     from medvlthinker.training import train, verl
     from medvlthinker.app.cost import dry_run
 
@@ -306,9 +306,6 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
             print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
     print(*dry_run(paper, {}), *workflow.status(load_profile("smoke")))
-    (workspace.results / "synthetic").mkdir()
-    with contextlib.suppress(UserError):  # of a run without results there is little to say
-        cards.write_cards(load_profile("smoke"))
     out = capsys.readouterr()
     assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
 
@@ -379,15 +376,11 @@ def only_here(found: set[tuple[str, str]]) -> bool:
 
 
 def test_what_serves_listens_here_only(tmp_path):
-    "The site as `docs --serve` shows it, and what trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
-    import psutil
-    from medvlthinker.app import site
+    "What trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
     from medvlthinker.training import verl
 
-    with site.web_server(tmp_path, 0) as server:
-        assert {line.laddr.ip for line in psutil.Process().net_connections("inet") if line.laddr.port == server.server_port} == {"127.0.0.1"}
     opens = {path.stem for path in SOURCES if re.search(r"\w*HTTPServer\(|\.bind\(|create_server\(|start_server\(|\.listen\(", path.read_text(encoding="utf-8"))}
-    assert opens == {"site"}, "nothing else in the package opens a port itself"
+    assert not opens, "nothing in the package opens a port itself"
     for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
         assert sft.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
     here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
