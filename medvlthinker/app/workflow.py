@@ -32,10 +32,7 @@ def paper_notebook(
     name: str,  # such as 1_data
 ) -> Path:
     "Where a paper notebook lies; `UserError` outside of a checkout."
-    path = project_root() / "nbs" / "paper" / f"{name}.ipynb"
-    if not path.is_file():
-        raise UserError(f"There is no paper notebook {path}.")
-    return path
+    return project_root() / "nbs" / "paper" / f"{name}.ipynb"
 
 # %% ../../nbs/app/75_workflow.ipynb #90bd9516
 def notebook_code(
@@ -479,10 +476,8 @@ def is_running(
     try:
         with open(Workspace(profile.name).root / "logs" / "workflow" / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # it is not there, or the file system has no locks
+    except OSError as error:  # it is held, or not there, or the file system has no locks
+        return isinstance(error, BlockingIOError)
     return False
 
 # %% ../../nbs/app/75_workflow.ipynb #60b53ac2
