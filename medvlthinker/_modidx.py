@@ -180,7 +180,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvlthinker/app/site.py')},
             'medvlthinker.app.verify': { 'medvlthinker.app.verify.Finding': ('app/verify.html#finding', 'medvlthinker/app/verify.py'),
                                          'medvlthinker.app.verify._inside': ('app/verify.html#_inside', 'medvlthinker/app/verify.py'),
-                                         'medvlthinker.app.verify._part': ('app/verify.html#_part', 'medvlthinker/app/verify.py'),
                                          'medvlthinker.app.verify._rollouts': ('app/verify.html#_rollouts', 'medvlthinker/app/verify.py'),
                                          'medvlthinker.app.verify.check_file': ('app/verify.html#check_file', 'medvlthinker/app/verify.py'),
                                          'medvlthinker.app.verify.check_run': ('app/verify.html#check_run', 'medvlthinker/app/verify.py'),

@@ -44,7 +44,7 @@ def run(
     if dry_run:
         due = reasons(profile, *options)
         summary = cost_summary(profile, due)
-        sums = summary.splitlines()[:2]
+        sums = summary.splitlines()[:3]
         return print(f"{summary}\n", *steps_in_words(profile, due), *sums, sep="\n")
     ran = run_workflow(profile, *options)
     for recipe in wanted(profile.recipes) if ran else []:

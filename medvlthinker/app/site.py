@@ -183,14 +183,10 @@ def sidebar_entries(
 # %% ../../nbs/app/76_site.ipynb #7aa5fa83
 def provenance(nb, profile: str) -> str:
     "One sentence: which run made the results of this page."
-    run = nb.metadata.get("papermill", {})
-    if run.get("end_time"):
-        given = "".join(f", {key} = {value}" for key, value in run.get("parameters", {}).items())
-        seconds = run.get("duration") or 0
-        return f"Executed on {run['end_time'][:10]} in {seconds:.0f} seconds{given}."
-    if any(cell.get("outputs") for cell in nb.cells):
-        return f"The published numbers. `./reproduce.sh {profile}` adds those of a run."
-    return f"Without results here. `./reproduce.sh {profile}` makes them."
+    if not (run := nb.metadata.get("papermill", {})).get("end_time"):
+        return f"Of the published numbers alone, if at all. `./reproduce.sh {profile}` adds a run's."
+    given = "".join(f", {key} = {value}" for key, value in run["parameters"].items())
+    return f"Executed on {run['end_time'][:10]} in {run['duration']:.0f} seconds{given}."
 
 # %% ../../nbs/app/76_site.ipynb #2072ef80
 def stage_page(

@@ -41,20 +41,15 @@ def recorded(root: Path) -> dict[str, tuple[str, str]]:
                      key=lambda each: str(each[1].get("started")))
     found = {}
     for path, record in records:  # of two notebooks that wrote a table the later one counts
-        for name, digest in _part(record, "outputs").items():
+        for name, digest in record.get("outputs", {}).items():
             found[name] = digest, _inside(path, root)
     for path, record in records:
-        for name, digest in _part(record, "files").items():
+        for name, digest in record.get("files", {}).items():
             found[_inside(path.parent / name, root)] = digest, _inside(path, root)
     for path in root.glob("rollouts/**/rollout.json"):
         if digest := read_json(path).get("sha256"):
             found[_inside(path.with_name("rollout.jsonl"), root)] = digest, _inside(path, root)
     return {name: each for name, each in found.items() if not name.startswith("..")}
-
-
-def _part(record: dict, key: str) -> dict:
-    "A part of a record; empty where there is none, as in a damaged one."
-    return found if isinstance(found := record.get(key), dict) else {}
 
 
 def _inside(path: Path, root: Path) -> str:

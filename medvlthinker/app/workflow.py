@@ -38,11 +38,9 @@ def paper_notebook(
 def notebook_code(
     path: Path,  # an .ipynb file
 ) -> str:
-    "The code cells of a notebook as one text, without lines for IPython."
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    lines = "\n".join(sources).splitlines()
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+    "The code cells of a notebook as one text."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 # %% ../../nbs/app/75_workflow.ipynb #66282aba
 def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
@@ -350,10 +348,9 @@ def _failure(lines: list[str], step: str) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
-    own = [after for line, after in zip(lines, lines[1:]) if line.startswith("WorkflowError in rule")]
-    if step and not own:
+    if step:
         return _death(step)
-    return UserError(f"Snakemake stopped: {(own or lines[-1:] or ['it said nothing'])[0]}")
+    return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
 
 # %% ../../nbs/app/75_workflow.ipynb #d48a0eb8
 def snakemake(
