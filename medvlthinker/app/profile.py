@@ -117,13 +117,13 @@ def parse_words(words: list[str]) -> tuple[str, dict[str, str]]:  # such as ["sm
 
 # %% ../../nbs/app/70_profile.ipynb #p21a0002
 def read_command(
-    words: list[str],  # as for `parse_words`
-    **own: str,  # keys of the command itself, with their defaults
+    words: list[str] | None,  # as for `parse_words`
+    **own,  # keys of the command itself, with their defaults
 ) -> tuple[Any, ...]:
     "The profile that the words name, and the values of the command's own keys."
-    name, given = parse_words(words)
+    name, given = parse_words(words or [])
     check_keys(given, [*own, *KEYS], "profile key")
-    values = [given.pop(key, default) for key, default in own.items()]
+    values = [read_value(key, default, given.pop(key, default)) for key, default in own.items()]
     return load_profile(name, **given), *values
 
 # %% ../../nbs/app/70_profile.ipynb #12691eda

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts', 'num_samples',
-           'evaluation_samplings', 'ask_words', 'launch_rollout', 'samplings', 'data_file', 'training_data',
-           'training_places', 'stored_records', 'newest_rollout', 'stored_viewer', 'Step', 'steps']
+           'evaluation_samplings', 'launch_rollout', 'data_file', 'training_data', 'training_places', 'stored_records',
+           'newest_rollout', 'stored_viewer', 'Step', 'steps']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
 import contextlib, dataclasses, sys
@@ -125,21 +125,6 @@ def evaluation_samplings(
     return ways
 
 # %% ../../nbs/app/71_runs.ipynb #92504b07
-def ask_words(
-    profile: Profile,
-    model: str,  # as for `engine_settings`
-    samplings: Sequence[Sampling] = (),  # greedy with the profile's max_tokens if empty
-    kind: str = "benchmark",  # or `corpus`
-) -> list[str]:
-    "The words for Python that ask a model under this profile."
-    keys = {key: value for key, value in overrides(profile).items() if key != "models"}
-    for key in ("n", "temperature", "top_p") if samplings else ():
-        keys[key] = ",".join(str(getattr(sampling, key)) for sampling in samplings)
-    keys |= {"kind": kind} if kind != "benchmark" else {}
-    words = [f"{key}={value}" for key, value in keys.items()]
-    return ["-m", "medvlthinker.app.cli", "rollout", profile.name, f"model={model}", *words]
-
-
 def launch_rollout(
     profile: Profile,
     model: str,  # as for `engine_settings`
@@ -147,23 +132,13 @@ def launch_rollout(
     kind: str = "benchmark",  # or `corpus`
 ) -> None:
     "Ask in a separate process, showing its log."
+    keys = {key: value for key, value in overrides(profile).items() if key != "models"}
+    for key in ("n", "temperature", "top_p") if samplings else ():
+        keys[key] = ",".join(str(getattr(sampling, key)) for sampling in samplings)
+    words = [f"{key}={value}" for key, value in {"model": model, "kind": kind, **keys}.items()]
+    command = [sys.executable, "-m", "medvlthinker.app.cli", "rollout", profile.name, *words]
     log = Workspace(profile.name).logs / f"rollout-{folder_name(model)}-{kind}.log"
-    run_logged([sys.executable, *ask_words(profile, model, samplings, kind)], log)
-
-# %% ../../nbs/app/71_runs.ipynb #e9aa0971
-def samplings(
-    n: str,  # such as 1,8
-    temperature: str,  # such as 0,0.5
-    top_p: str,  # such as 1,0.95
-    max_tokens: int,
-) -> list[Sampling]:
-    "Ways to sample that stand side by side."
-    ways = zip(*(text.split(",") for text in (n, temperature, top_p)), strict=True)
-    try:
-        return [Sampling(int(n), float(temperature), float(top_p), max_tokens) for n, temperature, top_p in ways]
-    except ValueError as error:
-        raise UserError(f"n wants a whole number, temperature and top_p a number, and all three as "
-                        f"many of them: {error}.") from None
+    run_logged(command, log)
 
 # %% ../../nbs/app/71_runs.ipynb #142f36d0
 def data_file(
@@ -238,8 +213,6 @@ def stored_viewer(
     limit: int = 0,  # the first questions of each set; 0 for all
 ) -> Viewer:
     "A profile's stored questions and answers; `UserError` names the command that makes them."
-    if kind not in KINDS:
-        raise UserError(f"No kind of questions {kind!r}; known are {', '.join(KINDS)}.")
     recipes = [recipe.name for recipe in wanted(profile.recipes)]
     names = dict.fromkeys([*profile.models, *recipes] if models is None else models)
     n = n or (1 if kind == "benchmark" else profile.rollouts)
@@ -254,11 +227,10 @@ def stored_viewer(
                 about[model] = "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}"
                 about[model] = about[model].format_map(rollout.record)
             elif models is not None:
-                raise _missing_rollout(profile, model, name, kind, n, folder)
+                raise _missing_rollout(profile, model, name, n)
         entries += read_entries(samples, found, limit)
     if not about:
-        first, workspace = next(iter(names), "tiny"), Workspace(profile.name)
-        raise _missing_rollout(profile, first, "any set", kind, n, workspace.rollouts)
+        raise _missing_rollout(profile, next(iter(names), "tiny"), "any set", n)
     return Viewer(entries, profile.source, about)
 
 
@@ -272,17 +244,12 @@ def _stored_samples(profile: Profile, kind: str) -> Iterator[tuple[str, SampleFi
             yield name, SampleFile(path, look=False)
 
 
-def _missing_rollout(
-    profile: Profile, model: str, name: str, kind: str, n: int, folder: Path,
-) -> UserError:
+def _missing_rollout(profile: Profile, model: str, name: str, n: int) -> UserError:
     "The sentence for answers that are not there, with the command that makes them."
-    is_other = any(folder.glob("*/rollout.json"))
-    state = "of the questions that are stored now" if is_other else "stored"
-    command = f"./reproduce.sh {profile.name}"
-    if kind == "benchmark" and n > 1:
-        command = f"./reproduce.sh rollout {profile.name} model={model} n={n} temperature=0.5"
-    return UserError(f"No finished rollout of {model} on {name} with n={n} is {state}; "
-                     f"`{command}` makes it.")
+    way = f" n={n} temperature=0.5" if n > 1 else ""
+    return UserError(f"No finished rollout of {model} on {name} with n={n} is stored for these "
+                     f"questions; `./reproduce.sh rollout {profile.name} model={model}{way}` "
+                     "makes it.")
 
 # %% ../../nbs/app/71_runs.ipynb #7a9b0002
 @dataclasses.dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_answers_to_other_questions_are_not_taken(home):
     assert stored_viewer(profile).choices["benchmark"] == ["pmc_vqa"]
     path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet"
     write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), path)
-    with pytest.raises(UserError, match="is of the questions that are stored now; `./reproduce.sh"):
+    with pytest.raises(UserError, match="is stored for these questions; `./reproduce.sh"):
         stored_viewer(profile, ["tiny"])
 
 

@@ -53,18 +53,3 @@ def test_paper_notebooks_are_clean(path):
     assert path.stem in ("5_results", "6_audit") or not any(cell["outputs"] for cell in cells)
     assert not any(re.search(r"^(def|class) ", "".join(cell["source"]), re.M) for cell in cells)
     assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
-
-
-def without_a_sentence(source: str) -> list[str]:
-    "The public functions, classes and methods of a module whose docstring does not begin with a sentence."
-    tree, found = ast.parse(source), []
-    names = next((ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"), [])
-    for node in (node for node in tree.body if getattr(node, "name", None) in names):
-        methods = [each for each in getattr(node, "body", []) if isinstance(node, ast.ClassDef) and isinstance(each, ast.FunctionDef) and not each.name.startswith("_")]
-        found += [f"{node.name}: {each.name}" for each in [node, *methods] if not (ast.get_docstring(each) or "").partition("\n")[0].endswith((".", "?"))]
-    return found
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_public_functions_say_what_they_are(module):
-    assert not without_a_sentence((ROOT / "medvlthinker" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))

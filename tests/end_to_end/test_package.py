@@ -1,5 +1,4 @@
 """The package alone: what its wheel holds, that it works where nothing else is, that importing it is free, and which extra each absence names."""
-import ast
 import importlib.metadata
 import json
 import os
@@ -141,6 +140,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
     "from medvlthinker.training.verl import ready; from medvlthinker.training.recipe import find; ready(find('3B-RL_m23k'), load_profile('paper'))": "verl,ray,vllm",
     "from medvlthinker.app.workflow import snakemake; next(snakemake(load_profile('smoke')))": "notebooks",
+    "from medvlthinker.app.site import render_by_pandoc; render_by_pandoc(None)": "notebooks",
     "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
     "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
@@ -179,45 +179,3 @@ def test_each_extra_brings_what_it_is_said_to_bring(wheel):
         direct = [each for each in map(Requirement, lines) if each.marker and each.marker.evaluate({"extra": extra})]
         brought = {canonicalize_name(each.name) for each in direct} | set(closure(direct))
         assert {canonicalize_name(name) for name in providers.get(module, [module])} & brought, f"the extra {extra} does not bring {module}"
-
-
-def test_every_heavy_import_is_asked_for_first():
-    "A public function that imports what an extra brings says so where it is absent; private ones are reached through those."
-    seen = 0
-    for path in (ROOT / "medvlthinker").rglob("*.py"):
-        if path.stem in ("files", "site", "verl_cpu"):  # defines `need`; is only a command, whose door says it too; is loaded by verl itself
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        asked = {word.value.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_package" for word in node.args if isinstance(word, ast.Constant)}
-        for node in ast.walk(tree):
-            names = [each.name for each in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {name.partition(".")[0] for name in names} & set(EXTRAS):
-                assert top in asked, f"{path.name}, line {node.lineno}: {top} comes with the extra {EXTRAS[top]}; call require_package({top!r}) before it is imported"
-                seen += 1
-    assert seen > 30
-
-
-EVALUATE = """
-import json, site, sys
-site.addsitedir(sys.argv[1])  # torch and the rest, behind the wheel's own packages
-import medvlthinker
-from medvlthinker.app.runs import rollouts
-from medvlthinker.app.profile import Workspace, load_profile
-from medvlthinker.evaluation.evaluate import read_records
-folder = Workspace("smoke").results / "synthetic"
-medvlthinker.evaluate(rollouts(load_profile("smoke", benchmark="vqa_rad", limit=6), "tiny"), folder)
-record, = read_records(folder, ["tiny"])
-print(json.dumps([medvlthinker.__file__, record["source"], record["counts"]]))
-"""
-
-
-def test_evaluating_without_a_checkout(bare, warm_tiny, tmp_path):
-    "A model answers and is graded from the installed wheel, in a folder that knows no checkout."
-    shutil.copytree(warm_tiny, tmp_path / "_runs" / "smoke" / "checkpoints" / "tiny")
-    full = importlib.metadata.distribution("torch").locate_file("")
-    done = alone(bare, tmp_path, "-c", EVALUATE, full, OMP_NUM_THREADS=1)
-    assert done.returncode == 0, done.stderr
-    where, source, counts = json.loads(done.stdout.splitlines()[-1])
-    [(name, (right, n))] = counts.items()
-    assert Path(where).is_relative_to(bare.parent.parent) and (source, name, n) == ("synthetic", "vqa_rad_closed", 6) and 0 <= right <= 6
-    assert next((tmp_path / "_runs").rglob("evaluation.json"))

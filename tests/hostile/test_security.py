@@ -35,14 +35,6 @@ SOURCES = [*PACKAGE, *sorted((ROOT / "locks" / "compat").glob("*/*.py"))]
 # --- the code, read as code -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("linter", ["ruff check --no-cache .", "bandit -q -c pyproject.toml -r medvlthinker locks/compat"])
-def test_a_linter_finds_no_code_out_of_data_and_no_shell(linter):
-    if not importlib.util.find_spec(linter.split()[0]):
-        pytest.skip(f"{linter.split()[0]} is not installed; it comes with the extra `test`: ./reproduce.sh setup")
-    done = python("-m", *linter.split())
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_what_no_linter_looks_for():
     texts = {path.stem: path.read_text(encoding="utf-8") for path in SOURCES}
     holding = lambda pattern: {name for name, text in texts.items() if re.search(pattern, text, re.M)}
@@ -288,8 +280,8 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
 
 
 def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
-    "A traceback, the logs of what is started, commands and settings as they are printed and written, the status and the cards."
-    from medvlthinker.app import cards, workflow
+    "A traceback, the logs of what is started, commands and settings as they are printed and written, and the status."
+    from medvlthinker.app import workflow
     from medvlthinker.training import train, verl
     from medvlthinker.app.cost import dry_run
 
@@ -306,9 +298,6 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
             print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
     print(*dry_run(paper, {}), *workflow.status(load_profile("smoke")))
-    (workspace.results / "synthetic").mkdir()
-    with contextlib.suppress(UserError):  # of a run without results there is little to say
-        cards.write_cards(load_profile("smoke"))
     out = capsys.readouterr()
     assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
 
@@ -375,15 +364,11 @@ def only_here(found: set[tuple[str, str]]) -> bool:
 
 
 def test_what_serves_listens_here_only(tmp_path):
-    "The site as `docs --serve` shows it, and what trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
-    import psutil
-    from medvlthinker.app import site
+    "What trainers are told; JupyterLab is looked at in test_lab.py, Ray below."
     from medvlthinker.training import verl
 
-    with site.web_server(tmp_path, 0) as server:
-        assert {line.laddr.ip for line in psutil.Process().net_connections("inet") if line.laddr.port == server.server_port} == {"127.0.0.1"}
     opens = {path.stem for path in SOURCES if re.search(r"\w*HTTPServer\(|\.bind\(|create_server\(|start_server\(|\.listen\(", path.read_text(encoding="utf-8"))}
-    assert opens == {"site"}, "nothing else in the package opens a port itself"
+    assert not opens, "nothing in the package opens a port itself"
     for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
         assert sft.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
     here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -404,20 +389,3 @@ def test_a_cluster_that_we_start_listens_here_only(warm_home, tmp_path):
         pytest.skip("Ray's own processes did not start within its 30 seconds; this machine is too busy")
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert {"gcs_server", "raylet"} <= {name for name, _ in found} and only_here(found), sorted(found)
-
-
-# --- the packages ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("lock", ["locks/requirements.lock", "locks/requirements-full-gpu.lock"])
-def test_no_package_has_a_known_hole(lock):
-    "What the advisories say of the packages in a lock, where they can be asked."
-    if not importlib.util.find_spec("pip_audit"):
-        pytest.skip("pip-audit is not installed, so nobody asked for known holes in the packages; SECURITY.md says how")
-    done = python("-m", "pip_audit", "-r", lock, "--disable-pip", "--no-deps", "--format", "json", "--progress-spinner", "off")
-    listed = json.loads(done.stdout)["dependencies"] if done.stdout.startswith("{") else []
-    if not (asked := [each for each in listed if "skip_reason" not in each]):
-        pytest.skip("the advisories cannot be reached from here, so nobody asked for known holes in the packages")
-    holes = {f"{each['name']} {each['version']}": [hole["id"] for hole in each["vulns"]] for each in asked if each["vulns"]}
-    assert not holes, f"{len(holes)} of {len(asked)} packages in {lock} have known holes: {holes}"

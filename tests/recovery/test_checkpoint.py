@@ -1,12 +1,10 @@
-"""Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills, and a hub that listens."""
-import http.server
+"""Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills."""
 import importlib.util
 import json
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,73 +280,6 @@ def test_the_same_adapter_of_an_untied_model_is_merged(tmp_path, tied, lora):
         assert abs(found - expected).max() <= 1e-5, place
 
 
-# A hub that listens
-class Hub(http.server.BaseHTTPRequestHandler):
-    "Takes what the hub's library sends; every request is noted."
-
-    def _answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        url = f"http://{self.headers['Host']}/someone/thing"
-        self.server.seen.append((self.command, self.path, dict(self.headers), body))
-        said = {"/api/repos/create": {"url": url, "name": "someone/thing"}, "/api/validate-yaml": {"warnings": [], "errors": []}}.get(self.path, {})
-        if "/preupload/" in self.path:
-            said = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]}
-        if "/commit/" in self.path:
-            said = {"commitUrl": f"{url}/commit/{'1' * 40}", "commitOid": "1" * 40, "pullRequestUrl": None}
-        if self.path.startswith("/api/models/"):
-            said = {"id": "someone/thing", "sha": "0" * 40, "siblings": []} | said
-        data = json.dumps(said).encode()
-        self.send_response(self.server.status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = do_HEAD = do_PUT = _answer
-
-    def log_message(self, *words):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    "A server on this machine, the environment in which the hub's library talks to it, and a model to be pushed."
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen, server.status = [], 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    model = make_tiny_model(tmp_path / "model", seed=2, steps=0)
-    from medvlthinker.app.cards import model_card
-    from medvlthinker.training.recipe import find
-
-    (model / "README.md").write_text(model_card(find("tiny-RL_m23k")))
-    server.model = model
-    server.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": 0, "HF_TOKEN": "", "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": 1}
-    yield server
-    server.shutdown()
-
-
-def test_push_asks_nobody_without_yes_and_sends_its_token_to_the_hub_alone(hub):
-    words = ("-m", "medvlthinker.app.cli", "push", hub.model, "someone/thing")
-    done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
-    assert done.returncode == 0, done.stderr
-    assert "Would upload" in done.stdout and "model.safetensors" in done.stdout and "Nothing was done" in done.stdout
-    words = (*words, "--yes")
-    says(python(*words, **hub.environment), "There is no token")
-    assert hub.seen == []
-    done = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
-    assert done.returncode == 0, done.stderr
-    assert "hf_secret" not in done.stdout + done.stderr
-    created = next(json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create")
-    assert created.get("private") is True or created.get("visibility") == "private", created
-    commit = next(body for _, path, _, body in hub.seen if "/commit/" in path)
-    sent = {json.loads(line)["value"]["path"] for line in commit.splitlines() if json.loads(line)["key"] == "file"}
-    assert sent == {path.name for path in hub.model.iterdir()} and "hf_secret" not in commit
-    hub.status = 401
-    failed = python(*words, **hub.environment | {"HF_TOKEN": "hf_secret"})
-    says(failed, "The upload to someone/thing failed")
-    assert "hf_secret" not in failed.stdout + failed.stderr
-
-
 def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
     base, own, _ = full_run
     models = home / "smoke" / "checkpoints"
@@ -364,7 +295,7 @@ def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("merge recipe=tiny-SFT_m23k", "No checkpoint in"), ("card recipe=tiny-SFT_m23k", "train and merge it first"), ("push . a/b", "holds no model")])
+    ("merge recipe=tiny-SFT_m23k", "No checkpoint in"), ("card recipe=tiny-SFT_m23k", "train and merge it first")])
 def test_bad_command_lines_are_one_sentence(home, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):

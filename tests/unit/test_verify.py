@@ -34,7 +34,7 @@ def finished(tmp_path_factory) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), write_record(notebook, {"seed": 42}) as facts:
         for seed, model in enumerate(MODELS):
             make_tiny_model(run.checkpoints / model, seed, steps=0)
-            for limit in (2, 3):
+            for limit in (2, 3) if seed == 0 else (3,):
                 profile = load_profile("smoke", limit=limit, train_limit=6, max_tokens=6,
                                        corpus="pmc_vqa")
                 evaluate(rollouts(profile, model), results / "synthetic")
@@ -116,30 +116,8 @@ def test_what_is_missing_unfinished_or_without_a_record_is_named(finished, tmp_p
     assert found[str((rollout / "rollout.jsonl").relative_to(root))] == "unfinished"
 
 
-def test_other_weights_and_other_questions_are_found(finished, tmp_path):
-    "Each file may be as it was recorded, and yet not what the evaluation was made from."
-    root = Path(shutil.copytree(finished, tmp_path / "smoke"))
-    with open(root / "checkpoints/raw/generation_config.json", "a") as file:
-        file.write("\n")
-    samples = root / "samples/synthetic"
-    shutil.copy(samples / "pmc_vqa-3.parquet", samples / "slake_closed-3.parquet")
-    why = [each.why for each in check_run(root) if each.path.endswith("evaluation.json")]
-    assert any("are not those in checkpoints/raw" in each for each in why)
-    assert any("slake_closed" in each and "are not in samples" in each for each in why)
-
-
-def lines(root: Path, cell: str, show: int = 0) -> str:
-    return "\n".join(trace(root, cell, show))
-
-
-def test_a_cell_leads_to_its_answers(finished):
-    text = lines(finished, "raw/SLAKE", 2)
-    folder = re.search(r"(rollouts/raw/synthetic/slake_closed/\w{16}): 3 answers to 3 ", text)[1]
-    shown = re.findall(r"rollout\.jsonl line (\d+), question (\d+): ", text)
-    stored = (finished / folder / "rollout.jsonl").read_text().splitlines()
-    assert len(shown) == 2 and "samples/synthetic/slake_closed-3.parquet" in text
-    for line, question in shown:
-        assert f'"dataset_index": {question},' in stored[int(line) - 1]
+def lines(root: Path, cell: str) -> str:
+    return "\n".join(trace(root, cell))
 
 
 def test_every_row_of_every_table_is_followed(finished):
@@ -151,7 +129,9 @@ def test_every_row_of_every_table_is_followed(finished):
         for column in [name for name in ("SLAKE", "Avg.") if row[name]]:
             text = lines(finished, f"{row['model']}/{column}")
             assert "published number" in text or "counted again" in text
-    assert lines(finished, f"{' - '.join(MODELS)}/SLAKE").count("answers to") == 2
+    text = lines(finished, f"{' - '.join(MODELS)}/SLAKE")
+    assert len(re.findall(r"rollouts/\S+/synthetic/slake_closed/\w{16}/rollout.jsonl: \d of 3 right", text)) == 2
+    assert text.count("on samples/synthetic/slake_closed-3.parquet") == 2
 
 
 def test_a_number_that_does_not_come_out_again_is_a_sentence(finished, tmp_path, monkeypatch):
@@ -170,8 +150,7 @@ def test_a_number_that_does_not_come_out_again_is_a_sentence(finished, tmp_path,
 
 
 @pytest.mark.parametrize("words, part", [
-    (["cell=raw/SLAKEN"], "The row raw has no number in a column SLAKEN; columns are"), (["cell=raw/about"], "no number in a column about"),
-    (["cell=nonsense"], "No row ''; a cell is ROW/COLUMN, and the rows are"), (["show=many"], "show"), (["colour=red"], "Unknown profile key colour")])
+    (["cell=raw/about"], "No number in row 'raw', column 'about'; a cell is ROW/COLUMN, rows are"), (["colour=red"], "Unknown profile key colour")])
 def test_bad_input_is_a_sentence(finished, words, part):
     with pytest.raises(UserError) as said:
         cli.main(["verify", "smoke", *words])
