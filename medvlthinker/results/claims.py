@@ -8,14 +8,13 @@ __all__ = ['Finding', 'PAIRS', 'CHANCE', 'QUESTIONS', 'interval_verdict', 'diffe
            'best_open_7b', 'tops_all_open', 'new_records', 'on_par_with_gpt4o', 'three_runs', 'averages_recompute',
            'cells_are_possible', 'above_chance', 'gain_is_not_format', 'bars_show_their_label', 'audit_claims',
            'rows_markdown', 'verdicts_markdown', 'calculations_markdown', 'calculation_table', 'measured_models',
-           'base_pairs', 'paired_differences', 'run_differences', 'run_tables', 'audit_runs', 'compare_to_paper',
-           'comparison_lines', 'agreement_table']
+           'base_pairs', 'paired_differences', 'run_differences', 'audit_runs', 'compare_to_paper', 'comparison_lines',
+           'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
 import functools, math, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -405,12 +404,6 @@ def run_differences(
                       "verdict": interval_verdict(macro["low"], macro["high"])})
     return lines
 
-# %% ../../nbs/results/63_claims.ipynb #d27ea72f
-def run_tables(folder, models: Iterable[str], pairs: Iterable[tuple[str, str]]) -> list[tuple]:
-    "The same differences by benchmark: name, source and table, as `tables.results_table` has them."
-    return [(f"{first} - {second}", Path(folder).name, table)
-            for first, second, table in paired_differences(folder, models, pairs)]
-
 # %% ../../nbs/results/63_claims.ipynb #144d0a91
 def audit_runs(
     folder,  # results/<source> of a run
@@ -428,12 +421,11 @@ def audit_runs(
     return verdicts
 
 # %% ../../nbs/results/63_claims.ipynb #7bd51058
-def _table_cells(record: dict) -> Iterator[dict]:
+def _table_cells(record: dict) -> list[dict]:
     "What a record measured of the paper's tables."
-    counts = {name: n for name, n in record["rules"]["regrade"].items() if name in COLUMNS}
-    n = sum(n for _, n in counts.values())
-    for cell in our_cells(record | {"counts": counts}):
-        yield {"n": n, **cell, "measure": "table", "dataset_name": cell["column"]}
+    cells = our_cells(record | {"counts": record["rules"]["regrade"]})
+    asked = sum(cell.get("n", 0) for cell in cells)
+    return [{"n": asked, **cell, "measure": "table", "dataset_name": cell["column"]} for cell in cells]
 
 
 def _all_numbers(paper: Paper, records: list[dict], repeats: list[dict]):

@@ -39,14 +39,8 @@ def model_names(frame) -> list[str]:
             for model, origin in zip(frame["model"], frame["origin"])]
 
 # %% ../../nbs/results/62_figures.ipynb #da6a88a6
-def _with_bounds(frame, value: str):
-    "The rows with the lengths of their error bars, which are NaN where no interval is known."
-    low, high = (frame.get(name, float("nan")) for name in ("low", "high"))
-    return frame.assign(above=high - frame[value], below=frame[value] - low)
-
-
 def draw_marks(
-    frame,  # columns panel, lane, series, source, n and `value`, perhaps low and high
+    frame,  # columns panel, lane, series, source, n, `value`, low and high; NaN for no interval
     value: str,  # percent or difference
     title: str,  # of the x axis
     notes: list[str],
@@ -56,12 +50,13 @@ def draw_marks(
     import plotly.express as px
 
     frame = frame.assign(lane=[wrap_label(lane, 30) for lane in frame["lane"]],
-                         series=[wrap_label(series, 48) for series in frame["series"]])
+                         series=[wrap_label(series, 48) for series in frame["series"]],
+                         above=frame["high"] - frame[value], below=frame[value] - frame["low"])
     lanes, most = frame["lane"].unique(), frame["series"].nunique() if value == "difference" else 1
     lines = max(lane.count("<br>") + 1 for lane in lanes)
     height = len(lanes) * max(6 + 10 * most, 6 + 15 * lines) + 10
     figure = draw_panels(
-        px.scatter, _with_bounds(frame, value), height, notes, x=value, y="lane", color="series",
+        px.scatter, frame, height, notes, x=value, y="lane", color="series",
         error_x="above", error_x_minus="below", symbol="series", symbol_sequence=SYMBOLS,
         hover_data=["n", "source"], labels={value: title, "lane": "", "series": ""})
     figure.update_traces(marker_size=9, error_x_thickness=1.5, error_x_width=3, orientation="h")
@@ -73,7 +68,7 @@ def draw_marks(
         figure.update_xaxes(zeroline=True, zerolinewidth=2, zerolinecolor="#7F7F7F")
     return figure.update_layout(scattermode="group" if value == "difference" else "overlay", scattergap=0.3)
 
-# %% ../../nbs/results/62_figures.ipynb #f97c5e60
+# %% ../../nbs/results/62_figures.ipynb #f56d7d92
 _SAMPLED = ("origin model label dataset_name rule measure k percent low high n source").split()
 
 
@@ -134,10 +129,11 @@ def curve_figure(
     frame = frame[frame["rule"] == "strict"]
     note = ("Strict rule. Where only k = 1 and 64 were read, a line joins the two."
             + " Bars: 95 % intervals, for the draw of the questions." * bool(frame["low"].any()))
-    frame = frame.assign(series=[wrap_label(name, 48) for name in model_names(frame)])
+    frame = frame.assign(series=[wrap_label(name, 48) for name in model_names(frame)],
+                         above=frame["high"] - frame["percent"],
+                         below=frame["percent"] - frame["low"])
     figure = draw_panels(
-        px.line, by_benchmark(_with_bounds(frame, "percent")), 170, figure_notes(frame, note),
-        x="k", y="percent", color="series", line_dash="series", line_dash_sequence=DASHES,
+        px.line, by_benchmark(frame), 170, figure_notes(frame, note), x="k", y="percent", color="series", line_dash="series", line_dash_sequence=DASHES,
         symbol="series", symbol_sequence=SYMBOLS, log_x=True, error_y="above",
         error_y_minus="below", hover_data=["n", "source"], render_mode="svg",
         labels={"k": "k (logarithmic)", "percent": "pass@k (%)", "series": ""})

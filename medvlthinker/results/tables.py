@@ -80,7 +80,7 @@ def results_table(
     records: dict | Iterable[dict] = (),  # one record, or several
     table: str = "recipes",  # which of the paper's tables: "recipes" or "comparison"
     only: Iterable[str] | None = None,  # published rows to keep, by any of their names; None: all
-    differences: Iterable[tuple] = (),  # from `claims.run_tables`
+    differences: Iterable[tuple] = (),  # name, source, table of `paired_difference`
 ):  # a pandas DataFrame, one line a cell
     "The paper's rows in their order and blocks, then ours."
     import pandas as pd

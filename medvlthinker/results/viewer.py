@@ -109,7 +109,7 @@ def _row(entry: Entry, model: str) -> dict:
                                if right[one] != right[two]),
         "share": sum(right["regrade"]) / len(texts), "text": "\n".join(searched).lower()}
 
-# %% ../../nbs/results/64_viewer.ipynb #f7df2f3a
+# %% ../../nbs/results/64_viewer.ipynb #1ad4d3fd
 def question_table(entries: list[Entry]) -> "pd.DataFrame":
     """A row for each question and model.
 

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,12 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, python, watched
+from conftest import ROOT, free_port, python, watched
 
 pytestmark = pytest.mark.heavy
 TOKEN = "of-these-tests"
 
-HOSTILE = ["from medvlthinker.results.viewer import browse\nfrom test_viewer import hostile\nbrowse(hostile(), at='at=12')"]
-LOOK = ["import sys\nfrom medvlthinker.app.profile import load_profile\nfrom medvlthinker.app.runs import stored_viewer\nfrom medvlthinker.results.viewer import browse\nprint(sys.prefix)",
-        "viewer = stored_viewer(load_profile())\nprint(len(viewer.entries), 'questions')", "browse(viewer, 'regrade=right')"]
+LOOK = ["import sys; print(sys.prefix)", "from medvlthinker.results.viewer import browse\nfrom test_viewer import hostile\nbrowse(hostile(), at='at=12')"]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +36,9 @@ def project(chromium, tmp_path_factory) -> Path:
     (folder / "reproduce.sh").write_text(script)
     shutil.copytree(ROOT / "locks", folder / "locks")
     (folder / ".venv").symlink_to(sys.prefix)
-    for name, cells in (("look", LOOK), ("hostile", HOSTILE)):
-        notebook = new_nb([mk_cell(source) for source in cells])
-        notebook["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-        write_nb(notebook, folder / "nbs" / f"{name}.ipynb")
+    look = new_nb([mk_cell(source) for source in LOOK])
+    look["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    write_nb(look, folder / "nbs" / "look.ipynb")
     return folder
 
 
@@ -69,9 +65,7 @@ def lab(project, home):
     user = project.parent / "user"
     foreign(user / ".local" / "share" / "jupyter")
     foreign(user / "elsewhere")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "HF_HUB_OFFLINE", "XDG_"))}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "browser")))
     environment = kept | {"HOME": str(user), "JUPYTER_PATH": str(user / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": paths,
@@ -167,56 +161,31 @@ def test_results_are_drawn(lab, page):
     page.screenshot(path=lab.shots / "results.png")
 
 
-def test_the_viewer_answers(lab, page, home, project, monkeypatch):
+def test_the_viewer_answers_and_nothing_that_a_model_wrote_comes_alive(chromium, lab, project):
     from playwright.sync_api import expect
-
-    from medvlthinker.app.profile import load_profile
-    from medvlthinker.app.runs import stored_viewer
-
-    monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))
-    viewer = stored_viewer(load_profile())
-    wide, narrow = (viewer.hits(view) for view in ("regrade=right", "regrade=right&benchmark=pmc_vqa"))
-    assert 2 < len(narrow) < len(wide) < len(viewer.entries), "the test can tell these views apart"
-
-    page.goto(f"{lab.address}/lab/tree/look.ipynb?token={TOKEN}&reset")
-    cells = run_all(page, lab.nbs / "look.ipynb")
-    assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
-    assert printed(cells[1]) == f"{len(viewer.entries)} questions\n"
-    shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
-    count, address = shown.locator("[role=status]"), shown.locator("[role=status] ~ code")
-
-    def sees(text: str, hits: list[int], at: int):
-        entry = viewer.entries[hits[at - 1]]
-        expect(count).to_have_text(f"{len(hits)} of {len(viewer.entries)} questions pass; this is number {at}.", timeout=30_000)
-        expect(shown).to_contain_text(f"{entry.sample.dataset_name}, question {entry.sample.dataset_index}", timeout=30_000)
-        assert viewer.parse(address.inner_text()) == viewer.parse(text)
-        for written in (entry.sample.question, entry.answers["tiny"][0]["text"]):
-            assert " ".join(written.split()) in " ".join(shown.inner_text().split())
-
-    sees("regrade=right", wide, 1)
-    shown.locator("label:has-text('Questions of') + select").select_option("pmc_vqa")
-    sees("regrade=right&benchmark=pmc_vqa", narrow, 1)
-    shown.locator("label:has-text('Question') + input[type=number]").focus()
-    page.keyboard.press("ArrowUp")
-    sees("regrade=right&benchmark=pmc_vqa&at=2", narrow, 2)
-    page.screenshot(path=lab.shots / "viewer.png")
-
-
-def test_nothing_that_a_model_wrote_comes_alive(chromium, lab):
-    from playwright.sync_api import expect
-    from test_viewer import ATTACKS
+    from test_viewer import ATTACKS, hostile
 
     from medvlthinker.results.viewer import escape_invisible
 
     page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
-    page.goto(f"{lab.address}/lab/tree/hostile.ipynb?token={TOKEN}&reset")
-    run_all(page, lab.nbs / "hostile.ipynb")
+    page.goto(f"{lab.address}/lab/tree/look.ipynb?token={TOKEN}&reset")
+    cells = run_all(page, lab.nbs / "look.ipynb")
+    assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
     shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
-    expect(shown.locator("[role=status]")).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
+    count = shown.locator("[role=status]")
+    expect(count).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
     for attack in ATTACKS:
         assert escape_invisible(attack) in shown.inner_text(), attack
     alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
     assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
+    hits = len(hostile().hits("benchmark=vqa_rad_closed"))
+    shown.locator("label:has-text('Questions of') + select").select_option("vqa_rad_closed")
+    expect(count).to_have_text(f"{hits} of 13 questions pass; this is number 1.", timeout=30_000)
+    shown.locator("label:has-text('Question') + input[type=number]").focus()
+    page.keyboard.press("ArrowUp")
+    expect(count).to_contain_text("this is number 2.", timeout=30_000)
+    expect(shown.locator("[role=status] ~ code")).to_have_text("benchmark=vqa_rad_closed&model=a&at=2")
+    page.screenshot(path=lab.shots / "viewer.png")
     assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]
     assert not [url for url in asked if "evil.example" in url]
     page.close()
