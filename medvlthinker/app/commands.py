@@ -41,8 +41,9 @@ from medvlthinker.evaluation.image_ablation import (
 from ..generation.engine import open_engine
 from ..generation.model import folder_name, prompt_format, resolve_model
 from ..generation.request import Sampling
-from ..generation.rollout import Rollout, load_rollout
-from ..results.claims import compare_to_paper, comparison_lines, stored_pass_counts
+from ..generation.rollout import (
+    Rollout, load_rollout, rollout_record, samples_fingerprint)
+from ..results.claims import compare_to_paper, comparison_lines
 from ..results.published import published
 from ..training.checkpoint import merge_recipe
 from ..training.sft import check_machine, read_recipe
@@ -436,11 +437,8 @@ def check_paper(words: Words = None) -> None:
     Example: medvlthinker check-paper smoke
     """
     (profile,) = read_command(words)
-    records, results = stored_records(profile), Workspace(profile.name).results
-    counts = [] if profile.source == "synthetic" else stored_pass_counts(
-        results / f"difficulty_{profile.source}.csv")
-    repeats = stored_records(profile, "repeats.json")
-    print(*comparison_lines(compare_to_paper(published(), records, repeats, counts)), sep="\n")
+    records, repeats = stored_records(profile), stored_records(profile, "repeats.json")
+    print(*comparison_lines(compare_to_paper(published(), records, repeats)), sep="\n")
     if not records:
         print(f"Nothing has been evaluated in the profile {profile.name} yet; "
               f"./reproduce.sh {profile.name} does it.")

@@ -11,14 +11,13 @@ __all__ = ['SYNTHETIC_NOTE', 'AVERAGE', 'HEADINGS', 'BRIEF', 'our_cells', 'resul
 import html, re, textwrap
 from collections.abc import Callable, Iterable
 from importlib.resources import files
-from itertools import zip_longest
 from pathlib import Path
 
-from ..core.files import UserError, atomic_write, require_package
+from ..core.files import atomic_write, require_package
 from ..core.stats import macro_average, wilson
 from ..data.readers import escape_formula
 from .published import (
-    COLUMNS, SOURCE, TABLES, Published, find_row, published_rows)
+    COLUMNS, SIZES, SOURCE, TABLES, Published, find_row, published_rows)
 
 # %% ../../nbs/results/61_tables.ipynb #295493b2
 SYNTHETIC_NOTE = (
@@ -27,22 +26,6 @@ SYNTHETIC_NOTE = (
 AVERAGE = "average"
 HEADINGS = COLUMNS | {AVERAGE: "Avg."}
 BRIEF = ("Qwen2.5-VL-3B-Instruct", "3B-RL_m23k", "Qwen2.5-VL-7B-Instruct", "7B-RL_m23k")
-
-# %% ../../nbs/results/61_tables.ipynb #69833f60
-def _counts(record: dict) -> dict[str, tuple[int, int]]:  # dataset_name -> (correct, asked)
-    "The counts of a record, checked and in the paper's order, without benchmarks of no questions."
-    model = record.get("model") or "this one"
-    if missing := [key for key in ("model", "source", "counts") if not record.get(key)]:
-        raise UserError(f"A result needs model, source and counts; {model} has no "
-                        f"{' and no '.join(missing)}.")
-    if unknown := [name for name in record["counts"] if name not in COLUMNS]:
-        raise UserError(f"{model} has counts for {', '.join(unknown)}; "
-                        f"the benchmarks are {', '.join(COLUMNS)}.")
-    for name, (k, n) in record["counts"].items():
-        if not 0 <= k <= n:
-            raise UserError(f"{model} has {k} correct of {n} questions of {name}; that cannot be.")
-    counts = {name: tuple(record["counts"].get(name, (0, 0))) for name in COLUMNS}
-    return {name: (k, n) for name, (k, n) in counts.items() if n}
 
 # %% ../../nbs/results/61_tables.ipynb #403fe215
 def _paper_cells(
@@ -62,11 +45,12 @@ _ABOUT = ("rule", "instruction", "engine", "dtype", "seed", "date", "machine")  
 
 def our_cells(record: dict) -> list[dict]:
     "The cells of one record, with intervals; an average only over all six benchmarks."
-    counts = _counts(record)
     drawn = " (drawn scans)" if record["source"] == "synthetic" else ""
     said = [f"{key} {record[key]}" for key in _ABOUT if record.get(key) is not None]
     facts = {"block": f"This run{drawn}", "origin": "ours", "source": record["source"],
              "model": " ".join(str(record["model"]).split()), "about": ", ".join(said)}
+    counts = {name: record["counts"].get(name, (0, 0)) for name in COLUMNS}
+    counts = {name: (k, n) for name, (k, n) in counts.items() if n}
     estimates = {name: (k / n, *wilson(k, n)) for name, (k, n) in counts.items()}
     if len(counts) == len(COLUMNS):
         estimates[AVERAGE] = macro_average(counts)
@@ -96,7 +80,7 @@ def results_table(
     records: dict | Iterable[dict] = (),  # one record, or several
     table: str = "recipes",  # which of the paper's tables: "recipes" or "comparison"
     only: Iterable[str] | None = None,  # published rows to keep, by any of their names; None: all
-    differences: Iterable[tuple] = (),  # from `claims.run_tables`
+    differences: Iterable[tuple] = (),  # name, source, table of `paired_difference`
 ):  # a pandas DataFrame, one line a cell
     "The paper's rows in their order and blocks, then ours."
     import pandas as pd
@@ -119,12 +103,13 @@ def notes(
     "The sentences that belong under the table or figure, the most important first."
     ours, origins = table[table["origin"] == "ours"], set(table["origin"])
     lines = [SYNTHETIC_NOTE] if (ours["source"] == "synthetic").any() else []
+    sizes = ", ".join(f"{COLUMNS[name]} {n:,}" for name, n in SIZES.items())
     lines.append(
         f"Published rows: accuracy in percent as printed in the {SOURCE}; mean of three greedy "
-        "runs (GPT-4o, GPT-4o-mini and HuatuoGPT-Vision: one), no intervals given; n counts "
-        "questions, and Avg. is the unweighted mean of the six columns.")
+        "runs (GPT-4o, GPT-4o-mini and HuatuoGPT-Vision: one), no intervals given; questions: "
+        f"{sizes} (MedX-M in part 1,996); Avg. is the unweighted mean of the six columns.")
     if "ours" in origins:
-        lines.append("This run: accuracy in percent with its 95 % interval, for the draw of the "
+        lines.append("This run: accuracy in percent with its 95 % interval, for the draw of its n "
                      "questions only; no average where a benchmark is missing.")
     for (source, about), rows in ours[ours["about"] != ""].groupby(["source", "about"], sort=False):
         lines.append(f"{', '.join(dict.fromkeys(rows['model']))} ({source}): {about}.")
@@ -163,10 +148,12 @@ def _value(cell) -> str:
 
 
 def _interval(cell) -> str:
-    if cell.origin == "paper":
-        return ""
     low, high = (number_text(x, 1, cell.origin == "difference") for x in (cell.low, cell.high))
     return f"{low} to {high}" if cell.origin == "difference" else f"{low}–{high}"
+
+
+def _size(cell) -> str:
+    return "" if cell.n != cell.n else f"{cell.n:.0f}"
 
 # %% ../../nbs/results/61_tables.ipynb #6fbc43f1
 _MARKS = {"|": r"\|", "*": r"\*", "<": "&lt;", "&": "&amp;", "\\": "&#92;", "`": "&#96;", "$": "&#36;",
@@ -199,17 +186,6 @@ def _grid(table):
                          for row in rows.values()], columns=[*HEADINGS], dtype=object)
     return [(block, model) for block, model, _ in rows], grid
 
-
-def _sizes(table, column: str) -> list[str]:
-    "How many questions a column holds, in the paper and in this run."
-    lines = []
-    for who, origin in (("n", "paper"), ("ours", "ours")):
-        found = table[(table["column"] == column) & (table["origin"] == origin)]["n"].dropna()
-        if len(found):
-            span = dict.fromkeys(f"{n:,.0f}" for n in (found.min(), found.max()))
-            lines.append(f"{who} {'–'.join(span)}")
-    return lines
-
 # %% ../../nbs/results/61_tables.ipynb #32cc3b12
 def to_html(
     table,  # from `results_table`
@@ -226,13 +202,13 @@ def to_html(
         text = f"<b>{_value(cell)}</b>" if cell.best else _value(cell)
         if address := link and cell.origin == "ours" and link(cell):
             text = f'<a href="{html.escape(address)}">{text}</a>'
-        return text + (f" <small>{_interval(cell)}</small>" if _interval(cell) else "")
-
-    def heading(column):
-        return HEADINGS[column] + "".join(f" <small>{n}</small>" for n in _sizes(table, column))
+        if cell.origin == "paper":
+            return text
+        size = f" <small>n {_size(cell)}</small>" if _size(cell) else ""
+        return f"{text} <small>{_interval(cell)}</small>{size}"
 
     names = [html.escape(model or block).replace(" - ", " − ") for block, model in labels]
-    styler = grid.style.format(cell_html).format_index(heading, axis=1)
+    styler = grid.style.format(cell_html).format_index(HEADINGS.get, axis=1)
     styler = styler.format_index(lambda row: names[row]).set_uuid(table["table"].iloc[0])
     text = styler.set_table_attributes('class="mvt"').to_html(cell_ids=False)
     for axis in ("row", "col"):  # Styler does not say it to screen readers
@@ -280,7 +256,6 @@ def to_latex(
 ) -> str:
     "The table as a LaTeX longtable of at most 345 points' width, and its notes."
     require_package("jinja2")
-    import pandas as pd
 
     def name(block, model):
         title = rf"\midrule \makebox[0pt][l]{{\emph{{{escape_latex(block)}}}}}"
@@ -292,11 +267,9 @@ def to_latex(
     def bound(field):
         return lambda cell: rf"{{\tiny {escape_latex(number_text(getattr(cell, field)))}}}"
 
-    below = {r"{\tiny 95 \% from}": bound("low"), r"{\tiny to}": bound("high")}
+    below = {r"{\tiny 95 \% from}": bound("low"), r"{\tiny to}": bound("high"),
+             r"{\tiny n}": lambda cell: rf"{{\tiny {_size(cell)}}}"}
     lines = _lines(table, name, value, below)
-    sizes = zip_longest(*(_sizes(table, column) for column in HEADINGS), fillvalue="")
-    head = [[rf"{{\tiny {escape_latex(n)}}}" for n in row] for row in sizes]
-    lines = pd.concat([pd.DataFrame(head, [""] * len(head), lines.columns), lines])
     text = lines.to_latex(
         longtable=True, escape=False, caption=escape_latex(TABLES[table["table"].iloc[0]]) + ".",
         column_format=r">{\raggedright\arraybackslash}p{70pt}" + "r" * len(HEADINGS))
@@ -333,7 +306,7 @@ def to_text(
         lambda cell: _value(cell) + ("*" if cell.best else " "),
         {"  95 % from": lambda cell: number_text(cell.low) + " ",
          "  to": lambda cell: number_text(cell.high) + " ",
-         "  n": lambda cell: "" if cell.n != cell.n else f"{cell.n:.0f} "})
+         "  n": lambda cell: _size(cell) + " "})
     text = lines.to_string(line_width=width, justify="right")
     wrapped = [textwrap.fill(note, width, break_on_hyphens=False) for note in notes(table)]
     return "\n".join(line.rstrip(" \\") for line in [*text.splitlines(), "", *wrapped])

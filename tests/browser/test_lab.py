@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,25 +13,12 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, python, watched
+from conftest import ROOT, free_port, python, watched
 
 pytestmark = pytest.mark.heavy
 TOKEN = "of-these-tests"
 
-WITNESS = """
-import os, sys
-
-def hear(event, given):
-    if event in ("socket.getaddrinfo", "socket.connect", "socket.sendto"):
-        address = given[0] if event == "socket.getaddrinfo" else given[1]
-        with open(os.environ["WITNESS"], "a") as log:
-            print(address[0] if isinstance(address, tuple) else address, *sys.orig_argv[1:4], sep="\\t", file=log)
-
-sys.addaudithook(hear)
-"""
-
-LOOK = ["import sys\nfrom medvlthinker.app.profile import load_profile\nfrom medvlthinker.app.runs import stored_viewer\nfrom medvlthinker.results.viewer import browse\nprint(sys.prefix)",
-        "viewer = stored_viewer(load_profile())\nprint(len(viewer.entries), 'questions')", "browse(viewer, 'regrade=right')"]
+LOOK = ["import sys; print(sys.prefix)", "from medvlthinker.results.viewer import browse\nfrom test_viewer import hostile\nbrowse(hostile(), at='at=12')"]
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +47,10 @@ def home(project, warm_tiny) -> Path:
     "What 5_results reads, as 4_evaluate leaves it."
     home = project.parent / "runs"
     shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
-    execute("4_evaluate", project, home, "-p", "limit", "12", "-p", "repeats", "2")
-    return home
-
-
-def execute(name: str, project: Path, home: Path, *words: str) -> None:
-    "Run a paper notebook, as it stands where no parameter is given, in the folder in which JupyterLab would run it."
-    done = python("-m", "papermill", f"nbs/paper/{name}.ipynb", home / f"{name}.ipynb", "-k", "python3", "--cwd", "nbs/paper", "--no-progress-bar", *words,
-                  cwd=project, MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
+    done = python("-m", "papermill", "nbs/paper/4_evaluate.ipynb", home / "4_evaluate.ipynb", "-k", "python3", "--cwd", "nbs/paper", "--no-progress-bar",
+                  "-p", "limit", "12", "-p", "repeats", "2", cwd=project, MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
     assert done.returncode == 0, done.stderr[-3000:]
+    return home
 
 
 def foreign(folder: Path) -> None:
@@ -81,16 +62,13 @@ def foreign(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def lab(project, home):
     "The script's own command, by a user who has another kernel of the same name in both places where Jupyter looks first."
-    user, witness = project.parent / "user", project.parent / "witness"
+    user = project.parent / "user"
     foreign(user / ".local" / "share" / "jupyter")
     foreign(user / "elsewhere")
-    witness.mkdir()
-    (witness / "sitecustomize.py").write_text(WITNESS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "HF_HUB_OFFLINE", "XDG_"))}
-    environment = kept | {"HOME": str(user), "JUPYTER_PATH": str(user / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": str(witness), "WITNESS": str(witness / "log"),
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "browser")))
+    environment = kept | {"HOME": str(user), "JUPYTER_PATH": str(user / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": paths,
                           "MEDVLTHINKER_HOME": str(home), "BROWSER_PATH": "none"}  # pictures have their own tests
     words = ["bash", "reproduce.sh", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with open(project.parent / "server.log", "w") as log, subprocess.Popen(words, cwd=project, env=environment, stdout=log, stderr=log) as server:
@@ -102,7 +80,7 @@ def lab(project, home):
             except OSError:
                 assert server.poll() is None, (project.parent / "server.log").read_text()[-3000:]
                 time.sleep(0.25)
-        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs", environment=environment, shots=project.parent)
+        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs", shots=project.parent)
         server.terminate()
 
 
@@ -178,51 +156,42 @@ def test_results_are_drawn(lab, page):
     figures = sum("application/vnd.plotly.v1+json" in output.get("data", {}) for cell in cells for output in cell["outputs"])
     page.locator(".js-plotly-plot").last.scroll_into_view_if_needed(timeout=30_000)
     page.locator(".js-plotly-plot").last.locator(".main-svg").first.wait_for(timeout=30_000)
-    assert page.locator(".js-plotly-plot:has(.main-svg)").count() == figures > 5
+    assert page.locator(".js-plotly-plot:has(.main-svg)").count() == figures > 4
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
     page.screenshot(path=lab.shots / "results.png")
 
 
-def test_the_viewer_answers(lab, page, home, project, monkeypatch):
+def test_the_viewer_answers_and_nothing_that_a_model_wrote_comes_alive(chromium, lab, project):
     from playwright.sync_api import expect
+    from test_viewer import ATTACKS, hostile
 
-    from medvlthinker.app.profile import load_profile
-    from medvlthinker.app.runs import stored_viewer
+    from medvlthinker.results.viewer import escape_invisible
 
-    monkeypatch.setenv("MEDVLTHINKER_HOME", str(home))
-    viewer = stored_viewer(load_profile())
-    wide, narrow = (viewer.hits(view) for view in ("regrade=right", "regrade=right&benchmark=pmc_vqa"))
-    assert 2 < len(narrow) < len(wide) < len(viewer.entries), "the test can tell these views apart"
-
+    page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
     page.goto(f"{lab.address}/lab/tree/look.ipynb?token={TOKEN}&reset")
     cells = run_all(page, lab.nbs / "look.ipynb")
     assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
-    assert printed(cells[1]) == f"{len(viewer.entries)} questions\n"
     shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
-    count, address = shown.locator("[role=status]"), shown.locator("[role=status] ~ code")
-
-    def sees(text: str, hits: list[int], at: int):
-        entry = viewer.entries[hits[at - 1]]
-        expect(count).to_have_text(f"{len(hits)} of {len(viewer.entries)} questions pass; this is number {at}.", timeout=30_000)
-        expect(shown).to_contain_text(f"{entry.sample.dataset_name}, question {entry.sample.dataset_index}", timeout=30_000)
-        assert viewer.parse(address.inner_text()) == viewer.parse(text)
-        for written in (entry.sample.question, entry.answers["tiny"][0]["text"]):
-            assert " ".join(written.split()) in " ".join(shown.inner_text().split())
-
-    sees("regrade=right", wide, 1)
-    shown.locator("label:has-text('Questions of') + select").select_option("pmc_vqa")
-    sees("regrade=right&benchmark=pmc_vqa", narrow, 1)
-    shown.locator(".noUi-handle").last.focus()
-    page.keyboard.press("ArrowRight")
-    sees("regrade=right&benchmark=pmc_vqa&at=2", narrow, 2)
+    count = shown.locator("[role=status]")
+    expect(count).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
+    for attack in ATTACKS:
+        assert escape_invisible(attack) in shown.inner_text(), attack
+    alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
+    assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
+    hits = len(hostile().hits("benchmark=vqa_rad_closed"))
+    shown.locator("label:has-text('Questions of') + select").select_option("vqa_rad_closed")
+    expect(count).to_have_text(f"{hits} of 13 questions pass; this is number 1.", timeout=30_000)
+    shown.locator("label:has-text('Question') + input[type=number]").focus()
+    page.keyboard.press("ArrowUp")
+    expect(count).to_contain_text("this is number 2.", timeout=30_000)
+    expect(shown.locator("[role=status] ~ code")).to_have_text("benchmark=vqa_rad_closed&model=a&at=2")
     page.screenshot(path=lab.shots / "viewer.png")
+    assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]
+    assert not [url for url in asked if "evil.example" in url]
+    page.close()
 
 
-def test_6_audit_runs_as_it_stands(project, home):
-    execute("6_audit", project, home)
-
-
-def test_only_this_machine_is_asked_and_only_it_may_ask(lab):
+def test_only_this_machine_may_ask(lab):
     import psutil
 
     server = psutil.Process(lab.pid)
@@ -231,7 +200,3 @@ def test_only_this_machine_is_asked_and_only_it_may_ask(lab):
     assert {line.laddr.ip for each in family for line in each.net_connections("inet") if line.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{lab.address}/api/contents", timeout=10)
-    subprocess.run([sys.executable, "-c", "import socket; socket.socket().connect_ex(('127.9.9.9', 9))"], env=lab.environment, check=True)
-    heard = [line.split("\t") for line in Path(lab.environment["WITNESS"]).read_text().splitlines()]
-    assert [line for line in heard if line[0] == "127.9.9.9"], "the witness hears"
-    assert [line for line in heard if not line[0].startswith(("127.", "/"))] == []

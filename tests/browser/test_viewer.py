@@ -4,14 +4,9 @@ import dataclasses
 import itertools
 import os
 import re
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import free_port, watched
+from conftest import watched
 
 from medvlthinker.app.profile import load_profile
 from medvlthinker.app.runs import stored_viewer
@@ -50,7 +45,7 @@ def answer(sample, number):
             "I cannot tell.", "")[number % 6]
 
 
-def toy(n=1):
+def toy(n=4):
     "Twelve questions of three sets; three models, of which `c` left out every fourth question."
     sets = ("pmc_vqa", "vqa_rad_closed", "MMMU-medical")
     samples = [sample for name in sets for sample in synthetic.benchmark(name, 4)]
@@ -66,39 +61,6 @@ def toy(n=1):
 # --- filters and links ---------------------------------------------------------------------------
 
 
-def facts(entry, model):
-    "The definition of every filter but the search, without the table: for each column its values."
-    def correct(who, rule):
-        return [grade(each["text"], entry.sample.options, entry.sample.answer_label, rule).correct
-                for each in entry.answers[who]]
-
-    mine, right = entry.answers[model], {rule: correct(model, rule) for rule in RULES}
-    shares = {other: sum(found := correct(other, "regrade")) / len(found) for other in entry.answers}
-    differ = [f"{one} / {two}" for one, two in itertools.combinations(RULES, 2)
-              if right[one] != right[two]]
-    unlike = [other for other, share in shares.items() if share != shares[model]]
-    nothing = [not grade(c["text"], entry.sample.options, "A", "regrade").label for c in mine]
-    found = {"benchmark": [entry.sample.dataset_name], "model": [model],
-             "rules_disagree": differ + ["any"] * bool(differ),
-             "models_disagree": unlike + ["any"] * bool(unlike),
-             "cut_off": ["yes" if any(c["finish_reason"] == "length" for c in mine) else "no"],
-             "no_answer": ["yes" if any(nothing) else "no"],
-             "right_count": [f"{sum(right['regrade'])} of {len(mine)}"]}
-    return found | {rule: ["right" if all(each) else "partly" if any(each) else "wrong"]
-                    for rule, each in right.items()}
-
-
-def passes(entry, known, view):
-    "Whether a view shows the entry; `known` are the facts of each model's answers."
-    model, word = view.get("model", "a"), view.get("text", "").lower()
-    if model not in entry.answers:
-        return False
-    texts = [entry.sample.question, *entry.sample.options.values(),
-             *(each["text"] for each in entry.answers[model])]
-    return any(word in text.lower() for text in texts) and all(
-        value in known[model][key] for key, value in view.items() if key != "text")
-
-
 def views(viewer):
     "Views of every value of every filter alone, and of many pairs."
     single = [{key: value} for key, values in viewer.choices.items() for value in values]
@@ -107,30 +69,39 @@ def views(viewer):
     return single + pairs[::9]
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_filters_are_what_they_say(n):
-    viewer, counts, values = toy(n), set(), dict[tuple, int]()
-    known = [{model: facts(entry, model) for model in entry.answers} for entry in viewer.entries]
-    for view in views(viewer):
-        hits = viewer.hits(write_view(view))
-        assert hits == [i for i, entry in enumerate(viewer.entries)
-                        if passes(entry, known[i], view)], view
-        counts.add(len(hits))
-        for pair in view.items():
-            values[pair] = max(values.get(pair, 0), len(hits))
-    assert len(counts) > 8 and values["cut_off", "yes"] and values["no_answer", "yes"]
-    assert values["models_disagree", "any"] and values["rules_disagree", "any"]
+def test_filters_are_what_they_say():
+    viewer = toy()
+
+    def right(entry, model, rule="regrade"):
+        key = entry.sample.options, entry.sample.answer_label, rule
+        return [grade(each["text"], *key).correct for each in entry.answers.get(model, ())]
+
+    def those(passes):
+        return [i for i, entry in enumerate(viewer.entries) if passes(entry)]
+
+    words = {"right": all, "wrong": lambda found: not any(found),
+             "partly": lambda found: any(found) and not all(found)}
+    for rule, (word, passes) in itertools.product(RULES, words.items()):
+        assert viewer.hits(f"model=b/x&{rule}={word}") == those(lambda each: passes(right(each, "b/x", rule)))
+    unlike = those(lambda each: "c" in each.answers and sum(right(each, "a")) != sum(right(each, "c")))
+    assert viewer.hits("models_disagree=c") == unlike != viewer.hits("models_disagree=any") != []
+    split = those(lambda each: right(each, "a", "strict") != right(each, "a", "lenient"))
+    assert viewer.hits("rules_disagree=strict+/+lenient") == split != []
+    assert viewer.hits("cut_off=yes") == [0, 3, 6, 9] and viewer.hits("model=c&text=LESION") == viewer.hits(
+        "model=c&text=lesion")
+    both = {*viewer.hits("benchmark=pmc_vqa")} & {*viewer.hits("no_answer=yes")}
+    assert viewer.hits("benchmark=PMC&no_answer=yes") == sorted(both) != []
 
 
 def test_a_view_survives_its_text():
-    viewer = toy()
+    viewer = toy(1)
     for text in ("a&b=c", "100 %+#", "é 眼 \u202e", "<script>", "~*'()!", "\x00\n\t"):
         address = viewer_link("b/x", "PMC", text=text, at="7").partition("#")[2]
         found = viewer.parse("#" + address)
         assert (found["model"], found["benchmark"], found["text"], found["at"]) == (
             "b/x", "pmc_vqa", text, 7)
         assert re.fullmatch(r"[\w&=%+.~-]*", address, re.A)
-    for wrong in ("benchmark=x", "model=x", "regrade=partly", "rules_disagree=a", "__proto__=1",
+    for wrong in ("benchmark=x", "model=x", "regrade=x", "rules_disagree=a", "__proto__=1",
                   "at=-1", "at=1e9", "at=" + "9" * 5000):
         with pytest.raises(UserError):
             viewer.parse(wrong)
@@ -154,7 +125,7 @@ def hostile():
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    return write_page(hostile(), tmp_path_factory.mktemp("viewer") / "viewer.html", title=ATTACKS[2])
+    return write_page(hostile(), tmp_path_factory.mktemp("viewer") / "viewer.html")
 
 
 def test_no_text_becomes_markup(page_file):
@@ -172,7 +143,7 @@ def test_no_text_becomes_markup(page_file):
         assert sum(tag.name == "script" for tag in found) == (2 if text is page else 0)
         assert not re.search("[\x00\x1b\u202e\u2028\ud800\U000e0041]", text)
         addresses = {tag[name][:15] for tag in found for name in ("src", "href") if tag.get(name)}
-        assert addresses <= {"data:image/png;", "data:,", "results.html", "../index.html"}
+        assert addresses <= {"data:image/jpeg", "data:,", "results.html", "../index.html"}
         assert "Image 1 cannot be displayed." in text
 
 
@@ -183,13 +154,9 @@ def test_a_page_stays_small_and_says_what_it_holds(tmp_path):
     words, left_out = page.read_text(encoding="utf-8"), f"{len(text) - 20_000:,} of {len(text):,}"
     assert len(words) < 150_000 and f"{left_out} characters are left out here" in words
     assert "answer&gt; A &lt;/answer" in words, "the answer is kept"
-    many = Viewer([Entry(dataclasses.replace(sample, dataset_index=i), {"m": written("y" * 15_000)})
-                   for i in range(100)])
-    words = write_page(many, tmp_path / "many.html", 99, max_megabytes=1).read_text(encoding="utf-8")
-    assert len(words) < 1_000_000 and "This page holds 50 of the 100 questions" in words
-    assert "pmc_vqa (50 of 100)" in words and words.count("data:image/jpeg") == 1
-    again = write_page(many, tmp_path / "again.html", 50).read_text(encoding="utf-8")
-    assert again == words
+    many = Viewer([Entry(dataclasses.replace(sample, dataset_index=i), {"m": written("y")}) for i in range(100)])
+    words = write_page(many, tmp_path / "many.html").read_text(encoding="utf-8")
+    assert "This page holds 50 of the 100 questions" in words and words.count("data:image/jpeg") == 1
 
 
 # --- what a run has left -------------------------------------------------------------------------
@@ -211,27 +178,19 @@ def leave_run(home, text="<answer> {} </answer>", n=1, instruction="trained", te
     return rollout.folder
 
 
-def test_stored_answers_are_found(home):
-    first = leave_run(home)
-    before = sorted(home.rglob("*"))
-    viewer = stored_viewer(load_profile("smoke"))
-    assert len(viewer.hits("regrade=right")) == 12 and sorted(home.rglob("*")) == before
+def test_the_newest_answers_to_the_stored_questions_are_found(home):
+    folder, profile = leave_run(home), load_profile("smoke")
+    viewer = stored_viewer(profile)
+    assert len(viewer.hits("regrade=right")) == 12
     assert viewer.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1]
-    assert len(stored_viewer(load_profile("smoke", benchmark="slake"), limit=2).entries) == 2
-    os.utime(first / "rollout.json", (1e9, 1e9))
+    os.utime(folder / "rollout.json", (1e9, 1e9))
     for given in ({"text": "new {}"}, {"text": "warm {}", "temperature": 0.7},
                   {"text": "many {}", "n": 4, "temperature": 1.0},
                   {"text": "other {}", "instruction": "none"}):
         leave_run(home, **given)
-    texts = [stored_viewer(load_profile("smoke"), **given).entries[-1].answers["tiny"][0]["text"]
+    texts = [stored_viewer(profile, **given).entries[-1].answers["tiny"][0]["text"]
              for given in ({}, {"n": 4}, {"instruction": "none"})]
     assert [text.split()[0] for text in texts] == ["new", "many", "other"]
-
-
-def test_answers_to_other_questions_are_not_taken(home):
-    folder, profile = leave_run(home), load_profile("smoke")
-    (folder / "rollout.jsonl").write_bytes(b"torn")
-    assert stored_viewer(profile).choices["benchmark"] == ["pmc_vqa"]
     path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet"
     write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), path)
     with pytest.raises(UserError, match="is stored for these questions; `./reproduce.sh"):
@@ -261,7 +220,7 @@ def test_hostile_texts_in_the_page(chromium, page_file):
 
 @pytest.mark.heavy
 def test_the_page_filters_as_python_does(chromium, tmp_path):
-    viewer = toy(4)
+    viewer = toy()
     page, wrong, _ = watched(chromium)
     page.goto(write_page(viewer, tmp_path / "page.html").as_uri())
     for view in views(viewer):
@@ -274,7 +233,7 @@ def test_the_page_filters_as_python_does(chromium, tmp_path):
 
 @pytest.mark.heavy
 def test_keys_filters_and_links(chromium, tmp_path):
-    viewer = toy(4)
+    viewer = toy()
     page, wrong, _ = watched(chromium)
     page.goto(write_page(viewer, tmp_path / "paper" / "viewer.html").as_uri())
     assert page.inner_text("#count") == "12 of 12 questions pass; this is number 1."
@@ -296,16 +255,13 @@ def test_keys_filters_and_links(chromium, tmp_path):
     view = page.url.split("#")[1]
     assert viewer.parse(view) == viewer.parse("benchmark=PMC&model=b/x&regrade=partly")
     assert page.inner_text("#count").startswith(f"{len(viewer.hits(view))} of 12")
-    row = viewer.table[viewer.table["model"] == "b/x"].iloc[viewer.hits(view)[0]]
-    assert f"{row['right_count']} right" in page.inner_text("details[data-model='b/x'][open]")
     page.go_back()
     page.wait_for_timeout(100)
     assert page.input_value("[name=regrade]") == "" and page.input_value("[name=model]") == "b/x"
-    fresh, more, _ = watched(chromium)
-    fresh.goto(page.url.split("#")[0] + "#benchmark=mmmu&at=3")
-    assert fresh.inner_text("#count") == "4 of 12 questions pass; this is number 3."
-    assert "MMMU-medical, question 2" in fresh.inner_text("main") and wrong == more == []
-    fresh.close()
+    page.goto(page.url.split("#")[0] + "#benchmark=mmmu&at=3")
+    page.reload()
+    assert page.inner_text("#count") == "4 of 12 questions pass; this is number 3."
+    assert "MMMU-medical, question 2" in page.inner_text("main") and wrong == []
     page.close()
 
 
@@ -325,66 +281,4 @@ def test_sizes_and_schemes(chromium, page_file, width, scheme):
     assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
     unlabelled = "[...document.querySelectorAll('select, input')].filter(e => !e.labels.length)"
     assert page.evaluate(f"{unlabelled}.length") == 0 and wrong == []
-    page.close()
-
-
-# --- in JupyterLab -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "JupyterLab over a folder with one notebook, which browses the hostile answers."
-    pytest.importorskip("jupyterlab", reason="JupyterLab comes with the extra `notebooks`")
-    from fastcore.nbio import mk_cell, new_nb, write_nb
-
-    folder, here = tmp_path_factory.mktemp("lab"), Path(__file__).resolve().parent
-    notebook = new_nb([mk_cell("from test_viewer import hostile\n"
-                               "from medvlthinker.results.viewer import browse\n"
-                               "browse(hostile(), at='at=12')")])
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    notebook["metadata"] = {"kernelspec": kernel}
-    write_nb(notebook, folder / "look.ipynb")
-    words = ["-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={(port := free_port())}",
-             "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}",
-             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-             "--LabApp.news_url=None"]
-    paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    environment = {**os.environ, "PYTHONPATH": paths, "JUPYTER_CONFIG_DIR": str(folder / "config"),
-                   "JUPYTER_DATA_DIR": str(folder / "data")}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, *words], env=environment, **quiet) as server:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
-
-
-@pytest.mark.heavy
-def test_nothing_that_a_model_wrote_comes_alive_in_jupyterlab(chromium, lab):
-    from playwright.sync_api import expect
-
-    page, wrong, asked = watched(chromium, viewport={"width": 1400, "height": 1400})
-    page.goto(f"{lab}/lab/tree/look.ipynb?token=t&reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
-    page.wait_for_timeout(3000)
-    page.click(".jp-Notebook .jp-Cell .jp-Editor")
-    page.keyboard.press("Control+Enter")
-    count = page.locator(".jp-OutputArea [role=status]")
-    expect(count).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
-    for attack in ATTACKS:
-        assert escape_invisible(attack) in page.locator(".jp-OutputArea").first.inner_text(), attack
-    page.click("button:has-text('next')")
-    expect(count).to_contain_text("number 13.")
-    page.wait_for_timeout(500)  # the slider's own movement
-    page.locator(".noUi-handle").last.focus()
-    page.keyboard.press("ArrowLeft")
-    expect(count).to_contain_text("number 12.")
-    alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
-    assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
-    assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]
-    assert not [url for url in asked if "evil.example" in url]
     page.close()

@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,13 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly", reason="figures need plotly")
 
 from medvlthinker.core import plots
-from medvlthinker.core.files import UserError
 from medvlthinker.evaluation.evaluate import repeated_accuracy
 from medvlthinker.results import figures as drawing
-from medvlthinker.results.published import COLUMNS, published
+from medvlthinker.results.published import COLUMNS, MEASURES, published, read_published
 from medvlthinker.results.tables import SYNTHETIC_NOTE, results_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = published()
-RULES = ("reward", "strict", "regrade", "llava", "lenient")
-BASES = {f"{size} RL({data})": f"Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B") for data in ("m23k", "PMC")}
 MODELS = ("tiny", *(f"tiny-{recipe}" for recipe in ("SFT_m23k", "SFT_PMC", "SFT_m23k-RL_PMC", "RL_m23k", "RL_PMC",
                                                     "RL_m23k-RL_PMC")))
 
@@ -35,42 +31,25 @@ def repeats(model):
     return {"model": model, "source": "synthetic", "rules": dict.fromkeys(("strict", "regrade"), found)}
 
 
-def record(model, right=10):
-    rules = {rule: {name: [right + i + at, 40] for at, name in enumerate(COLUMNS)} for i, rule in enumerate(RULES)}
-    return {"model": model, "source": "synthetic", "rule": "regrade", "counts": rules["regrade"], "rules": rules}
+def record(model):
+    counts = {name: [12 + at, 40] for at, name in enumerate(COLUMNS)}
+    return {"model": model, "source": "synthetic", "rule": "regrade", "counts": counts}
 
 
-COUNTED = pd.DataFrame({"model": "tiny", "corpus": "m23k", "right": range(5), "of": 4,
-                        "questions": [30, 10, 8, 6, 46], "low": 1, "high": 3})
-CLAIMS = pd.DataFrame([("MedVLThinker-7B RL(m23k) - HuatuoGPT-Vision-7B", 0.19, -1.3, 1.7, "Published", 8220, "invented"),
-                       ("tiny-RL_m23k - tiny", -0.5, -3.4, 2.4, "This run", 600, "synthetic")],
-                      columns="label difference low high group n source".split())
+CLAIMS = pd.DataFrame([("MedVLThinker-7B RL(m23k)", "HuatuoGPT-Vision-7B", 0.19, -1.3, 1.7, "Published", "paper", "invented", 8220),
+                       ("tiny-RL_m23k", "tiny", -0.5, -3.4, 2.4, "This run", "ours", "synthetic", 600)],
+                      columns="first second difference low high group origin source n".split())
 
 
-def everything():
-    "Every figure's table, published and ours, with the function that draws it."
-    several, records = [*map(repeats, MODELS[::3])], [*map(record, MODELS)]
-    rules, own = drawing.rules_frame(PAPER), drawing.our_rules_frame(records)
-    steps = pd.DataFrame({name: [i % 7 * 10.0**-at for i in range(60)]
-                          for at, name in enumerate(("reward", "length", "kl", "loss"))}, index=range(1, 61))
-    return {
-        "pass_counts": (drawing.pass_frame(PAPER, COUNTED, "synthetic"), drawing.pass_figure),
-        "radar_7B": (drawing.radar_frame(PAPER, "7B"), drawing.radar_figure),
-        "radar_32B": (drawing.radar_frame(PAPER, "32B"), drawing.radar_figure),
-        "repeated": (drawing.repeated_frame(PAPER, several), drawing.repeated_figure),
-        "pass_at_k": (drawing.curve_frame(PAPER, several), drawing.curve_figure),
-        "rules": (rules, drawing.rules_figure),
-        "our_rules": (own[own["dataset_name"] == "average"], drawing.rules_figure),
-        "gains": (drawing.gains_frame(rules, BASES), drawing.gains_figure),
-        "sizes": (drawing.sizes_frame(dict.fromkeys(COLUMNS, 100), "synthetic"), drawing.sizes_figure),
-        "training": (drawing.training_frame(dict.fromkeys(MODELS[1:], steps), "synthetic"), drawing.training_figure),
-        "claims": (CLAIMS, drawing.forest_figure),
-        "one_group": (CLAIMS.assign(group="Published, as if the models were independent"), drawing.forest_figure),
-        "accuracy": (results_table(records), drawing.accuracy_figure),
-        "comparison": (results_table(records, "comparison"), drawing.accuracy_figure)}
-
-
-ALL = everything()
+SAMPLED, RECORDS = drawing.sampled_frame(PAPER, [*map(repeats, MODELS[::3])]), [*map(record, MODELS)]
+ALL = {  # every figure's table, published and ours, with the function that draws it
+    "radar": (results_table((), "comparison", only=drawing.RADARS["32B"]), drawing.radar_figure),
+    "repeated": (SAMPLED[SAMPLED["rule"] == "regrade"], drawing.repeated_figure),
+    "pass_at_k": (SAMPLED[SAMPLED["rule"] == "strict"], drawing.curve_figure),
+    "claims": (CLAIMS, drawing.forest_figure),
+    "one_group": (CLAIMS.assign(group="Published, as if the models were independent"), drawing.forest_figure),
+    "accuracy": (results_table(RECORDS), drawing.accuracy_figure),
+    "comparison": (results_table(RECORDS, "comparison"), drawing.accuracy_figure)}
 
 
 @functools.cache
@@ -85,101 +64,47 @@ def numbers(figure):
     return {round(float(x), 6) for each in values if each is not None for x in each if not isinstance(x, str)}
 
 
-def one(frame, **where):
-    "The only row of a table with these values."
-    found = frame.loc[(frame[list(where)] == pd.Series(where)).all(axis=1)]
-    assert len(found) == 1, where
-    return found.iloc[0]
-
-
-def test_every_published_bar_point_and_axis_is_a_row_and_none_is_invented():
-    name_of = functools.partial(drawing.paper_name, PAPER)
-    bars = {(name_of(bar.model), bar.dataset_name, measure): float(value) for bar in PAPER.repeated
-            for measure, value in zip(drawing.MEASURES, (bar.average, bar.majority, bar.passed)) if value is not None}
-    frame = drawing.repeated_frame(PAPER)
-    assert frame.set_index(["model", "dataset_name", "measure"])["percent"].to_dict() == bars
+def test_every_published_bar_and_point_is_a_row_and_none_is_invented():
+    printed = {(line["model"], line["dataset_name"], "regrade", measure): float(line[measure])
+               for line in read_published("five_answers") for measure in MEASURES if line[measure]}
+    printed |= {(line["model"], line["dataset_name"], "strict", f"pass@{line['k']}"): float(line["percent"])
+                for line in read_published("pass_at_k")}
+    frame = drawing.sampled_frame(PAPER)
+    labels = {name: name.replace(base, PAPER.row(base).label) for name, *_ in printed for base in [name.split("@")[0]]}
+    key = ["model", "dataset_name", "rule", "measure"]
+    assert frame.set_index(key)["percent"].to_dict() == {(labels[name], *rest): x for (name, *rest), x in printed.items()}
     assert {*frame[frame["label"] != frame["model"]]["model"]} == {"7B RL(m23k)+RL(PMC)@900"}
-    points = {(name_of(model), name, k): float(percent)
-              for (model, name), curve in PAPER.curves.items() for k, percent in curve.items()}
-    curves = drawing.curve_frame(PAPER)
-    assert curves.set_index(["model", "dataset_name", "k"])["percent"].to_dict() == points
-    for key, models in drawing.RADARS.items():
-        rows = [PAPER.row(name) for name in models]
-        for row, name in itertools.product(rows, COLUMNS):
-            share = 100 * row.scores[name] / max(each.scores[name] for each in rows)
-            found = one(drawing.radar_frame(PAPER, key), model=row.model, dataset_name=name)
-            assert found.share == pytest.approx(float(share))
-
-
-def test_rules_are_the_strict_curve_and_the_regraded_average():
-    frame, bars = drawing.rules_frame(PAPER), {(bar.model, bar.dataset_name): bar for bar in PAPER.repeated}
-    for model in {model for model, _ in PAPER.curves}:
-        name_of = drawing.paper_name(PAPER, model)
-        for name in COLUMNS:
-            strict = one(frame, model=name_of, dataset_name=name, rule="strict")
-            assert strict.percent == float(PAPER.curves[model, name][1])
-        mean = sum(bars[model, name].average for name in COLUMNS) / 6
-        found = one(frame, model=name_of, dataset_name="average", rule="regrade").percent
-        assert found == pytest.approx(float(mean))
-    base, rl = (PAPER.curves[name, "slake_closed"][1] for name in ("Qwen2.5-VL-3B-Instruct", "3B-RL_m23k"))
-    gains = drawing.gains_frame(frame, BASES)
-    found = one(gains, model="3B RL(m23k)", dataset_name="slake_closed", rule="strict")
-    assert len(gains) == 4 * 7 * 2 and found.difference == pytest.approx(float(rl - base))
-
-
-def test_our_rules_have_an_average_only_over_all_six():
-    missing = record("tiny")
-    del missing["rules"]["strict"]["pmc_vqa"]
-    averages = drawing.our_rules_frame([missing]).query("dataset_name == 'average'")
-    assert {*averages["rule"]} == {*RULES} - {"strict"} and {*averages["n"]} == {240}
-    assert drawing.our_rules_frame([missing | {"rules": {"strict": {"my_set": [1, 2]}}}]).empty
-
-
-def test_pass_counts_are_the_histogram_and_need_their_band():
-    assert drawing.pass_frame(replace(PAPER, histogram=(17, *PAPER.histogram[1:])))["questions"][0] == 17
-    with pytest.raises(UserError, match="name no band; run paper/2_difficulty again"):
-        drawing.pass_frame(PAPER, COUNTED.drop(columns="low"), "synthetic")
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_figure_draws_its_table_with_source_n_intervals_and_the_warning(name):
     frame, figure = ALL[name][0], figure_of(name)
-    value = next((column for column in ("percent", "difference") if column in frame), None)
-    if value and not name.startswith("radar"):
-        kept = frame[frame["origin"] != "difference"] if "origin" in frame else frame
-        assert {round(x, 6) for x in kept[value]} <= numbers(figure)
+    value = "difference" if "difference" in frame else "percent"
+    if name != "radar":
+        assert {round(x, 6) for x in frame[value]} <= numbers(figure)
     text = figure.layout.title.text.replace("<br>", " ")
-    ours = frame[frame["origin"] == "ours"] if "origin" in frame else frame
+    ours = frame[frame["origin"] == "ours"]
     assert (SYNTHETIC_NOTE in text) == bool((ours["source"] == "synthetic").any())
     assert "Paper:" in text or "Ours:" in text
-    assert "n" not in frame or re.search(r"\bn( of ours)?: ", text)
+    assert re.search(r"; n = \d", text)
     if "low" in frame and frame["low"].notna().any():
         bars = [trace.error_x.array is not None or trace.error_y.array is not None for trace in figure.data]
         assert "95 % intervals" in text and any(bars)
-    codes = {trace.name: trace.marker.pattern.shape if trace.type == "bar" else (trace.marker.symbol, trace.line.dash)
-             for trace in figure.data}
+    codes = {trace.name: (trace.marker.symbol, trace.line.dash) for trace in figure.data}
     assert len({*codes.values()}) == len(codes), "colour is never the only code"
     assert figure.layout.height <= 1.6 * 900, "no strips"
 
 
 def test_names_from_outside_stay_text():
     evil = "<img src=x onerror=alert(1)>"
-    curves = drawing.curve_frame(PAPER, [repeats(evil)]).query("origin == 'ours'")
-    for figure in (drawing.rules_figure(drawing.our_rules_frame([record(evil)])), drawing.curve_figure(curves),
-                   drawing.accuracy_figure(results_table([record(evil)]))):
+    curves = drawing.sampled_frame(PAPER, [repeats(evil)])
+    for figure in (drawing.curve_figure(curves), drawing.accuracy_figure(results_table([record(evil)])),
+                   drawing.radar_figure(results_table([record(evil)]))):
         assert evil not in figure.to_json().replace("\\u003c", "<").replace("\\u003e", ">")
 
 
-def test_training_curves_are_means_over_a_twentieth():
-    frame = ALL["training"][0].query("model == 'tiny-SFT_m23k' and measure == 'reward'")
-    reward, own = drawing.training_figure(frame).data[0], frame["value"].tolist()
-    assert [*reward.x] == [*range(1, 61)] and reward.y[29] == pytest.approx(sum(own[28:31]) / 3)
-
-
-@pytest.mark.parametrize("named", ["", "missing", "/bin/false"])
-def test_without_a_browser_the_rest_is_written_and_one_sentence_said(tmp_path, monkeypatch, capsys, named):
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    monkeypatch.setenv("BROWSER_PATH", named)
+def test_without_a_browser_the_rest_is_written_and_one_sentence_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
     plots.find_browser.cache_clear()
     drawing._print_once.cache_clear()
     for name in ("claims", "again"):
@@ -190,22 +115,11 @@ def test_without_a_browser_the_rest_is_written_and_one_sentence_said(tmp_path, m
     assert len(said) == 1 and said[0].startswith("No png of the figures: "), said
 
 
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        return plots.find_browser()
-    except UserError as error:
-        pytest.skip(f"no picture can be drawn: {error}")
-
-
 @pytest.mark.heavy
-def test_files_are_the_same_twice(tmp_path, browser):
+def test_a_picture_is_drawn_where_there_is_a_browser(tmp_path, chromium):
     pytest.importorskip("kaleido", reason="kaleido is not installed")
-    frame, figure = ALL["repeated"][0], figure_of("repeated")
-    first, again = ([path.read_bytes() for path in drawing.write_figure_files("repeated", frame, figure, tmp_path)]
-                    for _ in range(2))
-    assert first == again and first[2].startswith(b"\x89PNG")
-    assert len(pd.read_csv(tmp_path / "repeated.csv")) == len(frame)
+    page, numbers, png = drawing.write_figure_files("repeated", ALL["repeated"][0], figure_of("repeated"), tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG") and len(pd.read_csv(numbers)) == len(ALL["repeated"][0])
 
 
 # Outputs that are stored in the repository
