@@ -23,9 +23,7 @@ from .runs import (
     ask_model, engine_settings, evaluation_samplings, launch_rollout, question_sets, rollouts,
     rollouts_folder, stored_records, training_data, training_places)
 from .verify import run_files, show_findings, trace
-from ..core.commands import read_value
-from ..core.files import UserError, file_hash, read_json
-from ..core.grade import RULES
+from ..core.files import UserError, read_json
 from ..data.benchmarks import benchmark_names, load_benchmark
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
@@ -41,8 +39,8 @@ from medvlthinker.evaluation.image_ablation import (
 from ..generation.engine import open_engine
 from ..generation.model import folder_name, prompt_format, resolve_model
 from ..generation.request import Sampling
-from ..generation.rollout import (
-    Rollout, load_rollout, rollout_record, samples_fingerprint)
+from medvlthinker.generation.rollout import (
+    Rollout, load_rollout)
 from ..results.claims import compare_to_paper, comparison_lines
 from ..results.published import published
 from ..training.checkpoint import merge_recipe
