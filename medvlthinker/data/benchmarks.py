@@ -115,7 +115,8 @@ class DataSource(NamedTuple):
     def rows(self) -> Iterator[tuple[str, dict | InvalidRow]]:
         "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
         if not self.layout.found(self.folder()):
-            raise UserError(f"{self.place} holds no {self.layout.files.split()[0]}.")
+            images = f" with {self.layout.images} beside it" if self.layout.images else ""
+            raise UserError(f"{self.place} holds no {self.layout.files.split()[0]}{images}.")
         return self.layout.rows(self.folder())
 
     def inputs(self) -> dict:
@@ -145,7 +146,9 @@ def open_source(
         return published(name)
     if source == "source":
         return DataSource(*sources[name])
-    copy = find_local_copy(settings.data_dir or os.curdir, local[name])
+    if source == "own":
+        return DataSource(local[name][0].folders[0], local[name][0])
+    copy = find_local_copy(settings.data_dir, local[name])
     return copy and DataSource(*copy)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c037
@@ -271,16 +274,12 @@ def load_benchmark(
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c047
 def own_set(name: str, folder, layout: DatasetLayout, known: Iterable) -> list[DatasetLayout]:
-    "What `LOCAL` says of a set of one's own; `UserError` for a name that is not free, or no set."
+    "What `LOCAL` says of a set of one's own; `UserError` for a name that is not free."
     if _plain(name) in map(_plain, known):
         raise UserError(f"The name {name} is taken by a set of this package; use another one.")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} cannot be the name of a set: letters, digits and . _ - can.")
-    place = Path(folder).expanduser().absolute()
-    if not layout.found(place):
-        images = f" with {layout.images} beside it" if layout.images else ""
-        raise UserError(f"{place} holds no {layout.files}{images}, which {name} is said to be.")
-    return [layout._replace(folders=(str(place),))]
+    return [layout._replace(folders=(str(Path(folder).expanduser().absolute()),))]
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c049
 def register_benchmark(name: str, folder, layout: DatasetLayout) -> None:
