@@ -98,7 +98,8 @@ def _differences_text(lines: Iterable[dict]) -> str:
     "Differences as a sentence."
     texts = []
     for line in lines:
-        value, low, high = (number_text(line[key], 2, True) for key in ("difference", "low", "high"))
+        numbers = (line[key] for key in ("difference", "low", "high"))
+        value, low, high = (number_text(number, 2, True) for number in numbers)
         texts.append(f"{line['first']} against {line['second']}: {value} [{low}, {high}]")
     return "; ".join(texts)
 
@@ -425,7 +426,8 @@ def _table_cells(record: dict) -> list[dict]:
     "What a record measured of the paper's tables."
     cells = our_cells(record | {"counts": record["rules"]["regrade"]})
     asked = sum(cell.get("n", 0) for cell in cells)
-    return [{"n": asked, **cell, "measure": "table", "dataset_name": cell["column"]} for cell in cells]
+    return [{"n": asked, **cell, "measure": "table", "dataset_name": cell["column"]}
+            for cell in cells]
 
 
 def _all_numbers(paper: Paper, records: list[dict], repeats: list[dict]):

@@ -66,7 +66,8 @@ def draw_marks(
         figure.update_xaxes(range=[-4, 104], tickvals=[0, 50, 100])
     else:
         figure.update_xaxes(zeroline=True, zerolinewidth=2, zerolinecolor="#7F7F7F")
-    return figure.update_layout(scattermode="group" if value == "difference" else "overlay", scattergap=0.3)
+    mode = "group" if value == "difference" else "overlay"  # where marks would overlap
+    return figure.update_layout(scattermode=mode, scattergap=0.3)
 
 # %% ../../nbs/results/62_figures.ipynb #f56d7d92
 _SAMPLED = ("origin model label dataset_name rule measure k percent low high n source").split()
@@ -76,7 +77,7 @@ def sampled_frame(
     paper: Paper,
     records: Iterable[dict] = (),  # of ours, as `evaluate_repeats` stored them
 ):  # a pandas DataFrame; dataset_name may be "all"
-    "Several answers a question, one measure a row: the paper's, as far as they can be seen, and ours."
+    "Several answers a question, one measure a row: the paper's and ours."
     import pandas as pd
 
     facts, curves = ["model", "label", "dataset_name", "reading"], paper.curves
@@ -92,7 +93,8 @@ def sampled_frame(
     theirs = theirs.assign(origin="paper", n=n, source=theirs["reading"]).reindex(columns=_SAMPLED)
     ours = [line | {"origin": "ours", "model": record["model"], "label": record["model"],
                     "rule": rule, "source": record["source"]}
-            for record in records for rule in ("regrade", "strict") for line in record["rules"][rule]]
+            for record in records for rule in ("regrade", "strict")
+            for line in record["rules"][rule]]
     known = theirs[["rule", "measure", "dataset_name"]].drop_duplicates()
     return pd.concat([theirs, pd.DataFrame(ours, columns=_SAMPLED).merge(known)], ignore_index=True)
 
@@ -133,7 +135,8 @@ def curve_figure(
                          above=frame["high"] - frame["percent"],
                          below=frame["percent"] - frame["low"])
     figure = draw_panels(
-        px.line, by_benchmark(frame), 170, figure_notes(frame, note), x="k", y="percent", color="series", line_dash="series", line_dash_sequence=DASHES,
+        px.line, by_benchmark(frame), 170, figure_notes(frame, note), x="k", y="percent",
+        color="series", line_dash="series", line_dash_sequence=DASHES,
         symbol="series", symbol_sequence=SYMBOLS, log_x=True, error_y="above",
         error_y_minus="below", hover_data=["n", "source"], render_mode="svg",
         labels={"k": "k (logarithmic)", "percent": "pass@k (%)", "series": ""})

@@ -156,8 +156,8 @@ def _size(cell) -> str:
     return "" if cell.n != cell.n else f"{cell.n:.0f}"
 
 # %% ../../nbs/results/61_tables.ipynb #6fbc43f1
-_MARKS = {"|": r"\|", "*": r"\*", "<": "&lt;", "&": "&amp;", "\\": "&#92;", "`": "&#96;", "$": "&#36;",
-          "~": "&#126;"}
+_MARKS = {"|": r"\|", "*": r"\*", "<": "&lt;", "&": "&amp;", "\\": "&#92;", "`": "&#96;",
+          "$": "&#36;", "~": "&#126;"}
 
 
 def escape_markdown(text) -> str:
