@@ -215,7 +215,7 @@ def rollout_record(folder) -> dict:
                         "folder with rollout.json and rollout.jsonl.")
     return record
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #b7c1d010
 def load_rollout(folder) -> Rollout:
     "A finished rollout, from its folder; `UserError` where it lacks questions or its file is torn."
     folder, record = Path(folder), rollout_record(folder)
