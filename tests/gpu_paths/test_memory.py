@@ -128,6 +128,17 @@ def wide_config(vocabulary: int = 8192):
                             image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
 
 
+def sft_loss(net, ids, answer: int):
+    "The cross entropy of the answers' tokens, 256 at a time, computed again in the backward pass."
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    logits = net(input_ids=ids, logits_to_keep=answer + 1, use_cache=False).logits[:, :-1].flatten(0, 1)
+    part = lambda rows, targets: torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+    parts = zip(logits.split(256), ids[:, -answer:].flatten().split(256), strict=True)
+    return sum(checkpoint(part, rows, targets, use_reentrant=False) for rows, targets in parts)
+
+
 def grpo_loss(net, reference, ids, answer: int):
     "GRPO's loss, with log-probabilities by the installed TRL's own code."
     import torch
@@ -146,7 +157,6 @@ def grpo_loss(net, reference, ids, answer: int):
 def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpointing="false", bfloat16=False, vocabulary=8192) -> None:
     "Two updates in a plain loop; in bfloat16 as accelerate prepares a model for one GPU."
     import torch
-    from medvlthinker.training.sft import row_mean_loss
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -173,7 +183,7 @@ def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpo
         length = ids.shape[1] - 64
         if method == "SFT":
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-                loss = row_mean_loss(net, {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 64, -100)})
+                loss = sft_loss(net, ids, length)
         else:
             loss = grpo_loss(net, reference, ids, length)
         loss.backward()
