@@ -23,8 +23,8 @@ NOTEBOOKS = sorted([*(ROOT / "nbs").glob("[!_]*.ipynb"), *(ROOT / "nbs").glob("[
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
-    ".venv/bin/": f"{Path(sys.executable).parent}/", "FOLDER": "{place}/copies", "MODEL": "{place}/home/smoke/checkpoints/tiny", "scan.png": "{place}/scan.png",
-    "--model 3B-RL_m23k": "--model {place}/home/smoke/checkpoints/tiny", "mine.py": "{place}/mine.py"}
+    ".venv/bin/": f"{Path(sys.executable).parent}/", "FOLDER": "{place}/copies", "MODEL": "{place}/runs/smoke/checkpoints/tiny", "scan.png": "{place}/scan.png",
+    "--model 3B-RL_m23k": "--model {place}/runs/smoke/checkpoints/tiny", "mine.py": "{place}/mine.py"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
     "./reproduce.sh run mini": "--dry-run",  # a GPU and the hub
@@ -116,16 +116,16 @@ def place(tmp_path_factory, warm_tiny):
     for block in BLOCKS:
         if name := re.match(r"# (\w+\.py)\n", block.text):
             (place / name[1]).write_text(put_in(block.text, place))
-    shutil.copytree(warm_tiny, place / "home" / "smoke" / "checkpoints" / "tiny")
+    shutil.copytree(warm_tiny, place / "runs" / "smoke" / "checkpoints" / "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDVLTHINKER_HOME", str(place / "home"))
+        patch.setenv("MEDVLTHINKER_HOME", str(place / "runs"))
         patch.setenv("BROWSER_PATH", "none")  # pictures have their own tests
         patch.chdir(place)
         from medvlthinker.app.profile import load_profile
         from medvlthinker.app.runs import rollouts
         from medvlthinker.evaluation.evaluate import evaluate
 
-        evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), place / "home" / "smoke" / "results" / "synthetic")
+        evaluate(rollouts(load_profile("smoke", limit=6), "tiny"), place / "runs" / "smoke" / "results" / "synthetic")
         yield place
 
 
