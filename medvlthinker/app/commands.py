@@ -39,8 +39,7 @@ from medvlthinker.evaluation.image_ablation import (
 from ..generation.engine import open_engine
 from ..generation.model import folder_name, prompt_format, resolve_model
 from ..generation.request import Sampling
-from medvlthinker.generation.rollout import (
-    Rollout, load_rollout)
+from ..generation.rollout import Rollout, load_rollout
 from ..results.claims import compare_to_paper, comparison_lines
 from ..results.published import published
 from ..training.checkpoint import merge_recipe

@@ -149,7 +149,7 @@ def blank(home, tmp_path) -> Path:
 @pytest.mark.parametrize("words, parts", [
     (["recipe=3B-RL_m32k"], ["No recipe '3B-RL_m32k'; known are", "3B-RL_m23k"]),
     (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
-    (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors)"]),
+    (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no reasoning to imitate", "31_distill"]),
     (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
     (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-200-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),

@@ -363,7 +363,7 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
     words = ["smoke", f"model={blank}", "limit=20", "train_limit=40", "benchmark=vqa_rad"]
     with_limit, without = (preflight([*words, *more]) or capsys.readouterr().out for more in (["max_pixels=3136"], []))
     told = [float(number) for number in re.findall(r"([\d.]+) of them for images", with_limit)]
-    assert told and all(2 <= number <= 4 for number in told), with_limit
+    assert any(told) and all(2 <= number <= 4 for number in told if number), with_limit  # a corpus of text has none
     assert "16.0 of them for images" in without
 
 

@@ -132,5 +132,5 @@ def test_command_line(home, tmp_path):
     assert set(report.kind[report.refused]) <= {"corpus"} and "longer than in training" in set(report.finding)
     with pytest.raises(UserError, match="vLLM refuses them"):
         preflight([*words[3:], "max_model_len=60"])
-    with pytest.raises(UserError, match="whole number"):
+    with pytest.raises(UserError, match="max_prompt_length cannot be -1"):
         preflight(["smoke", "max_prompt_length=-1"])
