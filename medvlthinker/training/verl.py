@@ -486,8 +486,8 @@ def train_verl(
     show: Callable = print,
 ) -> Path:  # the checkpoint of the last step
     "Train a run with verl, or go on; `UserError` where the machine cannot, or verl fails."
-    recipe, settings, logs = run.recipe, run.settings, run.logs.absolute()
     require_package("verl", "ray", "vllm", instead="use trainer=trl")
+    recipe, settings, logs = run.recipe, run.settings, run.logs.absolute()
     refuse_missing_nodes([recipe], settings)
     words = [*overrides(recipe, settings, run.start, verl_parquet(run), run.folder),
              f"trainer.total_training_steps={run.steps}",
