@@ -14,6 +14,8 @@ from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import accelerate_config, read_metrics
 from transformers import AutoModelForImageTextToText
 
+pytestmark = pytest.mark.heavy  # three starts of two processes, a minute and a half of two cores
+
 WORKER = ROOT / "tests" / "gpu_paths" / "worker.py"
 CASES = {  # name: model, data, settings
     "tied, layers computed again": ("tied", "images", {"gradient_checkpointing": "true"}),

@@ -216,7 +216,7 @@ def reckoned(setting: str, folder: Path) -> float:
     return (estimate(find(f"3B-{method}_m23k"), settings, 64.0, Row(64, 0, answer), str(folder)) - 1.5) * 2**30
 
 
-OFTEN = ("SFT, checkpointing", "GRPO, bfloat16, LoRA, checkpointing")  # the others beside the heavy tests
+OFTEN = ("SFT, checkpointing",)  # the others beside the heavy tests
 
 
 @pytest.mark.parametrize("setting", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.heavy) for name in SETTINGS])

@@ -58,7 +58,7 @@ def killed_at(command: list[str], logs: Path, step: int) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("recipe, steps, at", [("tiny-SFT_PMC", 10, 6), ("tiny-RL_PMC", 8, 7)])
+@pytest.mark.parametrize("recipe, steps, at", [("tiny-SFT_PMC", 10, 6), ("tiny-RL_PMC", 7, 6)])
 def test_killed_and_called_again(ready, tmp_path, recipe, steps, at):
     "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
     whole, mine, theirs = tmp_path / "whole", words(recipe, steps, ready), words(recipe, steps, tmp_path / "whole")
