@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import replace
@@ -293,9 +294,10 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
 
 
 @pytest.fixture(scope="module")
-def real_ray(tmp_path_factory):
+def real_ray(request):
     "A head of Ray with eight GPUs that nobody uses, started by the whole path of `ray`."
-    folder = tmp_path_factory.mktemp("r")
+    folder = Path(tempfile.mkdtemp(prefix="r"))  # the name of a socket has 107 bytes
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
     variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "RAY_AUTH_MODE": "disabled",
                  "RAY_USAGE_STATS_ENABLED": "0",
                  "PYTHONPATH": str(write_stand_in(folder / "stand-in"))}
