@@ -654,8 +654,8 @@ def _lenient(completion: str | None, options: dict) -> tuple[str | None, set]:
         named = [(said, read) for said, read in zip(statements, readings) if read is not None]
         if not named: continue
         labels = set.intersection(*(read for _, read in named))
-        if labels and not (len(labels) > 1 and _differ(labels, options)): return named[0][0], labels
-        break
+        is_one = len(labels) == 1 or labels and not _differ(labels, options)
+        return (named[0][0], labels) if is_one else (None, set())
     return None, set()
 
 
