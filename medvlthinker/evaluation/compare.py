@@ -146,20 +146,25 @@ def check_questions(
                         "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb15
-def _compare_all(samples, first, second, rules: tuple[str, str], split) -> "pd.DataFrame":
+def _compare_all(
+    samples: Sequence[Sample],
+    rollouts: tuple[Sequence[dict], ...],  # two, or one that two rules read
+    rules: tuple[str, str], split: Callable[[str], list],
+) -> "pd.DataFrame":
     "A row for each pair of answers."
     import pandas as pd
 
     check_rules(*rules)
-    for rollout in (first, second):
+    for rollout in rollouts:
         check_questions(samples, rollout)
-    rows, sides = [], (match_rows(samples, rollout) for rollout in (first, second))
-    for (sample, image, one), (_, _, two) in zip(*sides, strict=True):
+    lines = []
+    for sample, image, *rows in match_rows(samples, *rollouts):
         names = {"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index}
-        for number, pair in enumerate(zip(one["completions"], two["completions"], strict=True)):
+        sides = rows[0]["completions"], rows[-1]["completions"]
+        for number, pair in enumerate(zip(*sides, strict=True)):
             found = _compare(sample, pair, rules, split)
-            rows.append({**names, "completion": number, **found, "image": image})
-    return pd.DataFrame(rows)
+            lines.append({**names, "completion": number, **found, "image": image})
+    return pd.DataFrame(lines)
 
 
 def compare_rollouts(
@@ -175,7 +180,7 @@ def compare_rollouts(
     if same_model and len(configs) == 2 and (words := config_difference(*configs)):
         raise UserError("These two rollouts cannot be compared, they differ in more than how the "
                         f"answers were computed: {words}.")
-    return _compare_all(samples, first, second, (rule, rule), split)
+    return _compare_all(samples, (first, second), (rule, rule), split)
 
 # %% ../../nbs/evaluation/51_compare.ipynb #a894f80a
 def rescore(
@@ -185,7 +190,7 @@ def rescore(
     new: str = "regrade",  # the other rule
 ) -> "pd.DataFrame":
     "A row for each stored answer: what two rules make of it."
-    return _compare_all(samples, rollout, rollout, (old, new), split_words)
+    return _compare_all(samples, (rollout,), (old, new), split_words)
 
 # %% ../../nbs/evaluation/51_compare.ipynb #8ab21118
 def paired_changes(

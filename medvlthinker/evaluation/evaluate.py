@@ -41,19 +41,19 @@ def image_cluster_id(sample: Sample) -> str:
 # %% ../../nbs/evaluation/50_evaluate.ipynb #ac05954a
 def match_rows(
     samples: Iterable[Sample],
-    rollout: Iterable[dict],  # in the samples' order
+    *rollouts: Iterable[dict],  # in the samples' order
 ) -> Iterator[tuple]:
-    "Each sample without its images, its cluster id, its row; `UserError` where they do not match."
-    for sample, row in itertools.zip_longest(samples, rollout):
-        if sample is None or row is None:
+    "Each sample without its images, its cluster id, its rows; `UserError` where they do not match."
+    for sample, *rows in itertools.zip_longest(samples, *rollouts):
+        if sample is None or None in rows:
             raise UserError("There are not as many questions as rows of answers; give the data and "
                             "the limit that they were made with, or generate the others first.")
-        for name in ("dataset_name", "dataset_index"):
+        for row, name in itertools.product(rows, ("dataset_name", "dataset_index")):
             if row.get(name, getattr(sample, name)) != getattr(sample, name):
                 place = sanitize(f"{row['dataset_name']} {row['dataset_index']}", 120)
                 raise UserError(f"The answers to {place} and after are not those to these "
                                 "questions; give the data and the limit that they were made with.")
-        yield replace(sample, images=()), image_cluster_id(sample), row
+        yield replace(sample, images=()), image_cluster_id(sample), *rows
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #b7c1d002
 def check_rules(*rules: str) -> None:
