@@ -247,7 +247,6 @@ def _load_vllm(folder, settings: EngineSettings):
     require_package("vllm", instead="use engine=transformers")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
-    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its processes are on one node
     if not settings.gpus:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
