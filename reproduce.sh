@@ -31,11 +31,12 @@ full() {
 }
 
 run_tests() {  # two workers, one thread each: more threads than cores make everything slower
+    local run=("$VENV/bin/python" -m pytest -n 2 --dist loadfile)
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
     case "${1:-}" in
         all)   run_tests; run_tests heavy ;;
-        heavy) need_browser; "$VENV/bin/python" -m pytest -n 2 --dist loadfile -m heavy ;;
-        *)     "$VENV/bin/python" -m pytest -n 2 --dist loadfile -m "not heavy" "$@" ;;
+        heavy) need_browser; "${run[@]}" -m heavy ;;
+        *)     "${run[@]}" -m "not heavy" "$@" ;;
     esac
 }
 
