@@ -22,6 +22,7 @@ from ..core.commands import (
 from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, read_record, record_path, require_package, write_error,
     write_record)
+from ..core.plots import skip_uri_grammar
 from ..generation.engine import check_nodes
 from ..generation.rollout import file_lock
 from ..training.recipe import RECIPES, TrainingSettings, nodes_of
@@ -244,8 +245,7 @@ def execute(
 ) -> Path:  # the executed notebook
     "Execute one step; `UserError` with its last error line and where the partial notebook lies."
     require_package("papermill", "ipykernel")
-    # a grammar of URIs, which jsonschema takes a second to load and nbformat does not use
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    skip_uri_grammar()
     import nbformat
 
     known = {step.name: step for step in steps(profile)}
