@@ -42,11 +42,11 @@ def slurm(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.heavy
-def test_a_step_is_a_job(slurm, home):
+def test_a_step_is_a_job(slurm, warm_home):
     done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
                   "--slurm-init-seconds-before-status-checks", "5", "notebooks/1_data.ipynb")
-    assert done.returncode == 0, done.stdout + done.stderr + (home / "smoke" / "logs" / "snakemake.log").read_text()
-    assert "step 1 of 1  1_data: done in" in done.stdout and (home / "smoke" / "notebooks" / "1_data.ipynb").is_file()
+    assert done.returncode == 0, done.stdout + done.stderr + (warm_home / "smoke" / "logs" / "snakemake.log").read_text()
+    assert "step 1 of 1  1_data: done in" in done.stdout and (warm_home / "smoke" / "notebooks" / "1_data.ipynb").is_file()
     script, = slurm.glob("*.script")
     assert "snakemake" in script.read_text() and (slurm / script.stem).read_text().strip() == "COMPLETED"
     assert "1_data           done" in python("-m", "medvlthinker.app.cli", "status", "smoke", "limit=2", "train_limit=6", "recipes=").stdout

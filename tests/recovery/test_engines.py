@@ -1,4 +1,4 @@
-"""Five ways to the same rows, and SIGKILL of whoever works on them: the driver, a worker of vLLM, a
+"""Four ways to the same rows, and SIGKILL of whoever works on them: the driver, a worker of vLLM, a
 worker of Ray."""
 import importlib.util
 import json
@@ -73,7 +73,6 @@ RUNS = {
     "transformers": ["engine=transformers"],
     "vllm": ["engine=vllm"],
     "vllm, two copies": ["engine=vllm", "data_parallel=2"],
-    "vllm in ray": ["engine=ray"],
     "vllm, served": ["engine=openai"],
 }
 
@@ -99,9 +98,9 @@ def rows(home: Path) -> dict:
             for path in home.rglob("rollout.json") for row in load_rollout(path.parent)}
 
 
-@pytest.mark.parametrize("other", ["vllm, two copies", "vllm in ray", "vllm, served"])
+@pytest.mark.parametrize("other", ["vllm, two copies", "vllm, served"])
 def test_vllm_however_it_is_run(answered, other):
-    "In this process, as two copies, on a cluster, behind a server: every row is the same."
+    "In this process, as two copies that Ray runs, behind a server: every row is the same."
     assert len(rows(answered["vllm"])) == 240
     assert rows(answered[other]) == rows(answered["vllm"])
 
