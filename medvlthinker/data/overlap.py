@@ -21,8 +21,8 @@ import numpy as np
 from ..core.files import (
     fingerprint, read_json, record_path, stale_reason, write_record)
 from .sample import Sample, SampleFile, to_rgb
-from .benchmarks import benchmark_file, benchmark_names
-from .corpora import corpus_file, corpus_names
+from .benchmarks import TEST_SETS, sample_file, set_names
+from .corpora import TRAINING_SETS
 from .readers import DataSettings, parallel_map, write_csv
 from ..core.stats import wilson
 
@@ -262,8 +262,8 @@ def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
 # %% ../../nbs/data/17_overlap.ipynb #f603c850
 def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
     "The sample files that are compared: those of every test set and corpus that the settings name."
-    tests = [benchmark_file(name, settings, folder) for name in benchmark_names(settings.benchmark)]
-    return tests + [corpus_file(name, settings, folder) for name in corpus_names(settings.corpus)]
+    return [sample_file(sets, name, settings, folder) for sets in (TEST_SETS, TRAINING_SETS)
+            for name in set_names(sets, getattr(settings, sets.kind))]
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
 def _origins(sample_files: Iterable) -> dict[str, str]:

@@ -156,6 +156,7 @@ class DatasetLayout(NamedTuple):
     convert: Callable  # from a row and its place to columns of the unified format
     folders: tuple[str, ...] = ()  # names that the folder may have
     only: str = ""  # in a table of several sets: the `dataset_name` of this one
+    kept_count: bool = False  # as for `samples_from`
 
     def image_place(self, folder: Path) -> Path | None:
         "The folder or zip of the images; None for none."

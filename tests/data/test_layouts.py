@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 PHOTO = encoded(90, 60, "JPEG")
 
 
-def local(name: str, folder: str, open_set=b.open_benchmark):
+def local(name: str, folder: str, sets=b.TEST_SETS, **options):
     "The samples of a local copy, and what became none."
-    return open_set(name, DataSettings(data_dir=folder)).samples(name)
+    return b.open_set(sets, name, DataSettings(data_dir=folder)).samples(name, **options)
 
 
 # ---- the real rows
@@ -38,7 +38,7 @@ def test_each_real_layout_yields_the_expected_rows(real_data, name):
 
 
 def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
-    good, others = split(local("pmc_vqa", str(real_data), c.open_corpus))
+    good, others = split(local("pmc_vqa", str(real_data), c.TRAINING_SETS))
     assert [(s.dataset_index, s.answer) for s in good] == [(0, "Focal uptake pattern")]
     assert [(bad.row.split()[-1], bad.field, bad.filtered) for bad in others] == [
         ("3", "Answer_label", True), ("4", "Figure_path", False), ("5", "Figure_path", False), ("6", "Choice B", True), ("7", "Figure_path", False),
@@ -52,7 +52,7 @@ def test_the_rows_of_pmc_vqa_that_break_naive_parsing(real_data):
 
 
 def test_the_real_rows_of_m23k(real_data):
-    good, others = split(local("m23k", str(real_data), c.open_corpus))
+    good, others = split(local("m23k", str(real_data), c.TRAINING_SETS))
     assert len(good) == 3 and not others and all(map(key_opens, good))
     source = [json.loads(line) for line in (real_data / "m1_m23k_peer_facts" / "rows_as_printed.jsonl").read_text().splitlines()]
     for sample, row in zip(good, source):
@@ -119,11 +119,12 @@ HUB = {  # set: rows as on the hub, and what one sample must be
 @pytest.mark.parametrize("name", HUB)
 def test_each_source_as_the_hub_holds_it(tmp_path, name):
     rows, (question, answer, images) = HUB[name]
-    tables = b.SOURCES[name][1].files.split()
+    source = b.SOURCES[name]._replace(place=tmp_path)
+    tables = source.layout.files.split()
     for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
         put(tmp_path / table.replace("*", "00000-of-00001"), own, tuple(column for column in rows[0] if column.startswith("image")))
-    good, others = split(b.open_benchmark(name, DataSettings("source"), str(tmp_path)).samples(name))
+    good, others = split(source.samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
     assert all(data == PHOTO for sample in good for data in sample.images)
@@ -157,7 +158,7 @@ def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch
     base = {"question": "Which?", "options": json.dumps(ABCD), "answer_label": "B", "answer": "MRI", "dataset_name": "pmc_vqa", "hash": None, "dataset_index": 0}
     copy = tmp_path / "MedVLThinker-pmc_vqa"
     put(copy / "data" / "train-00000-of-00001.parquet", [{**base, "images": [IMAGE]}, {**base, "images": [{"bytes": PHOTO[:300], "path": None}], "dataset_index": 1}])
-    monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", str(copy))
+    monkeypatch.setitem(c.PUBLISHED, "pmc_vqa", c.PUBLISHED["pmc_vqa"]._replace(place=copy))
     samples = c.load_corpus("pmc_vqa", DataSettings("hub", train_limit=2, max_rejected=1))
     assert [(s.answer, s.images) for s in samples] == [("MRI", (PHOTO,))]
     copy = c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))  # the same files as a local copy
