@@ -238,7 +238,7 @@ def _stored_samples(profile: Profile, kind: str) -> Iterator[tuple[str, SampleFi
     sets, folder = SETS[kind], Workspace(profile.name).samples
     for name in set_names(sets, getattr(profile, kind)):
         if path := newest_sample_file(sample_file(sets, name, profile, folder), name):
-            yield name, SampleFile(path, look=False)
+            yield name, SampleFile(path)
 
 
 def _missing_rollout(profile: Profile, model: str, name: str, n: int) -> UserError:

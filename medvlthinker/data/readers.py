@@ -12,13 +12,14 @@ import contextlib, csv, functools, inspect, itertools, json, os, random, re, zip
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import medvlthinker
 from ..core.files import UserError, atomic_write, file_hash, fingerprint
-from .sample import InvalidRow, Sample, from_row, json_kind, open_parquet
+from .sample import (
+    InvalidRow, Sample, from_row, json_kind, normalize_images, open_parquet)
 
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
 @contextlib.contextmanager
@@ -32,19 +33,11 @@ def open_text(path):
 
 # %% ../../nbs/data/13_readers.ipynb #4e3a0051
 def parse_json(text: str, where: str):
-    "The value of a JSON text; `InvalidRow` where it is none."
+    "The value of a JSON text, or the `InvalidRow` that it is."
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRow(where, "JSON", str(error)) from None
-
-
-def _attempt(make: Callable, *args, **kwargs):
-    "What `make` returns, or the `InvalidRow` that it raises."
-    try:
-        return make(*args, **kwargs)
-    except InvalidRow as bad:
-        return bad
+        return InvalidRow(where, "JSON", str(error))
 
 # %% ../../nbs/data/13_readers.ipynb #1653d517
 def json_lines(path) -> Iterator[tuple[str, object]]:
@@ -53,16 +46,16 @@ def json_lines(path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(file, 1):
             where = f"{Path(path).name} line {number}"
             if text := line.strip():
-                yield where, _attempt(parse_json, text, where)
+                yield where, parse_json(text, where)
 
 # %% ../../nbs/data/13_readers.ipynb #201c7767
 def json_list(path) -> Iterator[tuple[str, object]]:
-    "The rows of a JSON list, or those of a JSON object with their keys as the column `id`."
+    "The rows of a JSON list; `InvalidRow` where the text is no JSON."
     name = Path(path).name
     with open_text(path) as file:
         rows = parse_json(file.read(), name)
-    if isinstance(rows, dict):
-        rows = [{"id": key, **row} if isinstance(row, dict) else row for key, row in rows.items()]
+    if isinstance(rows, InvalidRow):
+        raise rows
     for number, row in enumerate(rows if isinstance(rows, list) else ()):
         yield f"{name} row {number}", row
 
@@ -138,7 +131,7 @@ def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: s
 def image_reader(place: Path) -> Callable[[str], bytes]:
     "From an image's name to its bytes, in a folder or a zip; ValueError where there is none."
     if place.is_dir():
-        return functools.lru_cache(64)(functools.partial(_from_folder, place))
+        return functools.partial(_from_folder, place)
     try:
         archive = zipfile.ZipFile(place)
     except Exception as error:
@@ -293,8 +286,15 @@ def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | Inval
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
-    field = str(item.get("image_field", "images"))
-    return _attempt(from_row, item, where, read=read, fit=fit, field=field)
+    try:
+        sample = from_row(item, where, read)
+        names = item["images"] if sample.images else ()
+        images, misc = normalize_images(sample.images, sample.misc, names, fit)
+        return replace(sample, images=images, misc=misc)
+    except InvalidRow as bad:
+        return bad
+    except ValueError as problem:
+        return InvalidRow(where, str(item.get("image_field", "images")), str(problem))
 
 # %% ../../nbs/data/13_readers.ipynb #bc0c18d6
 def samples_from(
