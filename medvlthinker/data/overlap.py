@@ -38,10 +38,10 @@ def normalize_question(question: str) -> str:
     return re.sub(r"[\W_]+", " ", text).strip()
 
 # %% ../../nbs/data/17_overlap.ipynb #27c27b02
-def shingles(text: str, size: int = 3) -> frozenset[str]:
-    "All pieces of `size` characters, with a blank at either end; none of an empty text."
+def shingles(text: str) -> frozenset[str]:
+    "All pieces of three characters, with a blank at either end; none of an empty text."
     text = f" {text} " if text else ""
-    return frozenset(text[i:i + size] for i in range(len(text) - size + 1))
+    return frozenset(text[i:i + 3] for i in range(len(text) - 2))
 
 # %% ../../nbs/data/17_overlap.ipynb #9b0f8d15
 SAME_QUESTION = 0.6
@@ -248,10 +248,8 @@ def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
     "A DataFrame of the pairs, by level, the most similar first."
     import pandas
 
-    pairs = pandas.DataFrame(list(rows), columns=COLUMNS)
-    order = pairs.assign(level=pairs["level"].map(LEVELS.index), similarity=-pairs["similarity"])
-    order = order.sort_values(["level", "similarity", *COLUMNS[:4]])
-    return pairs.loc[order.index].reset_index(drop=True)
+    in_order = sorted(rows, key=lambda row: (LEVELS.index(row[4]), -row[5], row[:4]))
+    return pandas.DataFrame(in_order, columns=COLUMNS)
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba5
 def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
@@ -279,13 +277,14 @@ def store_pairs(pairs, path, sample_files: Iterable) -> None:
         write_csv(pairs, path)
 
 # %% ../../nbs/data/17_overlap.ipynb #394abadb
-def stored_pairs(path, sample_files: Iterable, show=print):  # -> pandas.DataFrame, or None
-    "The pairs that were found among the very samples stored now; else `show` says why not."
+def stored_pairs(path, sample_files: Iterable):  # -> pandas.DataFrame, or None
+    "The pairs that were found among the very samples stored now; else a line says why not."
     import pandas
 
     if reason := stale_reason(path, _origins(sample_files)):
-        return show("No pairs of these training and test questions are known; paper/1_data finds "
-                    f"them ({reason}).")
+        print("No pairs of these training and test questions are known; paper/1_data finds them "
+              f"({reason}).")
+        return None
     return pandas.read_csv(path)
 
 # %% ../../nbs/data/17_overlap.ipynb #9f539955
@@ -338,15 +337,13 @@ def side_by_side(pairs, corpora: dict[str, Iterable], tests: dict[str, Iterable]
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
     cells = {}
-    for side, name, samples in (*(("train", *item) for item in corpora.items()),
-                                *(("test", *item) for item in tests.items())):
-        wanted = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
-        if isinstance(samples, SampleFile):
-            samples = samples.select(wanted)
-        for sample in samples:
-            number = sample.dataset_index
-            if number in wanted:
-                cells[side, name, number] = _cell(sample, f"{side} {name} {number}")
+    for side, sets in (("train", corpora), ("test", tests)):
+        for name, samples in sets.items():
+            wanted = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
+            if isinstance(samples, SampleFile):
+                samples = samples.select(wanted)
+            cells |= {(side, name, number): _cell(sample, f"{side} {name} {number}")
+                      for sample in samples if (number := sample.dataset_index) in wanted}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
             f"{cells['train', pair.train_name, pair.train_index]}"
             f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]
