@@ -8,7 +8,7 @@ __all__ = ['open_text', 'parse_json', 'json_lines', 'json_list', 'csv_rows', 're
            'DataSettings', 'parallel_map', 'map_batches', 'samples_from', 'escape_formula', 'write_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
-import contextlib, csv, functools, inspect, itertools, json, os, random, re, zipfile
+import csv, functools, inspect, itertools, json, os, random, re, zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +22,9 @@ from .sample import (
     InvalidRow, Sample, from_row, json_kind, normalize_images, open_parquet)
 
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
-@contextlib.contextmanager
 def open_text(path):
-    "A file as a stream of text, with its line ends; `UserError` where it cannot be read."
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    "A file as a stream of text, with its line ends."
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 # %% ../../nbs/data/13_readers.ipynb #4e3a0051
 def parse_json(text: str, where: str):
@@ -87,15 +82,17 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
 
 _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet": _parquet_rows}
 
-# %% ../../nbs/data/13_readers.ipynb #5ea91f2d
+
 def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
-    read = _READERS.get(Path(path).suffix, json_list)
-    number = 0
-    for number, (where, row) in enumerate(read(Path(path)), 1):
-        if not isinstance(row, (dict, InvalidRow)):
-            row = InvalidRow(where, "row", f"{json_kind(row)}, not an object with columns")
-        yield where, row
+    read, number = _READERS.get(Path(path).suffix, json_list), 0
+    try:
+        for number, (where, row) in enumerate(read(Path(path)), 1):
+            if not isinstance(row, (dict, InvalidRow)):
+                row = InvalidRow(where, "row", f"{json_kind(row)}, not an object with columns")
+            yield where, row
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     if not number:
         raise UserError(f"{path} holds no list of rows.")
 

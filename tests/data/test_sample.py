@@ -1,13 +1,12 @@
 """A row becomes a sample or a sentence; an image is stored as a person sees it."""
 import itertools
-import json
 import struct
 import zlib
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, encoded
+from conftest import encoded
 from medvlthinker.core.files import UserError
 from medvlthinker.data.converters import unified
 from medvlthinker.data.readers import samples_from
@@ -102,16 +101,6 @@ def test_a_tiff_that_pillow_cannot_read_is_refused_in_a_sentence():
     row = GOOD | {"images": [tiff(lines(16), 16, True, True, False)]}
     item, = samples_from(lambda: [("row", row)], unified, "set")
     assert str(item).startswith("row, images: not a readable image")
-
-
-def test_the_case_of_a_white_is_zero_radiograph():
-    path = ROOT.parent / "shared" / "cases" / "image-greyscale.json"
-    if not path.is_file():
-        pytest.skip("the cases (../shared/cases) are not on this machine")
-    case, = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    assert case["expected"] == "left edge white (255), right edge black" and case["file"].startswith("16-bit greyscale TIFF")
-    picture = to_rgb(tiff(lines(16), 16, white_is_zero=True, big=False, deflate=False))
-    assert (picture.getpixel((0, 0)), picture.getpixel((15, 0))) == ((255,) * 3, (0,) * 3)
 
 
 @pytest.mark.parametrize("value", [0, 7, 40000, 65535])
