@@ -317,8 +317,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'medvlthinker.core.files.missing_package_error': ( 'core/files.html#missing_package_error',
                                                                                             'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.read_json': ('core/files.html#read_json', 'medvlthinker/core/files.py'),
-                                         'medvlthinker.core.files.read_record': ( 'core/files.html#read_record',
-                                                                                  'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.record_path': ( 'core/files.html#record_path',
                                                                                   'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.record_text': ( 'core/files.html#record_text',

@@ -17,7 +17,6 @@ from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
-from medvlthinker.core.files import UserError
 from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, read_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -187,19 +186,6 @@ def pmc(path: Path, lines: list, **images: bytes) -> Path:
     with open(folder / "train.csv", "w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([COLUMNS, *lines])
     return path
-
-
-@pytest.mark.parametrize("lines, sentence", [
-    ([pmc_line(), pmc_line("strip.png")], "train.csv line 3, Figure_path: strip.png is 4000x30 pixels, a strip that fits no size"),
-    ([pmc_line(), pmc_line(question="Wo ist der Sch\udce4del?")], "train.csv line 3, question: holds half a character"),
-    ([pmc_line(), pmc_line()[:-1]], "train.csv line 3, row: more or fewer than the header's 8 cells"),
-])
-def test_a_broken_row_of_a_corpus_is_one_sentence_and_the_good_are_kept(tmp_path, home, lines, sentence):
-    pmc(tmp_path, lines, **{"strip.png": encoded(4000, 30)})
-    with pytest.raises(UserError) as raised:
-        c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path)))
-    assert f"1 rows of pmc_vqa.parquet are broken, first {sentence}" in str(raised.value) and "\n" not in str(raised.value)
-    assert [s.answer for s in c.load_corpus("pmc_vqa", DataSettings(data_dir=str(tmp_path), max_rejected=1))] == ["MRI"]
 
 
 def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
