@@ -590,8 +590,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvlthinker/data/overlap.py'),
                                            'medvlthinker.data.overlap.question_similarity': ( 'data/overlap.html#question_similarity',
                                                                                               'medvlthinker/data/overlap.py'),
-                                           'medvlthinker.data.overlap.searched_files': ( 'data/overlap.html#searched_files',
-                                                                                         'medvlthinker/data/overlap.py'),
                                            'medvlthinker.data.overlap.shingles': ( 'data/overlap.html#shingles',
                                                                                    'medvlthinker/data/overlap.py'),
                                            'medvlthinker.data.overlap.side_by_side': ( 'data/overlap.html#side_by_side',

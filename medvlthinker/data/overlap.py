@@ -7,14 +7,13 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'COLUMNS', 'SAME_QUESTION', 'SPECIFIC_WORDS
            'NEAR_COSINE', 'MOST_ALIGNED', 'SAME_DETAIL', 'SAME_TILE', 'normalize_question', 'shingles',
            'question_similarity', 'is_specific', 'QuestionIndex', 'thumbnail', 'crop', 'spectra', 'sign_bits',
            'similar_windows', 'align_windows', 'detail_similarity', 'ImageIndex', 'SampleIndex', 'pair_table',
-           'overlap', 'searched_files', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions',
-           'accuracy_by_overlap', 'side_by_side']
+           'overlap', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions', 'accuracy_by_overlap',
+           'side_by_side']
 
 # %% ../../nbs/data/17_overlap.ipynb #663a54b7
 import base64, hashlib, html, io, itertools, re, unicodedata, zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -257,38 +256,37 @@ def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
     index = SampleIndex(list(test))
     return pair_table(itertools.chain.from_iterable(itertools.starmap(index.pairs, corpora.items())))
 
-# %% ../../nbs/data/17_overlap.ipynb #f603c850
-def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
-    "The sample files that are compared: those of every test set and corpus that the settings name."
-    return [sample_file(sets, name, settings, folder) for sets in (TEST_SETS, TRAINING_SETS)
-            for name in set_names(sets, getattr(settings, sets.kind))]
-
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
-def _origins(sample_files: Iterable) -> dict[str, str]:
-    "What each sample file that exists was made from, as a fingerprint, by folder and name."
-    records = {path: record_path(path) for path in map(Path, sample_files)}
-    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(record).get("inputs"))
-            for path, record in records.items() if record.is_file()}
+def _origins(settings, folder) -> dict[str, str]:
+    "What each set that the settings name and that is stored was made from, as a fingerprint."
+    files = [sample_file(sets, name, settings, folder) for sets in (TEST_SETS, TRAINING_SETS)
+             for name in set_names(sets, getattr(settings, sets.kind))]
+    records = {file: record_path(file) for file in files}
+    return {f"{file.parent.name}/{file.name}": fingerprint(read_json(record).get("inputs"))
+            for file, record in records.items() if record.is_file()}
 
 
-def store_pairs(pairs, path, sample_files: Iterable) -> None:
-    "Keep the pairs as a CSV file, with what the sample files that were compared are made from."
-    with write_record(path, _origins(sample_files)):
+def store_pairs(
+    pairs, path, settings=DataSettings(),
+    folder=None,  # where the samples are stored, as for `benchmarks.sample_file`
+) -> None:
+    "Keep the pairs as a CSV file, with what the samples that were compared are made from."
+    with write_record(path, _origins(settings, folder)):
         write_csv(pairs, path)
 
 # %% ../../nbs/data/17_overlap.ipynb #394abadb
-def stored_pairs(path, sample_files: Iterable):  # -> pandas.DataFrame, or None
+def stored_pairs(path, settings=DataSettings(), folder=None):  # -> pandas.DataFrame, or None
     "The pairs that were found among the very samples stored now; else a line says why not."
     import pandas
 
-    if reason := stale_reason(path, _origins(sample_files)):
+    if reason := stale_reason(path, _origins(settings, folder)):
         print("No pairs of these training and test questions are known; paper/1_data finds them "
               f"({reason}).")
         return None
     return pandas.read_csv(path)
 
 # %% ../../nbs/data/17_overlap.ipynb #9f539955
-def overlap_matrix(pairs, sizes: dict[str, int] | None = None):  # adds sets without a pair
+def overlap_matrix(pairs, sizes: dict[str, int]):  # test items of each set
     "A DataFrame: how many distinct test items each training set repeats, by level."
     import pandas
 
@@ -296,10 +294,9 @@ def overlap_matrix(pairs, sizes: dict[str, int] | None = None):  # adds sets wit
     table = pairs.groupby([*keys, "level"])["test_index"].nunique().unstack()
     table = table.reindex(columns=list(LEVELS))
     table["any level"] = pairs.groupby(keys)["test_index"].nunique()
-    if sizes:
-        rows = itertools.product(dict.fromkeys(pairs["train_name"]), sizes)
-        table = table.reindex(pandas.MultiIndex.from_tuples(rows, names=keys))
-        table["of"] = [sizes[name] for _, name in table.index]
+    names = [pairs["train_name"].unique(), list(sizes)]
+    table = table.reindex(pandas.MultiIndex.from_product(names, names=keys))
+    table["of"] = [sizes[name] for _, name in table.index]
     return table.fillna(0).astype(int)
 
 # %% ../../nbs/data/17_overlap.ipynb #30c629e1

@@ -12,9 +12,8 @@ from PIL import Image
 from conftest import python
 from medvlthinker.data import overlap as module
 from medvlthinker.data import synthetic
-from medvlthinker.core.files import write_record
-from medvlthinker.data.overlap import (IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap,
-                                  question_similarity, store_pairs, stored_pairs)
+from medvlthinker.data.overlap import (
+    IMAGE_LEVELS, SAME_QUESTION, ImageIndex, align_windows, normalize_question, overlap, question_similarity)
 from medvlthinker.data.sample import Sample
 from medvlthinker.core.stats import wilson
 
@@ -130,19 +129,6 @@ def test_the_images_that_are_aligned_are_bounded(monkeypatch):
     scans = [synthetic.png(synthetic.draw(body, random.Random(seed), "test")) for seed in range(120)]
     assert 50 in ImageIndex(scans).search(altered(scans[50], "q", random.Random(0)))
     assert max(aligned) == module.MOST_ALIGNED
-
-
-def test_a_set_that_was_not_searched_has_no_stored_pairs(tmp_path, capsys):
-    pairs = overlap({}, [])
-    files = [tmp_path / "hub" / f"{name}.parquet" for name in "ab"]
-    for file in files:
-        with write_record(file, {"limit": 4}):
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(b"samples")
-    store_pairs(pairs, tmp_path / "pairs.csv", files[:1])
-    assert stored_pairs(tmp_path / "pairs.csv", files[:1]) is not None
-    assert stored_pairs(tmp_path / "pairs.csv", files) is None
-    assert "hub/b.parquet" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0broken", synthetic.png(np.full((40, 40, 3), 90, np.uint8))])
