@@ -334,7 +334,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/core/files.py')},
             'medvlthinker.core.grade': { 'medvlthinker.core.grade.Grade': ('core/grade.html#grade', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._Cue': ('core/grade.html#_cue', 'medvlthinker/core/grade.py'),
-                                         'medvlthinker.core.grade._Letters': ('core/grade.html#_letters', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._Names': ('core/grade.html#_names', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._after': ('core/grade.html#_after', 'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade._after_cue': ('core/grade.html#_after_cue', 'medvlthinker/core/grade.py'),

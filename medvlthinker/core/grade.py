@@ -360,15 +360,12 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
                  r"|incorrect|false|unlikely|out|and|n?or|vs|th[ae]n|because|since|due|given|rather"
                  r"|instead|which|while|whereas|(?:al)?though|but|as|the|option|choice)\b")
 
-class _Letters(NamedTuple):
-    "Expressions for the letters of options."
-    first: re.Pattern     # one that begins a text, of any size
-    capital: re.Pattern   # one that stands alone and is neither an article nor a pronoun
-    called: re.Pattern    # one behind "option", of any size
-
 @lru_cache   # most questions have the same letters
-def _letters(labels: tuple[str, ...]) -> _Letters:
-    "Each expression begins with the letters themselves, for which a text is searched fast."
+def _letters(labels: tuple[str, ...]) -> tuple[re.Pattern, ...]:
+    """For a letter that begins a text, of any size; a capital that stands alone and is neither an
+    article nor a pronoun; a letter behind "option", of any size.
+
+    Each expression begins with the letters themselves, for which a text is searched fast."""
     upper = [re.escape(label.upper()) for label in labels] or ["(?!)"]
     both = [*upper, *map(str.lower, upper)]   # not (?i:...), to which a dotless i is an I
     first = rf"[^\w]{{0,9}}({'|'.join(both)})(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))"
@@ -377,15 +374,16 @@ def _letters(labels: tuple[str, ...]) -> _Letters:
                rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
     called = "|".join(f"{name}(?<={noun} {name})" for name in both
                       for noun in ("option", "choice", "letter"))
-    return _Letters(*map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
+    return tuple(map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
 
-def _letter_places(text: str, letters: _Letters) -> list[tuple[int, int]]:
+def _letter_places(text: str, letters: tuple[re.Pattern, ...]) -> list[tuple[int, int]]:
     "Where a text names a letter: start and end."
-    first = letters.first.match(text)
-    begin, places = (first.end(), {first.span(1)}) if first else (0, set())
-    places |= {found.span() for found in letters.capital.finditer(text, begin)}
+    first, capital, called = letters
+    start = first.match(text)
+    begin, places = (start.end(), {start.span(1)}) if start else (0, set())
+    places |= {found.span() for found in capital.finditer(text, begin)}
     if any(noun in text for noun in ("option ", "choice ", "letter ")):
-        places |= {found.span() for found in letters.called.finditer(text, begin)}
+        places |= {found.span() for found in called.finditer(text, begin)}
     return sorted(places)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0033
@@ -394,7 +392,7 @@ class _Names(NamedTuple):
     texts: list           # of each text its longest word, all its words, its mark; longest first
     whole: dict           # the words of a text -> mark
     reach: int            # characters of a text that may be an option's as a whole
-    letters: _Letters
+    letters: tuple        # expressions for the letters
     marks: dict           # small letter -> mark
     meaning: dict         # mark -> the labels that it may mean
 

@@ -167,12 +167,12 @@ def missing_error(sets: Collection, names: list[str], settings) -> UserError:
                      f"it is looked for as {'; '.join(places)}, and in other layouts (see LOCAL in "
                      "nbs/data).")
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c076
+# %% ../../nbs/data/15_benchmarks.ipynb #1f5014ea
 def is_available(sets: Collection, name: str, settings) -> bool:
     "Can a set be had? What is not looked for in a folder can."
     return settings.source != "local" or open_set(sets, name, settings) is not None
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c076
 def available_sets(sets: Collection, settings=DataSettings()) -> list[str]:
     "The sets that are asked for and can be had; `UserError` for a named one that cannot."
     named = getattr(settings, sets.kind)
@@ -274,7 +274,7 @@ def load_benchmark(
         _check_count(names[0], samples, settings)
     return list(samples)
 
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c049
+# %% ../../nbs/data/15_benchmarks.ipynb #56092751
 def register_set(sets: Collection, name: str, folder, layout: DatasetLayout) -> None:
     "Add a set of your own, or replace it; `UserError` for a name that is not free."
     if _plain(name) in map(_plain, (*sets.short, *sets.counts)):
@@ -284,7 +284,7 @@ def register_set(sets: Collection, name: str, folder, layout: DatasetLayout) -> 
     place = str(Path(folder).expanduser().absolute())
     sets.local[name] = [layout._replace(folders=(place,))]
 
-
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c049
 def register_benchmark(name: str, folder, layout: DatasetLayout) -> None:
     "Add a test set of your own; the folder is seen from the working folder."
     register_set(TEST_SETS, name, folder, layout)

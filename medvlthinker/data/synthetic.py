@@ -141,7 +141,7 @@ def _compare(before: Scene, after: Scene) -> dict[str, str]:
     return {"which fluid": _word(WHICH, *fluids), "growth": growth,
             "change": _word(CHANGE, *fluids) if comparable else "not comparable"}
 
-
+# %% ../../nbs/data/12_synthetic.ipynb #fa0ebad8
 def answers(*scenes: Scene) -> dict[str, str]:
     "The answer to each kind of question about one scan, or about a first and a second."
     if len(scenes) == 2:
