@@ -42,10 +42,7 @@ class DataSource(NamedTuple):
         return download_hub_files(str(self.place), *filter(None, patterns))
 
     def rows(self) -> Iterator[tuple[str, dict | InvalidRow]]:
-        "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
-        if not self.layout.found(self.folder()):
-            images = f" with {self.layout.images} beside it" if self.layout.images else ""
-            raise UserError(f"{self.place} holds no {self.layout.files.split()[0]}{images}.")
+        "The rows of its files, as the layout reads them."
         return self.layout.rows(self.folder())
 
     def samples(

@@ -160,8 +160,11 @@ class DatasetLayout(NamedTuple):
         return [path for pattern in self.files.split() for path in sorted(folder.glob(pattern))]
 
     def rows(self, folder: Path) -> Iterator[tuple[str, dict | InvalidRow]]:
-        "The raw rows of all files."
-        for where, row in itertools.chain.from_iterable(map(read_rows, self.found(folder))):
+        "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
+        if not (files := self.found(folder)):
+            images = f" with {self.images} beside it" if self.images else ""
+            raise UserError(f"{folder} holds no {self.files.split()[0]}{images}.")
+        for where, row in itertools.chain.from_iterable(map(read_rows, files)):
             if not self.only or isinstance(row, dict) and row.get("dataset_name") == self.only:
                 yield where, row
 
