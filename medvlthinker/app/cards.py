@@ -62,7 +62,7 @@ def model_metadata(
         data.license_link = f"https://huggingface.co/{BASES['3B']}/blob/main/LICENSE"
     published = [(PUBLISHED | (PUBLISHED_REASONING if each.method == "SFT" else {}))
                  .get(each.corpus) for each in chain(recipe)]
-    data.datasets = [*dict.fromkeys(filter(None, published))]
+    data.datasets = [*dict.fromkeys(str(source.place) for source in published if source)]
     return data
 
 # %% ../../nbs/app/73_cards.ipynb #01f5123d

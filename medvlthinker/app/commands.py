@@ -24,7 +24,7 @@ from .runs import (
     rollouts_folder, stored_records, training_data, training_places)
 from .verify import run_files, show_findings, trace
 from ..core.files import UserError, read_json
-from ..data.benchmarks import benchmark_names, load_benchmark
+from ..data.benchmarks import TEST_SETS, load_benchmark, set_names
 from ..data.readers import write_csv
 from ..difficulty.preflight import check_prompts, open_processor
 from medvlthinker.evaluation.compare import (
@@ -95,7 +95,7 @@ def stored_rollouts(
     record: dict,  # evaluation.json or repeats.json of a model
 ) -> dict[str, tuple[Sequence, Rollout]]:  # dataset_name -> samples and rollout
     "The rollouts that a record was made from."
-    workspace, wanted = Workspace(profile.name), benchmark_names(profile.benchmark)
+    workspace, wanted = Workspace(profile.name), set_names(TEST_SETS, profile.benchmark)
     places: dict[str, str] = record.get("rollouts", {})
     found: dict[str, tuple[Sequence, Rollout]] = {}
     for name in [name for name in places if not profile.benchmark or name in wanted]:

@@ -19,7 +19,7 @@ import numpy as np
 from .profile import Profile, Workspace, overrides
 from .runs import Step, evaluation_samplings, steps, training_places
 from ..core.files import UserError
-from ..data.benchmarks import benchmark_names
+from ..data.benchmarks import TEST_SETS, set_names
 from ..generation.engine import check_nodes
 from ..generation.request import Sampling
 from ..training.memory import estimate, settings_that_fit
@@ -115,7 +115,7 @@ def asking_cost(
     if kind == "corpus":
         limit, sets = profile.train_limit, [(rows.count, rows.answer) for rows in CORPORA.values()]
     else:
-        names = benchmark_names(profile.benchmark) if profile.benchmark else TESTS
+        names = set_names(TEST_SETS, profile.benchmark) if profile.benchmark else TESTS
         limit, sets = profile.limit, [(TESTS.get(name, 0), _TEST_ANSWER) for name in names]
     answers = sum(sampling.n for sampling in samplings)
     tokens = sum(min(count, limit or count) * answers * min(length, profile.max_tokens)

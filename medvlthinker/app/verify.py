@@ -156,7 +156,7 @@ def questions_file(
     base, wanted = (root / "samples").joinpath(*source), rollout_record(folder)["samples"]
     for path in sorted(base.glob(f"{glob.escape(name)}*.parquet")):
         with contextlib.suppress(UserError):  # torn
-            if samples_fingerprint(SampleFile(path, look=False)) == wanted:
+            if samples_fingerprint(SampleFile(path)) == wanted:
                 return path
     raise UserError(f"No file in {base} holds the questions of {_inside(folder, root)}.")
 
@@ -183,7 +183,7 @@ def trace(
                 problems += [f"{found.path}: {found.why}"] if found.why else []
             rollout, questions = load_rollout(folder), questions_file(folder, root)
             record, rule = rollout.record, evaluation["rule"]
-            right = grade_rollout(SampleFile(questions, look=False), rollout)[f"{rule}_correct"]
+            right = grade_rollout(SampleFile(questions), rollout)[f"{rule}_correct"]
             yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
             yield f"    {record['model']} {record['weights']} on {_inside(questions, root)}"
             yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)

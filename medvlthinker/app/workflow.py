@@ -20,7 +20,7 @@ from .runs import steps
 from ..core.commands import (
     end_with_parent, find_path, project_root, redact, redact_file)
 from medvlthinker.core.files import (
-    UserError, atomic_write, file_hash, read_record, record_path, require_package, write_error,
+    UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
     write_record)
 from ..core.plots import skip_uri_grammar
 from ..generation.engine import check_nodes
@@ -404,8 +404,7 @@ def run_workflow(
     check_nodes(profile)
     every = steps(profile)  # a mistake in the profile is said before anything runs
     for step in every:  # and that a newer version of this package was at work here
-        with contextlib.suppress(OSError, ValueError):
-            read_record(record_path(notebook_file(step.name, profile)))
+        read_json(record_path(notebook_file(step.name, profile)))
     if profile.gpus:  # and what cannot end well, not after days
         due = reasons(profile)
         _refuse([step.value for step in every if step.parameter == "recipe" and step.name in due],
@@ -489,10 +488,8 @@ def status(
     width = max(map(len, names))
     yield f"{'step':{width}}  {'state':11}  {'time':>6}  because"
     for name, (state, why) in found.items():
-        seconds = ""
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it never ended well
-            record = read_record(record_path(notebook_file(name, profile)))
-            seconds = f"{record['seconds']:.0f} s"
+        took = read_json(record_path(notebook_file(name, profile))).get("seconds")
+        seconds = f"{took:.0f} s" if isinstance(took, float) else ""  # else it never ended well
         yield f"{name:{width}}  {state:11}  {seconds:>6}  {why}".rstrip()
         if state in ("failed", "interrupted"):
             yield f"    {notebook_file(name, profile, running=True)}"

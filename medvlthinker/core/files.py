@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'FORMAT', 'sanitize', 'UserError', 'missing_package_error', 'require_package', 'write_error', 'is_alive',
            'atomic_write', 'file_hash', 'fingerprint', 'environment_info', 'record_text', 'verify_checksum',
-           'record_path', 'read_record', 'read_json', 'write_record', 'stale_reason']
+           'record_path', 'read_json', 'write_record', 'stale_reason']
 
 # %% ../../nbs/core/00_files.ipynb #910b90b7
 import contextlib, datetime, errno, functools, glob, hashlib, importlib.metadata, importlib.util
@@ -173,27 +173,19 @@ def record_path(path) -> Path:
     return Path(path).with_name(Path(path).name + ".manifest.json")
 
 # %% ../../nbs/core/00_files.ipynb #9f00a1b3
-def read_record(path) -> dict:  # of the record itself
-    "A record; `UserError` where a newer version wrote it, ValueError where it cannot be read."
+def read_json(path) -> dict:
+    "A JSON object, empty where none can be read; `UserError` where a newer version wrote it."
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no object")
-    if isinstance(form := record.get("format"), int) and form > FORMAT:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    if isinstance(form := found.get("format"), int) and form > FORMAT:
         raise UserError(f"{path} was written by a newer version of this package (format {form}, "
                         f"this one knows {FORMAT}); update it, or set MEDVLTHINKER_HOME to another "
                         "folder. Nothing was changed.")
-    return record
-
-# %% ../../nbs/core/00_files.ipynb #118df7c9
-def read_json(path) -> dict:
-    "A JSON object; empty where there is none that can be read."
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if isinstance(found := json.loads(Path(path).read_text(encoding="utf-8")), dict):
-            return found
-    return {}
+    return found
 
 # %% ../../nbs/core/00_files.ipynb #ea83c27e
 @contextlib.contextmanager
@@ -201,8 +193,7 @@ def write_record(path, inputs: dict, beside: Iterable = ()):  # further files th
     "Make a file or folder of `inputs` in the block; its record follows. Yields a dict for facts."
     path, start, facts = Path(path), time.monotonic(), {}
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        read_record(record_path(path))  # stops where a newer version wrote it
+    read_json(record_path(path))  # stops where a newer version wrote it
     record_path(path).unlink(missing_ok=True)
     yield facts
     made = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
@@ -219,14 +210,12 @@ def write_record(path, inputs: dict, beside: Iterable = ()):  # further files th
 def stale_reason(path, inputs: dict) -> str:
     "Why a file or folder must be made (again) of these inputs; empty where it need not."
     path = Path(path)
-    try:
-        old = read_record(record_path(path))["inputs"]
-        new = json.loads(json.dumps(inputs))
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    except FileNotFoundError:
+    if not record_path(path).exists():
         return "it has no manifest" if path.exists() else "it is not there yet"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    old, new = read_json(record_path(path)).get("inputs"), json.loads(json.dumps(inputs))
+    if not isinstance(old, dict):
         return "its manifest cannot be read"
     if not path.exists():
         return "it is gone, though its manifest is there"
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)

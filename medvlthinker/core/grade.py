@@ -360,15 +360,12 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
                  r"|incorrect|false|unlikely|out|and|n?or|vs|th[ae]n|because|since|due|given|rather"
                  r"|instead|which|while|whereas|(?:al)?though|but|as|the|option|choice)\b")
 
-class _Letters(NamedTuple):
-    "Expressions for the letters of options."
-    first: re.Pattern     # one that begins a text, of any size
-    capital: re.Pattern   # one that stands alone and is neither an article nor a pronoun
-    called: re.Pattern    # one behind "option", of any size
-
 @lru_cache   # most questions have the same letters
-def _letters(labels: tuple[str, ...]) -> _Letters:
-    "Each expression begins with the letters themselves, for which a text is searched fast."
+def _letters(labels: tuple[str, ...]) -> tuple[re.Pattern, ...]:
+    """For a letter that begins a text, of any size; a capital that stands alone and is neither an
+    article nor a pronoun; a letter behind "option", of any size.
+
+    Each expression begins with the letters themselves, for which a text is searched fast."""
     upper = [re.escape(label.upper()) for label in labels] or ["(?!)"]
     both = [*upper, *map(str.lower, upper)]   # not (?i:...), to which a dotless i is an I
     first = rf"[^\w]{{0,9}}({'|'.join(both)})(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))"
@@ -377,15 +374,16 @@ def _letters(labels: tuple[str, ...]) -> _Letters:
                rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
     called = "|".join(f"{name}(?<={noun} {name})" for name in both
                       for noun in ("option", "choice", "letter"))
-    return _Letters(*map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
+    return tuple(map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
 
-def _letter_places(text: str, letters: _Letters) -> list[tuple[int, int]]:
+def _letter_places(text: str, letters: tuple[re.Pattern, ...]) -> list[tuple[int, int]]:
     "Where a text names a letter: start and end."
-    first = letters.first.match(text)
-    begin, places = (first.end(), {first.span(1)}) if first else (0, set())
-    places |= {found.span() for found in letters.capital.finditer(text, begin)}
+    first, capital, called = letters
+    start = first.match(text)
+    begin, places = (start.end(), {start.span(1)}) if start else (0, set())
+    places |= {found.span() for found in capital.finditer(text, begin)}
     if any(noun in text for noun in ("option ", "choice ", "letter ")):
-        places |= {found.span() for found in letters.called.finditer(text, begin)}
+        places |= {found.span() for found in called.finditer(text, begin)}
     return sorted(places)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0033
@@ -394,7 +392,7 @@ class _Names(NamedTuple):
     texts: list           # of each text its longest word, all its words, its mark; longest first
     whole: dict           # the words of a text -> mark
     reach: int            # characters of a text that may be an option's as a whole
-    letters: _Letters
+    letters: tuple        # expressions for the letters
     marks: dict           # small letter -> mark
     meaning: dict         # mark -> the labels that it may mean
 
@@ -608,57 +606,48 @@ def _sentence(text: str, names: _Names) -> set | None:
 # %% ../../nbs/core/02_grade.ipynb #9a4e004c
 _BRACKETED = re.compile(r"\((?:option |choice )?([Ⓐ-Ⓩ])\)")
 
-def _lines(texts: list[str], how: str, names: _Names) -> list[set | None]:  # a reading a line
+_Named = list[tuple[str, set]]   # what was said, and the letters that it may mean
+
+def _named(statements: list[str], readings: list[set | None]) -> _Named:
+    "The statements that name an option."
+    return [(said, read) for said, read in zip(statements, readings) if read is not None]
+
+def _lines(statements: list[str], how: str, names: _Names) -> _Named:
     "What lines without a declaration answer."
+    texts = [_clean(statement[:2000]) for statement in statements]
     lines = [_mark(text, names) for text in texts]
     kept = _kept(lines, names)
-    whole = [_alone(line, names) for line in (kept[:1] if how == "tag" else kept)]
-    if _common(whole) is not None: return whole
+    whole = kept[:1] if how == "tag" else kept
+    if named := _named(statements, [_alone(line, names) for line in whole]): return named
     first = next((i for i, (line, left) in enumerate(zip(lines, kept)) if left == line), 0)
-    opening = _opening(kept[first], names)
-    if opening is not None: return [None] * first + [opening]
-    concluded = [_conclusion(line, names) for line in kept]
-    if _common(concluded) is not None: return concluded
+    if named := _named(statements[first:], [_opening(kept[first], names)]): return named
+    if named := _named(statements, [_conclusion(line, names) for line in kept]): return named
     inside = _common(names.meaning[mark] for mark in _BRACKETED.findall(kept[-1]))
     last = None if inside is None or _REFUSAL.search(kept[-1]) else inside
     if last is None and len(texts) == 1 and how != "thought": last = _sentence(texts[0], names)
-    return [None] * (len(lines) - 1) + [last]
+    return _named(statements[-1:], [last])
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e004f
 @lru_cache(maxsize=1024)   # the answers to a question are few
 def _start(statement: str, options: tuple[tuple[str, str], ...]) -> set | None:
     "What a statement means that begins with its answer."
     names = _names(options)
-    return _opening(_mark(_clean(statement), names), names)
-
-def _readings(
-    statements: list[str],
-    how: str,  # as extract says
-    options: dict,
-) -> list[set | None]:  # of each: the letters it may mean; None if it names no option
-    "What the statements of one group mean to `lenient`."
-    key = tuple(options.items())
-    if how == "start": return [_start(statement[:2000], key) for statement in statements]
-    return _lines([_clean(statement[:2000]) for statement in statements], how, _names(key))
-
-# %% ../../nbs/core/02_grade.ipynb #47b6eddc
-def _differ(labels: set[str], options: dict) -> bool:
-    "Whether the options of these letters say different things."
-    return len({_words(str(options[label])) for label in labels}) > 1
-
+    return _opening(_mark(_clean(statement[:2000]), names), names)
 
 def _lenient(completion: str | None, options: dict) -> tuple[str | None, set]:
     "The answer of the firmest group that names an option, and the letters it may mean."
+    key = tuple(options.items())
     for statements, how in extract(completion):
-        readings = _readings(statements, how, options)
-        named = [(said, read) for said, read in zip(statements, readings) if read is not None]
+        if how == "start": named = _named(statements, [_start(said, key) for said in statements])
+        else: named = _lines(statements, how, _names(key))
         if not named: continue
         labels = set.intersection(*(read for _, read in named))
-        is_one = len(labels) == 1 or labels and not _differ(labels, options)
-        return (named[0][0], labels) if is_one else (None, set())
+        texts = [_words(str(options[label])) for label in labels] if len(labels) > 1 else []
+        if not labels or len(set(texts)) > 1: return None, set()   # they say different things
+        return named[0][0], labels
     return None, set()
 
-
+# %% ../../nbs/core/02_grade.ipynb #47b6eddc
 def grade(
     completion: str | None,  # what the model wrote
     options: dict[str, str], # letter -> text

@@ -57,13 +57,12 @@ def draw_panels(
     frame,  # a column `panel`, and those that `words` name
     height: int,  # of a panel, in pixels
     notes,  # sentences under the figure
-    columns: int = 2,  # panels side by side
     **words,  # what plotly.express takes: x, y, color, error_x, ...
 ):  # a plotly figure
-    "Panels of one plotly.express figure, in the order of the rows."
+    "Panels of one plotly.express figure, two side by side, in the order of the rows."
     named = [words[key] for key in ("color", "y") if frame[words[key]].dtype.kind == "O"]
     order = {name: list(dict.fromkeys(frame[name])) for name in ("panel", *named)}
-    columns = min(columns, len(order["panel"]))
+    columns = min(2, len(order["panel"]))
     rows, gap = -(-len(order["panel"]) // columns), 56
     inner = rows * height + (rows - 1) * gap
     figure = draw(frame, facet_col="panel", facet_col_wrap=columns, facet_col_spacing=0.09,
@@ -108,18 +107,15 @@ def find_browser() -> str:
     return path
 
 # %% ../../nbs/core/04_plots.ipynb #d071e589
-def picture(
-    figure,  # a plotly figure
-    ending: str = "png",  # also "svg" or "pdf"
-) -> bytes:
-    "The figure as a picture, at most one and a half times as high as it is wide."
+def picture(figure) -> bytes:  # of a png
+    "A plotly figure as a picture, at most one and a half times as high as it is wide."
     require_package("kaleido")
     import kaleido
 
     kaleido.start_sync_server(path=find_browser(), mathjax=False, silence_warnings=True)
     height = figure.layout.height or 500
     size = {"width": max(900, round(height / 1.5)), "height": height}
-    return kaleido.calc_fig_sync(figure, opts={"format": ending, "scale": 1.5, **size})
+    return kaleido.calc_fig_sync(figure, opts={"format": "png", "scale": 1.5, **size})
 
 # %% ../../nbs/core/04_plots.ipynb #19cc63c2
 _FIGURE = "application/vnd.plotly.v1+json"

@@ -7,22 +7,21 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'COLUMNS', 'SAME_QUESTION', 'SPECIFIC_WORDS
            'NEAR_COSINE', 'MOST_ALIGNED', 'SAME_DETAIL', 'SAME_TILE', 'normalize_question', 'shingles',
            'question_similarity', 'is_specific', 'QuestionIndex', 'thumbnail', 'crop', 'spectra', 'sign_bits',
            'similar_windows', 'align_windows', 'detail_similarity', 'ImageIndex', 'SampleIndex', 'pair_table',
-           'overlap', 'searched_files', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions',
-           'accuracy_by_overlap', 'side_by_side']
+           'overlap', 'store_pairs', 'stored_pairs', 'overlap_matrix', 'overlapping_questions', 'accuracy_by_overlap',
+           'side_by_side']
 
 # %% ../../nbs/data/17_overlap.ipynb #663a54b7
 import base64, hashlib, html, io, itertools, re, unicodedata, zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ..core.files import (
     fingerprint, read_json, record_path, stale_reason, write_record)
 from .sample import Sample, SampleFile, to_rgb
-from .benchmarks import benchmark_file, benchmark_names
-from .corpora import corpus_file, corpus_names
+from .benchmarks import TEST_SETS, sample_file, set_names
+from .corpora import TRAINING_SETS
 from .readers import DataSettings, parallel_map, write_csv
 from ..core.stats import wilson
 
@@ -38,10 +37,10 @@ def normalize_question(question: str) -> str:
     return re.sub(r"[\W_]+", " ", text).strip()
 
 # %% ../../nbs/data/17_overlap.ipynb #27c27b02
-def shingles(text: str, size: int = 3) -> frozenset[str]:
-    "All pieces of `size` characters, with a blank at either end; none of an empty text."
+def shingles(text: str) -> frozenset[str]:
+    "All pieces of three characters, with a blank at either end; none of an empty text."
     text = f" {text} " if text else ""
-    return frozenset(text[i:i + size] for i in range(len(text) - size + 1))
+    return frozenset(text[i:i + 3] for i in range(len(text) - 2))
 
 # %% ../../nbs/data/17_overlap.ipynb #9b0f8d15
 SAME_QUESTION = 0.6
@@ -248,10 +247,8 @@ def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
     "A DataFrame of the pairs, by level, the most similar first."
     import pandas
 
-    pairs = pandas.DataFrame(list(rows), columns=COLUMNS)
-    order = pairs.assign(level=pairs["level"].map(LEVELS.index), similarity=-pairs["similarity"])
-    order = order.sort_values(["level", "similarity", *COLUMNS[:4]])
-    return pairs.loc[order.index].reset_index(drop=True)
+    in_order = sorted(rows, key=lambda row: (LEVELS.index(row[4]), -row[5], row[:4]))
+    return pandas.DataFrame(in_order, columns=COLUMNS)
 
 # %% ../../nbs/data/17_overlap.ipynb #49bb2ba5
 def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
@@ -259,37 +256,37 @@ def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
     index = SampleIndex(list(test))
     return pair_table(itertools.chain.from_iterable(itertools.starmap(index.pairs, corpora.items())))
 
-# %% ../../nbs/data/17_overlap.ipynb #f603c850
-def searched_files(settings=DataSettings(), folder=None) -> list[Path]:
-    "The sample files that are compared: those of every test set and corpus that the settings name."
-    tests = [benchmark_file(name, settings, folder) for name in benchmark_names(settings.benchmark)]
-    return tests + [corpus_file(name, settings, folder) for name in corpus_names(settings.corpus)]
-
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
-def _origins(sample_files: Iterable) -> dict[str, str]:
-    "What each sample file that exists was made from, as a fingerprint, by folder and name."
-    records = {path: record_path(path) for path in map(Path, sample_files)}
-    return {f"{path.parent.name}/{path.name}": fingerprint(read_json(record).get("inputs"))
-            for path, record in records.items() if record.is_file()}
+def _origins(settings, folder) -> dict[str, str]:
+    "What each set that the settings name and that is stored was made from, as a fingerprint."
+    files = [sample_file(sets, name, settings, folder) for sets in (TEST_SETS, TRAINING_SETS)
+             for name in set_names(sets, getattr(settings, sets.kind))]
+    records = {file: record_path(file) for file in files}
+    return {f"{file.parent.name}/{file.name}": fingerprint(read_json(record).get("inputs"))
+            for file, record in records.items() if record.is_file()}
 
 
-def store_pairs(pairs, path, sample_files: Iterable) -> None:
-    "Keep the pairs as a CSV file, with what the sample files that were compared are made from."
-    with write_record(path, _origins(sample_files)):
+def store_pairs(
+    pairs, path, settings=DataSettings(),
+    folder=None,  # where the samples are stored, as for `benchmarks.sample_file`
+) -> None:
+    "Keep the pairs as a CSV file, with what the samples that were compared are made from."
+    with write_record(path, _origins(settings, folder)):
         write_csv(pairs, path)
 
 # %% ../../nbs/data/17_overlap.ipynb #394abadb
-def stored_pairs(path, sample_files: Iterable, show=print):  # -> pandas.DataFrame, or None
-    "The pairs that were found among the very samples stored now; else `show` says why not."
+def stored_pairs(path, settings=DataSettings(), folder=None):  # -> pandas.DataFrame, or None
+    "The pairs that were found among the very samples stored now; else a line says why not."
     import pandas
 
-    if reason := stale_reason(path, _origins(sample_files)):
-        return show("No pairs of these training and test questions are known; paper/1_data finds "
-                    f"them ({reason}).")
+    if reason := stale_reason(path, _origins(settings, folder)):
+        print("No pairs of these training and test questions are known; paper/1_data finds them "
+              f"({reason}).")
+        return None
     return pandas.read_csv(path)
 
 # %% ../../nbs/data/17_overlap.ipynb #9f539955
-def overlap_matrix(pairs, sizes: dict[str, int] | None = None):  # adds sets without a pair
+def overlap_matrix(pairs, sizes: dict[str, int]):  # test items of each set
     "A DataFrame: how many distinct test items each training set repeats, by level."
     import pandas
 
@@ -297,10 +294,9 @@ def overlap_matrix(pairs, sizes: dict[str, int] | None = None):  # adds sets wit
     table = pairs.groupby([*keys, "level"])["test_index"].nunique().unstack()
     table = table.reindex(columns=list(LEVELS))
     table["any level"] = pairs.groupby(keys)["test_index"].nunique()
-    if sizes:
-        rows = itertools.product(dict.fromkeys(pairs["train_name"]), sizes)
-        table = table.reindex(pandas.MultiIndex.from_tuples(rows, names=keys))
-        table["of"] = [sizes[name] for _, name in table.index]
+    names = [pairs["train_name"].unique(), list(sizes)]
+    table = table.reindex(pandas.MultiIndex.from_product(names, names=keys))
+    table["of"] = [sizes[name] for _, name in table.index]
     return table.fillna(0).astype(int)
 
 # %% ../../nbs/data/17_overlap.ipynb #30c629e1
@@ -338,15 +334,13 @@ def side_by_side(pairs, corpora: dict[str, Iterable], tests: dict[str, Iterable]
     each = 1 + n // max(1, pairs["level"].nunique())
     first = pairs.groupby("level", sort=False).head(each).head(n)
     cells = {}
-    for side, name, samples in (*(("train", *item) for item in corpora.items()),
-                                *(("test", *item) for item in tests.items())):
-        wanted = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
-        if isinstance(samples, SampleFile):
-            samples = samples.select(wanted)
-        for sample in samples:
-            number = sample.dataset_index
-            if number in wanted:
-                cells[side, name, number] = _cell(sample, f"{side} {name} {number}")
+    for side, sets in (("train", corpora), ("test", tests)):
+        for name, samples in sets.items():
+            wanted = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
+            if isinstance(samples, SampleFile):
+                samples = samples.select(wanted)
+            cells |= {(side, name, number): _cell(sample, f"{side} {name} {number}")
+                      for sample in samples if (number := sample.dataset_index) in wanted}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
             f"{cells['train', pair.train_name, pair.train_index]}"
             f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]

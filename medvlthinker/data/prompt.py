@@ -81,9 +81,9 @@ def extract_reasoning(text: str | None) -> str | None:
     return found[1].strip() if found else None
 
 # %% ../../nbs/data/11_prompt.ipynb #519e2070
-def verl_prompt(sample: Sample, instruction: str = "trained") -> list[dict]:
-    "One user turn as verl's parquet holds it: a mark per image, then the text."
-    text = user_text(sample, instruction)
+def verl_prompt(sample: Sample) -> list[dict]:
+    "One user turn as verl's parquet holds it: a mark per image, then the text as trained."
+    text = user_text(sample)
     text = text.replace("<image>", "(image)").replace("<video>", "(video)")
     return [{"role": "user", "content": "<image>" * len(sample.images) + text}]
 

@@ -8,43 +8,31 @@ __all__ = ['open_text', 'parse_json', 'json_lines', 'json_list', 'csv_rows', 're
            'DataSettings', 'parallel_map', 'map_batches', 'samples_from', 'escape_formula', 'write_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
-import contextlib, csv, functools, inspect, itertools, json, os, random, re, zipfile
+import csv, functools, inspect, itertools, json, os, random, re, zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import medvlthinker
 from ..core.files import UserError, atomic_write, file_hash, fingerprint
-from .sample import InvalidRow, Sample, from_row, json_kind, open_parquet
+from .sample import (
+    InvalidRow, Sample, from_row, json_kind, normalize_images, open_parquet)
 
 # %% ../../nbs/data/13_readers.ipynb #328b3fba
-@contextlib.contextmanager
 def open_text(path):
-    "A file as a stream of text, with its line ends; `UserError` where it cannot be read."
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    "A file as a stream of text, with its line ends."
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 # %% ../../nbs/data/13_readers.ipynb #4e3a0051
 def parse_json(text: str, where: str):
-    "The value of a JSON text; `InvalidRow` where it is none."
+    "The value of a JSON text, or the `InvalidRow` that it is."
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRow(where, "JSON", str(error)) from None
-
-
-def _attempt(make: Callable, *args, **kwargs):
-    "What `make` returns, or the `InvalidRow` that it raises."
-    try:
-        return make(*args, **kwargs)
-    except InvalidRow as bad:
-        return bad
+        return InvalidRow(where, "JSON", str(error))
 
 # %% ../../nbs/data/13_readers.ipynb #1653d517
 def json_lines(path) -> Iterator[tuple[str, object]]:
@@ -53,16 +41,16 @@ def json_lines(path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(file, 1):
             where = f"{Path(path).name} line {number}"
             if text := line.strip():
-                yield where, _attempt(parse_json, text, where)
+                yield where, parse_json(text, where)
 
 # %% ../../nbs/data/13_readers.ipynb #201c7767
 def json_list(path) -> Iterator[tuple[str, object]]:
-    "The rows of a JSON list, or those of a JSON object with their keys as the column `id`."
+    "The rows of a JSON list; `InvalidRow` where the text is no JSON."
     name = Path(path).name
     with open_text(path) as file:
         rows = parse_json(file.read(), name)
-    if isinstance(rows, dict):
-        rows = [{"id": key, **row} if isinstance(row, dict) else row for key, row in rows.items()]
+    if isinstance(rows, InvalidRow):
+        raise rows
     for number, row in enumerate(rows if isinstance(rows, list) else ()):
         yield f"{name} row {number}", row
 
@@ -94,15 +82,17 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
 
 _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet": _parquet_rows}
 
-# %% ../../nbs/data/13_readers.ipynb #5ea91f2d
+
 def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
-    read = _READERS.get(Path(path).suffix, json_list)
-    number = 0
-    for number, (where, row) in enumerate(read(Path(path)), 1):
-        if not isinstance(row, (dict, InvalidRow)):
-            row = InvalidRow(where, "row", f"{json_kind(row)}, not an object with columns")
-        yield where, row
+    read, number = _READERS.get(Path(path).suffix, json_list), 0
+    try:
+        for number, (where, row) in enumerate(read(Path(path)), 1):
+            if not isinstance(row, (dict, InvalidRow)):
+                row = InvalidRow(where, "row", f"{json_kind(row)}, not an object with columns")
+            yield where, row
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     if not number:
         raise UserError(f"{path} holds no list of rows.")
 
@@ -138,7 +128,7 @@ def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: s
 def image_reader(place: Path) -> Callable[[str], bytes]:
     "From an image's name to its bytes, in a folder or a zip; ValueError where there is none."
     if place.is_dir():
-        return functools.lru_cache(64)(functools.partial(_from_folder, place))
+        return functools.partial(_from_folder, place)
     try:
         archive = zipfile.ZipFile(place)
     except Exception as error:
@@ -156,6 +146,7 @@ class DatasetLayout(NamedTuple):
     convert: Callable  # from a row and its place to columns of the unified format
     folders: tuple[str, ...] = ()  # names that the folder may have
     only: str = ""  # in a table of several sets: the `dataset_name` of this one
+    kept_count: bool = False  # as for `samples_from`
 
     def image_place(self, folder: Path) -> Path | None:
         "The folder or zip of the images; None for none."
@@ -169,8 +160,11 @@ class DatasetLayout(NamedTuple):
         return [path for pattern in self.files.split() for path in sorted(folder.glob(pattern))]
 
     def rows(self, folder: Path) -> Iterator[tuple[str, dict | InvalidRow]]:
-        "The raw rows of all files."
-        for where, row in itertools.chain.from_iterable(map(read_rows, self.found(folder))):
+        "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
+        if not (files := self.found(folder)):
+            images = f" with {self.images} beside it" if self.images else ""
+            raise UserError(f"{folder} holds no {self.files.split()[0]}{images}.")
+        for where, row in itertools.chain.from_iterable(map(read_rows, files)):
             if not self.only or isinstance(row, dict) and row.get("dataset_name") == self.only:
                 yield where, row
 
@@ -292,8 +286,15 @@ def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | Inval
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
-    field = str(item.get("image_field", "images"))
-    return _attempt(from_row, item, where, read=read, fit=fit, field=field)
+    try:
+        sample = from_row(item, where, read)
+        names = item["images"] if sample.images else ()
+        images, misc = normalize_images(sample.images, sample.misc, names, fit)
+        return replace(sample, images=images, misc=misc)
+    except InvalidRow as bad:
+        return bad
+    except ValueError as problem:
+        return InvalidRow(where, str(item.get("image_field", "images")), str(problem))
 
 # %% ../../nbs/data/13_readers.ipynb #bc0c18d6
 def samples_from(

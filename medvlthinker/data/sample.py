@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to_rgb', 'normalize_images', 'InvalidRow',
            'json_kind', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples', 'open_parquet',
-           'SampleFile', 'read_samples', 'sample_sizes', 'store_samples']
+           'SampleFile', 'sample_sizes', 'store_samples']
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
@@ -100,8 +100,8 @@ def _misread(image) -> list[str]:
 MIN_SIDE, MAX_PIXELS = 8, 64_000_000
 
 
-def _inspect(data: bytes, fit: Callable | None = None) -> tuple[list[str], bool]:
-    "What may be misread in an image, and whether `fit` changes its size; ValueError for no image."
+def _store_image(data: bytes, fit: Callable | None = None) -> tuple[bytes, str]:
+    "An image as it is stored, and what was mended in it; ValueError for an unusable one."
     from PIL import Image
 
     if not data:
@@ -114,25 +114,20 @@ def _inspect(data: bytes, fit: Callable | None = None) -> tuple[list[str], bool]
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
     words, resized = _misread(image), fit is not None and fit(width, height) != (width, height)
-    if resized and not image.has_transparency_data:
-        return words, True  # it is decoded then
     with _reading():
-        if image.format == "JPEG":
-            image.draft("L", (width // 8, height // 8))  # reads all, computes little
-        image.load()
-        if image.has_transparency_data and not image.mode.startswith(("I", "F")):
-            if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-                words.append("see-through, painted on white")
-    return words, resized
-
-# %% ../../nbs/data/10_sample.ipynb #f1e2d3c4
-def _as_png(data: bytes, fit: Callable | None) -> bytes:
-    "What a person sees, in another size where there is a rule for it."
-    with _reading():
+        if not resized or image.has_transparency_data:  # else it is decoded below
+            if image.format == "JPEG":
+                image.draft("L", (width // 8, height // 8))  # reads all, computes little
+            image.load()
+            if image.has_transparency_data and not image.mode.startswith(("I", "F")):
+                if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                    words.append("see-through, painted on white")
+        if not words and not resized:
+            return data, ""
         picture, file = to_rgb(data), io.BytesIO()
         picture = picture.resize(fit(*picture.size), resample=2) if fit else picture  # bilinear
         picture.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return file.getvalue(), " and ".join(words)
 
 # %% ../../nbs/data/10_sample.ipynb #ebe6d26b
 def normalize_images(
@@ -141,16 +136,16 @@ def normalize_images(
     fit: Callable | None = None,  # (width, height) -> (width, height); ValueError where it cannot
 ) -> tuple[tuple[bytes, ...], dict | None]:
     "Images as they are stored, and `misc` with what was mended; ValueError for an unusable one."
-    files, mended = [], []
+    stored = []
     for data, name in itertools.zip_longest(images, names):
         try:
-            words, resized = _inspect(data, fit)
-            files.append(_as_png(data, fit) if words or resized else data)
-            mended.append(" and ".join(words))
+            stored.append(_store_image(data, fit))
         except (ValueError, ArithmeticError) as problem:
             prefix = f"{name} is " if isinstance(name, str) else ""
             raise ValueError(f"{prefix}{problem}") from None
-    return tuple(files), {**(misc or {}), "mended": mended} if any(mended) else misc
+    mended = [words for _, words in stored]
+    files = tuple(data for data, _ in stored)
+    return files, {**(misc or {}), "mended": mended} if any(mended) else misc
 
 # %% ../../nbs/data/10_sample.ipynb #b26a471a
 class InvalidRow(UserError):
@@ -264,23 +259,17 @@ def _check_answer(found: dict, where: str) -> None:
 def from_row(
     row: dict,  # columns of the unified format; unknown columns are ignored
     where: str = "row",  # how a message names this row
-    look: bool = True,  # decode and normalize the images
     read: Callable | None = None,  # from an image's name to its bytes
-    fit: Callable | None = None,  # as for `normalize_images`
-    field: str = "images",  # what the source calls its images, for the message
 ) -> Sample:
-    "A checked `Sample`; `InvalidRow` names the field and the reason."
+    "A checked `Sample`, its images as they are; `InvalidRow` names the field and the reason."
     name, found = "", {}
     try:
         for name, convert in _FIELDS.items():
             found[name] = convert(row.get(name))
             json.dumps(found[name], ensure_ascii=False).encode()
         _check_answer(found, where)
-        name = field
+        name = str(row.get("image_field", "images"))  # what the source calls it
         found["images"] = _images(row.get("images"), read)
-        if look and found["images"]:
-            images, misc = normalize_images(found["images"], found["misc"], row["images"], fit)
-            found |= {"images": images, "misc": misc}
     except UnicodeEncodeError:
         raise InvalidRow(where, name, "holds half a character, or bytes that are not UTF-8") from None
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
@@ -340,8 +329,8 @@ def open_parquet(path):
 class SampleFile(Sequence):
     "The samples of a parquet file, read when asked for; `UserError` names file, row and field."
 
-    def __init__(self, path, look: bool = True):  # decode and normalize the images
-        self.path, self.look = Path(path), look
+    def __init__(self, path):
+        self.path = Path(path)
         with open_parquet(path) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self.starts = [0, *itertools.accumulate(sizes)]  # of the row groups, and the end
@@ -373,12 +362,7 @@ class SampleFile(Sequence):
             batches = file.iter_batches(64, row_groups=groups) if groups else ()
             rows = enumerate((row for batch in batches for row in batch.to_pylist()), first)
             for number, row in itertools.islice(rows, start - first, stop - first):
-                yield from_row(row, f"{self.path.name} row {number}", self.look)
-
-# %% ../../nbs/data/10_sample.ipynb #6d1b07af
-def read_samples(path, look: bool = True) -> list[Sample]:
-    "All samples of a file at once; the arguments are those of `SampleFile`."
-    return list(SampleFile(path, look))
+                yield from_row(row, f"{self.path.name} row {number}")
 
 # %% ../../nbs/data/10_sample.ipynb #2ac1f0d2
 def sample_sizes(samples: Iterable[Sample]):
@@ -424,4 +408,4 @@ def store_samples(path, rows: Callable, inputs: dict, max_rejected: int = 0) -> 
         with write_record(path, inputs, [beside]) as facts, atomic_write(beside) as rejected:
             write_samples(_accepted(rows(), rejected, facts), path)
     _check_counts(path, max_rejected)
-    return SampleFile(path, look=False)  # the images were checked when the file was made
+    return SampleFile(path)

@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'MODALITIES', 'SIDES', 'LEVELS', 'SIZES', 'PIXELS', 'BODIES', 'CENTRES', 'RADIUS', 'HEIGHT', 'YES_NO',
-           'FINDINGS', 'WHICH', 'CHANGE', 'ONE_SCAN', 'TWO_SCANS', 'KINDS', 'PLACES', 'QUESTIONS', 'BENCHMARKS',
-           'CORPORA', 'FOUR_OPTIONS', 'Scene', 'random_scene', 'draw', 'png', 'Kind', 'write_reasoning', 'make_sample',
+           'FINDINGS', 'WHICH', 'CHANGE', 'TWO_SCANS', 'FACTS', 'PLACES', 'QUESTIONS', 'BENCHMARKS', 'CORPORA',
+           'FOUR_OPTIONS', 'Scene', 'random_scene', 'draw', 'png', 'answers', 'write_reasoning', 'make_sample',
            'benchmark', 'write_report', 'corpus']
 
 # %% ../../nbs/data/12_synthetic.ipynb #22dd06fc
 import dataclasses, functools, hashlib, random, string, struct, zlib
-from collections.abc import Callable
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core.files import UserError
+from ..core.commands import check_keys
 from .sample import Sample
 
 # %% ../../nbs/data/12_synthetic.ipynb #fa77c96d
@@ -126,66 +124,51 @@ WHICH = ("both", "first", "second", "neither")  # fluid in the first scan, in th
 CHANGE = ("persistent", "resolved", "developed", "absent")  # fluid before, fluid after
 
 
-def _yes_no(fact: bool) -> str:
-    return YES_NO[not fact]
-
-
 def _word(words: tuple, first: bool, second: bool) -> str:
     "The word for two facts: both are true, the first alone, the second alone, neither."
     return words[2 * (not first) + (not second)]
 
 
-def _findings(scan: Scene) -> str:
-    return _word(FINDINGS, scan.size != "none", scan.fluid == "present")
+def _compare(before: Scene, after: Scene) -> dict[str, str]:
+    "The answers about two scans."
+    fluids = before.fluid == "present", after.fluid == "present"
+    old, new = (("none", *SIZES).index(scene.size) for scene in (before, after))
+    if old and new:
+        growth = "unchanged" if old == new else "larger" if new > old else "smaller"
+    else:
+        growth = "gone" if old else "new" if new else "no lesion"
+    comparable = before.modality == after.modality
+    return {"which fluid": _word(WHICH, *fluids), "growth": growth,
+            "change": _word(CHANGE, *fluids) if comparable else "not comparable"}
 
-
-def _change(before: Scene, after: Scene) -> str:
-    if before.modality != after.modality:
-        return "not comparable"
-    return _word(CHANGE, before.fluid == "present", after.fluid == "present")
-
-
-def _growth(before: Scene, after: Scene) -> str:
-    "What became of a lesion from one scan to the next."
-    if before.size == after.size:
-        return "no lesion" if after.size == "none" else "unchanged"
-    if "none" in (before.size, after.size):
-        return "new" if before.size == "none" else "gone"
-    return "larger" if SIZES.index(after.size) > SIZES.index(before.size) else "smaller"
-
-# %% ../../nbs/data/12_synthetic.ipynb #845bb2fb
-class Kind(NamedTuple):
-    "A kind of question."
-    facts: tuple[str, ...]  # the facts of a scene that decide it
-    rule: Callable  # from a scene, or from two, to the answer
-
-
-_FACTS = ("modality", "organ", "side", "level", "size")
-ONE_SCAN = {name: Kind((name,), attrgetter(name)) for name in _FACTS} | {
-    "fluid": Kind(("fluid",), lambda s: _yes_no(s.fluid == "present")),
-    "lesion": Kind(("size",), lambda s: _yes_no(s.size != "none")),
-    "large": Kind(("size",), lambda s: _yes_no(s.size == "large")),
-    "on the left": Kind(("side",), lambda s: _yes_no(s.side in ("left", "both"))),
-    "MRI": Kind(("modality",), lambda s: _yes_no(s.modality == "MRI")),
-    "normal": Kind(("size", "fluid"),
-                   lambda s: "normal" if _findings(s) == "neither" else "abnormal"),
-    "findings": Kind(("size", "fluid"), _findings),
-    "place": Kind(("side", "level"),
-                  lambda s: "no lesion" if s.side == "none" else f"{s.side} {s.level}"),
-}
-TWO_SCANS = {
-    "which fluid": Kind(("fluid",),
-                        lambda a, b: _word(WHICH, a.fluid == "present", b.fluid == "present")),
-    "growth": Kind(("size",), _growth),
-    "change": Kind(("modality", "fluid"), _change),
-}
-KINDS = ONE_SCAN | TWO_SCANS
+# %% ../../nbs/data/12_synthetic.ipynb #fa0ebad8
+def answers(*scenes: Scene) -> dict[str, str]:
+    "The answer to each kind of question about one scan, or about a first and a second."
+    if len(scenes) == 2:
+        return _compare(*scenes)
+    scene, = scenes
+    lesion, fluid = scene.size != "none", scene.fluid == "present"
+    yes_no = {"fluid": fluid, "lesion": lesion, "large": scene.size == "large",
+              "on the left": scene.side in ("left", "both"), "MRI": scene.modality == "MRI"}
+    return {**scene._asdict(), "organ": scene.organ,
+            **{kind: YES_NO[not fact] for kind, fact in yes_no.items()},
+            "normal": "abnormal" if lesion or fluid else "normal",
+            "findings": _word(FINDINGS, lesion, fluid),
+            "place": f"{scene.side} {scene.level}" if lesion else "no lesion"}
 
 # %% ../../nbs/data/12_synthetic.ipynb #42d04381
+TWO_SCANS = {"which fluid": ("fluid",), "growth": ("size",), "change": ("modality", "fluid")}
+FACTS = {  # kind of question: the facts of a scene that decide it
+    **{fact: (fact,) for fact in ("modality", "organ", "side", "level", "size", "fluid")},
+    "lesion": ("size",), "large": ("size",), "on the left": ("side",), "MRI": ("modality",),
+    "normal": ("size", "fluid"), "findings": ("size", "fluid"), "place": ("side", "level"),
+    **TWO_SCANS}
+
+
 def write_reasoning(kind: str, scenes: tuple[Scene, ...], answer: str, label: str) -> str:
     "The facts that decide a kind of question, and the answer that follows, with its letter."
     facts, word = [], ""
-    for name in KINDS[kind].facts:
+    for name in FACTS[kind]:
         word = " then ".join(getattr(scene, name) for scene in scenes)
         owner = "lesion " if name in ("side", "level", "size") else ""
         facts.append(f"{owner}{name} is {word}")
@@ -248,7 +231,7 @@ def make_sample(name: str, part: str, questions: tuple, index: int, seed: int) -
     right = index // len(questions) % len(options)
     answer, label = options[right], string.ascii_uppercase[right]
     scenes = _random_scenes(kind, rng)
-    while KINDS[kind].rule(*scenes) != answer:
+    while answers(*scenes)[kind] != answer:
         scenes = _random_scenes(kind, rng)
     images = tuple(png(draw(scene, rng, part)) for scene in scenes)
     misc = {"synthetic": True, "kind": kind, "scenes": [scene._asdict() for scene in scenes]}
@@ -258,14 +241,9 @@ def make_sample(name: str, part: str, questions: tuple, index: int, seed: int) -
                   digest if name.endswith("_closed") else None, misc)
 
 # %% ../../nbs/data/12_synthetic.ipynb #04fd743c
-def _check_name(name: str, names: tuple[str, ...]) -> None:
-    if name not in names:
-        raise UserError(f"No synthetic set {name!r}; known are {', '.join(names)}.")
-
-
 def benchmark(name: str, n: int, seed: int = 0) -> list[Sample]:
     "The first n samples of one of the `BENCHMARKS`; another seed draws other scans."
-    _check_name(name, BENCHMARKS)
+    check_keys([name], BENCHMARKS, "synthetic set")
     samples = [make_sample(name, "test", QUESTIONS[name], i, seed) for i in range(n)]
     return [dataclasses.replace(sample, reasoning=None) for sample in samples]
 
@@ -278,7 +256,7 @@ def write_report(scene: Scene) -> str:
 
 # %% ../../nbs/data/12_synthetic.ipynb #9e6bf388
 FOUR_OPTIONS = tuple(question for questions in QUESTIONS.values() for question in questions
-                     if question[0] in ONE_SCAN and len(question[2]) == 4)
+                     if question[0] not in TWO_SCANS and len(question[2]) == 4)
 
 
 def _as_text(sample: Sample) -> Sample:
@@ -289,6 +267,6 @@ def _as_text(sample: Sample) -> Sample:
 
 def corpus(name: str, n: int, seed: int = 0) -> list[Sample]:
     "The first n samples of one of the `CORPORA`; another seed draws other scans."
-    _check_name(name, CORPORA)
+    check_keys([name], CORPORA, "synthetic set")
     samples = [make_sample(name, "train", FOUR_OPTIONS, i, seed) for i in range(n)]
     return [_as_text(sample) for sample in samples] if name == "m23k" else samples

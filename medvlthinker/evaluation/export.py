@@ -16,7 +16,7 @@ from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..core.stats import clustered_mean
 from ..data.prompt import user_text
-from ..data.readers import json_lines
+from ..data.readers import read_rows
 from ..data.sample import InvalidRow, Sample
 from .evaluate import grade_rollout, question_scores
 from ..generation.model import folder_name
@@ -151,10 +151,8 @@ def write_eval_results(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/evaluation/53_export.ipynb #17015000
-def _published_row(where: str, line) -> tuple[dict, Any]:
+def _published_row(where: str, line: dict) -> tuple[dict, Any]:
     "A line of eval_results.jsonl as a row, and its right letter; `InvalidRow` where it is none."
-    if not isinstance(line, dict):
-        raise InvalidRow(where, "line", f"a {type(line).__name__}, not an object")
     for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
         if not isinstance(line.get(field), kind):
             raise InvalidRow(where, field, "absent, or of another type than in the published files")
@@ -175,7 +173,7 @@ def read_eval_results(
     "The rows of a rollout in the published layout; `UserError` names file, line and field."
     seen: dict[int, str] = {}
     gold = {sample.dataset_index: sample.answer_label for sample in samples}
-    for where, line in json_lines(path):
+    for where, line in read_rows(path):
         try:
             if isinstance(line, InvalidRow):
                 raise line
@@ -190,8 +188,6 @@ def read_eval_results(
         except InvalidRow as bad:
             raise UserError(f"{path}: {bad}.") from None
         yield row
-    if not seen:
-        raise UserError(f"{path} holds no results.")
 
 # %% ../../nbs/evaluation/53_export.ipynb #f78b36bd
 FORMS = ("inspect", "eval_results")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import (
-    UserError, atomic_write, environment_info, file_hash, fingerprint, read_record,
+    UserError, atomic_write, environment_info, file_hash, fingerprint, read_json,
     record_text, write_error)
 from ..data.sample import Sample, to_row
 from .request import Completion, Request, Sampling
@@ -202,10 +202,8 @@ _FINISHED = dict.fromkeys(("rows", "completions", "length", "empty", "failed", "
 
 def _stored_record(folder: Path) -> dict:
     "What rollout.json says; empty where it cannot be read, `UserError` where it is newer than us."
-    with contextlib.suppress(OSError, ValueError):
-        if _fits(record := read_record(folder / "rollout.json"), _BEGUN):
-            return record
-    return {}
+    record = read_json(folder / "rollout.json")
+    return record if _fits(record, _BEGUN) else {}
 
 
 def rollout_record(folder) -> dict:

@@ -20,8 +20,9 @@ from ..core.files import (
     UserError, file_hash, read_json, require_package, write_record)
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample
-from ..data.synthetic import KINDS, MODALITIES, PIXELS, QUESTIONS, TWO_SCANS
-from ..data.synthetic import Scene, draw, random_scene, write_reasoning, write_report
+from medvlthinker.data.synthetic import (
+    MODALITIES, PIXELS, QUESTIONS, Scene, answers, draw, random_scene, write_reasoning,
+    write_report)
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #d0db951e
 OTHER_STYLE_SHARE = 0.75  # of the training examples
@@ -41,11 +42,9 @@ _QUESTIONS = tuple(itertools.chain.from_iterable(QUESTIONS.values()))
 
 def _ask(facts: tuple[Scene, ...], lead: str, rng: random.Random) -> Iterator[Sample]:
     "All questions that have a right option, in random order."
+    known = answers(*facts)
     for kind, text, options in rng.sample(_QUESTIONS, len(_QUESTIONS)):
-        if (kind in TWO_SCANS) != (len(facts) == 2):
-            continue
-        answer = KINDS[kind].rule(*facts)
-        if answer in options:
+        if (answer := known.get(kind)) in options:
             label = string.ascii_uppercase[options.index(answer)]
             reasoning = write_reasoning(kind, facts, answer, label)
             letters = dict(zip(string.ascii_uppercase, options))

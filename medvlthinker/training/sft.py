@@ -166,7 +166,7 @@ def plan(
     folder = training_folder(recipe, checkpoints) / fingerprint(inputs)
     if not (listed := folder / "rows.json").is_file():
         processor, limits = open_processor(start, settings.max_pixels)
-        samples = SampleFile(data, look=False)
+        samples = SampleFile(data)
         with atomic_write(listed) as file:
             json.dump(survey_rows(samples, recipe, processor, limits["max_model_len"]), file)
     found = json.loads(listed.read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ def chats(
 
     def converted(batch: dict) -> dict:
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        found = [convert(from_row(row, run.data.name, look=False)) for row in rows]
+        found = [convert(from_row(row, run.data.name)) for row in rows]
         return {key: [each[key] for each in found] for key in found[0]}
 
     return data.select(run.rows).with_transform(converted)

@@ -55,7 +55,7 @@ def verl_parquet(run: Run) -> Path:
     from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 
     disable_progress_bars()
-    path, samples = training_file(run.data, run.recipe), SampleFile(run.data, look=False)
+    path, samples = training_file(run.data, run.recipe), SampleFile(run.data)
     inputs = {"samples": run.inputs["data"], "rows": fingerprint(run.rows)}
     text, number = Value("string"), Value("int64")
     words = ("split", "question", "options", "answer_label", "answer", "dataset_name")

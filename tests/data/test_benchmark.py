@@ -1,5 +1,4 @@
 """Test sets from folders and from the hub: what is broken is named, what is good is kept, and every answer grades as right."""
-import collections
 import dataclasses
 import hashlib
 import http.server
@@ -15,7 +14,6 @@ import pytest
 from conftest import encoded, key_opens, python, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.core.files import UserError
-from medvlthinker.data.converters import closed_options
 from medvlthinker.data.readers import DataSettings
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -92,26 +90,9 @@ def test_a_broken_row_is_named_and_the_others_are_kept(tmp_path, odd_images, wha
     assert "\n" not in str(broken[0])
 
 
-LEFT_OUT = {
-    "an open question": (row(answer="A nodule", answer_type=" open"), "answer_type: open, and only closed questions are asked"),
-    "an answer that is no option": (row("Was oral or IV contrast used?", "Both"), "answer: 'Both' is not one of the alternatives that the question names: oral or IV contrast"),
-    "a question without options": (row("Where is it?", "Left"), "answer: the question names no alternatives to 'Left'"),
-}
-
-
-@pytest.mark.parametrize("what", LEFT_OUT)
-def test_a_row_left_out_by_rule_says_why_and_is_no_damage(tmp_path, what):
-    aside, sentence = LEFT_OUT[what]
-    good, left_out = split(rad(folder(tmp_path / "vqa_rad", [aside, *GOOD])))
-    assert len(good) == 3 and [item.filtered for item in left_out] == [True]
-    assert str(left_out[0]).startswith(f"dev.jsonl line 1, {sentence}"), left_out[0]
-
-
 @pytest.mark.parametrize("layout, content, sentence", [
     ("testset.json", b'[{"question": "Is it?",\n "answer" "Yes"}]', "testset.json, JSON: Expecting ':' delimiter: line 2 column 11"),
-    ("testset.json", b'"Is it?"', "testset.json holds no list of rows"),
     ("testset.json", b'[]', "testset.json holds no list of rows"),
-    ("dev.jsonl", b"", "dev.jsonl holds no list of rows"),
 ])
 def test_a_file_that_is_no_use_is_one_sentence(tmp_path, layout, content, sentence):
     where = folder(tmp_path / "vqa_rad", [], (layout, "images" if layout.startswith("test") else "images_dev"))
@@ -132,16 +113,6 @@ def test_the_three_layouts_give_the_same_samples(tmp_path):
     assert str(left_out[0]) == "VQA_RAD Dataset Public.json row 0, phrase_type: freeform, which is training text" and left_out[0].filtered
     (tmp_path / "b" / "trainset.json").write_text("not JSON, and never read")
     assert len(list(rad(tmp_path / "b"))) == 3
-
-
-def test_the_test_questions_of_pmc_vqa_in_its_own_file(tmp_path):
-    where = tmp_path / "PMC-VQA"
-    (where / "images").mkdir(parents=True)
-    (where / "images" / "a.jpg").write_bytes(PHOTO)
-    (where / "test_clean.csv").write_text("Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
-                                          "a.jpg,What is it?,MRI, A:CT , B:MRI , C:PET , D:X-ray ,B\n")
-    sample, = b.open_benchmark("pmc_vqa", DataSettings(data_dir=str(tmp_path))).samples("pmc_vqa")
-    assert (sample.answer, sample.options["D"], sample.images) == ("MRI", "X-ray", (PHOTO,))
 
 
 def test_images_keep_their_bytes_and_hashes_are_the_papers(tmp_path):
@@ -177,7 +148,14 @@ def hub(tmp_path_factory) -> Path:
 
 
 def published(name: str, place) -> b.DataSource:
-    return b.DataSource(place, b.published_layout(name))
+    return b.PUBLISHED[name]._replace(place=place)
+
+
+@pytest.fixture
+def as_hub(hub, home, monkeypatch):
+    "The published sets are read from the folder."
+    for name in b.BENCHMARKS:
+        monkeypatch.setitem(b.PUBLISHED, name, published(name, hub))
 
 
 def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
@@ -192,20 +170,20 @@ def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
     assert all(map(key_opens, [*good, pair, *published("pmc_vqa", hub).samples("pmc_vqa", 1)]))
 
 
-def test_a_whole_set_has_the_published_size_or_is_refused(hub, home):
+def test_a_whole_set_has_the_published_size_or_is_refused(as_hub):
     with pytest.raises(UserError, match="vqa_rad_closed has 5 questions here, and the published set 272; to measure these all the same, set limit=5"):
-        b.load_benchmark("vqa_rad", DataSettings("hub", max_rejected=3), repo=hub)
+        b.load_benchmark("vqa_rad", DataSettings("hub", max_rejected=3))
     with pytest.raises(UserError, match="3 rows of vqa_rad_closed-5-seed42.parquet are broken, first .* row 2, options: not JSON"):
-        b.load_benchmark("vqa_rad", DataSettings("hub", limit=5), repo=hub)
-    allowed = b.load_benchmark("vqa_rad", DataSettings("hub", limit=5, max_rejected=3), repo=hub)
+        b.load_benchmark("vqa_rad", DataSettings("hub", limit=5))
+    allowed = b.load_benchmark("vqa_rad", DataSettings("hub", limit=5, max_rejected=3))
     assert [sample.dataset_index for sample in allowed] == [5779, 5782]
 
 
-def test_a_table_without_a_column_or_a_set_says_so(hub, tmp_path, home):
+def test_a_table_without_a_column_or_a_set_says_so(hub, as_hub, tmp_path):
     import pyarrow.parquet
 
     with pytest.raises(UserError, match="slake_closed-1-seed42.parquet holds no sample: 0 rows were left out by rule"):
-        b.load_benchmark("slake", DataSettings("hub", limit=1), repo=hub)
+        b.load_benchmark("slake", DataSettings("hub", limit=1))
     table = pyarrow.parquet.read_table(hub / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
     part = tmp_path / "data" / "test-00000-of-00001.parquet"
@@ -259,11 +237,12 @@ import sys
 from medvlthinker.core.files import UserError, read_json, record_path
 from medvlthinker.data import benchmarks
 from medvlthinker.data.readers import DataSettings
-for name, repo in zip(sys.argv[1::2], sys.argv[2::2]):
-    one = DataSettings("hub", limit=1)
+sets, one = benchmarks.TEST_SETS, DataSettings("hub", limit=1)
+sets.published["slake_closed"] = sets.published["slake_closed"]._replace(place="nobody/none")
+for name in sys.argv[1:]:
     try:
-        print([row.dataset_index for row in benchmarks.load_benchmark(name, one, repo=repo)], end=" ")
-        print(read_json(record_path(benchmarks.benchmark_file(name, one)))["inputs"]["revision"])
+        print([row.dataset_index for row in benchmarks.load_benchmark(name, one)], end=" ")
+        print(read_json(record_path(benchmarks.sample_file(sets, name, one)))["inputs"]["revision"])
     except UserError as error:
         print(error)
 """
@@ -275,12 +254,12 @@ def test_over_http_and_afterwards_without_a_network(hub, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path, "HF_DATASETS_CACHE": tmp_path / "datasets", "MEDVLTHINKER_HOME": tmp_path / "runs",
             "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    online = python("-c", READ, "pmc_vqa", b.HUB, "slake", "nobody/none", **here).stdout.splitlines()
+    online = python("-c", READ, "pmc_vqa", "slake", **here).stdout.splitlines()
     assert online == [f"[5778] {Hub.sha}", "The data set nobody/none cannot be read (the hub knows no such id); "
                       "without a network, name a folder with local copies by data_dir=."]
     server.shutdown()
     server.server_close()
-    offline = python("-c", READ, "pmc_vqa", b.HUB, "MMMU-medical", b.HUB, "slake", "nobody/none", **here).stdout.splitlines()
+    offline = python("-c", READ, "pmc_vqa", "MMMU-medical", "slake", **here).stdout.splitlines()
     assert offline[0] == f"[5778] {Hub.sha}"  # stored, so nobody is asked
     assert offline[1] == f"[5784] {Hub.sha}"  # from what was downloaded
     assert offline[2].startswith("The data set nobody/none cannot be read (") and offline[2].endswith("by data_dir=.")
@@ -293,7 +272,7 @@ def test_another_limit_is_another_file_and_the_first_one_stays(tmp_path, home):
     before = {path: path.read_bytes() for path in (home / "samples" / "local").iterdir()}
     assert len(first) == 3 and len(b.load_benchmark("vqa_rad", two)) == 2
     assert all(path.read_bytes() == data for path, data in before.items())
-    assert len({b.benchmark_file("vqa_rad_closed", replaced) for replaced in (all_of_them, two, dataclasses.replace(two, seed=1))}) == 3
+    assert len({b.sample_file(b.TEST_SETS, "vqa_rad_closed", replaced) for replaced in (all_of_them, two, dataclasses.replace(two, seed=1))}) == 3
 
 
 def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, home, monkeypatch):
@@ -330,22 +309,3 @@ def test_a_limit_draws_samples_keeps_their_order_and_reports_the_damage_that_it_
     assert [sample.dataset_index for sample in b.load_benchmark("vqa_rad", other)] != draws[5]
     with pytest.raises(UserError, match="1 rows of vqa_rad_closed-40-seed42.parquet are broken, first dev.jsonl line 8, image_name: gone.png"):
         b.load_benchmark("vqa_rad", DataSettings(data_dir=str(tmp_path), limit=40))  # so many that the broken one is drawn
-
-
-# ---- the real images
-
-
-def test_every_closed_question_of_the_real_images_is_used_or_accounted_for(real_data, home):
-    profile = DataSettings(data_dir=str(real_data), benchmark="vqa_rad", limit=0)
-    samples = b.load_benchmark("vqa_rad", profile)
-    source = [json.loads(line) for line in (real_data / "vqa_rad" / "dev.jsonl").read_text().splitlines()]
-    rejected = [json.loads(line) for line in (home / "samples" / "local" / "vqa_rad_closed.rejected.jsonl").read_text().splitlines()]
-    assert all(bad["filtered"] for bad in rejected) and len(samples) + len(rejected) == len(source) == 594
-    assert collections.Counter(bad["field"] for bad in rejected) == {"answer_type": 248, "answer": 8}
-    yes_no = [sample for sample in samples if sample.options == {"A": "Yes", "B": "No"}]
-    assert (len(samples), len(yes_no)) == (338, 321)
-    for sample in samples:
-        origin = source[sample.dataset_index]
-        assert sample.question == origin["question"] and (sample.options, sample.answer_label) == closed_options(origin["question"], origin["answer"])
-        assert sample.images == ((real_data / "vqa_rad" / "images_dev" / origin["image_name"]).read_bytes(),)
-        assert key_opens(sample), sample

@@ -5,7 +5,6 @@ import zipfile
 
 import pytest
 from conftest import ROOT, encoded, key_opens
-from medvlthinker.core.files import UserError
 from medvlthinker.data import converters
 from medvlthinker.data.readers import image_reader, read_rows, samples_from
 from medvlthinker.data.sample import InvalidRow
@@ -63,25 +62,6 @@ def test_an_image_is_a_name_or_bytes_wherever_the_set_lies(tmp_path):
         assert sample.images == (PHOTO,)
     text, = samples_from(lambda: [("row 0", {**UNIFIED, "images": None})], converters.unified, "set")
     assert text.images == ()
-
-
-TEXTS = {"rows.jsonl": '{"a": "x"}\n\n{"a": "y"}\n', "rows.json": '[\n {"a": "x"},\n {"a": "y"}\n]\n', "rows.csv": 'a,b\n"x","1\n2"\ny,3\n'}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_what_a_windows_editor_does_to_a_text_does_no_harm(tmp_path, name):
-    "A byte-order mark and line ends of two characters, in every kind of text that is read."
-    def rows(text):
-        path = tmp_path / name
-        path.write_bytes(text.encode())
-        return [(where, {key: value.replace("\r\n", "\n") for key, value in row.items()}) for where, row in read_rows(path)]
-
-    plain = rows(TEXTS[name])
-    assert [row["a"] for _, row in plain] == ["x", "y"]
-    for start, end in (("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")):
-        assert rows(start + TEXTS[name].replace("\n", end)) == plain
-    with pytest.raises(UserError, match="no list of rows|Expecting value"):
-        rows("\ufeff")
 
 
 def test_a_blank_choice_is_kept_as_the_paper_keeps_it(tmp_path):

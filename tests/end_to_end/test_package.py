@@ -111,10 +111,10 @@ SCRIPT = """
 from medvlthinker.data import synthetic
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.core.grade import grade
-from medvlthinker.data.sample import read_samples, write_samples
+from medvlthinker.data.sample import SampleFile, write_samples
 profile = load_profile("smoke", limit=5)
 write_samples(synthetic.benchmark("pmc_vqa", profile.limit, profile.seed), Workspace(profile.name).samples / "some.parquet")
-right = [grade(f"<answer> {sample.answer_label} </answer>", sample.options, sample.answer_label).correct for sample in read_samples("_runs/smoke/samples/some.parquet")]
+right = [grade(f"<answer> {sample.answer_label} </answer>", sample.options, sample.answer_label).correct for sample in list(SampleFile("_runs/smoke/samples/some.parquet"))]
 print(profile.limit, sum(right), len(right))
 """
 

@@ -17,7 +17,7 @@ from medvlthinker.app import cli
 from medvlthinker.app.profile import load_profile
 from medvlthinker.app.cost import dry_run
 from medvlthinker.app.runs import steps
-from medvlthinker.data.sample import read_samples
+from medvlthinker.data.sample import SampleFile
 from medvlthinker.generation.engine import vllm_arguments
 from medvlthinker.training.recipe import find
 from medvlthinker.training.sft import accelerate_config
@@ -215,7 +215,7 @@ def test_full_disk(tmp_path):
     try:
         says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
         for path in (tmp_path / "disk").rglob("*.parquet"):
-            assert read_samples(path), "what is there is whole"
+            assert list(SampleFile(path)), "what is there is whole"
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 

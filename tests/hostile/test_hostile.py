@@ -34,7 +34,7 @@ from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.evaluation.export import read_eval_results, write_eval_results
 from medvlthinker.generation.rollout import generate, load_rollout
-from medvlthinker.data.sample import InvalidRow, Sample, read_samples, write_samples
+from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, write_samples
 from medvlthinker.data.readers import image_reader, read_rows, samples_from, write_csv
 from PIL import Image
 
@@ -290,7 +290,7 @@ def test_a_row_with_one_thing_wrong_is_a_sample_or_a_broken_row(tmp_path):
         assert 0 < broken < len(rows), (name, broken)
         write_samples(good, tmp_path / "good.parquet")
         told = lambda samples: [{**vars(sample), "misc": json.dumps(sample.misc)} for sample in samples]  # as JSON has it, in which a key is a text and nan is nan
-        assert told(read_samples(tmp_path / "good.parquet")) == told(good), name
+        assert told(list(SampleFile(tmp_path / "good.parquet"))) == told(good), name
         drawn = [item for item in samples_from(lambda rows=rows: rows, convert, "set", image, limit=9) if isinstance(item, Sample)]
         assert 0 < len(drawn) <= 9 and all(item in good for item in drawn), name
 
@@ -314,7 +314,7 @@ def write_all(folder: Path) -> dict[Path, tuple]:
     (folder / "eval_results.jsonl").write_text("\n".join(json.dumps({"dataset_name": "pmc_vqa", "dataset_index": number, "answer_label": "B", "parsed_outputs": [{"output_text": "<answer>B</answer>"}]}) for number in range(6)))
     from_zip = lambda path: [item if isinstance(item, bytes) else str(item) for item in map(asked(image_reader(path)), ("0.png", "images/1.png", "2.png"))]
     read = lambda path: refusals(samples_from(lambda: read_rows(path), converters.adaptllm_pmc if path.suffix == ".csv" else converters.unified, "set"))
-    return {folder / name: how for name, how in (("rows.jsonl", read), ("rows.json", read), ("rows.csv", read), ("rows.parquet", read), ("images.zip", from_zip), ("samples.parquet", read_samples),
+    return {folder / name: how for name, how in (("rows.jsonl", read), ("rows.json", read), ("rows.csv", read), ("rows.parquet", read), ("images.zip", from_zip), ("samples.parquet", lambda path: list(SampleFile(path))),
                                                  ("eval_results.jsonl", lambda path: [grade(each["text"], LETTERS, "B") for row in read_eval_results(path) for each in row["completions"]]))}
 
 

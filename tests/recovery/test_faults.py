@@ -23,7 +23,7 @@ from medvlthinker.core.files import FORMAT, UserError, read_json, record_path, r
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import generate, load_rollout
-from medvlthinker.data.sample import read_samples, write_samples
+from medvlthinker.data.sample import SampleFile, write_samples
 from safetensors.numpy import load_file
 
 KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "2"))  # at random moments; CI is short of time, fifty take half an hour
@@ -221,7 +221,7 @@ def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, damage):
     curated = workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
     makers = {workspace.samples / "synthetic" / "pmc_vqa-6.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace.samples)),
               workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace.samples)),
-              curated: lambda: curated.exists() and read_samples(curated) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
+              curated: lambda: curated.exists() and list(SampleFile(curated)) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
     for path, make in makers.items():
         make()
         whole = path.read_bytes()

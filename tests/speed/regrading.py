@@ -21,7 +21,7 @@ from medvlthinker.generation.rollout import load_rollout
 from medvlthinker.data.sample import SampleFile
 if __name__ == "__main__":
     began = time.perf_counter()
-    grades = grade_rollout(SampleFile(sys.argv[1], look=False), load_rollout(sys.argv[2]))
+    grades = grade_rollout(SampleFile(sys.argv[1]), load_rollout(sys.argv[2]))
     lines = sum(len(question_scores(grades, rule)) for rule in RULES)
     taken = time.perf_counter() - began
     own, others = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -55,7 +55,7 @@ def write_questions(folder: Path, number: int, image: bytes = b"") -> SampleFile
     "The file of so many questions."
     path = folder / "samples.parquet"
     write_samples([question(place, image) for place in range(number)], path)
-    return SampleFile(path, look=False)
+    return SampleFile(path)
 
 
 def write_rollout(samples: SampleFile, n: int, folder: Path) -> Rollout:

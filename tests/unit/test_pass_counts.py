@@ -23,7 +23,7 @@ from medvlthinker.generation.rollout import generate
 from medvlthinker.app.runs import data_file
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import RECIPES
-from medvlthinker.data.sample import Sample, SampleFile, read_samples, write_samples
+from medvlthinker.data.sample import Sample, SampleFile, write_samples
 
 QUIET = lambda line: None
 
@@ -65,7 +65,7 @@ def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     assert {name: read.features[name] for name in whole.column_names} == dict(whole.features)
     assert read[0]["images"][0].size == samples[0].pictures()[0].size
     by_index = {s.dataset_index: s for s in samples}
-    assert read_samples(path) == [by_index[index] for index in read["dataset_index"]], "every field as it was, images to the byte"
+    assert list(SampleFile(path)) == [by_index[index] for index in read["dataset_index"]], "every field as it was, images to the byte"
     assert list(read["pass_count"]) == sorted(read["pass_count"], reverse=True) and set(read["pass_of"]) == {16}
 
 
@@ -237,7 +237,7 @@ def test_live_sampling_until_decided(tmp_path):
     samples = [replace(sample, dataset_index=i) for i, sample in enumerate(drawn(60)[0])]
     engine = answers(np.random.default_rng(6).beta(.5, 1, 60))
     write_samples(samples, tmp_path / "pmc.parquet")
-    samples = SampleFile(tmp_path / "pmc.parquet", look=False)  # lazily, as a corpus is read
+    samples = SampleFile(tmp_path / "pmc.parquet")  # lazily, as a corpus is read
     go = functools.partial(generate_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
     decisions = go(engine)
     assert (decisions.n == 16).sum() >= 20 and decisions.n.isin([4, 8, 12, 16]).all()
