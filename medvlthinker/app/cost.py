@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .profile import Profile, Workspace, overrides
-from .runs import Step, evaluation_samplings, steps, training_places
+from .profile import Profile, Step, Workspace, overrides, steps
+from .runs import evaluation_samplings, training_places
 from ..core.files import UserError
 from ..data.benchmarks import benchmark_names
 from ..generation.engine import check_nodes

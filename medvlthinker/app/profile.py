@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'CHOICES', 'QuestioningSettings', 'Profile', 'profile_names', 'load_profile', 'overrides', 'parse_words',
-           'read_command', 'notebook_profile', 'Workspace']
+           'read_command', 'notebook_profile', 'Workspace', 'Step', 'steps']
 
 # %% ../../nbs/app/70_profile.ipynb #098ac56e
 import configparser, dataclasses, os, re
@@ -15,9 +15,11 @@ from typing import Any
 from ..core.commands import (
     check_keys, find_path, load_plugin, read_value, settings_file)
 from ..core.files import UserError
+from ..core.grade import RULES
 from ..data.readers import DataSettings
+from ..generation.model import folder_name
 from ..training import recipe as training
-from ..training.recipe import TrainingSettings
+from ..training.recipe import TrainingSettings, wanted
 
 # %% ../../nbs/app/70_profile.ipynb #cfff3231
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Profile(TrainingSettings, QuestioningSettings, DataSettings):
 
 # %% ../../nbs/app/70_profile.ipynb #a10bc599
 KEYS = [field.name for field in dataclasses.fields(Profile) if field.name != "name"]
-CHOICES = {**training.CHOICES, "data": ("synthetic", "hub", "source")}  # what a key may be
+CHOICES = {  # what a key may be, also one of a command's own
+    **training.CHOICES, "data": ("synthetic", "hub", "source"), "kind": ("benchmark", "corpus"),
+    **dict.fromkeys(("rule", "old", "new"), tuple(RULES)), "answers": ("greedy", "repeats")}
 
 # %% ../../nbs/app/70_profile.ipynb #6a9eecb9
 def _read_settings() -> configparser.ConfigParser:
@@ -123,7 +127,8 @@ def read_command(
     "The profile that the words name, and the values of the command's own keys."
     name, given = parse_words(words or [])
     check_keys(given, [*own, *KEYS], "profile key")
-    values = [read_value(key, default, given.pop(key, default)) for key, default in own.items()]
+    values = [read_value(key, default, given.pop(key, default), CHOICES.get(key, ()))
+              for key, default in own.items()]
     return load_profile(name, **given), *values
 
 # %% ../../nbs/app/70_profile.ipynb #12691eda
@@ -165,3 +170,36 @@ class Workspace:
             raise UserError(f"The folder {self.root / name} cannot be made ({error.strerror}); "
                             "set MEDVLTHINKER_HOME to one that can.") from None
         return folder
+
+# %% ../../nbs/app/70_profile.ipynb #7a9b0002
+@dataclass(frozen=True)
+class Step:
+    "One execution of one paper notebook."
+    notebook: str  # its name in nbs/paper
+    parameter: str = ""  # `model` or `recipe`, for a notebook that runs once for each
+    value: str = ""
+
+    @property
+    def name(self) -> str:
+        "What a run calls it, and its files."
+        return f"{self.notebook}-{folder_name(self.value)}" if self.value else self.notebook
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        "What papermill gives to the notebook, beside the keys of the profile."
+        return {self.parameter: self.value} if self.value else {}
+
+# %% ../../nbs/app/70_profile.ipynb #7a9b0004
+def steps(
+    profile: Profile,
+) -> list[Step]:
+    "The steps of a profile, each behind those that it waits for."
+    if not (trains := profile.source != "local"):  # a folder of test sets alone is enough
+        from medvlthinker.data.corpora import has_corpora
+
+        trains = has_corpora(profile)
+    recipes = [recipe.name for recipe in wanted(profile.recipes)] if trains else []
+    return [Step("1_data"), *[Step("2_difficulty")] * trains,
+            *(Step("3_train", "recipe", name) for name in recipes),
+            *(Step("4_evaluate", "model", name) for name in (*profile.models, *recipes)),
+            Step("5_results"), Step("6_audit")]

@@ -14,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import medvlthinker
-from .cost import refuse_small_disk
-from .profile import KEYS, Profile, Workspace, load_profile, overrides
-from .runs import steps
+from .profile import KEYS, Profile, Workspace, load_profile, overrides, steps
 from ..core.commands import (
     end_with_parent, find_path, project_root, redact, redact_file)
 from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, read_record, record_path, require_package, write_error,
     write_record)
-from ..generation.engine import check_nodes
-from ..generation.rollout import file_lock
 from ..training.recipe import RECIPES, TrainingSettings, nodes_of
-from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
 def paper_notebook(
@@ -401,6 +396,9 @@ def run_workflow(
     show: Callable[[str], object] = lambda line: print(line, flush=True),
 ) -> int:  # steps that ran
     "Run what is missing or out of date, and nothing else."
+    from medvlthinker.generation.engine import check_nodes
+    from medvlthinker.generation.rollout import file_lock
+
     check_nodes(profile)
     every = steps(profile)  # a mistake in the profile is said before anything runs
     for step in every:  # and that a newer version of this package was at work here
@@ -422,6 +420,9 @@ def run_workflow(
 
 def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
+    from medvlthinker.app.cost import refuse_small_disk
+    from medvlthinker.training.verl import refuse_missing_nodes
+
     recipes = [RECIPES[name] for name in names]
     wide = [recipe.name for recipe in recipes if nodes_of(recipe, profile) > 1]
     if wide and _elsewhere(options):

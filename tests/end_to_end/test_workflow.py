@@ -14,9 +14,8 @@ import pytest
 from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says
 from medvlthinker.core.files import UserError
 from medvlthinker.app import cli
-from medvlthinker.app.profile import load_profile
+from medvlthinker.app.profile import load_profile, steps
 from medvlthinker.app.cost import dry_run
-from medvlthinker.app.runs import steps
 from medvlthinker.data.sample import read_samples
 from medvlthinker.generation.engine import vllm_arguments
 from medvlthinker.training.recipe import find
