@@ -9,7 +9,7 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'Graph', 'error_
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
 import signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def notebook_code(
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 # %% ../../nbs/app/75_workflow.ipynb #66282aba
+@functools.cache
 def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
     "Files of this package that the code of a module in `package` imports itself."
     root, names = Path(medvlthinker.__file__).parent, set[str]()
@@ -52,12 +53,6 @@ def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
     places = [medvlthinker.NOUNS.get(name, name).replace(".", "/") for name in inside]
     return {file for place in places if (file := root / f"{place}.py").is_file()}
 
-
-@functools.cache
-def _module_imports(path: Path) -> set[Path]:
-    "Files of this package that one of its modules imports itself."
-    return _imports(path.read_text(encoding="utf-8"), f"medvlthinker.{path.parent.name}")
-
 # %% ../../nbs/app/75_workflow.ipynb #8d384ef8
 def imported_files(
     code: str,  # of a notebook
@@ -66,7 +61,9 @@ def imported_files(
     found, todo = set[Path](), _imports(code)
     while todo:
         found |= todo
-        todo = {file for path in todo for file in _module_imports(path)} - found
+        codes = {path: path.read_text(encoding="utf-8") for path in todo}
+        todo = {file for path, code in codes.items()
+                for file in _imports(code, f"medvlthinker.{path.parent.name}")} - found
     return found
 
 # %% ../../nbs/app/75_workflow.ipynb #45421c47
@@ -343,6 +340,10 @@ def _failure(lines: list[str], step: str) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
+    if step and "Traceback (most recent call last):" in lines:
+        error = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:]
+        return UserError(f"{step} stopped: {(error or lines[-1:])[0]} (the whole of it stands in "
+                         "logs/snakemake.log of the run).")
     if step:
         return _death(step)
     return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
@@ -393,7 +394,6 @@ def reasons(
 def run_workflow(
     profile: Profile,
     *options: str,  # of Snakemake
-    show: Callable[[str], object] = lambda line: print(line, flush=True),
 ) -> int:  # steps that ran
     "Run what is missing or out of date, and nothing else."
     from medvlthinker.generation.engine import check_nodes
@@ -411,10 +411,10 @@ def run_workflow(
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     ran = 0
-    with file_lock(Workspace(profile.name).logs / "workflow", show):
+    with file_lock(Workspace(profile.name).logs / "workflow", print):
         for line in snakemake(profile, *options):
             ran += ": done in " in line
-            show(line)
+            print(line, flush=True)
     return ran
 
 
