@@ -197,8 +197,8 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
     tables = {}
     for model in origin:
-        parts = [rescore(*pair, old=old, new=new)
-                 for pair in stored_answers(profile, model).values()]
+        stored = stored_answers(profile, model).values()
+        parts = [rescore(samples, rollout, old, new) for samples, rollout in stored]
         tables[model] = pd.concat(parts).assign(model=model)
     table = pd.concat(tables.values())
     changes = {model: paired_changes(each) for model, each in tables.items()}
