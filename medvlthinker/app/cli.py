@@ -49,7 +49,7 @@ def run(
     ran = run_workflow(profile, *options)
     for recipe in wanted(profile.recipes) if ran else []:
         with contextlib.suppress(UserError):  # it was not among the steps
-            write_card(recipe, profile, Workspace(profile.name))
+            write_card(recipe, profile)
     _show_results(profile)
     print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
           else "Everything was done already; nothing ran.")

@@ -375,10 +375,9 @@ def train(words: Words = None) -> None:
 
     profile, recipe = _read_recipe(words)
     check_machine(recipe, profile)
-    places, workspace = training_places(recipe, profile), Workspace(profile.name)
-    training_data(recipe, profile, workspace)
-    final = train_recipe(recipe, profile, *places)
-    write_card(recipe, profile, workspace)
+    training_data(recipe, profile)
+    final = train_recipe(recipe, profile, *training_places(recipe, profile))
+    write_card(recipe, profile)
     print(f"{recipe.name} is ready: {final}")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a51
