@@ -90,9 +90,13 @@ def _origin(profile: Profile, sets: "dict[str, tuple[Sequence, Rollout]]") -> di
     return {name: os.path.relpath(rollout.folder, root) for name, (_, rollout) in sets.items()}
 
 
-def _rows(table: "pd.DataFrame") -> list[dict]:
-    "The rows of a table as JSON can hold them: what is missing is None."
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+def _store(table: "pd.DataFrame", path: Path, **inputs) -> None:
+    "Write the rows of a result, with the record of what they were made from."
+    from medvlthinker.core.files import write_record
+    from medvlthinker.data.readers import write_csv
+
+    with write_record(path, inputs):
+        write_csv(table, path)
 
 # %% ../../nbs/app/77_commands.ipynb #c78a13
 _SAME = ("instruction", "max_tokens", "max_pixels", "limit", "benchmark", "data", "data_dir")
@@ -127,12 +131,9 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
 # %% ../../nbs/app/77_commands.ipynb #c78b18
 def compare_settings(words: list[str]) -> None:  # as for `two_settings`
     "Whether the numbers of two engines or settings may be compared."
-    from dataclasses import asdict
-
     import pandas as pd
     from medvlthinker.app.runs import launch_rollout, rollouts
-    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement, split_words
-    from medvlthinker.evaluation.evaluate import store_record
+    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement
 
     profiles, model, rule = two_settings(words)
     for each in profiles:
@@ -146,12 +147,9 @@ def compare_settings(words: list[str]) -> None:  # as for `two_settings`
         tables.append(compare_rollouts(samples, rollout, second[name][1], rule, split))
         print(f"{name:15} {engine_agreement(tables[-1]).sentence}")
     table, places = pd.concat(tables), [_origin(profiles[0], side) for side in sides]
-    found, unit = engine_agreement(table), "word" if split is split_words else "token"
-    record = {"model": model, "rule": rule, "unit": unit, "sides": places, **asdict(found),
-              "verdict": found.verdict, "sentence": found.sentence}
-    path = _results(profiles[0], model) / "engine_agreement.json"
-    store_record(path, record, _rows(table), {"sides": places, "rule": rule})
-    print(found.sentence)
+    path = _results(profiles[0], model) / "engine_agreement.csv"
+    _store(table, path, sides=places, rule=rule)
+    print(engine_agreement(table).sentence)
 
 # %% ../../nbs/app/77_commands.ipynb #c78a21
 def ablate(words: Words = None) -> None:
@@ -163,7 +161,6 @@ def ablate(words: Words = None) -> None:
     """
     from medvlthinker.app.runs import engine_settings, question_sets, rollouts_folder
     from medvlthinker.evaluation import image_ablation as ablation
-    from medvlthinker.evaluation.evaluate import store_record
     from medvlthinker.generation.engine import open_engine
     from medvlthinker.generation.request import Sampling
 
@@ -177,13 +174,11 @@ def ablate(words: Words = None) -> None:
         asked = ablation.ask_conditions(sets, engine, sampling, folders, conditions, profile.seed)
         answers = ablation.ablation_answers(asked, rule)
         effects = ablation.ablation_effects(answers)
-        verdict = ablation.ablation_verdict(each, effects)
         places = {condition: _origin(profile, found) for condition, found in asked.items()}
-        record = {"model": each, "source": profile.source, "rule": rule, "seed": profile.seed,
-                  "rollouts": places, "effects": _rows(effects), "verdict": verdict}
-        path = _results(profile, each) / "image_ablation.json"
-        store_record(path, record, _rows(answers), {"rollouts": places, "rule": rule})
-        print(ablation.ablation_table(effects).to_string(), verdict, sep="\n")
+        path = _results(profile, each) / "image_ablation.csv"
+        _store(answers, path, rollouts=places, rule=rule, seed=profile.seed)
+        print(ablation.ablation_table(effects).to_string())
+        print(ablation.ablation_verdict(each, effects))
 
 # %% ../../nbs/app/77_commands.ipynb #c78b24
 def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key=value ...]
@@ -191,7 +186,6 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     import pandas as pd
     from medvlthinker.app.runs import require_records
     from medvlthinker.evaluation.compare import explain_flips, paired_changes, rescore
-    from medvlthinker.evaluation.evaluate import store_record
 
     profile, old, new = read_command(words, old="strict", new="regrade")
     origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
@@ -202,16 +196,12 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
         tables[model] = pd.concat(parts).assign(model=model)
     table = pd.concat(tables.values())
     changes = {model: paired_changes(each) for model, each in tables.items()}
-    cells = pd.concat(changes, names=["model"])
+    path = _results(profile) / f"rescore-{old}-{new}.csv"
     flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
-    counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
-    record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
-              "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
-    path = _results(profile) / f"rescore-{old}-{new}.json"
-    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": (old, new)})
+    _store(flips, path, rollouts=origin, rules=(old, new))
     explain_flips(table, (old, new))
-    print(cells.round(2).to_string())
-    print(f"Every flip stands in {path.with_suffix('.jsonl')}.")
+    print(pd.concat(changes, names=["model"]).round(2).to_string())
+    print(f"Every flip stands in {path}.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a28
 def export(words: Words = None) -> None:

@@ -287,7 +287,7 @@ class Narrator(logging.Handler):
     def __init__(self):
         super().__init__()
         self.begun: dict[int, tuple[str, float]] = {}
-        self.total, self.dry = 0, "MEDVLTHINKER_REASONS" in os.environ
+        self.total = 0
 
     def emit(self, log_record: logging.LogRecord) -> None:
         "One event; others than those of steps are passed over."
@@ -297,10 +297,9 @@ class Narrator(logging.Handler):
         if event == "run_info":
             self.total = record.stats["total"] - ("all" in record.stats)  # which is a job too
         elif event == "job_info" and record.output:
-            name, reason = Path(record.output[0]).stem, plain_reason(record.reason)
-            words = f"step {len(self.begun) + 1} of {self.total}  {name}"
+            words = f"step {len(self.begun) + 1} of {self.total}  {Path(record.output[0]).stem}"
             self.begun[number] = words, time.monotonic()
-            print(f"{name}\t{reason}" if self.dry else f"{words}: {reason}", flush=True)
+            print(f"{words}: {plain_reason(record.reason)}", flush=True)
         elif event in ("job_finished", "job_error") and number in self.begun:
             words, began = self.begun[number]
             ended = "done in" if event == "job_finished" else "failed after"
@@ -359,7 +358,7 @@ def snakemake(
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
     if dry:  # which leaves no log
-        words, environment["MEDVLTHINKER_REASONS"] = [*words, "--dry-run"], "1"
+        words.append("--dry-run")
         log = tempfile.TemporaryFile("w+", errors="replace")
     else:
         log = open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
@@ -388,7 +387,8 @@ def reasons(
     if not (Workspace(profile.name).root / ".snakemake").is_dir():
         return {step.name: "it has not run yet" for step in steps(profile)}
     lines = snakemake(profile, *options, dry=True)
-    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+    said = [re.match(r"step \d+ of \d+  (\S+): (.*)", line) for line in lines]  # of `Narrator`
+    return {found[1]: found[2] for found in said if found}
 
 # %% ../../nbs/app/75_workflow.ipynb #a67bfc64
 def run_workflow(

@@ -1,7 +1,7 @@
 """The command lines of comparison, image ablation and export: what they print and keep, and one sentence for a mistake."""
-import json
 import shutil
 
+import pandas as pd
 import pytest
 from conftest import ByHand, python, says
 from medvlthinker.app import cli, runs
@@ -50,12 +50,11 @@ def answered(home):
 
 def test_two_rules_over_stored_answers(answered, call):
     said = call("compare", "smoke", *ASKED, "old=strict", "new=lenient")
-    assert "strict -> lenient: " in said and "of 16 verdicts flipped" in said
-    path = answered / "smoke" / "results" / "synthetic" / "rescore-strict-lenient.json"
-    stored, flips = json.loads(path.read_text()), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().split("\n")[:-1]]
-    assert [cell["benchmark"] for cell in stored["cells"]] == ["slake_closed", "vqa_rad_closed", "macro average"]
-    assert sum(line["answers"] for line in stored["causes"]) == len(flips) > 0 and {line["model"] for line in flips} == {"tiny"}
-    assert path.with_name(path.name + ".manifest.json").is_file()
+    assert "strict -> lenient: " in said
+    path = answered / "smoke" / "results" / "synthetic" / "rescore-strict-lenient.csv"
+    flips = pd.read_csv(path)
+    assert f"{len(flips)} of 16 verdicts flipped" in said and len(flips) > 0 and {*flips.model} == {"tiny"}
+    assert said.count("macro average") == 1 and path.with_name(path.name + ".manifest.json").is_file()
 
 
 def test_mistakes_are_one_sentence(answered):
@@ -76,8 +75,7 @@ def test_the_image_ablation_is_printed_and_kept(warm_home, call):
     last = said.splitlines()[-1]
     assert "visual reliance" in said and "(10 questions)" in last
     folder = warm_home / "smoke" / "results" / "synthetic" / "tiny"
-    assert json.loads((folder / "image_ablation.json").read_text())["verdict"] == last
-    assert len((folder / "image_ablation.jsonl").read_text().splitlines()) == 10
+    assert len(pd.read_csv(folder / "image_ablation.csv")) == 10
 
 
 def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
@@ -97,8 +95,7 @@ def test_parity_on_the_command_line(warm_home, call, monkeypatch):
     monkeypatch.setattr(runs, "launch_rollout", lambda profile, model: launched.append((profile.batch_size, model)))
     last = call(*words, "--", "batch_size=5").splitlines()[-1]
     assert last.startswith(TOO_FEW) and "12 questions" in last
-    record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "engine_agreement.json").read_text())
-    assert record["unit"] == "token" and record["n"] == 12
+    assert len(pd.read_csv(warm_home / "smoke" / "results" / "synthetic" / "tiny" / "engine_agreement.csv")) == 12
     assert launched == [(12, "tiny"), (5, "tiny")]
     refuses([*words, "--", "batch_size=12"], "one and the same rollout")
     refuses([*words, "--", "max_tokens=39"], "give max_tokens once")
