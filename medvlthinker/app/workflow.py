@@ -339,10 +339,10 @@ def _failure(lines: list[str], step: str) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
-    if step and "Traceback (most recent call last):" in lines:
-        error = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)][-1:]
-        return UserError(f"{step} stopped: {(error or lines[-1:])[0]} (the whole of it stands in "
-                         "logs/snakemake.log of the run).")
+    if step and (start := "Traceback (most recent call last):") in lines:
+        after = lines[lines.index(start):]  # Snakemake adds an error of its own
+        error = next((line for line in after if re.match(r"[\w.]+: |\w+Error$", line)), after[-1])
+        return UserError(f"{step} stopped: {error} (more in logs/snakemake.log of the run).")
     if step:
         return _death(step)
     return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
