@@ -238,13 +238,10 @@ def bench(
     raise typer.Exit(done.returncode)
 
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
-VERBS: dict[str, Callable] = {
-    "run": run, "status": status, "ask": ask, "evaluate": commands.evaluate,
-    "compare": commands.compare, "ablate": commands.ablate, "rollout": commands.rollout,
-    "preflight": commands.preflight, "curate": curate, "train": commands.train,
-    "merge": commands.merge_checkpoint, "results": results, "viewer": viewer,
-    "check-paper": commands.check_paper, "verify": commands.verify_run,
-    "export": commands.export, "docs": docs, "lab": lab, "step": step, "bench": bench}
+VERBS: dict[str, Callable] = {function.__name__.replace("_", "-"): function for function in (
+    run, status, ask, commands.evaluate, commands.compare, commands.ablate, commands.rollout,
+    commands.preflight, curate, commands.train, commands.merge, results, viewer,
+    commands.check_paper, commands.verify, commands.export, docs, lab, step, bench)}
 _PASS_ON = ("run", "compare", "lab", "bench")  # options that they do not know are for others
 
 app = typer.Typer(

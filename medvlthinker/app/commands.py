@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Words', 'preflight', 'stored_answers', 'two_settings', 'compare_settings', 'ablate', 'compare_rules', 'export',
-           'merge_checkpoint', 'verify_run', 'compare_models', 'compare', 'evaluate', 'rollout', 'train', 'check_paper']
+           'merge', 'verify', 'compare_models', 'compare', 'evaluate', 'rollout', 'train', 'check_paper']
 
 # %% ../../nbs/app/77_commands.ipynb #c78a04
 import os
@@ -223,7 +223,7 @@ def export(words: Words = None) -> None:
     print(*export_logs(stored_answers(profile, model, answers), form, folder), sep="\n")
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
-def merge_checkpoint(words: Words = None) -> None:
+def merge(words: Words = None) -> None:
     """Make a model of a training run's last checkpoint, or of that of a step (step=N).
 
     Example: medvlthinker merge smoke recipe=tiny-SFT_PMC
@@ -245,7 +245,7 @@ def _read_recipe(words: list[str] | None, **own) -> tuple[Any, ...]:
     return profile, read_recipe(given), *values
 
 # %% ../../nbs/app/77_commands.ipynb #c78c05
-def verify_run(words: Words = None) -> None:
+def verify(words: Words = None) -> None:
     """Is every file what was recorded when it was made?
 
     cell=ROW/COLUMN says from which answers a number comes.

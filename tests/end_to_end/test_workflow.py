@@ -196,11 +196,6 @@ def test_the_sums_of_a_dry_run_stand_at_both_ends(home):
     assert first.startswith("mini: 9 of 9 steps to run\n") and first.splitlines()[:3] == last.strip().splitlines(), done.stdout + done.stderr
 
 
-def test_bad_words_through_the_script(home):
-    done = subprocess.run(["./reproduce.sh", "smoke", "gpu=1"], cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
-    says(done, "Unknown profile key gpu")
-
-
 def test_full_disk(tmp_path):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
     (tmp_path / "disk").mkdir()
