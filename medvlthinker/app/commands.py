@@ -70,11 +70,14 @@ def stored_answers(
     from medvlthinker.data.benchmarks import benchmark_names
 
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
-    if not (record := read_json(_results(profile, model) / name)):
-        raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name}; "
-                        f"./reproduce.sh evaluate {profile.name} model={model} makes them.")
     names = benchmark_names(profile.benchmark) if profile.benchmark else ()
-    return stored_rollouts(Workspace(profile.name).root, record, names)
+    record = read_json(_results(profile, model) / name)
+    found = stored_rollouts(Workspace(profile.name).root, record, names) if record else {}
+    if not found:
+        raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
+                        "the sets that are asked for; ./reproduce.sh evaluate "
+                        f"{profile.name} model={model} makes them.")
+    return found
 
 
 def _results(profile: Profile, model: str = "") -> Path:
