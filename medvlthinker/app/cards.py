@@ -140,8 +140,9 @@ def model_card(
         results=markdown_table(head, rows) if rows else "Not measured.")
 
 # %% ../../nbs/app/73_cards.ipynb #2f9cdbfb
-def write_card(recipe: Recipe, profile: Profile, workspace: Workspace) -> Path:
+def write_card(recipe: Recipe, profile: Profile) -> Path:
     "The README.md of a recipe's model; `UserError` where there is no such model yet."
+    workspace = Workspace(profile.name)
     folder = workspace.checkpoints / recipe.name
     if not (folder / "config.json").is_file():
         raise UserError(f"{recipe.name} is not in {workspace.checkpoints}; train and merge it "

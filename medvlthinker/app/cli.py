@@ -20,7 +20,6 @@ from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
 from ..core.files import UserError, require_package
-from ..training.recipe import wanted
 
 # %% ../../nbs/app/78_cli.ipynb #3bd6e6cb
 def run(
@@ -38,6 +37,7 @@ def run(
     from medvlthinker.app.cards import write_card
     from medvlthinker.app.cost import cost_summary, dry_run as steps_in_words
     from medvlthinker.app.workflow import reasons, run_workflow
+    from medvlthinker.training.recipe import wanted
 
     words, options = _options(words or [])
     (profile,), began = read_command(words), time.monotonic()
@@ -49,7 +49,7 @@ def run(
     ran = run_workflow(profile, *options)
     for recipe in wanted(profile.recipes) if ran else []:
         with contextlib.suppress(UserError):  # it was not among the steps
-            write_card(recipe, profile, Workspace(profile.name))
+            write_card(recipe, profile)
     _show_results(profile)
     print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
           else "Everything was done already; nothing ran.")
@@ -100,13 +100,11 @@ def results(words: Words = None) -> None:
 
     Example: medvlthinker results smoke
     """
-    from medvlthinker.app.runs import stored_records
+    from medvlthinker.app.runs import require_records
     from medvlthinker.app.workflow import execute
 
     (profile,) = read_command(words)
-    if not stored_records(profile):
-        raise UserError(f"Nothing of the profile {profile.name} has been evaluated in "
-                        f"{Workspace(profile.name).root}; run ./reproduce.sh {profile.name} first.")
+    require_records(profile)
     for name in ("5_results", "6_audit"):
         execute(name, profile)
     _show_results(profile)
@@ -240,13 +238,10 @@ def bench(
     raise typer.Exit(done.returncode)
 
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
-VERBS: dict[str, Callable] = {
-    "run": run, "status": status, "ask": ask, "evaluate": commands.evaluate_models,
-    "compare": commands.compare, "ablate": commands.ablate, "rollout": commands.rollout,
-    "preflight": commands.preflight, "curate": curate, "train": commands.train,
-    "merge": commands.merge_checkpoint, "card": commands.describe_model, "results": results,
-    "viewer": viewer, "check-paper": commands.check_paper, "verify": commands.verify_run,
-    "export": commands.export, "docs": docs, "lab": lab, "step": step, "bench": bench}
+VERBS: dict[str, Callable] = {function.__name__.replace("_", "-"): function for function in (
+    run, status, ask, commands.evaluate, commands.compare, commands.ablate, commands.rollout,
+    commands.preflight, curate, commands.train, commands.merge, results, viewer,
+    commands.check_paper, commands.verify, commands.export, docs, lab, step, bench)}
 _PASS_ON = ("run", "compare", "lab", "bench")  # options that they do not know are for others
 
 app = typer.Typer(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'run_files', 'recorded', 'Finding', 'check_file', 'check_run', 'show_findings', 'find_cell', 'evaluations',
-           'questions_file', 'trace']
+           'trace']
 
 # %% ../../nbs/app/74_verify.ipynb #a40ea918
-import contextlib, csv, glob, io, os
+import csv, io, os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .profile import Workspace
+from .runs import stored_rollouts
 from ..core.files import UserError, file_hash, read_json, verify_checksum
-from ..data.sample import SampleFile
 from ..evaluation.evaluate import grade_rollout
-from ..generation.rollout import load_rollout, rollout_record, samples_fingerprint
 from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
@@ -146,20 +145,6 @@ def evaluations(
     raise UserError(f"{folder} holds no evaluation of {row}; it was removed, or the table is of "
                     "another run.")
 
-# %% ../../nbs/app/74_verify.ipynb #fb15c00b
-def questions_file(
-    folder: Path,  # of a rollout
-    root: Path,  # of its run
-) -> Path:
-    "The file of the questions that a rollout answers; `UserError` where none holds them."
-    *source, name = folder.relative_to(root).parts[2:-1]
-    base, wanted = (root / "samples").joinpath(*source), rollout_record(folder)["samples"]
-    for path in sorted(base.glob(f"{glob.escape(name)}*.parquet")):
-        with contextlib.suppress(UserError):  # torn
-            if samples_fingerprint(SampleFile(path)) == wanted:
-                return path
-    raise UserError(f"No file in {base} holds the questions of {_inside(folder, root)}.")
-
 # %% ../../nbs/app/74_verify.ipynb #ddf2c572
 _SETTINGS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
 
@@ -174,18 +159,19 @@ def trace(
     if line["origin"] == "paper":
         yield "  a published number; its source is in medvlthinker.results.published"
         return
+    names = [name for name, heading in HEADINGS.items()
+             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
     means = []
     for evaluation in evaluations(root / "results" / line["source"], line["model"]):
         shares = []
-        for folder in _rollouts(evaluation, column, root):
-            for file in (folder / "rollout.json", folder / "rollout.jsonl"):
+        for samples, rollout in stored_rollouts(root, evaluation, names).values():
+            for file in (rollout.folder / "rollout.json", rollout.path):
                 found = check_file(file, root, known)
                 problems += [f"{found.path}: {found.why}"] if found.why else []
-            rollout, questions = load_rollout(folder), questions_file(folder, root)
             record, rule = rollout.record, evaluation["rule"]
-            right = grade_rollout(SampleFile(questions), rollout)[f"{rule}_correct"]
+            right = grade_rollout(samples, rollout)[f"{rule}_correct"]
             yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
-            yield f"    {record['model']} {record['weights']} on {_inside(questions, root)}"
+            yield f"    {record['model']} {record['weights']} on {_inside(samples.path, root)}"
             yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
@@ -195,10 +181,3 @@ def trace(
         problems.append(f"the table says {line[column]}, and the answers give {again:.2f}")
     if problems:
         raise UserError(f"{cell} does not come out again: {'; '.join(problems)}.")
-
-
-def _rollouts(evaluation: dict, column: str, root: Path) -> list[Path]:
-    "The rollouts of an evaluation that a column is about."
-    names = [name for name, heading in HEADINGS.items()
-             if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    return [root / evaluation["rollouts"][name] for name in names]

@@ -9,24 +9,19 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'Graph', 'error_
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
 import signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import medvlthinker
-from .cost import refuse_small_disk
-from .profile import KEYS, Profile, Workspace, load_profile, overrides
-from .runs import steps
+from .profile import KEYS, Profile, Workspace, load_profile, overrides, steps
 from ..core.commands import (
     end_with_parent, find_path, project_root, redact, redact_file)
 from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
     write_record)
 from ..core.plots import skip_uri_grammar
-from ..generation.engine import check_nodes
-from ..generation.rollout import file_lock
 from ..training.recipe import RECIPES, TrainingSettings, nodes_of
-from ..training.verl import refuse_missing_nodes
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
 def paper_notebook(
@@ -44,6 +39,7 @@ def notebook_code(
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 # %% ../../nbs/app/75_workflow.ipynb #66282aba
+@functools.cache
 def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
     "Files of this package that the code of a module in `package` imports itself."
     root, names = Path(medvlthinker.__file__).parent, set[str]()
@@ -58,12 +54,6 @@ def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
     places = [medvlthinker.NOUNS.get(name, name).replace(".", "/") for name in inside]
     return {file for place in places if (file := root / f"{place}.py").is_file()}
 
-
-@functools.cache
-def _module_imports(path: Path) -> set[Path]:
-    "Files of this package that one of its modules imports itself."
-    return _imports(path.read_text(encoding="utf-8"), f"medvlthinker.{path.parent.name}")
-
 # %% ../../nbs/app/75_workflow.ipynb #8d384ef8
 def imported_files(
     code: str,  # of a notebook
@@ -72,7 +62,9 @@ def imported_files(
     found, todo = set[Path](), _imports(code)
     while todo:
         found |= todo
-        todo = {file for path in todo for file in _module_imports(path)} - found
+        codes = {path: path.read_text(encoding="utf-8") for path in todo}
+        todo = {file for path, code in codes.items()
+                for file in _imports(code, f"medvlthinker.{path.parent.name}")} - found
     return found
 
 # %% ../../nbs/app/75_workflow.ipynb #45421c47
@@ -295,7 +287,7 @@ class Narrator(logging.Handler):
     def __init__(self):
         super().__init__()
         self.begun: dict[int, tuple[str, float]] = {}
-        self.total, self.dry = 0, "MEDVLTHINKER_REASONS" in os.environ
+        self.total = 0
 
     def emit(self, log_record: logging.LogRecord) -> None:
         "One event; others than those of steps are passed over."
@@ -305,10 +297,9 @@ class Narrator(logging.Handler):
         if event == "run_info":
             self.total = record.stats["total"] - ("all" in record.stats)  # which is a job too
         elif event == "job_info" and record.output:
-            name, reason = Path(record.output[0]).stem, plain_reason(record.reason)
-            words = f"step {len(self.begun) + 1} of {self.total}  {name}"
+            words = f"step {len(self.begun) + 1} of {self.total}  {Path(record.output[0]).stem}"
             self.begun[number] = words, time.monotonic()
-            print(f"{name}\t{reason}" if self.dry else f"{words}: {reason}", flush=True)
+            print(f"{words}: {plain_reason(record.reason)}", flush=True)
         elif event in ("job_finished", "job_error") and number in self.begun:
             words, began = self.begun[number]
             ended = "done in" if event == "job_finished" else "failed after"
@@ -348,6 +339,10 @@ def _failure(lines: list[str], step: str) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
+    if step and (start := "Traceback (most recent call last):") in lines:
+        after = lines[lines.index(start):]  # Snakemake adds an error of its own
+        error = next((line for line in after if re.match(r"[\w.]+: |\w+Error$", line)), after[-1])
+        return UserError(f"{step} stopped: {error} (more in logs/snakemake.log of the run).")
     if step:
         return _death(step)
     return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
@@ -363,7 +358,7 @@ def snakemake(
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
     if dry:  # which leaves no log
-        words, environment["MEDVLTHINKER_REASONS"] = [*words, "--dry-run"], "1"
+        words.append("--dry-run")
         log = tempfile.TemporaryFile("w+", errors="replace")
     else:
         log = open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
@@ -392,15 +387,18 @@ def reasons(
     if not (Workspace(profile.name).root / ".snakemake").is_dir():
         return {step.name: "it has not run yet" for step in steps(profile)}
     lines = snakemake(profile, *options, dry=True)
-    return dict(line.split("\t", 1) for line in lines if "\t" in line)
+    said = [re.match(r"step \d+ of \d+  (\S+): (.*)", line) for line in lines]  # of `Narrator`
+    return {found[1]: found[2] for found in said if found}
 
 # %% ../../nbs/app/75_workflow.ipynb #a67bfc64
 def run_workflow(
     profile: Profile,
     *options: str,  # of Snakemake
-    show: Callable[[str], object] = lambda line: print(line, flush=True),
 ) -> int:  # steps that ran
     "Run what is missing or out of date, and nothing else."
+    from medvlthinker.generation.engine import check_nodes
+    from medvlthinker.generation.rollout import file_lock
+
     check_nodes(profile)
     every = steps(profile)  # a mistake in the profile is said before anything runs
     for step in every:  # and that a newer version of this package was at work here
@@ -412,15 +410,18 @@ def run_workflow(
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     ran = 0
-    with file_lock(Workspace(profile.name).logs / "workflow", show):
+    with file_lock(Workspace(profile.name).logs / "workflow", print):
         for line in snakemake(profile, *options):
             ran += ": done in " in line
-            show(line)
+            print(line, flush=True)
     return ran
 
 
 def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
+    from medvlthinker.app.cost import refuse_small_disk
+    from medvlthinker.training.verl import refuse_missing_nodes
+
     recipes = [RECIPES[name] for name in names]
     wide = [recipe.name for recipe in recipes if nodes_of(recipe, profile) > 1]
     if wide and _elsewhere(options):

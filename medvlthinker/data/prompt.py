@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable
 
 from ..core.files import UserError
-from ..core.grade import RULES, grade
 from .sample import Sample
 
 # %% ../../nbs/data/11_prompt.ipynb #9d9a01b8
@@ -70,6 +69,8 @@ def sft_target(label: str, reasoning: str) -> str:
 # %% ../../nbs/data/11_prompt.ipynb #d1f40002
 def failing_keys(samples: Iterable[Sample]) -> list[tuple[int, str]]:
     "Index and rule of each sample whose own answer, as models are trained to write it, is graded wrong."
+    from medvlthinker.core.grade import RULES, grade  # commands that grade nothing start sooner
+
     return [(sample.dataset_index, rule) for sample in samples for rule in RULES
             if not grade(sft_target(sample.answer_label, "By the key."), sample.options,
                          sample.answer_label, rule).correct]

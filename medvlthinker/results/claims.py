@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Finding', 'PAIRS', 'CHANCE', 'QUESTIONS', 'interval_verdict', 'difference_interval', 'combine_verdicts', 'Verdict',
-           'recipe_pairs', 'rl_beats_sft', 'text_beats_images', 'text_beats_base', 'second_stage_beats_base',
-           'best_open_7b', 'tops_all_open', 'new_records', 'on_par_with_gpt4o', 'three_runs', 'averages_recompute',
-           'cells_are_possible', 'above_chance', 'gain_is_not_format', 'bars_show_their_label', 'audit_claims',
-           'rows_markdown', 'verdicts_markdown', 'calculations_markdown', 'calculation_table', 'measured_models',
-           'base_pairs', 'paired_differences', 'run_differences', 'audit_runs', 'compare_to_paper', 'comparison_lines',
-           'agreement_table']
+           'recipe_pairs', 'compare_recipes', 'best_open_7b', 'tops_all_open', 'new_records', 'on_par_with_gpt4o',
+           'three_runs', 'averages_recompute', 'cells_are_possible', 'above_chance', 'gain_is_not_format',
+           'bars_show_their_label', 'audit_claims', 'rows_markdown', 'verdicts_markdown', 'calculations_markdown',
+           'calculation_table', 'measured_models', 'base_pairs', 'paired_differences', 'run_differences', 'audit_runs',
+           'compare_to_paper', 'comparison_lines', 'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
 import functools, math, re
@@ -103,39 +102,22 @@ def _differences_text(lines: Iterable[dict]) -> str:
         texts.append(f"{line['first']} against {line['second']}: {value} [{low}, {high}]")
     return "; ".join(texts)
 
-
-def _compare_recipes(paper: Paper, key: str, by: str = "benchmark") -> Finding:
-    "Verdict, sentence and lines of a question that is a set of pairs."
-    rows = {name: row for row in paper.rows if (name := row.recipe or row.hub_id)}
-    lines = [difference_interval(rows[first], rows[second], by)
-             for first, second in recipe_pairs(key, rows)]
-    verdict = combine_verdicts(line["verdict"] for line in lines)
-    return verdict, _differences_text(lines), lines
-
 # %% ../../nbs/results/63_claims.ipynb #a27adca2
-def rl_beats_sft(paper: Paper) -> Finding:
-    "Is RL better than SFT on the same data?"
-    verdict, because, lines = _compare_recipes(paper, "rl_beats_sft")
-    rows = [(paper.row(line["first"]), paper.row(line["second"])) for line in lines]
-    ahead = [first.scores[name] > second.scores[name] for first, second in rows for name in COLUMNS]
-    return verdict, f"{because}. RL is ahead in {sum(ahead)} of {len(ahead)} cells.", lines
-
-# %% ../../nbs/results/63_claims.ipynb #1b628d1b
-def text_beats_images(paper: Paper) -> Finding:
-    "Does RL on text help more than RL on images?"
-    verdict, because, lines = _compare_recipes(paper, "text_beats_images")
-    _, micro, more = _compare_recipes(paper, "text_beats_images", by="question")
-    return verdict, f"{because}. Weighing every question alike: {micro}.", lines + more
-
-# %% ../../nbs/results/63_claims.ipynb #2b4a7a15
-def text_beats_base(paper: Paper) -> Finding:
-    "Does RL on text improve on the base model?"
-    return _compare_recipes(paper, "text_beats_base")
-
-# %% ../../nbs/results/63_claims.ipynb #7f2d50b5
-def second_stage_beats_base(paper: Paper) -> Finding:
-    "Is a model after two stages of training better than the base model?"
-    return _compare_recipes(paper, "second_stage_beats_base")
+def compare_recipes(
+    paper: Paper,
+    key: str,  # of PAIRS
+) -> Finding:
+    "Is the first of each pair of recipes better than the second?"
+    rows = {name: row for row in paper.rows if (name := row.recipe or row.hub_id)}
+    pairs = [(rows[first], rows[second]) for first, second in recipe_pairs(key, rows)]
+    lines, weighed = ([difference_interval(*pair, by) for pair in pairs]
+                      for by in ("benchmark", "question"))
+    ahead = [first.scores[name] > second.scores[name]
+             for first, second in pairs for name in COLUMNS]
+    because = (f"{_differences_text(lines)}. Weighing every question alike: "
+               f"{_differences_text(weighed)}. The first is ahead in {sum(ahead)} of {len(ahead)} "
+               "cells.")
+    return combine_verdicts(line["verdict"] for line in lines), because, lines + weighed
 
 # %% ../../nbs/results/63_claims.ipynb #ea02f956
 def _rivals(paper: Paper) -> list[Published]:
@@ -301,10 +283,10 @@ def bars_show_their_label(paper: Paper) -> Finding:
     return "does not hold" if wrong else "holds", because, lines
 
 # %% ../../nbs/results/63_claims.ipynb #de40a819
-QUESTIONS = {question.__name__: question for question in (
-    rl_beats_sft, text_beats_images, best_open_7b, tops_all_open, new_records, on_par_with_gpt4o,
-    three_runs, text_beats_base, second_stage_beats_base, averages_recompute, cells_are_possible,
-    above_chance, gain_is_not_format, bars_show_their_label)}
+QUESTIONS = {key: functools.partial(compare_recipes, key=key) for key in PAIRS} | {
+    question.__name__: question for question in (
+        best_open_7b, tops_all_open, new_records, on_par_with_gpt4o, three_runs, averages_recompute,
+        cells_are_possible, above_chance, gain_is_not_format, bars_show_their_label)}
 
 
 def audit_claims(

@@ -39,11 +39,10 @@ class Entry:
 def read_entries(
     samples: Sequence[Sample],  # of one set; a `SampleFile` keeps its images until they are needed
     rollouts: Mapping[str, Iterable[dict]],  # model -> its `Rollout` of these samples
-    limit: int = 0,  # the first questions; 0 for all
 ) -> list[Entry]:
     "The questions of one set with their answers."
-    entries, lines = [], zip(samples, *rollouts.values())
-    for place, (sample, *rows) in enumerate(itertools.islice(lines, limit or None)):
+    entries = []
+    for place, (sample, *rows) in enumerate(zip(samples, *rollouts.values())):
         answers = {model: row["completions"] for model, row in zip(rollouts, rows)}
         load = functools.partial(samples.__getitem__, place)
         entries.append(Entry(dataclasses.replace(sample, images=()), answers, load))

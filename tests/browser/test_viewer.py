@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import re
 
 import pytest
@@ -14,6 +13,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
+from medvlthinker.evaluation.evaluate import evaluate
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
@@ -162,39 +162,31 @@ def test_a_page_stays_small_and_says_what_it_holds(tmp_path):
 # --- what a run has left -------------------------------------------------------------------------
 
 
-def leave_run(home, text="<answer> {} </answer>", n=1, instruction="trained", temperature=0.0):
-    "Samples and a rollout of two sets, as a run leaves them; the folder of the last one."
+def leave_run(home, words, size=6):
+    "Samples, rollouts and the record of two sets, as an evaluation leaves them."
     def reply(request):
-        return [Completion(text.format(request.sample.answer_label), "stop", 5)] * n
+        return [Completion(f"{words} <answer> {request.sample.answer_label} </answer>", "stop", 5)]
 
-    engine = FunctionEngine(reply, "tiny", version=text)
-    engine.instruction = instruction
+    rolled, folder = {}, home / "smoke"
     for name in ("pmc_vqa", "slake_closed"):
-        samples = synthetic.benchmark(name, 6)
-        write_samples(samples, home / "smoke" / "samples" / "synthetic" / f"{name}-100.parquet")
-        folder = home / "smoke" / "rollouts" / "tiny" / "synthetic" / name
-        sampling = Sampling(n=n, temperature=temperature, seed=42)
-        rollout = generate(samples, engine, sampling, folder, lambda line: None)
-    return rollout.folder
+        samples = synthetic.benchmark(name, size)
+        write_samples(samples, folder / "samples" / "synthetic" / f"{name}-{size}.parquet")
+        place = folder / "rollouts" / "tiny" / "synthetic" / name
+        engine = FunctionEngine(reply, "tiny", version=words)
+        rolled[name] = samples, generate(samples, engine, Sampling(), place, lambda line: None)
+    evaluate(rolled, folder / "results" / "synthetic")
 
 
-def test_the_newest_answers_to_the_stored_questions_are_found(home):
-    folder, profile = leave_run(home), load_profile("smoke")
-    viewer = stored_viewer(profile)
-    assert len(viewer.hits("regrade=right")) == 12
-    assert viewer.entries[7].whole() == synthetic.benchmark("slake_closed", 2)[1]
-    os.utime(folder / "rollout.json", (1e9, 1e9))
-    for given in ({"text": "new {}"}, {"text": "warm {}", "temperature": 0.7},
-                  {"text": "many {}", "n": 4, "temperature": 1.0},
-                  {"text": "other {}", "instruction": "none"}):
-        leave_run(home, **given)
-    texts = [stored_viewer(profile, **given).entries[-1].answers["tiny"][0]["text"]
-             for given in ({}, {"n": 4}, {"instruction": "none"})]
-    assert [text.split()[0] for text in texts] == ["new", "many", "other"]
-    path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-100.parquet"
-    write_samples(synthetic.benchmark("pmc_vqa", 6, seed=1), path)
-    with pytest.raises(UserError, match="is stored for these questions; `./reproduce.sh"):
-        stored_viewer(profile, ["tiny"])
+def test_the_answers_that_were_evaluated_last_are_shown_with_their_own_questions(home):
+    leave_run(home, "old")
+    leave_run(home, "new", size=4)  # with another limit: both files of questions stay
+    viewer = stored_viewer(load_profile("smoke"))
+    assert len(viewer.hits("regrade=right&text=new")) == len(viewer.entries) == 8
+    assert viewer.entries[5].whole() == synthetic.benchmark("slake_closed", 4)[1]
+    path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-4.parquet"
+    write_samples(synthetic.benchmark("pmc_vqa", 4, seed=1), path)
+    with pytest.raises(UserError, match="holds the questions of rollouts/tiny/synthetic/pmc_vqa/"):
+        stored_viewer(load_profile("smoke"))
 
 
 # --- in a browser --------------------------------------------------------------------------------

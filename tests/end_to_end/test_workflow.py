@@ -14,9 +14,8 @@ import pytest
 from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says
 from medvlthinker.core.files import UserError
 from medvlthinker.app import cli
-from medvlthinker.app.profile import load_profile
+from medvlthinker.app.profile import load_profile, steps
 from medvlthinker.app.cost import dry_run
-from medvlthinker.app.runs import steps
 from medvlthinker.data.sample import SampleFile
 from medvlthinker.generation.engine import vllm_arguments
 from medvlthinker.training.recipe import find
@@ -179,7 +178,7 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
     plans = dict(part.split("\n", 1) for part in dry_run(paper, {}))
     assert [*plans] == [step.name for step in steps(paper)] and len([name for name in plans if name.startswith("3_train")]) == 13
     for name, text in plans.items():
-        assert re.search(r"\n  takes .*\n  hardware .*\n  command ", text), text
+        assert re.search(r"\n  hardware .*\n  command ", text), text
         for line in re.findall(r"^(?:  command   |            )(.*medvlthinker.app.cli.*)$", text, re.M):
             words = shlex.split(line)
             assert os.access(words[0], os.X_OK) and {f"{key}={value}" for key, value in keys.items() if value != getattr(load_profile("paper"), key)} <= {*words}, line
@@ -195,16 +194,6 @@ def test_the_sums_of_a_dry_run_stand_at_both_ends(home):
     done = python("-m", "medvlthinker.app.cli", "run", "mini", "--dry-run")
     first, *_, last = [part for part in done.stdout.split("\n\n") if part.strip()]
     assert first.startswith("mini: 9 of 9 steps to run\n") and first.splitlines()[:3] == last.strip().splitlines(), done.stdout + done.stderr
-
-
-def test_bad_words_through_the_script(home):
-    done = subprocess.run(["./reproduce.sh", "smoke", "gpu=1"], cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
-    says(done, "Unknown profile key gpu")
-
-
-def test_home_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "file"), "cannot be made", "MEDVLTHINKER_HOME")
 
 
 def test_full_disk(tmp_path):
@@ -231,11 +220,6 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
     shown = "".join("".join(o.get("data", {}).get("text/plain", "")) for c in json.loads(out.read_text())["cells"] for o in c.get("outputs", []))
     row = next(line.split() for line in shown.splitlines() if line.startswith("vqa_rad_closed"))
     assert [float(cell) for cell in row[1:4]] == [right, n, round(100 * right / n, 2)] and float(row[4]) < float(row[3]) < float(row[5])
-
-
-def test_unknown_parameter_of_a_notebook_is_refused(home, tmp_path):
-    done = python("-m", "papermill", "nbs/paper/1_data.ipynb", tmp_path / "out.ipynb", "-k", "python3", "-p", "gpu", "1")
-    assert done.returncode and "Unknown parameter gpu; did you mean gpus? Known are profile, model, data, data_dir" in done.stderr
 
 
 PAPER = ["1_data", "2_difficulty", "3_train", "4_evaluate", "5_results", "6_audit"]

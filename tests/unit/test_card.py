@@ -23,7 +23,7 @@ def made(home):
 
 
 def test_a_card_holds_what_was_measured_and_its_code_runs_where_it_stands(made, monkeypatch, capsys):
-    (folder, path), arguments = made, (find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke"))
+    (folder, path), arguments = made, (find("tiny-RL_PMC"), load_profile("smoke"))
     text = write_card(*arguments).read_text()
     assert "Not measured." in text and "| steps | 60 |" in text and "means nothing medical" in text
     with write_record(path, {}):

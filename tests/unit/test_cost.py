@@ -21,22 +21,23 @@ def test_the_whole_paper_takes_what_another_estimate_says_within_a_factor_of_two
     runs = wanted(paper.recipes)
     kinds = {"SFT": [each for each in runs if each.method == "SFT"], "RL": [each for each in runs if each.method == "RL" and each.size != "32B"], "32B": [each for each in runs if each.size == "32B"]}
     assert [len(each) for each in kinds.values()] == [4, 8, 1]
-    found = {kind: cost.total_cost(cost.training_cost(each, paper) for each in recipes).gpu_hours for kind, recipes in kinds.items()}
-    found["counts"] = cost.total_cost(cost.asking_cost(model, paper, [Sampling(n=16)], "corpus") for model in paper.models).gpu_hours
+    found = {kind: [cost.training_cost(each, paper) for each in recipes] for kind, recipes in kinds.items()}
+    found["counts"] = [cost.asking_cost(model, paper, [Sampling(n=16)], "corpus") for model in paper.models]
     for kind, expected in {"SFT": 168, "RL": 960, "32B": 352, "counts": 176}.items():
-        least, likely, most = found[kind]
+        least, likely, most = (sum(each.gpu_hours(rate) for each in found[kind]) for rate in ("high", "likely", "low"))
         assert expected / 2 <= likely <= 2 * expected and least <= expected <= most, (kind, found[kind])
 
 
 def test_a_profile_s_limits_and_repeats_are_in_it():
     paper = load_profile("paper")
-    hours = lambda **keys: cost.training_cost(find("7B-RL_m23k"), load_profile("paper", **keys)).gpu_hours[1]
+    hours = lambda **keys: cost.training_cost(find("7B-RL_m23k"), load_profile("paper", **keys)).gpu_hours()
     assert hours(max_steps=32) == pytest.approx(hours() / 10)
     assert hours(train_limit=2346) < hours() / 8
     one, many = (cost.asking_cost("Qwen/Qwen2.5-VL-7B-Instruct", paper, [Sampling(n=n)]) for n in (1, 64))
-    assert many.gpu_hours[1] == pytest.approx(64 * one.gpu_hours[1]) and many.downloads == one.downloads
+    assert many.gpu_hours() == pytest.approx(64 * one.gpu_hours()) and many.downloads == one.downloads
     assert cost.checkpoint_bytes(find("7B-RL_m23k"), load_profile("paper", lora_rank=32)) < 0.1 * cost.checkpoint_bytes(find("7B-RL_m23k"), paper)
-    assert cost.training_cost(find("7B-SFT_m23k"), load_profile("paper", gpus=32)).hours == pytest.approx(cost.training_cost(find("7B-SFT_m23k"), paper).hours), "16 rows an update do not feed 32 GPUs"
+    wide, narrow = (cost.training_cost(find("7B-SFT_m23k"), load_profile("paper", gpus=gpus)) for gpus in (32, 8))
+    assert wide.gpu_hours() / 32 == pytest.approx(narrow.gpu_hours() / 8), "16 rows an update do not feed 32 GPUs"
 
 
 def test_a_model_is_fetched_once(home):

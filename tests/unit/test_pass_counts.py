@@ -21,7 +21,7 @@ from medvlthinker.generation.model import folder_name
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 from medvlthinker.app.runs import data_file
-from medvlthinker.app.profile import Workspace, load_profile
+from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
 
@@ -133,7 +133,7 @@ def test_only_the_model_whose_counts_recipes_read_is_asked():
     paper = load_profile("paper")
     assert list(begun(profile="paper")["models"]) == [paper.models[0]]
     assert list(begun(profile="paper", every_model=True)["models"]) == list(paper.models)
-    read = {data_file(recipe, paper, Workspace("paper")).name for recipe in RECIPES.values() if recipe.method == "RL"}
+    read = {data_file(recipe, paper).name for recipe in RECIPES.values() if recipe.method == "RL"}
     assert all(f"-{folder_name(paper.models[0])}-easy_to_hard" in name for name in read)
 
 

@@ -76,6 +76,7 @@ def test_a_login_node_does_not_touch_the_environment_of_the_gpu_nodes(clone):
         done = clone.call(*words)
         assert done.returncode == 0, (words, done.stderr)
         assert not clone.installed and (clone.folder / ".venv" / ".set-up").read_bytes() == before, words
+        assert words == ["test"] or clone.log.read_text().endswith(f"-m medvlthinker.app.cli {' '.join(words or ['run'])}\n"), "they are passed on"
         assert done.stderr.count("\n") == 1 and "holds the set full-gpu, and this machine would get default; it is used as it is" in done.stderr, (words, done.stderr)
     clone.gpu()
     assert clone.call("status").stderr == "", "on the node that it was made for nothing is said"
