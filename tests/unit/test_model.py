@@ -92,7 +92,7 @@ def test_two_words_on_tied_embeddings_are_refused_where_the_file_does_not_decide
     with pytest.raises(UserError, match="both tie_word_embeddings=true and false"):
         check_weights(folder)
     check_weights(with_head(folder, 0.0))  # the head is the embedding, whatever is read
-    with pytest.raises(UserError, match=r"tie_word_embeddings=true and holds lm_head\.weight, which is not its embedding"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true and holds an lm_head\.weight that is not its embedding"):
         check_weights(with_head(folder, 0.5))
 
 
@@ -104,7 +104,7 @@ def test_a_config_that_says_nothing_on_the_head_means_what_transformers_takes(tm
         part.pop("tie_word_embeddings", None)
     (folder / "config.json").write_text(json.dumps(config))
     check_weights(folder)
-    with pytest.raises(UserError, match="which is not its embedding"):
+    with pytest.raises(UserError, match="that is not its embedding"):
         check_weights(with_head(folder, 0.5))
 
 
@@ -122,7 +122,7 @@ def test_weights_that_fit_are_not_refused(blank, tmp_path):
     today = lambda name: f"model.{name}" if name.startswith("visual") else name.replace("model.", "model.language_model.", 1)
     check_weights(copied(blank, tmp_path / "today", today))
     next((tmp_path / "parts").glob("*-00002-of-*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"\d+ missing"):
+    with pytest.raises(UserError, match="cannot be loaded .*model-00002-of-"):
         check_weights(tmp_path / "parts")
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
 def test_adapters_alone_are_no_model(blank, tmp_path):
     folder = copied(blank, tmp_path, lambda name: f"base_model.model.{name}.lora_A" if "q_proj.weight" in name else None)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"missing .* Their names begin with base_model\.model\."):
+    with pytest.raises(UserError, match="cannot be loaded .*no file named model.safetensors"):
         check_weights(folder)
 
 
