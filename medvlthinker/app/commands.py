@@ -31,7 +31,7 @@ from medvlthinker.evaluation.compare import (
     check_questions, compare_rollouts, engine_agreement, explain_flips, paired_changes, rescore,
     split_words)
 from ..evaluation.evaluate import (
-    accuracy, check_rules, evaluate, evaluate_repeats, store_record)
+    accuracy, check_rules, evaluate, evaluate_repeats, store_record, table_rows)
 from ..evaluation.export import export_logs
 from medvlthinker.evaluation.image_ablation import (
     CONDITIONS, ablation_answers, ablation_effects, ablation_table, ablation_verdict,
@@ -129,11 +129,6 @@ def _origin(profile: Profile, sets: dict[str, tuple[Sequence, Rollout]]) -> dict
     root = Workspace(profile.name).root
     return {name: os.path.relpath(rollout.folder, root) for name, (_, rollout) in sets.items()}
 
-
-def _rows(table: "pd.DataFrame") -> list[dict]:
-    "The rows of a table as JSON can hold them: what is missing is None."
-    return table.astype(object).where(table.notna(), None).to_dict("records")
-
 # %% ../../nbs/app/77_commands.ipynb #c78a13
 _SHARED = ("model", "instruction", "rule", "max_tokens", "max_pixels", "limit", "benchmark", "data",
            "data_dir")
@@ -179,7 +174,7 @@ def compare_settings(words: list[str]) -> None:  # as for `two_sides`; rule too
     record = {"model": model, "rule": rule, "unit": unit, "sides": places, **asdict(found),
               "verdict": found.verdict, "sentence": found.sentence}
     path = _results(profiles[0], model) / "engine_agreement.json"
-    store_record(path, record, _rows(table), {"sides": places, "rule": rule})
+    store_record(path, record, table, {"sides": places, "rule": rule})
     print(found.sentence)
 
 
@@ -225,10 +220,10 @@ def _ablate(profile: Profile, model: str, conditions: Sequence[str], rule: str) 
     effects = ablation_effects(answers)
     places = {condition: _origin(profile, each) for condition, each in asked.items()}
     record = {"model": model, "source": profile.source, "rule": rule, "seed": profile.seed,
-              "rollouts": places, "effects": _rows(effects),
+              "rollouts": places, "effects": table_rows(effects),
               "verdict": ablation_verdict(model, effects)}
     path = _results(profile, model) / "image_ablation.json"
-    store_record(path, record, _rows(answers), {"rollouts": places, "rule": rule})
+    store_record(path, record, answers, {"rollouts": places, "rule": rule})
     return effects
 
 # %% ../../nbs/app/77_commands.ipynb #c78b24
@@ -244,9 +239,10 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     counts = flips.value_counts(["cause", "flip"]).rename("answers").reset_index()
     origin = {record["model"]: record["rollouts"] for record in records}
     record = {"old": old, "new": new, "source": profile.source, "answers": len(table),
-              "cells": _rows(cells.reset_index()), "causes": _rows(counts), "rollouts": origin}
+              "cells": table_rows(cells.reset_index()), "causes": table_rows(counts),
+              "rollouts": origin}
     path = _results(profile) / f"rescore-{old}-{new}.json"
-    store_record(path, record, _rows(flips), {"rollouts": origin, "rules": rules})
+    store_record(path, record, flips, {"rollouts": origin, "rules": rules})
     explain_flips(table, rules)
     print(cells.round(2).to_string())
     print(f"Every flip stands in {path.with_suffix('.jsonl')}.")
@@ -256,12 +252,14 @@ def _rescore_records(profile: Profile, records: list[dict], rules: tuple[str, st
     "The rows of all models under two rules, and the changes of each cell."
     import pandas as pd
 
-    tables, changes = [], {}
+    rolled, models = [], []
     for record in records:
-        parts = [rescore(*pair, *rules) for pair in stored_rollouts(profile, record).values()]
-        tables.append(pd.concat(parts).assign(model=record["model"]))
-        changes[record["model"]] = paired_changes(tables[-1])
-    return pd.concat(tables), pd.concat(changes, names=["model"])
+        for samples, rollout in stored_rollouts(profile, record).values():
+            rolled.append((samples, rollout))
+            models += [record["model"]] * len(rollout)
+    table = rescore(rolled, *rules).assign(model=models)
+    changes = {model: paired_changes(part) for model, part in table.groupby("model", sort=False)}
+    return table, pd.concat(changes, names=["model"])
 
 # %% ../../nbs/app/77_commands.ipynb #c78a28
 def export(words: Words = None) -> None:

@@ -1,5 +1,6 @@
 """Two rules, two engines or two models on the same questions: what flips and why, and whether two numbers may be compared."""
 from dataclasses import asdict, replace
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.evaluation import evaluate
 from medvlthinker.evaluation.compare import (
     SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
@@ -37,7 +39,7 @@ def finished(tmp_path):
 
 @pytest.mark.parametrize("old, new", [("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")])
 def test_the_flips_are_those_of_the_grades(finished, old, new):
-    table = rescore(*finished, old, new)
+    table = rescore([finished], old, new)
     grades = grade_rollout(*finished, (old, new))
     for side, rule in (("first", old), ("second", new)):
         assert table[f"{side}_correct"].tolist() == grades[f"{rule}_correct"].tolist()
@@ -47,10 +49,19 @@ def test_the_flips_are_those_of_the_grades(finished, old, new):
     assert table.image.tolist() == grades.image.tolist() and table.parts_at.isna().all()
 
 
+def test_several_processes_rescore_as_one(finished, monkeypatch):
+    alone = rescore([finished, finished], "strict", "lenient")
+    monkeypatch.setattr(evaluate, "_WORTHWHILE", 400)  # of 480 answers in all
+    monkeypatch.setattr(evaluate, "cores", lambda: 2)
+    with mock.patch.object(evaluate, "ProcessPoolExecutor", wraps=evaluate.ProcessPoolExecutor) as pool:
+        pd.testing.assert_frame_equal(rescore([finished, finished], "strict", "lenient"), alone)
+    pool.assert_called_once()
+
+
 def test_the_changes_are_the_paired_difference(finished):
     samples, rollout = finished
     greedy = [row | {"completions": row["completions"][:1]} for row in rollout]
-    table, grades = rescore(samples, greedy, "strict", "lenient"), grade_rollout(samples, greedy)
+    table, grades = rescore([(samples, greedy)], "strict", "lenient"), grade_rollout(samples, greedy)
     changes = paired_changes(table)
     counts = {rule: count_right(grades, rule)["pmc_vqa"] for rule in ("strict", "lenient")}
     assert changes.loc["pmc_vqa", ["first", "second"]].tolist() == pytest.approx([100 * right / n for right, n in counts.values()])
@@ -63,9 +74,9 @@ def test_the_changes_are_the_paired_difference(finished):
 def test_answers_to_other_questions_are_refused(finished):
     samples, rollout = finished
     with pytest.raises(UserError, match="answers other questions than these of pmc_vqa"):
-        rescore(samples[1:] + samples[:1], rollout)
+        rescore([(samples[1:] + samples[:1], rollout)])
     with pytest.raises(UserError, match="are not those to these questions"):
-        rescore(samples[1:] + samples[:1], list(rollout))
+        rescore([(samples[1:] + samples[:1], list(rollout))])
 
 
 def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finished, tmp_path):
