@@ -462,39 +462,17 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
     assert ("repetition_penalty" in faulty.asked[0][1]) == (owner == "vllm")
 
 
-def test_a_temperature_that_is_refused_is_recorded_and_said_once(faulty, capsys):
-    says = {"error": {"message": "Unsupported value: 'temperature' does not support 0.0 with this "
-                                 "model. Only the default (1) value is supported."}}
-    faulty.rule = lambda body: (400, says) if "temperature" in body else None
-    server = engine(faulty.url)
-    found, reason = gather(server.answer(requests(40)))
-    right(requests(40), found)
-    assert (reason, server.dropped) == ("", {"temperature"})
-    assert sum("temperature" in body for _, body in faulty.asked) <= 8
-    assert capsys.readouterr().out.count("refuses temperature") == 1
+REALLY = [  # what a server sends, and the status that it should have had
+    *((200, {"error": {"message": "Not now.", "code": code}}, status)
+      for code, status in [(429, 429), ("429", 429), (None, 500), (400, 400)]),
+    (200, {"error": "Insufficient credits."}, 402),
+    (400, {"error": {"message": "Your credit balance is too low."}}, 402),
+    (429, {"error": {"code": "insufficient_quota", "message": "Quota exceeded."}}, 402)]
 
 
-EMBEDDED = [(429, 2, "stop"), ("429", 2, "stop"), (None, 2, "stop"), (400, 1, "failed")]
-
-
-@pytest.mark.parametrize("code, attempts, ended", EMBEDDED)
-def test_an_error_inside_200_counts_as_its_status(faulty, code, attempts, ended):
-    bodies = iter([(200, {"error": {"message": "Not now.", "code": code}})])
-    faulty.rule = lambda body: next(bodies, None)
-    found, reason = gather(engine(faulty.url).answer(requests(1)))
-    assert (reason, len(faulty.asked), found[0][0].finish_reason) == ("", attempts, ended)
-
-
-PENNILESS = [(200, {"error": "Insufficient credits."}),
-             (400, {"error": {"message": "Your credit balance is too low."}}),
-             (429, {"error": {"code": "insufficient_quota", "message": "Quota exceeded."}})]
-
-
-@pytest.mark.parametrize("status, body", PENNILESS)
-def test_an_account_without_credit_ends_the_run(faulty, status, body):
-    faulty.rule = lambda _: (status, body)
-    found, reason = gather(engine(faulty.url, concurrency=1).answer(requests(3)))
-    assert "has no credit left" in reason and len(faulty.asked) == 1 and not found
+@pytest.mark.parametrize("status, body, really", REALLY)
+def test_an_error_has_the_status_that_it_means(status, body, really):
+    assert actual_status(status, body) == (really, "")
 
 
 @given(st.recursive(

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pandas as pd
 import pytest
-from conftest import ByHand, encoded
+from conftest import by_hand, encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
@@ -34,7 +34,7 @@ def finished(tmp_path):
     samples = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
     write_samples(samples, tmp_path / "samples.parquet")
     samples = SampleFile(tmp_path / "samples.parquet")
-    return samples, generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
+    return samples, generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
 
 
 @pytest.mark.parametrize("old, new", [("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")])
@@ -82,15 +82,14 @@ def test_answers_to_other_questions_are_refused(finished):
 def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finished, tmp_path):
     samples, rollout = finished
     silent = lambda line: None
-    shorter = generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
+    shorter = generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
     with pytest.raises(UserError, match=r"differ in more than how the answers were computed: max_tokens \(4096 and 9\)"):
         compare_rollouts(samples, rollout, shorter)
-    other = ByHand(lambda sample, k: reply(sample, k + 1), "another")
-    other.weights, other.settings.engine_name = "1" * 16, "vllm"
+    one, two = (replace(rollout.config, weights=weights, engine="vllm") for weights in ("c3de", "77aa"))
+    assert config_difference(one, two) == "weights (c3de and 77aa)"
+    assert config_difference(one, replace(two, engine="openai")) == "", "a server does not tell its weights"
+    other = by_hand(lambda sample, k: reply(sample, k + 1), "another")
     another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, silent)
-    assert config_difference(rollout.config, another.config) == "", "a server does not tell its weights"
-    apart = replace(rollout.config, engine="transformers"), another.config
-    assert config_difference(*apart) == "weights (0000000000000000 and 1111111111111111)"
     table = compare_rollouts(samples, rollout, another, same_model=False)
     assert set(table.cause) <= {"", "cut at max_tokens", "no option read", "another option"} and table.parts_at.notna().sum() > 200
     assert (table[table.cause == "no option read"][["first_label", "second_label"]].isna().sum(axis=1) == 1).all()
