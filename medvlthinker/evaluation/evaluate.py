@@ -313,11 +313,16 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
 
     if scores.empty:
         raise UserError("There is no question to make a table of; generate answers first.")
+    scores, n, rows = scores.reset_index(drop=True), int(scores["n"].min()), []
     parts = dict(list(scores.groupby("dataset_name", observed=True, sort=False)))
-    sizes, n, rows = {name: len(part) for name, part in parts.items()}, int(scores["n"].min()), []
-    passes = [(f"pass@{k}", k) for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]
-    for measure, k in [("average", 1), (f"majority of {min(n, VOTERS)}", 0), *passes]:
-        points = {name: _mean_and_error(_values(part, measure, k), part["image"].tolist())
+    sizes = {name: len(part) for name, part in parts.items()}
+    measures = {("average", 1): scores["right"] / scores["n"],
+                (f"majority of {min(n, VOTERS)}", 0): scores["majority"]}
+    for k in [k for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]:
+        counts = zip(scores["right"], scores["n"])
+        measures[f"pass@{k}", k] = pd.Series([pass_at_k(*pair, k) for pair in counts])
+    for (measure, k), values in measures.items():
+        points = {name: _mean_and_error(values[part.index].tolist(), part["image"].tolist())
                   for name, part in parts.items()}
         if points.keys() >= set(BENCHMARKS):
             points |= {"average": _average(points, dict.fromkeys(BENCHMARKS, 1)),
@@ -328,15 +333,6 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
             rows.append((name, measure, k, 100 * mean, 100 * low, 100 * high, count, n))
     columns = ["dataset_name", "measure", "k", "percent", "low", "high", "n", "answers"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _values(scores: "pd.DataFrame", measure: str, k: int) -> Sequence[float]:
-    "The measure of each question."
-    if measure == "average":
-        return (scores["right"] / scores["n"]).tolist()
-    if measure.startswith("majority"):
-        return scores["majority"].tolist()
-    return [pass_at_k(right, n, k) for right, n in zip(scores["right"], scores["n"])]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #ce695df4
 def table_rows(table: "pd.DataFrame") -> list[dict]:
@@ -360,8 +356,8 @@ def store_record(
             json.dump(record, file, indent=1, ensure_ascii=False)
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #a6e8b805
-def _describe(rolled: dict, folder: Path) -> tuple[dict, dict]:
-    "What a record says of its rollouts, and the inputs by which it is checked."
+def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, dict]:
+    "Grades, the model's folder, what a record says of its rollouts, and by what it is checked."
     if not rolled:
         raise UserError("There is no rollout to evaluate; generate answers first.")
     root, config = folder.absolute().parents[1], next(iter(rolled.values()))[1].config
@@ -370,7 +366,8 @@ def _describe(rolled: dict, folder: Path) -> tuple[dict, dict]:
     keys = ("instruction", "dialect", "seed", "engine", "dtype")
     about = {"model": config.model, "source": folder.name, "rollouts": origin}
     about |= {key: getattr(config, key) for key in keys}
-    return about, {"rollouts": origin, "answers": hashes}
+    grades = _grade_all(list(rolled.values()), RULES)
+    return grades, folder / folder_name(config.model), about, {"rollouts": origin, "answers": hashes}
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #5291a934
 def evaluate(
@@ -379,14 +376,12 @@ def evaluate(
     rule: str = "regrade",  # of the headline counts
 ) -> "pd.DataFrame":
     "The grades of a model's answers; evaluation.json and questions.jsonl store counts and grades."
-    folder = Path(folder)
-    about, inputs = _describe(rolled, folder)
-    grades = _grade_all(list(rolled.values()), RULES)
+    grades, place, about, inputs = _grade_run(rolled, Path(folder))
     record = {**about, "rule": rule, "counts": count_right(grades, rule),
               "rules": {each: count_right(grades, each) for each in RULES},
               "truncated": int((grades["finish_reason"] == "length").sum())}
-    path = folder / folder_name(about["model"]) / "evaluation.json"
-    store_record(path, record, grades, {**inputs, "rule": rule}, "questions.jsonl")
+    inputs["rule"] = rule
+    store_record(place / "evaluation.json", record, grades, inputs, "questions.jsonl")
     return grades
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9bbf0c8e
@@ -422,15 +417,12 @@ def evaluate_repeats(
     "Several answers a question under every rule; repeats.json and repeats.jsonl store them."
     import pandas as pd
 
-    folder = Path(folder)
-    about, inputs = _describe(rolled, folder)
-    grades = _grade_all(list(rolled.values()), RULES)
+    grades, place, about, inputs = _grade_run(rolled, Path(folder))
     scores = {rule: question_scores(grades, rule) for rule in RULES}
     tables = {rule: repeated_accuracy(each) for rule, each in scores.items()}
     config = next(iter(rolled.values()))[1].config
     record = {**about, "answers": config.n, "temperature": config.temperature,
               "top_p": config.top_p,
               "rules": {rule: table.to_dict("records") for rule, table in tables.items()}}
-    path = folder / folder_name(about["model"]) / "repeats.json"
-    store_record(path, record, pd.concat(scores.values()), inputs)
+    store_record(place / "repeats.json", record, pd.concat(scores.values()), inputs)
     return tables

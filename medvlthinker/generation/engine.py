@@ -468,8 +468,7 @@ def copies(
     "Copies of the model that answer at once: `data_parallel`, or as many as the GPUs allow."
     if settings.engine_name != "vllm":
         return 1
-    nodes = max(1, settings.nodes) if settings.engine == "ray" else 1
-    return settings.data_parallel or max(1, settings.gpus * nodes // tensor_parallel)
+    return settings.data_parallel or max(1, settings.all_gpus // tensor_parallel)
 
 # %% ../../nbs/generation/24_engine.ipynb #47275c37
 def check_nodes(settings: Hardware) -> None:

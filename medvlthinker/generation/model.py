@@ -262,22 +262,16 @@ def check_weights(folder: str | Path) -> None:
     _check_report(folder, net, report)
 
 
-_WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
-
-
 def _check_report(folder: Path, net, report: dict[str, list]) -> None:
     "`UserError` where something is missing, or has another shape, or is a layer too many."
     known = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
-    unexpected = report["unexpected"]
-    layers = [name for name in unexpected if re.sub(r"\d+", "#", name) in known]
+    layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in known]
     if report["missing"] or report["mismatched"] or layers:
-        more = {kind: ", ..." if len(names) > 3 else "" for kind, names in report.items()}
-        parts = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{more[kind]})"
-                 for kind, names in report.items() if names]
-        left = [prefix for prefix in _WRAPPERS if unexpected and unexpected[0].startswith(prefix)]
-        hint = f" Their names begin with {left[0]}, which a wrapper has left." if left else ""
-        raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
-                        f"{hint} Save or copy the model again.")
+        some = {kind: [*map(str, names[:3]), *["..."] * (len(names) > 3)]
+                for kind, names in report.items() if names}
+        parts = [f"{len(report[kind])} {kind} ({', '.join(names)})" for kind, names in some.items()]
+        raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}. "
+                        "Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -356,8 +350,7 @@ def tensor_parallel_size(
                         "0 for the fewest GPUs that hold the model.")
     if fixed:
         return fixed
-    everywhere = settings.gpus * (max(1, settings.nodes) if settings.engine == "ray" else 1)
-    most = max(1, min(settings.gpus, everywhere // max(1, settings.data_parallel)))
+    most = max(1, min(settings.gpus, settings.all_gpus // max(1, settings.data_parallel)))
     sizes = [size for size in range(1, most + 1) if _can_share(net.config, size)]
     weights = weight_bytes(folder, settings.dtype)
     memory = (gpu_bytes or _gpu_bytes()) * (settings.gpu_memory_utilization or 0.9)
@@ -377,9 +370,10 @@ def refuse_too_large(
     "`UserError` where the weights need more memory than a machine without GPUs has free."
     import psutil
 
+    if settings.gpus:
+        return
     copies, free = max(1, settings.data_parallel), psutil.virtual_memory().available
-    needed = weight_bytes(folder, settings.dtype) * copies
-    if not settings.gpus and needed > free:
+    if (needed := weight_bytes(folder, settings.dtype) * copies) > free:
         raise UserError(
             f"{copies} times the model {folder} needs {needed / 2**30:,.1f} GiB for weights in "
             f"{settings.dtype}, and {free / 2**30:,.1f} GiB are free; use dtype=bfloat16, fewer "
