@@ -18,7 +18,8 @@ from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
-SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}")
+SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
+          "<think></think><answer>{odd} elsewhere</answer>")
 TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
 
 def reply(sample: Sample, k: int) -> Completion:
@@ -27,12 +28,16 @@ def reply(sample: Sample, k: int) -> Completion:
     return Completion(SHAPES[(i + k) % len(SHAPES)].format(odd=ODD[(3 * i + k) % len(ODD)], x="ABCD"[(i * k) % 4]), "length" if k == 3 else "stop", 9)
 
 
+def sixty(word: str = "Question ") -> list[Sample]:
+    "Sixty questions; every second pair shares an image."
+    images = [encoded() for _ in range(30)]
+    return [Sample(f"{word}{i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+
+
 @pytest.fixture
 def finished(tmp_path):
-    "Samples in a file, of which every second pair shares an image; a rollout of four answers to each."
-    images = [encoded() for _ in range(30)]
-    samples = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
-    write_samples(samples, tmp_path / "samples.parquet")
+    "Samples in a file, and a rollout of four answers to each."
+    write_samples(sixty(), tmp_path / "samples.parquet")
     samples = SampleFile(tmp_path / "samples.parquet")
     return samples, generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
 
