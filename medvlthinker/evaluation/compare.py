@@ -17,7 +17,7 @@ from ..core.files import UserError
 from ..core.grade import Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
-from .evaluate import check_rules, map_questions, paired_difference
+from .evaluate import map_questions, paired_difference
 from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
@@ -96,7 +96,7 @@ def _difference_cause(completions: tuple[dict, dict], one: Grade, two: Grade) ->
 def _compare(
     sample: Sample,
     completions: tuple[dict, dict],
-    rules: tuple[str, str],
+    rules: tuple[str, ...],  # two
     split: Callable[[str], list] = split_words,
 ) -> dict:
     "A row of the table, as far as it follows from the question's two completions."
@@ -148,7 +148,7 @@ def check_questions(
 # %% ../../nbs/evaluation/51_compare.ipynb #cb15
 def _compare_questions(
     questions: list[tuple],  # of `match_rows`, with two rows each, or one that two rules read
-    rules: tuple[str, str],
+    rules: tuple[str, ...],
     split: Callable[[str], list],
 ) -> list[dict]:
     "A row for each pair of answers."
@@ -170,13 +170,12 @@ def _compare_all(
     "The rows of all questions in one table."
     import pandas as pd
 
-    check_rules(*rules)
     for samples, *rollouts in rolled:
         for rollout in rollouts:
             check_questions(samples, rollout)
-    work = functools.partial(_compare_questions, rules=rules, split=split)
+    work = functools.partial(_compare_questions, split=split)
     workers = 0 if split is split_words else 1  # a tokenizer takes long to send
-    return pd.DataFrame(itertools.chain.from_iterable(map_questions(work, rolled, workers)))
+    return pd.DataFrame(itertools.chain(*map_questions(work, rolled, rules, workers)))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #d9401136
 def compare_rollouts(

@@ -8,7 +8,7 @@ __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'cores', '
            'store_record', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
-import functools, hashlib, itertools, json, multiprocessing, os, threading
+import hashlib, itertools, json, multiprocessing, os, threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -112,27 +112,29 @@ def _exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9a1c7e03
-_WORTHWHILE = 20_000  # answers; fewer are graded before a process has started
+_WORTHWHILE = 100_000  # verdicts; fewer are given before a process has started
 
 
 def map_questions(
-    work: Callable[[list[tuple]], Any],  # takes some tuples of `match_rows`
+    work: Callable[[list[tuple], tuple[str, ...]], Any],  # takes tuples of `match_rows`, and rules
     rolled: Sequence[tuple],  # of samples and one rollout, or two
+    rules: tuple[str, ...],
     workers: int = 0,  # processes; 0: as many as cores where there is enough to do
 ) -> list:
     "What `work` makes of 64 questions at a time, in their order, by several processes."
+    check_rules(*rules)
     if not workers:
         filled = [rows for _, rows, *_ in rolled if len(rows)]
         answers = sum(len(rows) * len(rows[0]["completions"]) for rows in filled)
-        workers = cores() if answers >= _WORTHWHILE else 1
+        workers = cores() if answers * len(rules) >= _WORTHWHILE else 1
     questions = itertools.chain.from_iterable(itertools.starmap(match_rows, rolled))
     batches = iter(lambda: list(itertools.islice(questions, 64)), [])
     if workers == 1:
-        return [work(batch) for batch in batches]
+        return [work(batch, rules) for batch in batches]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=_exit_with_parent) as pool:
         try:
-            run = lambda batch: pool.submit(work, batch).result()
+            run = lambda batch: pool.submit(work, batch, rules).result()
             return list(parallel_map(run, batches, threads=workers, ahead=2 * workers))
         except BrokenProcessPool:
             raise UserError("A process that graded was ended from outside, perhaps because memory "
@@ -147,10 +149,9 @@ def _grade_all(
     "The grades of all questions, in one table."
     import pyarrow as pa
 
-    check_rules(*rules)
-    work = functools.partial(_grade_questions, rules=rules)
-    tables = map_questions(work, rolled, workers)
-    return pa.concat_tables([work([]), *tables]).unify_dictionaries().to_pandas()
+    tables = map_questions(_grade_questions, rolled, rules, workers)
+    none = _grade_questions([], rules)  # where there is no question
+    return pa.concat_tables([none, *tables]).unify_dictionaries().to_pandas()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #69eecfdc
 def grade_rollout(
