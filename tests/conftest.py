@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import warm
@@ -52,16 +51,11 @@ def real_data() -> Path:
     return folder
 
 
-class ByHand:
+def by_hand(reply, model="by hand"):
     "In place of an engine: `reply(sample, number)` gives each of the n completions."
-    weights, revision, version, instruction, dialect, batch_size, dropped = "0" * 16, "", "by hand 1", "trained", "chat", 1, ()
+    from medvlthinker.generation.engine import FunctionEngine
 
-    def __init__(self, reply, model="by hand"):
-        self.reply, self.settings = reply, SimpleNamespace(model=model, engine_name="openai", dtype="float32", max_model_len=0, max_pixels=0)
-
-    def answer(self, requests):
-        for request in requests:
-            yield request, [self.reply(request.sample, number) for number in range(request.sampling.n)]
+    return FunctionEngine(lambda request: [reply(request.sample, number) for number in range(request.sampling.n)], model)
 
 
 @pytest.fixture(scope="session")

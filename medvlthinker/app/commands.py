@@ -192,13 +192,13 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
 
     profile, old, new = read_command(words, old="strict", new="regrade")
     origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
-    tables = {}
+    answers, models = [], []
     for model in origin:
-        stored = stored_answers(profile, model).values()
-        parts = [rescore(samples, rollout, old, new) for samples, rollout in stored]
-        tables[model] = pd.concat(parts).assign(model=model)
-    table = pd.concat(tables.values())
-    changes = {model: paired_changes(each) for model, each in tables.items()}
+        for samples, rollout in stored_answers(profile, model).values():
+            answers.append((samples, rollout))
+            models += [model] * len(rollout)
+    table = rescore(answers, old, new).assign(model=models)
+    changes = {model: paired_changes(each) for model, each in table.groupby("model", sort=False)}
     path = _results(profile) / f"rescore-{old}-{new}.csv"
     flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
     _store(flips, path, rollouts=origin, rules=(old, new))

@@ -10,14 +10,14 @@ import importlib.util, json, re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..core.stats import clustered_mean
 from ..data.prompt import user_text
 from ..data.readers import read_rows
-from ..data.sample import InvalidRow, Sample
+from ..data.sample import Sample
 from .evaluate import grade_rollout, question_scores
 from ..generation.model import folder_name
 from ..generation.rollout import Rollout, RolloutConfig
@@ -151,43 +151,38 @@ def write_eval_results(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/evaluation/53_export.ipynb #17015000
-def _published_row(where: str, line: dict) -> tuple[dict, Any]:
-    "A line of eval_results.jsonl as a row, and its right letter; `InvalidRow` where it is none."
-    for field, kind in (("dataset_index", int), ("dataset_name", str), ("parsed_outputs", list)):
-        if not isinstance(line.get(field), kind):
-            raise InvalidRow(where, field, "absent, or of another type than in the published files")
-    outputs = line["parsed_outputs"]
-    texts = [out.get("output_text", 0) if isinstance(out, dict) else 0 for out in outputs]
-    if any(not isinstance(text, str | None) for text in texts):
-        raise InvalidRow(where, "output_text", "neither a text nor empty")
-    ends = {"finish_reason": "unknown", "tokens": 0}
-    row = {"dataset_name": line["dataset_name"], "dataset_index": line["dataset_index"],
-           "completions": [{"text": text or "", **ends} for text in texts]}
-    return row, line.get("answer_label")
+_LINE = "a line of eval_results.jsonl: dataset_name, dataset_index, parsed_outputs with output_text"
+
+
+def _is_published(line) -> TypeGuard[dict]:
+    "Has a line's value what is read of it, in the types of the published files?"
+    fields = {"dataset_index": int, "dataset_name": str, "parsed_outputs": list}
+    return isinstance(line, dict) and all(
+        isinstance(line.get(name), kind) for name, kind in fields.items()) and all(
+        isinstance(output, dict) and isinstance(output.get("output_text", 0), str | None)
+        for output in line["parsed_outputs"])
 
 
 def read_eval_results(
     path,  # eval_results.jsonl
     samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
 ) -> Iterator[dict]:
-    "The rows of a rollout in the published layout; `UserError` names file, line and field."
-    seen: dict[int, str] = {}
-    gold = {sample.dataset_index: sample.answer_label for sample in samples}
+    "The rows of a rollout in the published layout; `UserError` names file, line and problem."
+    seen, gold = set(), {sample.dataset_index: sample.answer_label for sample in samples}
     for where, line in read_rows(path):
-        try:
-            if isinstance(line, InvalidRow):
-                raise line
-            row, label = _published_row(where, line)
-            index = row["dataset_index"]
-            if (first := seen.setdefault(index, where)) != where:
-                raise InvalidRow(where, "dataset_index", f"{index} stands in {first} already; keep "
-                                 "one of them")
-            if gold and gold.get(index) != label:
-                raise InvalidRow(where, "answer_label", f"{label}, where the samples say "
-                                 f"{gold.get(index)}: these are results of other questions")
-        except InvalidRow as bad:
-            raise UserError(f"{path}: {bad}.") from None
-        yield row
+        if not _is_published(line):
+            raise UserError(f"{path}: {where} is not {_LINE}.")
+        index, label = line["dataset_index"], line.get("answer_label")
+        if index in seen:
+            raise UserError(f"{path}: {where} has the dataset_index {index} of an earlier line; "
+                            "keep one of them.")
+        if gold and gold.get(index) != label:
+            raise UserError(f"{path}: {where} has the answer_label {label}, where the samples say "
+                            f"{gold.get(index)}: these are results of other questions.")
+        seen.add(index)
+        texts = [output["output_text"] or "" for output in line["parsed_outputs"]]
+        yield {"dataset_name": line["dataset_name"], "dataset_index": index, "completions": [
+            {"text": text, "finish_reason": "unknown", "tokens": 0} for text in texts]}
 
 # %% ../../nbs/evaluation/53_export.ipynb #f78b36bd
 FORMS = ("inspect", "eval_results")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers', 'batches',
-           'TransformersEngine', 'too_long_error', 'prefetch', 'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray',
-           'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
+           'TransformersEngine', 'prefetch', 'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies',
+           'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import copy, functools, importlib.metadata, itertools, os, queue, re, socket, threading
@@ -162,7 +162,11 @@ class TransformersEngine:
         length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
         room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
         if room <= 0:
-            raise too_long_error(batch[0], length, context)
+            sample = batch[0].sample
+            raise UserError(
+                f"A question from {sample.dataset_name}/{sample.dataset_index} on needs {length} "
+                f"tokens with its images, and the context holds {context}; raise max_model_len, "
+                "or lower max_pixels (preflight finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
         try:
             with torch.inference_mode():
@@ -190,19 +194,6 @@ def _transformers_sampling(sampling: Sampling, room: int):
         given = {"do_sample": True, "temperature": sampling.temperature,
                  "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(**given, max_new_tokens=room)
-
-# %% ../../nbs/generation/24_engine.ipynb #6fbc38b9
-def too_long_error(
-    request: Request,
-    tokens: int,  # of the prompt, images included
-    context: int,  # tokens that the model can hold
-) -> UserError:
-    "The sentence for a question that does not fit into the context."
-    sample = request.sample
-    return UserError(
-        f"A question from {sample.dataset_name}/{sample.dataset_index} on needs {tokens} tokens "
-        f"with its images, and the context holds {context}; raise max_model_len, or lower "
-        "max_pixels (preflight finds all of them).")
 
 # %% ../../nbs/generation/24_engine.ipynb #4afb9a6e
 def prefetch(
@@ -276,7 +267,6 @@ def _vllm_prompt(chat: list[dict] | dict):
 class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
     queue = 2048  # completions that vLLM has to work on, while there are questions
-    portion = 16  # questions that are added at once
 
     def __init__(self, settings: EngineSettings, folder):
         self.llm, self.folder = _load_vllm(folder, settings), folder
@@ -288,64 +278,56 @@ class VllmEngine:
         self, requests: Iterable[Request | None],  # None: there is nothing at this moment
     ) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
-        waiting, source, more = {}, prefetch(requests), True
+        waiting: dict[str, Request] = {}  # under vLLM's names
         try:
-            while more or waiting:
-                held = sum(request.sampling.n for request in waiting.values())
-                if more and held < self.queue:
-                    part = list(itertools.islice(source, self.portion))
-                    more, found = len(part) == self.portion, [each for each in part if each]
-                    waiting |= self._add(found)
-                    if found:
-                        continue  # a step takes time, and meanwhile nothing would be added
-                for output in self._step():
-                    # what was queued beside a question that vLLM refused has no name here
-                    if output.finished and (request := waiting.pop(output.request_id, None)):
-                        answers = [Completion(each.text, each.finish_reason or "stop",
-                                              len(each.token_ids)) for each in output.outputs]
-                        yield request, answers * (request.sampling.n // request.sampling.draws)
+            for each in prefetch(requests):
+                if each:
+                    waiting[self._add(*each)] = each[0]
+                else:
+                    yield from self._step(waiting)
+                while sum(request.sampling.n for request in waiting.values()) >= self.queue:
+                    yield from self._step(waiting)
+            while waiting:
+                yield from self._step(waiting)
         finally:
             if waiting:
                 self.llm.llm_engine.abort_request(list(waiting))
 
-    def _step(self) -> list:
+    def _step(self, waiting: dict[str, Request]) -> Iterator[tuple[Request, list[Completion]]]:
+        "Let vLLM work for a moment; what is finished leaves those that wait."
         try:
-            return self.llm.llm_engine.step()
+            outputs = self.llm.llm_engine.step()
         except Exception as error:  # no memory, a worker that was killed: of many classes
             raise UserError(f"vLLM has stopped ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:300]}); what is finished is kept, "
                             "run again to go on.") from None
+        for output in outputs:
+            if output.finished and (request := waiting.pop(output.request_id, None)):
+                answers = [Completion(each.text, each.finish_reason or "stop", len(each.token_ids))
+                           for each in output.outputs]
+                yield request, answers * (request.sampling.n // request.sampling.draws)
 
-    def _add(self, part: list[tuple[Request, Any]]) -> dict[str, Request]:
-        "Queue some requests; each under vLLM's name for it."
+    def _add(self, request: Request, chat) -> str:
+        "Queue a request; returns vLLM's name for it."
+        from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
+        sampling, enqueue = request.sampling, self.llm.enqueue
+        if request.dialect == "chat":
+            check_chat_template(self._processor, self.folder)
+            enqueue = self.llm.enqueue_chat
+        params = SamplingParams(
+            n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
+            seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias)
         try:
-            names = self._enqueue(part)
+            [name] = enqueue([_vllm_prompt(chat)], [params], use_tqdm=False)
         except (ValueError, VLLMClientError) as error:
-            if len(part) > 1:  # which of them is it?
-                return {name: each for one in part for name, each in self._add([one]).items()}
-            sample = part[0][0].sample
+            sample = request.sample
             raise UserError(
                 f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: "
                 f"{' '.join(str(error).split())[:300]} (max_model_len and max_pixels decide what "
                 "fits; preflight finds all that do not).") from None
-        # vLLM appends a random word to the names that its outputs carry
-        return {name.partition("-")[0]: request for name, (request, _) in zip(names, part)}
-
-    def _enqueue(self, part: list[tuple[Request, Any]]) -> list[str]:
-        from vllm import SamplingParams
-
-        prompts, params = [_vllm_prompt(chat) for _, chat in part], []
-        for request, _ in part:
-            sampling = request.sampling
-            params.append(SamplingParams(
-                n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
-                seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias))
-        if part and part[0][0].dialect == "chat":
-            check_chat_template(self._processor, self.folder)
-            return self.llm.enqueue_chat(prompts, params, use_tqdm=False)
-        return self.llm.enqueue(prompts, params, use_tqdm=False)
+        return name.partition("-")[0]  # outputs carry it without the random word behind it
 
     @functools.cached_property
     def _processor(self):
@@ -486,8 +468,7 @@ def copies(
     "Copies of the model that answer at once: `data_parallel`, or as many as the GPUs allow."
     if settings.engine_name != "vllm":
         return 1
-    nodes = max(1, settings.nodes) if settings.engine == "ray" else 1
-    return settings.data_parallel or max(1, settings.gpus * nodes // tensor_parallel)
+    return settings.data_parallel or max(1, settings.all_gpus // tensor_parallel)
 
 # %% ../../nbs/generation/24_engine.ipynb #47275c37
 def check_nodes(settings: Hardware) -> None:

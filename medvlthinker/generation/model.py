@@ -187,37 +187,6 @@ def weight_files(folder: str | Path) -> list[Path]:
     raise UserError(f"{folder} holds no weights (*.safetensors; a pickle such as pytorch_model.bin "
                     "is not opened); name a folder written by save_pretrained.")
 
-# %% ../../nbs/generation/22_model.ipynb #620a97e6
-def _check_head(
-    folder: Path,
-    stored: dict,  # a weight's name -> its file
-    tied: bool,  # what transformers takes where config.json says nothing
-) -> set[str]:  # names of stored heads that repeat the embedding
-    "`UserError` where config.json and file contradict each other about the head."
-    import torch
-    from safetensors import safe_open
-
-    config = read_json(folder / "config.json")
-    parts = (config, config.get("text_config") or {})
-    said = {part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part}
-    heads, embeddings = ([name for name in stored if name.endswith(f"{end}.weight")]
-                         for end in ("lm_head", "embed_tokens"))
-    if said == {True, False} and not heads:
-        raise UserError(f"{folder} says both tie_word_embeddings=true and false in config.json and "
-                        "its text_config, and holds no lm_head.weight; give both the value true, "
-                        "or copy the model again.")
-    if True not in (said or {tied}) or not len(heads) == len(embeddings) == 1:
-        return set()
-    both = []
-    for name in (*heads, *embeddings):
-        with safe_open(stored[name], "pt") as file:
-            both.append(file.get_tensor(name))
-    if not torch.equal(*both):
-        raise UserError(f"{folder} says tie_word_embeddings=true and holds {heads[0]}, which is "
-                        "not its embedding; set tie_word_embeddings to false in config.json and in "
-                        "its text_config, or take the head out.")
-    return {*heads}
-
 # %% ../../nbs/generation/22_model.ipynb #8693f86a
 def empty_model(folder: Path):
     "The model on the meta device; None where transformers cannot build it."
@@ -233,24 +202,21 @@ def empty_model(folder: Path):
         return None
 
 # %% ../../nbs/generation/22_model.ipynb #6ec3f606
-def _loading_report(net, tensors: dict) -> dict[str, list] | None:
-    "What transformers says of weights with these names and shapes; None where it stops."
+def _load_quietly(net, folder: Path, device: str) -> tuple:
+    "A model like `net` with a folder's weights, and what is missing or has no place in it."
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        found = type(net).from_pretrained(
-            None, config=net.config, state_dict=tensors, device_map={"": "meta"},
-            output_loading_info=True, ignore_mismatched_sizes=True)[1]
-    except Exception:  # loading stops in the same place, with a sentence of its own
-        return None
+        loaded, found = type(net).from_pretrained(
+            folder, config=net.config, device_map={"": device}, output_loading_info=True,
+            ignore_mismatched_sizes=True, use_safetensors=True)
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    kinds = ("missing", "unexpected", "mismatched")
+    return loaded, {kind: sorted(found[f"{kind}_keys"]) for kind in kinds}
 
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
 def unloadable_error(
@@ -263,42 +229,49 @@ def unloadable_error(
                      "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
                      "dtype=bfloat16.")
 
-
-_WRAPPERS = ("module.", "base_model.model.", "_orig_mod.")
-
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(folder: str | Path) -> None:
     "`UserError` where a model's weights do not fit its config; it names some, and says how many."
     require_package("torch")
-    from safetensors import SafetensorError
-    from transformers.modeling_utils import load_state_dict
+    import torch
+    from safetensors import SafetensorError, safe_open
 
-    folder, places, tensors = Path(folder), dict[str, Path](), dict[str, object]()
-    for path in weight_files(folder):
-        try:
-            found = load_state_dict(path, map_location="meta")  # names and shapes alone
-        except (SafetensorError, ValueError, OSError) as error:
-            raise unloadable_error(path, error) from None
-        tensors, places = tensors | found, places | dict.fromkeys(found, path)
-    quantized = "quantization_config" in read_json(folder / "config.json")
-    if quantized or (net := empty_model(folder)) is None:
+    folder = Path(folder)
+    files, config = weight_files(folder), read_json(folder / "config.json")
+    if "quantization_config" in config or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
-    tied = bool(getattr(net.config, "tie_word_embeddings", False))
-    repeated = _check_head(folder, places, tied)
-    needed = {name: tensor for name, tensor in tensors.items() if not tied or name not in repeated}
-    if (report := _loading_report(net, needed)) is None:
+    key, own = "tie_word_embeddings", getattr(net.config, "tie_word_embeddings", False)
+    said = {part[key] for part in (config, config.get("text_config") or {}) if key in part} or {own}
+    try:
+        stored = [name for path in files for name in safe_open(path, "pt").keys()]
+        tied_head = True in said and any(name.endswith("lm_head.weight") for name in stored)
+        net, report = _load_quietly(net, folder, "cpu" if tied_head else "meta")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise unloadable_error(folder, error) from None
+    except Exception:  # loading stops in the same place, with a sentence of its own
         return
-    # a layer that the config does not count is wrong; what has no place at all may be left over
+    if said == {True, False} and not tied_head:
+        raise UserError(f"{folder} says both {key}=true and false in config.json and its "
+                        "text_config, and holds no lm_head.weight; give both the value true, or "
+                        "copy the model again.")
+    if tied_head and not torch.equal(
+            net.get_output_embeddings().weight, net.get_input_embeddings().weight):
+        raise UserError(f"{folder} says {key}=true and holds an lm_head.weight that is not its "
+                        f"embedding; set {key} to false in config.json and in its text_config, or "
+                        "take the head out.")
+    _check_report(folder, net, report)
+
+
+def _check_report(folder: Path, net, report: dict[str, list]) -> None:
+    "`UserError` where something is missing, or has another shape, or is a layer too many."
     known = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in known]
     if report["missing"] or report["mismatched"] or layers:
-        more = {kind: ", ..." if len(names) > 3 else "" for kind, names in report.items()}
-        parts = [f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{more[kind]})"
-                 for kind, names in report.items() if names]
-        left = [prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in places)]
-        hint = f" Their names begin with {left[0]}, which a wrapper has left." if left else ""
-        raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}."
-                        f"{hint} Save or copy the model again.")
+        some = {kind: [*map(str, names[:3]), *["..."] * (len(names) > 3)]
+                for kind, names in report.items() if names}
+        parts = [f"{len(report[kind])} {kind} ({', '.join(names)})" for kind, names in some.items()]
+        raise UserError(f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}. "
+                        "Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
 def check_chat_template(
@@ -377,8 +350,7 @@ def tensor_parallel_size(
                         "0 for the fewest GPUs that hold the model.")
     if fixed:
         return fixed
-    everywhere = settings.gpus * (max(1, settings.nodes) if settings.engine == "ray" else 1)
-    most = max(1, min(settings.gpus, everywhere // max(1, settings.data_parallel)))
+    most = max(1, min(settings.gpus, settings.all_gpus // max(1, settings.data_parallel)))
     sizes = [size for size in range(1, most + 1) if _can_share(net.config, size)]
     weights = weight_bytes(folder, settings.dtype)
     memory = (gpu_bytes or _gpu_bytes()) * (settings.gpu_memory_utilization or 0.9)
@@ -398,9 +370,10 @@ def refuse_too_large(
     "`UserError` where the weights need more memory than a machine without GPUs has free."
     import psutil
 
+    if settings.gpus:
+        return
     copies, free = max(1, settings.data_parallel), psutil.virtual_memory().available
-    needed = weight_bytes(folder, settings.dtype) * copies
-    if not settings.gpus and needed > free:
+    if (needed := weight_bytes(folder, settings.dtype) * copies) > free:
         raise UserError(
             f"{copies} times the model {folder} needs {needed / 2**30:,.1f} GiB for weights in "
             f"{settings.dtype}, and {free / 2**30:,.1f} GiB are free; use dtype=bfloat16, fewer "

@@ -39,6 +39,11 @@ class Hardware:
         "The engine that answers: on a cluster of Ray it is vLLM."
         return "vllm" if self.engine == "ray" else self.engine
 
+    @property
+    def all_gpus(self) -> int:
+        "GPUs that answer: those of one node, or of all nodes of a cluster of Ray."
+        return self.gpus * (max(1, self.nodes) if self.engine == "ray" else 1)
+
 # %% ../../nbs/generation/21_request.ipynb #3093a7e9
 @dataclass(frozen=True)
 class EngineSettings(Hardware):

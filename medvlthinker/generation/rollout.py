@@ -21,25 +21,21 @@ from ..data.sample import Sample, to_row
 from .request import Completion, Request, Sampling
 
 # %% ../../nbs/generation/25_rollout.ipynb #ab046e47
-def samples_fingerprint(
-    samples: Sequence[Sample],
-    keep: bool = False,  # note it beside the samples' file: to read 100,000 images takes minutes
-) -> str:
+def samples_fingerprint(samples: Sequence[Sample]) -> str:
     "Sixteen hexadecimal digits that change when any question, option, answer or image changes."
-    path = getattr(samples, "path", None)  # of a SampleFile
-    if path and path.is_file():
+    path, note, state = getattr(samples, "path", None), None, []  # a SampleFile has a path
+    if path and path.is_file():  # noted beside it, for to read 100,000 images takes minutes
         note = path.with_name(f".{path.name}.fingerprint.json")
         state = [path.stat().st_size, path.stat().st_mtime_ns]
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if (noted := json.loads(note.read_text()))["file"] == state:
-                return noted["samples"]
+        if (noted := read_json(note)).get("file") == state and "samples" in noted:
+            return noted["samples"]
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps({**to_row(sample), "images": None}, sort_keys=True).encode())
         for data in sample.images:
             digest.update(hashlib.sha256(data).digest())
     found = digest.hexdigest()[:16]
-    if keep and path and path.is_file():
+    if note:
         with contextlib.suppress(UserError, OSError), atomic_write(note) as file:
             json.dump({"file": state, "samples": found}, file)
     return found
@@ -84,7 +80,7 @@ def rollout_config(
     shared = " with shared prompts" if batched and sampling.draws > 1 else ""
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
-        samples=samples_fingerprint(samples, keep=True), instruction=engine.instruction,
+        samples=samples_fingerprint(samples), instruction=engine.instruction,
         dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version + shared,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
@@ -229,8 +225,6 @@ def load_rollout(folder) -> Rollout:
 
 def _is_finished(folder: Path) -> bool:
     "Is nothing of this rollout owed, and its file whole?"
-    if not _stored_record(folder).get("finished"):
-        return False
     with contextlib.suppress(UserError):
         rollout = load_rollout(folder)
         return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
@@ -246,10 +240,7 @@ class _Writer:
         self.before = _stored_record(folder)
         self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
         self.failed: set[int] = set()
-        try:
-            self.file = open(self.path, "ab+", buffering=0)
-        except OSError as error:
-            raise write_error(error, self.path) from None
+        self.file = open(self.path, "ab+", buffering=0)
         self._read()
         self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
         self._record({"seconds": self.before.get("seconds", 0.0)})
@@ -292,11 +283,8 @@ class _Writer:
 
     def _append(self, data: bytes) -> int:
         "Write at the end of the file; returns where that was."
-        try:
-            if (written := self.file.write(data)) < len(data):  # a disk that is nearly full
-                self.file.write(data[written:])
-        except OSError as error:
-            raise write_error(error, self.path) from None
+        if (written := self.file.write(data)) < len(data):  # a disk that is nearly full
+            self.file.write(data[written:])
         return self.file.tell() - len(data)
 
     def finish(self, dropped: Iterable[str] = ()) -> str:
@@ -413,11 +401,14 @@ def generate_all(
             if not _is_finished(folder)}
     while todo:
         stream = _Stream(todo, engine, show)
-        with stream.open:
-            requests = stream.requests()
-            if first := next(requests, None):  # else nothing is owed, and no model is loaded
-                for answer in engine.answer(itertools.chain([first], requests)):
-                    stream.store(*answer)
+        try:
+            with stream.open:
+                requests = stream.requests()
+                if first := next(requests, None):  # else nothing is owed, and no model is loaded
+                    for answer in engine.answer(itertools.chain([first], requests)):
+                        stream.store(*answer)
+        except OSError as error:
+            raise write_error(error, error.filename or "A rollout") from None
         if todo := {folder: todo[folder] for folder in stream.busy}:
             with file_lock(stream.busy[0], show):
                 pass  # the other process has finished this one

@@ -145,7 +145,7 @@ def tiny_config(tokenizer):
         "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128,
         "out_hidden_size": 128, "fullatt_block_indexes": [0, 1], "tokens_per_second": 2}
     return Qwen2_5_VLConfig(
-        text_config=language, vision_config=vision, tie_word_embeddings=True,
+        text_config=language, vision_config=vision, tie_word_embeddings=True, dtype="float32",
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
 
@@ -349,47 +349,16 @@ def _make_card(seed: int, steps: int) -> dict:
 # %% ../../nbs/generation/20_tiny_model.ipynb #3f6247cc
 @contextlib.contextmanager
 def _deterministic():
-    "One thread; the caller's random state and progress bars stay as they are."
+    "One thread; its number and the random state are the caller's again afterwards."
     import torch
-    from transformers.utils import logging
 
-    threads, has_bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_num_threads(threads)
-        if has_bars:
-            logging.enable_progress_bar()
-
-# %% ../../nbs/generation/20_tiny_model.ipynb #ec389215
-def _make_once(folder: Path, card: dict, write: Callable[[Path], None]) -> None:
-    "Let `write` fill the folder, unless it is there with this card; one process at a time."
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")), _deterministic():
-            if read_json(folder / CARD) == card:  # another process made it meanwhile
-                return
-            if folder.exists() and not (folder / CARD).exists() and any(folder.iterdir()):
-                raise UserError(f"{folder} holds something that is not a tiny model; name another "
-                                "folder, or empty this one.")
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            part.mkdir()
-            try:
-                with write_record(folder, card):
-                    write(part)
-                    (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
-                    shutil.rmtree(folder, ignore_errors=True)
-                    part.rename(folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
-        raise UserError(f"{folder} cannot be written ({reason}); make room or name another "
-                        "folder.") from None
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #e969260c
 def _show_losses(half: str, losses: Iterator[float], steps: int, show: Callable) -> None:
@@ -399,6 +368,19 @@ def _show_losses(half: str, losses: Iterator[float], steps: int, show: Callable)
             show(f"tiny model, {half}: step {step} of {steps}, loss {loss:.2f}")
 
 
+def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
+    "Initialize a model, train it and save it."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # in a log each step of a bar is a line
+    processor = tiny_processor()
+    model = initialize_model(processor.tokenizer, seed)
+    _show_losses("vision", pretrain_vision(model, seed, steps), steps, show)
+    _show_losses("language", pretrain_language(model, processor, seed, steps), steps, show)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+
+# %% ../../nbs/generation/20_tiny_model.ipynb #8cf0e5dd
 def make_tiny_model(
     folder,  # where the checkpoint appears; another tiny model there is replaced
     seed: int = 0,  # of the weights and the examples
@@ -410,18 +392,23 @@ def make_tiny_model(
     folder, card = Path(folder), _make_card(seed, steps)
     if read_json(folder / CARD) == card:
         return folder
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-
-    def write(part: Path) -> None:
-        tiny_processor().save_pretrained(part / "new")
-        processor = Qwen2_5_VLProcessor.from_pretrained(part / "new")
-        initialize_model(processor.tokenizer, seed).save_pretrained(part / "new")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(part / "new", dtype="float32")
-        shutil.rmtree(part / "new")
-        _show_losses("vision", pretrain_vision(model, seed, steps), steps, show)
-        _show_losses("language", pretrain_language(model, processor, seed, steps), steps, show)
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-
-    _make_once(folder, card, write)
+    part, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock), _deterministic():
+            if read_json(folder / CARD) == card:  # another process made it meanwhile
+                return folder
+            if folder.exists() and not (folder / CARD).exists() and any(folder.iterdir()):
+                raise UserError(f"{folder} holds something that is not a tiny model; name another "
+                                "folder, or empty this one.")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            with write_record(folder, card):
+                _train_into(part, seed, steps, show)
+                (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
+        raise UserError(f"{folder} cannot be written ({reason}); make room or name another "
+                        "folder.") from None
     return folder

@@ -518,8 +518,7 @@ def test_half_a_character_survives_the_way_to_the_disk_and_back(tmp_path):
         write_eval_results(samples, rows, tmp_path / "eval_results.jsonl")
         again, = read_eval_results(tmp_path / "eval_results.jsonl")
         assert again["completions"][0]["text"] == same
-        lines = [{**line, "text": same} for line in grade_rollout(samples, [again]).to_dict("records")]
-        store_record(tmp_path / "record.json", {"text": same}, lines, {})
+        store_record(tmp_path / "record.json", {"text": same}, grade_rollout(samples, [again]), {})
         assert json.loads((tmp_path / "record.json").read_text())["text"] == same
 
 

@@ -25,7 +25,7 @@ def resume():
     engine = FunctionEngine(answer)
     with tempfile.TemporaryDirectory() as folder:
         samples = write_questions(Path(folder), 100_000)
-        anew = seconds(lambda: samples_fingerprint(samples, keep=True))
+        anew = seconds(lambda: samples_fingerprint(samples))
         print(f"    {anew:.1f} s for the fingerprint of the samples, which is noted beside them")
         rollout = write_rollout(samples, 1, Path(folder))
         again = lambda: generate(samples, engine, Sampling(), folder, quiet)

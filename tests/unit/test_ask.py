@@ -1,10 +1,5 @@
 """One image, one question, one model: what is sent, what comes back, and what is refused."""
-import base64
-import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, python
@@ -21,34 +16,6 @@ SYSTEM = ("You will solve a problem/request. You should provide your thoughts wi
           "providing the answer.\nWrite your final answer within <answer> </answer> tags.")  # with a line break
 SCAN = Image.new("L", (56, 40), 90)
 YES_NO = ("Yes", "No")
-
-
-@pytest.fixture
-def server():
-    "A server that answers with its `says` and keeps what it was sent."
-    seen = SimpleNamespace(bodies=[], says="<think> It is dark. </think>\n<answer> left </answer>", status=200)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send({"data": [{"id": "served", "owned_by": "us"}]})
-
-        def do_POST(self):
-            seen.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": seen.says}}
-            self.send({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}, seen.status)
-
-        def send(self, body, status=200):
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *_): ...
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        seen.keys = {"model": "served", "engine": "openai", "base_url": f"http://127.0.0.1:{httpd.server_port}/v1"}
-        yield seen
-        httpd.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -79,32 +46,41 @@ def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):
     assert text.endswith("Which side is abnormal?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_the_free_form_is_sent_as_the_demo_of_the_readme(server):
-    answer = ask(SCAN, "Which side is abnormal?", style="free", **server.keys)
-    [body] = server.bodies
-    system, user = body["messages"]
+@pytest.fixture
+def asked():
+    "An engine by hand, and the requests that it was given."
+    seen: list[Request] = []
+    says = Completion("<think> It is dark. </think>\n<answer> left </answer>", "stop", 9)
+    return FunctionEngine(lambda request: seen.append(request) or [says]), seen
+
+
+def test_the_free_form_is_the_demo_of_the_readme(asked):
+    engine, seen = asked
+    answer = ask(SCAN, "Which side is abnormal?", model=engine, style="free")
+    [request] = seen
+    system, user = request.chat()
     assert (system["role"], system["content"]) == ("system", [{"type": "text", "text": SYSTEM}])
-    assert user["role"] == "user" and [part["type"] for part in user["content"]] == ["image_url", "text"]
+    assert user["role"] == "user" and [part["type"] for part in user["content"]] == ["image", "text"]
     assert user["content"][1]["text"] == "Which side is abnormal?"
-    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.6, 0.95, 2048)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 2048)
     assert (answer.reasoning, answer.answer, answer.label) == ("It is dark.", "left", None)
 
 
-def test_the_trained_form_is_one_greedy_turn_with_a_literal_backslash(server):
-    ask(SCAN, "Is there a nodule?", YES_NO, **server.keys)
-    [body] = server.bodies
-    [user] = body["messages"]
-    text = user["content"][1]["text"]
-    assert text == SYSTEM.replace("\n", "\\n") + "\n\nQuestion: Is there a nodule?\n\nOptions:\n\nA. Yes\n\nB. No"
-    assert (body["temperature"], body["max_tokens"]) == (0.0, 4096)
-    picture = Image.open(io.BytesIO(base64.b64decode(user["content"][0]["image_url"]["url"].partition(",")[2])))
-    assert picture.size == SCAN.size
+def test_the_trained_form_is_one_greedy_turn_with_a_literal_backslash(asked):
+    engine, seen = asked
+    ask(SCAN, "Is there a nodule?", YES_NO, engine)
+    [request] = seen
+    [user] = request.chat()
+    assert user["content"][1]["text"] == SYSTEM.replace("\n", "\\n") + "\n\nQuestion: Is there a nodule?\n\nOptions:\n\nA. Yes\n\nB. No"
+    assert (request.sampling.temperature, request.sampling.max_tokens) == (0.0, 4096)
+    assert user["content"][0]["image"].size == SCAN.size
 
 
-def test_a_server_that_gives_no_answer_is_a_sentence(server, monkeypatch):
-    server.status = 400
-    with pytest.raises(UserError, match="served gave no answer"):
-        ask(SCAN, "Is there a nodule?", YES_NO, **server.keys)
+def test_a_server_that_gives_no_answer_is_a_sentence():
+    engine = FunctionEngine(lambda request: [Completion("", "failed", 0, "error 500")], model="served")
+    with pytest.raises(UserError, match="served gave no answer: error 500"):
+        ask(SCAN, "Is there a nodule?", YES_NO, engine)
 
 
 @pytest.mark.parametrize("said", ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>", "\x1b]0;title\x07\x1b[2J", "\u202eB", "&lt;b&gt;\x00",

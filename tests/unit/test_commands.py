@@ -3,7 +3,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import ByHand, python, says
+from conftest import by_hand, python, says
 from medvlthinker.app import cli, runs
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.core.files import UserError
@@ -43,7 +43,7 @@ def answered(home):
         rolled = {}
         for name in ("slake_closed", "vqa_rad_closed"):
             samples = load_benchmark(name, profile, workspace.samples)
-            rolled[name] = samples, generate(samples, ByHand(reply, "tiny"), sampling, workspace.rollouts / "tiny" / "synthetic" / name, show=lambda line: None)
+            rolled[name] = samples, generate(samples, by_hand(reply, "tiny"), sampling, workspace.rollouts / "tiny" / "synthetic" / name, show=lambda line: None)
         record(rolled, workspace.results / "synthetic")
     return home
 

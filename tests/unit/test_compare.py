@@ -1,14 +1,16 @@
 """Two rules, two engines or two models on the same questions: what flips and why, and whether two numbers may be compared."""
 from dataclasses import asdict, replace
+from unittest import mock
 
 import pandas as pd
 import pytest
-from conftest import ByHand, encoded
+from conftest import by_hand, encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.evaluation import evaluate
 from medvlthinker.evaluation.compare import (
     SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
@@ -16,7 +18,8 @@ from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
-SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}")
+SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
+          "<think></think><answer>{odd} elsewhere</answer>")
 TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
 
 def reply(sample: Sample, k: int) -> Completion:
@@ -25,19 +28,23 @@ def reply(sample: Sample, k: int) -> Completion:
     return Completion(SHAPES[(i + k) % len(SHAPES)].format(odd=ODD[(3 * i + k) % len(ODD)], x="ABCD"[(i * k) % 4]), "length" if k == 3 else "stop", 9)
 
 
+def sixty(word: str = "Question ") -> list[Sample]:
+    "Sixty questions; every second pair shares an image."
+    images = [encoded() for _ in range(30)]
+    return [Sample(f"{word}{i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+
+
 @pytest.fixture
 def finished(tmp_path):
-    "Samples in a file, of which every second pair shares an image; a rollout of four answers to each."
-    images = [encoded() for _ in range(30)]
-    samples = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
-    write_samples(samples, tmp_path / "samples.parquet")
+    "Samples in a file, and a rollout of four answers to each."
+    write_samples(sixty(), tmp_path / "samples.parquet")
     samples = SampleFile(tmp_path / "samples.parquet")
-    return samples, generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
+    return samples, generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
 
 
 @pytest.mark.parametrize("old, new", [("strict", "regrade"), ("reward", "lenient"), ("llava", "strict")])
 def test_the_flips_are_those_of_the_grades(finished, old, new):
-    table = rescore(*finished, old, new)
+    table = rescore([finished], old, new)
     grades = grade_rollout(*finished, (old, new))
     for side, rule in (("first", old), ("second", new)):
         assert table[f"{side}_correct"].tolist() == grades[f"{rule}_correct"].tolist()
@@ -47,10 +54,19 @@ def test_the_flips_are_those_of_the_grades(finished, old, new):
     assert table.image.tolist() == grades.image.tolist() and table.parts_at.isna().all()
 
 
+def test_several_processes_rescore_as_one(finished, monkeypatch):
+    alone = rescore([finished, finished], "strict", "lenient")
+    monkeypatch.setattr(evaluate, "_WORTHWHILE", 400)  # of 480 answers in all
+    monkeypatch.setattr(evaluate, "cores", lambda: 2)
+    with mock.patch.object(evaluate, "ProcessPoolExecutor", wraps=evaluate.ProcessPoolExecutor) as pool:
+        pd.testing.assert_frame_equal(rescore([finished, finished], "strict", "lenient"), alone)
+    pool.assert_called_once()
+
+
 def test_the_changes_are_the_paired_difference(finished):
     samples, rollout = finished
     greedy = [row | {"completions": row["completions"][:1]} for row in rollout]
-    table, grades = rescore(samples, greedy, "strict", "lenient"), grade_rollout(samples, greedy)
+    table, grades = rescore([(samples, greedy)], "strict", "lenient"), grade_rollout(samples, greedy)
     changes = paired_changes(table)
     counts = {rule: count_right(grades, rule)["pmc_vqa"] for rule in ("strict", "lenient")}
     assert changes.loc["pmc_vqa", ["first", "second"]].tolist() == pytest.approx([100 * right / n for right, n in counts.values()])
@@ -63,23 +79,22 @@ def test_the_changes_are_the_paired_difference(finished):
 def test_answers_to_other_questions_are_refused(finished):
     samples, rollout = finished
     with pytest.raises(UserError, match="answers other questions than these of pmc_vqa"):
-        rescore(samples[1:] + samples[:1], rollout)
+        rescore([(samples[1:] + samples[:1], rollout)])
     with pytest.raises(UserError, match="are not those to these questions"):
-        rescore(samples[1:] + samples[:1], list(rollout))
+        rescore([(samples[1:] + samples[:1], list(rollout))])
 
 
 def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finished, tmp_path):
     samples, rollout = finished
     silent = lambda line: None
-    shorter = generate(samples, ByHand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
+    shorter = generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
     with pytest.raises(UserError, match=r"differ in more than how the answers were computed: max_tokens \(4096 and 9\)"):
         compare_rollouts(samples, rollout, shorter)
-    other = ByHand(lambda sample, k: reply(sample, k + 1), "another")
-    other.weights, other.settings.engine_name = "1" * 16, "vllm"
+    one, two = (replace(rollout.config, weights=weights, engine="vllm") for weights in ("c3de", "77aa"))
+    assert config_difference(one, two) == "weights (c3de and 77aa)"
+    assert config_difference(one, replace(two, engine="openai")) == "", "a server does not tell its weights"
+    other = by_hand(lambda sample, k: reply(sample, k + 1), "another")
     another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, silent)
-    assert config_difference(rollout.config, another.config) == "", "a server does not tell its weights"
-    apart = replace(rollout.config, engine="transformers"), another.config
-    assert config_difference(*apart) == "weights (0000000000000000 and 1111111111111111)"
     table = compare_rollouts(samples, rollout, another, same_model=False)
     assert set(table.cause) <= {"", "cut at max_tokens", "no option read", "another option"} and table.parts_at.notna().sum() > 200
     assert (table[table.cause == "no option read"][["first_label", "second_label"]].isna().sum(axis=1) == 1).all()

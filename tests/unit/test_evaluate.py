@@ -10,34 +10,25 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from conftest import ROOT, encoded
+from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.core.stats import majority
 from medvlthinker.data.benchmarks import BENCHMARKS
-from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.data.sample import SampleFile, write_samples
 from medvlthinker.evaluation.evaluate import (
     accuracy, count_right, evaluate, evaluate_repeats, grade_rollout, image_cluster_id, paired_difference, question_scores, read_records, repeated_accuracy)
-
-ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
-SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
-          "<think></think><answer>{odd} elsewhere</answer>")
-TEXTS = {"A": "Yes", "B": "No", "C": "Liver", "D": "not seen"}
+from test_compare import reply, sixty
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    "Sixty questions in a file; every second pair shares an image."
-    pictures = [encoded() for _ in range(30)]
-    made = [Sample(f"Question {i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (pictures[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
-    return write_samples(made, path := tmp_path_factory.mktemp("samples") / "samples.parquet") or SampleFile(path)
+    return write_samples(sixty(), path := tmp_path_factory.mktemp("samples") / "samples.parquet") or SampleFile(path)
 
 
 def rows(samples, n):
     "Answers of many shapes, with odd characters, the same each time."
-    text = lambda i, k: SHAPES[(i + 3 * k) % len(SHAPES)].format(odd=ODD[(3 * i + k) % len(ODD)], x="ABCD"[(i * k) % 4])
-    return [{"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index,
-             "completions": [{"text": text(i, k), "finish_reason": "length" if k == 3 else "stop", "tokens": 9} for k in range(n)]} for i, sample in enumerate(samples)]
+    return [{"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index, "completions": [reply(sample, k).to_row() for k in range(n)]} for sample in samples]
 
 
 def test_several_processes_grade_as_one(samples):

@@ -4,24 +4,22 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, ByHand, encoded
+from conftest import ROOT, by_hand
 from medvlthinker.core.grade import RULES
-from medvlthinker.data.sample import Sample
 from medvlthinker.evaluation.evaluate import grade_rollout, question_scores
 from medvlthinker.evaluation.export import (
     _check_form, export_logs, read_eval_results, write_inspect_log)
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
-from test_compare import TEXTS, reply
+from test_compare import reply, sixty
 
 
 @pytest.fixture
 def finished(tmp_path):
     "Sixty questions and four answers to each; the last one failed."
-    images = [encoded() for _ in range(30)]
-    samples = [Sample(f"Question\u2028{i}?", TEXTS, "ABCD"[i % 4], TEXTS["ABCD"[i % 4]], (images[i // 2],) if i % 3 else (), dataset_name="pmc_vqa", dataset_index=i) for i in range(60)]
+    samples = sixty("Question\u2028")
     answer = lambda sample, k: Completion("", "failed", 0, "HTTP 500") if (sample.dataset_index, k) == (59, 3) else reply(sample, k)
-    return samples, generate(samples, ByHand(answer, "org/a model"), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
+    return samples, generate(samples, by_hand(answer, "org/a model"), Sampling(n=4, temperature=0.5), tmp_path, show=lambda line: None)
 
 
 def every_text(rollout) -> list[str]:

@@ -59,7 +59,7 @@ BROKEN = {  # how the names are changed -> what the sentence holds
     "a layer is missing": (dropped(r"\.layers\.1\."), ["12 missing (model.language_model.layers.1."]),
     "the vision tower is missing": (dropped(r"visual\."), ["missing (model.visual."]),
     "one weight is missing": (dropped(r"layers\.2\.self_attn\.k_proj\.bias"), ["1 missing (model.language_model.layers.2.self_attn.k_proj.bias)"]),
-    **{f"a wrapper left {prefix}": (lambda name, prefix=prefix: prefix + name, ["missing (lm_head.weight", f"unexpected ({prefix}", f"begin with {prefix}"])
+    **{f"a wrapper left {prefix}": (lambda name, prefix=prefix: prefix + name, ["missing (lm_head.weight", f"unexpected ({prefix}"])
        for prefix in ("module.", "base_model.model.", "_orig_mod.")},
 }
 
@@ -92,7 +92,7 @@ def test_two_words_on_tied_embeddings_are_refused_where_the_file_does_not_decide
     with pytest.raises(UserError, match="both tie_word_embeddings=true and false"):
         check_weights(folder)
     check_weights(with_head(folder, 0.0))  # the head is the embedding, whatever is read
-    with pytest.raises(UserError, match=r"tie_word_embeddings=true and holds lm_head\.weight, which is not its embedding"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true and holds an lm_head\.weight that is not its embedding"):
         check_weights(with_head(folder, 0.5))
 
 
@@ -104,7 +104,7 @@ def test_a_config_that_says_nothing_on_the_head_means_what_transformers_takes(tm
         part.pop("tie_word_embeddings", None)
     (folder / "config.json").write_text(json.dumps(config))
     check_weights(folder)
-    with pytest.raises(UserError, match="which is not its embedding"):
+    with pytest.raises(UserError, match="that is not its embedding"):
         check_weights(with_head(folder, 0.5))
 
 
@@ -122,7 +122,7 @@ def test_weights_that_fit_are_not_refused(blank, tmp_path):
     today = lambda name: f"model.{name}" if name.startswith("visual") else name.replace("model.", "model.language_model.", 1)
     check_weights(copied(blank, tmp_path / "today", today))
     next((tmp_path / "parts").glob("*-00002-of-*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"\d+ missing"):
+    with pytest.raises(UserError, match="cannot be loaded .*model-00002-of-"):
         check_weights(tmp_path / "parts")
 
 
@@ -153,13 +153,6 @@ def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
 def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
     check_weights(copied(blank, tmp_path / "quantised", dropped("layers.1"), quantization_config={"quant_method": "awq", "bits": 4}))
     check_weights(copied(blank, tmp_path / "unknown", dropped("layers.1"), model_type="nobody_knows"))
-
-
-def test_adapters_alone_are_no_model(blank, tmp_path):
-    folder = copied(blank, tmp_path, lambda name: f"base_model.model.{name}.lora_A" if "q_proj.weight" in name else None)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"missing .* Their names begin with base_model\.model\."):
-        check_weights(folder)
 
 
 def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
