@@ -47,7 +47,7 @@ def vllm_settings(
     never: list[int],  # tokens that are never drawn
 ) -> dict:
     "vLLM beside the model that learns, on the same GPUs, in the words of `trl.GRPOConfig`; nothing where transformers answers."
-    how = recipe.grpo
+    how = recipe.how
     if not settings.gpus or settings.engine != "vllm":
         alone = processes(recipe, settings) == 1 and how.rollouts <= settings.batch_size
         same = {"num_return_sequences": how.rollouts} if alone else {}
@@ -72,7 +72,7 @@ def grpo_settings(
     processor,  # of the model
 ) -> dict:
     "The recipe in the words of `trl.GRPOConfig`."
-    how, updates = run.recipe.grpo, run.updates  # in one step
+    how, updates = run.recipe.how, run.updates  # in one step
     shared = shared_settings(run, how.save_every * updates)
     never = processor.tokenizer.convert_tokens_to_ids(list(_NEVER_DRAWN))
     steps = {"max_steps": run.steps * updates, "logging_steps": updates,
@@ -168,7 +168,7 @@ def train_grpo(run: Run) -> Path:
         trainer = Trainer(
             model=model, args=settings, train_dataset=chats(run, grpo_chat),
             processing_class=processor, peft_config=lora,
-            reward_funcs=rewards(run.recipe.grpo.rule),
+            reward_funcs=rewards(run.recipe.how.rule),
             callbacks=[curve_callback(run), whole_callback(run)])
         if trainer.ref_model and keeps_image_features(run):
             cache_image_features(trainer.ref_model.model)

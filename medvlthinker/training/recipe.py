@@ -13,7 +13,7 @@ import dataclasses, math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from ..core.commands import check_keys, read_value
 from ..core.files import UserError
@@ -109,7 +109,7 @@ class Recipe:
     name: str
     init: str  # a base model or another recipe, `@STEP` behind it for a checkpoint on the way
     corpus: str  # `m23k`, `pmc_vqa`, or one that `register_corpus` added
-    how: Sft | Grpo
+    how: Any  # Sft or Grpo
     published_step: int = 0  # of the checkpoint that was published; 0 where none was
     nodes: int = 1
     gpus: int = 8  # a node
@@ -117,7 +117,9 @@ class Recipe:
 
     def __post_init__(self):
         if (size := self.name.split("-")[0]) not in BASES or size == self.name:
-            raise UserError(f"The name of a recipe begins with the size of its model and a hyphen, such as 7B-RL_mine; {self.name!r} does not. Known are {', '.join(BASES)} (recipe.BASES).")
+            raise UserError("The name of a recipe begins with the size of its model and a hyphen, "
+                            f"such as 7B-RL_mine; {self.name!r} does not. Known are "
+                            f"{', '.join(BASES)} (recipe.BASES).")
 
     @property
     def method(self) -> str:
@@ -128,16 +130,6 @@ class Recipe:
     def size(self) -> str:
         "The model's, such as 3B."
         return self.name.split("-")[0]
-
-    @property
-    def sft(self) -> Sft:
-        "How it is set, where it is SFT."
-        return cast(Sft, self.how)
-
-    @property
-    def grpo(self) -> Grpo:
-        "How it is set, where it is RL."
-        return cast(Grpo, self.how)
 
 # %% ../../nbs/training/40_recipe.ipynb #f10ee7c0
 BASES = {"tiny": "tiny", **{size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B")}}

@@ -25,7 +25,7 @@ from ..generation.rollout import file_lock
 from medvlthinker.training.recipe import (
     ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, rows_at_once, total_steps,
     uses_verl)
-from .sft import Run, reward_file
+from .sft import REWARD, Run, read_metrics
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
 def verl_row(
@@ -46,7 +46,7 @@ def verl_row(
 # %% ../../nbs/training/44_verl.ipynb #a932aab2
 def training_file(data, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
-    data, limit = Path(data), recipe.grpo.max_prompt_length
+    data, limit = Path(data), recipe.how.max_prompt_length
     return data.parent / "verl" / f"{data.stem}-{limit}.parquet"
 
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
@@ -100,7 +100,7 @@ def _data(how: Grpo, data, seed: int) -> dict:
              "image_key": "images", "train_batch_size": how.batch, "shuffle": how.shuffle,
              "max_prompt_length": how.max_prompt_length, "filter_overlong_prompts": False,
              "max_response_length": how.max_response_length, "truncation": "error", "seed": seed}
-    reward = {"custom_reward_function.path": str(reward_file()),
+    reward = {"custom_reward_function.path": str(REWARD),
               "custom_reward_function.name": "compute_score", "reward_manager.name": "naive"}
     advantage = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": True,
                  "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0}
@@ -168,7 +168,7 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
-    how, stop = recipe.grpo, settings.max_steps
+    how, stop = recipe.how, settings.max_steps
     if not stop and recipe.published_step:  # one run of the paper was stopped by hand
         paper_steps = total_steps(recipe, ROWS["RL", recipe.corpus][0])
         stop = recipe.published_step if recipe.published_step < paper_steps else 0
@@ -189,7 +189,7 @@ def verl_settings(
     flash: bool | None = None,  # whether flash-attn is here; None to look
 ) -> dict:  # verl's key -> value; `+` before a key that verl's file does not have
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
-    how, gpus = recipe.grpo, processes(recipe, settings)
+    how, gpus = recipe.how, processes(recipe, settings)
     flash = has_flash_attention() if flash is None else flash
     if settings.tensor_parallel and gpus % settings.tensor_parallel:
         raise UserError(f"tensor_parallel={settings.tensor_parallel} does not divide the {gpus} "
@@ -204,14 +204,9 @@ def verl_settings(
 
 # %% ../../nbs/training/44_verl.ipynb #fd9c8d16
 def _written(value) -> str:
-    "A value in hydra's grammar."
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:-]*[A-Za-z][\w./:-]*", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return str(value)
+    "A value in hydra's grammar, which reads JSON; a plain text stands without quotes."
+    is_plain = isinstance(value, str) and re.fullmatch(r"[\w./:-]*[A-Za-z][\w./:-]*", value)
+    return value if is_plain else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def overrides(
@@ -253,7 +248,7 @@ def published_settings(recipe: Recipe) -> dict:
     "What the paper's run had, under today's keys."
     machine = TrainingSettings(gpus=recipe.gpus, dtype="bfloat16", tensor_parallel=0)
     found = verl_settings(recipe, machine, "MODEL", "DATA", "FOLDER", True)
-    how = recipe.grpo
+    how = recipe.how
     found |= {"data.val_files": "the six test sets", "data.val_max_samples": -1,
               "trainer.test_freq": how.save_every,
               "trainer.val_before_train": how.validate_first, "data.seed": 1,
@@ -377,13 +372,10 @@ METRICS = {"reward": "critic/score/mean", "length": "response_length/mean",
 
 def read_steps(path) -> list[dict]:  # {"step", "reward", ...}
     "The steps in one file of verl's, which may still be growing, under the shared names."
-    path, found = Path(path), []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    for record in map(json.loads, lines):  # what follows the last line end is not whole yet
-        data = record["data"]
-        row = {name: data[key] for name, key in METRICS.items() if key in data}
-        found += [{"step": record["step"], **row}] if "reward" in row else []  # else validation
-    return found
+    records = [each for each in read_metrics(Path(path)) if METRICS["reward"] in each["data"]]
+    return [{"step": each["step"],
+             **{name: each["data"][key] for name, key in METRICS.items() if key in each["data"]}}
+            for each in records]  # the others are of a validation
 
 # %% ../../nbs/training/44_verl.ipynb #ed7058c1
 def merge_curves(logs) -> list[dict]:
@@ -445,7 +437,7 @@ def refuse_second_run(folder: Path) -> None:
 def run_verl(
     words: list[str],  # what `command` returned
     variables: dict[str, str],  # what `environment` returned
-    logs, show: Callable = print,
+    show: Callable = print,
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
     curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
@@ -497,7 +489,7 @@ def train_verl(
              "too; slower, the same gradient.")
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
-        done = set_resume_point(run.folder, max(2, recipe.grpo.keep))
+        done = set_resume_point(run.folder, max(2, recipe.how.keep))
         if done < run.steps:
             raise UserError(f"verl ended at step {done} of {run.steps} without an error; its log "
                             f"is in {logs}.")
@@ -512,11 +504,11 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
     if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
         show(f"Ray is still at work on {name} (job {job}); following it.")
         given = environment(logs, starts, nodes)
-        return run_verl([*_ray_job("logs"), "--follow", job], given, logs, show)
-    done = set_resume_point(run.folder, max(1, run.recipe.grpo.keep - 1))
+        return run_verl([*_ray_job("logs"), "--follow", job], given, show)
+    done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
     if done >= run.steps:
         return
     show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
     given = {**environment(logs, starts + 1, nodes), **variables}
     job = job_id(run.folder, starts + 1)
-    run_verl(command(words, given, nodes, job=job), given, logs, show)
+    run_verl(command(words, given, nodes, job=job), given, show)
