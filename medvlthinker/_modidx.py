@@ -1870,8 +1870,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'medvlthinker/training/verl_cpu.py'),
                                                 'medvlthinker.training.verl_cpu.__getattr__': ( 'training/verl_cpu.html#__getattr__',
                                                                                                 'medvlthinker/training/verl_cpu.py'),
-                                                'medvlthinker.training.verl_cpu._asked_for': ( 'training/verl_cpu.html#_asked_for',
-                                                                                               'medvlthinker/training/verl_cpu.py'),
                                                 'medvlthinker.training.verl_cpu._register_engine': ( 'training/verl_cpu.html#_register_engine',
                                                                                                      'medvlthinker/training/verl_cpu.py'),
                                                 'medvlthinker.training.verl_cpu._register_platform': ( 'training/verl_cpu.html#_register_platform',

@@ -552,10 +552,7 @@ def read_words(
     words: Iterable[str],  # recipe=NAME data=FILE checkpoints=FOLDER logs=FOLDER [key=value ...]
 ) -> tuple[Recipe, TrainingSettings, tuple[Path, Path, Path]]:  # paths in the order of PLACES
     "What a command line says; `UserError` for what it lacks, and for what is no key."
-    words = list(words)
-    if odd := [word for word in words if "=" not in word]:
-        raise UserError(f"{odd[0]!r} is no key=value.")
-    given = dict(word.split("=", 1) for word in words)
+    given = dict(word.partition("=")[::2] for word in words)
     recipe = read_recipe(given)
     if lacking := [key for key in PLACES if not given.get(key)]:
         raise UserError(f"Say where {' and '.join(lacking)} lie, as in {lacking[0]}=PATH.")
