@@ -804,8 +804,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'medvlthinker.difficulty.distill': { 'medvlthinker.difficulty.distill.distill': ( 'difficulty/distill.html#distill',
                                                                                               'medvlthinker/difficulty/distill.py'),
                                                  'medvlthinker.difficulty.distill.first_reasoning': ( 'difficulty/distill.html#first_reasoning',
-                                                                                                      'medvlthinker/difficulty/distill.py'),
-                                                 'medvlthinker.difficulty.distill.store_distilled': ( 'difficulty/distill.html#store_distilled',
                                                                                                       'medvlthinker/difficulty/distill.py')},
             'medvlthinker.difficulty.pass_counts': { 'medvlthinker.difficulty.pass_counts._Subset': ( 'difficulty/pass_counts.html#_subset',
                                                                                                       'medvlthinker/difficulty/pass_counts.py'),

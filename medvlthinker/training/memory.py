@@ -145,7 +145,7 @@ def states(plan: Plan) -> dict[str, float]:  # what, and bytes
     "Weights, gradients, averages, and what every process needs, on one GPU."
     k, c, n = plan.shards, plan.c, plan.n
     adapters = n.trained if plan.settings.lora_rank else 0
-    held = c if adapters and not plan.verl else 4
+    held = c if adapters else 4
     reference = getattr(plan.recipe.how, "kl_coef", 0) and not adapters and not plan.verl
     gathered = 2 * n.layer + n.rest + n.largest if k > 1 else 0
     return {"libraries": 1.5 * 2**30, "weights": (n.all * held + adapters * (4 - held)) / k,
@@ -260,8 +260,8 @@ def settings_that_fit(
                 "longest answer.")
     if fits is None:
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
-                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), adapters "
-                        "(lora_rank=32) or a smaller model.")
+                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), TRL's "
+                        "adapters (lora_rank=32) or a smaller model.")
     share, said = vllm_share(plan), words(fits)
     if share > (0.6 if plan.verl else 0.3):
         fits = replace(fits, gpu_memory_utilization=share)

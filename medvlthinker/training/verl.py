@@ -113,12 +113,10 @@ _MODEL = "actor_rollout_ref.model"
 
 
 def _model(model: str, settings: TrainingSettings, flash: bool) -> dict:
-    "Settings of the model: attention, padding, checkpointing, adapters."
+    "Settings of the model: attention, padding, checkpointing."
     values = {"path": model, "trust_remote_code": False, "use_remove_padding": flash,
               "use_fused_kernels": False, "external_lib": "medvlthinker.training.verl_text",
               "enable_gradient_checkpointing": settings.gradient_checkpointing != "false"}
-    if rank := settings.lora_rank:
-        values |= {"lora_rank": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     attention = "flash_attention_2" if flash else "sdpa"
     return {**_under(_MODEL, values), f"++{_MODEL}.override_config.attn_implementation": attention}
 
@@ -154,16 +152,16 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
     "Settings of the engine that answers."
     context = how.max_prompt_length + how.max_response_length
     together = settings.tensor_parallel or math.gcd(how.tensor_parallel, gpus)
-    sampling = {"n": how.rollouts, "temperature": how.temperature, "top_p": 1.0, "top_k": -1,
-                "do_sample": True, "seed": settings.seed, "val_kwargs.do_sample": False,
-                "val_kwargs.temperature": 0, "val_kwargs.n": 1}
-    engine = {"name": "vllm", "dtype": settings.dtype, "max_model_len": context,
-              "tensor_model_parallel_size": together,
-              "gpu_memory_utilization": settings.gpu_memory_utilization or 0.6,
-              "max_num_batched_tokens": max(8192, context), "max_num_seqs": 1024,
-              "enable_chunked_prefill": False, "enforce_eager": False, "free_cache_engine": True,
-              "log_prob_micro_batch_size_per_gpu": micro}
-    return {**sampling, **engine, **({"load_format": "safetensors"} if settings.lora_rank else {})}
+    return {
+        "n": how.rollouts, "temperature": how.temperature, "top_p": 1.0, "top_k": -1,
+        "do_sample": True, "seed": settings.seed, "val_kwargs.do_sample": False,
+        "val_kwargs.temperature": 0, "val_kwargs.n": 1,
+        "name": "vllm", "dtype": settings.dtype, "max_model_len": context,
+        "tensor_model_parallel_size": together,
+        "gpu_memory_utilization": settings.gpu_memory_utilization or 0.6,
+        "max_num_batched_tokens": max(8192, context), "max_num_seqs": 1024,
+        "enable_chunked_prefill": False, "enforce_eager": False, "free_cache_engine": True,
+        "log_prob_micro_batch_size_per_gpu": micro}
 
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
@@ -191,6 +189,9 @@ def verl_settings(
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
     how, gpus = recipe.how, processes(recipe, settings)
     flash = has_flash_attention() if flash is None else flash
+    if settings.lora_rank:
+        raise UserError(f"verl trains all weights here, and lora_rank={settings.lora_rank} asks "
+                        "for adapters; leave it out, or use trainer=trl.")
     if settings.tensor_parallel and gpus % settings.tensor_parallel:
         raise UserError(f"tensor_parallel={settings.tensor_parallel} does not divide the {gpus} "
                         f"GPUs of {recipe.name}; verl spreads copies of the model over all.")
