@@ -107,11 +107,14 @@ REWARD = Path(grade.__file__)  # verl loads the reward from this file, TRL calls
 
 # %% ../../nbs/training/42_sft.ipynb #5894f4e0
 def check_machine(recipe: Recipe, settings: TrainingSettings) -> None:
-    "`UserError` for missing GPUs; of several nodes Ray is asked, where a run begins."
+    "`UserError` for missing GPUs, and for RL on GPUs without vLLM; Ray is asked for nodes later."
     if recipe.gpus and not settings.gpus:
         raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}), "
                         "and gpus=0; set gpus=N on a machine that has them, or train an embedded "
                         "recipe (tiny-...).")
+    if settings.gpus and recipe.method == "RL" and settings.engine_name != "vllm":
+        raise UserError(f"{recipe.name}: on a GPU vLLM answers; set engine=vllm (it comes with "
+                        "./reproduce.sh setup full).")
     if not settings.gpus or uses_verl(recipe, settings) and nodes_of(recipe, settings) > 1:
         return
     require_package("torch")
