@@ -394,10 +394,6 @@ def left_over(slurm) -> list[Path]:
     return [*(slurm.folder / "state").iterdir(), *(slurm.folder / "home").glob(".ray-token*")]
 
 
-def test_the_script_is_bash():
-    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
-
-
 def test_the_command_runs_when_all_nodes_are_there_and_ends_them(slurm):
     seen = ('echo "$RAY_ADDRESS $RAY_AUTH_MODE"; wc -c < "$RAY_AUTH_TOKEN_PATH"; ls "$STATE"; '
             'stat -c %a "$RAY_AUTH_TOKEN_PATH"; exit 7')
