@@ -817,6 +817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._all_questions': ( 'difficulty/pass_counts.html#_all_questions',
                                                                                                              'medvlthinker/difficulty/pass_counts.py'),
+                                                     'medvlthinker.difficulty.pass_counts._count_right': ( 'difficulty/pass_counts.html#_count_right',
+                                                                                                           'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._decide': ( 'difficulty/pass_counts.html#_decide',
                                                                                                       'medvlthinker/difficulty/pass_counts.py'),
                                                      'medvlthinker.difficulty.pass_counts._map_rows': ( 'difficulty/pass_counts.html#_map_rows',

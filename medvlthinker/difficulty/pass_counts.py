@@ -299,6 +299,16 @@ class _Subset(Sequence):
             yield from (window[place % 256] for place in group)
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
+def _count_right(samples: Iterable[Sample], rollout: Iterable[dict], rule: str) -> list[int]:
+    "How many of the completions of each sample are right."
+    counts = []
+    for sample, row in zip(samples, rollout, strict=True):
+        verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
+                    for completion in row["completions"]]
+        counts.append(sum(verdict.correct for verdict in verdicts))
+    return counts
+
+
 def _decide(questions: "pd.DataFrame", rule: "pd.DataFrame") -> "pd.DataFrame":
     "The questions with a stopping rule's action (or `go on`) and level for their counts."
     states = rule.rename(columns={"asked": "n", "action": "decision"})
@@ -329,14 +339,10 @@ def generate_until_decided(
 
     def ask(places: np.ndarray, number: int, more: int) -> list[int]:
         "How many of so many new completions are right, for each of the samples at these places."
-        subset, counts = _Subset(samples, places.tolist()), []
+        subset = _Subset(samples, places.tolist())
         drawn = replace(sampling, n=more, seed=sampling.seed + 1_000_000 * number)
         rollout = generate(subset, engine, drawn, Path(folder) / f"round-{number:02}", show)
-        for sample, row in zip(subset, rollout, strict=True):
-            verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
-                        for completion in row["completions"]]
-            counts.append(sum(verdict.correct for verdict in verdicts))
-        return counts
+        return _count_right(subset, rollout, rule)
 
     keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
     questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])
