@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECISIONS', 'PUBLISHED_7B', 'pass_counts', 'check_band', 'decision_stability', 'keep_band', 'easy_to_hard', 'curate',
-           'compare_difficulty', 'split_half', 'expected', 'stopping_rule', 'smooth_histogram',
-           'generate_until_decided']
+           'compare_difficulty', 'split_half', 'stopping_rule', 'generate_until_decided']
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #45a75b8e
 import functools, itertools, json, mmap, tempfile
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.files import (
-    UserError, atomic_write, file_hash, fingerprint, stale_reason, write_error, write_record)
+    UserError, atomic_write, file_hash, fingerprint, stale_reason, write_record)
 from ..core.grade import RULES, grade
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 from ..generation.model import folder_name
@@ -136,13 +135,12 @@ def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
     "Write the chosen questions in this order, with their counts; the file appears when whole."
     import pyarrow, pyarrow.parquet
 
-    with tempfile.TemporaryFile(dir=path.parent) as scratch:
+    with atomic_write(path, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as scratch:
         rows = _map_rows(samples, set(chosen.dataset_index), scratch)
         place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
         added = [pyarrow.field(name, pyarrow.int64()) for name in _ADDED]
         schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
-        with (atomic_write(path, "wb") as file,
-              pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out):
+        with pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out:
             for start in range(0, len(chosen), 256):
                 part = chosen.iloc[start:start + 256]
                 single = [rows.slice(place[index], 1) for index in part.dataset_index]
@@ -170,31 +168,21 @@ def _all_questions(
     found.loc[found.dataset_index.isin(without), "decision"] = "overlaps a test set"
     return found
 
-
-def _write_dropped(questions: "pd.DataFrame", path: Path) -> dict[str, int]:
-    "Write a line for each reason with the questions that it left out; returns how many."
-    counts: dict[str, int] = {}
-    with atomic_write(path) as file:
-        for reason, group in questions[questions.decision != "keep"].groupby("decision"):
-            which = group.dataset_index.tolist()
-            counts[str(reason)] = len(which)
-            line = {"reason": reason, "questions": len(which), "dataset_index": which}
-            file.write(json.dumps(line) + "\n")
-    return counts
-
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #2d7b61f0
 def _write_curated(samples: Path, questions: "pd.DataFrame", path: Path, seed: int) -> dict:
     "Write what was dropped, then the curated file; returns the numbers for the record."
     chosen = easy_to_hard(questions, seed)
-    dropped = _write_dropped(questions, path.with_suffix(".dropped.jsonl"))
+    lost = questions[questions.decision != "keep"].groupby("decision").dataset_index.agg(list)
+    with atomic_write(path.with_suffix(".dropped.jsonl")) as file:
+        for reason, which in lost.items():
+            line = {"reason": reason, "questions": len(which), "dataset_index": which}
+            file.write(json.dumps(line) + "\n")
+    dropped = lost.map(len).to_dict()
     if chosen.empty:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(f"None of the {len(questions)} questions is kept ({reasons}); widen the "
                         "band.")
-    try:
-        _write_ordered(samples, chosen, path)
-    except OSError as error:
-        raise write_error(error, path) from None
+    _write_ordered(samples, chosen, path)
     return {"questions": len(questions), "kept": len(chosen), "dropped": dropped}
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #9a378183
@@ -260,132 +248,61 @@ def split_half(
     return first, second
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #7fb5a3d8
-def _states(histogram, per_round: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two arrays over k = 0, per_round, ... n completions asked; c, d and h are 0, 1, ... n.
-
-    [k, c, h]: the probability of c right so far and h right in the end.
-    [k, c, d]: that of c right among k completions, if d are right one round later."""
-    from scipy.stats import hypergeom
-
-    shares = np.asarray(histogram, dtype=float) / np.sum(histogram)
-    shares = np.maximum(shares, 1e-12)  # a state that nobody expected needs a decision, too
-    count = np.arange(len(shares))
-    c, asked = count[:, None], count[::per_round, None, None]
-    joint = shares * hypergeom.pmf(c, count[-1], count, asked)
-    before = hypergeom.pmf(c, asked[1:], count, asked[:-1])
-    return joint, np.nan_to_num(before)  # more right than asked is no number
-
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #3fd343a3
-def _rule(joint, before, low: int, high: int, threshold: float) -> "pd.DataFrame":
-    "The rule that stops where a decision is right with this probability; see `stopping_rule`."
-    import pandas as pd
-
-    parts = np.split(joint, [low, high + 1], axis=2)
-    sides = np.stack([part.sum(2) for part in parts])  # decision, k, c
-    mass, n = sides.sum(0), joint.shape[1] - 1
-    goes_on = sides.max(0) < threshold * mass
-    goes_on[0], goes_on[-1] = True, False  # no decision without a single completion
-    share = np.ones(mass.shape)  # of the questions that could be in a state: those that go on to it
-    for k in range(len(before)):
-        share[k + 1] = (share[k] * goes_on[k]) @ before[k]
-    asked, correct = np.indices(mass.shape)
-    asked, reached = asked * (n // len(before)), mass > 0
-    action = np.where(goes_on, "go on", np.array(DECISIONS)[sides.argmax(0)])
-    states = {"asked": asked, "correct": correct, "action": action, "reach": mass * share}
-    table = pd.DataFrame({name: values[reached] for name, values in states.items()})
-    right, level = sides.max(0)[reached], (joint @ np.arange(n + 1))[reached]
-    return table.assign(right=right / mass[reached], level=level / mass[reached])
-
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #3fd343a4
-def expected(
-    rule: "pd.DataFrame",  # of `stopping_rule`
-) -> tuple[float, float]:
-    "What a rule promises: the agreement with full decisions, and the share of the completions."
-    stops = rule[rule.action != "go on"]
-    reach, most = stops.reach.to_numpy(), rule.asked.max()
-    return float(reach @ stops.right.to_numpy()), float(reach @ stops.asked.to_numpy() / most)
-
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #6174ba0d
-def _check_rule(n: int, low: int, high: int, agreement: float, per_round: int) -> None:
-    "`UserError` for a rule that cannot be."
-    check_band(n, low, high)
-    if not 0 < agreement < 1 or int(per_round) != per_round or per_round < 1 or n % per_round:
-        raise UserError(f"A stopping rule wants 0 < agreement < 1 and rounds that divide {n}; these"
-                        f" are agreement={agreement}, per_round={per_round}.")
-
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #6174ba0e
 def stopping_rule(
-    histogram,  # how many questions have 0, 1, ... n right answers
+    histogram,  # how many questions of a pilot have 0, 1, ... n right answers
     low: int = 1,  # as for `keep_band`
     high: int = 7,
-    agreement: float = 0.97,  # expected, with the decisions of all n completions
+    confidence: float = 0.95,  # that all n completions would decide the same
     per_round: int = 1,  # completions a question between two looks; divides n
 ) -> "pd.DataFrame":
-    """When to stop: the rule with the lowest threshold that reaches the agreement.
+    """When to stop asking: as soon as the likeliest decision has this probability.
 
-    A row a state. Columns: asked, correct, action (`go on` or one of `DECISIONS`), reach (share of
-    questions), right (probability that the action is), level (right answers of n expected)."""
-    n = len(histogram) - 1
-    _check_rule(n, low, high, agreement, per_round)
-    states, below, enough = _states(histogram, per_round), 0.0, 1.0
-    while enough - below > 1e-4:
-        middle = (below + enough) / 2
-        if expected(_rule(*states, low, high, middle))[0] >= agreement:
-            enough = middle
-        else:
-            below = middle
-    rule = _rule(*states, low, high, enough)
-    rule.attrs = {"low": int(low), "high": int(high), "n": n, "agreement": agreement,
+    A row a state. Columns: asked, correct, action (`go on` or one of `DECISIONS`), right (the
+    probability of the likeliest decision), level (right answers of n expected)."""
+    import pandas as pd
+    from scipy.stats import hypergeom
+
+    check_band(n := len(histogram) - 1, low, high)
+    if not 0 < confidence <= 1 or per_round < 1 or n % per_round:
+        raise UserError(f"A stopping rule wants 0 < confidence <= 1 and rounds that divide {n}; "
+                        f"these are confidence={confidence}, per_round={per_round}.")
+    rounds, correct, final = np.ogrid[:n + 1:per_round, :n + 1, :n + 1]
+    joint = (np.asarray(histogram) + 1) * hypergeom.pmf(correct, n, final, rounds)
+    sides = np.stack([part.sum(2) for part in np.split(joint, [low, high + 1], axis=2)])
+    places = np.nonzero(sides.sum(0))  # no more can be right than were asked
+    shares = (sides / sides.sum(0).clip(1e-300))[:, *places]
+    level = (joint @ np.arange(n + 1) / joint.sum(2).clip(1e-300))[places]
+    rule = pd.DataFrame({"asked": places[0] * per_round, "correct": places[1],
+                         "right": shares.max(0), "level": level})
+    stops = (rule.asked > 0) & ((rule.right > confidence - 1e-9) | (rule.asked == n))
+    rule["action"] = np.where(stops, np.array(DECISIONS)[shares.argmax(0)], "go on")
+    rule.attrs = {"low": int(low), "high": int(high), "n": n, "confidence": confidence,
                   "per_round": per_round}
     return rule
-
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #147ee173
-def smooth_histogram(
-    histogram,  # how many questions have 0, 1, ... n right answers
-    rounds: int = 300,  # of the EM algorithm, from equal weights
-) -> np.ndarray:
-    "The mixture of binomials, over 200 rates, that is likeliest to have made this histogram."
-    from scipy.stats import binom
-
-    seen = np.asarray(histogram, dtype=float)
-    rates = (np.arange(200) + 0.5) / 200
-    made = binom.pmf(np.arange(len(seen))[:, None], len(seen) - 1, rates)
-    weights = np.full(200, 1 / 200)
-    for _ in range(rounds):
-        weights = weights * (made.T @ (seen / (made @ weights))) / seen.sum()
-    return made @ weights * seen.sum()
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #161ede83
 class _Subset(Sequence):
     "Some of the samples, by ascending place; read when asked for, a window at a time."
 
-    def __init__(self, samples: Sequence[Sample], places: Iterable[int]):
-        self.samples, self.places = samples, [int(place) for place in places]
+    def __init__(self, samples: Sequence[Sample], places: list[int]):
+        self.samples, self.places = samples, places
 
     def __len__(self):
         return len(self.places)
 
+    def __getitem__(self, part):  # a slice
+        return [*_Subset(self.samples, self.places[part])]
+
     def __iter__(self):
-        return self._read(self.places)
-
-    def __getitem__(self, at):
-        if isinstance(at, slice):
-            return [*self._read(self.places[at])]
-        return self.samples[self.places[at]]
-
-    def _read(self, places):
-        for number, group in itertools.groupby(places, key=lambda place: place // 256):
+        for number, group in itertools.groupby(self.places, key=lambda place: place // 256):
             window = self.samples[number * 256:(number + 1) * 256]
             yield from (window[place % 256] for place in group)
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
-def _ask_round(samples, engine, sampling: Sampling, folder: Path, rule: str, show: Callable,
-               places: np.ndarray, number: int, n: int) -> list[int]:
-    "How many of n new completions are right, for each of the samples at these places."
-    sampling = replace(sampling, n=n, seed=sampling.seed + 1_000_000 * number)
-    subset, counts = _Subset(samples, places), []
-    rollout = generate(subset, engine, sampling, folder / f"round-{number:02}", show)
-    for sample, row in zip(subset, rollout, strict=True):
+def _count_right(samples: Iterable[Sample], rollout: Iterable[dict], rule: str) -> list[int]:
+    "How many of the completions of each sample are right."
+    counts = []
+    for sample, row in zip(samples, rollout, strict=True):
         verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
                     for completion in row["completions"]]
         counts.append(sum(verdict.correct for verdict in verdicts))
@@ -405,7 +322,7 @@ def generate_until_decided(
     folder,  # takes a rollout for each round
     low: int = 1,  # as for `keep_band`
     high: int = 7,
-    agreement: float = 0.97,  # as for `stopping_rule`
+    confidence: float = 0.95,  # as for `stopping_rule`
     per_round: int = 2,
     pilot: int = 500,  # questions that are asked in full, from which the rule is made
     rule: str = "strict",  # by which answers are graded
@@ -414,17 +331,26 @@ def generate_until_decided(
     "Decisions as of `keep_band`, with no more completions of a question than its own needs."
     import pandas as pd
 
-    _check_rule(n := sampling.n, low, high, agreement, per_round)
+    n, make_rule = sampling.n, functools.partial(
+        stopping_rule, low=low, high=high, confidence=confidence, per_round=per_round)
+    make_rule(np.zeros(n + 1))  # refuses what cannot be, before anything is asked
     if rule not in RULES:
         raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
-    ask = functools.partial(_ask_round, samples, engine, sampling, Path(folder), rule, show)
+
+    def ask(places: np.ndarray, number: int, more: int) -> list[int]:
+        "How many of so many new completions are right, for each of the samples at these places."
+        subset = _Subset(samples, places.tolist())
+        drawn = replace(sampling, n=more, seed=sampling.seed + 1_000_000 * number)
+        rollout = generate(subset, engine, drawn, Path(folder) / f"round-{number:02}", show)
+        return _count_right(subset, rollout, rule)
+
     keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
     questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])
     questions = questions.assign(n=0, correct=0)
     chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(keys))[:max(1, pilot)])
     questions.loc[chosen, "n"], questions.loc[chosen, "correct"] = n, ask(chosen, 0, n)
     histogram = np.bincount(questions.correct[chosen], minlength=n + 1)
-    stopping = stopping_rule(smooth_histogram(histogram), low, high, agreement, per_round)
+    stopping = make_rule(histogram)
     for number in range(1, n // per_round + 1):
         undecided = np.flatnonzero(_decide(questions, stopping).decision == "go on")
         if len(undecided):

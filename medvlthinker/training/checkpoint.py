@@ -7,13 +7,13 @@ __all__ = ['FROM_BASE', 'checkpoint_at', 'layout_of', 'refuse_pickles', 'merge_a
            'merge_inputs', 'merge', 'merge_recipe']
 
 # %% ../../nbs/training/46_checkpoint.ipynb #4ad6ad44
-import contextlib, json, os, platform, re, shutil, sys
+import contextlib, os, platform, re, shutil, sys
 from pathlib import Path
 
 from ..core.commands import run_logged
-from ..core.files import (
-    UserError, file_hash, is_alive, read_json, require_package, sanitize, stale_reason,
-    write_error, write_record)
+from medvlthinker.core.files import (
+    UserError, file_hash, is_alive, require_package, sanitize, stale_reason, write_error,
+    write_record)
 from ..generation.model import (
     check_weights, download_model, model_fingerprint, unloadable_error)
 from .recipe import Recipe, model_folder, starting_point, training_folder
@@ -85,33 +85,23 @@ def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
     shutil.copy(base / "config.json", folder)
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600011
-def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> Path | None:
-    "Put the shards of a verl checkpoint together in a folder, by verl; an adapter lies in it."
+def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> None:
+    "Put the shards of a verl checkpoint together in a folder, by verl."
     require_package("verl")  # only verl can merge what it wrote
     words = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp",
              "--local_dir", str(checkpoint), "--target_dir", str(folder)]
     run_logged(words, log, show=lambda line: None)
-    if not (adapter := folder / "lora_adapter").is_dir():
-        return None
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        names = [name.removeprefix("base_model.model.") for name in file.keys()]
-    settings = read_json(adapter / "adapter_config.json")
-    settings["target_modules"] = sorted({name.partition(".lora_")[0] for name in names})
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    return adapter
+    if (folder / "lora_adapter").is_dir():
+        raise UserError(f"{checkpoint} holds an adapter of verl's, which is not merged here; train "
+                        "adapters with trainer=trl.")
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600019
 def _adapter_names(net, adapter: Path) -> list[str]:  # of its weights
-    "`UserError` for an adapter of no strength, or on a tensor that the base model uses twice."
+    "`UserError` for an adapter on a tensor that the base model uses twice."
     from safetensors import safe_open
 
     pairs = (net.all_tied_weights_keys or {}).items()
     shared = {name.split(".")[-2] for pair in pairs for name in pair}  # lm_head, embed_tokens
-    if read_json(adapter / "adapter_config.json").get("lora_alpha") == 0:
-        raise UserError(f"The adapter {adapter} has lora_alpha=0, so it would change nothing; verl "
-                        "writes that where its lora_train_meta.json is not beside the shards.")
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
     if found := sorted(shared & {part for name in names for part in name.split(".")}):
@@ -212,7 +202,8 @@ def _merged_model(checkpoint: Path, base: Path, spare: Path, log: Path):
     if layout == "adapter":
         weights, adapter = base, checkpoint
     elif layout == "verl":
-        weights, adapter = spare, _gather_verl(checkpoint, spare, log)
+        weights = spare
+        _gather_verl(checkpoint, spare, log)
     elif layout == "fsdp":
         _gather_fsdp(checkpoint, base, spare)
         adapter = _split_adapter(checkpoint, spare)
@@ -249,7 +240,7 @@ def write_model(
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600029
 _WEIGHTS = re.compile(
-    r"pytorch_model_fsdp_0/|(.*/)?(model.*\.(pt|safetensors)$|adapter_|fsdp_config|lora_train)")
+    r"pytorch_model_fsdp_0/|(.*/)?(model.*\.(pt|safetensors)$|adapter_|fsdp_config)")
 
 
 def merge_inputs(checkpoint: Path, base: str) -> dict:

@@ -145,7 +145,7 @@ def states(plan: Plan) -> dict[str, float]:  # what, and bytes
     "Weights, gradients, averages, and what every process needs, on one GPU."
     k, c, n = plan.shards, plan.c, plan.n
     adapters = n.trained if plan.settings.lora_rank else 0
-    held = c if adapters and not plan.verl else 4
+    held = c if adapters else 4
     reference = getattr(plan.recipe.how, "kl_coef", 0) and not adapters and not plan.verl
     gathered = 2 * n.layer + n.rest + n.largest if k > 1 else 0
     return {"libraries": 1.5 * 2**30, "weights": (n.all * held + adapters * (4 - held)) / k,
@@ -189,8 +189,7 @@ def logits(plan: Plan) -> int:
 def vllm_share(plan: Plan) -> float:
     "vLLM's part of a GPU: as set, or the least that suffices; 0 without vLLM, inf if none does."
     settings, how = plan.settings, plan.recipe.how
-    by_vllm = settings.gpus and (plan.verl or settings.engine == "vllm")
-    if not isinstance(how, Grpo) or not by_vllm:
+    if not isinstance(how, Grpo) or not settings.gpus:
         return 0.0
     own = math.gcd(how.tensor_parallel, plan.shards) if plan.verl else 1
     held = (2 * plan.n.all + _cache_bytes(plan)) / (settings.tensor_parallel or own)
@@ -212,13 +211,13 @@ def worst_moment(plan: Plan) -> dict[str, float]:  # what, and GiB
     always, (kept, again) = states(plan), activations(plan)
     moments = [always | {"activations": kept, "logits or a layer again": max(logits(plan), again)}]
     if plan.recipe.method == "RL":
-        share, update = vllm_share(plan), rows_of_update(plan.recipe, plan.settings)
+        share = vllm_share(plan)
         asleep = {"vLLM, asleep": 1.5 * 2**30 if share else 0}
         tokens = plan.settings.micro_batch * sum(plan.row)
         entropy = plan.verl * tokens * plan.n.config.text_config.vocab_size * (plan.c + 12)
         before = always | asleep | {"gradients": 0, "logits, entropy": entropy}
         answers = ({"vLLM": share * plan.memory * 2**30} if share else
-                   {"cache": min(plan.settings.batch_size, update) * _cache_bytes(plan)})
+                   {"cache": rows_of_update(plan.recipe, plan.settings) * _cache_bytes(plan)})
         resting = dict.fromkeys(("gradients", "gathered", "copies in bfloat16"), 0)
         moments = [moments[0] | asleep, before, always | resting | answers]
     worst = max(moments, key=lambda moment: sum(moment.values()))
@@ -260,8 +259,8 @@ def settings_that_fit(
                 "longest answer.")
     if fits is None:
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
-                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), adapters "
-                        "(lora_rank=32) or a smaller model.")
+                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), TRL's "
+                        "adapters (lora_rank=32) or a smaller model.")
     share, said = vllm_share(plan), words(fits)
     if share > (0.6 if plan.verl else 0.3):
         fits = replace(fits, gpu_memory_utilization=share)

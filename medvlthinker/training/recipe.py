@@ -13,7 +13,7 @@ import dataclasses, math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from ..core.commands import check_keys, read_value
 from ..core.files import UserError
@@ -60,7 +60,6 @@ class Grpo:
     tensor_parallel: int = 2  # GPUs that share one copy of the model while it answers
     save_every: int = 50  # steps; the validation set is asked as often
     keep: int = 0  # checkpoints that the paper kept; 0 for all. Here only those stay that are needed
-    validate_first: bool = True
     freeze_vision: bool = False
 
 # %% ../../nbs/training/40_recipe.ipynb #455c8263
@@ -109,7 +108,7 @@ class Recipe:
     name: str
     init: str  # a base model or another recipe, `@STEP` behind it for a checkpoint on the way
     corpus: str  # `m23k`, `pmc_vqa`, or one that `register_corpus` added
-    how: Sft | Grpo
+    how: Any  # Sft or Grpo
     published_step: int = 0  # of the checkpoint that was published; 0 where none was
     nodes: int = 1
     gpus: int = 8  # a node
@@ -117,7 +116,9 @@ class Recipe:
 
     def __post_init__(self):
         if (size := self.name.split("-")[0]) not in BASES or size == self.name:
-            raise UserError(f"The name of a recipe begins with the size of its model and a hyphen, such as 7B-RL_mine; {self.name!r} does not. Known are {', '.join(BASES)} (recipe.BASES).")
+            raise UserError("The name of a recipe begins with the size of its model and a hyphen, "
+                            f"such as 7B-RL_mine; {self.name!r} does not. Known are "
+                            f"{', '.join(BASES)} (recipe.BASES).")
 
     @property
     def method(self) -> str:
@@ -128,16 +129,6 @@ class Recipe:
     def size(self) -> str:
         "The model's, such as 3B."
         return self.name.split("-")[0]
-
-    @property
-    def sft(self) -> Sft:
-        "How it is set, where it is SFT."
-        return cast(Sft, self.how)
-
-    @property
-    def grpo(self) -> Grpo:
-        "How it is set, where it is RL."
-        return cast(Grpo, self.how)
 
 # %% ../../nbs/training/40_recipe.ipynb #f10ee7c0
 BASES = {"tiny": "tiny", **{size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B")}}
@@ -181,7 +172,7 @@ def _two_stages() -> list[Recipe]:
 def _large() -> list[Recipe]:
     "The runs of the 32B model."
     return [Recipe("32B-SFT_m23k", BASES["32B"], "m23k", Sft(gradient_checkpointing=True), nodes=2, note="a command is documented, no model was published"),
-            Recipe("32B-RL_m23k", BASES["32B"], "m23k", Grpo(epochs=5, batch=128, mini_batch=64, micro_batch=16, tensor_parallel=4, keep=2, validate_first=False), 645, nodes=4)]
+            Recipe("32B-RL_m23k", BASES["32B"], "m23k", Grpo(epochs=5, batch=128, mini_batch=64, micro_batch=16, tensor_parallel=4, keep=2), 645, nodes=4)]
 
 # %% ../../nbs/training/40_recipe.ipynb #b8db32a6
 def _embedded() -> list[Recipe]:
@@ -189,7 +180,7 @@ def _embedded() -> list[Recipe]:
     note = "embedded: tests the machinery, means nothing medical"
     sft = Sft(5e-4, epochs=12, weight_decay=0.0, betas=(0.9, 0.98), max_length=1024, freeze_vision=True)
     rl = Grpo(2e-4, warmup_steps=5, epochs=12, batch=8, mini_batch=8, micro_batch=64, max_prompt_length=512, max_response_length=40, kl_coef=0.04, clip=(0.2, 0.28),
-              weight_decay=0.0, betas=(0.9, 0.98), tensor_parallel=1, save_every=5, keep=1, validate_first=False, freeze_vision=True)
+              weight_decay=0.0, betas=(0.9, 0.98), tensor_parallel=1, save_every=5, keep=1, freeze_vision=True)
     row = lambda name, init, corpus, how: Recipe(f"tiny-{name}", init, corpus, how, gpus=0, note=note)
     return [row("SFT_m23k", "tiny", "m23k", sft), row("SFT_PMC", "tiny", "pmc_vqa", sft), row("SFT_m23k-RL_PMC", "tiny-SFT_m23k", "pmc_vqa", rl),
             row("RL_m23k", "tiny", "m23k", rl), row("RL_PMC", "tiny", "pmc_vqa", rl), row("RL_m23k-RL_PMC", "tiny-RL_m23k", "pmc_vqa", rl)]

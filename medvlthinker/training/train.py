@@ -14,6 +14,7 @@ from ..core.commands import run_logged, run_main
 from ..core.files import (
     atomic_write, require_package, stale_reason, write_record)
 from ..generation.model import download_model
+from ..generation.rollout import file_lock
 from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge_inputs, write_model
 from .memory import settings_that_fit
@@ -21,7 +22,7 @@ from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
 from .grpo import train_grpo
 from medvlthinker.training.sft import (
-    Run, accelerate_config, plan, read_metrics, read_words, start_and_inputs, train_run, train_sft,
+    Run, accelerate_config, plan, read_metrics, read_words, start_and_inputs, train_sft,
     trl_command)
 
 if TYPE_CHECKING:
@@ -63,7 +64,13 @@ def finish(
 # %% ../../nbs/training/47_train.ipynb #0bed9bf0
 def _train(run: Run, first: bool = True) -> Path:
     "Train through TRL in this process; returns the checkpoint that is taken."
-    return train_run(run, train_sft if run.recipe.method == "SFT" else train_grpo, first)
+    train_it = train_sft if run.recipe.method == "SFT" else train_grpo
+    if not first:
+        return train_it(run)
+    print(f"{run.recipe.name}: {len(run.rows):,} rows of {run.data.name}, {run.steps:,} steps, "
+          f"from {run.start}", flush=True)
+    with file_lock(run.folder):
+        return train_it(run)
 
 
 def _launch(run: Run, checkpoints: Path, show) -> Path:
@@ -112,7 +119,7 @@ def train(
     "Train a recipe in a process of its own, unless its model is there and still holds."
     _, inputs = start_and_inputs(recipe, settings, data, checkpoints, show)
     if why := stale_reason(final := checkpoints / recipe.name, inputs):
-        words = trl_command(recipe, settings, data, checkpoints, logs, "train")
+        words = trl_command(recipe, settings, data, checkpoints, logs)
         show(f"{recipe.name}: {why[:200]}")
         show("$ " + shlex.join(words))
         run_logged(words, logs / "train.log", show)
@@ -124,8 +131,7 @@ def curves(logs: Path) -> "pd.DataFrame":  # one row a step
     import pandas as pd
 
     lines = read_metrics(logs / "metrics.jsonl")
-    table = pd.DataFrame(lines, columns=["step"] if not lines else None)
-    return table.drop_duplicates("step", keep="last").set_index("step")
+    return pd.DataFrame(lines, columns=None if lines else ["step"]).set_index("step")
 
 # %% ../../nbs/training/47_train.ipynb #972761f3
 SHOWN = {"reward": "reward", "length": "tokens an answer", "entropy": "entropy",

@@ -115,14 +115,9 @@ def __getattr__(name: str):
         return _worker_extension()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-# %% ../../nbs/training/45_verl_cpu.ipynb #ef2e9ec7
-def _asked_for() -> bool:
-    "Was verl told to load this module?"
-    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
-    return "medvlthinker.training.verl_cpu" in modules
-
 # %% ../../nbs/training/45_verl_cpu.ipynb #99eebacf
-if __name__ == "medvlthinker.training.verl_cpu" and _asked_for():
+_asked_for = os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
+if __name__ == "medvlthinker.training.verl_cpu" and __name__ in _asked_for:
     _register_platform()
     _wrap_process_group()
 

@@ -125,7 +125,7 @@ def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path,
     "From the plan to the folder that an engine loads; only verl itself, and its merger, are played."
     started = []
 
-    def play(words, variables, logs, show):
+    def play(words, variables, show):
         given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
         step = Path(given["trainer.default_local_dir"]) / "global_step_2"
         (step / "actor" / "huggingface").mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, 
     words = verl.overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
     assert "+ray_kwargs.ray_init.address=local" in words
     show = "import os; print(repr(os.environ['RAY_ADDRESS']), os.environ['PATH'])"
-    verl.run_verl([sys.executable, "-c", show], verl.environment(tmp_path), tmp_path)
+    verl.run_verl([sys.executable, "-c", show], verl.environment(tmp_path))
     told = (tmp_path / "verl-001.log").read_text()
     assert told.startswith(f"'' {Path(sys.executable).parent}:")
     assert verl.command(words, {})[0] == sys.executable
@@ -344,7 +344,7 @@ def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkey
         time.sleep(0.5)
     client.kill()
     client.wait()
-    verl.run_verl([*verl._ray_job("logs"), "--follow", job], given, logs, (shown := []).append)
+    verl.run_verl([*verl._ray_job("logs"), "--follow", job], given, (shown := []).append)
     assert shown == STEPS and not verl.is_at_work(job)
     assert str(QUOTED) in (logs / "verl-001.log").read_text()
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
@@ -392,10 +392,6 @@ def slurm(tmp_path):
 def left_over(slurm) -> list[Path]:
     "What a job must not leave: a node at work, a token."
     return [*(slurm.folder / "state").iterdir(), *(slurm.folder / "home").glob(".ray-token*")]
-
-
-def test_the_script_is_bash():
-    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
 
 
 def test_the_command_runs_when_all_nodes_are_there_and_ends_them(slurm):

@@ -290,7 +290,7 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     assert "RuntimeError" in done.stderr and "***" in done.stderr and "***" in done.stdout and told(None, done.stdout, done.stderr) == []
     workspace, show = Workspace("smoke"), "import os; print(os.environ, flush=True); os.system('env')"
     run_logged([sys.executable, "-c", show], workspace.logs / "own.log", show=lambda line: None)
-    verl.run_verl([sys.executable, "-c", show], verl.environment(workspace.logs), workspace.logs, show=lambda line: None)
+    verl.run_verl([sys.executable, "-c", show], verl.environment(workspace.logs), lambda line: None)
     assert "***" in (workspace.logs / "own.log").read_text() and "***" in (workspace.logs / "verl-001.log").read_text()
     paper = load_profile("paper", report_to="wandb")
     for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
@@ -339,7 +339,7 @@ def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
         (final / "config.json").write_text("{}")
     assert not stale_reason(final, planned().inputs)
     (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")
-    monkeypatch.setattr(sft, "reward_file", lambda: tmp_path / "grade.py")
+    monkeypatch.setattr(sft, "REWARD", tmp_path / "grade.py")
     edited = planned()
     assert edited.folder != run.folder and stale_reason(final, edited.inputs).startswith("reward was")
 

@@ -22,7 +22,6 @@ from medvlthinker.training.train import curves, train_here
 from safetensors.numpy import load_file
 
 
-
 @pytest.fixture
 def ready(warm_home) -> Path:
     "A folder with the warm model in its checkpoints, and questions beside it."
@@ -148,24 +147,18 @@ def blank(home, tmp_path) -> Path:
 
 @pytest.mark.parametrize("words, parts", [
     (["recipe=3B-RL_m32k"], ["No recipe '3B-RL_m32k'; known are", "3B-RL_m23k"]),
-    (["recipe=3B-RL_m23k"], ["3B-RL_m23k needs GPUs", "gpus=0"]),
-    (["recipe=tiny-SFT_PMC", "init=hollow"], ["holds no weights (*.safetensors"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "data_dir=pictures"], ["pmc_vqa from local has no reasoning to imitate", "31_distill"]),
-    (["recipe=tiny-RL_PMC", "init=BLANK"], ["8 questions a step, and there are only 3: not one step"]),
     (["recipe=tiny-RL_PMC", "init=BLANK", "models=other"], ["pmc_vqa-200-other-easy_to_hard.parquet is not there; run paper/2_difficulty first"]),
     (["recipe=tiny-RL_m23k", "init=BLANK"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
     (["recipe=tiny-SFT_PMC", "init=BLANK", "report_to=trackio"], ["report_to=trackio needs the package trackio"]),
 ])
 def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
-    (tmp_path / "hollow").mkdir()
-    shutil.copy(blank / "config.json", tmp_path / "hollow")
     (tmp_path / "pictures" / "PMC-VQA" / "images").mkdir(parents=True)
     (tmp_path / "pictures" / "PMC-VQA" / "images" / "a.png").write_bytes(synthetic.corpus("pmc_vqa", 1)[0].images[0])
     columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
     (tmp_path / "pictures" / "PMC-VQA" / "train.csv").write_text(columns + "a.png,What is it?,lung,A:lung,B:liver,C:knee,D:skull,A\n")
     long = synthetic.corpus("m23k", 1)[0]
     write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet")
-    write_samples(synthetic.corpus("pmc_vqa", 3), Workspace("smoke").curated / "synthetic" / "pmc_vqa-200-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "train_recipe", train_here)  # this process has loaded what a child would load
     with pytest.raises(UserError) as said:

@@ -53,8 +53,8 @@ def training_rates(shape, gpus: int, rows: int = 64, words: int = 900):
     "Tokens a second, and operations a token and parameter, of SFT, GRPO and the engine."
     workspace = Workspace("smoke")
     folder = random_model(workspace.home / "model", shape)
-    profile = load_profile("smoke", gpus=gpus, dtype="bfloat16" if gpus else "float32",
-                           max_steps=8, max_tokens=ANSWER)
+    machine = {"gpus": gpus, "engine": "vllm", "dtype": "bfloat16"} if gpus else {}
+    profile = load_profile("smoke", **machine, max_steps=8, max_tokens=ANSWER)
     drawn = synthetic.corpus("m23k", rows)
     long = [replace(each, reasoning=(each.reasoning + " ") * (words // 12)) for each in drawn]
     write_samples(long, workspace.samples / "synthetic/corpus/m23k-distilled.parquet")
