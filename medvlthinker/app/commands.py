@@ -227,16 +227,20 @@ def export(words: Words = None) -> None:
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
 def merge(words: Words = None) -> None:
-    """Make a model of a training run's last checkpoint, or of that of a step (step=N).
+    """Make a model and its card of a run's last checkpoint, or a model of that of a step (step=N).
 
     Example: medvlthinker merge smoke recipe=tiny-SFT_PMC
     """
+    from medvlthinker.app.cards import write_card
     from medvlthinker.training.checkpoint import merge_recipe
 
     profile, recipe, step = _read_recipe(words, step=0)
     workspace = Workspace(profile.name)
     log = workspace.logs / recipe.name / "merge.log"
-    print(merge_recipe(recipe, workspace.checkpoints, step, profile.base, log))
+    model = merge_recipe(recipe, workspace.checkpoints, step, profile.base, log)
+    if not step:
+        write_card(recipe, profile)
+    print(model)
 
 
 def _read_recipe(words: list[str] | None, **own) -> tuple[Any, ...]:

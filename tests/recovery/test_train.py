@@ -12,7 +12,7 @@ import warm
 from conftest import ROOT, python
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.app import cli, commands
+from medvlthinker.app import cli
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
@@ -160,7 +160,7 @@ def test_mistakes_are_sentences(blank, tmp_path, monkeypatch, words, parts):
     long = synthetic.corpus("m23k", 1)[0]
     write_samples([replace(long, question=long.question + " It is seen again." * 200)], Workspace("smoke").curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "train_recipe", train_here)  # this process has loaded what a child would load
+    monkeypatch.setattr("medvlthinker.training.train.train", train_here)  # this process has loaded what a child would load
     with pytest.raises(UserError) as said:
         cli.main(["train", "smoke", *(word.replace("BLANK", str(blank)) for word in words)])
     for part in parts:
