@@ -408,7 +408,7 @@ def generate_all(
                     for answer in engine.answer(itertools.chain([first], requests)):
                         stream.store(*answer)
         except OSError as error:
-            raise write_error(error, error.filename or "A rollout") from None
+            raise write_error(error, error.filename or os.path.commonpath(todo)) from None
         if todo := {folder: todo[folder] for folder in stream.busy}:
             with file_lock(stream.busy[0], show):
                 pass  # the other process has finished this one

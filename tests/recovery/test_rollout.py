@@ -246,8 +246,8 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, room):
     samples, asked = synthetic.benchmark("pmc_vqa", 200), []
     with small_disk(tmp_path / "disk", "300k") as disk:
         (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
-        with pytest.raises(UserError, match="cannot be written .No space left on device.; what was "
-                                            "finished before is kept"):
+        with pytest.raises(UserError, match=f"^{disk / 'run'}.* cannot be written .No space left on "
+                                            "device.; what was finished before is kept"):
             generate(samples, counting(asked), GREEDY, disk / "run", quiet)
         kept = whole_lines(disk / "run")
         assert 50 < kept.total() <= 200
