@@ -435,8 +435,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.missing_error': ( 'data/benchmarks.html#missing_error',
                                                                                               'medvlthinker/data/benchmarks.py'),
-                                              'medvlthinker.data.benchmarks.newest_sample_file': ( 'data/benchmarks.html#newest_sample_file',
-                                                                                                   'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.open_set': ( 'data/benchmarks.html#open_set',
                                                                                          'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.register_benchmark': ( 'data/benchmarks.html#register_benchmark',

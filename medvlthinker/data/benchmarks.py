@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SHORT', 'HUB', 'PUBLISHED', 'SOURCES', 'LOCAL', 'TEST_SETS', 'DataSource', 'from_hub', 'Collection',
-           'set_names', 'open_set', 'missing_error', 'is_available', 'available_sets', 'sample_file',
-           'newest_sample_file', 'store_source', 'load_set', 'load_benchmark', 'register_set', 'register_benchmark']
+           'set_names', 'open_set', 'missing_error', 'is_available', 'available_sets', 'sample_file', 'store_source',
+           'load_set', 'load_benchmark', 'register_set', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
 import os, re
@@ -196,14 +196,6 @@ def sample_file(
         drawn += f"-seed{settings.seed}"
     inner = "corpus" if sets.kind == "corpus" else ""  # PMC-VQA is a test set, too
     return base / source / inner / f"{name}{suffix}{drawn}.parquet"
-
-# %% ../../nbs/data/15_benchmarks.ipynb #15a0c081
-def newest_sample_file(path: Path, name: str) -> Path | None:
-    "The file itself; where it is not there, the newest one of this set, of any size."
-    sizes = re.compile(rf"{re.escape(name)}(-\d+(-seed\d+)?)?")
-    stored = [each for each in path.parent.glob("*.parquet") if sizes.fullmatch(each.stem)]
-    newest = max(stored, key=lambda each: each.stat().st_mtime, default=None)
-    return path if path in stored else newest
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c041
 def store_source(
