@@ -1555,6 +1555,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.rewards': ( 'training/grpo.html#rewards',
                                                                                     'medvlthinker/training/grpo.py'),
+                                            'medvlthinker.training.grpo.shard_reference': ( 'training/grpo.html#shard_reference',
+                                                                                            'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.shared_rows': ( 'training/grpo.html#shared_rows',
                                                                                         'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.train_grpo': ( 'training/grpo.html#train_grpo',

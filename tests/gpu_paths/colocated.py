@@ -1,0 +1,74 @@
+"""GRPO through TRL as on GPUs, with vLLM beside each process, on a CPU.
+
+`python colocated.py FOLDER LORA_RANK`, alone or under `accelerate launch`: trains the questions of FOLDER, and writes what test_colocated.py looks at to FOLDER/seen.json.
+vLLM for CPUs cannot sleep, and packs its weights where a GPU leaves them as they are; both are taken out here. All else is what runs on GPUs.
+"""
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import vllm.model_executor.layers.utils as layers
+from accelerate import PartialState
+from medvlthinker.training import grpo, sft
+from medvlthinker.training.recipe import TrainingSettings, find
+from trl.generation import vllm_generation
+from worker import shard_on_cpu
+
+SLEPT = []
+
+
+class LLM(vllm_generation.LLM):
+    def __init__(self, enable_sleep_mode: bool, **given):
+        SLEPT.append(f"made {'to sleep' if enable_sleep_mode else 'to stay awake'}")
+        super().__init__(**given, dtype="float32", enforce_eager=True, enable_chunked_prefill=False)
+
+    def sleep(self, level: int) -> None:
+        SLEPT.append("sleeps")
+
+    def wake_up(self, tags: list[str]) -> None:
+        SLEPT.append(f"wakes: {', '.join(tags)}")
+
+
+def on_cpu(run: sft.Run, save_every: int, plain=sft.shared_settings) -> dict:
+    return plain(run, save_every) | {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "dataloader_num_workers": 0}
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def weights_of_vllm(trainer) -> dict[str, torch.Tensor]:
+    "The weights of the language model that vLLM holds under the names that the trainer has for them."
+    net = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    return {name.replace("language_model.model.", "model.language_model."): weight for name, weight in net.named_parameters()}
+
+
+def train(folder: Path, lora_rank: int) -> None:
+    sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
+    grpo.shared_settings, vllm_generation.LLM = on_cpu, LLM
+    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
+    trainers, run_trainer = [], grpo.run_trainer
+    grpo.run_trainer = lambda run, trainer: (trainers.append(trainer), run_trainer(run, trainer))
+    if (gpus := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        shard_on_cpu()
+    state, recipe = PartialState(cpu=True), replace(find("tiny-RL_PMC"), gpus=gpus)
+    settings = TrainingSettings(gpus=gpus, engine="vllm", base=str(folder / "tiny"), max_steps=2, lora_rank=lora_rank, micro_batch=16, gradient_checkpointing="true")
+    recipe = replace(recipe, how=replace(recipe.how, warmup_steps=1))  # the first step moves nothing
+    with state.main_process_first():
+        run = sft.plan(recipe, settings, folder / "data.parquet", folder / "checkpoints", folder / "logs", lambda *_: None)
+    grpo.train_grpo(run)
+    trainer = trainers[0]
+    trainer.vllm_generation.sync_weights()
+    answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
+    shared = sorted(answering.keys() & learnt.keys())
+    if state.is_main_process:
+        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "weights": len(shared),
+                "equal": all(torch.equal(answering[name], learnt[name]) for name in shared)}
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))
