@@ -1549,6 +1549,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.grpo_settings': ( 'training/grpo.html#grpo_settings',
                                                                                           'medvlthinker/training/grpo.py'),
+                                            'medvlthinker.training.grpo.mend_trl': ( 'training/grpo.html#mend_trl',
+                                                                                     'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.prefill_once': ( 'training/grpo.html#prefill_once',
                                                                                          'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.read_once': ( 'training/grpo.html#read_once',

@@ -22,7 +22,7 @@ SLEPT = []
 
 class LLM(vllm_generation.LLM):
     def __init__(self, enable_sleep_mode: bool, **given):
-        SLEPT.append(f"made {'to sleep' if enable_sleep_mode else 'to stay awake'}")
+        SLEPT.append(f"made for {given['max_num_seqs']} at once, {'to sleep' if enable_sleep_mode else 'to stay awake'}")
         super().__init__(**given, dtype="float32", enforce_eager=True, enable_chunked_prefill=False)
 
     def sleep(self, level: int) -> None:
@@ -48,7 +48,7 @@ def weights_of_vllm(trainer) -> dict[str, torch.Tensor]:
 
 def train(folder: Path, lora_rank: int) -> None:
     sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
-    grpo.shared_settings, vllm_generation.LLM = on_cpu, LLM
+    grpo.shared_settings, grpo.AT_ONCE, vllm_generation.LLM = on_cpu, 24, LLM
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
     trainers, run_trainer = [], grpo.run_trainer
     grpo.run_trainer = lambda run, trainer: (trainers.append(trainer), run_trainer(run, trainer))

@@ -33,4 +33,4 @@ def test_vllm_answers_with_the_weights_that_were_learnt_and_the_first_step_is_at
     assert second["learning_rate"] > 0
     assert seen["equal"] and seen["weights"] > 5
     woken = ["wakes: weights", "wakes: kv_cache", "sleeps"]
-    assert seen["slept"] == ["made to sleep", "sleeps", *woken, *woken, "wakes: weights"]
+    assert seen["slept"] == ["made for 24 at once, to sleep", "sleeps", *woken, *woken, "wakes: weights"]
