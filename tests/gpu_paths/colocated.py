@@ -55,7 +55,7 @@ def train(folder: Path, lora_rank: int) -> None:
     if (gpus := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         shard_on_cpu()
     state, recipe = PartialState(cpu=True), replace(find("tiny-RL_PMC"), gpus=gpus)
-    settings = TrainingSettings(gpus=gpus, engine="vllm", base=str(folder / "tiny"), max_steps=2, lora_rank=lora_rank, micro_batch=16, gradient_checkpointing="true")
+    settings = TrainingSettings(gpus=gpus, engine="vllm", base=str(folder / "tiny"), max_steps=2, lora_rank=lora_rank, tensor_parallel=gpus, micro_batch=16, gradient_checkpointing="true")
     recipe = replace(recipe, how=replace(recipe.how, warmup_steps=1))  # the first step moves nothing
     with state.main_process_first():
         run = sft.plan(recipe, settings, folder / "data.parquet", folder / "checkpoints", folder / "logs", lambda *_: None)
@@ -63,7 +63,7 @@ def train(folder: Path, lora_rank: int) -> None:
     trainer = trainers[0]
     trainer.vllm_generation.sync_weights()
     answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
-    shared = sorted(answering.keys() & learnt.keys())
+    shared = [name for name in answering.keys() & learnt.keys() if answering[name].shape == learnt[name].shape]  # others are fused, or shared out
     if state.is_main_process:
         seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "weights": len(shared),
                 "equal": all(torch.equal(answering[name], learnt[name]) for name in shared)}
