@@ -98,7 +98,7 @@ def as_a_user(home: Path, words: list[str]) -> tuple[int, set[tuple[str, str]]]:
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | variables) as process:
         while process.poll() is None:
             found |= listening(process.pid)
-            time.sleep(0.3)
+            time.sleep(1)
     return process.returncode, found
 
 
