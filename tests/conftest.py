@@ -26,7 +26,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG = ("test_verl", "test_engines", "test_workflow", "test_notebooks", "test_faults", "test_train", "test_docs", "test_checkpoint", "test_rollout", "test_server", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
+LONG = ("test_verl", "test_workflow", "test_notebooks", "test_faults", "test_gradients", "test_memory", "test_engines", "test_lab", "test_train", "test_docs", "test_checkpoint", "test_rollout",
+        "test_server", "test_verl_paths", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
 
 
 def pytest_configure(config):
@@ -38,7 +39,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    "Files that take long come first, so that no worker is left with one at the end; the first two do not wait for each other's warm model."
+    "Files that take long come first, so that no worker is left with one at the end; test_engines not beside test_verl: Ray gives its processes 30 seconds to start, however busy the machine is."
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

@@ -23,177 +23,7 @@ from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh setup full installs it")]
 
-# --- (a) the configuration -------------------------------------------------------------------------------------------------
-
-# As published, written down by hand from the paper's launch scripts, not from medvlthinker.training.recipe:
-# shuffle, batch, mini batch, micro batch per GPU, tensor parallel, nodes, epochs, save frequency, checkpoints kept
-PUBLISHED = {
-    "3B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None),
-    "7B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None),
-    "3B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None),
-    "7B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None),
-    "3B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None),
-    "7B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None),
-    "3B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None),
-    "7B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None),
-    "3B-RL_PMC-easy_to_hard": (False, 256, 128, 16, 2, 1, 1, 100, 2),
-    "7B-RL_PMC-easy_to_hard": (False, 256, 128, 32, 2, 1, 1, 100, None),
-    "32B-RL_m23k": (True, 128, 64, 16, 4, 4, 5, 50, 2),
-    "3B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3),
-    "7B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3),
-    "3B-SFT_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, None),
-    "7B-SFT_m23k-RL_PMC": (True, 64, 32, 4, 2, 1, 1, 50, None),
-    "7B-SFT_m23k-RL_PMC-sft_epoch_5": (True, 64, 32, 4, 2, 1, 1, 50, None),
-}
-PLACES = ("data.shuffle", "data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-          "actor_rollout_ref.rollout.tensor_model_parallel_size", "trainer.nnodes", "trainer.total_epochs", "trainer.save_freq", "trainer.max_actor_ckpt_to_keep")
-SHARED = {  # the same in all of the paper's runs: first what its scripts set, then what they left at the default of the verl of their time
-    "algorithm.adv_estimator": "grpo", "algorithm.use_kl_in_reward": False, "data.max_prompt_length": 2048, "data.max_response_length": 4096,
-    "data.filter_overlong_prompts": False, "data.truncation": "error", "data.image_key": "images", "actor_rollout_ref.actor.optim.lr": 1e-6,
-    "actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_coef": 0.01,
-    "actor_rollout_ref.actor.kl_loss_type": "low_var_kl", "actor_rollout_ref.actor.entropy_coeff": 0, "actor_rollout_ref.model.enable_gradient_checkpointing": True,
-    "actor_rollout_ref.actor.fsdp_config.param_offload": False, "actor_rollout_ref.actor.fsdp_config.optimizer_offload": False,
-    "actor_rollout_ref.ref.fsdp_config.param_offload": True, "actor_rollout_ref.rollout.name": "vllm", "actor_rollout_ref.rollout.n": 8,
-    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6, "actor_rollout_ref.rollout.enable_chunked_prefill": False,
-    "actor_rollout_ref.rollout.enforce_eager": False, "trainer.critic_warmup": 0, "trainer.n_gpus_per_node": 8,
-    "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "core" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
-    "reward.custom_reward_function.reward_kwargs.rule": "reward",
-    "actor_rollout_ref.actor.clip_ratio": 0.2, "actor_rollout_ref.actor.clip_ratio_low": 0.2, "actor_rollout_ref.actor.clip_ratio_high": 0.2,
-    "actor_rollout_ref.actor.clip_ratio_c": 3.0, "actor_rollout_ref.actor.loss_agg_mode": "token-mean", "actor_rollout_ref.actor.ppo_epochs": 1,
-    "actor_rollout_ref.actor.optim.clip_grad": 1.0, "actor_rollout_ref.actor.optim.weight_decay": 0.01, "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
-    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant", "actor_rollout_ref.actor.optim.lr_warmup_steps": 0, "actor_rollout_ref.actor.strategy": "fsdp",
-    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla", "actor_rollout_ref.actor.shuffle": False,
-    "algorithm.norm_adv_by_std_in_grpo": True, "algorithm.gamma": 1.0, "algorithm.lam": 1.0, "algorithm.filter_groups.enable": False,
-    "algorithm.rollout_correction.rollout_is": None, "algorithm.rollout_correction.rollout_rs": None,  # a default that would change the loss if it were on
-    "actor_rollout_ref.rollout.temperature": 1.0, "actor_rollout_ref.rollout.top_p": 1.0, "actor_rollout_ref.rollout.top_k": -1,
-    "actor_rollout_ref.rollout.val_kwargs.do_sample": False, "actor_rollout_ref.rollout.val_kwargs.temperature": 0, "actor_rollout_ref.rollout.max_model_len": 6144,
-    "trainer.balance_batch": True, "trainer.resume_mode": "auto", "reward.reward_manager.name": "naive", "reward.reward_model.enable": False,
-    "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"], "actor_rollout_ref.model.lora_rank": 0, "trainer.device": "cuda",
-    "trainer.v1.trainer_mode": "sync",
-}
-
-
-# Ours on purpose, written down by hand: with flash-attn, and what is added where it is not installed
-SEED = load_profile("paper").seed
-OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "data.seed": SEED,
-             "actor_rollout_ref.rollout.seed": SEED, "data.val_files": "/data/train.parquet",
-             "data.val_max_samples": 1, "trainer.test_freq": -1, "trainer.val_before_train": False}
-UNPADDED = {"actor_rollout_ref.model.use_remove_padding": True,
-            "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
-PADDED = {"actor_rollout_ref.model.use_remove_padding": False,
-          "actor_rollout_ref.model.override_config.attn_implementation": "sdpa"}
-
-
-def words(name: str) -> list[str]:
-    return overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet",
-                     "/checkpoints/here")
-
-
-def wanted(name: str, flash: bool) -> dict:
-    "What our run of a recipe is to have: the paper's values, but for those named above."
-    run = dict(zip(PLACES, PUBLISHED[name]))
-    run["trainer.max_actor_ckpt_to_keep"] = max(2, PUBLISHED[name][8] or 0)
-    run["trainer.total_training_steps"] = {"3B-SFT_m23k-RL_PMC": 1150}.get(name)  # 64 % of an epoch
-    return SHARED | run | OTHERWISE | (UNPADDED if flash else PADDED)
-
-
-def differing(found: dict, expected: dict) -> dict:
-    return {key: (found.get(key), value) for key, value in expected.items()
-            if found.get(key) != value}
-
-
-def accepted_by_verl(words: list[str]) -> dict:
-    "The configuration that verl makes of a command, once its own checks have passed."
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
-
-    package = Path(importlib.util.find_spec("verl").origin).parent
-    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
-        composed = compose("ppo_trainer", words)
-    assert need_reference_policy(composed) and not need_critic(composed)
-    validate_config(composed, use_reference_policy=True, use_critic=False)
-    flat = pandas.json_normalize(OmegaConf.to_container(composed, resolve=True))
-    return {key: column[0] for key, column in flat.items()}
-
-
-@pytest.mark.parametrize("flash", [True, False])
-def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkeypatch, flash):
-    "verl's own configuration takes every word, and ends with the values that stand above."
-    monkeypatch.setattr(verl, "has_flash_attention", lambda: flash)
-    assert set(PUBLISHED) == {name for name, recipe in RECIPES.items()
-                              if recipe.method == "RL" and recipe.size != "tiny"}
-    for name in PUBLISHED:
-        assert differing(accepted_by_verl(words(name)), wanted(name, flash)) == {}, name
-    with pytest.raises(Exception, match="no_such_key"):
-        accepted_by_verl([*words(name), "trainer.no_such_key=1"])
-
-
-# --- (b) the data ----------------------------------------------------------------------------------------------------------
-
-
-def verl_dataset(path, model: Path, most: int, filtered: bool = False):
-    from omegaconf import OmegaConf
-    from transformers import AutoProcessor
-    from verl.utils.dataset.rl_dataset import RLHFDataset
-
-    processor = AutoProcessor.from_pretrained(model)
-    config = OmegaConf.create({"max_prompt_length": most, "filter_overlong_prompts": filtered, "filter_overlong_prompts_workers": 1, "truncation": "error",
-                               "cache_dir": str(Path(path).parent / "verl_cache"), "image_key": "images", "return_raw_chat": True})
-    return RLHFDataset(str(path), processor.tokenizer, config, processor)
-
-
-@pytest.fixture(scope="module")
-def blank_tiny(tmp_path_factory) -> Path:
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
-
-
-def written(samples, folder: Path, model: Path, most: int = 512) -> Path:
-    "verl's file of samples, as a run with this limit makes it."
-    recipe = find("tiny-RL_PMC")
-    recipe = replace(recipe, how=replace(recipe.how, max_prompt_length=most))
-    write_samples(samples, folder / f"{samples[0].dataset_name}.parquet")
-    settings = TrainingSettings(base=str(model), max_rejected=len(samples))
-    return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))
-
-
-def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
-    "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
-    samples = synthetic.corpus("pmc_vqa", 150, 0)
-    samples.insert(1, next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
-    read = verl_dataset(written(samples, tmp_path, blank_tiny), blank_tiny, 512)
-    assert len(read) == 151
-    for place in (0, 1, 64, 150):
-        sample, row = samples[place], read[place]
-        content = row["raw_prompt"][0]["content"]
-        assert [part["type"] for part in content] == ["image"] * len(sample.images) + ["text"]
-        assert all(part["image"].tobytes() == picture.tobytes() for part, picture in zip(content, sample.pictures()))
-        assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
-        assert json.loads(row["extra_info"]["options"]) == sample.options
-    texts = synthetic.corpus("m23k", 10, 0)
-    read = verl_dataset(written(texts, tmp_path, blank_tiny), blank_tiny, 512)
-    assert [row["raw_prompt"][0]["content"] for row in read] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
-    assert "images" not in read.dataframe.column_names
-
-
-@pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
-def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
-    "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
-    from medvlthinker.difficulty.preflight import lengths
-    from transformers import AutoProcessor
-
-    samples = synthetic.corpus(corpus, 60, 1)
-    most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
-    ours, whole = (written(samples, tmp_path, blank_tiny, limit) for limit in (most, 512))
-    kept = len(verl_dataset(ours, blank_tiny, 512))
-    assert 0 < kept < 60
-    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == kept == len(verl_dataset(whole, blank_tiny, most, filtered=True))
-
-
-# --- (c), (d), (e) the run -------------------------------------------------------------------------------------------------
+# --- (a) the run; it takes longest, and comes first: a file that ends with minutes keeps the next one waiting --------------
 
 RUN = """
 import sys
@@ -290,6 +120,175 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
 
     third = begin(tmp_path / "third.log", "tiny-RL_PMC", data)  # nothing is left to do
     assert third.wait(300) == 0 and len(list(logs.glob("verl-*.sh"))) == starts + 1
+
+
+# --- (b) the configuration -------------------------------------------------------------------------------------------------
+
+# As published, written down by hand from the paper's launch scripts, not from medvlthinker.training.recipe:
+# shuffle, batch, mini batch, micro batch per GPU, tensor parallel, nodes, epochs, save frequency, checkpoints kept
+PUBLISHED = {
+    "3B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None),
+    "7B-RL_m23k": (True, 256, 128, 32, 2, 1, 5, 50, None),
+    "3B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None),
+    "7B-RL_m23k-easy_to_hard": (False, 256, 128, 32, 2, 1, 5, 100, None),
+    "3B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None),
+    "7B-RL_m23k-easy_to_hard-1_epoch": (False, 256, 128, 32, 2, 1, 1, 50, None),
+    "3B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None),
+    "7B-RL_PMC": (True, 256, 128, 32, 2, 1, 1, 50, None),
+    "3B-RL_PMC-easy_to_hard": (False, 256, 128, 16, 2, 1, 1, 100, 2),
+    "7B-RL_PMC-easy_to_hard": (False, 256, 128, 32, 2, 1, 1, 100, None),
+    "32B-RL_m23k": (True, 128, 64, 16, 4, 4, 5, 50, 2),
+    "3B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3),
+    "7B-RL_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, 3),
+    "3B-SFT_m23k-RL_PMC": (True, 64, 32, 8, 2, 1, 1, 50, None),
+    "7B-SFT_m23k-RL_PMC": (True, 64, 32, 4, 2, 1, 1, 50, None),
+    "7B-SFT_m23k-RL_PMC-sft_epoch_5": (True, 64, 32, 4, 2, 1, 1, 50, None),
+}
+PLACES = ("data.shuffle", "data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+          "actor_rollout_ref.rollout.tensor_model_parallel_size", "trainer.nnodes", "trainer.total_epochs", "trainer.save_freq", "trainer.max_actor_ckpt_to_keep")
+SHARED = {  # the same in all of the paper's runs: first what its scripts set, then what they left at the default of the verl of their time
+    "algorithm.adv_estimator": "grpo", "algorithm.use_kl_in_reward": False, "data.max_prompt_length": 2048, "data.max_response_length": 4096,
+    "data.filter_overlong_prompts": False, "data.truncation": "error", "data.image_key": "images", "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_coef": 0.01,
+    "actor_rollout_ref.actor.kl_loss_type": "low_var_kl", "actor_rollout_ref.actor.entropy_coeff": 0, "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+    "actor_rollout_ref.actor.fsdp_config.param_offload": False, "actor_rollout_ref.actor.fsdp_config.optimizer_offload": False,
+    "actor_rollout_ref.ref.fsdp_config.param_offload": True, "actor_rollout_ref.rollout.name": "vllm", "actor_rollout_ref.rollout.n": 8,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6, "actor_rollout_ref.rollout.enable_chunked_prefill": False,
+    "actor_rollout_ref.rollout.enforce_eager": False, "trainer.critic_warmup": 0, "trainer.n_gpus_per_node": 8,
+    "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "core" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
+    "reward.custom_reward_function.reward_kwargs.rule": "reward",
+    "actor_rollout_ref.actor.clip_ratio": 0.2, "actor_rollout_ref.actor.clip_ratio_low": 0.2, "actor_rollout_ref.actor.clip_ratio_high": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_c": 3.0, "actor_rollout_ref.actor.loss_agg_mode": "token-mean", "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0, "actor_rollout_ref.actor.optim.weight_decay": 0.01, "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant", "actor_rollout_ref.actor.optim.lr_warmup_steps": 0, "actor_rollout_ref.actor.strategy": "fsdp",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "vanilla", "actor_rollout_ref.actor.shuffle": False,
+    "algorithm.norm_adv_by_std_in_grpo": True, "algorithm.gamma": 1.0, "algorithm.lam": 1.0, "algorithm.filter_groups.enable": False,
+    "algorithm.rollout_correction.rollout_is": None, "algorithm.rollout_correction.rollout_rs": None,  # a default that would change the loss if it were on
+    "actor_rollout_ref.rollout.temperature": 1.0, "actor_rollout_ref.rollout.top_p": 1.0, "actor_rollout_ref.rollout.top_k": -1,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": False, "actor_rollout_ref.rollout.val_kwargs.temperature": 0, "actor_rollout_ref.rollout.max_model_len": 6144,
+    "trainer.balance_batch": True, "trainer.resume_mode": "auto", "reward.reward_manager.name": "naive", "reward.reward_model.enable": False,
+    "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"], "actor_rollout_ref.model.lora_rank": 0, "trainer.device": "cuda",
+    "trainer.v1.trainer_mode": "sync",
+}
+
+
+# Ours on purpose, written down by hand: with flash-attn, and what is added where it is not installed
+SEED = load_profile("paper").seed
+OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "data.seed": SEED,
+             "actor_rollout_ref.rollout.seed": SEED, "data.val_files": "/data/train.parquet",
+             "data.val_max_samples": 1, "trainer.test_freq": -1, "trainer.val_before_train": False}
+UNPADDED = {"actor_rollout_ref.model.use_remove_padding": True,
+            "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
+PADDED = {"actor_rollout_ref.model.use_remove_padding": False,
+          "actor_rollout_ref.model.override_config.attn_implementation": "sdpa"}
+
+
+def words(name: str) -> list[str]:
+    return overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet",
+                     "/checkpoints/here")
+
+
+def wanted(name: str, flash: bool) -> dict:
+    "What our run of a recipe is to have: the paper's values, but for those named above."
+    run = dict(zip(PLACES, PUBLISHED[name]))
+    run["trainer.max_actor_ckpt_to_keep"] = max(2, PUBLISHED[name][8] or 0)
+    run["trainer.total_training_steps"] = {"3B-SFT_m23k-RL_PMC": 1150}.get(name)  # 64 % of an epoch
+    return SHARED | run | OTHERWISE | (UNPADDED if flash else PADDED)
+
+
+def differing(found: dict, expected: dict) -> dict:
+    return {key: (found.get(key), value) for key, value in expected.items()
+            if found.get(key) != value}
+
+
+def accepted_by_verl(words: list[str]) -> dict:
+    "The configuration that verl makes of a command, once its own checks have passed."
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    package = Path(importlib.util.find_spec("verl").origin).parent
+    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
+        composed = compose("ppo_trainer", words)
+    assert need_reference_policy(composed) and not need_critic(composed)
+    validate_config(composed, use_reference_policy=True, use_critic=False)
+    flat = pandas.json_normalize(OmegaConf.to_container(composed, resolve=True))
+    return {key: column[0] for key, column in flat.items()}
+
+
+def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkeypatch):
+    "verl's own configuration takes every word, and ends with the values that stand above; without flash-attn two words are others, whatever the recipe."
+    assert set(PUBLISHED) == {name for name, recipe in RECIPES.items()
+                              if recipe.method == "RL" and recipe.size != "tiny"}
+    for name, flash in [*((name, True) for name in PUBLISHED), ("32B-RL_m23k", False)]:
+        monkeypatch.setattr(verl, "has_flash_attention", lambda: flash)
+        assert differing(accepted_by_verl(words(name)), wanted(name, flash)) == {}, name
+    with pytest.raises(Exception, match="no_such_key"):
+        accepted_by_verl([*words(name), "trainer.no_such_key=1"])
+
+
+# --- (c) the data ----------------------------------------------------------------------------------------------------------
+
+
+def verl_dataset(path, model: Path, most: int, filtered: bool = False):
+    from omegaconf import OmegaConf
+    from transformers import AutoProcessor
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    processor = AutoProcessor.from_pretrained(model)
+    config = OmegaConf.create({"max_prompt_length": most, "filter_overlong_prompts": filtered, "filter_overlong_prompts_workers": 1, "truncation": "error",
+                               "cache_dir": str(Path(path).parent / "verl_cache"), "image_key": "images", "return_raw_chat": True})
+    return RLHFDataset(str(path), processor.tokenizer, config, processor)
+
+
+@pytest.fixture(scope="module")
+def blank_tiny(tmp_path_factory) -> Path:
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
+
+
+def written(samples, folder: Path, model: Path, most: int = 512) -> Path:
+    "verl's file of samples, as a run with this limit makes it."
+    recipe = find("tiny-RL_PMC")
+    recipe = replace(recipe, how=replace(recipe.how, max_prompt_length=most))
+    write_samples(samples, folder / f"{samples[0].dataset_name}.parquet")
+    settings = TrainingSettings(base=str(model), max_rejected=len(samples))
+    return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))
+
+
+def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
+    "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
+    samples = synthetic.corpus("pmc_vqa", 150, 0)
+    samples.insert(1, next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
+    read = verl_dataset(written(samples, tmp_path, blank_tiny), blank_tiny, 512)
+    assert len(read) == 151
+    for place in (0, 1, 64, 150):
+        sample, row = samples[place], read[place]
+        content = row["raw_prompt"][0]["content"]
+        assert [part["type"] for part in content] == ["image"] * len(sample.images) + ["text"]
+        assert all(part["image"].tobytes() == picture.tobytes() for part, picture in zip(content, sample.pictures()))
+        assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
+        assert json.loads(row["extra_info"]["options"]) == sample.options
+    texts = synthetic.corpus("m23k", 10, 0)
+    read = verl_dataset(written(texts, tmp_path, blank_tiny), blank_tiny, 512)
+    assert [row["raw_prompt"][0]["content"] for row in read] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
+    assert "images" not in read.dataframe.column_names
+
+
+@pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
+def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
+    "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
+    from medvlthinker.difficulty.preflight import lengths
+    from transformers import AutoProcessor
+
+    samples = synthetic.corpus(corpus, 60, 1)
+    most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
+    ours, whole = (written(samples, tmp_path, blank_tiny, limit) for limit in (most, 512))
+    kept = len(verl_dataset(ours, blank_tiny, 512))
+    assert 0 < kept < 60
+    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == kept == len(verl_dataset(whole, blank_tiny, most, filtered=True))
 
 
 TEXT = """

@@ -19,7 +19,6 @@ from conftest import ROOT, free_port, python, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
-from medvlthinker.data import synthetic
 from medvlthinker.data.sample import Sample
 from medvlthinker.generation.request import Completion, EngineSettings, Request, Sampling
 from medvlthinker.generation.server import (
@@ -585,52 +584,3 @@ def test_a_hundred_questions_with_faults_and_a_kill(faulty, tmp_path):
                       for number, completions in stored(tmp_path).items()})
     again = {number for number, _ in faulty.asked[asked:]}
     assert len(again) < 90, "what was finished before the kill is not asked again"
-
-
-# ---- a real server ----
-
-
-def drawn_scans(count: int, sampling: Sampling) -> list[Request]:
-    "Text and image questions of several sets."
-    names = ("pmc_vqa", "slake_closed", "MMMU-medical")
-    samples = [sample for name in names for sample in synthetic.benchmark(name, count // 3, 7)]
-    return [Request(sample, index, sampling) for index, sample in enumerate(samples)]
-
-
-def answers(url: str, asked: list[Request], **keys) -> list[list[Completion]]:
-    found, reason = gather(engine(url, **keys).answer(asked))
-    assert reason == ""
-    return [found[request.index] for request in asked]
-
-
-@pytest.mark.heavy
-def test_served_completions_are_drawn_by_their_seeds(vllm_server):
-    "n at once, as vLLM draws it, equals n=1 asked n times: completion k has its seed plus k."
-    asked = drawn_scans(6, Sampling(n=4, temperature=1.0, max_tokens=48, seed=42))
-    at_once, one_by_one = answers(vllm_server, asked), engine(vllm_server)
-    one_by_one.refused = frozenset({"n"})
-    again, _ = gather(one_by_one.answer(asked))
-    assert [[c.text for c in row] for row in at_once] == [
-        [c.text for c in again[request.index]] for request in asked]
-    assert any(len({c.text for c in row}) > 1 for row in at_once)
-
-
-@pytest.mark.heavy
-def test_served_greedy_with_n(vllm_server):
-    "vLLM refuses n > 1 for greedy answers; the engine asks one by one, and learns it once."
-    server = engine(vllm_server, concurrency=1)
-    found, reason = gather(server.answer(drawn_scans(3, Sampling(n=2, max_tokens=48))))
-    assert (reason, server.refused, server.dropped) == ("", {"n"}, set())
-    assert server.budget.requests == 1 + 3 * 2
-    assert all(row[0].text == row[1].text and not row[0].error for row in found.values())
-
-
-@pytest.mark.heavy
-def test_served_question_that_is_too_long(vllm_server):
-    "One prompt exceeds the server's context: it has failed, its neighbours are answered."
-    asked = drawn_scans(6, Sampling(max_tokens=48))
-    long = replace(asked[2].sample, question=asked[2].sample.question + " Why?" * 600)
-    asked[2] = replace(asked[2], sample=long)
-    errors = [row[0].error for row in answers(vllm_server, asked)]
-    assert [bool(error) for error in errors] == [False, False, True, False, False, False]
-    assert "512" in errors[2] and errors[2].startswith("400") and "\n" not in errors[2]
