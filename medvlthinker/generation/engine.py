@@ -442,6 +442,9 @@ def start_ray(settings: Hardware) -> None:
     if not address:  # Ray's word for: this machine alone, every port on 127.0.0.1
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
+    from ray._private import ray_constants as read  # when vLLM imported Ray, which may be long ago
+
+    read.ENABLE_RAY_CLUSTER = read.env_bool(read.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
 
     here = {} if address else {"num_cpus": max(settings.data_parallel, os.cpu_count() or 1)}
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed

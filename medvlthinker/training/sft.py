@@ -295,6 +295,7 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
         model.model.visual.requires_grad_(False)
     if keeps_image_features(run):
         cache_image_features(model.model)
+    torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS) if rank else None
     return model, processor, lora
 

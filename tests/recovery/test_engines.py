@@ -158,6 +158,19 @@ def test_a_cluster_that_we_start_listens_here_only(answered):
     assert all(address.startswith("127.") or address == "::1" for _, address in ours), sorted(ours)
 
 
+def test_ray_that_vllm_has_imported_before_listens_here_only_too(monkeypatch):
+    "Ray reads once, when it is imported, whether it may be reached from outside."
+    import ray
+    from ray._private import ray_constants
+
+    monkeypatch.delenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, raising=False)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr(ray, "is_initialized", iter([False, True]).__next__)
+    monkeypatch.setattr(ray, "init", lambda **given: None)
+    engines.start_ray(EngineSettings(engine="ray"))
+    assert not ray_constants.ENABLE_RAY_CLUSTER
+
+
 # ---- asked over HTTP ----
 
 
