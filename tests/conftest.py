@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG = ("test_verl", "test_workflow", "test_notebooks", "test_faults", "test_gradients", "test_memory", "test_engines", "test_lab", "test_train", "test_docs", "test_checkpoint", "test_rollout",
+LONG = ("test_verl", "test_workflow", "test_notebooks", "test_faults", "test_colocated", "test_gradients", "test_memory", "test_engines", "test_lab", "test_train", "test_docs", "test_checkpoint", "test_rollout",
         "test_server", "test_verl_paths", "test_site", "test_image_ablation", "test_pass_counts", "test_hostile")
 
 
