@@ -1561,6 +1561,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.shared_rows': ( 'training/grpo.html#shared_rows',
                                                                                         'medvlthinker/training/grpo.py'),
+                                            'medvlthinker.training.grpo.take_pixels': ( 'training/grpo.html#take_pixels',
+                                                                                        'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.train_grpo': ( 'training/grpo.html#train_grpo',
                                                                                        'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.vllm_settings': ( 'training/grpo.html#vllm_settings',

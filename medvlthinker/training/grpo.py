@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'rewards', 'grpo_chat', 'vllm_settings', 'grpo_settings', 'prefill_once', 'shared_rows', 'read_once',
-           'shard_reference', 'mend_trl', 'train_grpo']
+           'shard_reference', 'mend_trl', 'take_pixels', 'train_grpo']
 
 # %% ../../nbs/training/43_grpo.ipynb #d986403b
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..core.files import UserError, require_package
@@ -170,6 +170,17 @@ def mend_trl() -> None:
 
     grpo_trainer.prepare_fsdp, grpo_trainer.VLLMGeneration = shard_reference, Answers
 
+# %% ../../nbs/training/43_grpo.ipynb #5f1c20bd
+def take_pixels(
+    tower,  # transformers' vision tower
+) -> None:
+    "Let a vision tower move pixels to where its weights are."
+    def move(tower, given):
+        pixels, *more = given
+        return pixels.to(next(tower.parameters()).device), *more
+
+    tower.register_forward_pre_hook(move)
+
 # %% ../../nbs/training/43_grpo.ipynb #a63f50a7
 def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
@@ -200,6 +211,13 @@ def train_grpo(run: Run) -> Path:
             same = self.same
             return super()._generate_single_turn(prompts[::same], images and images[::same], *more)
 
+        def _prepare_input(self, data):
+            if not (self.use_vllm and isinstance(data, Mapping) and "pixel_values" in data):
+                return super()._prepare_input(data)
+            pixels = data["pixel_values"].bfloat16() if self.args.bf16 else data["pixel_values"]
+            rest = {name: part for name, part in data.items() if name != "pixel_values"}
+            return super()._prepare_input(rest) | {"pixel_values": pixels}
+
         def _get_per_token_logps_and_entropies(self, model, *given, **named):
             shared = self.same > 1 and not self.args.gradient_checkpointing
             model = read_once(model) if shared else model
@@ -215,6 +233,8 @@ def train_grpo(run: Run) -> Path:
             processing_class=processor, peft_config=lora,
             reward_funcs=rewards(run.recipe.how.rule),
             callbacks=[curve_callback(run), whole_callback(run)])
+        for net in filter(None, (model, trainer.ref_model)):
+            take_pixels(net.model.visual)
         if trainer.ref_model and keeps_image_features(run):
             cache_image_features(trainer.ref_model.model)
         run_trainer(run, trainer)

@@ -14,10 +14,11 @@ import vllm.model_executor.layers.utils as layers
 from accelerate import PartialState
 from medvlthinker.training import grpo, sft
 from medvlthinker.training.recipe import TrainingSettings, find
+from transformers import Trainer
 from trl.generation import vllm_generation
 from worker import shard_on_cpu
 
-SLEPT = []
+SLEPT, MOVED = [], set()
 
 
 class LLM(vllm_generation.LLM):
@@ -36,6 +37,11 @@ def on_cpu(run: sft.Run, save_every: int, plain=sft.shared_settings) -> dict:
     return plain(run, save_every) | {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "dataloader_num_workers": 0}
 
 
+def note_moved(self, data, plain=Trainer._prepare_input):
+    MOVED.update(data if isinstance(data, dict) else ())
+    return plain(self, data)
+
+
 def whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
@@ -50,6 +56,7 @@ def train(folder: Path, lora_rank: int) -> None:
     sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
     grpo.shared_settings, grpo.AT_ONCE, vllm_generation.LLM = on_cpu, 24, LLM
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", torch.nn.functional.linear)
+    Trainer._prepare_input = note_moved
     trainers, run_trainer = [], grpo.run_trainer
     grpo.run_trainer = lambda run, trainer: (trainers.append(trainer), run_trainer(run, trainer))
     if (gpus := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -65,7 +72,7 @@ def train(folder: Path, lora_rank: int) -> None:
     answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
     shared = [name for name in answering.keys() & learnt.keys() if answering[name].shape == learnt[name].shape]  # others are fused, or shared out
     if state.is_main_process:
-        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "weights": len(shared),
+        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "weights": len(shared),
                 "equal": all(torch.equal(answering[name], learnt[name]) for name in shared)}
         (folder / "seen.json").write_text(json.dumps(seen))
 
