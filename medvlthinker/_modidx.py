@@ -44,6 +44,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/app/commands.py'),
                                            'medvlthinker.app.commands.export': ('app/commands.html#export', 'medvlthinker/app/commands.py'),
                                            'medvlthinker.app.commands.merge': ('app/commands.html#merge', 'medvlthinker/app/commands.py'),
+                                           'medvlthinker.app.commands.models_to_ask': ( 'app/commands.html#models_to_ask',
+                                                                                        'medvlthinker/app/commands.py'),
                                            'medvlthinker.app.commands.preflight': ( 'app/commands.html#preflight',
                                                                                     'medvlthinker/app/commands.py'),
                                            'medvlthinker.app.commands.rollout': ( 'app/commands.html#rollout',

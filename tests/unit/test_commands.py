@@ -64,6 +64,13 @@ def test_mistakes_are_one_sentence(answered):
     assert not list((answered / "smoke" / "results" / "synthetic").glob("rescore-*"))
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "rollout", "ablate"])
+def test_several_models_on_a_gpu_are_asked_in_a_process_each(warm_home, verb):
+    "vLLM keeps nine tenths of a GPU until its process ends; here the first process says that there is no GPU."
+    refuses([verb, "smoke", "models=tiny,other", "gpus=1", "engine=vllm", "limit=2"], "this machine shows none")
+    assert "this machine shows none" in (warm_home / "smoke" / "logs" / f"{verb}-tiny.log").read_text()
+
+
 @pytest.mark.parametrize("form, words, files", [("inspect", ["benchmark=vqa_rad", "answers=repeats"], 1), ("eval_results", [ASKED[1]], 2)])
 def test_export_writes_a_file_a_set(answered, call, tmp_path, form, words, files):
     call("export", "smoke", "limit=8", *words, "model=tiny", f"to={form}", f"folder={tmp_path / form}")
