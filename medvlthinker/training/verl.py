@@ -160,7 +160,7 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
         "tensor_model_parallel_size": together,
         "gpu_memory_utilization": settings.gpu_memory_utilization or 0.6,
         "max_num_batched_tokens": max(8192, context), "max_num_seqs": 1024,
-        "enable_chunked_prefill": False, "enforce_eager": False, "free_cache_engine": True,
+        "enable_chunked_prefill": True, "enforce_eager": False, "free_cache_engine": True,
         "log_prob_micro_batch_size_per_gpu": micro}
 
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a

@@ -148,6 +148,7 @@ def cpu_overrides(
         f"{part}.model.enable_gradient_checkpointing=False",
         f"++{part}.model.override_config.attn_implementation=sdpa",
         f"{rollout}.enforce_eager=True", f"{rollout}.dtype=float32",
+        f"{rollout}.enable_chunked_prefill=False",
         f"{rollout}.free_cache_engine=False", f"+{rollout}.enable_sleep_mode=False",
         f"{rollout}.gpu_memory_utilization=0.1", f"{rollout}.tensor_model_parallel_size=1",
         f"{rollout}.max_num_seqs=64", f"{rollout}.agent.num_workers=1",

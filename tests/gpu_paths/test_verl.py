@@ -153,7 +153,7 @@ SHARED = {  # the same in all of the paper's runs: first what its scripts set, t
     "actor_rollout_ref.actor.kl_loss_type": "low_var_kl", "actor_rollout_ref.actor.entropy_coeff": 0, "actor_rollout_ref.model.enable_gradient_checkpointing": True,
     "actor_rollout_ref.actor.fsdp_config.param_offload": False, "actor_rollout_ref.actor.fsdp_config.optimizer_offload": False,
     "actor_rollout_ref.ref.fsdp_config.param_offload": True, "actor_rollout_ref.rollout.name": "vllm", "actor_rollout_ref.rollout.n": 8,
-    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6, "actor_rollout_ref.rollout.enable_chunked_prefill": False,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.6,
     "actor_rollout_ref.rollout.enforce_eager": False, "trainer.critic_warmup": 0, "trainer.n_gpus_per_node": 8,
     "reward.custom_reward_function.path": str(ROOT / "medvlthinker" / "core" / "grade.py"), "reward.custom_reward_function.name": "compute_score",
     "reward.custom_reward_function.reward_kwargs.rule": "reward",
@@ -174,7 +174,7 @@ SHARED = {  # the same in all of the paper's runs: first what its scripts set, t
 
 # Ours on purpose, written down by hand: with flash-attn, and what is added where it is not installed
 SEED = load_profile("paper").seed
-OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "data.seed": SEED,
+OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "actor_rollout_ref.rollout.enable_chunked_prefill": True, "data.seed": SEED,
              "actor_rollout_ref.rollout.seed": SEED, "data.val_files": "/data/train.parquet",
              "data.val_max_samples": 1, "trainer.test_freq": -1, "trainer.val_before_train": False}
 UNPADDED = {"actor_rollout_ref.model.use_remove_padding": True,
