@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'PEAK', 'RATES', 'CORPORA', 'TESTS', 'KEPT', 'parameters_of', 'Rate', 'Rows', 'Cost', 'asking_cost',
-           'checkpoint_bytes', 'training_cost', 'data_cost', 'refuse_small_disk', 'free_bytes', 'step_cost',
+           'checkpoint_bytes', 'training_cost', 'data_cost', 'free_bytes', 'refuse_small_disk', 'step_cost',
            'cost_summary', 'step_plan', 'dry_run']
 
 # %% ../../nbs/app/72_cost.ipynb #c6900004
@@ -156,6 +156,14 @@ def data_cost(profile: Profile) -> Cost:
     size = 1e5 * images + 1e4 * CORPORA["m23k"].count
     return Cost(downloads={"test sets and corpora": size}, disk=size)
 
+# %% ../../nbs/app/72_cost.ipynb #c6900038
+def free_bytes(
+    folder: Path,  # which need not be there yet
+) -> int:
+    "Room on the disk of a folder."
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
 # %% ../../nbs/app/72_cost.ipynb #c6900036
 def refuse_small_disk(
     recipes: list[Recipe],  # that have yet to be trained, or finished
@@ -173,14 +181,6 @@ def refuse_small_disk(
             f"The models and checkpoints of {profile.name} need about {needed / 1e9:,.0f} GB more, "
             f"and {free / 1e9:,.0f} GB are free in {workspace.root}; make room, train fewer "
             "(recipes=), use adapters (lora_rank=) or set MEDVLTHINKER_HOME to a larger disk.")
-
-
-def free_bytes(
-    folder: Path,  # which need not be there yet
-) -> int:
-    "Room on the disk of a folder."
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(there).free
 
 # %% ../../nbs/app/72_cost.ipynb #c7200002
 def step_cost(

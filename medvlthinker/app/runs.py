@@ -82,7 +82,7 @@ def ask_model(
     made = iter(generate_all(jobs, open_engine(engine_settings(profile, model)), show))
     return [{name: (samples, next(made)) for name, samples in sets.items()} for _ in samplings]
 
-
+# %% ../../nbs/app/71_runs.ipynb #cafa3f26
 def rollouts(
     profile: Profile,
     model: str,  # as for `engine_settings`

@@ -250,7 +250,7 @@ def steps_per_epoch(recipe: Recipe, rows: int) -> int:
     "Steps of one pass over the corpus; SFT takes the last, partial batch along, verl leaves it out."
     return math.ceil(rows / recipe.how.batch) if recipe.method == "SFT" else rows // recipe.how.batch
 
-
+# %% ../../nbs/training/40_recipe.ipynb #e9ab2f96
 def total_steps(
     recipe: Recipe, rows: int,
     max_steps: int = 0,  # 0 for as many as the epochs have
@@ -293,7 +293,7 @@ def training_folder(recipe: Recipe, checkpoints: Path) -> Path:
     "Where a run keeps its checkpoints on the way; the finished model is `checkpoints/<recipe>`."
     return checkpoints / f"{recipe.name}.training"
 
-
+# %% ../../nbs/training/40_recipe.ipynb #02458522
 def model_folder(
     init: str,  # a recipe's name, `@STEP` behind it for a checkpoint on the way
     checkpoints: Path,
@@ -302,7 +302,7 @@ def model_folder(
     name, _, step = init.partition("@")
     return checkpoints / (f"{name}.steps/{step}" if step else name)
 
-
+# %% ../../nbs/training/40_recipe.ipynb #02458520
 def starting_point(
     recipe: Recipe, checkpoints: Path,
     base: str = "",  # a folder in place of the hub's base model
