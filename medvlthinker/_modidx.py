@@ -1057,6 +1057,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine.prefetch': ( 'generation/engine.html#prefetch',
                                                                                              'medvlthinker/generation/engine.py'),
+                                                'medvlthinker.generation.engine.set_vllm_variables': ( 'generation/engine.html#set_vllm_variables',
+                                                                                                       'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine.start_ray': ( 'generation/engine.html#start_ray',
                                                                                               'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine.vllm_arguments': ( 'generation/engine.html#vllm_arguments',

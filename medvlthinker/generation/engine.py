@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers', 'batches',
-           'TransformersEngine', 'prefetch', 'vllm_arguments', 'VllmEngine', 'RayEngine', 'start_ray', 'copies',
-           'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
+           'TransformersEngine', 'prefetch', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine', 'RayEngine',
+           'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import copy, functools, importlib.metadata, itertools, os, queue, re, socket, threading
@@ -232,11 +232,17 @@ def vllm_arguments(
         config["max_model_len"] = settings.max_model_len
     return config | ({"mm_processor_kwargs": pixels} if pixels else {})
 
+# %% ../../nbs/generation/24_engine.ipynb #6d9b5db1
+def set_vllm_variables() -> None:
+    "What vLLM reads of the environment, unless it is set: no reports, and no compiler of CUDA."
+    for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_USE_FLASHINFER_SAMPLER", "0")):
+        os.environ.setdefault(name, value)
+
 # %% ../../nbs/generation/24_engine.ipynb #6d9b5dbd
 def _load_vllm(folder, settings: EngineSettings):
     "vLLM with a model, in this process; `UserError` where it does not load."
     require_package("vllm", instead="use engine=transformers")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_vllm_variables()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process
     if not settings.gpus:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

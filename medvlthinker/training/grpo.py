@@ -14,6 +14,7 @@ from ..core.files import UserError, require_package
 from ..core.grade import compute_score
 from ..data.prompt import user_text
 from ..data.sample import Sample
+from ..generation.engine import set_vllm_variables
 from .recipe import Recipe, TrainingSettings, processes, steps_per_epoch
 from .sft import (
     Run, cache_image_features, chats, curve_callback, keeps_image_features, last_whole,
@@ -163,6 +164,8 @@ def mend_trl() -> None:
     "Let TRL's trainer share out the reference and start vLLM in our ways."
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
+
+    set_vllm_variables()
 
     class Answers(VLLMGeneration):
         def __init__(self, *given, max_num_seqs: int, **named):

@@ -229,7 +229,9 @@ def environment(
     "Environment variables of a run of verl."
     logs = Path(logs).absolute()
     found = {"VERL_FILE_LOGGER_PATH": str(logs / f"verl-{start:03}.jsonl"),
-             "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1"}
+             "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1",
+             "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",  # as 24_engine has it
+             "RAY_USAGE_STATS_ENABLED": "0"}
     # the last is Ray's word for: this machine alone, every port on 127.0.0.1
     alone = {"RAY_ADDRESS": "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return found | (alone if nodes == 1 else {})

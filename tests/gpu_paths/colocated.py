@@ -16,6 +16,8 @@ from medvlthinker.training import grpo, sft
 from medvlthinker.training.recipe import TrainingSettings, find
 from transformers import Trainer
 from trl.generation import vllm_generation
+from vllm.platforms import current_platform
+from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported
 from worker import shard_on_cpu
 
 SLEPT, MOVED = [], set()
@@ -71,8 +73,9 @@ def train(folder: Path, lora_rank: int) -> None:
     trainer.vllm_generation.sync_weights()
     answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
     shared = [name for name in answering.keys() & learnt.keys() if answering[name].shape == learnt[name].shape]  # others are fused, or shared out
+    current_platform.is_cuda = lambda: True
     if state.is_main_process:
-        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "weights": len(shared),
+        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "compiles for CUDA": flashinfer_sampler_supported(), "weights": len(shared),
                 "equal": all(torch.equal(answering[name], learnt[name]) for name in shared)}
         (folder / "seen.json").write_text(json.dumps(seen))
 
