@@ -304,29 +304,38 @@ def real_ray(request):
     words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-gpus=8",
              "--num-cpus=2", "--port=24679", "--dashboard-port=24680", f"--temp-dir={folder}/ray",
              "--object-store-memory=100000000"]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(words, env=variables, stdout=log, stderr=log,
-                                   start_new_session=True)
-    address, until = "http://127.0.0.1:24680", time.monotonic() + 120
+
+    def start() -> subprocess.Popen:
+        with open(folder / "log", "a") as log:
+            return subprocess.Popen(words, env=variables, stdout=log, stderr=log,
+                                    start_new_session=True)
+
+    def stop(process: subprocess.Popen) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(20)
+
+    def answers() -> bool:
+        with contextlib.suppress(UserError):
+            return verl._count_nodes(address, 8) > 0
+        return False
+
+    address, process, begun, until = "http://127.0.0.1:24680", start(), 1, time.monotonic() + 300
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", address)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         try:
-            while time.monotonic() < until:
-                assert process.poll() is None, (folder / "log").read_text()[-2000:]
-                with contextlib.suppress(UserError):
-                    if verl._count_nodes(address, 8):
-                        break
+            while not answers():
+                assert time.monotonic() < until, (folder / "log").read_text()[-2000:]
+                if process.poll() is not None:  # it gives its own processes 15 s, whatever else runs
+                    assert begun < 4, (folder / "log").read_text()[-2000:]
+                    stop(process)
+                    process, begun = start(), begun + 1
                 time.sleep(1)
-            else:
-                pytest.skip("Ray did not start in two minutes; this machine is too busy")
             yield
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            stop(process)
 
 
 @no_ray
@@ -338,9 +347,11 @@ def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkey
     (logs := tmp_path / "logs").mkdir()
     job, given = verl.job_id(tmp_path, 1), verl.environment(logs, 1, 4)
     assert not verl.is_at_work(job)
-    client = subprocess.Popen(verl.command(QUOTED, given, 4, job=job))
-    until = time.monotonic() + 60
-    while not verl.is_at_work(job) and time.monotonic() < until:
+    words = verl.command(QUOTED, given, 4, job=job)
+    client, until = subprocess.Popen(words), time.monotonic() + 300
+    while client.poll() != 0 and not verl.is_at_work(job) and time.monotonic() < until:
+        if client.poll():  # the head is there, and on a busy machine its agent not yet
+            client = subprocess.Popen(words)
         time.sleep(0.5)
     client.kill()
     client.wait()
