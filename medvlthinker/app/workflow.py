@@ -9,7 +9,7 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'Graph', 'error_
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
 import signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,12 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     papermill_io.register(str(partial.parent), Redacting())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of keys of the profile
     step = partial.name.removesuffix(".running.ipynb")
+    run = functools.partial(
+        papermill.execute_notebook, source, partial, given, kernel_name="python3",
+        cwd=project_root(), progress_bar=False, log_output=False, coalesce_streams=True,
+        stdout_file=_Echo(name), extra_arguments=["--log-level=CRITICAL"])
     try:
-        return papermill.execute_notebook(
-            source, partial, given, kernel_name="python3", cwd=project_root(), progress_bar=False,
-            log_output=False, coalesce_streams=True, stdout_file=_Echo(name),
-            extra_arguments=["--log-level=CRITICAL"])
+        return _begin(run)
     except PapermillExecutionError as error:
         raise UserError(f"{error_line(error.ename, error.evalue)}. ({step} stopped there; the "
                         f"notebook as far as it came: {partial})") from None
@@ -172,6 +173,16 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
         raise _death(step) from None
     except OSError as error:
         raise write_error(error, partial) from None
+
+
+def _begin(run: Callable, tries: int = 3):
+    "Run, again where the kernel died before it answered: another process had taken its port."
+    for left in reversed(range(tries)):
+        try:
+            return run()
+        except RuntimeError as error:
+            if not left or "before replying" not in str(error):
+                raise
 
 
 def _death(step: str) -> UserError:

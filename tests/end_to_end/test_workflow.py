@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says
 from medvlthinker.core.files import UserError
-from medvlthinker.app import cli
+from medvlthinker.app import cli, workflow
 from medvlthinker.app.profile import load_profile, steps
 from medvlthinker.app.cost import dry_run
 from medvlthinker.data.sample import SampleFile
@@ -252,3 +253,23 @@ def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):
     (tmp_path / "vqa_rad" / "images_dev").mkdir(parents=True)
     assert [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path)))] == ["1_data", "4_evaluate", "5_results", "6_audit"]
     assert "2_difficulty" in [step.notebook for step in steps(load_profile("smoke", data_dir=str(tmp_path), corpus="m23k"))]
+
+
+def test_a_kernel_that_dies_before_it_answers_is_started_again(tmp_path, monkeypatch):
+    "As when another process has taken a port that was chosen for it; one that dies each time ends the step."
+    (folder := tmp_path / "kernels" / "python3").mkdir(parents=True)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    real = f'exec {sys.executable} -m ipykernel_launcher -f "$0"'
+    source, partial = tmp_path / "four.ipynb", tmp_path / "4.running.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("2 + 2")]), source)
+
+    def run(script: str):
+        words = ["bash", "-c", f"echo >> {tmp_path}/starts; {script}", "{connection_file}"]
+        (folder / "kernel.json").write_text(json.dumps({"argv": words, "display_name": "it", "language": "python"}))
+        return workflow._papermill(source, partial, {}, "4")
+
+    done = run(f"[ $(wc -l < {tmp_path}/starts) = 1 ] && exit 1; {real}")
+    assert done.cells[-1].outputs[0]["data"]["text/plain"] == "4" and len((tmp_path / "starts").read_text()) == 2
+    with pytest.raises(UserError, match="The process of 4 has died"):
+        run("exit 1")
+    assert len((tmp_path / "starts").read_text()) == 5
