@@ -20,6 +20,7 @@ from medvlthinker.core.files import (
     write_record)
 from ..data.prompt import verl_prompt
 from ..data.sample import Sample, SampleFile
+from ..generation.engine import VLLM_VARIABLES
 from ..generation.model import pixel_limits
 from ..generation.rollout import file_lock
 from medvlthinker.training.recipe import (
@@ -230,8 +231,7 @@ def environment(
     logs = Path(logs).absolute()
     found = {"VERL_FILE_LOGGER_PATH": str(logs / f"verl-{start:03}.jsonl"),
              "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1",
-             "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",  # as 24_engine has it
-             "RAY_USAGE_STATS_ENABLED": "0"}
+             "RAY_USAGE_STATS_ENABLED": "0", **VLLM_VARIABLES}
     # the last is Ray's word for: this machine alone, every port on 127.0.0.1
     alone = {"RAY_ADDRESS": "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return found | (alone if nodes == 1 else {})

@@ -128,9 +128,8 @@ def cpu_environment() -> dict[str, str]:
         "VERL_USE_EXTERNAL_MODULES": "medvlthinker.training.verl_cpu", "VERL_PLATFORM": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # do not pin threads to cores
-        "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",
         "RAY_worker_niceness": "2", "RAY_enable_worker_prestart": "0", "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0", "TORCHDYNAMO_DISABLE": "1",
     }
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #7a659924

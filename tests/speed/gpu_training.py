@@ -2,9 +2,7 @@
 
 Each part runs in a process of its own, for what a trainer and vLLM hold of a GPU they give back when
 they end. `python tests/speed/gpu_training.py PART [SIZE GPUS]` runs one: `tiny 0` tries it on a CPU."""
-import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,7 +35,8 @@ SAME = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 ANSWER = 512  # tokens
 CONTEXT = 16384  # tokens
 CHANGES = {"3B-SFT_m23k": {"batch": 4}, "3B-RL_m23k": {
-    "batch": 8, "mini_batch": 8, "max_prompt_length": 512, "max_response_length": ANSWER}}
+    "batch": 8, "mini_batch": 8, "max_prompt_length": 512, "max_response_length": ANSWER,
+    "kl_coef": 0.0}}
 
 
 def random_model(folder: Path, shape) -> Path:
@@ -79,7 +78,7 @@ def train(part: str, home: Path, machine: dict) -> tuple[float, float]:
     write_samples(rows, home / "rows.parquet")
     settings = TrainingSettings(**machine, max_steps=8)
     run = plan(recipe, settings, home / "rows.parquet", home, home / "logs")
-    run = dataclasses.replace(run, settings=settings_that_fit(
+    run = replace(run, settings=settings_that_fit(
         recipe, run.settings, row=run.longest, model=run.start))
     (train_sft if recipe.method == "SFT" else train_grpo)(run)
     late = curves(run.logs).iloc[3:]  # the first steps warm up
@@ -124,7 +123,7 @@ def gpu_training():
     peak = next((value for key, value in PEAKS.items() if key in name), float("nan"))
     for part, work in PARTS.items():
         words = [sys.executable, __file__, part]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         rate, *more = json.loads(done.stdout.splitlines()[-1])
         print(f"    {100 * work * weights * rate / peak:.1f} % of the arithmetic of a {name}")
         yield rate
