@@ -18,7 +18,7 @@ class Hardware:
     "What generates answers, and on what hardware."
     engine: str = "transformers"  # or `vllm`, `ray` (vLLM on a cluster), `openai` (any such server)
     gpus: int = 0  # per node; 0 runs on the CPU
-    nodes: int = 0  # 0 for as many as a recipe asks for, and 1 for everything else
+    nodes: int = 0  # with `ray` those that answer, else those that train; 0: 1, or the recipe's
     tensor_parallel: int = 1  # GPUs that share a copy of the model; 0 for the fewest that hold it
     data_parallel: int = 0  # copies of the model; 0 for as many as the GPUs allow
     dtype: str = "float32"  # of the weights: `float32`, `bfloat16` or `float16`

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'rewards', 'grpo_chat', 'vllm_settings', 'grpo_settings', 'prefill_once', 'shared_rows', 'read_once',
-           'shard_reference', 'mend_trl', 'take_pixels', 'train_grpo']
+           'shard_reference', 'log_probabilities', 'frozen_weights', 'mend_trl', 'take_pixels', 'train_grpo']
 
 # %% ../../nbs/training/43_grpo.ipynb #d986403b
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.files import UserError, require_package
 from ..core.grade import compute_score
@@ -18,7 +19,10 @@ from ..generation.engine import set_vllm_variables
 from .recipe import Recipe, TrainingSettings, processes, steps_per_epoch
 from .sft import (
     Run, cache_image_features, chats, curve_callback, keeps_image_features, last_whole,
-    open_model, run_trainer, shared_settings, whole_callback)
+    open_model, run_trainer, shared_settings, token_losses, whole_callback)
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/training/43_grpo.ipynb #071fc03d
 def rewards(
@@ -156,12 +160,34 @@ def shard_reference(
 
     return fsdp2_prepare_model(accelerator, model).eval()
 
+# %% ../../nbs/training/43_grpo.ipynb #c82cea92
+def log_probabilities(
+    logits: "torch.Tensor",  # rows x tokens x vocabulary
+    chosen: "torch.Tensor",  # rows x tokens: places in the vocabulary
+) -> "torch.Tensor":  # rows x tokens, float32
+    "The log-probability of each token, in float32 whatever the logits are."
+    from trl.trainer.utils import selective_log_softmax
+
+    if logits.element_size() > 2:
+        return selective_log_softmax(logits, chosen)
+    return -token_losses(logits, chosen)
+
+# %% ../../nbs/training/43_grpo.ipynb #dfdb1dfd
+def frozen_weights(
+    model,  # a module, with peft's adapters or without
+) -> "dict[str, torch.Tensor]":
+    "The weights that adapters are added to, by name; of one that is shared out, this process's part."
+    found = {name: weight.detach() for name, weight in model.named_parameters()
+             if ".base_layer." in name}
+    return {name: part.to_local() if hasattr(part, "to_local") else part
+            for name, part in found.items()}
+
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20bb
 AT_ONCE = 512  # answers that vLLM works on
 
 
 def mend_trl() -> None:
-    "Let TRL's trainer share out the reference and start vLLM in our ways."
+    "Let TRL's trainer share out the reference, score answers and start vLLM in our ways."
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
 
@@ -170,8 +196,17 @@ def mend_trl() -> None:
     class Answers(VLLMGeneration):
         def __init__(self, *given, max_num_seqs: int, **named):
             super().__init__(*given, max_num_seqs=min(max_num_seqs, AT_ONCE), **named)
+            self.start: dict = {}
+
+        def sync_weights(self):
+            frozen = frozen_weights(self.model)
+            self.start = self.start or {name: frozen[name].to("cpu", copy=True) for name in frozen}
+            super().sync_weights()
+            for name, weight in frozen_weights(self.model).items():
+                weight.copy_(self.start[name])
 
     grpo_trainer.prepare_fsdp, grpo_trainer.VLLMGeneration = shard_reference, Answers
+    grpo_trainer.selective_log_softmax = log_probabilities
 
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20bd
 def take_pixels(

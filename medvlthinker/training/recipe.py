@@ -71,7 +71,7 @@ CHOICES = {"engine": ("transformers", "vllm", "openai", "ray"),
 @dataclass(frozen=True)
 class TrainingSettings(Hardware):
     "What is trained, by what, and on what hardware."
-    recipes: tuple[str, ...] = ()  # names of recipes, or `published`
+    recipes: tuple[str, ...] = ()  # names; `published`, or a size such as 7B: those published
     trainer: str = "trl"  # what runs GRPO: `trl` on one machine, `verl` on any number of nodes
     max_steps: int = 0  # training steps at most; 0 for what the recipe says
     lora_rank: int = 0  # 0 trains all weights, as the paper did; else adapters of this rank
@@ -198,7 +198,8 @@ def find(name: str) -> Recipe:
 # %% ../../nbs/training/40_recipe.ipynb #b2df7f2d
 def nodes_of(recipe: Recipe, settings: TrainingSettings) -> int:
     "How many machines a run takes: what the settings say, else the recipe."
-    return settings.nodes or recipe.nodes
+    answering = settings.engine == "ray"  # whose nodes these are
+    return recipe.nodes if answering else settings.nodes or recipe.nodes
 
 # %% ../../nbs/training/40_recipe.ipynb #c326013a
 def processes(recipe: Recipe, settings: TrainingSettings) -> int:
@@ -281,11 +282,13 @@ def chain(recipe: Recipe) -> list[Recipe]:
 
 # %% ../../nbs/training/40_recipe.ipynb #99e02020
 def wanted(
-    names: Iterable[str],  # of recipes; `published` stands for the thirteen
+    names: Iterable[str],  # of recipes; `published` stands for the thirteen, 7B for those of a size
 ) -> list[Recipe]:
     "The recipes of these names and all before them, in an order in which each finds what it starts from."
-    published = [name for name, recipe in RECIPES.items() if recipe.published_step]
-    given = [each for name in names for each in (published if name == "published" else [name])]
+    published = [recipe for recipe in RECIPES.values() if recipe.published_step]
+    groups = {size: [each.name for each in published if each.size == size] for size in BASES}
+    groups["published"] = [recipe.name for recipe in published]
+    given = [each for name in names for each in groups.get(name) or [name]]
     return list({step.name: step for name in given for step in chain(find(name))}.values())
 
 # %% ../../nbs/training/40_recipe.ipynb #0245851e

@@ -7,7 +7,7 @@ __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'PLACES', 'survey_rows', 'Run',
            'chats', 'sft_chat', 'whole_checkpoints', 'cache_image_features', 'keeps_image_features', 'open_model',
            'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints', 'whole_callback',
            'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'run_trainer', 'train_sft',
-           'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
+           'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
 import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
@@ -502,6 +502,21 @@ def train_sft(run: Run) -> Path:
             callbacks=[curve_callback(run), whole_callback(run)]))
     return run.checkpoint(run.takes)
 
+# %% ../../nbs/training/42_sft.ipynb #c366d7a7
+def machine_rank() -> int:
+    "Which of the machines that share a run this is, by MACHINE_RANK; 0 is the first."
+    return int(os.environ.get("MACHINE_RANK", "0"))
+
+# %% ../../nbs/training/42_sft.ipynb #676aaab5
+def refuse_alone(recipe: Recipe, settings: TrainingSettings) -> None:
+    "`UserError` where a run through TRL takes several machines, and none has said which this is."
+    nodes = nodes_of(recipe, settings)
+    if nodes == 1 or uses_verl(recipe, settings) or {"MACHINE_RANK", "MASTER_ADDR"} <= {*os.environ}:
+        return
+    raise UserError(f"{recipe.name} takes {nodes} nodes: on each, at the same time, "
+                    f"`./reproduce.sh train PROFILE recipe={recipe.name}` with MACHINE_RANK=0, 1 "
+                    "... and MASTER_ADDR=FIRST_NODE in the environment. Or leave it out of recipes.")
+
 # %% ../../nbs/training/42_sft.ipynb #b5605059
 LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out one by one
 
@@ -510,8 +525,7 @@ def accelerate_config(recipe: Recipe, settings: TrainingSettings) -> dict:
     "The hardware of a run in the words of `accelerate`."
     nodes, here = nodes_of(recipe, settings), os.environ.get
     shared = {"compute_environment": "LOCAL_MACHINE", "num_machines": nodes,
-              "num_processes": processes(recipe, settings),
-              "machine_rank": int(here("MACHINE_RANK", "0")),
+              "num_processes": processes(recipe, settings), "machine_rank": machine_rank(),
               "main_process_ip": here("MASTER_ADDR", "127.0.0.1"),
               "main_process_port": int(here("MASTER_PORT", "29500")),
               "rdzv_backend": "c10d" if nodes > 1 else "static"}

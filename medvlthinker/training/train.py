@@ -21,9 +21,9 @@ from .memory import settings_that_fit
 from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
 from .grpo import train_grpo
-from medvlthinker.training.sft import (
-    Run, accelerate_config, plan, read_metrics, read_words, start_and_inputs, train_sft,
-    trl_command)
+from .sft import (
+    Run, accelerate_config, machine_rank, plan, read_metrics, read_words, refuse_alone,
+    start_and_inputs, train_sft, trl_command)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,8 @@ def _train(run: Run, first: bool = True) -> Path:
 
 def _launch(run: Run, checkpoints: Path, show) -> Path:
     "Train through TRL in several processes, by accelerate."
-    config = run.logs / f"accelerate-{os.environ.get('MACHINE_RANK', '0')}.json"
+    refuse_alone(run.recipe, run.settings)
+    config = run.logs / f"accelerate-{machine_rank()}.json"
     with atomic_write(config) as file:
         json.dump(accelerate_config(run.recipe, run.settings), file, indent=1)
     python, *words = trl_command(run.recipe, run.settings, run.data, checkpoints, run.logs)
@@ -108,8 +109,7 @@ def train_here(
         taken = _train(run)
     else:
         taken = _launch(run, checkpoints, show)
-    is_first = os.environ.get("MACHINE_RANK", "0") == "0"  # of the nodes that share the run
-    return finish(run, taken, checkpoints) if is_first else final
+    return final if machine_rank() else finish(run, taken, checkpoints)
 
 # %% ../../nbs/training/47_train.ipynb #cccf90a1
 def train(
@@ -119,10 +119,12 @@ def train(
     "Train a recipe in a process of its own, unless its model is there and still holds."
     _, inputs = start_and_inputs(recipe, settings, data, checkpoints, show)
     if why := stale_reason(final := checkpoints / recipe.name, inputs):
+        refuse_alone(recipe, settings)
         words = trl_command(recipe, settings, data, checkpoints, logs)
         show(f"{recipe.name}: {why[:200]}")
         show("$ " + shlex.join(words))
-        run_logged(words, logs / "train.log", show)
+        own = f"-{rank}" if (rank := machine_rank()) else ""  # the machines may share a disk
+        run_logged(words, logs / f"train{own}.log", show)
     return final
 
 # %% ../../nbs/training/47_train.ipynb #4602eee8

@@ -141,7 +141,7 @@ def _actor(how: Grpo, settings: TrainingSettings, micro: int) -> dict:
              "checkpoint.save_contents": ["model", "optimizer", "extra"]}
     kind = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[settings.dtype]
     reference = {"fsdp_config.param_offload": True, "log_prob_micro_batch_size_per_gpu": micro,
-                 "fsdp_config.model_dtype": "bf16" if kind == "bf16" else "fp32"}
+                 "fsdp_config.model_dtype": "fp32"}
     mixed = _under("fsdp_config.mixed_precision",
                    {"param_dtype": kind, "reduce_dtype": "fp32", "buffer_dtype": "fp32"})
     part = "actor_rollout_ref"
@@ -308,7 +308,8 @@ def refuse_missing_nodes(recipes: Iterable[Recipe], settings: TrainingSettings) 
     try:
         here = _count_nodes(ray_address(), settings.gpus)
     except UserError as error:
-        raise UserError(f"{names} wants {most} nodes. {error} Or leave it out.") from None
+        raise UserError(f"{names} wants {most} nodes. {error} Or leave it out, as "
+                        "recipes=3B,7B does.") from None
     if here < most:
         raise UserError(f"{names} wants {most} nodes with {settings.gpus} GPUs, and Ray has "
                         f"{here}; start it on more, or leave it out of recipes.")

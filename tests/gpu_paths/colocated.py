@@ -14,6 +14,7 @@ import vllm.model_executor.layers.utils as layers
 from accelerate import PartialState
 from medvlthinker.training import grpo, sft
 from medvlthinker.training.recipe import TrainingSettings, find
+from safetensors.torch import load_file
 from transformers import Trainer
 from trl.generation import vllm_generation
 from vllm.platforms import current_platform
@@ -71,12 +72,15 @@ def train(folder: Path, lora_rank: int) -> None:
     grpo.train_grpo(run)
     trainer = trainers[0]
     trainer.vllm_generation.sync_weights()
+    frozen = {name.removeprefix("base_model.model.").replace("language_model.", "").replace(".base_layer", ""): weight.clone() for name, weight in grpo.frozen_weights(trainer.model).items()}
     answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
+    start = load_file(folder / "tiny" / "model.safetensors") if frozen else {}
     shared = [name for name in answering.keys() & learnt.keys() if answering[name].shape == learnt[name].shape]  # others are fused, or shared out
     current_platform.is_cuda = lambda: True
     if state.is_main_process:
         seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "compiles for CUDA": flashinfer_sampler_supported(), "weights": len(shared),
-                "equal": all(torch.equal(answering[name], learnt[name]) for name in shared)}
+                "equal": all(torch.equal(answering[name], learnt[name]) for name in shared),
+                "frozen": len(frozen), "as at the start": all(torch.equal(frozen[name], start[name]) for name in frozen)}
         (folder / "seen.json").write_text(json.dumps(seen))
 
 

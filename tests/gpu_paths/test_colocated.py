@@ -40,5 +40,6 @@ def test_vllm_answers_with_the_weights_that_were_learnt_and_two_gpus_take_the_st
         assert seen["equal"] and seen["weights"] > 5
         woken = ["wakes: weights", "wakes: kv_cache", "sleeps"]
         assert seen["slept"] == ["made for 24 at once, to sleep", "sleeps", *woken, *woken, "wakes: weights"]
+    assert one["frozen"] > 10 and one["as at the start"]  # adapters were added to them at each sync, and taken off
     names = ("loss", "reward", "length")  # adapters begin as nothing: both start from one model, and draw the same answers
     assert [two["steps"][0][name] for name in names] == pytest.approx([one["steps"][0][name] for name in names], rel=1e-3)

@@ -64,7 +64,9 @@ found["sleeps"] = rollout.enable_sleep_mode
 for name in ("actor", "ref"):
     part = omega_conf_to_dataclass(parts[name])
     engine = FSDPEngineWithLMHead(model, part.engine, part.optim, part.checkpoint)
-    module = engine._build_module().float()
+    module = engine._build_module()
+    turns = [each.double().sum().item() for key, each in module.named_buffers() if key.endswith("inv_freq")]
+    module = module.float()
     module.gradient_checkpointing_disable()
     with torch.no_grad():
         padded = module(input_ids=ids, attention_mask=mask, position_ids=places).logits[1, :4]
@@ -72,7 +74,7 @@ for name in ("actor", "ref"):
                        position_ids=places[:, 1:, :4]).logits[0]
     found[name] = {"attention": module.config._attn_implementation,
                    "dtype": part.engine.model_dtype, "padding removed": engine.use_remove_padding,
-                   "apart": (padded - alone).abs().max().item()}
+                   "apart": (padded - alone).abs().max().item(), "turns": turns}
 print("FOUND", json.dumps(found))
 """
 
@@ -93,13 +95,12 @@ def build(words: list[str]) -> subprocess.CompletedProcess:
 @no_verl
 @pytest.mark.heavy
 def test_actor_and_reference_are_built_and_see_text(blank):
-    "With what the lock installs; a row gives the same scores beside a longer one as alone."
+    "With what the lock installs; a row gives the same scores beside a longer one as alone, and both turn their positions by the same frequencies."
     done = build(verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
-    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5)}
-    assert found == {"awake": False, "sleeps": True, "actor": kind | {"dtype": "fp32"},
-                     "ref": kind | {"dtype": "bf16"}}
+    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "turns": found["actor"]["turns"]}
+    assert found == {"awake": False, "sleeps": True, "actor": kind, "ref": kind} and kind["turns"]
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -302,8 +303,8 @@ def real_ray(request):
                  "RAY_USAGE_STATS_ENABLED": "0",
                  "PYTHONPATH": str(write_stand_in(folder / "stand-in"))}
     words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-gpus=8",
-             "--num-cpus=2", "--port=24679", "--dashboard-port=24680", f"--temp-dir={folder}/ray",
-             "--object-store-memory=100000000"]
+             "--num-cpus=2", "--port=24679", "--dashboard-port=24680", "--dashboard-agent-listen-port=24681",
+             "--ray-client-server-port=24682", f"--temp-dir={folder}/ray", "--object-store-memory=100000000"]
 
     def start() -> subprocess.Popen:
         with open(folder / "log", "a") as log:
@@ -411,13 +412,14 @@ def test_the_command_runs_when_all_nodes_are_there_and_ends_them(slurm):
     run = slurm.begin("bash", "-c", seen)
     told, errors = run.communicate(timeout=60)
     assert run.returncode == 7, errors
-    assert told.split() == ["cluster.sh:", "Ray", "has", "4", "nodes", "at", "http://10.0.0.1:25123",
-                            "http://10.0.0.1:25123", "token", "64", "n1", "n2", "n3", "n4", "600"]
+    assert told.split() == ["cluster.sh:", "Ray", "has", "4", "nodes", "at", "http://10.0.0.1:24123",
+                            "http://10.0.0.1:24123", "token", "64", "n1", "n2", "n3", "n4", "600"]
     calls = slurm.calls.read_text().splitlines()
     starts = [call for call in calls if call.startswith("ray n") and " start " in call]
-    assert "--head --block --node-ip-address=10.0.0.1 --port=20123" in starts[0]
+    assert "--head --block --node-ip-address=10.0.0.1 --port=21123" in starts[0]
     assert [call.split()[1] for call in starts[1:]] == ["n2", "n3", "n4"] or len(starts) == 4
-    assert all("--address=10.0.0.1:20123 --num-gpus=8" in call for call in starts[1:])
+    assert all("--address=10.0.0.1:21123 " in call and call.endswith("--num-gpus=8") for call in starts[1:])
+    assert all("--dashboard-agent-listen-port=30123 " in call for call in starts)  # by default that of any other head on the node: such a one takes no jobs
     assert left_over(slurm) == []
 
 
