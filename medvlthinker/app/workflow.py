@@ -21,7 +21,7 @@ from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
     write_record)
 from ..core.plots import skip_uri_grammar
-from ..training.recipe import RECIPES, TrainingSettings, nodes_of
+from ..training.recipe import RECIPES, TrainingSettings, nodes_of, rows_at_once
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
 def paper_notebook(
@@ -332,7 +332,7 @@ def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
         cores = str(min(2, os.cpu_count() or 1))
         words += ["--jobs", "16"] if _elsewhere(options) else ["--cores", cores]
     if not _elsewhere(options):  # or one that has the GPUs
-        words += ["--resources", f"gpu={max(1, profile.gpus)}"]
+        words += ["--resources", f"cards={max(1, profile.gpus)}"]
     keys = [f"{key}={value}" for key, value in overrides(profile).items()]
     return [*words, "--config", f"profile={profile.name}", *keys]
 
@@ -431,14 +431,20 @@ def run_workflow(
 def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
     from medvlthinker.app.cost import refuse_small_disk
+    from medvlthinker.training.sft import refuse_alone
     from medvlthinker.training.verl import refuse_missing_nodes
 
-    recipes = [RECIPES[name] for name in names]
-    wide = [recipe.name for recipe in recipes if nodes_of(recipe, profile) > 1]
+    made = Workspace(profile.name).checkpoints
+    recipes = [RECIPES[name] for name in names if not (made / name).is_dir()]
+    for recipe in recipes:
+        rows_at_once(recipe, profile)  # the GPUs can share an update
+    wide = [recipe for recipe in recipes if nodes_of(recipe, profile) > 1]
     if wide and _elsewhere(options):
-        raise UserError(f"{wide[0]} takes several nodes, and a step that is a job of its own "
-                        "starts no Ray on them; train it by nbs/assets/cluster.sh, and leave it out of "
-                        "recipes= here.")
+        raise UserError(f"{wide[0].name} takes several nodes, and a step that is a job of its own "
+                        "starts nothing on the others; train it as the page On a cluster says "
+                        "(nbs/cluster.ipynb), and leave it out of recipes= here.")
+    for recipe in wide:
+        refuse_alone(recipe, profile)
     if not _elsewhere(options):
         refuse_missing_nodes(recipes, profile)
     refuse_small_disk(recipes, profile)

@@ -2,7 +2,7 @@
 # A run over several nodes inside a Slurm allocation: Ray's head and workers on the nodes of the job, then a command, and
 # everything ends with the job. Called from the project's folder, which all nodes must see under the same path:
 #
-#   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
+#   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --mem=0 nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
 #
 # The command runs on the first node, with RAY_ADDRESS and CLUSTER_RAY (HOST:PORT of the head) set; called again after a kill it goes on from its last checkpoint.
 # From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600).
@@ -17,7 +17,8 @@ RAY=${PYTHON%/*}/ray
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]} count=${#nodes[@]}
-port=$((20000 + SLURM_JOB_ID % 5000)) jobs=$((25000 + SLURM_JOB_ID % 5000))  # several jobs may share a node
+own=$((SLURM_JOB_ID % 3000))  # several jobs may share a node, and each has ports of its own: of the head, its jobs, its clients, each node's agent
+port=$((20000 + own)) jobs=$((23000 + own)) clients=$((26000 + own)) agent=$((29000 + own))
 each=(--nodes=1 --ntasks=1 --overlap ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE})
 gpus=(${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE})
 export PATH=${PYTHON%/*}:$PATH RAY_USAGE_STATS_ENABLED=0
@@ -60,11 +61,11 @@ wait_for() {  # so many nodes; nobody is asked more than once a second
 }
 
 srun "${each[@]}" --nodelist="$head" "$RAY" start --head --block --node-ip-address="$address" --port="$port" \
-    --dashboard-host="$address" --dashboard-port="$jobs" ${gpus[@]+"${gpus[@]}"} &
+    --dashboard-host="$address" --dashboard-port="$jobs" --ray-client-server-port="$clients" --dashboard-agent-listen-port="$agent" ${gpus[@]+"${gpus[@]}"} &
 steps+=($!)
 wait_for 1  # workers do not look for a head for long
 for node in "${nodes[@]:1}"; do
-    srun "${each[@]}" --nodelist="$node" "$RAY" start --block --address="$address:$port" ${gpus[@]+"${gpus[@]}"} &
+    srun "${each[@]}" --nodelist="$node" "$RAY" start --block --address="$address:$port" --dashboard-agent-listen-port="$agent" ${gpus[@]+"${gpus[@]}"} &
     steps+=($!)
 done
 wait_for "$count"

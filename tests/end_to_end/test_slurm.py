@@ -6,7 +6,9 @@ import pytest
 from conftest import python, says
 
 PROGRAMS = {
-    "sbatch": """while [ $# -gt 0 ]; do
+    "sbatch": """printf '%s ' "$@" >> {folder}/asked
+[ -z "${REFUSES:-}" ] || exit 1
+while [ $# -gt 0 ]; do
     case "$1" in
         --wrap=*) script=${1#--wrap=} ;;
         --output) log=$2; shift ;;
@@ -49,8 +51,22 @@ def test_a_step_is_a_job(slurm, warm_home):
     assert "step 1 of 1  1_data: done in" in done.stdout and (warm_home / "smoke" / "notebooks" / "1_data.ipynb").is_file()
     script, = slurm.glob("*.script")
     assert "snakemake" in script.read_text() and (slurm / script.stem).read_text().strip() == "COMPLETED"
+    assert {"--nodes=1", "--ntasks=1", "--cpus-per-task=8", "--mem", "32000"} <= {*(slurm / "asked").read_text().split()}
     assert "1_data           done" in python("-m", "medvlthinker.app.cli", "status", "smoke", "limit=2", "train_limit=6", "recipes=").stdout
 
 
+@pytest.mark.heavy
+def test_a_step_on_gpus_gets_one_node_with_all_of_them(slurm, warm_home, monkeypatch):
+    "In one task, with the cores and the memory that the README names for the 7B: Snakemake's own words would be a task a GPU, one core and 1 GB."
+    (notebooks := warm_home / "smoke" / "notebooks").mkdir()
+    (notebooks / "1_data.ipynb").touch()
+    monkeypatch.setenv("REFUSES", "1")
+    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "gpus=8", "engine=vllm", "recipes=", "--allowed-rules", "evaluate",
+                  "--executor", "slurm", "notebooks/4_evaluate-tiny.ipynb")
+    assert done.returncode and "Traceback" not in done.stderr
+    asked = (slurm / "asked").read_text().split()
+    assert {"--nodes=1", "--ntasks=1", "--cpus-per-task=64", "--gpus-per-node=8"} <= {*asked} and int(asked[asked.index("--mem") + 1]) > 265_000
+
+
 def test_recipes_of_several_nodes_are_refused(home):
-    says(python("-m", "medvlthinker.app.cli", "run", "paper", "recipes=32B-RL_m23k", "--executor", "slurm"), "32B-RL_m23k takes several nodes", "cluster.sh")
+    says(python("-m", "medvlthinker.app.cli", "run", "paper", "recipes=32B-RL_m23k", "--executor", "slurm"), "32B-RL_m23k takes several nodes", "cluster.ipynb")
