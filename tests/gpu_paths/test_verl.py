@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas
 import pytest
-from conftest import ROOT
+from conftest import ROOT, encoded
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
+from medvlthinker.generation.model import pixel_limits
 from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
 from medvlthinker.training.sft import plan
@@ -192,6 +193,7 @@ def wanted(name: str, flash: bool) -> dict:
     "What our run of a recipe is to have: the paper's values, but for those named above."
     run = dict(zip(PLACES, PUBLISHED[name]))
     run["trainer.max_actor_ckpt_to_keep"] = max(2, PUBLISHED[name][8] or 0)
+    run["ray_kwargs.ray_init.num_cpus"] = 40 if run["trainer.nnodes"] == 1 else None  # ours; with fewer than 34 verl waits for ever
     run["trainer.total_training_steps"] = {"3B-SFT_m23k-RL_PMC": 1150}.get(name)  # 64 % of an epoch
     return SHARED | run | OTHERWISE | (UNPADDED if flash else PADDED)
 
@@ -231,14 +233,15 @@ def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkey
 # --- (c) the data ----------------------------------------------------------------------------------------------------------
 
 
-def verl_dataset(path, model: Path, most: int, filtered: bool = False):
+def verl_dataset(path, model: Path, most: int, filtered: bool = False, pixels: dict | None = None):
     from omegaconf import OmegaConf
     from transformers import AutoProcessor
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
     processor = AutoProcessor.from_pretrained(model)
     config = OmegaConf.create({"max_prompt_length": most, "filter_overlong_prompts": filtered, "filter_overlong_prompts_workers": 1, "truncation": "error",
-                               "cache_dir": str(Path(path).parent / "verl_cache"), "image_key": "images", "return_raw_chat": True})
+                               "cache_dir": str(Path(path).parent / "verl_cache"), "image_key": "images", "return_raw_chat": True,
+                               "mm_processor_kwargs": pixels or {}})
     return RLHFDataset(str(path), processor.tokenizer, config, processor)
 
 
@@ -249,12 +252,12 @@ def blank_tiny(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
-def written(samples, folder: Path, model: Path, most: int = 512) -> Path:
+def written(samples, folder: Path, model: Path, most: int = 512, max_pixels: int = 0) -> Path:
     "verl's file of samples, as a run with this limit makes it."
     recipe = find("tiny-RL_PMC")
     recipe = replace(recipe, how=replace(recipe.how, max_prompt_length=most))
     write_samples(samples, folder / f"{samples[0].dataset_name}.parquet")
-    settings = TrainingSettings(base=str(model), max_rejected=len(samples))
+    settings = TrainingSettings(base=str(model), max_rejected=len(samples), max_pixels=max_pixels)
     return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))
 
 
@@ -277,18 +280,20 @@ def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
     assert "images" not in read.dataframe.column_names
 
 
-@pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k"])
-def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus):
+@pytest.mark.parametrize("corpus, max_pixels", [("pmc_vqa", 0), ("pmc_vqa", 40_000), ("m23k", 0)])
+def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus, max_pixels):
     "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
-    from medvlthinker.difficulty.preflight import lengths
-    from transformers import AutoProcessor
+    from medvlthinker.difficulty.preflight import lengths, open_processor
 
     samples = synthetic.corpus(corpus, 60, 1)
-    most = int(sorted(lengths(samples, AutoProcessor.from_pretrained(blank_tiny)).prompt_tokens)[30])
-    ours, whole = (written(samples, tmp_path, blank_tiny, limit) for limit in (most, 512))
-    kept = len(verl_dataset(ours, blank_tiny, 512))
+    if max_pixels:  # verl sizes an image twice, and the second time with the limit
+        samples = [replace(sample, images=(encoded(200 + 7 * place, 431 - 3 * place),)) for place, sample in enumerate(samples)]
+    pixels = pixel_limits(blank_tiny, max_pixels)
+    most = int(sorted(lengths(samples, open_processor(str(blank_tiny), max_pixels)[0]).prompt_tokens)[30])
+    ours, whole = (written(samples, tmp_path, blank_tiny, limit, max_pixels) for limit in (most, 512))
+    kept = len(verl_dataset(ours, blank_tiny, 512, pixels=pixels))
     assert 0 < kept < 60
-    assert len(verl_dataset(ours, blank_tiny, most, filtered=True)) == kept == len(verl_dataset(whole, blank_tiny, most, filtered=True))
+    assert len(verl_dataset(ours, blank_tiny, most, True, pixels)) == kept == len(verl_dataset(whole, blank_tiny, most, True, pixels))
 
 
 TEXT = """

@@ -203,7 +203,7 @@ def test_programs_of_a_job_have_whole_paths(tmp_path):
 
 STAND_IN = """
 import os, sys, time
-print(sys.argv[1:], flush=True)
+print(sys.argv[1:], os.environ.get("SAYS", ""), flush=True)
 with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
     for step in (1, 2):
         line = '{"step": %d, "data": {"critic/score/mean": 0.5}}' % step
@@ -292,6 +292,14 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     assert shown == [f"Ray is still at work on 32B-RL_m23k (job {job}); following it.", *STEPS]
     assert actions(cluster).count("submit") == 1 and actions(cluster)[-1] == "logs"
     assert (cluster / "run" / "global_step_50" / "actor").is_dir()
+
+
+def test_a_job_that_loses_an_answer_is_ended(cluster, monkeypatch):
+    "verl would go on with the answers that are left."
+    monkeypatch.setenv("SAYS", verl.LOST[0])
+    with pytest.raises(UserError, match="lost an answer"):
+        start(cluster, [])
+    assert actions(cluster) == ["submit", "stop"]
 
 
 @pytest.fixture(scope="module")
