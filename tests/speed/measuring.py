@@ -61,11 +61,11 @@ def report(measure, bounds: tuple[Bound, ...]) -> int:
         for found, (what, unit, bound, side) in zip(measure(), bounds):
             values = found if isinstance(found, list) else [found]
             value = statistics.median(values)
-            kept = value <= bound if side == "at most" else value >= bound
+            kept = not bound or (value <= bound if side == "at most" else value >= bound)
             spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
             missed += not kept
-            print(f"    {what}: {value:.4g} {unit}{spread}, {side} {bound:g}: "
-                  f"{'holds' if kept else 'DOES NOT HOLD'}", flush=True)
+            verdict = f", {side} {bound:g}: {'holds' if kept else 'DOES NOT HOLD'}" * (bound > 0)
+            print(f"    {what}: {value:.4g} {unit}{spread}{verdict}", flush=True)
     except NotHere as reason:
         print(f"    Not measured on this machine: {reason}.")
     return missed
