@@ -7,9 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from medvlthinker.app.profile import Profile, Workspace, load_profile
 from medvlthinker.app.runs import training_places
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.data.sample import write_samples
+from servers import Handler, serving
 
 PACKAGE = sorted((ROOT / "medvlthinker").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "locks" / "compat").glob("*/*.py"))]
@@ -93,7 +92,7 @@ def traps(tmp_path_factory):
 
 
 OPEN = """
-import json, sys
+import json, os, sys
 from medvlthinker.core.files import UserError
 from medvlthinker.app.profile import load_profile
 from medvlthinker.training.checkpoint import merge
@@ -116,7 +115,7 @@ for what in sys.argv[2:]:
     except Exception as error:
         said = repr(error)
     print(json.dumps([said, os.path.exists(sys.argv[1])]))
-""".replace("import json, sys", "import json, os, sys")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -228,46 +227,44 @@ def test_a_users_file_that_prints_and_raises_the_environment(home, tmp_path, sec
     assert "refused: ***" in wreck and wreck.count("***") > 10 and told(home, redact(str(said.value))) == []
 
 
-class Echo(BaseHTTPRequestHandler):
+class Echo(Handler):
     "A server that repeats the key that it is sent in everything that it says."
 
     def do_GET(self):
         self.say(401 if self.server.locked == "list" else 200, {"data": [{"id": "someone", "owned_by": self.key()}]})
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         with self.server.lock:
             kind = self.server.seen.setdefault(body, len(self.server.seen)) % 4
-        said = {"choices": [{"message": {"content": f"<answer> A </answer> {self.key()}", "role": "assistant"}, "finish_reason": "stop", "index": 0}], "usage": {"completion_tokens": 3, "prompt_tokens": 3}}
-        self.say(401 if self.server.locked else (200, 400, 500, 200)[kind], said)
+        message = {"content": f"<answer> A </answer> {self.key()}", "role": "assistant"}
+        usage = {"completion_tokens": 3, "prompt_tokens": 3}
+        answer = {"choices": [{"message": message, "finish_reason": "stop", "index": 0}], "usage": usage}
+        self.say(401 if self.server.locked else (200, 400, 500, 200)[kind], answer)
 
     def key(self) -> str:
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def say(self, status: int, said: dict):
-        data = json.dumps(said if status == 200 else {"error": {"message": f"{self.key()} is refused; header {self.headers}", "code": self.key(), "type": "invalid"}}).encode()
-        self.send_response(status, self.key() if status != 200 else None)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("retry-after-ms", "1"), ("X-Key", self.key())):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
+        if status != 200:
+            message = f"{self.key()} is refused; header {self.headers}"
+            said = {"error": {"message": message, "code": self.key()}}
+        self.reply(status, said, Retry_After_Ms=1, X_Key=self.key())
 
-    def log_message(self, *words):
-        pass
+    def send_response(self, status: int, message=None):
+        super().send_response(status, self.key() if status != 200 else None)
 
 
 @pytest.fixture
 def echo():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    server.seen, server.locked, server.lock = {}, "", threading.Lock()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with serving(Echo, seen={}, locked="") as server:
+        yield server
 
 
 def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
-    words = ("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=someone", "engine=openai", f"base_url=http://127.0.0.1:{echo.server_port}/v1", "benchmark=pmc_vqa", "limit=8")
+    words = ("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=someone", "engine=openai",
+             f"base_url={echo.url}/v1", "benchmark=pmc_vqa", "limit=8")
     for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
         echo.locked = locked
         done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
@@ -299,14 +296,29 @@ def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
     assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
 
 
-def test_keys_in_a_file_are_read_and_not_run(tmp_path):
-    "What reproduce.sh takes from .env: names with values; no command in it is run, and what the environment says counts."
-    function = re.search(r"^read_env\(\) \{.*?^\}\n", (ROOT / "locks" / "setup.sh").read_text(), re.M | re.S)[0]
-    (tmp_path / ".env").write_text("# keys\nHF_TOKEN=hf_file\nexport WANDB_API_KEY=\"quoted\"\r\nOPENAI_API_KEY=$(touch ran)`touch ran`\nnot a line\nBASH_ENV x=1\nLAST='x'")
-    show = 'read_env; printf "%s|" "$HF_TOKEN" "$WANDB_API_KEY" "$OPENAI_API_KEY" "$LAST"'
-    done = subprocess.run([shutil.which("bash"), "-euo", "pipefail", "-c", function + show], check=True, cwd=tmp_path, capture_output=True, text=True, env={"HF_TOKEN": "hf_environment", "PATH": os.environ["PATH"]})
-    assert done.stdout == "hf_environment|quoted|$(touch ran)`touch ran`|x|" and not (tmp_path / "ran").exists() and not done.stderr
-    ignored = subprocess.run(["git", "check-ignore", ".env"], check=False, cwd=ROOT, capture_output=True, text=True)
+KEYS = """FIRST='x'
+HF_TOKEN=hf_file
+# keys
+export WANDB_API_KEY="quoted"
+OPENAI_API_KEY=$(touch ran)`touch ran`
+not a line
+BASH_ENV x=1"""
+
+
+@pytest.mark.parametrize("encoding, line_end", [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+def test_keys_in_a_file_are_read_and_not_run(tmp_path, encoding, line_end):
+    """Of .env reproduce.sh takes names with values, also as Windows saves them; it runs nothing, and what the
+    environment says counts."""
+    (tmp_path / ".env").write_text(KEYS, encoding=encoding, newline=line_end)
+    setup = (ROOT / "locks" / "setup.sh").read_text()
+    function = re.search(r"^read_env\(\) \{.*?^\}\n", setup, re.M | re.S)[0]
+    show = 'read_env; printf "%s|" "$FIRST" "$HF_TOKEN" "$WANDB_API_KEY" "$OPENAI_API_KEY"'
+    environment = {"HF_TOKEN": "hf_environment", "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", function + show], check=True, cwd=tmp_path,
+                          capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("x|hf_environment|quoted|$(touch ran)`touch ran`|", "")
+    assert not (tmp_path / "ran").exists()
+    ignored = subprocess.run(["git", "check-ignore", ".env"], check=False, cwd=ROOT, capture_output=True)
     assert ignored.returncode in (0, 128), "git would take .env"  # 128: no repository
 
 

@@ -12,10 +12,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, free_port, python, says
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
@@ -23,6 +22,7 @@ from medvlthinker.data.sample import Sample
 from medvlthinker.generation.request import Completion, EngineSettings, Request, Sampling
 from medvlthinker.generation.server import (
     ServerEngine, actual_status, drop_refused_parameter, fit_size, read_answer, read_choice)
+from servers import Handler, serving
 
 KEY = "sk-test-5f3a91c07e"
 ONE = Sampling(seed=42)
@@ -50,17 +50,14 @@ SAID = {  # what a server says, whoever asks
     "filtered": (200, answer(None, "content_filter")),
     "too_long": (400, error("This model's maximum context length is 256 tokens.", code=400)),
     "wrong_key": (401, error(f"Incorrect API key provided: Bearer {KEY}", code="invalid_api_key")),
-    "echoes_key": (400, error(f"Bad request with\nBearer {KEY}")),
-    "answers_key": (200, answer(f"You are Bearer {KEY}")),
     "unknown": (404, error("no such model")),
     "broke": (429, error("You exceeded your current quota.", code="insufficient_quota")),
 }
 
 
-class Faulty(BaseHTTPRequestHandler):
+class Faulty(Handler):
     """Answers question N with the text `answer N seed S`, unless its plan has another act for this
     attempt, or `server.rule` gives a status and a body for the request."""
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         owner = {"owned_by": self.server.owner}
@@ -68,7 +65,7 @@ class Faulty(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         text = body["messages"][0]["content"][-1]["text"]
         number = int(re.search(r"Question: Is this number (\d+)\?", text)[1])
         with server.lock:
@@ -125,40 +122,18 @@ class Faulty(BaseHTTPRequestHandler):
         self.reply(307, b"", Location=elsewhere)
 
     def reply(self, status, body, **headers):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.server.authorized.append(self.headers["Authorization"])
-        self.send_response(status)
-        usual = {"Content_Type": "application/json", "Content_Length": len(data)}
-        for name, value in {**usual, **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *words): ...
-
-
-class Quiet(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
-
-    def handle_error(self, request, address): ...  # lines are cut on purpose
+        super().reply(status, body, **headers)
 
 
 @contextlib.contextmanager
 def faulty_server():
-    server = Quiet(("127.0.0.1", 0), Faulty)
-    server.lock, server.stopping = threading.Lock(), threading.Event()
-    server.asked, server.plan, server.authorized = [], {}, []
-    server.now, server.most, server.owner = 0, 0, "us"
-    server.forever, server.pause, server.rule = False, lambda number: 0.01, lambda body: None
-    options = {"poll_interval": 0.02}
-    threading.Thread(target=server.serve_forever, kwargs=options, daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    facts = {"asked": [], "plan": {}, "authorized": [], "now": 0, "most": 0, "owner": "us", "forever": False,
+             "pause": lambda number: 0.01, "rule": lambda body: None, "stopping": threading.Event()}
+    with serving(Faulty, **facts) as server:
+        server.url += "/v1"
         yield server
-    finally:
         server.stopping.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -281,13 +256,6 @@ def test_hopeless_ends_the_run_and_keeps_what_was_answered(faulty, act, part, ca
     assert KEY not in said
 
 
-def test_a_server_that_repeats_the_key(faulty):
-    faulty.plan = {0: ["echoes_key"], 1: ["answers_key"]}
-    found, _ = gather(engine(faulty.url).answer(requests(3)))
-    assert found[0][0].error == "400: Bad request with Bearer ***"
-    assert found[1][0].text == "You are Bearer ***"
-
-
 def test_the_key_does_not_follow_a_redirect(faulty):
     "A server sends us to another address: the question is asked there, without the key."
     with faulty_server() as other:
@@ -343,48 +311,49 @@ def test_raw_dialects_are_refused(faulty):
 # ---- other servers' habits ----
 
 
-def case(name: str) -> list[dict]:
+def cases(name: str) -> list[dict]:
     path = ROOT.parent / "shared" / "cases" / f"server-{name}.json"
     if not path.is_file():
         pytest.skip("../shared/cases is not on this machine; variants of its cases are tested here")
     return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 
+CONDITIONS = {  # when the server of a case answers so
+    "always": lambda body: True, "top_p is 1.0": lambda body: body.get("top_p") == 1,
+    "temperature and top_p are both in the request": lambda body: {"temperature", "top_p"} <= {*body}}
+
+
 def asked_three(faulty, given: dict, **sampling) -> tuple[dict, str, ServerEngine]:
     "What comes of three questions, one at a time, to a server that answers as the case says."
-    conditions = {"always": lambda body: True, "top_p is 1.0": lambda body: body.get("top_p") == 1,
-                  "temperature and top_p are both in the request":
-                      lambda body: "temperature" in body and "top_p" in body}
-    applies = conditions[given["when"]]
+    applies = CONDITIONS[given["when"]]
+    faulty.asked.clear()
     faulty.rule = lambda body: (given["status"], given["body"]) if applies(body) else None
     server = engine(faulty.url, concurrency=1)
     return *gather(server.answer(requests(3, replace(ONE, **sampling)))), server
 
 
 def test_case_content_as_a_list_of_parts(faulty):
-    for given_case in case("content-parts"):
-        found, reason, _ = asked_three(faulty, given_case)
+    for case in cases("content-parts"):
+        found, reason, _ = asked_three(faulty, case)
         assert reason == "" and len(faulty.asked) == 3
         assert [found[i][0] for i in range(3)] == 3 * [Completion("<answer>B</answer>", "stop", 4)]
 
 
 def test_case_an_error_inside_200(faulty):
-    for given_case in case("error-in-200"):
-        found, reason, _ = asked_three(faulty, given_case)
+    for case in cases("error-in-200"):
+        found, reason, _ = asked_three(faulty, case)
         assert "No credits left." in reason and len(faulty.asked) == 1 and not found
 
 
 def test_case_refused_parameters(faulty):
-    for given_case in case("parameter-names"):
-        faulty.asked.clear()
-        found, reason, server = asked_three(faulty, given_case, temperature=0.7)
+    for case in cases("parameter-names"):
+        found, reason, server = asked_three(faulty, case, temperature=0.7)
         assert reason == "" and server.dropped == {"top_p"}
         right(requests(3), found)
         assert ["top_p" in body for _, body in faulty.asked] == [True, False, False, False]
 
 
 PARTS = [
-    (["<answer>", {"type": "text", "text": "B"}], "<answer>B"),
     ([{"type": "output_text", "text": "B", "annotations": []}, {"type": "image_url"}], "B"),
     ([{"type": "thinking", "thinking": [{"type": "text", "text": "Clear."}]},
       {"type": "text", "text": "B"}], "<think>Clear.</think>B"),
@@ -444,11 +413,8 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
 
 
 REALLY = [  # what a server sends, and the status that it should have had
-    *((200, {"error": {"message": "Not now.", "code": code}}, status)
-      for code, status in [(429, 429), ("429", 429), (None, 500), (400, 400)]),
-    (200, {"error": "Insufficient credits."}, 402),
-    (400, {"error": {"message": "Your credit balance is too low."}}, 402),
-    (429, {"error": {"code": "insufficient_quota", "message": "Quota exceeded."}}, 402)]
+    (200, error("Not now.", code=None), 500), (200, error("Not now.", code=400), 400),
+    (200, {"error": "Insufficient credits."}, 402), (400, error("Your credit balance is too low."), 402)]
 
 
 @pytest.mark.parametrize("status, body, really", REALLY)
@@ -491,54 +457,8 @@ def test_a_scaled_image_has_the_size_that_qwen_gives_it(max_pixels):
 
 # ---- whole programs ----
 
-RUN = """
-import sys
-from medvlthinker.core.commands import run_main
-from medvlthinker.data.sample import Sample
-from medvlthinker.generation.request import EngineSettings, Request, Sampling
-from medvlthinker.generation.server import ServerEngine
 
-def main(words):
-    options = {"A": "Yes", "B": "No"}
-    samples = [Sample(f"Is this number {i}?", options, "A", "Yes") for i in range(4)]
-    requests = [Request(sample, index, Sampling()) for index, sample in enumerate(samples)]
-    settings = EngineSettings(engine="openai", base_url=words[0], concurrency=2)
-    for request, completions in ServerEngine(settings).answer(requests):
-        print(completions[0].finish_reason)
-
-run_main(main)
-"""
-
-
-def test_from_the_command_line(faulty):
-    "Nobody there, a wrong key: one sentence each, and the key nowhere."
-    done = python("-c", RUN, f"http://127.0.0.1:{free_port()}/v1")
-    says(done, "No server answers at http://127.0.0.1:", "Connection refused")
-    faulty.plan = {number: ["wrong_key"] for number in range(4)}
-    done = python("-c", RUN, faulty.url, OPENAI_LOG="debug")
-    assert "Building HTTP request" in done.stderr, "the client's own log is on"
-    assert KEY not in done.stdout + done.stderr
-    assert done.returncode == 2 and "refuses the key (401)" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_interrupt(faulty):
-    "Ctrl-C while the server hangs: over at once, one line."
-    faulty.plan = {number: ["hang"] for number in range(4)}
-    process = subprocess.Popen([sys.executable, "-c", RUN, faulty.url], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
-    while len(faulty.asked) < 2:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=15)[1]  # the server would hang for 30 s
-    assert process.returncode == 130
-    assert said.strip().splitlines() == [
-        "medvlthinker: interrupted; the same command goes on where this one stopped."]
-
-
-# ---- through a rollout ----
-
-ROLLOUT = """
+PROGRAM = """
 import sys
 from medvlthinker.core.commands import run_main
 from medvlthinker.data.sample import Sample
@@ -550,13 +470,32 @@ def main(words):
     options = {"A": "Yes", "B": "No"}
     samples = [Sample(f"Is this number {i}?", options, "A", "Yes", dataset_name="toy",
                       dataset_index=i) for i in range(100)]
-    settings = EngineSettings(model="tiny-served", engine="openai", base_url=words[0],
+    settings = EngineSettings(model="tiny", engine="openai", base_url=words[0],
                               concurrency=4, request_timeout=2)
     rollout = generate(samples, open_engine(settings), Sampling(n=2, seed=42), words[1])
     print(rollout.record["failed"], "failed")
 
 run_main(main)
 """
+
+
+@pytest.fixture
+def words(faulty, tmp_path) -> list[str]:
+    "What starts a rollout of a hundred questions to this server."
+    return [sys.executable, "-c", PROGRAM, faulty.url, str(tmp_path)]
+
+
+def test_interrupt(faulty, words):
+    "Ctrl-C while the server hangs: over at once, one line."
+    faulty.plan, faulty.forever = {number: ["hang"] for number in range(100)}, True
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(faulty.asked) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=15)[1]  # the server would hang for 30 s
+    assert process.returncode == 130
+    assert said.strip().splitlines() == [
+        "medvlthinker: interrupted; the same command goes on where this one stopped."]
 
 
 def stored(folder) -> dict:
@@ -566,13 +505,12 @@ def stored(folder) -> dict:
     return {row["dataset_index"]: row["completions"] for row in rows}
 
 
-def test_a_hundred_questions_with_faults_and_a_kill(faulty, tmp_path):
+def test_a_hundred_questions_with_faults_and_a_kill(faulty, words, tmp_path):
     "Killed in the middle and begun again: each question has its own two answers, none paid twice."
     faulty.plan = {i: [PASSING[i % 9]] for i in range(100) if i % 4 == 0}
     faulty.pause = lambda number: 0.02
-    words = [sys.executable, "-c", ROLLOUT, faulty.url, str(tmp_path)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, **quiet) as process:
         while len(faulty.asked) < 60 and process.poll() is None:
             time.sleep(0.01)
         process.kill()

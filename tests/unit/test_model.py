@@ -1,9 +1,7 @@
 "What a model is: its identity on the hub and in the cache, weights that do not fit, GPUs that hold it, and the limits of its images."
-import http.server
 import json
 import re
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +10,9 @@ from conftest import python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.generation.model import (
-    BASELINES, check_chat_template, check_weights, pixel_limits, prompt_format, tensor_parallel_size, weight_bytes)
+from medvlthinker.generation.model import check_weights, pixel_limits, tensor_parallel_size, weight_bytes
 from medvlthinker.generation.request import EngineSettings
+from servers import Hub, serving
 
 
 @pytest.fixture(scope="module")
@@ -55,35 +53,32 @@ def dropped(pattern: str):
     return lambda name: None if re.search(pattern, name) else name
 
 
-BROKEN = {  # how the names are changed -> what the sentence holds
-    "a layer is missing": (dropped(r"\.layers\.1\."), ["12 missing (model.language_model.layers.1."]),
-    "the vision tower is missing": (dropped(r"visual\."), ["missing (model.visual."]),
-    "one weight is missing": (dropped(r"layers\.2\.self_attn\.k_proj\.bias"), ["1 missing (model.language_model.layers.2.self_attn.k_proj.bias)"]),
-    **{f"a wrapper left {prefix}": (lambda name, prefix=prefix: prefix + name, ["missing (lm_head.weight", f"unexpected ({prefix}"])
+def behind(prefix: str):
+    return lambda name: prefix + name
+
+
+def same(name: str) -> str:
+    return name
+
+
+UNTIED = {"tie_word_embeddings": False, "text_tie_word_embeddings": False}
+BROKEN = {  # how the names of the weights are changed, and the config -> what the sentence holds
+    "one weight is missing": (dropped(r"layers\.2\.self_attn\.k_proj\.bias"), {}, [
+        "1 missing (model.language_model.layers.2.self_attn.k_proj.bias)"]),
+    "one layer too many": (same, {"text_num_hidden_layers": 2, "text_layer_types": ["full_attention"] * 2}, [
+        "12 unexpected (model.language_model.layers.2."]),
+    "wider layers": (same, {"text_intermediate_size": 512}, ["mismatched (", "mlp"]),
+    "untied, and no head": (same, UNTIED, ["1 missing (lm_head.weight)"]),
+    **{f"a wrapper left {prefix}": (behind(prefix), {}, ["missing (lm_head.weight", f"unexpected ({prefix}"])
        for prefix in ("module.", "base_model.model.", "_orig_mod.")},
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_weights_that_do_not_fit_are_named(blank, tmp_path, case):
-    rename, parts = BROKEN[case]
+@pytest.mark.parametrize("rename, config, parts", BROKEN.values(), ids=BROKEN)
+def test_weights_that_do_not_fit_are_named(blank, tmp_path, rename, config, parts):
     with pytest.raises(UserError) as said:
-        check_weights(copied(blank, tmp_path, rename))
+        check_weights(copied(blank, tmp_path, rename, **config))
     assert all(part in str(said.value) for part in parts), said.value
-
-
-def test_a_config_that_counts_fewer_or_wider_layers_than_the_file_is_refused(blank, tmp_path):
-    config = json.loads((blank / "config.json").read_text())
-    few = copied(blank, tmp_path / "few", text_num_hidden_layers=2, text_layer_types=config["text_config"]["layer_types"][:2])
-    with pytest.raises(UserError, match=r"12 unexpected \(model\.language_model\.layers\.2\."):
-        check_weights(few)
-    with pytest.raises(UserError, match=r"mismatched \(.*mlp"):
-        check_weights(copied(blank, tmp_path / "wide", text_intermediate_size=512))
-
-
-def test_an_untied_model_without_a_head_is_refused(blank, tmp_path):
-    with pytest.raises(UserError, match=r"1 missing \(lm_head\.weight\)"):
-        check_weights(copied(blank, tmp_path, tie_word_embeddings=False, text_tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("outer", [True, False])
@@ -114,7 +109,7 @@ def test_weights_that_fit_are_not_refused(blank, tmp_path):
 
     check_weights(blank)
     check_weights(with_head(copied(blank, tmp_path / "tied"), 0.0))
-    check_weights(with_head(copied(blank, tmp_path / "untied", tie_word_embeddings=False, text_tie_word_embeddings=False), 0.5))
+    check_weights(with_head(copied(blank, tmp_path / "untied", **UNTIED), 0.5))
     model = AutoModelForImageTextToText.from_pretrained(blank)
     model.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
@@ -155,19 +150,24 @@ def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
     check_weights(copied(blank, tmp_path / "unknown", dropped("layers.1"), model_type="nobody_knows"))
 
 
-def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
+@pytest.fixture
+def corpus(tmp_path) -> tuple[Path, Path, Path]:
+    "Data, checkpoints and logs of a training run; the data are eight questions."
     from medvlthinker.data.sample import write_samples
-    from medvlthinker.training import sft
-    from medvlthinker.training.recipe import TrainingSettings
-    from medvlthinker.training.recipe import find as get
 
-    places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
-    write_samples(synthetic.corpus("pmc_vqa", 8), places[0])
+    write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "pmc_vqa.parquet")
+    return tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
+
+
+def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path, corpus):
+    from medvlthinker.training import sft
+    from medvlthinker.training.recipe import TrainingSettings, find
+
     torn = copied(blank, tmp_path, dropped(r"\.layers\.1\."))
     for name in ("tiny-SFT_PMC", "tiny-RL_PMC"):
         with pytest.raises(UserError, match="12 missing"):
-            sft.plan(get(name), TrainingSettings(base=str(torn)), *places)
-    run = sft.plan(get("tiny-SFT_PMC"), TrainingSettings(base=str(blank)), *places)
+            sft.plan(find(name), TrainingSettings(base=str(torn)), *corpus)
+    run = sft.plan(find("tiny-SFT_PMC"), TrainingSettings(base=str(blank)), *corpus)
     with pytest.raises(UserError, match="12 missing"):
         sft.open_model(replace(run, start=str(torn)))
 
@@ -175,45 +175,12 @@ def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path):
 # --- the hub ---
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    "As much of the hub as a download asks for; the server holds `folder`, `commit` and `asked`."
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, body: bytes, code: int = 200, **headers):
-        self.send_response(code)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path, commit = self.path.partition("?")[0], self.server.commit
-        self.server.asked.append(f"{self.command} {path}")
-        files = sorted(self.server.folder.iterdir())
-        if path.startswith("/api/models/acme/tiny/tree"):
-            return self.reply(json.dumps([{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files]).encode())
-        if path.startswith("/api/models/acme/tiny"):
-            return self.reply(json.dumps({"id": "acme/tiny", "sha": commit, "siblings": [{"rfilename": file.name} for file in files]}).encode())
-        file = self.server.folder / path.rpartition("/")[2]
-        if path.startswith("/acme/tiny/resolve/") and file.is_file():
-            return self.reply(file.read_bytes(), X_Repo_Commit=commit, ETag=f'"{file.name}-{file.stat().st_size}"')
-        return self.reply(b"{}", 404, X_Error_Code="EntryNotFound" if "acme/tiny" in path else "RepoNotFound")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub(blank):
     "A hub on this machine with one model."
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.commit, server.asked = blank, "0123456789abcdef0123456789abcdef01234567", []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with serving(Hub, repo="acme/tiny", folder=blank, commit=commit, asked=[]) as server:
+        yield server
 
 
 IDENTITY = """
@@ -237,7 +204,7 @@ except UserError as error:
 
 
 def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, tmp_path):
-    endpoint, nobody = f"http://127.0.0.1:{hub.server_port}", "http://127.0.0.1:9"
+    endpoint, nobody = hub.url, "http://127.0.0.1:9"
 
     def identities(address: str, *words: str) -> dict[str, list]:
         "What a new process says of acme/tiny, always with the same cache."
@@ -271,15 +238,11 @@ def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, 
 
 def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
     from medvlthinker.difficulty.preflight import open_processor
-    from transformers import AutoProcessor
 
     folder = copied(blank, tmp_path)
-    template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         open_processor(str(folder))
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # as older models store it
-    check_chat_template(AutoProcessor.from_pretrained(folder), folder)
 
 
 # --- GPUs ---
@@ -328,16 +291,6 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
         tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
 
 
-# --- names and prompts ---
-
-
-def test_a_model_is_asked_in_its_own_words_by_row_and_by_hub_id():
-    for name, row in BASELINES.items():
-        assert prompt_format(name) == prompt_format(row.model) == (row.instruction, row.dialect)
-    assert prompt_format("3B-RL_m23k") == prompt_format("somebody/model") == ("trained", "chat")
-    assert prompt_format("google/gemma-3-4b-it", "none") == ("none", "gemma3")
-
-
 # --- images ---
 
 
@@ -360,16 +313,12 @@ def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
     assert "16.0 of them for images" in without
 
 
-def test_max_pixels_means_the_same_in_training(blank, tmp_path):
-    from medvlthinker.data.sample import write_samples
+def test_max_pixels_means_the_same_in_training(blank, corpus):
     from medvlthinker.training import grpo, sft, verl
-    from medvlthinker.training.recipe import TrainingSettings
-    from medvlthinker.training.recipe import find as get
+    from medvlthinker.training.recipe import TrainingSettings, find
 
-    recipe, small = get("tiny-RL_PMC"), TrainingSettings(base=str(blank), max_pixels=3136)
-    places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
-    write_samples(synthetic.corpus("pmc_vqa", 8), places[0])
-    run, plain = (sft.plan(recipe, settings, *places) for settings in (small, replace(small, max_pixels=0)))
+    recipe, small = find("tiny-RL_PMC"), TrainingSettings(base=str(blank), max_pixels=3136)
+    run, plain = (sft.plan(recipe, settings, *corpus) for settings in (small, replace(small, max_pixels=0)))
     assert run.inputs["max_pixels"] == 3136 and run.folder != plain.folder and "max_pixels" not in plain.inputs
     _, processor, _ = sft.open_model(run)
     assert (processor.image_processor.size["shortest_edge"], processor.image_processor.size["longest_edge"]) == (3136, 3136)
