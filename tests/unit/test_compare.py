@@ -1,16 +1,13 @@
 """Two rules, two engines or two models on the same questions: what flips and why, and whether two numbers may be compared."""
 from dataclasses import asdict, replace
-from unittest import mock
 
 import pandas as pd
 import pytest
 from conftest import by_hand, encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
-from medvlthinker.evaluation import evaluate
 from medvlthinker.evaluation.compare import (
     SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
@@ -54,15 +51,6 @@ def test_the_flips_are_those_of_the_grades(finished, old, new):
     assert table.image.tolist() == grades.image.tolist() and table.parts_at.isna().all()
 
 
-def test_several_processes_rescore_as_one(finished, monkeypatch):
-    alone = rescore([finished, finished], "strict", "lenient")
-    monkeypatch.setattr(evaluate, "_WORTHWHILE", 400)  # of 480 answers in all
-    monkeypatch.setattr(evaluate, "cores", lambda: 2)
-    with mock.patch.object(evaluate, "ProcessPoolExecutor", wraps=evaluate.ProcessPoolExecutor) as pool:
-        pd.testing.assert_frame_equal(rescore([finished, finished], "strict", "lenient"), alone)
-    pool.assert_called_once()
-
-
 def test_the_changes_are_the_paired_difference(finished):
     samples, rollout = finished
     greedy = [row | {"completions": row["completions"][:1]} for row in rollout]
@@ -76,28 +64,17 @@ def test_the_changes_are_the_paired_difference(finished):
     assert changes.difference["macro average"] == pytest.approx(100 / 60 * (turns.get("wrong -> right", 0) - turns.get("right -> wrong", 0)))
 
 
-def test_answers_to_other_questions_are_refused(finished):
+def test_two_rollouts_of_different_models(finished, tmp_path):
     samples, rollout = finished
-    with pytest.raises(UserError, match="answers other questions than these of pmc_vqa"):
-        rescore([(samples[1:] + samples[:1], rollout)])
-    with pytest.raises(UserError, match="are not those to these questions"):
-        rescore([(samples[1:] + samples[:1], list(rollout))])
-
-
-def test_two_rollouts_that_differ_in_more_than_the_computation_are_refused(finished, tmp_path):
-    samples, rollout = finished
-    silent = lambda line: None
-    shorter = generate(samples, by_hand(reply), Sampling(n=4, temperature=0.5, max_tokens=9), tmp_path, silent)
-    with pytest.raises(UserError, match=r"differ in more than how the answers were computed: max_tokens \(4096 and 9\)"):
-        compare_rollouts(samples, rollout, shorter)
     one, two = (replace(rollout.config, weights=weights, engine="vllm") for weights in ("c3de", "77aa"))
-    assert config_difference(one, two) == "weights (c3de and 77aa)"
     assert config_difference(one, replace(two, engine="openai")) == "", "a server does not tell its weights"
     other = by_hand(lambda sample, k: reply(sample, k + 1), "another")
-    another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, silent)
+    another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, lambda line: None)
     table = compare_rollouts(samples, rollout, another, same_model=False)
-    assert set(table.cause) <= {"", "cut at max_tokens", "no option read", "another option"} and table.parts_at.notna().sum() > 200
-    assert (table[table.cause == "no option read"][["first_label", "second_label"]].isna().sum(axis=1) == 1).all()
+    assert set(table.cause) <= {"", "cut at max_tokens", "no option read", "another option"}
+    assert table.parts_at.notna().sum() > 200
+    unread = table[table.cause == "no option read"][["first_label", "second_label"]]
+    assert (unread.isna().sum(axis=1) == 1).all()
 
 
 TEXTS_OF_ANSWERS = st.lists(st.sampled_from([

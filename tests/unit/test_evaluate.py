@@ -39,30 +39,6 @@ def test_several_processes_grade_as_one(samples):
     pd.testing.assert_frame_equal(grade_rollout(list(samples), iter(answers), workers=2), alone)
 
 
-def test_a_row_says_what_the_grader_says(samples):
-    answers = rows(samples, 4)
-    line = grade_rollout(samples, answers).itertuples()
-    for sample, row in zip(samples, answers):
-        for k, completion in enumerate(row["completions"]):
-            found = next(line)
-            assert (found.dataset_index, found.completion, found.gold, found.image) == (sample.dataset_index, k, sample.answer_label, image_cluster_id(sample))
-            for rule in RULES:
-                verdict, label = grade(completion["text"], sample.options, sample.answer_label, rule), getattr(found, f"{rule}_label")
-                assert (None if pd.isna(label) else label, getattr(found, f"{rule}_correct")) == (verdict.label, verdict.correct)
-
-
-def test_answers_to_other_questions_are_refused(samples):
-    answers = rows(samples, 1)
-    for workers in (1, 2):
-        with pytest.raises(UserError, match="The answers to pmc_vqa 1 and after are not those to these questions"):
-            grade_rollout(samples, answers[1:] + answers[:1], workers=workers)
-    for some, others in ((samples[:59], answers), (samples, answers[:59])):
-        with pytest.raises(UserError, match="not as many questions as rows"):
-            grade_rollout(some, others)
-    with pytest.raises(UserError, match="No rule 'kind'; known are reward"):
-        grade_rollout(samples, answers, ("kind",))
-
-
 def test_a_process_that_is_killed_while_it_grades_is_a_sentence(samples):
     def killing():
         for i, sample in enumerate(samples[:10] * 100):
@@ -198,11 +174,9 @@ def test_other_questions_are_not_compared():
 
 
 def test_what_is_all_alike_is_not_certain():
-    same = paired_difference(graded({"a": [1] * 20}), graded({"a": [1] * 20})).loc["macro average"]
-    assert same["low"] < -1 and same["high"] > 1
-    one = paired_difference(graded({"a": [1]}), graded({"a": [0]})).loc["macro average"]
-    assert one["low"] < 0, "one question decides nothing"
-    asked = pd.DataFrame([{"dataset_name": name, "image": f"{name}{i}", "n": 4, "right": 4, "majority": 1.0} for name in BENCHMARKS for i in range(10)])
+    asked = pd.DataFrame([{"dataset_name": name, "image": f"{name}{i}", "n": 4, "right": 4, "majority": 1.0}
+                          for name in BENCHMARKS for i in range(10)])
     table = repeated_accuracy(asked)
     assert table.percent.tolist() == pytest.approx([100] * len(table)) and (table.low < 99).all()
-    assert set(repeated_accuracy(asked.assign(dataset_name="OmniMedVQA")).dataset_name) == {"OmniMedVQA"}, "the paper's averages are over its six sets"
+    own = repeated_accuracy(asked.assign(dataset_name="OmniMedVQA"))
+    assert {*own.dataset_name} == {"OmniMedVQA"}, "the paper's averages are over its six sets"

@@ -164,16 +164,6 @@ def test_lenient_does_not_know_the_right_answer(text, options):
     assert len({(verdict.answer, verdict.label) for verdict in verdicts}) == 1
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.sampled_from("ABCD"), st.text(alphabet="xyz .,\n", max_size=40))
-def test_what_training_rewards_every_rule_reads(label, thought):
-    options = dict(zip("ABCD", ("liver", "spleen", "left lung", "right lung")))
-    text = f"<think>{thought}</think>\n<answer> {label} </answer>"
-    assert [grade(text, options, label, rule).correct for rule in RULES] == [True] * len(RULES)
-    info = {"answer_label": label, "answer": options[label], "options": options}
-    assert compute_score("any", text, options[label], info) == 1.0
-
-
 @pytest.mark.parametrize("separator", [", ", " ", "\n", "; ", " and ", "/", " or ",
                                        "</answer><answer>"])
 @pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "({label}) {text}",
@@ -195,7 +185,6 @@ def test_naming_several_options_earns_nothing(frame, form, separator):
 def test_a_letter_tells_apart_what_a_text_cannot(text):
     options = {"A": "stop", "B": "slow", "C": "slow"}
     assert [grade(text, options, label).correct for label in options] == [False, True, False]
-    assert [grade("slow", options, label).correct for label in options] == [False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,13 +479,6 @@ def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # compute_score meets whatever verl hands over.
-
-
-@pytest.mark.parametrize("info", [None, {}, {"answer_label": "B"},
-                                  {"answer_label": "B", "answer": "Yes"}])
-def test_a_gold_answer_that_stands_twice_and_differs_stops_the_run(info):
-    with pytest.raises(ValueError, match="ground_truth"):
-        compute_score("d", "B", "No", info)
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,7 +10,6 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import python, says
 from medvlthinker.core.files import UserError
 from medvlthinker.results import claims
 from medvlthinker.results.published import COLUMNS, published
@@ -140,14 +139,6 @@ def test_the_tables_are_compared_under_their_own_rule_and_prompt():
     assert len(measured) == 7 and set(measured.status) <= {"match", "inside"}
     for other in ({"instruction": "none"}, {"source": "synthetic"}):
         assert compared([record | other]).empty
-
-
-def test_commands_say_what_is_wrong_in_one_sentence(home):
-    says(python("-m", "medvlthinker.app.cli", "results", "smoke"),
-         "Nothing of the profile smoke has been evaluated", "./reproduce.sh smoke first")
-    done = python("-m", "medvlthinker.app.cli", "check-paper", "smoke")
-    assert done.returncode == 0 and "Nothing has been evaluated in the profile smoke yet" in done.stdout
-    assert len(done.stdout.splitlines()) == 2
 
 
 # ------------------------------------------------------------------------------ claims on runs
