@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import warm
-from conftest import ROOT, python
-from medvlthinker.app import cli
+from conftest import ROOT, free_port, python
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.checkpoint import merge
 from medvlthinker.core.files import UserError, record_path
@@ -79,15 +78,11 @@ def train_sharded(base: str, folder: str, lora: str, how: str) -> None:
 
 def sharded_run(tmp_path, lora: str = "full", how: str = "accelerate"):
     "A base model, and the training folder that two processes left."
-    import socket
-
     base, own = make_tiny_model(tmp_path / "base", seed=3, steps=0), tmp_path / "r.training"
     checkpoint = own / ("global_step_2/actor" if how == "verl" else "checkpoint-2")
     checkpoint.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+              "OMP_NUM_THREADS": 1}
     logs = [str(tmp_path / f"rank-{rank}.log") for rank in (0, 1)]
     ranks = [warm.start(__file__, base, checkpoint, lora, how, cwd=ROOT, out=log, error=log, **common, RANK=rank, LOCAL_RANK=rank) for rank, log in enumerate(logs)]
     for rank in ranks:
@@ -241,13 +236,11 @@ def test_the_same_adapter_of_an_untied_model_is_merged(tmp_path, tied, lora):
 def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
     base, own, _ = full_run
     models = home / "smoke" / "checkpoints"
-    with pytest.raises(UserError, match="No checkpoint in"):
-        cli.main(["merge", "recipe=tiny-SFT_m23k"])
     shutil.copytree(own, models / "tiny-SFT_m23k.training")
-    done = python("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_m23k", "step=2", f"base={base}")
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(models / "tiny-SFT_m23k.steps" / "2")]), done.stderr
-    done = python("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_m23k", f"base={base}")
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(models / "tiny-SFT_m23k")]), done.stderr
+    words = "-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_m23k", f"base={base}"
+    for step, place in (["step=2"], "tiny-SFT_m23k.steps/2"), ([], "tiny-SFT_m23k"):
+        done = python(*words, *step)
+        assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [str(models / place)]), done.stderr
     assert "Not measured." in (models / "tiny-SFT_m23k" / "README.md").read_text()
 
 

@@ -105,10 +105,9 @@ def test_decisions_are_joined_by_set_and_number_and_never_by_position(tmp_path):
     turned = decisions[::-1]
     turned.attrs = decisions.attrs
     assert curate(tmp_path / "toy.parquet", turned, tmp_path / "two", by="a").read_bytes() == path.read_bytes()
-    for name, given, words in (("other", decisions, "holds 0 of the 100 questions"), ("twice", decisions, "holds question 5 twice"),
-                               ("none", decisions, "No samples at")):
+    for name, words in (("other", "holds 0 of the 100 questions"), ("twice", "holds question 5 twice")):
         with pytest.raises(UserError, match=words):
-            curate(tmp_path / f"{name}.parquet", given, tmp_path / "three", by="a")
+            curate(tmp_path / f"{name}.parquet", decisions, tmp_path / "three", by="a")
 
 
 def begun(**parameters) -> dict:
@@ -234,24 +233,20 @@ def test_a_stopping_rule_keeps_its_promise(tmp_path, per_round):
 
 
 def test_live_sampling_until_decided(tmp_path):
+    "Rounds have seeds of their own, and what one has lost is asked again; the corpus is read from the disk."
     samples = [replace(sample, dataset_index=i) for i, sample in enumerate(drawn(60)[0])]
-    engine = answers(np.random.default_rng(6).beta(.5, 1, 60))
     write_samples(samples, tmp_path / "pmc.parquet")
-    samples = SampleFile(tmp_path / "pmc.parquet")  # lazily, as a corpus is read
-    go = functools.partial(generate_until_decided, samples, sampling=FULL, folder=tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
-    decisions = go(engine)
+    engine = answers(np.random.default_rng(6).beta(.5, 1, 60))
+    go = functools.partial(generate_until_decided, SampleFile(tmp_path / "pmc.parquet"), engine, FULL,
+                           tmp_path / "rounds", per_round=4, pilot=20, show=QUIET)
+    decisions = go()
     assert (decisions.n == 16).sum() >= 20 and decisions.n.isin([4, 8, 12, 16]).all()
-    rounds = {path: path.read_bytes() for path in sorted((tmp_path / "rounds").rglob("rollout.jsonl"))}
-    rows = [json.loads(line) for text in rounds.values() for line in text.splitlines()]
-    assert sum(len(row["completions"]) for row in rows) == decisions.n.sum()
-    first = {row["dataset_index"]: row["completions"] for row in map(json.loads, rounds[next(path for path in rounds if "round-01" in str(path))].splitlines())}
-    assert any(row["completions"] != first[row["dataset_index"]] for row in rows if row["dataset_index"] in first and len(row["completions"]) == 4), "rounds have seeds of their own"
-    before = {path: path.stat().st_mtime_ns for path in rounds}
-    assert go(engine).equals(decisions)
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "everything is there already"
-    lost, *_ = (tmp_path / "rounds" / "round-01").rglob("rollout.jsonl")
-    was = lost.read_bytes()
-    lost.write_bytes(was[:len(was) // 2])
-    assert go(engine).equals(decisions) and lost.read_bytes() == was, "what a round has lost is asked again, the rest is kept"
+    first, second = (next((tmp_path / "rounds").glob(f"round-0{n}/*/rollout.jsonl")) for n in (1, 2))
+    rows = [map(json.loads, path.read_text().splitlines()) for path in (first, second)]
+    one, two = ({row["dataset_index"]: row["completions"] for row in each} for each in rows)
+    assert any(one[index] != two[index] for index in two)
+    whole = first.read_bytes()
+    first.write_bytes(whole[:len(whole) // 2])
+    assert go().equals(decisions) and first.read_bytes() == whole
     path = curate(tmp_path / "pmc.parquet", decisions, tmp_path / "curated", by="tiny")
     assert pd.read_parquet(path).pass_of.tolist() == easy_to_hard(decisions).n.tolist()
