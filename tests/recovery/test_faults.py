@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, STEPS, at_work, python, says
-from medvlthinker.data import synthetic
 from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
@@ -23,7 +22,7 @@ from medvlthinker.core.files import FORMAT, UserError, read_json, record_path, r
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import generate, load_rollout
-from medvlthinker.data.sample import SampleFile, write_samples
+from rollout_files import small_disk
 from safetensors.numpy import load_file
 
 KILLS = int(os.environ.get("MEDVLTHINKER_KILLS", "2"))  # at random moments; CI is short of time, fifty take half an hour
@@ -52,11 +51,6 @@ class Run:
         lines = [line for line in self.err.read_text().splitlines() if line.strip()]
         assert len(lines) == 1 and lines[0].startswith("medvlthinker: "), "\n".join(lines[-30:])
         return lines[0]
-
-
-def begin_home(home: Path, warm: Path) -> Path:
-    shutil.copytree(warm, home / "smoke" / "checkpoints" / "tiny")
-    return home
 
 
 def on_the_way(path: Path) -> bool:
@@ -165,7 +159,8 @@ def test_killed_at_random_moments(small_run, warm_tiny, tmp_path):
     longest = 3 * max(json.loads(path.read_text())["seconds"] for path in (small_run / "home" / "smoke" / "notebooks").glob("*.manifest.json"))  # a step that loads its libraries itself
     met, killed = Counter(), 0
     while killed < KILLS:
-        home, through, stuck = begin_home(tmp_path / f"{killed}", warm_tiny), False, (0, 0)
+        home, through, stuck = tmp_path / f"{killed}", False, (0, 0)
+        shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
         while killed < KILLS and not through:
             run = Run(project, home)
             try:
@@ -201,7 +196,7 @@ def test_killed_at_random_moments(small_run, warm_tiny, tmp_path):
     assert KILLS < 50 or met.keys() >= {*STEPS}, f"no kill met {set(STEPS) - met.keys()}"
 
 
-# --- files that somebody or something has changed --------------------------------------------------------------------------
+# --- files that somebody or something has changed ---
 
 FEW = {"limit": 6, "train_limit": 20}
 DAMAGES = {
@@ -214,22 +209,19 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, damage):
-    "Test set, corpus, curated set: the sentence names the file; deleted, as it says, the file is made again with the same bytes."
+@pytest.mark.parametrize("harm", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_parquet_file_is_a_sentence_and_is_made_anew(home, harm):
+    "The sentence names the file; deleted, as it says, the file is made again with the same bytes."
     profile, workspace = load_profile("smoke", **FEW), Workspace("smoke")
-    curated = workspace.curated / "synthetic" / "pmc_vqa-tiny-easy_to_hard.parquet"
-    makers = {workspace.samples / "synthetic" / "pmc_vqa-6.parquet": lambda: list(load_benchmark("pmc_vqa", profile, workspace.samples)),
-              workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet": lambda: list(load_corpus("pmc_vqa", profile, workspace.samples)),
-              curated: lambda: curated.exists() and list(SampleFile(curated)) or write_samples(synthetic.corpus("pmc_vqa", 12), curated)}
-    for path, make in makers.items():
-        make()
+    for load, name in ((load_benchmark, "pmc_vqa-6.parquet"), (load_corpus, "corpus/pmc_vqa-20.parquet")):
+        path = workspace.samples / "synthetic" / name
+        list(load("pmc_vqa", profile, workspace.samples))
         whole = path.read_bytes()
-        path.write_bytes(DAMAGES[damage](whole))
-        with pytest.raises(UserError, match=f"{path.name} is not a readable parquet file .*; delete it, and make or get it again"):
-            make()
+        path.write_bytes(harm(whole))
+        with pytest.raises(UserError, match=f"{path.name} is not a readable parquet file .*; delete it"):
+            list(load("pmc_vqa", profile, workspace.samples))
         path.unlink()
-        make()
+        list(load("pmc_vqa", profile, workspace.samples))
         assert path.read_bytes() == whole
 
 
@@ -267,12 +259,10 @@ def test_what_a_newer_version_wrote_is_left_alone(home):
 
 
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
-    "A file system that is mounted read-only, with all folders there: a run says so in a sentence, and what only reads goes on reading."
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk], check=False, capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here (needs root); one that is read-only is not tested")
-    try:
+    """A file system that is mounted read-only, with all folders there: a run says so in a sentence, and what
+    only reads goes on reading."""
+    refused = "cannot be written .Read-only file system.; what was finished before is kept"
+    with small_disk(tmp_path / "disk", "9m") as disk:
         monkeypatch.setenv("MEDVLTHINKER_HOME", str(disk))
         profile, workspace = load_profile("smoke", **FEW), Workspace("smoke")
         made, folder = list(load_benchmark("pmc_vqa", profile, workspace.samples)), workspace.rollouts / "pmc_vqa"
@@ -282,17 +272,15 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         before = contents(disk)
         says(python("-m", "medvlthinker.app.cli", "run", "smoke"), "Read-only file system", "MEDVLTHINKER_HOME")
-        with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
+        with pytest.raises(UserError, match=refused):
             load_corpus("pmc_vqa", profile, workspace.samples)
         for asked in (made[:3], made[:4]):  # this one is begun, that one is not
-            with pytest.raises(UserError, match="cannot be written .Read-only file system.; what was finished before is kept"):
+            with pytest.raises(UserError, match=refused):
                 by_a_function(asked, folder)
         done = python("-m", "medvlthinker.app.cli", "status", "smoke", "recipes=")
         assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
-        assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made and by_a_function(made, folder) == rollout, "what is there can be read"
-        assert contents(disk) == before
-    finally:
-        subprocess.run(["umount", disk], check=True)
+        assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made, "it can be read"
+        assert by_a_function(made, folder) == rollout and contents(disk) == before
 
 
 def test_what_a_pipeline_launched_ends_with_it(tmp_path):

@@ -3,9 +3,7 @@ no question lost, none asked twice."""
 import contextlib
 import json
 import multiprocessing
-import os
 import random
-import subprocess
 import time
 from collections import Counter
 from dataclasses import fields, replace
@@ -13,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from medvlthinker.core.files import FORMAT, UserError
+from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
 from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
 from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
-from rollout_files import contents, whole_lines
+from rollout_files import contents, small_disk, whole_lines
 
 GREEDY, SAMPLED = Sampling(max_tokens=16), Sampling(n=2, temperature=1.0, max_tokens=16, seed=5)
 JOBS = {"pmc_vqa": GREEDY, "slake_closed": SAMPLED}  # of one run
@@ -164,6 +162,17 @@ def counting(asked: list, **keys) -> FunctionEngine:
     return FunctionEngine(answer, **keys)
 
 
+@pytest.fixture
+def answered(tmp_path):
+    "A rollout of eight questions, its record, and what asks for it again: the rollout, and what was asked."
+    def ask():
+        asked = []
+        return generate(sets(8)["pmc_vqa"], counting(asked), GREEDY, tmp_path, quiet), asked
+
+    rollout, _ = ask()
+    return rollout, rollout.folder / "rollout.json", ask
+
+
 DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; which lines it costs
     "a flipped byte": (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], {7}),
     "a flipped end of a line": (lambda data: data.replace(b"\n", b"\x0b", 1), {0, 1}),
@@ -175,13 +184,11 @@ DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; w
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_lines_are_asked_again(tmp_path, damage, state):
+@pytest.mark.parametrize("harm, lost", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_lines_are_asked_again(answered, harm, lost, state):
     "Only those, and the bytes are as before."
-    samples, asked = sets(8)["pmc_vqa"], []
-    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
-    whole, record = rollout.path.read_bytes(), rollout.folder / "rollout.json"
-    harm, lost = DAMAGES[damage]
+    rollout, record, ask = answered
+    whole = rollout.path.read_bytes()
     rollout.path.unlink()
     if (data := harm(whole)) is not None:
         rollout.path.write_bytes(data)
@@ -190,8 +197,7 @@ def test_damaged_lines_are_asked_again(tmp_path, damage, state):
         del known["finished"]
         record.write_text(json.dumps(known))
     assert not lost or reads_wrong(rollout.folder)
-    asked.clear()
-    again = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
+    again, asked = ask()
     assert (again.path.read_bytes(), {*asked}) == (whole, {*lost})
 
 
@@ -203,42 +209,15 @@ def reads_wrong(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1}'])
-def test_a_damaged_record_costs_no_answers(tmp_path, text):
-    samples, asked = sets(8)["pmc_vqa"], []
-    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
-    (rollout.folder / "rollout.json").write_text(text)
+def test_a_damaged_record_costs_no_answers(answered, text):
+    rollout, record, ask = answered
+    record.write_text(text)
     with pytest.raises(UserError, match="rollout.json cannot be read"):
         load_rollout(rollout.folder)
-    assert generate(samples, counting(asked), GREEDY, tmp_path, quiet) == rollout
-    assert len(asked) == 8 and load_rollout(rollout.folder).record["rows"] == 8
-
-
-def test_a_record_of_a_newer_version_is_left_alone(tmp_path):
-    samples, asked = sets(8)["pmc_vqa"], []
-    rollout = generate(samples, counting(asked), GREEDY, tmp_path, quiet)
-    record = rollout.folder / "rollout.json"
-    record.write_text(json.dumps({**rollout.record, "format": FORMAT + 1}))
-    before = contents(tmp_path, "*.json*")
-    for read in (load_rollout, lambda _: generate(samples, counting(asked), GREEDY, tmp_path)):
-        with pytest.raises(UserError, match="written by a newer version"):
-            read(rollout.folder)
-    assert contents(tmp_path, "*.json*") == before and len(asked) == 8
+    assert ask() == (rollout, []) and load_rollout(rollout.folder).record["rows"] == 8
 
 
 # ---- a full disk ----
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root); the full disk is "
-                    "not tested")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])
