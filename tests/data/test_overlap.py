@@ -102,24 +102,23 @@ def test_the_order_of_pairs_does_not_depend_on_the_hash_seed():
     assert first.count("question") > 50 and first == second
 
 
+class Token:
+    "What a sample takes with it when it goes."
+
+
 def test_a_corpus_is_never_held():
     "A few batches of training samples are alive at a time."
-    living, most = weakref.WeakSet(), 0
+    living, alive = weakref.WeakSet(), []
 
     def train():
-        nonlocal most
         for number in range(1000):
-            sample = Sample(f"question {number}", {"A": "x", "B": "y"}, "A", "x", dataset_name="t", dataset_index=number, misc={"id": [number]})
             living.add(token := Token())
-            sample.misc["token"] = token
-            most = max(most, len(living))
-            yield sample
-
-    class Token:
-        pass
+            alive.append(len(living))
+            yield Sample(f"question {number}", {"A": "x", "B": "y"}, "A", "x", dataset_name="t",
+                         dataset_index=number, misc={"token": token})
 
     overlap({"t": train()}, one_each([synthetic.benchmark("pmc_vqa", 1)[0].images[0]]))
-    assert most <= 257
+    assert len(alive) == 1000 and max(alive) <= 257
 
 
 def test_the_images_that_are_aligned_are_bounded(monkeypatch):

@@ -16,7 +16,7 @@ from conftest import ROOT, python
 from medvlthinker.data import synthetic
 from medvlthinker.training import sft
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.core.files import UserError
+from medvlthinker.core.files import UserError, file_hash
 from medvlthinker.core.commands import run_logged, redact
 from medvlthinker.app.profile import Profile, Workspace, load_profile
 from medvlthinker.app.runs import training_places
@@ -28,7 +28,7 @@ PACKAGE = sorted((ROOT / "medvlthinker").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "locks" / "compat").glob("*/*.py"))]
 
 
-# --- the code, read as code -------------------------------------------------------------------------------------------------------
+# --- the code, read as code ---
 
 
 def test_what_no_linter_looks_for():
@@ -57,7 +57,7 @@ def test_models_bring_neither_code_nor_pickles():
     assert not [key for key in Profile.__dataclass_fields__ if "trust" in key], "and no key of a profile turns it on"
 
 
-# --- weights and code that would do something ---------------------------------------------------------------------------------------
+# --- weights and code that would do something ---
 
 
 class Program:
@@ -163,7 +163,7 @@ def test_code_of_a_model_does_not_run(opened):
     assert opened[-1][1], "it would have run"
 
 
-# --- secrets ---------------------------------------------------------------------------------------------------------------------------
+# --- secrets ---
 
 SECRETS = {"HF_TOKEN": "hf_ThisTokenOpensNothing0123456789ab", "WANDB_API_KEY": "4f1cafe0ffee5ec2e75ec2e75ec2e7c0ffee99b7", "OPENAI_API_KEY": "sk-proj-ThisKeyOpensNothing-0123456789_xyz"}
 
@@ -322,38 +322,30 @@ def test_keys_in_a_file_are_read_and_not_run(tmp_path, encoding, line_end):
     assert ignored.returncode in (0, 128), "git would take .env"  # 128: no repository
 
 
-# --- the reward ---------------------------------------------------------------------------------------------------------------------------
+# --- the reward ---
 
 
 def test_the_reward_is_ours_and_its_hash_decides(home, tmp_path, monkeypatch):
-    "verl's settings name our own file; its hash stands among the inputs of a run, and one more byte makes another run, in a folder of its own."
-    import hashlib
-
+    """verl's settings name our own file; its hash stands among the inputs of a run, and one more byte makes another
+    run, in a folder of its own."""
     from medvlthinker.training import verl
-    from medvlthinker.core.files import write_record, stale_reason
 
-    recipe, smoke, workspace = find("tiny-RL_PMC"), load_profile("smoke"), Workspace("smoke")
-    given = verl.verl_settings(recipe, smoke, "model", "data.parquet", tmp_path)
+    recipe = find("tiny-RL_PMC")
+    given = verl.verl_settings(recipe, load_profile("smoke"), "model", "data.parquet", tmp_path)
     file = Path(given["reward.custom_reward_function.path"])
-    assert file == ROOT / "medvlthinker" / "core" / "grade.py" and given["reward.custom_reward_function.name"] == "compute_score"
-    assert not [line for line in file.read_text().splitlines() if re.match(r"\s*(from \.|import medvlthinker|from medvlthinker)", line)], "it stands alone, so that its hash is that of the whole reward"
+    assert file == ROOT / "medvlthinker" / "core" / "grade.py"
+    assert given["reward.custom_reward_function.name"] == "compute_score"
     write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "pmc_vqa.parquet")
+    places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
     small = TrainingSettings(base=str(make_tiny_model(tmp_path / "start", steps=0)))
-    planned = lambda: sft.plan(recipe, small, tmp_path / "pmc_vqa.parquet", workspace.checkpoints, tmp_path / "logs")
-    run = planned()
-    assert run.inputs["reward"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    final = workspace.checkpoints / recipe.name
-    final.mkdir()
-    with write_record(final, run.inputs):
-        (final / "config.json").write_text("{}")
-    assert not stale_reason(final, planned().inputs)
+    run = sft.plan(recipe, small, *places)
+    assert run.inputs["reward"] == file_hash(file)
     (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")
     monkeypatch.setattr(sft, "REWARD", tmp_path / "grade.py")
-    edited = planned()
-    assert edited.folder != run.folder and stale_reason(final, edited.inputs).startswith("reward was")
+    assert sft.plan(recipe, small, *places).folder != run.folder
 
 
-# --- ports --------------------------------------------------------------------------------------------------------------------------------
+# --- ports ---
 
 
 def test_what_serves_listens_here_only(tmp_path):
