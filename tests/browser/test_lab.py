@@ -80,7 +80,7 @@ def lab(project, home):
             except OSError:
                 assert server.poll() is None, (project.parent / "server.log").read_text()[-3000:]
                 time.sleep(0.25)
-        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs", shots=project.parent)
+        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs")
         server.terminate()
 
 
@@ -125,7 +125,6 @@ def test_it_opens_at_the_map(lab, page):
     assert urlsplit(page.url).path == "/lab/tree/index.ipynb"
     run_all(page, lab.nbs / "index.ipynb")
     page.locator("td", has_text="At 32B the recipe is on par with GPT-4o.").wait_for()
-    page.screenshot(path=lab.shots / "map.png")
 
 
 def test_quickstart_takes_an_image_of_ones_own(lab, page, project):
@@ -146,7 +145,6 @@ def test_quickstart_takes_an_image_of_ones_own(lab, page, project):
     page.keyboard.press("Control+Enter")
     page.wait_for_function("() => [...document.querySelectorAll('.jp-OutputArea img')].some(image => image.naturalWidth == 90)", timeout=30_000)
     assert size() == [90, 60]
-    page.screenshot(path=lab.shots / "quickstart.png")
 
 
 def test_results_are_drawn(lab, page):
@@ -158,7 +156,6 @@ def test_results_are_drawn(lab, page):
     page.locator(".js-plotly-plot").last.locator(".main-svg").first.wait_for(timeout=30_000)
     assert page.locator(".js-plotly-plot:has(.main-svg)").count() == figures > 4
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
-    page.screenshot(path=lab.shots / "results.png")
 
 
 def test_the_viewer_answers_and_nothing_that_a_model_wrote_comes_alive(chromium, lab, project):
@@ -185,7 +182,6 @@ def test_the_viewer_answers_and_nothing_that_a_model_wrote_comes_alive(chromium,
     page.keyboard.press("ArrowUp")
     expect(count).to_contain_text("this is number 2.", timeout=30_000)
     expect(shown.locator("[role=status] ~ code")).to_have_text("benchmark=vqa_rad_closed&model=a&at=2")
-    page.screenshot(path=lab.shots / "viewer.png")
     assert not [line for line in wrong if "dialog" in line or "pwned" in line or "evil" in line]
     assert not [url for url in asked if "evil.example" in url]
     page.close()

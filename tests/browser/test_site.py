@@ -6,9 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,11 +15,12 @@ import pytest
 pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
 import yaml
 from bs4 import BeautifulSoup
-from conftest import FLOORS, ROOT, watched
+from conftest import FLOORS, ROOT, copy_project, watched
 from fastcore.nbio import mk_cell, new_nb, write_nb
 
-from medvlthinker.app import cli, site
+from medvlthinker.app import site
 from medvlthinker.core.files import UserError
+from servers import serving
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 COMPLETION = "<think> </pre><script>alert('model')</script>\n```\n:::\n{{< include x >}}</think> **B**"
@@ -106,7 +105,7 @@ def soup(folder, name):
     return BeautifulSoup(read(folder, name), "html.parser")
 
 
-# --- the staged pages, which both renderers read ---------------------------------------------------------------------
+# --- the staged pages, which both renderers read ---
 
 
 def test_no_notebook_and_no_html_output_is_staged(tmp_path):
@@ -156,7 +155,7 @@ def test_quarto_renders_the_same_folder_where_it_is_installed(tmp_path, monkeypa
         assert first.is_file(), "the old site is kept"
 
 
-# --- the pages that pandoc makes -------------------------------------------------------------------------------------
+# --- the pages that pandoc makes ---
 
 
 def dead_links(folder):
@@ -224,7 +223,7 @@ def test_the_search_index_holds_headings_and_first_paragraphs(built):
     assert "index.html#how-do-i-evaluate-my-own-model" in entries
 
 
-# --- README.md, the command, the configuration -----------------------------------------------------------------------
+# --- README.md and the configuration ---
 
 
 def test_readme_is_the_same_each_time_and_hides_what_is_hidden(tmp_path):
@@ -233,18 +232,6 @@ def test_readme_is_the_same_each_time_and_hides_what_is_hidden(tmp_path):
     assert site.readme(root).read_text(encoding="utf-8") == text
     assert "hidden" not in text and "[words](nbs/core/00_words.ipynb#counting-them)" in text and "[settings](settings.ini)" in text
     assert f"````\n{COMPLETION}\n````" in text and "# Toy\n\n> A project made for tests.\n\nRead" in text
-
-
-def test_mistakes_get_one_sentence(tmp_path, monkeypatch):
-    root = write_project(tmp_path)
-    (root / "nbs" / "core" / "00_words.ipynb").write_text('{"cells": [')
-    monkeypatch.chdir(root)
-    for words, sentence in (([], "00_words.ipynb is not a notebook"), (["smke"], "No profile 'smke'")):
-        with pytest.raises(UserError, match=sentence):
-            cli.main(["docs", *words])
-    (root / "nbs" / "index.ipynb").unlink()
-    with pytest.raises(UserError, match=r"README.md and the first page are made from it"):
-        cli.main(["docs", "--readme"])
 
 
 def test_first_cells_hold_a_title_and_one_sentence():
@@ -263,15 +250,7 @@ def test_each_notebook_of_this_project_stands_in_the_sidebar_once():
     assert not re.findall(r"https?://", json.dumps(config)) and len(names) == len(set(names))
 
 
-# --- the real site ---------------------------------------------------------------------------------------------------
-
-
-def copy_project(folder):
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith("tests/"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+# --- the real site ---
 
 
 @pytest.fixture(scope="module")
@@ -287,10 +266,6 @@ def test_each_exported_function_of_the_real_site_has_a_place_and_no_link_is_dead
     assert dead_links(real) == []
     places = {anchor for path in real.rglob("*.html") for anchor in re.findall(r'<details class="code" id="([^"]+)"', path.read_text())}
     assert {"medvlthinker.core.stats.wilson", "medvlthinker.generation.engine.open_engine", "medvlthinker.data.sample.Sample"} <= places
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *words): ...
 
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
@@ -315,9 +290,8 @@ def test_in_a_browser(chromium, real):
     "Phone and desktop, light and dark: nothing overflows, nothing fails, nothing leaves this machine, all text can be read."
     pages = sorted(path.relative_to(real).as_posix() for path in real.rglob("*.html"))
     always = {"index.html", "core/grade.html", "paper/results.html", "paper/audit.html"}
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(real))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        home = f"http://127.0.0.1:{server.server_port}/"
+    with serving(functools.partial(SimpleHTTPRequestHandler, directory=str(real))) as server:
+        home = f"{server.url}/"
         for turn, (width, scheme) in enumerate(((1300, "light"), (1300, "dark"), (400, "light"), (400, "dark"))):
             page, wrong, asked = watched(chromium, viewport={"width": width, "height": 900}, color_scheme=scheme)
             for name in sorted({*always, *pages[turn::4]}):
@@ -342,7 +316,6 @@ def test_in_a_browser(chromium, real):
             assert page.evaluate(ground) != before, "the choice is kept from page to page"
             page.close()
             assert wrong == [] and [url for url in asked if not url.startswith((home, "data:", "blob:"))] == []
-        server.shutdown()
 
 
 @pytest.mark.heavy

@@ -58,7 +58,7 @@ def toy(n=4):
     return Viewer(entries, "synthetic")
 
 
-# --- filters and links ---------------------------------------------------------------------------
+# --- filters and links ---
 
 
 def views(viewer):
@@ -101,13 +101,12 @@ def test_a_view_survives_its_text():
         assert (found["model"], found["benchmark"], found["text"], found["at"]) == (
             "b/x", "pmc_vqa", text, 7)
         assert re.fullmatch(r"[\w&=%+.~-]*", address, re.A)
-    for wrong in ("benchmark=x", "model=x", "regrade=x", "rules_disagree=a", "__proto__=1",
-                  "at=-1", "at=1e9", "at=" + "9" * 5000):
+    for wrong in ("model=x", "rules_disagree=a", "__proto__=1", "at=-1", "at=1e9", "at=" + "9" * 5000):
         with pytest.raises(UserError):
             viewer.parse(wrong)
 
 
-# --- hostile texts -------------------------------------------------------------------------------
+# --- hostile texts ---
 
 
 def hostile():
@@ -159,7 +158,7 @@ def test_a_page_stays_small_and_says_what_it_holds(tmp_path):
     assert "This page holds 50 of the 100 questions" in words and words.count("data:image/jpeg") == 1
 
 
-# --- what a run has left -------------------------------------------------------------------------
+# --- what a run has left ---
 
 
 def leave_run(home, words, size=6):
@@ -189,7 +188,7 @@ def test_the_answers_that_were_evaluated_last_are_shown_with_their_own_questions
         stored_viewer(load_profile("smoke"))
 
 
-# --- in a browser --------------------------------------------------------------------------------
+# --- in a browser ---
 
 
 @pytest.mark.heavy
