@@ -5,6 +5,7 @@ import copy
 import csv
 import datetime
 import decimal
+import functools
 import hashlib
 import io
 import itertools
@@ -119,8 +120,8 @@ def grade_giants() -> None:
 
     tags = "opening tags", "answers", "nested answers", "blank in a tag", "half tags"
     do_all({
-        **{name: lambda name=name: graded(name) for name in giants},
-        **{f"why {name}": lambda name=name: explained(name) for name in tags},
+        **{name: functools.partial(graded, name) for name in giants},
+        **{f"why {name}": functools.partial(explained, name) for name in tags},
         "a prompt of A": lambda: perhaps(converters.split_prompt, "\nA. " * 500_000),
         "a prompt of options": lambda: perhaps(converters.split_prompt, "\nA. x\nB. y" * 300_000),
         "a mark after blanks": lambda: perhaps(converters.remove_image_marks, " " * M + "<image 1"),
@@ -224,9 +225,9 @@ def read_junk() -> None:
         assert normalize_images([data])[0] and to_rgb(data).size == (8000, 8000)
         return "large"
 
-    do_all({**{name: lambda data=data: row_of(data) for name, data in junk().items()},
-            "64 million pixels of 16 bits": lambda: large(16, 0, 16001),
-            "64 million see-through pixels": lambda: large(8, 6, 32001)})
+    do_all({**{name: functools.partial(row_of, data) for name, data in junk().items()},
+            "64 million pixels of 16 bits": functools.partial(large, 16, 0, 16001),
+            "64 million see-through pixels": functools.partial(large, 8, 6, 32001)})
 
 
 def test_what_is_no_picture_is_a_broken_row_in_bounded_memory():
@@ -434,6 +435,9 @@ def torn(data: bytes, rng: random.Random) -> bytes:
 def tear_all(place: str) -> None:
     rng, acts = random.Random(SEED), {}
 
+    def whole(path: Path, read) -> None:
+        read(path)
+
     def tear(path: Path, read) -> None:
         other = path.with_name(f"torn-{path.name}")
         other.write_bytes(torn(path.read_bytes(), rng))
@@ -443,9 +447,9 @@ def tear_all(place: str) -> None:
             assert str(error).isprintable() and len(str(error)) < 2500, error
 
     for path, read in write_all(Path(place)).items():
-        acts |= {f"{path.name}, {n}": lambda path=path, read=read: tear(path, read) for n in range(60 * FUZZ)}
-        acts[f"{path.name}, whole"] = lambda path=path, read=read: read(path)
-    do_all({name: lambda act=act: act() and None for name, act in acts.items()})
+        acts[f"{path.name}, whole"] = functools.partial(whole, path, read)
+        acts |= {f"{path.name}, {n}": functools.partial(tear, path, read) for n in range(60 * FUZZ)}
+    do_all(acts)
 
 
 def test_torn_files_of_every_kind_are_rows_or_one_sentence(tmp_path):
