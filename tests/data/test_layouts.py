@@ -135,15 +135,15 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
     folder = tmp_path / "MedXpertQA"
     (folder / "MM").mkdir(parents=True)
-    rows = [{"id": f"MM-{n}", "question": "Which?\nAnswer Choices: (A) x (B) y", "options": {"A": "x", "B": "y"}, "label": "A", "images": [f"MM-{n}-a.jpeg"], "medical_task": "", "body_system": "",
-             "question_type": "Reasoning"} for n in range(3)]
+    rows = [{"id": f"MM-{n}", "question": "Which?\nAnswer Choices: (A) x (B) y",
+             "options": {"A": "x", "B": "y"}, "label": "A", "images": [f"MM-{n}-a.jpeg"], "medical_task": "", "body_system": "",
+             "question_type": "Reasoning"} for n in range(2)]
     (folder / "MM" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         archive.writestr("images/MM-0-a.jpeg", PHOTO)
-        archive.writestr("../../MM-1-a.jpeg", PHOTO)  # a member that would leave the folder: it is read by name and never unpacked
-    good, others = split(local("MedXpertQA-MM", str(tmp_path)))
-    assert [sample.dataset_index for sample in good] == [0, 1] and str(others[0]) == "test.jsonl line 3, images: MM-2-a.jpeg is not in images.zip"
-    assert not (tmp_path.parent / "MM-1-a.jpeg").exists()
+    sample, missing = local("MedXpertQA-MM", str(tmp_path))
+    assert sample.images == (PHOTO,)
+    assert str(missing) == "test.jsonl line 2, images: MM-1-a.jpeg is not in images.zip"
 
 
 def test_a_changed_part_of_a_set_is_noticed(tmp_path):

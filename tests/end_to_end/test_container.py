@@ -49,7 +49,7 @@ def test_the_first_copies_hold_what_the_environment_is_made_from():
     assert dict(STEPS)["ENTRYPOINT"] == '["./reproduce.sh"]' and dict(STEPS)["USER"] != "root"
 
 
-# --- executed ----------------------------------------------------------------------------------------------------------
+# --- executed ---
 
 
 def local_pip() -> tuple[list[Path], dict[str, str]]:

@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import python, says
+from conftest import python
 
 PROGRAMS = {
     "sbatch": """printf '%s ' "$@" >> {folder}/asked
@@ -66,7 +66,3 @@ def test_a_step_on_gpus_gets_one_node_with_all_of_them(slurm, warm_home, monkeyp
     assert done.returncode and "Traceback" not in done.stderr
     asked = (slurm / "asked").read_text().split()
     assert {"--nodes=1", "--ntasks=1", "--cpus-per-task=64", "--gpus-per-node=8"} <= {*asked} and int(asked[asked.index("--mem") + 1]) > 265_000
-
-
-def test_recipes_of_several_nodes_are_refused(home):
-    says(python("-m", "medvlthinker.app.cli", "run", "paper", "recipes=32B-RL_m23k", "--executor", "slurm"), "32B-RL_m23k takes several nodes", "cluster.ipynb")

@@ -14,7 +14,7 @@ from conftest import ROOT, python, says
 
 MODULES = sorted(".".join(path.relative_to(ROOT / "medvlthinker").with_suffix("").parts) for path in (ROOT / "medvlthinker").glob("*/[!_]*.py"))
 
-# --- a network -------------------------------------------------------------------------------------------------------------
+# --- a network ---
 
 LOOPBACK = """
 import fcntl, os, socket, struct, sys
@@ -91,7 +91,7 @@ def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_i
     assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
 
 
-# --- a GPU -----------------------------------------------------------------------------------------------------------------
+# --- a GPU ---
 
 
 @pytest.mark.parametrize("words, gpus", [(["app.cli", "rollout", "mini", "data=synthetic", "limit=2", "model={}"], 1), (["app.cli", "train", "smoke", "gpus=8", "recipe=tiny-SFT_PMC", "init={}"], 8)])
