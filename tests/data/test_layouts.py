@@ -206,7 +206,7 @@ corpora.load_corpus("pmc_vqa", DataSettings(data_dir=sys.argv[1]))
 """
 
 
-def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path):
     source = pmc(tmp_path / "data", [pmc_line(question=f"What is shown in slice {n}?", figure_path=f"{n % 40}.jpg") for n in range(1500)],
                  **{f"{n}.jpg": encoded(300, 200, "JPEG") for n in range(40)})
 

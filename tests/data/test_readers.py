@@ -64,7 +64,7 @@ def test_an_image_is_a_name_or_bytes_wherever_the_set_lies(tmp_path):
     assert text.images == ()
 
 
-def test_a_blank_choice_is_kept_as_the_paper_keeps_it(tmp_path):
+def test_a_blank_choice_is_kept_as_the_paper_keeps_it():
     "From the released CSV, from the paper's copy of the test set, and from the published corpus."
     blank, image = {**ABCD, "A": ""}, {"bytes": PHOTO, "path": None}
     choices = {f"Choice {letter}": f" {letter}:{text} " for letter, text in blank.items()}

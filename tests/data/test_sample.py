@@ -88,12 +88,6 @@ def test_zero_is_white_where_a_tiff_says_so_and_no_file_is_inverted_twice(bits, 
     assert to_rgb(stored).tobytes() == to_rgb(data).tobytes(), "and it stays so when it is stored"
 
 
-def test_a_tiff_that_pillow_cannot_read_is_refused_in_a_sentence():
-    row = GOOD | {"images": [tiff(lines(16), 16, True, True, False)]}
-    item, = samples_from(lambda: [("row", row)], unified, "set")
-    assert str(item).startswith("row, images: not a readable image")
-
-
 @pytest.mark.parametrize("value", [0, 7, 40000, 65535])
 def test_an_image_of_one_deep_shade_is_black(value):
     assert to_rgb(tiff(np.full((8, 16), value, np.uint16), 16, False, False, False)).getextrema() == ((0, 0),) * 3

@@ -273,7 +273,7 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
     assert stored.count("<answer> A </answer> ***") == 4 and "400: *** is refused" in stored and "500: ***" in stored, stored[:3000]
 
 
-def test_no_process_of_ours_tells_a_secret(home, tmp_path, secrets, capsys):
+def test_no_process_of_ours_tells_a_secret(home, secrets, capsys):
     "A traceback, the logs of what is started, commands and settings as they are printed and written, and the status."
     from medvlthinker.app import workflow
     from medvlthinker.training import train, verl

@@ -242,7 +242,7 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path, room):
 # ---- another rollout ----
 
 
-def test_every_key_that_differs_is_another_rollout(tmp_path):
+def test_every_key_that_differs_is_another_rollout():
     config = rollout_config(sets(4)["pmc_vqa"], counting([]), GREEDY)
     changed = [replace(config, **{field.name: 7 if field.type in (int, float, "int", "float")
                                   else "other"}) for field in fields(RolloutConfig)]
@@ -256,7 +256,7 @@ OTHERWISE = {"gpus", "nodes", "tensor_parallel", "data_parallel", "gpu_memory_ut
              "ray_address"}  # where and how fast, not what
 
 
-def test_what_an_engine_is_told_is_in_the_config(start, tmp_path):
+def test_what_an_engine_is_told_is_in_the_config(tmp_path):
     "Each setting either makes another rollout, or is known to decide nothing."
     from medvlthinker.generation.tiny_model import make_tiny_model
 

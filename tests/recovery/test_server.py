@@ -170,8 +170,7 @@ def gather(stream) -> tuple[dict, str]:
 def right(asked: list[Request], found: dict) -> None:
     "Each question has its own n completions, in order, each with its own seed."
     for request in asked:
-        texts = [f"answer {request.index} seed {request.seed + k}"
-                 for k in range(request.sampling.n)]
+        texts = [f"answer {request.index} seed {request.seed + k}" for k in range(request.sampling.n)]
         assert [completion.text for completion in found[request.index]] == texts
         for completion in found[request.index]:
             assert completion == Completion(completion.text, "stop", 10)
@@ -182,8 +181,7 @@ PASSING = ("busy", "broken", "cut", "hang", "empty", "null", "malformed", "ignor
 
 def test_what_passes_is_waited_out(faulty):
     "Two thirds of 48 questions meet one or two faults each, and all end answered with n=2."
-    faulty.plan = {i: [PASSING[i % 9], PASSING[(i // 2) % 9]][:1 + i % 2]
-                   for i in range(48) if i % 3}
+    faulty.plan = {i: [PASSING[i % 9], PASSING[(i // 2) % 9]][:1 + i % 2] for i in range(48) if i % 3}
     server, asked = engine(faulty.url, request_timeout=1.5), requests(48, replace(ONE, n=2))
     found, reason = gather(server.answer(asked))
     assert (reason, len(found), server.answered) == ("", 48, 48)
@@ -268,8 +266,7 @@ def test_the_key_does_not_follow_a_redirect(faulty):
 def test_a_server_that_goes_away(faulty):
     "The run ends after three times `concurrency` failures, and what was answered is there."
     stream = engine(faulty.url, concurrency=2, request_timeout=0.3).answer(requests(160))
-    found = dict((request.index, completions) for request, completions in
-                 itertools.islice(stream, 16))
+    found = dict((request.index, completions) for request, completions in itertools.islice(stream, 16))
     faulty.plan, faulty.forever = {i: ["cut"] for i in range(160)}, True
     faulty.shutdown()
     faulty.server_close()
@@ -431,8 +428,7 @@ def test_an_error_has_the_status_that_it_means(status, body, really):
 def test_any_json_is_an_answer_or_is_not(body):
     status, reason = actual_status(200, body)
     if status == 200:
-        assert all(isinstance(each, Completion) and isinstance(each.text, str)
-                   for each in read_answer(body))
+        assert all(isinstance(each, Completion) and isinstance(each.text, str) for each in read_answer(body))
     else:
         assert 400 <= status < 600 and (reason or body["error"])
 

@@ -7,8 +7,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny_model
 from medvlthinker.generation.ask import STYLES, ask, own_sample
-from medvlthinker.generation.engine import (
-    EngineSettings, FunctionEngine, model_inputs, open_engine)
+from medvlthinker.generation.engine import (EngineSettings, FunctionEngine, model_inputs, open_engine)
 from medvlthinker.generation.request import Completion, Request
 from PIL import Image
 

@@ -93,8 +93,7 @@ def test_a_missing_chat_template_is_a_sentence_and_a_raw_dialect_needs_none(warm
 @pytest.fixture(scope="module")
 def batch(warm_tiny):
     "The tiny model, and a padded batch of questions with two images, one, and none."
-    pair = next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 40)
-                if len(sample.images) == 2)
+    pair = next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 40) if len(sample.images) == 2)
     mixed = [pair, SAMPLES[0], replace(SAMPLES[1], images=()), SAMPLES[2]]
     model, processor = load_transformers(warm_tiny, EngineSettings())
     asked = [Request(sample, index, GREEDY) for index, sample in enumerate(mixed)]

@@ -52,8 +52,7 @@ def plain_regrade(text: str) -> str:
     return text.strip()
 
 
-PLAIN = {"reward": plain_reward, "strict": plain_strict, "regrade": plain_regrade,
-         "llava": plain_regrade}
+PLAIN = {"reward": plain_reward, "strict": plain_strict, "regrade": plain_regrade, "llava": plain_regrade}
 
 
 def plain_right(prediction: str | None, label: str, text: str, substring: bool) -> bool:
@@ -77,8 +76,7 @@ PIECES = ["<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer",
           "<ANSWER>", "< answer >", "<answer/>", "<|im_end|>"]
 soup = st.lists(st.sampled_from(PIECES), max_size=24).map("".join)
 # nearly well-formed, so that the reward's format holds often enough to be tested on both sides
-INNER = ["A", "B", "No", " ", "\n", "\r", "<answer>", "</answer>", "<think>", "</think>", "x",
-         "B. No"]
+INNER = ["A", "B", "No", " ", "\n", "\r", "<answer>", "</answer>", "<think>", "</think>", "x", "B. No"]
 inner = st.lists(st.sampled_from(INNER), max_size=4).map("".join)
 formed = st.builds(lambda a, b, c, d, e: f"{d}<think>{a}</think>{e}<answer>{b}</answer>{c}",
                    inner, inner, st.sampled_from(["", "", "", "\n", "B"]),
@@ -164,8 +162,7 @@ def test_lenient_does_not_know_the_right_answer(text, options):
     assert len({(verdict.answer, verdict.label) for verdict in verdicts}) == 1
 
 
-@pytest.mark.parametrize("separator", [", ", " ", "\n", "; ", " and ", "/", " or ",
-                                       "</answer><answer>"])
+@pytest.mark.parametrize("separator", [", ", " ", "\n", "; ", " and ", "/", " or ", "</answer><answer>"])
 @pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "({label}) {text}",
                                   "**{label}**", r"\boxed{{{label}}}", "Option {label}"])
 @pytest.mark.parametrize("frame", ["{}", "<answer>{}</answer>", "The answer is {}", "Answer: {}",
@@ -341,8 +338,7 @@ def law(function):
 
 
 @law
-@given(completions, st.sampled_from(QUESTIONS), st.data(), st.integers(0, 9),
-       st.sampled_from(CUT_OFF))
+@given(completions, st.sampled_from(QUESTIONS), st.data(), st.integers(0, 9), st.sampled_from(CUT_OFF))
 def test_renaming_letters_and_reordering_options_never_changes_the_verdict(
         pieces, option_texts, data, gold, end):
     verdicts = []
@@ -447,8 +443,7 @@ def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
 @given(soup, soup)
 def test_lenient_reads_a_long_text_at_its_ends(start, end):
     start, end = start.ljust(module._REACH, "~"), end.rjust(module._REACH, "~")
-    short, long = (grade(start + "~" * gap + end, {"A": "Yes", "B": "No"}, "B")
-                   for gap in (10_000, 20_000))
+    short, long = (grade(start + "~" * gap + end, {"A": "Yes", "B": "No"}, "B") for gap in (10_000, 20_000))
     assert short == long
 
 

@@ -223,8 +223,7 @@ def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, 
     assert first["after"] == ["0123456789abcdef"] * 2
     assert first["files"] == sorted(path.name for path in blank.iterdir())  # and no pickle
     assert identities(endpoint) == first and identities(nobody) == first  # from the cache
-    fetched = [line for line in hub.asked
-               if line.startswith("GET") and line.endswith("model.safetensors")]
+    fetched = [line for line in hub.asked if line.startswith("GET") and line.endswith("model.safetensors")]
     assert len(fetched) == 1
 
     hub.commit = "fedcba9876543210fedcba9876543210fedcba98"  # somebody has changed the model
