@@ -98,8 +98,7 @@ def test_a_view_survives_its_text():
     for text in ("a&b=c", "100 %+#", "é 眼 \u202e", "<script>", "~*'()!", "\x00\n\t"):
         address = viewer_link("b/x", "PMC", text=text, at="7").partition("#")[2]
         found = viewer.parse("#" + address)
-        assert (found["model"], found["benchmark"], found["text"], found["at"]) == (
-            "b/x", "pmc_vqa", text, 7)
+        assert (found["model"], found["benchmark"], found["text"], found["at"]) == ("b/x", "pmc_vqa", text, 7)
         assert re.fullmatch(r"[\w&=%+.~-]*", address, re.A)
     for wrong in ("model=x", "rules_disagree=a", "__proto__=1", "at=-1", "at=1e9", "at=" + "9" * 5000):
         with pytest.raises(UserError):

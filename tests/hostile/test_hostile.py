@@ -32,8 +32,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data import converters
 from medvlthinker.data.readers import image_reader, read_rows, samples_from, write_csv
-from medvlthinker.data.sample import (
-    InvalidRow, Sample, SampleFile, normalize_images, to_rgb, write_samples)
+from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, normalize_images, to_rgb, write_samples
 from medvlthinker.evaluation.compare import flip_cause
 from medvlthinker.evaluation.evaluate import grade_rollout
 from medvlthinker.evaluation.export import read_eval_results

@@ -52,7 +52,7 @@ print(json.dumps({"status": log.status, "task": log.eval.task, "model": log.eval
 
 
 @pytest.mark.heavy
-def test_inspect_ai_reads_the_same_accuracy(finished, tmp_path, monkeypatch):
+def test_inspect_ai_reads_the_same_accuracy(finished, tmp_path):
     "In an environment of its own, into which it is installed from the configured registry."
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

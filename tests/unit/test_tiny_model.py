@@ -46,8 +46,7 @@ def test_the_chat_template_renders_as_qwens(barely):
 
     processor = AutoProcessor.from_pretrained(barely)
     render, tokenizer = processor.apply_chat_template, processor.tokenizer
-    parts = [{"type": "image", "image": None}, {"type": "image"},
-             {"type": "text", "text": "What is it?"}]
+    parts = [{"type": "image", "image": None}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cyst."}]
     asked = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
              + "<|vision_start|><|image_pad|><|vision_end|>" * 2

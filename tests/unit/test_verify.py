@@ -34,8 +34,7 @@ def finished(tmp_path_factory) -> Path:
         for seed, model in enumerate(MODELS):
             make_tiny_model(run.checkpoints / model, seed, steps=0)
             for limit in (2, 3) if seed == 0 else (3,):
-                profile = load_profile("smoke", limit=limit, train_limit=6, max_tokens=6,
-                                       corpus="pmc_vqa")
+                profile = load_profile("smoke", limit=limit, train_limit=6, max_tokens=6, corpus="pmc_vqa")
                 evaluate(rollouts(profile, model), results / "synthetic")
         sampling = Sampling(n=2, temperature=1.0, max_tokens=6)
         samples, rows = rollouts(profile, "raw", sampling, kind="corpus")["pmc_vqa"]
