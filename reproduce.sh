@@ -11,7 +11,7 @@
 # Everything that a run writes lands in _runs/ (MEDVLTHINKER_HOME moves it). Keys (HF_TOKEN, OPENAI_API_KEY, WANDB_API_KEY)
 # come from the environment, or from a file .env beside this one; SECURITY.md says where they never go.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -P "$(dirname "${BASH_SOURCE[0]}")"  # the same place, by whatever link one came
 
 VENV=.venv
 # whatever other kernel is called python3 on this machine, ours comes first: in JupyterLab, and where papermill runs a notebook
@@ -40,6 +40,8 @@ run_tests() {  # two workers, one thread each: more threads than cores make ever
     esac
 }
 
+case "${1:-} ${2:-}" in "setup -h" | "setup --help" | "test --help" | "clean -h" | "clean --help") set -- --help ;; esac
+
 case "${1:-}" in
     setup)
         case "${2:-}" in
@@ -51,6 +53,7 @@ case "${1:-}" in
         case "${1:-}" in all | heavy) full ;; esac
         run_tests "$@" ;;
     clean)
+        [ $# = 1 ] || stop "clean takes no word: it removes all of _runs and _docs; to remove less, remove a folder in them"
         rm -rf _runs _docs _site_src; say "Removed _runs and _docs."
         # a folder that somebody named may hold more than ours: it is theirs to delete
         [ -z "${MEDVLTHINKER_HOME:-}" ] || say "Left alone: MEDVLTHINKER_HOME, $MEDVLTHINKER_HOME." ;;

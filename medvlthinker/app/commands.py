@@ -112,6 +112,9 @@ def two_settings(
     middle = words.index("--")
     profile, model, rule = read_command(words[:middle], model="", rule="regrade")
     _, changes = parse_words([profile.name, *words[middle + 1:]])
+    if "model" in changes:
+        raise UserError("Behind the -- stand settings of one model; two models are compared by "
+                        "model=NAME with=NAME.")
     other = load_profile(profile.name, **overrides(profile) | changes)
     if moved := [key for key in _SAME if getattr(profile, key) != getattr(other, key)]:
         raise UserError("The two sides differ in how the answers are computed, not in what is "
@@ -301,7 +304,8 @@ def compare_models(
 
     own = {"model": "", "with": "", "rule": "regrade"}  # `with` is a word of Python's
     profile, first, second, rule = read_command(words, **own)
-    first = first or profile.models[0]
+    if (first := first or profile.models[0]) == second:
+        raise UserError(f"{first} is compared with itself; name another model by with=NAME.")
     sides = [stored_answers(profile, each) for each in (first, second)]
     tables = [compare_rollouts(samples, old, sides[1][each][1], rule, same_model=False)
               for each, (samples, old) in sides[0].items() if each in sides[1]]
@@ -370,9 +374,12 @@ def rollout(words: Words = None) -> None:
     try:
         samplings = [Sampling(int(n), float(temperature), float(top_p), profile.max_tokens)
                      for n, temperature, top_p in zip(*ways, strict=True)]
-    except ValueError as error:
+    except ValueError:
         raise UserError("n wants a whole number, temperature and top_p a number, and all three as "
-                        f"many of them: {error}.") from None
+                        "many of them; given are "
+                        f"{' and '.join(','.join(way) for way in ways)}.") from None
+    if any(sampling.n < 1 for sampling in samplings):
+        raise UserError("n is how many answers each question gets: 1 or more.")
     for each in models_to_ask("rollout", words, profile, model):
         ask_model(profile, each, samplings, kind)
 

@@ -216,7 +216,27 @@ def cost_summary(
     table = pd.DataFrame.from_dict(total | rows, orient="index").to_string()
     return "\n".join([f"{profile.name}: {len(costs)} of {len(every)} steps to run",
                       *(line.rstrip() for line in table.splitlines()),
-                      *_sentences(profile, [*costs.values()], sum(downloads.values()))])
+                      *_sentences(profile, [*costs.values()], sum(downloads.values())),
+                      *_warnings(profile, costs)])
+
+
+def _warnings(profile: Profile, costs: Mapping[str, Cost]) -> Iterator[str]:
+    "Steps on GPUs whose hours are not known, and recipes that do not fit into the memory."
+    if not profile.gpus:
+        return
+    asked, lacking = [step for step in steps(profile) if step.name in costs], list[str]()
+    unknown = [step.name for step in asked if step.value and not costs[step.name].gpu_hours()]
+    for step in asked:
+        try:
+            if step.notebook == "3_train":
+                settings_that_fit(RECIPES[step.value], profile, show=lambda line: None)
+        except UserError:
+            lacking.append(step.value)
+    if unknown:
+        yield f"Not in the sum, for nobody knows their hours: {', '.join(unknown)}."
+    if lacking:
+        yield (f"{len(lacking)} recipes do not fit into the memory of a GPU, and would be refused "
+               f"(below says why): {', '.join(lacking)}.")
 
 
 def _amounts(costs: Sequence[Cost], downloads: Mapping[str, float]) -> dict[str, str]:

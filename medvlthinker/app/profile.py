@@ -62,8 +62,11 @@ def profile_names() -> list[str]:
     return _read_settings().sections()
 
 # %% ../../nbs/app/70_profile.ipynb #2ddd0aa9
-def _check_hardware(profile: Profile) -> None:
-    "`UserError` where the GPUs that are asked for are more than there are."
+def _check_values(profile: Profile) -> None:
+    "`UserError` where an answer has no room, or more GPUs are asked for than there are."
+    if profile.max_tokens < 1:
+        raise UserError(f"max_tokens={profile.max_tokens} leaves no room for an answer; it is the "
+                        "most tokens that one may have.")
     available = profile.gpus * max(1, profile.nodes)
     if profile.gpu_memory_utilization > 1:
         raise UserError("gpu_memory_utilization is a share of the memory, between 0 and 1, not "
@@ -100,7 +103,7 @@ def load_profile(
     profile = Profile(name=name, **values)
     if profile.extend:
         load_plugin(profile.extend)
-    _check_hardware(profile)
+    _check_values(profile)
     return profile
 
 # %% ../../nbs/app/70_profile.ipynb #df7b9327

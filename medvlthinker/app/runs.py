@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 from ..core.commands import run_logged
-from ..core.files import UserError
+from ..core.files import UserError, read_json
 from ..data.benchmarks import (
     TEST_SETS, available_sets, load_benchmark, sample_file)
 from ..data.corpora import (
@@ -170,9 +170,27 @@ def stored_records(
     profile: Profile,
     name: str = "evaluation.json",  # or repeats.json, of several answers a question
 ) -> list[dict]:
-    "The records of a profile's models and of the recipes that it trains; missing ones are left out."
+    "The records of a profile's models and recipes; `UserError` where they are of other questions."
     models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
-    return read_records(Workspace(profile.name).results / profile.source, models, name)
+    workspace = Workspace(profile.name)
+    records = read_records(workspace.results / profile.source, models, name)
+    _refuse_mixed(records, workspace.root)
+    return records
+
+
+def _refuse_mixed(records: list[dict], root: Path) -> None:
+    "`UserError` where two models have answered different questions of one set."
+    seen: dict[str, tuple[str, dict]] = {}
+    for record in records:
+        for name, place in record["rollouts"].items():
+            answers = read_json(root / place / "rollout.json")
+            first, other = seen.setdefault(name, (record["model"], answers))
+            if answers.get("samples") != other.get("samples"):
+                raise UserError(
+                    f"{first} and {record['model']} have answered different questions of {name} "
+                    f"({other.get('rows')} and {answers.get('rows')}), and one table cannot hold "
+                    "both; evaluate one of them with the keys of the other (evaluate model=NAME "
+                    "limit=N): answers that are stored are not asked again.")
 
 # %% ../../nbs/app/71_runs.ipynb #64b00008
 def require_records(

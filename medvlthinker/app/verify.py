@@ -18,6 +18,7 @@ from .profile import Workspace
 from .runs import stored_rollouts
 from ..core.files import UserError, file_hash, read_json, verify_checksum
 from ..evaluation.evaluate import grade_rollout
+from ..generation.model import folder_name
 from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
@@ -76,7 +77,7 @@ def check_file(
             return Finding(name, "unchanged")
         return Finding(name, "changed", "its own checksum is another")
     if name not in known and path.name == "rollout.jsonl":
-        return Finding(name, "unfinished", "the same command asks the questions that are left")
+        return Finding(name, "unfinished", "the command that began it asks the questions that are left")
     if name not in known:
         return Finding(name, "no record", "no record of this run names it")
     digest, record = known[name]
@@ -161,9 +162,10 @@ def trace(
         return
     names = [name for name, heading in HEADINGS.items()
              if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    means = []
+    means, newest = [], 0.0
     for evaluation in evaluations(root / "results" / line["source"], line["model"]):
-        shares = []
+        shares, own = [], root / "results" / line["source"] / folder_name(evaluation["model"])
+        newest = max(newest, (own / "evaluation.json").stat().st_mtime)
         for samples, rollout in stored_rollouts(root, evaluation, names).values():
             for file in (rollout.folder / "rollout.json", rollout.path):
                 found = check_file(file, root, known)
@@ -177,6 +179,9 @@ def trace(
         means.append(sum(shares) / len(shares))
     again = means[0] - sum(means[1:])
     yield f"  counted again: {again:.2f}"
+    if abs(again - float(line[column])) > 0.00501 and newest > path.stat().st_mtime:
+        raise UserError(f"{cell} was made before the newest evaluation that it names, which gives "
+                        f"{again:.2f}; ./reproduce.sh results {root.name} makes the tables again.")
     if abs(again - float(line[column])) > 0.00501:
         problems.append(f"the table says {line[column]}, and the answers give {again:.2f}")
     if problems:

@@ -8,7 +8,7 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'Graph', 'error_
 
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
-import signal, subprocess, sys, tempfile, textwrap, time
+import shutil, signal, subprocess, sys, tempfile, textwrap, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -346,14 +346,18 @@ def _end_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _failure(lines: list[str], step: str) -> UserError:
-    "Why a run stopped, from the lines of its log and the step that failed first."
+def _failure(lines: list[str], step: str, root: Path) -> UserError:
+    "Why a run stopped, from the lines of its log, the step that failed first and the disk."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
     if step and (start := "Traceback (most recent call last):") in lines:
         after = lines[lines.index(start):]  # Snakemake adds an error of its own
         error = next((line for line in after if re.match(r"[\w.]+: |\w+Error$", line)), after[-1])
         return UserError(f"{step} stopped: {error} (more in logs/snakemake.log of the run).")
+    if shutil.disk_usage(root).free < 1_000_000:  # nobody could write what happened
+        return UserError(f"No space is left on the disk of {root}; make room, or set "
+                         "MEDVLTHINKER_HOME to a larger disk, and run again: what is finished is "
+                         "kept.")
     if step:
         return _death(step)
     return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
@@ -387,7 +391,8 @@ def snakemake(
             raise
         if process.wait():
             log.seek(0)
-            raise _failure([redact(line.strip()) for line in log if line.strip()], failed)
+            said = [redact(line.strip()) for line in log if line.strip()]
+            raise _failure(said, failed, Workspace(profile.name).root)
 
 # %% ../../nbs/app/75_workflow.ipynb #2006bf22
 def reasons(
@@ -395,8 +400,9 @@ def reasons(
     *options: str,  # of Snakemake
 ) -> dict[str, str]:
     "Each step that a run would execute, with the reason; nothing is written."
+    every = steps(profile)  # a mistake in the profile is said first
     if not (Workspace(profile.name).root / ".snakemake").is_dir():
-        return {step.name: "it has not run yet" for step in steps(profile)}
+        return {step.name: "it has not run yet" for step in every}
     lines = snakemake(profile, *options, dry=True)
     said = [re.match(r"step \d+ of \d+  (\S+): (.*)", line) for line in lines]  # of `Narrator`
     return {found[1]: found[2] for found in said if found}

@@ -251,5 +251,5 @@ def check_keys(
     known = list(known)
     if unknown := [key for key in keys if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"Unknown {what} {', '.join(unknown)}; {hint}Known are {', '.join(known)}.")
+        hint = f"did you mean {near[0]}? Known" if near else "known"
+        raise UserError(f"Unknown {what} {', '.join(unknown)}; {hint} are {', '.join(known)}.")

@@ -158,11 +158,11 @@ def open_set(sets: Collection, name: str, settings=DataSettings("hub")) -> DataS
 def missing_error(sets: Collection, names: list[str], settings) -> UserError:
     "The sentence for sets that a folder does not hold."
     layouts = {name: sets.local[name][0] for name in names}
-    places = [f"{name} as a folder {layout.folders[0]}/ with {layout.files.split()[0]}"
+    places = [f"for {name} a folder {layout.folders[0]}/ with {layout.files.split()[0]}"
               for name, layout in layouts.items()]
     return UserError(f"{settings.data_dir} holds no copy of {', '.join(names)} that can be read; "
-                     f"it is looked for as {'; '.join(places)}, and in other layouts (see LOCAL in "
-                     "nbs/data).")
+                     f"what is looked for: {'; '.join(places)}, or one of the other layouts in "
+                     "nbs/data/15_benchmarks.ipynb (LOCAL).")
 
 # %% ../../nbs/data/15_benchmarks.ipynb #1f5014ea
 def is_available(sets: Collection, name: str, settings) -> bool:

@@ -190,6 +190,8 @@ def download_hub_files(repo: str, *patterns: str) -> Path:  # the folder is name
     from huggingface_hub import snapshot_download
 
     name, _, revision = repo.partition("@")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no id of the hub
+        raise UserError(f"There is no folder {repo}.")
     try:
         return Path(snapshot_download(name, repo_type="dataset", revision=revision or None,
                                       allow_patterns=list(patterns)))
@@ -278,6 +280,9 @@ def _convert_row(row, convert: Callable, where: str) -> dict | InvalidRow:
     except InvalidRow as bad:
         return bad
     except Exception as error:  # a list where a text should be, and the like
+        if isinstance(error, KeyError) and isinstance(row, dict) and error.args[0] not in row:
+            columns = ", ".join(map(str, row))[:200]
+            return InvalidRow(where, "row", f"it has no {error.args[0]!r:.50}; it has {columns}")
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         return InvalidRow(where, "row", f"not what its source promises ({words})")
 

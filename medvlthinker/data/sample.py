@@ -393,11 +393,13 @@ def _check_counts(path: Path, max_rejected: int) -> None:
         raise UserError(f"{record_path(path)} counts no rows; delete it, and run again.")
     if (broken := facts["broken"]) > max_rejected:
         first = facts.get("first_broken")
+        way = (f"Mend them, or allow them with max_rejected={broken}" if facts["samples"]
+               else "No row is sound: look at the names of the columns and at what divides them")
         raise UserError(f"{broken} rows of {path.name} are broken, first {first}; all are listed "
-                        f"in {rejected}. Mend them, or allow them with max_rejected={broken}.")
+                        f"in {rejected}. {way}.")
     if not facts["samples"]:
         raise UserError(f"{path.name} holds no sample: {facts['left_out']} rows were left out by "
-                        f"rule, see {rejected}.")
+                        f"rule and {broken} are broken, see {rejected}.")
 
 # %% ../../nbs/data/10_sample.ipynb #189fbe39
 def store_samples(path, rows: Callable, inputs: dict, max_rejected: int = 0) -> SampleFile:

@@ -11,6 +11,7 @@ __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_mod
 import hashlib, os, re, shutil, subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from ..core.files import UserError, read_json, require_package, write_error
 from .request import Hardware
@@ -224,10 +225,12 @@ def unloadable_error(
     error: Exception,  # what its library said
 ) -> UserError:
     "The sentence for a model that does not load: none, damaged, or too large."
-    words = " ".join(str(error).split())[:300]
-    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); if it "
-                     "does not fit, use more GPUs (tensor_parallel), a lower max_model_len or "
-                     "dtype=bfloat16.")
+    words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    large = isinstance(error, MemoryError) or re.search("memory|KV cache", words, re.IGNORECASE)
+    way = ("use more GPUs (tensor_parallel), a lower max_model_len or dtype=bfloat16" if large
+           else "a file of it is missing, damaged or of another kind: copy or download it again")
+    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); "
+                     f"{way}.")
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
 def check_weights(folder: str | Path) -> None:
@@ -278,7 +281,10 @@ def check_chat_template(
     processor,  # of transformers
     model: str | Path,
 ) -> None:
-    "`UserError` for a model that has no chat template."
+    "`UserError` for a model that has no chat template, or no tokenizer: transformers makes an empty one."
+    if processor.tokenizer.vocab_size < 10:
+        raise UserError(f"The model {model} has no tokenizer (tokenizer.json); copy it again, with "
+                        "all its files.")
     if not getattr(processor, "chat_template", None):
         raise UserError(f"The model {model} has no chat template (chat_template.jinja), so it "
                         "cannot be asked in messages; copy the template of the model that it was "

@@ -175,6 +175,10 @@ def atomic_folder(
     try:
         part.mkdir(parents=True)
         yield part
+        shared = part.stat().st_mode & 0o666  # what the umask leaves; safetensors has 0600
+        for file in part.rglob("*"):
+            if file.is_file():
+                file.chmod(shared)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)

@@ -74,3 +74,9 @@ def test_a_blank_choice_is_kept_as_the_paper_keeps_it():
     for convert, row in rows.items():
         sample, = samples_from(lambda: [("row 0", row)], convert, "pmc_vqa", lambda name: PHOTO)
         assert sample.options == blank and key_opens(sample)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"ask": "Which?", "key": "A"}))
+    item, = samples_from(lambda: read_rows(tmp_path / "rows.jsonl"), lambda row, where: {"question": row["question"]}, "own")
+    assert "it has no 'question'; it has ask, key" in str(item)

@@ -1,6 +1,7 @@
 """Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills."""
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import warm
 from conftest import ROOT, free_port, python
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.training.checkpoint import merge
+from medvlthinker.training.checkpoint import atomic_folder, merge
 from medvlthinker.core.files import UserError, record_path
 
 
@@ -143,7 +144,7 @@ def test_a_kill_leaves_no_half_model(tmp_path, full_run):
     "Killed while it writes, a merge leaves no folder or the whole one; the next call removes what was left and ends well."
     base, own, checkpoint = full_run
     final = tmp_path / "final"
-    words = [sys.executable, "-c", f"from medvlthinker.training.checkpoint import merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
+    words = [sys.executable, "-c", f"from medvlthinker.training.checkpoint import atomic_folder, merge; print('begin', flush=True); merge({str(checkpoint)!r}, {str(base)!r}, {str(final)!r}, own={str(own)!r})"]
     torn = 0
     for _ in range(3):
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -246,3 +247,14 @@ def test_a_model_and_its_card_are_made_on_the_command_line(home, full_run):
 
 if __name__ == "__main__":
     train_sharded(*sys.argv[1:])
+
+
+def test_whoever_the_umask_lets_can_read_a_model(tmp_path):
+    "safetensors writes files that nobody else can read, whatever the umask is."
+    before = os.umask(0o022)
+    try:
+        with atomic_folder(tmp_path / "model") as part:
+            (part / "model.safetensors").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644

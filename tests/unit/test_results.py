@@ -10,6 +10,8 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 import pytest
+from medvlthinker.app.profile import load_profile
+from medvlthinker.app.runs import stored_records
 from medvlthinker.core.files import UserError
 from medvlthinker.results import claims
 from medvlthinker.results.published import COLUMNS, published
@@ -170,3 +172,17 @@ def test_published_weights_are_known_by_their_hub_id(tmp_path):
     (first, second, table), = claims.paired_differences(tmp_path, models, claims.base_pairs(models))
     assert (first, second) == ("3B-RL_m23k", "Qwen/Qwen2.5-VL-3B-Instruct")
     assert table.loc["macro average", "difference"] == pytest.approx(30, abs=5)
+
+
+def test_one_table_holds_no_answers_to_different_questions(home):
+    "A model that was evaluated again with another limit stands in no table beside the others."
+    root = home / "smoke"
+    for model, place in (("tiny", "one"), ("tiny-SFT_PMC", "two")):
+        (folder := root / "results" / "synthetic" / model).mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps({"model": model, "rollouts": {"pmc_vqa": f"rollouts/{place}"}}))
+        (root / "rollouts" / place).mkdir(parents=True)
+        (root / "rollouts" / place / "rollout.json").write_text(json.dumps({"samples": place, "rows": 5}))
+    with pytest.raises(UserError, match="tiny and tiny-SFT_PMC have answered different questions of pmc_vqa"):
+        stored_records(load_profile("smoke"))
+    (root / "rollouts" / "two" / "rollout.json").write_text(json.dumps({"samples": "one", "rows": 5}))
+    assert len(stored_records(load_profile("smoke"))) == 2
