@@ -24,7 +24,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 PLACES = {  # what a reader puts in, and where a command would write into the project: word -> what stands there here
     ".venv/bin/": f"{Path(sys.executable).parent}/", "FOLDER": "{place}/copies", "MODEL": "{place}/runs/smoke/checkpoints/tiny", "scan.png": "{place}/scan.png",
-    "--model 3B-RL_m23k": "--model {place}/runs/smoke/checkpoints/tiny", "mine.py": "{place}/mine.py"}
+    "--model 3B-RL_m23k engine=vllm gpus=1 dtype=bfloat16": "--model {place}/runs/smoke/checkpoints/tiny", "mine.py": "{place}/mine.py"}
 
 MORE = {  # the same command with words behind it: how it begins -> the words, and why
     "./reproduce.sh run mini": "--dry-run",  # a GPU and the hub
