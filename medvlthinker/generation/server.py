@@ -58,6 +58,8 @@ def shrink(
     max_pixels: int,  # 0 for no limit
 ) -> bytes:
     "The same image where Qwen2.5-VL would leave its size, else as a PNG of the size that it gets."
+    if not max_pixels:
+        return data
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:

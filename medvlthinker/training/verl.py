@@ -398,7 +398,7 @@ def run_verl(
     words: list[str],  # what `command` returned
     variables: dict[str, str],  # what `environment` returned
     show: Callable = print,
-    end: Iterable[str] = (),  # a command that ends the job, where the run is one of Ray's
+    job: str = "",  # its id, where the run is one of Ray's
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
     curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
@@ -409,8 +409,8 @@ def run_verl(
     def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
         nonlocal shown, size
         if any(words in line for words in LOST):
-            if end:
-                subprocess.run([*end], check=False, capture_output=True)
+            if job:
+                subprocess.run([*_ray_job("stop"), job], check=False, capture_output=True)
             raise UserError("verl lost an answer or a worker, and would learn from the others or "
                             f"wait for ever; why, {log} says. The run is ended; the same command "
                             "goes on from its last checkpoint.")
@@ -472,12 +472,11 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
     if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
         show(f"Ray is still at work on {name} (job {job}); following it.")
         given = environment(logs, starts, nodes)
-        return run_verl([*_ray_job("logs"), "--follow", job], given, show, [*_ray_job("stop"), job])
+        return run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
     done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
     if done >= run.steps:
         return
     show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
     given = {**environment(logs, starts + 1, nodes), **variables}
-    job = job_id(run.folder, starts + 1)
-    end = [*_ray_job("stop"), job] if nodes > 1 else []
-    run_verl(command(words, given, nodes, job=job), given, show, end)
+    job = job_id(run.folder, starts + 1) if nodes > 1 else ""
+    run_verl(command(words, given, nodes, job=job), given, show, job)

@@ -163,6 +163,12 @@ def test_python(number, place):
     assert out.getvalue().strip()
 
 
+def test_every_block_has_a_class_and_every_exemption_is_used():
+    "A block is shell, Python, or (without a language) data or a result; an entry that no command needs any more goes."
+    assert len(SHELL) > 20 and PYTHON and {block.language for block in [*BLOCKS, *CHAPTERS]} <= {"sh", "python", ""}
+    assert not [key for key in (*MORE, *ELSEWHERE) if not any(command.startswith(key) for command in SHELL)]
+
+
 def test_what_the_chapters_name_exists():
     "Verbs and modules in sentences and commands, and whatever a block of Python imports from the package."
     verbs = {*cli.VERBS, "setup", "test", "clean", "smoke", "mini", "paper", "VERB", "--help"}

@@ -126,7 +126,7 @@ def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path,
     "From the plan to the folder that an engine loads; only verl itself, and its merger, are played."
     started = []
 
-    def play(words, variables, show, end):
+    def play(words, variables, show, job):
         given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
         step = Path(given["trainer.default_local_dir"]) / "global_step_2"
         (step / "actor" / "huggingface").mkdir(parents=True)
