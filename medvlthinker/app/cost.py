@@ -295,9 +295,10 @@ def step_plan(step: Step, profile: Profile) -> dict[str, str]:
     if recipe:
         plan |= _training(recipe, profile)
         start, _, merged = recipe.init.partition("@")  # no run makes a model of that step
-        before = [call("merge", profile.name, f"recipe={start}", f"step={merged}")] if merged else []
-        command = call("train", profile.name, f"recipe={recipe.name}")
-        plan["command"] = "\n".join([*before, command])
+        commands = [call("train", profile.name, f"recipe={recipe.name}")]
+        if merged:
+            commands.insert(0, call("merge", profile.name, f"recipe={start}", f"step={merged}"))
+        plan["command"] = "\n".join(commands)
     return plan
 
 # %% ../../nbs/app/72_cost.ipynb #c7200011
@@ -309,5 +310,5 @@ def dry_run(
     check_nodes(profile)
     for step in steps(profile):
         parts = {"state": reasons.get(step.name) or "done", **step_plan(step, profile)}
-        lines = [f"  {part:9} {text}".replace("\n", "\n" + " " * 12) for part, text in parts.items()]
-        yield "\n".join([step.name, *lines, ""])
+        lines = [f"  {part:9} {text}" for part, text in parts.items()]
+        yield "\n".join([step.name, *(line.replace("\n", "\n" + " " * 12) for line in lines), ""])

@@ -184,7 +184,7 @@ def sidebar_entries(
 def provenance(nb, profile: str) -> str:
     "One sentence: which run made the results of this page."
     if not (run := nb.metadata.get("papermill", {})).get("end_time"):
-        return f"Of the published numbers alone, if at all. `./reproduce.sh {profile}` adds a run's."
+        return f"From published numbers alone, if any. `./reproduce.sh {profile}` adds a run's."
     given = "".join(f", {key} = {value}" for key, value in run["parameters"].items())
     return f"Executed on {run['end_time'][:10]} in {run['duration']:.0f} seconds{given}."
 

@@ -77,7 +77,7 @@ def check_file(
             return Finding(name, "unchanged")
         return Finding(name, "changed", "its own checksum is another")
     if name not in known and path.name == "rollout.jsonl":
-        return Finding(name, "unfinished", "the command that began it asks the questions that are left")
+        return Finding(name, "unfinished", "the command that began it asks what is left")
     if name not in known:
         return Finding(name, "no record", "no record of this run names it")
     digest, record = known[name]

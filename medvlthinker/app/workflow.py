@@ -280,7 +280,8 @@ _SHORT = (  # what Snakemake says, and what is shown
     (r"[^ ,']*?(\w+/\w+)[.]py\b", r"\1"), (r"notebooks/([\w.-]+)[.]ipynb", r"\1"),
     ("Missing output files: ", "lost: "), ("Updated input files: ", "edited: "),
     ("Input files updated by another job: ", "follows "),
-    ("Params have changed since last execution: .*?before: ", "parameters were "), ("now: ", "are "))
+    ("Params have changed since last execution: .*?before: ", "parameters were "),
+    ("now: ", "are "))
 
 
 def plain_reason(

@@ -424,7 +424,8 @@ def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     "Where a cleaned text holds the text of an option, each with its mark."
     folded = _fold(text)
     found = [(start, end, mark) for word, words, mark in names.texts if word in folded
-             for start in _places(words[0], folded) if (end := _end(words, text, folded, start)) > 0]
+             for start in _places(words[0], folded)
+             if (end := _end(words, text, folded, start)) > 0]
     places, at = [], 0
     for place in sorted(found, key=lambda place: place[0]):   # the longest of those at one place
         if place[0] >= at:

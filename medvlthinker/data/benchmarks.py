@@ -95,7 +95,8 @@ LOCAL: dict[str, list[DatasetLayout]] = {  # what is looked for in `data_dir`
     "vqa_rad_closed": [
         DatasetLayout("testset.json", _RAD_IMAGES, converters.vqa_rad, _RAD),
         DatasetLayout("dev.jsonl", _RAD_IMAGES, converters.vqa_rad, _RAD),
-        DatasetLayout("VQA_RAD?Dataset?Public.json", _RAD_IMAGES, converters.vqa_rad_release, _RAD)],
+        DatasetLayout(
+            "VQA_RAD?Dataset?Public.json", _RAD_IMAGES, converters.vqa_rad_release, _RAD)],
     "MMMU-medical": [DatasetLayout("rows_for_images.jsonl", "images", converters.mmmu,
                                    ("MMMU", "mmmu", "vqa_mmmu"))],
     "MedXpertQA-MM": [

@@ -76,7 +76,8 @@ TRAINING_SETS = Collection("corpus", CORPORA, synthetic.corpus, PUBLISHED, SOURC
 def has_corpora(settings=DataSettings()) -> bool:
     "Is there anything to train on, or was it asked for by name?"
     names = set_names(TRAINING_SETS)
-    return bool(settings.corpus) or any(is_available(TRAINING_SETS, name, settings) for name in names)
+    available = (is_available(TRAINING_SETS, name, settings) for name in names)
+    return bool(settings.corpus) or any(available)
 
 # %% ../../nbs/data/16_corpora.ipynb #5b756744
 def load_corpus(

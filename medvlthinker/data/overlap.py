@@ -254,7 +254,7 @@ def pair_table(rows: Iterable[tuple]):  # of `SampleIndex.pairs`
 def overlap(corpora: dict[str, Iterable[Sample]], test: Iterable[Sample]):
     "A DataFrame of all training and test items that are the same at some level, strongest first."
     index = SampleIndex(list(test))
-    return pair_table(itertools.chain.from_iterable(itertools.starmap(index.pairs, corpora.items())))
+    return pair_table(itertools.chain(*itertools.starmap(index.pairs, corpora.items())))
 
 # %% ../../nbs/data/17_overlap.ipynb #f603c84e
 def _origins(settings, folder) -> dict[str, str]:

@@ -68,7 +68,7 @@ def sft_target(label: str, reasoning: str) -> str:
 
 # %% ../../nbs/data/11_prompt.ipynb #d1f40002
 def failing_keys(samples: Iterable[Sample]) -> list[tuple[int, str]]:
-    "Index and rule of each sample whose own answer, as models are trained to write it, is graded wrong."
+    "Index and rule of each sample whose own answer, written as models learn it, is graded wrong."
     from medvlthinker.core.grade import RULES, grade  # commands that grade nothing start sooner
 
     return [(sample.dataset_index, rule) for sample in samples for rule in RULES

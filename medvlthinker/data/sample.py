@@ -271,7 +271,8 @@ def from_row(
         name = str(row.get("image_field", "images"))  # what the source calls it
         found["images"] = _images(row.get("images"), read)
     except UnicodeEncodeError:
-        raise InvalidRow(where, name, "holds half a character, or bytes that are not UTF-8") from None
+        reason = "holds half a character, or bytes that are not UTF-8"
+        raise InvalidRow(where, name, reason) from None
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         raise InvalidRow(where, name, str(error)) from None
     return Sample(**found)

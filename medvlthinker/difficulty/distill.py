@@ -48,8 +48,9 @@ def distill(
     for sample in samples:
         row = answered.get(sample.dataset_index)
         if row and row["dataset_name"] != sample.dataset_name:
-            raise UserError(f"The rollout's row {sample.dataset_index} is of {row['dataset_name']}, "
-                            f"the sample of {sample.dataset_name}; name the rollout of this set.")
+            raise UserError(
+                f"The rollout's row {sample.dataset_index} is of {row['dataset_name']}, the sample "
+                f"of {sample.dataset_name}; name the rollout of this set.")
         reasoning, outcome = first_reasoning(sample, row, rule)
         if counts is not None:
             counts[outcome] += 1

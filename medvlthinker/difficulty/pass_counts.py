@@ -153,7 +153,7 @@ def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
 def _all_questions(
     samples: Path, decisions: "pd.DataFrame", without: list[int],
 ) -> "pd.DataFrame":
-    "Every question of a file with its decision, or why there is none; `UserError` where others are."
+    "Every question of a file with its decision, or why there is none; `UserError` for others."
     with open_parquet(samples) as file:
         keys = file.read(columns=["dataset_name", "dataset_index"]).to_pandas()
     if (twice := keys.dataset_index.duplicated()).any():

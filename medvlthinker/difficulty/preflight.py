@@ -79,10 +79,10 @@ def lengths(
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e77
 _LONGEST = "the longest with {worst:,} tokens (row {row}): "
 _SENTENCES = {  # each begins with how many prompts it is about
-    "measured": " take {least:,} to {worst:,} tokens, {mean:,.1f} on average, {images:,.1f} of them "
-    "for images.",
-    "over max_model_len": " would fill max_model_len={max_model_len:,}, " + _LONGEST + "vLLM refuses "
-    "them.",
+    "measured": " take {least:,} to {worst:,} tokens, {mean:,.1f} on average, {images:,.1f} of "
+    "them for images.",
+    "over max_model_len": " would fill max_model_len={max_model_len:,}, " + _LONGEST
+    + "vLLM refuses them.",
     "over max_prompt_length": " would exceed max_prompt_length={max_prompt_length:,}, " + _LONGEST
     + "verl stops at the first of them; shrink their images, or leave them out with "
     "data.filter_overlong_prompts=True.",
@@ -92,8 +92,8 @@ _SENTENCES = {  # each begins with how many prompts it is about
     "completion cut": " would leave less than max_tokens={max_tokens:,} of max_model_len="
     "{max_model_len:,}, " + _LONGEST + "a completion may be cut, and an OpenAI-compatible server "
     "refuses the request.",
-    "shrunk": " would have an image shrunk to max_pixels={max_pixels:,}, the largest from {worst:,} "
-    "pixels (row {row})."}
+    "shrunk": " would have an image shrunk to max_pixels={max_pixels:,}, the largest from "
+    "{worst:,} pixels (row {row})."}
 _REFUSED = " would be refused, row {row} first: {problem}."
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #0d957e78

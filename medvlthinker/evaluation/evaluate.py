@@ -367,7 +367,8 @@ def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, 
     keys = ("instruction", "dialect", "seed", "engine", "dtype")
     about = {"model": config.model, "source": folder.name, "rollouts": origin}
     about |= {key: getattr(config, key) for key in keys}
-    grades, inputs = _grade_all(list(rolled.values()), RULES), {"rollouts": origin, "answers": hashes}
+    inputs = {"rollouts": origin, "answers": hashes}
+    grades = _grade_all(list(rolled.values()), RULES)
     return grades, folder / folder_name(config.model), about, inputs
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #5291a934

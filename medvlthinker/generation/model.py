@@ -281,7 +281,7 @@ def check_chat_template(
     processor,  # of transformers
     model: str | Path,
 ) -> None:
-    "`UserError` for a model that has no chat template, or no tokenizer: transformers makes an empty one."
+    "`UserError` for a model without chat template or tokenizer (transformers makes an empty one)."
     if processor.tokenizer.vocab_size < 10:
         raise UserError(f"The model {model} has no tokenizer (tokenizer.json); copy it again, with "
                         "all its files.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def rewards(
     rule: str = "reward",  # one of grade.RULES
 ):
-    "The reward as TRL calls it: many completions at once, and the columns of their rows beside them."
+    "The reward as TRL calls it: many completions at once, and the columns of their rows."
     def reward(completions, answer, extra_info, **_):
         texts = [turns[0]["content"] for turns in completions]
         return [compute_score("", text, truth, info, rule)
@@ -124,12 +124,13 @@ def shared_rows(
 def read_once(
     model,  # transformers' Qwen2.5-VL on a CPU, without gradient checkpointing
 ) -> Callable:
-    "The model as TRL calls it for the logits of answers; a prompt is read once for all its answers."
+    "The model as TRL calls it for the logits of answers; a prompt is read once for all of them."
     require_package("torch", "trl")
     import torch
     from trl.trainer.utils import split_pixel_values_by_grid
 
-    def call(input_ids, attention_mask, logits_to_keep, use_cache, mm_token_type_ids=None, **images):
+    def call(input_ids, attention_mask, logits_to_keep, use_cache, mm_token_type_ids=None,
+             **images):
         length = logits_to_keep - 1  # of the answers; TRL drops the logits behind the last token
         prompts, seen = input_ids[:, :-length], attention_mask[:, :-length]
         counts = (prompts == model.config.vision_start_token_id).sum(1).tolist()
@@ -176,7 +177,7 @@ def log_probabilities(
 def frozen_weights(
     model,  # a module, with peft's adapters or without
 ) -> "dict[str, torch.Tensor]":
-    "The weights that adapters are added to, by name; of one that is shared out, this process's part."
+    "The weights that adapters are added to, by name; of a shard, this process's part."
     found = {name: weight.detach() for name, weight in model.named_parameters()
              if ".base_layer." in name}
     return {name: part.to_local() if hasattr(part, "to_local") else part

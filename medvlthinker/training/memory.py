@@ -255,8 +255,8 @@ def settings_that_fit(
     text = (f"{recipe.name} needs {need(own):,.1f} GiB with {words(own)}, at the longest row of "
             f"{sum(plan.row):,} tokens; a GPU has {memory:.1f} GiB.")
     if need(own) == math.inf:
-        text = (f"vLLM's share of {memory:.1f} GiB does not hold the model of {recipe.name} and its "
-                "longest answer.")
+        text = (f"vLLM's share of {memory:.1f} GiB does not hold the model of {recipe.name} and "
+                "its longest answer.")
     if fits is None:
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
                         "gpu_memory_utilization to us, take more GPUs (gpus, nodes), TRL's "

@@ -11,7 +11,7 @@ __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettin
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import dataclasses, math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Grpo:
     max_grad_norm: float = 1.0
     tensor_parallel: int = 2  # GPUs that share one copy of the model while it answers
     save_every: int = 50  # steps; the validation set is asked as often
-    keep: int = 0  # checkpoints that the paper kept; 0 for all. Here only those stay that are needed
+    keep: int = 0  # checkpoints that the paper kept; 0 for all. Here those stay that are needed
     freeze_vision: bool = False
 
 # %% ../../nbs/training/40_recipe.ipynb #455c8263
@@ -131,62 +131,82 @@ class Recipe:
         return self.name.split("-")[0]
 
 # %% ../../nbs/training/40_recipe.ipynb #f10ee7c0
-BASES = {"tiny": "tiny", **{size: f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B")}}
+BASES = {"tiny": "tiny", "3B": "Qwen/Qwen2.5-VL-3B-Instruct", "7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+         "32B": "Qwen/Qwen2.5-VL-32B-Instruct"}
 
 
 def _supervised(size: str) -> list[Recipe]:
     "The paper's two SFT runs of one size."
-    epoch = "of 5 epochs the third was published; epochs 3 and 5 were both measured on the test sets before"
-    return [Recipe(f"{size}-SFT_m23k", BASES[size], "m23k", Sft(take_epoch=3), 4401, note=epoch),
-            Recipe(f"{size}-SFT_PMC", BASES[size], "pmc_vqa", Sft(take_epoch=3), 12594, note=epoch + ("; no command for it is in the repository" if size == "7B" else ""))]
+    base, how = BASES[size], Sft(take_epoch=3)
+    note = ("of 5 epochs the third was published; epochs 3 and 5 were both measured on the test "
+            "sets before")
+    lacking = "; no command for it is in the repository" if size == "7B" else ""
+    return [Recipe(f"{size}-SFT_m23k", base, "m23k", how, 4401, note=note),
+            Recipe(f"{size}-SFT_PMC", base, "pmc_vqa", how, 12594, note=note + lacking)]
 
 
 def _reinforced(size: str) -> list[Recipe]:
     "The paper's RL runs from the base model, and their variants."
-    text: dict = dict(epochs=5)
-    fitted: dict = dict(micro_batch=16, keep=2) if size == "3B" else {}
-    unpublished = "evaluated, never published"
+    base, note, beyond = BASES[size], "evaluated, never published", ""
+    images = Grpo(shuffle=False, save_every=100)
+    if size == "3B":
+        images = replace(images, micro_batch=16, keep=2)
+    else:
+        beyond = "; one measured checkpoint is step 500, beyond the 451 of this script"
     return [
-        Recipe(f"{size}-RL_m23k", BASES[size], "m23k", Grpo(**text), 320),
-        Recipe(f"{size}-RL_PMC", BASES[size], "pmc_vqa", Grpo(), 451),
-        Recipe(f"{size}-RL_m23k-easy_to_hard", BASES[size], "m23k", Grpo(**text, shuffle=False, save_every=100), note=unpublished),
-        Recipe(f"{size}-RL_m23k-easy_to_hard-1_epoch", BASES[size], "m23k", Grpo(epochs=1, shuffle=False), note=unpublished),
-        Recipe(f"{size}-RL_PMC-easy_to_hard", BASES[size], "pmc_vqa", Grpo(shuffle=False, save_every=100, **fitted), note=unpublished + ("; one measured checkpoint is step 500, beyond the 451 of this script" if size == "7B" else "")),
-    ]
+        Recipe(f"{size}-RL_m23k", base, "m23k", Grpo(epochs=5), 320),
+        Recipe(f"{size}-RL_PMC", base, "pmc_vqa", Grpo(), 451),
+        Recipe(f"{size}-RL_m23k-easy_to_hard", base, "m23k",
+               Grpo(epochs=5, shuffle=False, save_every=100), note=note),
+        Recipe(f"{size}-RL_m23k-easy_to_hard-1_epoch", base, "m23k", Grpo(shuffle=False),
+               note=note),
+        Recipe(f"{size}-RL_PMC-easy_to_hard", base, "pmc_vqa", images, note=note + beyond)]
 
 # %% ../../nbs/training/40_recipe.ipynb #af80ead6
 def _two_stages() -> list[Recipe]:
     "SFT or RL on text, then RL on images."
-    small: dict = dict(batch=64, mini_batch=32, micro_batch=8)
+    how = Grpo(batch=64, mini_batch=32, micro_batch=8)
+    smaller, kept = replace(how, micro_batch=4), replace(how, keep=3)
     return [
-        Recipe("3B-SFT_m23k-RL_PMC", "3B-SFT_m23k", "pmc_vqa", Grpo(**small), 1150, note="stopped at 1,150 of 1,805 steps"),
-        Recipe("7B-SFT_m23k-RL_PMC", "7B-SFT_m23k", "pmc_vqa", Grpo(**small | dict(micro_batch=4)), 1805,
-               note="started from epoch 3 of SFT by its published name; the script in the repository starts from epoch 5 (next row)"),
-        Recipe("7B-SFT_m23k-RL_PMC-sft_epoch_5", "7B-SFT_m23k@7335", "pmc_vqa", Grpo(**small | dict(micro_batch=4)),
-               note="the script in the repository; steps 800 (7B) and 1,400 (3B) of such runs were evaluated, none published"),
-        Recipe("3B-RL_m23k-RL_PMC", "3B-RL_m23k", "pmc_vqa", Grpo(**small, keep=3), 1805),
-        Recipe("7B-RL_m23k-RL_PMC", "7B-RL_m23k", "pmc_vqa", Grpo(**small, keep=3), 1805),
-    ]
+        Recipe("3B-SFT_m23k-RL_PMC", "3B-SFT_m23k", "pmc_vqa", how, 1150,
+               note="stopped at 1,150 of 1,805 steps"),
+        Recipe("7B-SFT_m23k-RL_PMC", "7B-SFT_m23k", "pmc_vqa", smaller, 1805,
+               note="started from epoch 3 of SFT by its published name; the script in the "
+                    "repository starts from epoch 5 (next row)"),
+        Recipe("7B-SFT_m23k-RL_PMC-sft_epoch_5", "7B-SFT_m23k@7335", "pmc_vqa", smaller,
+               note="the script in the repository; steps 800 (7B) and 1,400 (3B) of such runs "
+                    "were evaluated, none published"),
+        Recipe("3B-RL_m23k-RL_PMC", "3B-RL_m23k", "pmc_vqa", kept, 1805),
+        Recipe("7B-RL_m23k-RL_PMC", "7B-RL_m23k", "pmc_vqa", kept, 1805)]
 
 # %% ../../nbs/training/40_recipe.ipynb #7ce33e8f
 def _large() -> list[Recipe]:
     "The runs of the 32B model."
-    return [Recipe("32B-SFT_m23k", BASES["32B"], "m23k", Sft(gradient_checkpointing=True), nodes=2, note="a command is documented, no model was published"),
-            Recipe("32B-RL_m23k", BASES["32B"], "m23k", Grpo(epochs=5, batch=128, mini_batch=64, micro_batch=16, tensor_parallel=4, keep=2), 645, nodes=4)]
+    rl = Grpo(epochs=5, batch=128, mini_batch=64, micro_batch=16, tensor_parallel=4, keep=2)
+    return [Recipe("32B-SFT_m23k", BASES["32B"], "m23k", Sft(gradient_checkpointing=True), nodes=2,
+                   note="a command is documented, no model was published"),
+            Recipe("32B-RL_m23k", BASES["32B"], "m23k", rl, 645, nodes=4)]
 
 # %% ../../nbs/training/40_recipe.ipynb #b8db32a6
 def _embedded() -> list[Recipe]:
     "The six trained rows of the paper's table, for the embedded model."
+    shared: dict = {"epochs": 12, "weight_decay": 0.0, "betas": (0.9, 0.98), "freeze_vision": True}
+    sft = Sft(5e-4, **shared, max_length=1024)
+    rl = Grpo(2e-4, **shared, warmup_steps=5, batch=8, mini_batch=8, micro_batch=64,
+              max_prompt_length=512, max_response_length=40, kl_coef=0.04, clip=(0.2, 0.28),
+              tensor_parallel=1, save_every=5, keep=1)
     note = "embedded: tests the machinery, means nothing medical"
-    sft = Sft(5e-4, epochs=12, weight_decay=0.0, betas=(0.9, 0.98), max_length=1024, freeze_vision=True)
-    rl = Grpo(2e-4, warmup_steps=5, epochs=12, batch=8, mini_batch=8, micro_batch=64, max_prompt_length=512, max_response_length=40, kl_coef=0.04, clip=(0.2, 0.28),
-              weight_decay=0.0, betas=(0.9, 0.98), tensor_parallel=1, save_every=5, keep=1, freeze_vision=True)
-    row = lambda name, init, corpus, how: Recipe(f"tiny-{name}", init, corpus, how, gpus=0, note=note)
-    return [row("SFT_m23k", "tiny", "m23k", sft), row("SFT_PMC", "tiny", "pmc_vqa", sft), row("SFT_m23k-RL_PMC", "tiny-SFT_m23k", "pmc_vqa", rl),
-            row("RL_m23k", "tiny", "m23k", rl), row("RL_PMC", "tiny", "pmc_vqa", rl), row("RL_m23k-RL_PMC", "tiny-RL_m23k", "pmc_vqa", rl)]
+    return [Recipe(f"tiny-{name}", init, corpus, how, gpus=0, note=note)
+            for name, init, corpus, how in [
+                ("SFT_m23k", "tiny", "m23k", sft), ("SFT_PMC", "tiny", "pmc_vqa", sft),
+                ("SFT_m23k-RL_PMC", "tiny-SFT_m23k", "pmc_vqa", rl),
+                ("RL_m23k", "tiny", "m23k", rl), ("RL_PMC", "tiny", "pmc_vqa", rl),
+                ("RL_m23k-RL_PMC", "tiny-RL_m23k", "pmc_vqa", rl)]]
 
 
-RECIPES = {recipe.name: recipe for recipe in [*_embedded(), *_supervised("3B"), *_reinforced("3B"), *_supervised("7B"), *_reinforced("7B"), *_two_stages(), *_large()]}
+RECIPES = {recipe.name: recipe for recipe in [
+    *_embedded(), *_supervised("3B"), *_reinforced("3B"), *_supervised("7B"), *_reinforced("7B"),
+    *_two_stages(), *_large()]}
 
 # %% ../../nbs/training/40_recipe.ipynb #db883aaa
 def find(name: str) -> Recipe:
@@ -243,13 +263,14 @@ ROWS = {  # questions that the paper trained on, as (at least, at most)
     ("SFT", "m23k"): (23460, 23460),  # 23,493 of m1 less 33 that did not become rows
     ("SFT", "pmc_vqa"): (67153, 67168),  # those with a correct chain of GPT-4o, from 4,198 steps
     ("RL", "m23k"): (16512, 16639),  # of 23,456 counted, from 320 steps of 256 and 645 of 128
-    ("RL", "pmc_vqa"): (115520, 115583),  # of 176,896 counted, from 451 steps of 256 and 1,805 of 64
+    ("RL", "pmc_vqa"): (115520, 115583),  # of 176,896 counted, from 451 steps of 256, 1,805 of 64
 }
 
 
 def steps_per_epoch(recipe: Recipe, rows: int) -> int:
-    "Steps of one pass over the corpus; SFT takes the last, partial batch along, verl leaves it out."
-    return math.ceil(rows / recipe.how.batch) if recipe.method == "SFT" else rows // recipe.how.batch
+    "Steps of one pass over the corpus; SFT takes the last, partial batch along, RL leaves it out."
+    batch = recipe.how.batch
+    return math.ceil(rows / batch) if recipe.method == "SFT" else rows // batch
 
 # %% ../../nbs/training/40_recipe.ipynb #e9ab2f96
 def total_steps(
@@ -259,7 +280,8 @@ def total_steps(
     "Steps of the whole run; `UserError` where there is not one."
     steps = steps_per_epoch(recipe, rows) * recipe.how.epochs
     if steps < 1:
-        raise UserError(f"{recipe.name} takes {recipe.how.batch} questions a step, and there are only {rows}: not one step. Give it more questions.")
+        raise UserError(f"{recipe.name} takes {recipe.how.batch} questions a step, and there are "
+                        f"only {rows}: not one step. Give it more questions.")
     return min(steps, max_steps) if max_steps else steps
 
 # %% ../../nbs/training/40_recipe.ipynb #bea5b073
@@ -284,7 +306,7 @@ def chain(recipe: Recipe) -> list[Recipe]:
 def wanted(
     names: Iterable[str],  # of recipes; `published` stands for the thirteen, 7B for those of a size
 ) -> list[Recipe]:
-    "The recipes of these names and all before them, in an order in which each finds what it starts from."
+    "The recipes of these names and all before them; each stands behind the one it starts from."
     published = [recipe for recipe in RECIPES.values() if recipe.published_step]
     groups = {size: [each.name for each in published if each.size == size] for size in BASES}
     groups["published"] = [recipe.name for recipe in published]
@@ -319,8 +341,9 @@ def starting_point(
     if (here / "config.json").is_file():
         return str(here)
     if step or not find(name).published_step:
-        raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {checkpoints}; train {name} first (recipe={name})"
-                        + (f", then `./reproduce.sh merge PROFILE recipe={name} step={step}`." if step else "."))
+        then = f", then `./reproduce.sh merge PROFILE recipe={name} step={step}`" if step else ""
+        raise UserError(f"{recipe.name} starts from {recipe.init}, which is not in {checkpoints}; "
+                        f"train {name} first (recipe={name}){then}.")
     show(f"{name} is not in {checkpoints}; {recipe.name} starts from the published one.")
     return resolve_model(name, checkpoints)
 

@@ -442,7 +442,7 @@ def row_mean_loss(
     model,
     batch: dict,  # what TRL's collator makes: input_ids, labels, pixel_values ...
 ) -> "torch.Tensor":
-    "The mean over the rows of each row's mean loss a token; the model gives the answers' logits only."
+    "The mean over the rows of each row's mean loss a token, from the answers' logits alone."
     labels = batch["labels"]
     first = int((labels != -100).any(dim=0).nonzero()[0])  # where the first answer begins
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -510,12 +510,13 @@ def machine_rank() -> int:
 # %% ../../nbs/training/42_sft.ipynb #676aaab5
 def refuse_alone(recipe: Recipe, settings: TrainingSettings) -> None:
     "`UserError` where a run through TRL takes several machines, and none has said which this is."
-    nodes = nodes_of(recipe, settings)
-    if nodes == 1 or uses_verl(recipe, settings) or {"MACHINE_RANK", "MASTER_ADDR"} <= {*os.environ}:
+    nodes, said = nodes_of(recipe, settings), {"MACHINE_RANK", "MASTER_ADDR"} <= {*os.environ}
+    if nodes == 1 or uses_verl(recipe, settings) or said:
         return
     raise UserError(f"{recipe.name} takes {nodes} nodes: on each, at the same time, "
                     f"`./reproduce.sh train PROFILE recipe={recipe.name}` with MACHINE_RANK=0, 1 "
-                    "... and MASTER_ADDR=FIRST_NODE in the environment. Or leave it out of recipes.")
+                    "... and MASTER_ADDR=FIRST_NODE in the environment. Or leave it out of "
+                    "recipes.")
 
 # %% ../../nbs/training/42_sft.ipynb #b5605059
 LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out one by one

@@ -86,7 +86,7 @@ def verl_parquet(run: Run) -> Path:
 
 # %% ../../nbs/training/44_verl.ipynb #02a7ea6c
 def has_flash_attention() -> bool:
-    "Can flash-attn 2 be imported by this Python? The fourth has the same name, and other functions."
+    "Can flash-attn 2 be imported by this Python? The fourth has its name, and other functions."
     try:
         return hasattr(importlib.import_module("flash_attn"), "flash_attn_varlen_func")
     except Exception:  # it is not here, or was built for another torch
@@ -201,7 +201,8 @@ def verl_settings(
                         f"GPUs of {recipe.name}; verl spreads copies of the model over all.")
     micro, pixels = rows_at_once(recipe, settings), pixel_limits(model, settings.max_pixels)
     alone = {"+ray_kwargs.ray_init.address": "local",
-             "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus} if nodes_of(recipe, settings) == 1 else {}
+             "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus}
+    alone = alone if nodes_of(recipe, settings) == 1 else {}
     return {**_data(how, data, settings.seed),
             **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings, flash),
             **_actor(how, settings, micro),

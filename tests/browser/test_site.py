@@ -198,7 +198,7 @@ def test_hidden_cells_stay_hidden_code_can_be_folded_and_numbers_have_a_source(b
     assert '<details class="code" id="medvlthinker.core.words.count" open><summary>count</summary>' in words
     paper = read(built, "paper/results.html")
     assert paper.count("<summary>Code</summary>") == 1, "neighbours fold into one line"
-    assert "Executed on 2026-11-22 in 12 seconds, profile = smoke." in paper and "Of the published numbers alone" in read(built, "paper/evaluate.html")
+    assert "Executed on 2026-11-22 in 12 seconds, profile = smoke." in paper and "From published numbers alone" in read(built, "paper/evaluate.html")
 
 
 def test_text_is_shown_as_it_was_written(built):

@@ -1,10 +1,12 @@
-"""Makes `import torchvision` work where torch is a CPU build and torchvision the registry's CUDA build.
+"""Makes `import torchvision` work where torch is a CPU build and torchvision one for CUDA.
 
-Such a torchvision cannot load its compiled library and accepts that, but a moment later it registers shape functions for two
-operators of that library, `nms` and `qnms`, and torch refuses because nobody has declared them. This module declares the two at
-the one moment between those steps: when Python looks for `torchvision._meta_registrations`. Where the library did load (CUDA, a CPU
-build of torchvision, macOS) it does nothing, and until torchvision is imported it costs one dictionary lookup per import.
-The .pth file beside it brings it into every process of the environment: vLLM's engine and Ray's workers import torchvision too.
+Such a torchvision cannot load its compiled library and accepts that, but a moment later it
+registers shape functions for two operators of that library, `nms` and `qnms`, and torch refuses
+because nobody has declared them. This module declares the two at the one moment between those
+steps: when Python looks for `torchvision._meta_registrations`. Where the library did load (CUDA,
+a CPU build of torchvision, macOS) it does nothing, and until torchvision is imported it costs one
+dictionary lookup per import. The .pth file beside it brings it into every process of the
+environment: vLLM's engine and Ray's workers import torchvision too.
 """
 import sys
 
