@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'medvlthinker.app.cards.model_card': ('app/cards.html#model_card', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards.model_metadata': ( 'app/cards.html#model_metadata',
                                                                                    'medvlthinker/app/cards.py'),
+                                        'medvlthinker.app.cards.update_card': ('app/cards.html#update_card', 'medvlthinker/app/cards.py'),
                                         'medvlthinker.app.cards.write_card': ('app/cards.html#write_card', 'medvlthinker/app/cards.py')},
             'medvlthinker.app.cli': { 'medvlthinker.app.cli._options': ('app/cli.html#_options', 'medvlthinker/app/cli.py'),
                                       'medvlthinker.app.cli._show_results': ('app/cli.html#_show_results', 'medvlthinker/app/cli.py'),

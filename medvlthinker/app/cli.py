@@ -7,7 +7,7 @@ __all__ = ['VERBS', 'app', 'run', 'status', 'step', 'results', 'ask', 'curate', 
            'console']
 
 # %% ../../nbs/app/78_cli.ipynb #3a91c79e
-import contextlib, dataclasses, difflib, json, os, signal, subprocess, sys, time
+import dataclasses, difflib, json, os, signal, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +34,8 @@ def run(
 
     Example: medvlthinker run smoke limit=20 recipes=tiny-RL_PMC
     """
-    from medvlthinker.app.cards import write_card
     from medvlthinker.app.cost import cost_summary, dry_run as steps_in_words
     from medvlthinker.app.workflow import reasons, run_workflow
-    from medvlthinker.training.recipe import wanted
 
     words, options = _options(words or [])
     (profile,), began = read_command(words), time.monotonic()
@@ -47,9 +45,6 @@ def run(
         sums = summary.splitlines()[:3]
         return print(f"{summary}\n", *steps_in_words(profile, due), *sums, sep="\n")
     ran = run_workflow(profile, *options)
-    for recipe in wanted(profile.recipes) if ran else []:
-        with contextlib.suppress(UserError):  # it was not among the steps
-            write_card(recipe, profile)
     _show_results(profile)
     print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
           else "Everything was done already; nothing ran.")

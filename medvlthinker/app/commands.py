@@ -345,6 +345,7 @@ def evaluate(words: Words = None) -> None:
 
     Example: medvlthinker evaluate smoke model=tiny limit=20
     """
+    from medvlthinker.app.cards import update_card
     from medvlthinker.app.runs import ask_model, evaluation_samplings
     from medvlthinker.evaluation import evaluate as evaluation
 
@@ -354,6 +355,7 @@ def evaluate(words: Words = None) -> None:
         grades = evaluation.evaluate(sets, _results(profile), rule)
         for again in repeated:
             evaluation.evaluate_repeats(again, _results(profile))
+        update_card(each, profile)
         table = evaluation.accuracy(grades, rule).round(1).to_string()
         print(f"{each}, rule {rule}", table, sep="\n")
 
