@@ -593,6 +593,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'medvlthinker.data.prompt.failing_keys': ( 'data/prompt.html#failing_keys',
                                                                                      'medvlthinker/data/prompt.py'),
                                           'medvlthinker.data.prompt.messages': ('data/prompt.html#messages', 'medvlthinker/data/prompt.py'),
+                                          'medvlthinker.data.prompt.own_instruction': ( 'data/prompt.html#own_instruction',
+                                                                                        'medvlthinker/data/prompt.py'),
                                           'medvlthinker.data.prompt.raw_prompt': ( 'data/prompt.html#raw_prompt',
                                                                                    'medvlthinker/data/prompt.py'),
                                           'medvlthinker.data.prompt.sft_target': ( 'data/prompt.html#sft_target',
