@@ -233,20 +233,32 @@ def unloadable_error(
                      f"{way}.")
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
+def _tensor_names(files: list[Path]) -> list[str]:
+    "The names of all tensors; `UserError` for a file that is damaged."
+    from safetensors import SafetensorError, safe_open
+
+    names = list[str]()
+    for path in files:
+        try:
+            names += safe_open(path, "pt").keys()
+        except (SafetensorError, OSError) as error:
+            raise unloadable_error(path, error) from None
+    return names
+
+
 def check_weights(folder: str | Path) -> None:
     "`UserError` where a model's weights do not fit its config; it names some, and says how many."
     require_package("torch")
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     folder = Path(folder)
-    files, config = weight_files(folder), read_json(folder / "config.json")
+    stored, config = _tensor_names(weight_files(folder)), read_json(folder / "config.json")
     if "quantization_config" in config or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
     key, own = "tie_word_embeddings", getattr(net.config, "tie_word_embeddings", False)
     said = {part[key] for part in (config, config.get("text_config") or {}) if key in part} or {own}
     try:
-        stored = [name for path in files for name in safe_open(path, "pt").keys()]
         tied_head = True in said and any(name.endswith("lm_head.weight") for name in stored)
         net, report = _load_quietly(net, folder, "cpu" if tied_head else "meta")
     except (SafetensorError, ValueError, OSError) as error:
