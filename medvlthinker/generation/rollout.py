@@ -191,6 +191,9 @@ class Rollout(Sequence):
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
+    def __repr__(self) -> str:
+        return f"Rollout of {self.config.model} to {len(self)} questions, in {self.folder}"
+
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
 _BEGUN = {field.name: int | float if field.type is float else field.type
           for field in dataclasses.fields(RolloutConfig)}
@@ -398,6 +401,8 @@ def generate_all(
 ) -> list[Rollout]:
     "The rollouts of all jobs; asks what is missing."
     jobs = list(jobs)
+    if not all(len(job.samples) for job in jobs):
+        raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
     todo = {folder: pair for folder, *pair in zip(folders, jobs, configs)
