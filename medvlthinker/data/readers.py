@@ -231,7 +231,7 @@ def _convert_fingerprint(convert: Callable) -> str:
 
 
 def copy_fingerprint(folder: Path, layout: DatasetLayout) -> dict:
-    "What the samples of a local copy depend on; parquet counts as images do: by name, size and date."
+    "What the samples of a local copy depend on; parquet counts as images do, by size and date."
     hashes = {str(path.relative_to(folder)): content_fingerprint(path) if path.suffix == ".parquet"
               else file_hash(path) for path in layout.found(folder)}
     images = layout.image_place(folder)
@@ -296,6 +296,8 @@ def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | Inval
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
+    if "images" not in item and (read or "image" in item):  # or none would be shown
+        return InvalidRow(where, "images", "the converter gives none; give [] for no image")
     try:
         sample = from_row(item, where, read)
         names = item["images"] if sample.images else ()
