@@ -1464,6 +1464,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'medvlthinker/results/tables.py'),
                                              'medvlthinker.results.tables.our_cells': ( 'results/tables.html#our_cells',
                                                                                         'medvlthinker/results/tables.py'),
+                                             'medvlthinker.results.tables.own_sets': ( 'results/tables.html#own_sets',
+                                                                                       'medvlthinker/results/tables.py'),
                                              'medvlthinker.results.tables.results_table': ( 'results/tables.html#results_table',
                                                                                             'medvlthinker/results/tables.py'),
                                              'medvlthinker.results.tables.to_csv': ( 'results/tables.html#to_csv',
