@@ -245,6 +245,6 @@ def stored_viewer(
             sets.setdefault(samples.path, (samples, {}))[1][record["model"]] = rollout
             about[record["model"]] = made.format_map(rollout.record)
     entries = [entry for each in sets.values() for entry in read_entries(*each)]
-    drawn = any(entry.sample.misc.get("synthetic") for entry in entries)
+    drawn = any((entry.sample.misc or {}).get("synthetic") for entry in entries)
     source = profile.source if drawn or profile.source != "synthetic" else "own"
     return Viewer(entries, source, about)
