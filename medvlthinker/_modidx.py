@@ -1034,6 +1034,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._Worker.answer': ( 'generation/engine.html#_worker.answer',
                                                                                                    'medvlthinker/generation/engine.py'),
+                                                'medvlthinker.generation.engine._check_gpus': ( 'generation/engine.html#_check_gpus',
+                                                                                                'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._end_tokens': ( 'generation/engine.html#_end_tokens',
                                                                                                 'medvlthinker/generation/engine.py'),
                                                 'medvlthinker.generation.engine._generation_config': ( 'generation/engine.html#_generation_config',
