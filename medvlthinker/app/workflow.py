@@ -299,7 +299,7 @@ def execute(
 # %% ../../nbs/app/75_workflow.ipynb #c82e5290
 _SHORT = (  # what Snakemake says, and what is shown
     (r".*(Forced execution|Missing output files: [^;]*[.]ipynb).*", "it has not run yet"),
-    (r"[^ ,']*?(\w+/\w+)[.]py\b", r"\1"), (r"notebooks/([\w.-]+)[.]ipynb", r"\1"),
+    (r"[^ ,']*?(\w+/\w+)[.]py\b", r"\1"), (r"notebooks/([^,;/]+)[.]ipynb", r"\1"),
     ("Missing output files: ", "lost: "), ("Updated input files: ", "edited: "),
     ("Input files updated by another job: ", "follows "))
 _PARAMETERS = re.compile(r"Params have changed since last execution: .*?before: (.*?) now: ([^;]*)")
@@ -308,8 +308,8 @@ _PARAMETERS = re.compile(r"Params have changed since last execution: .*?before: 
 def _changed_keys(found: re.Match) -> str:
     "Each key with its value before and now."
     before, now = (dict(re.findall(r"'(\w+)=([^']*)'", side)) for side in found.groups())
-    keys = [f"{key} was {before.get(key, '')}, is {value}" for key, value in now.items()
-            if key != "code"]
+    keys = [f"{key} was {before.get(key) or 'empty'}, is {value or 'empty'}"
+            for key, value in now.items() if key != "code"]
     return ", ".join([*keys, *["its cells were edited"] * ("code" in now)])
 
 
