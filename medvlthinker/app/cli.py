@@ -256,6 +256,8 @@ def main(
     words: list[str],  # VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run
 ) -> int:  # the exit code
     "The command line; `UserError` for a mistake."
+    if home := os.environ.get("MEDVLTHINKER_HOME"):  # the steps of a run work in other folders
+        os.environ["MEDVLTHINKER_HOME"] = str(Path(home).expanduser().absolute())
     if words[:1] == ["--version"]:
         about = environment_info()
         print(f"medvlthinker {about['version']}, commit {about['commit'] or 'unknown'}")

@@ -220,6 +220,13 @@ def test_the_sums_of_a_dry_run_stand_at_both_ends(home):
     assert first.startswith("mini: 9 of 9 steps to run\n") and first.splitlines()[:3] == last.strip().splitlines(), done.stdout + done.stderr
 
 
+def test_a_home_is_seen_from_where_the_command_was_called(tmp_path):
+    (tmp_path / "runs" / "smoke" / ".snakemake").mkdir(parents=True)  # as if it had begun
+    done = python("-m", "medvlthinker.app.cli", "status", "smoke", cwd=tmp_path, MEDVLTHINKER_HOME="runs")
+    assert done.returncode == 0 and "17 steps: 17 missing." in done.stdout, done.stderr
+    assert not (tmp_path / "runs" / "smoke" / "runs").exists()
+
+
 def test_full_disk(tmp_path):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
     (tmp_path / "disk").mkdir()
