@@ -1088,6 +1088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medvlthinker/generation/model.py'),
                                                'medvlthinker.generation.model._hash_blocks': ( 'generation/model.html#_hash_blocks',
                                                                                                'medvlthinker/generation/model.py'),
+                                               'medvlthinker.generation.model._is_json': ( 'generation/model.html#_is_json',
+                                                                                           'medvlthinker/generation/model.py'),
                                                'medvlthinker.generation.model._load_quietly': ( 'generation/model.html#_load_quietly',
                                                                                                 'medvlthinker/generation/model.py'),
                                                'medvlthinker.generation.model._tensor_names': ( 'generation/model.html#_tensor_names',
