@@ -22,8 +22,6 @@ from medvlthinker.core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
     write_record)
 from ..core.plots import skip_uri_grammar
-from ..data.benchmarks import TEST_SETS, open_set, set_names
-from ..data.corpora import TRAINING_SETS
 from ..training.recipe import RECIPES, TrainingSettings, nodes_of, rows_at_once
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
@@ -73,7 +71,10 @@ def imported_files(
 # %% ../../nbs/app/75_workflow.ipynb #c91d5e08
 def question_files(profile: Profile) -> list[Path]:
     "The files of questions that lie in folders: in `data_dir`, or of sets of the user's own."
-    found = []
+    from medvlthinker.data.benchmarks import TEST_SETS, open_set, set_names
+    from medvlthinker.data.corpora import TRAINING_SETS
+
+    found = list[Path]()
     for sets in (TEST_SETS, TRAINING_SETS):
         for name in set_names(sets, getattr(profile, sets.kind)):
             if sets.source(name, profile) in ("local", "own"):
@@ -401,6 +402,7 @@ def snakemake(
 ) -> Iterator[str]:
     "The lines that Snakemake and its steps print; `UserError` with the sentence of a failed step."
     require_package("snakemake", "papermill", "ipykernel")
+    question_files(profile)  # a mistake in the profile is said here, and not by Snakemake
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
     if dry:  # which leaves no log
