@@ -1,4 +1,5 @@
 """The command lines of comparison, image ablation and export: what they print and keep, and one sentence for a mistake."""
+import json
 import shutil
 
 import medvlthinker
@@ -67,6 +68,12 @@ def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answer
 def test_both_sides_equal_is_said_before_anything_is_asked(warm_home):
     refuses(["compare", "smoke", "limit=2", "model=tiny", "--", "gpus=0"], "one and the same rollout")
     assert not list((warm_home / "smoke").rglob("rollout.jsonl"))
+
+
+def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call):
+    said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake", "repeats=0", "repeats_others=0", "rule=strict")
+    record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())
+    assert "tiny, rule strict" in said and record["rule"] == "regrade"
 
 
 def test_the_version_is_told(call):
