@@ -22,6 +22,7 @@ NOUNS = {"grade": "core.grade", "load_benchmark": "data.benchmarks", "DataSettin
          "accuracy": "evaluation.evaluate", "evaluate": "evaluation.evaluate", "grade_rollout": "evaluation.evaluate",
          "ask": "generation.ask", "open_engine": "generation.engine", "EngineSettings": "generation.request",
          "Sampling": "generation.request", "generate": "generation.rollout"}
+__all__ = list(NOUNS)  # what help() lists, and an import of everything brings
 
 
 def __getattr__(name: str):

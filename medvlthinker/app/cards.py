@@ -12,7 +12,7 @@ from pathlib import Path
 from .profile import Profile, Workspace
 from ..core.files import UserError, atomic_write, read_json, record_path
 from ..core.stats import wilson
-from ..data.benchmarks import HUB
+from ..data.benchmarks import BENCHMARKS, HUB
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..data.prompt import user_text
 from ..data.sample import Sample
@@ -28,12 +28,13 @@ def eval_results(
     from huggingface_hub import EvalResult
 
     results, source = [], evaluation.get("source", "unknown")
+    place = HUB if source == "hub" else source
     for name, (right, n) in evaluation.get("counts", {}).items():
         low, high = (round(100 * bound, 1) for bound in wilson(right, n))
         args = {"right": right, "n": n, "interval": f"{low} to {high}"}
         args |= {key: evaluation.get(key, "not recorded") for key in ("rule", "seed", "date")}
         results.append(EvalResult(
-            task_type="image-text-to-text", dataset_type=HUB if source == "hub" else source,
+            task_type="image-text-to-text", dataset_type=place if name in BENCHMARKS else "own",
             dataset_name=name, dataset_split="test", metric_type="accuracy",
             metric_name=f"accuracy, % (n={n}, 95 % interval {low} to {high})",
             metric_value=round(100 * right / n, 1), metric_args=args))

@@ -19,7 +19,7 @@ from .commands import Words
 from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
-from ..core.files import UserError, require_package
+from ..core.files import UserError, environment_info, require_package
 
 # %% ../../nbs/app/78_cli.ipynb #3bd6e6cb
 def run(
@@ -251,6 +251,12 @@ def main(
     words: list[str],  # VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run
 ) -> int:  # the exit code
     "The command line; `UserError` for a mistake."
+    if home := os.environ.get("MEDVLTHINKER_HOME"):  # the steps of a run work in other folders
+        os.environ["MEDVLTHINKER_HOME"] = str(Path(home).expanduser().absolute())
+    if words[:1] == ["--version"]:
+        about = environment_info()
+        print(f"medvlthinker {about['version']}, commit {about['commit'] or 'unknown'}")
+        return 0
     if words and not words[0].startswith("-") and words[0] not in VERBS:
         if words[0] in profile_names() or "=" in words[0]:
             words = ["run", *words]

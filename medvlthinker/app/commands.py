@@ -67,16 +67,21 @@ def stored_answers(
 ) -> dict:  # dataset_name -> questions and rollout
     "What a model has answered, by its record; `UserError` where there is none."
     from medvlthinker.app.runs import stored_rollouts
-    from medvlthinker.data.benchmarks import TEST_SETS, set_names
+    from medvlthinker.data.benchmarks import TEST_SETS, sample_file, set_names
 
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
+    workspace = Workspace(profile.name)
     names = set_names(TEST_SETS, profile.benchmark) if profile.benchmark else ()
     record = read_json(_results(profile, model) / name)
-    found = stored_rollouts(Workspace(profile.name).root, record, names) if record else {}
+    found = stored_rollouts(workspace.root, record, names) if record else {}
     if not found:
         raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
                         "the sets that are asked for; ./reproduce.sh evaluate "
                         f"{profile.name} model={model} makes them.")
+    if others := [f"{len(samples)} of {each}" for each, (samples, _) in found.items()
+                  if samples.path != sample_file(TEST_SETS, each, profile, workspace.samples)]:
+        print(f"{model} was evaluated last on other questions than limit={profile.limit} draws, "
+              f"and these are taken: {', '.join(others)}.")
     return found
 
 
@@ -138,16 +143,21 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
 def compare_settings(words: list[str]) -> None:  # as for `two_settings`
     "Whether the numbers of two engines or settings may be compared."
     import pandas as pd
-    from medvlthinker.app.runs import launch_rollout, rollouts
+    from medvlthinker.app.runs import engine_settings, launch_rollout, rollouts
     from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement
+    from medvlthinker.generation.engine import open_engine
+    from medvlthinker.generation.request import Sampling
+    from medvlthinker.generation.rollout import rollout_config
 
     profiles, model, rule = two_settings(words)
+    one, two = (rollout_config((), open_engine(engine_settings(each, model)),
+                               Sampling(seed=each.seed)) for each in profiles)  # asks nothing
+    if one == two:
+        raise UserError("Both sides are one and the same rollout; change what is to be compared "
+                        "after the --, such as batch_size=7 or dtype=bfloat16.")
     for each in profiles:
         launch_rollout(each, model)
     first, second = sides = [rollouts(each, model) for each in profiles]
-    if any(first[name][1].folder == second[name][1].folder for name in first):
-        raise UserError("Both sides are one and the same rollout; change what is to be compared "
-                        "after the --, such as batch_size=7 or dtype=bfloat16.")
     split, tables = _splitter(profiles[0], model), []
     for name, (samples, rollout) in first.items():
         tables.append(compare_rollouts(samples, rollout, second[name][1], rule, split))
@@ -352,7 +362,7 @@ def evaluate(words: Words = None) -> None:
     profile, model, rule = read_command(words, model="", rule="regrade")
     for each in models_to_ask("evaluate", words, profile, model):
         sets, *repeated = ask_model(profile, each, evaluation_samplings(profile, each))
-        grades = evaluation.evaluate(sets, _results(profile), rule)
+        grades = evaluation.evaluate(sets, _results(profile))  # tables keep the paper's rule
         for again in repeated:
             evaluation.evaluate_repeats(again, _results(profile))
         update_card(each, profile)
@@ -380,8 +390,6 @@ def rollout(words: Words = None) -> None:
         raise UserError("n wants a whole number, temperature and top_p a number, and all three as "
                         "many of them; given are "
                         f"{' and '.join(','.join(way) for way in ways)}.") from None
-    if any(sampling.n < 1 for sampling in samplings):
-        raise UserError("n is how many answers each question gets: 1 or more.")
     for each in models_to_ask("rollout", words, profile, model):
         ask_model(profile, each, samplings, kind)
 

@@ -67,6 +67,11 @@ def _check_values(profile: Profile) -> None:
     if profile.max_tokens < 1:
         raise UserError(f"max_tokens={profile.max_tokens} leaves no room for an answer; it is the "
                         "most tokens that one may have.")
+    folders: dict[str, str] = {}  # where a model's answers and numbers lie
+    for model in profile.models:
+        if (other := folders.setdefault(folder_name(model), model)) != model:
+            raise UserError(f"The models {other} and {model} would share the folder "
+                            f"{folder_name(model)}; name one of them by its whole path.")
     available = profile.gpus * max(1, profile.nodes)
     if profile.gpu_memory_utilization > 1:
         raise UserError("gpu_memory_utilization is a share of the memory, between 0 and 1, not "

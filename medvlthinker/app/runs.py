@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.commands import run_logged
 from ..core.files import UserError, read_json
 from ..data.benchmarks import (
-    TEST_SETS, available_sets, load_benchmark, sample_file)
+    TEST_SETS, available_sets, load_benchmark, sample_file, set_names)
 from ..data.corpora import (
     TRAINING_SETS, load_corpus, load_reasoning, reasoning_file)
 from ..data.sample import Sample, SampleFile
@@ -238,9 +238,13 @@ def stored_viewer(
     "The questions that a profile's models were evaluated on, with their greedy answers."
     sets, about = dict[Path, tuple[SampleFile, dict]](), {}
     made = "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}"
+    names = set_names(TEST_SETS, profile.benchmark) if profile.benchmark else ()
     for record in require_records(profile):
-        for samples, rollout in stored_rollouts(Workspace(profile.name).root, record).values():
+        found = stored_rollouts(Workspace(profile.name).root, record, names)
+        for samples, rollout in found.values():
             sets.setdefault(samples.path, (samples, {}))[1][record["model"]] = rollout
             about[record["model"]] = made.format_map(rollout.record)
     entries = [entry for each in sets.values() for entry in read_entries(*each)]
-    return Viewer(entries, profile.source, about)
+    drawn = any((entry.sample.misc or {}).get("synthetic") for entry in entries)
+    source = profile.source if drawn or profile.source != "synthetic" else "own"
+    return Viewer(entries, source, about)

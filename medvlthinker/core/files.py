@@ -61,14 +61,17 @@ def require_package(*modules: str, instead: str = "") -> None:
         raise missing_package_error(*missing, instead=instead)
 
 # %% ../../nbs/core/00_files.ipynb #0a8c5d94
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
-            errno.EISDIR)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR)
 
 
 def write_error(error: OSError, what="A file") -> UserError:
     "The sentence for a disk that takes no more of something; any other error is raised again."
     if error.errno not in _NO_ROOM:
         raise error
+    if error.errno == errno.EACCES:  # perhaps somebody else's model or table, which is only read
+        return UserError(f"{what} cannot be read or written ({error.strerror}); change the rights "
+                         "of it or of its folder, or name another one (MEDVLTHINKER_HOME takes "
+                         "what a run writes).")
     return UserError(f"{what} cannot be written ({error.strerror}); what was finished before is "
                      "kept. Make room or set MEDVLTHINKER_HOME, and run again.")
 

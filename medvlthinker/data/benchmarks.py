@@ -152,6 +152,8 @@ def open_set(sets: Collection, name: str, settings=DataSettings("hub")) -> DataS
         return sets.sources[name]
     if source == "own":
         return DataSource(sets.local[name][0].folders[0], sets.local[name][0])
+    if source != "local":
+        raise UserError(f"data is one of synthetic, hub and source, not {source!r}.")
     copy = find_local_copy(settings.data_dir, sets.local[name])
     return copy and DataSource(*copy)
 

@@ -204,10 +204,10 @@ def download_hub_files(repo: str, *patterns: str) -> Path:  # the folder is name
 
 # %% ../../nbs/data/13_readers.ipynb #1fd18850
 def content_fingerprint(place: Path) -> str:
-    "A fingerprint of the names and sizes of a file, or of all files in a folder."
+    "A fingerprint of the names, sizes and dates of a file, or of all files in a folder."
     base, files = (place.parent, [place]) if place.is_file() else (place, place.rglob("*"))
-    sizes = {str(path.relative_to(base)): path.stat().st_size for path in files if path.is_file()}
-    return fingerprint(sorted(sizes.items()))
+    facts = ((path.relative_to(base), path.stat()) for path in files if path.is_file())
+    return fingerprint(sorted((str(name), at.st_size, at.st_mtime_ns) for name, at in facts))
 
 # %% ../../nbs/data/13_readers.ipynb #60972c82
 def code_fingerprint(*modules: str) -> str:
@@ -217,16 +217,21 @@ def code_fingerprint(*modules: str) -> str:
 
 # %% ../../nbs/data/13_readers.ipynb #ff49c00c
 def _convert_fingerprint(convert: Callable) -> str:
-    "Of the file that a converter stands in, or of its own code if it stands in none."
+    "Of the file that a converter stands in, or of its own text if it was typed into a notebook."
     try:
         return file_hash(inspect.getsourcefile(convert))[:16]
     except (TypeError, OSError):
+        pass
+    try:
+        return fingerprint(inspect.getsource(convert))
+    except (TypeError, OSError):  # typed at a prompt
         code = getattr(convert, "__code__", None)
-        return fingerprint([code.co_code.hex(), code.co_names] if code else repr(convert))
+        return fingerprint([code.co_code.hex(), code.co_names, repr(code.co_consts)] if code
+                           else repr(convert))
 
 
 def copy_fingerprint(folder: Path, layout: DatasetLayout) -> dict:
-    "What the samples of a local copy depend on; parquet counts by name and size, as images do."
+    "What the samples of a local copy depend on; parquet counts as images do, by size and date."
     hashes = {str(path.relative_to(folder)): content_fingerprint(path) if path.suffix == ".parquet"
               else file_hash(path) for path in layout.found(folder)}
     images = layout.image_place(folder)
@@ -291,6 +296,8 @@ def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | Inval
     "The sample of a converted row, with its images read and checked."
     if isinstance(item, InvalidRow):
         return item
+    if "images" not in item and (read or "image" in item):  # or none would be shown
+        return InvalidRow(where, "images", "the converter gives none; give [] for no image")
     try:
         sample = from_row(item, where, read)
         names = item["images"] if sample.images else ()

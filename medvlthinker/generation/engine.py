@@ -507,6 +507,17 @@ ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": Vllm
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _check_gpus(settings: Hardware) -> None:
+    "`UserError` where this machine has fewer GPUs than are asked for."
+    if settings.engine not in ENGINES or not settings.gpus:
+        return
+    import torch
+
+    if (here := torch.cuda.device_count()) < settings.gpus:
+        raise UserError(f"gpus={settings.gpus} were asked for, and this machine shows "
+                        f"{here or 'none'}; go where they are, or set gpus=0 engine=transformers.")
+
+
 class Engine:
     "A model that answers; it is loaded when it is first asked."
 
@@ -516,6 +527,8 @@ class Engine:
             if name not in known:
                 raise UserError(f"There is no {name!r} among {', '.join(known)}.")
         self.settings, served = settings, settings.engine == "openai"
+        if settings.model == "tiny":
+            _check_gpus(settings)  # before a minute is spent on making it
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
         self.weights = "" if served else model_fingerprint(self.model, self.revision)
@@ -539,13 +552,7 @@ class Engine:
         if settings.engine == "openai":
             return ServerEngine(replace(settings, model=self.model))
         check_nodes(settings)
-        if settings.engine in ENGINES and settings.gpus:
-            import torch
-
-            if (here := torch.cuda.device_count()) < settings.gpus:
-                raise UserError(f"gpus={settings.gpus} were asked for, and this machine shows "
-                                f"{here or 'none'}; go where they are, or set gpus=0 "
-                                "engine=transformers.")
+        _check_gpus(settings)
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)

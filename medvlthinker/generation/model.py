@@ -8,7 +8,7 @@ __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_mod
            'weight_bytes', 'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
-import hashlib, os, re, shutil, subprocess
+import hashlib, json, os, re, shutil, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -220,6 +220,14 @@ def _load_quietly(net, folder: Path, device: str) -> tuple:
     return loaded, {kind: sorted(found[f"{kind}_keys"]) for kind in kinds}
 
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def unloadable_error(
     model: str | Path,
     error: Exception,  # what its library said
@@ -229,24 +237,38 @@ def unloadable_error(
     large = isinstance(error, MemoryError) or re.search("memory|KV cache", words, re.IGNORECASE)
     way = ("use more GPUs (tensor_parallel), a lower max_model_len or dtype=bfloat16" if large
            else "a file of it is missing, damaged or of another kind: copy or download it again")
+    if torn := [path.name for path in sorted(Path(model).glob("*.json")) if not _is_json(path)]:
+        way = f"{' and '.join(torn)} is damaged: copy or download it again"
     return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); "
                      f"{way}.")
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
+def _tensor_names(files: list[Path]) -> list[str]:
+    "The names of all tensors; `UserError` for a file that is damaged."
+    from safetensors import SafetensorError, safe_open
+
+    names = list[str]()
+    for path in files:
+        try:
+            names += safe_open(path, "pt").keys()
+        except (SafetensorError, OSError) as error:
+            raise unloadable_error(path, error) from None
+    return names
+
+
 def check_weights(folder: str | Path) -> None:
     "`UserError` where a model's weights do not fit its config; it names some, and says how many."
     require_package("torch")
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     folder = Path(folder)
-    files, config = weight_files(folder), read_json(folder / "config.json")
+    stored, config = _tensor_names(weight_files(folder)), read_json(folder / "config.json")
     if "quantization_config" in config or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
     key, own = "tie_word_embeddings", getattr(net.config, "tie_word_embeddings", False)
     said = {part[key] for part in (config, config.get("text_config") or {}) if key in part} or {own}
     try:
-        stored = [name for path in files for name in safe_open(path, "pt").keys()]
         tied_head = True in said and any(name.endswith("lm_head.weight") for name in stored)
         net, report = _load_quietly(net, folder, "cpu" if tied_head else "meta")
     except (SafetensorError, ValueError, OSError) as error:
@@ -288,7 +310,7 @@ def check_chat_template(
     if not getattr(processor, "chat_template", None):
         raise UserError(f"The model {model} has no chat template (chat_template.jinja), so it "
                         "cannot be asked in messages; copy the template of the model that it was "
-                        "trained from, or ask with dialect=plain.")
+                        "trained from, or give it a dialect in model.BASELINES (README).")
 
 # %% ../../nbs/generation/22_model.ipynb #58d6b99b
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}

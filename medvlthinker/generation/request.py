@@ -9,6 +9,7 @@ __all__ = ['Hardware', 'EngineSettings', 'Sampling', 'Completion', 'Request']
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..core.files import UserError
 from ..data.prompt import messages, raw_prompt
 from ..data.sample import Sample
 
@@ -60,6 +61,11 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 4096  # per completion
     seed: int = 0  # of all questions together; see `Request.seed`
+
+    def __post_init__(self):
+        if min(self.n, self.max_tokens) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("n and max_tokens are 1 or more, a temperature is 0 or more, and top_p "
+                            f"is above 0 and at most 1; this is {self}.")
 
     @property
     def draws(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from ..core.files import (
     UserError, atomic_write, environment_info, file_hash, fingerprint, read_json,
     record_text, write_error)
+from ..data.prompt import own_instruction
 from ..data.sample import Sample, to_row
 from .request import Completion, Request, Sampling
 
@@ -51,7 +52,7 @@ class RolloutConfig:
     instruction: str  # a name in prompt.INSTRUCTIONS
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
-    engine_version: str  # such as `transformers 5.10.4`, and how it draws several answers
+    engine_version: str  # such as `transformers 5.10.4`, how it draws, an own instruction
     dtype: str
     n: int
     temperature: float
@@ -78,10 +79,12 @@ def rollout_config(
     batched = settings.engine_name == "transformers"
     # before, each answer had a batch's row to its end, and the same seed drew other tokens
     shared = " with shared prompts" if batched and sampling.draws > 1 else ""
+    own = own_instruction(engine.instruction)  # its name alone would hide that its text was edited
+    version = engine.version + shared + (f" with instruction {own}" if own else "")
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
         samples=samples_fingerprint(samples), instruction=engine.instruction,
-        dialect=engine.dialect, engine=settings.engine_name, engine_version=engine.version + shared,
+        dialect=engine.dialect, engine=settings.engine_name, engine_version=version,
         dtype=settings.dtype, **asdict(sampling),
         batch_size=engine.batch_size if batched else 0,
         max_model_len=settings.max_model_len, max_pixels=settings.max_pixels)
@@ -187,6 +190,9 @@ class Rollout(Sequence):
 
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def __repr__(self) -> str:
+        return f"Rollout of {self.config.model} to {len(self)} questions, in {self.folder}"
 
 # %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
 _BEGUN = {field.name: int | float if field.type is float else field.type
@@ -395,6 +401,8 @@ def generate_all(
 ) -> list[Rollout]:
     "The rollouts of all jobs; asks what is missing."
     jobs = list(jobs)
+    if not all(len(job.samples) for job in jobs):
+        raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
     todo = {folder: pair for folder, *pair in zip(folders, jobs, configs)

@@ -378,6 +378,7 @@ def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
     _show_losses("vision", pretrain_vision(model, seed, steps), steps, show)
     _show_losses("language", pretrain_language(model, processor, seed, steps), steps, show)
     model.save_pretrained(part)
+    (part / "model.safetensors").chmod(part.stat().st_mode & 0o666)  # safetensors has 0600
     processor.save_pretrained(part)
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #8cf0e5dd

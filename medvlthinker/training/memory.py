@@ -258,6 +258,9 @@ def settings_that_fit(
         text = (f"vLLM's share of {memory:.1f} GiB does not hold the model of {recipe.name} and "
                 "its longest answer.")
     if fits is None:
+        least = min(tried, key=need)
+        if math.inf > need(least) and least != own:
+            text += f" The least is {need(least):,.1f} GiB, with {words(least)}."
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
                         "gpu_memory_utilization to us, take more GPUs (gpus, nodes), TRL's "
                         "adapters (lora_rank=32) or a smaller model.")

@@ -119,6 +119,9 @@ class Recipe:
             raise UserError("The name of a recipe begins with the size of its model and a hyphen, "
                             f"such as 7B-RL_mine; {self.name!r} does not. Known are "
                             f"{', '.join(BASES)} (recipe.BASES).")
+        if self.init.split("@")[0] == self.name:
+            raise UserError(f"The recipe {self.name} starts from itself; name the model or the "
+                            "recipe that it starts from.")
 
     @property
     def method(self) -> str:
@@ -213,6 +216,8 @@ def find(name: str) -> Recipe:
     "The recipe of this name; `UserError` lists the known ones."
     if name not in RECIPES:
         raise UserError(f"No recipe {name!r}; known are {', '.join(RECIPES)}.")
+    if (own := RECIPES[name].name) != name:
+        raise UserError(f"RECIPES[{name!r}] calls itself {own!r}; give the recipe one name.")
     return RECIPES[name]
 
 # %% ../../nbs/training/40_recipe.ipynb #b2df7f2d

@@ -109,9 +109,9 @@ REWARD = Path(grade.__file__)  # verl loads the reward from this file, TRL calls
 def check_machine(recipe: Recipe, settings: TrainingSettings) -> None:
     "`UserError` for missing GPUs, and for RL on GPUs without vLLM; Ray is asked for nodes later."
     if recipe.gpus and not settings.gpus:
-        raise UserError(f"{recipe.name} needs GPUs (the paper used {recipe.nodes * recipe.gpus}), "
-                        "and gpus=0; set gpus=N on a machine that has them, or train an embedded "
-                        "recipe (tiny-...).")
+        raise UserError(f"{recipe.name} needs GPUs (it says {recipe.nodes * recipe.gpus}), and "
+                        "gpus=0; set gpus=N on a machine that has them, or train a recipe of the "
+                        "tiny model that says gpus=0, such as tiny-SFT_PMC.")
     if settings.gpus and recipe.method == "RL" and settings.engine_name != "vllm":
         raise UserError(f"{recipe.name}: on a GPU vLLM answers; set engine=vllm (it comes with "
                         "./reproduce.sh setup full).")

@@ -2,6 +2,7 @@
 import collections
 import csv
 import json
+import linecache
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
-from medvlthinker.data.readers import DataSettings, copy_fingerprint, find_local_copy, read_rows
+from medvlthinker.data.readers import DataSettings, DatasetLayout, copy_fingerprint, find_local_copy, read_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 PHOTO = encoded(90, 60, "JPEG")
@@ -154,6 +155,29 @@ def test_a_changed_part_of_a_set_is_noticed(tmp_path):
     before = copy_fingerprint(*copy)
     put(folder / "Pharmacy" / "validation-00000-of-00001.parquet", [{"id": "Pharmacy_9", **MMMU_ROW, "question": "Quite another question than before?"}], ("image_1", "image_2"))
     assert len(before["questions"]) == 5 and copy_fingerprint(*copy) != before
+
+
+def test_a_corrected_letter_is_read_though_the_file_keeps_its_size(tmp_path, monkeypatch):
+    monkeypatch.setitem(b.LOCAL, "own", [])
+    file, found = tmp_path / "own" / "test.parquet", []
+    b.register_benchmark("own", tmp_path / "own", DatasetLayout("test.parquet", "", lambda row, where: {"options": {"A": "Yes", "B": "No"}, **row}))
+    for label in "AB":
+        put(file, [{"question": "Is it?", "answer_label": label}])
+        found.append((file.stat().st_size, b.load_benchmark("own", folder=tmp_path / "samples")[0].answer_label))
+    assert found[0][0] == found[1][0] and [label for _, label in found] == ["A", "B"]
+
+
+def test_a_converter_typed_into_a_notebook_is_known_by_its_text(tmp_path, monkeypatch):
+    monkeypatch.setitem(b.LOCAL, "own", [])
+    (tmp_path / "test.json").write_text('[{"question": "Is it?"}]')
+    found = []
+    for number, label in enumerate("AB"):  # as IPython does it
+        cell, name, space = f"def convert(row, where):\n    return {{**row, 'options': {{'A': 'Yes', 'B': 'No'}}, 'answer_label': {label!r}}}\n", f"<cell {number}>", {}
+        linecache.cache[name] = len(cell), None, cell.splitlines(True), name
+        exec(compile(cell, name, "exec"), space)  # noqa: S102
+        b.register_benchmark("own", tmp_path, DatasetLayout("test.json", "", space["convert"]))
+        found.append(b.load_benchmark("own", folder=tmp_path / "samples")[0].answer_label)
+    assert found == ["A", "B"]
 
 
 def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch):

@@ -19,6 +19,7 @@ from medvlthinker.app.profile import load_profile, steps
 from medvlthinker.app.cost import dry_run
 from medvlthinker.data.sample import SampleFile
 from medvlthinker.generation.engine import vllm_arguments
+from medvlthinker.generation.model import folder_name
 from medvlthinker.training.recipe import find
 from medvlthinker.training.sft import accelerate_config
 
@@ -96,6 +97,28 @@ def test_what_makes_it_run_again(own_run):
     ran, out = run(own_run)
     assert set(ran) == coming, "what status said would run"
     assert "step 2 of 2" not in out and {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")} == answers, "notebooks are run again; nothing is trained or asked again"
+
+
+def test_a_model_with_a_blank_in_its_path_and_questions_that_are_edited(own_run):
+    "Both are the user's own; a model or a key that changes is no reason to show the old numbers."
+    shutil.copytree(own_run / "home" / "smoke" / "checkpoints" / "tiny", model := own_run / "mein modell ä")
+    (own_run / "chest").mkdir()
+    (questions := own_run / "chest" / "test.csv").write_text("question,answer_label\nIs it?,A\nIs it not?,B\n")
+    (own_run / "mine.py").write_text("""from medvlthinker.data.benchmarks import register_benchmark
+from medvlthinker.data.readers import DatasetLayout
+register_benchmark("chest", "chest", DatasetLayout("test.csv", "", lambda row, where: {"options": {"A": "Yes", "B": "No"}, **row}))
+""")
+    step = f"4_evaluate-{folder_name(str(model))}"
+    words = (f"extend={own_run / 'mine.py'}", "benchmark=chest", f"models={model}", "recipes=")
+    out = run(own_run, *words, "-j", "1", f"notebooks/{step}.ipynb")[1]
+    assert f"step 2 of 2  {step}: done in" in out, out
+    lines = lambda: {line.split("  ")[0]: line for line in status(own_run, *words)[1].splitlines()}
+    assert " done " in lines()["1_data"] and " done " in lines()[step]
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    found = lines()
+    assert " done " in found["1_data"] and "edited: " in found[step] and "config.json" in found[step]
+    questions.write_text(questions.read_text().replace("not?,B", "not?,A"))
+    assert "edited: " in lines()["1_data"] and "follows 1_data" in lines()[step]
 
 
 def test_killed_interrupted_and_called_again(own_run):
@@ -195,6 +218,13 @@ def test_the_sums_of_a_dry_run_stand_at_both_ends(home):
     done = python("-m", "medvlthinker.app.cli", "run", "mini", "--dry-run")
     first, *_, last = [part for part in done.stdout.split("\n\n") if part.strip()]
     assert first.startswith("mini: 9 of 9 steps to run\n") and first.splitlines()[:3] == last.strip().splitlines(), done.stdout + done.stderr
+
+
+def test_a_home_is_seen_from_where_the_command_was_called(tmp_path):
+    (tmp_path / "runs" / "smoke" / ".snakemake").mkdir(parents=True)  # as if it had begun
+    done = python("-m", "medvlthinker.app.cli", "status", "smoke", cwd=tmp_path, MEDVLTHINKER_HOME="runs")
+    assert done.returncode == 0 and "17 steps: 17 missing." in done.stdout, done.stderr
+    assert not (tmp_path / "runs" / "smoke" / "runs").exists()
 
 
 def test_full_disk(tmp_path):

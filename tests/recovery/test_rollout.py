@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from medvlthinker.core.files import UserError
-from medvlthinker.data import synthetic
+from medvlthinker.data import prompt, synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
 from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
 from medvlthinker.generation.rollout import (
@@ -247,6 +247,14 @@ def test_every_key_that_differs_is_another_rollout():
     changed = [replace(config, **{field.name: 7 if field.type in (int, float, "int", "float")
                                   else "other"}) for field in fields(RolloutConfig)]
     assert len({each.fingerprint for each in (config, *changed)}) == 1 + len(fields(RolloutConfig))
+
+
+def test_an_edited_instruction_of_ones_own_is_asked_again(tmp_path, monkeypatch):
+    for text in ("Answer with a letter.", "Answer with a word."):
+        monkeypatch.setitem(prompt.INSTRUCTIONS, "mine", text)
+        (engine := counting(asked := [])).instruction = "mine"
+        generate(sets(4)["pmc_vqa"], engine, GREEDY, tmp_path, quiet)
+        assert len(asked) == 4, text
 
 
 SETTINGS = {"batch_size": 9, "dtype": "bfloat16", "max_model_len": 100, "max_pixels": 5000,

@@ -1,6 +1,8 @@
 """The command lines of comparison, image ablation and export: what they print and keep, and one sentence for a mistake."""
+import json
 import shutil
 
+import medvlthinker
 import pandas as pd
 import pytest
 from conftest import by_hand, python, says
@@ -55,6 +57,27 @@ def test_two_rules_over_stored_answers(answered, call):
     flips = pd.read_csv(path)
     assert f"{len(flips)} of 16 verdicts flipped" in said and len(flips) > 0 and {*flips.model} == {"tiny"}
     assert said.count("macro average") == 1 and path.with_name(path.name + ".manifest.json").is_file()
+
+
+def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answered, call, tmp_path):
+    words = ("smoke", ASKED[1], "model=tiny", "to=eval_results", f"folder={tmp_path / 'logs'}")
+    assert "other questions" not in call("export", *words, "limit=8")
+    assert "other questions than limit=3 draws, and these are taken: 8 of slake_closed, 8 of vqa_rad_closed." in call("export", *words, "limit=3")
+
+
+def test_both_sides_equal_is_said_before_anything_is_asked(warm_home):
+    refuses(["compare", "smoke", "limit=2", "model=tiny", "--", "gpus=0"], "one and the same rollout")
+    assert not list((warm_home / "smoke").rglob("rollout.jsonl"))
+
+
+def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call):
+    said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake", "repeats=0", "repeats_others=0", "rule=strict")
+    record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())
+    assert "tiny, rule strict" in said and record["rule"] == "regrade"
+
+
+def test_the_version_is_told(call):
+    assert call("--version").startswith(f"medvlthinker {medvlthinker.__version__}, commit ")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "rollout", "ablate"])
