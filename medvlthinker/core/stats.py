@@ -90,6 +90,13 @@ def clustered_mean(
     error = sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values)
     return float(values.mean()), error
 
+# %% ../../nbs/core/01_stats.ipynb #3c71a0e5
+def _stretch(clusters: int) -> float:
+    "By how much resampled means of so few clusters are moved away from their mean."
+    from scipy.stats import t
+
+    return sqrt(clusters / (clusters - 1)) * float(t.ppf(0.975, clusters - 1)) / 1.959963984540054
+
 # %% ../../nbs/core/01_stats.ipynb #37c374cb
 def _bootstrap_means(values, ids, repeats: int, rng):
     "Means of `repeats` resamples of one benchmark: clusters drawn with replacement."
@@ -102,13 +109,6 @@ def _bootstrap_means(values, ids, repeats: int, rng):
         means[start:start + 500] = sums[drawn].sum(1) / sizes[drawn].sum(1)
     centre = sums.sum() / sizes.sum()
     return centre + _stretch(len(sums)) * (means - centre)
-
-# %% ../../nbs/core/01_stats.ipynb #3c71a0e5
-def _stretch(clusters: int) -> float:
-    "By how much resampled means of so few clusters are moved away from their mean."
-    from scipy.stats import t
-
-    return sqrt(clusters / (clusters - 1)) * float(t.ppf(0.975, clusters - 1)) / 1.959963984540054
 
 # %% ../../nbs/core/01_stats.ipynb #c7cb0ffa
 def paired_bootstrap(
@@ -146,7 +146,7 @@ def mcnemar(
     gained, lost = pairs[True, False], pairs[False, True]
     changes = [one - two for one, two in zip(first, second)]
     sums = np.abs(np.bincount(_cluster_ids(len(first), clusters), weights=changes)).astype(int)
-    chances = np.ones(1)  # of 0, 1, ... points for the first model
+    chances: np.ndarray = np.ones(1)  # of 0, 1, ... points for the first model
     for points in sums[sums > 0]:
         chances = np.convolve(chances, [0.5, *[0] * (points - 1), 0.5])
     uneven = np.abs(2 * np.arange(len(chances)) - sums.sum()) >= abs(gained - lost)
