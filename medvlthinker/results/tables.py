@@ -115,8 +115,9 @@ def notes(
     for (source, about), rows in ours[ours["about"] != ""].groupby(["source", "about"], sort=False):
         lines.append(f"{', '.join(dict.fromkeys(rows['model']))} ({source}): {about}.")
     if "difference" in origins:
-        lines.append("Differences are paired, question by question, with 95 % bootstrap intervals: "
-                     "each benchmark by itself, questions of one image together.")
+        lines.append("Differences are paired, question by question, under the rule regrade, with 95 % "
+                     "bootstrap intervals: each benchmark by itself, questions of one image "
+                     "together.")
     if table["best"].any():
         lines.append("The highest value of a block is marked; neighbours may differ by chance.")
     return lines
