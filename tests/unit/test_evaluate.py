@@ -184,7 +184,7 @@ def test_what_is_all_alike_is_not_certain():
                           for name in BENCHMARKS for i in range(10)])
     table = repeated_accuracy(asked)
     assert table.percent.tolist() == pytest.approx([100] * len(table)) and (table.low < 99).all()
-    once = repeated_accuracy(asked.assign(n=10, right=1))  # the mean of tenths is not exact
+    once = repeated_accuracy(asked[asked.image.str[-1] < "7"].assign(n=10, right=1))  # the mean of tenths is not exact
     assert (once.high[once.measure == "average"] > 11).all()
     own = repeated_accuracy(asked.assign(dataset_name="OmniMedVQA"))
     assert {*own.dataset_name} == {"OmniMedVQA"}, "the paper's averages are over its six sets"
