@@ -401,6 +401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/core/stats.py'),
                                          'medvlthinker.core.stats._require_counts': ( 'core/stats.html#_require_counts',
                                                                                       'medvlthinker/core/stats.py'),
+                                         'medvlthinker.core.stats._stretch': ('core/stats.html#_stretch', 'medvlthinker/core/stats.py'),
                                          'medvlthinker.core.stats._weighted_sum': ( 'core/stats.html#_weighted_sum',
                                                                                     'medvlthinker/core/stats.py'),
                                          'medvlthinker.core.stats.clustered_mean': ( 'core/stats.html#clustered_mean',

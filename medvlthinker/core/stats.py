@@ -90,17 +90,25 @@ def clustered_mean(
     error = sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values)
     return float(values.mean()), error
 
+# %% ../../nbs/core/01_stats.ipynb #3c71a0e5
+def _stretch(clusters: int) -> float:
+    "By how much resampled means of so few clusters are moved away from their mean."
+    from scipy.stats import t
+
+    return sqrt(clusters / (clusters - 1)) * float(t.ppf(0.975, clusters - 1)) / 1.959963984540054
+
 # %% ../../nbs/core/01_stats.ipynb #37c374cb
 def _bootstrap_means(values, ids, repeats: int, rng):
     "Means of `repeats` resamples of one benchmark: clusters drawn with replacement."
     sums, sizes = np.bincount(ids, weights=values), np.bincount(ids)
-    if len(sums) == 1 or not values.std():  # all resamples would be equal
+    if np.ptp(sums / sizes) < 1e-9:  # all resamples would be equal
         sums, sizes = np.append(sums, (1, -1)), np.append(sizes, (1, 1))
     means = np.empty(repeats)
     for start in range(0, repeats, 500):  # 500 resamples at a time, to save memory
         drawn = rng.integers(len(sums), size=(min(500, repeats - start), len(sums)))
         means[start:start + 500] = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    return means
+    centre = sums.sum() / sizes.sum()
+    return centre + _stretch(len(sums)) * (means - centre)
 
 # %% ../../nbs/core/01_stats.ipynb #c7cb0ffa
 def paired_bootstrap(
@@ -120,24 +128,29 @@ def paired_bootstrap(
         ids = _cluster_ids(len(scores), clusters[name] if clusters else None)
         value += scores.mean() / len(differences)
         means += _bootstrap_means(scores, ids, repeats, rng) / len(differences)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.quantile(means, (0.025, 0.975)).clip(-1, 1)
     return float(value), float(low), float(high)
 
 # %% ../../nbs/core/01_stats.ipynb #ab879119
 def mcnemar(
     first,  # per question, whether the first model is right
     second,  # the same for the second model, in the same order
+    clusters=None,  # one name per question, as for `clustered_mean`
 ) -> tuple[int, int, float]:  # right by the first only, by the second only, two-sided p-value
-    "McNemar's exact test of two models; `UserError` where their numbers of answers differ."
-    from statsmodels.stats.contingency_tables import mcnemar as exact_test
-
+    "McNemar's exact test, by cluster; `UserError` where the numbers of answers differ."
     first, second = [bool(x) for x in first], [bool(x) for x in second]
     if len(first) != len(second):
         raise UserError(f"A paired test needs the same questions; one model has {len(first)} "
                         f"answers, the other {len(second)}.")
     pairs = Counter(zip(first, second))
     gained, lost = pairs[True, False], pairs[False, True]
-    return gained, lost, float(exact_test([[0, gained], [lost, 0]], exact=True).pvalue)
+    changes = [one - two for one, two in zip(first, second)]
+    sums = np.abs(np.bincount(_cluster_ids(len(first), clusters), weights=changes)).astype(int)
+    chances: np.ndarray = np.ones(1)  # of 0, 1, ... points for the first model
+    for points in sums[sums > 0]:
+        chances = np.convolve(chances, [0.5, *[0] * (points - 1), 0.5])
+    uneven = np.abs(2 * np.arange(len(chances)) - sums.sum()) >= abs(gained - lost)
+    return gained, lost, min(1.0, float(chances[uneven].sum()))
 
 # %% ../../nbs/core/01_stats.ipynb #f38225ec
 def holm(p_values: dict) -> dict:
@@ -175,7 +188,7 @@ def grim_test(
     runs: int = 1,  # runs that the number averages
 ) -> bool:
     "Whether a printed percentage can come from whole counts, of one run or averaged over several."
-    printed, total = Decimal(printed), n * runs
+    printed, total = Decimal(str(printed)), n * runs
     half = Decimal(1).scaleb(printed.as_tuple().exponent) / 2  # a tie may be rounded either way
     nearest = int(printed * total / 100)
     candidates = range(max(0, nearest - 1), min(total, nearest + 2) + 1)

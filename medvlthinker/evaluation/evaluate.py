@@ -241,14 +241,14 @@ def paired_difference(
     """The first model's accuracy minus the second's, in points, with a 95 % interval.
 
     A row for each benchmark and one for the macro average; gained and lost count the questions that
-    one model alone gets right, p is McNemar's, holm is p corrected for the number of benchmarks.
-    `UserError` where the questions differ."""
+    one model alone gets right, p is McNemar's by image, holm is p corrected for the number of
+    benchmarks. `UserError` where the questions differ."""
     import pandas as pd
 
     pairs, rows = _pair(first, second, rule), dict[str, tuple]()
     parts = {str(name): part for name, part in pairs.groupby("dataset_name", sort=False)}
     for name, part in parts.items():
-        gained, lost, p = mcnemar(part["first"], part["second"])
+        gained, lost, p = mcnemar(part["first"], part["second"], part["image"])
         rows[name] = *_interval({name: part}), len(part), gained, lost, p
     corrected = holm({name: row[-1] for name, row in rows.items()})
     gained, lost = (sum(row[place] for row in rows.values()) for place in (4, 5))
@@ -290,7 +290,7 @@ def question_scores(
 def _mean_and_error(values: Sequence[float], images: Sequence[str]) -> tuple[float, float]:
     "Mean and clustered error; where all values are alike, as if four more images had split evenly."
     mean, error = clustered_mean(values, images)
-    if error > 0:
+    if error > 1e-9:  # a sum of shares is not exact
         return mean, error
     m = len(set(images)) + 4
     p = (mean * (m - 4) + 2) / m

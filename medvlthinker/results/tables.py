@@ -121,12 +121,14 @@ def notes(
         f"{sizes} (MedX-M in part 1,996); Avg. is the unweighted mean of the six columns.")
     if "ours" in origins:
         lines.append("This run: accuracy in percent with its 95 % interval, for the draw of its n "
-                     "questions only; no average where a benchmark is missing.")
+                     "questions only, as if no two shared an image; no average where a benchmark "
+                     "is missing.")
     for (source, about), rows in ours[ours["about"] != ""].groupby(["source", "about"], sort=False):
         lines.append(f"{', '.join(dict.fromkeys(rows['model']))} ({source}): {about}.")
     if "difference" in origins:
-        lines.append("Differences are paired, question by question, with 95 % bootstrap intervals: "
-                     "each benchmark by itself, questions of one image together.")
+        lines.append("Differences are paired, question by question, under the rule regrade, with "
+                     "95 % bootstrap intervals: each benchmark by itself, questions of one image "
+                     "together.")
     if table["best"].any():
         lines.append("The highest value of a block is marked; neighbours may differ by chance.")
     return lines
