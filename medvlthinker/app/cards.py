@@ -29,8 +29,9 @@ def eval_results(
 
     results, source = [], evaluation.get("source", "unknown")
     place = HUB if source == "hub" else source
+    sizes = evaluation.get("effective", {}).get(evaluation.get("rule"), {})
     for name, (right, n) in evaluation.get("counts", {}).items():
-        low, high = (round(100 * bound, 1) for bound in wilson(right, n))
+        low, high = (round(100 * bound, 1) for bound in wilson(right, n, sizes.get(name)))
         args = {"right": right, "n": n, "interval": f"{low} to {high}"}
         args |= {key: evaluation.get(key, "not recorded") for key in ("rule", "seed", "date")}
         results.append(EvalResult(

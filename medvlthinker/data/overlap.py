@@ -23,7 +23,7 @@ from .sample import Sample, SampleFile, to_rgb
 from .benchmarks import TEST_SETS, sample_file, set_names
 from .corpora import TRAINING_SETS
 from .readers import DataSettings, parallel_map, write_csv
-from ..core.stats import wilson
+from ..core.stats import effective_size, wilson
 
 # %% ../../nbs/data/17_overlap.ipynb #e2c93916
 IMAGE_LEVELS = ("image bytes", "image")
@@ -305,7 +305,7 @@ def overlapping_questions(pairs, corpus: str) -> set[int]:
     return set(pairs.loc[pairs["train_name"] == corpus, "train_index"].tolist())
 
 # %% ../../nbs/data/17_overlap.ipynb #4fb15bce
-def accuracy_by_overlap(grades, pairs):  # a test item a row: dataset, index, correct
+def accuracy_by_overlap(grades, pairs):  # a test item a row: dataset, index, image, correct
     "Accuracy on all items of each test set, on those without overlap and on the overlapping ones."
     import pandas
 
@@ -314,8 +314,9 @@ def accuracy_by_overlap(grades, pairs):  # a test item a row: dataset, index, co
         is_leak = pandas.MultiIndex.from_frame(own[["dataset", "index"]]).isin(keys)
         parts = {"all": own, "without overlap": own[~is_leak], "overlapping": own[is_leak]}
         for part, items in parts.items():
-            k, n = int(items["correct"].astype(bool).sum()), len(items)
-            rows.append((name, part, n, *((k / n, *wilson(k, n)) if n else (None,) * 3)))
+            k, n = int(items["correct"].sum()), len(items)
+            size = effective_size(items["correct"], items["image"]) if n else None
+            rows.append((name, part, n, *((k / n, *wilson(k, n, size)) if n else (None,) * 3)))
     return pandas.DataFrame(rows, columns=["dataset", "items", "n", "accuracy", "low", "high"])
 
 # %% ../../nbs/data/17_overlap.ipynb #732cbe58

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'cores', 'map_questions', 'grade_rollout', 'count_right',
-           'accuracy_table', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy', 'table_rows',
-           'store_record', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
+           'effective_sizes', 'accuracy_table', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy',
+           'table_rows', 'store_record', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
 import hashlib, itertools, json, multiprocessing, os, threading
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.files import UserError, atomic_write, sanitize, write_record
 from ..core.grade import RULES, grade
-from medvlthinker.core.stats import (
-    clustered_mean, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap,
-    pass_at_k, wilson)
+from ..core.stats import (
+    clustered_mean, effective_size, holm, macro_average, majority, mcnemar, micro_average,
+    paired_bootstrap, pass_at_k, wilson)
 from ..data.benchmarks import BENCHMARKS
 from ..data.readers import parallel_map
 from ..data.sample import Sample
@@ -187,10 +187,21 @@ def _require_single(grades: "pd.DataFrame", rule: str) -> None:
         raise UserError("This takes one answer a question, and some questions have several; "
                         "repeated_accuracy gives their average, majority and pass@k.")
 
+# %% ../../nbs/evaluation/50_evaluate.ipynb #40457b57
+def effective_sizes(
+    grades: "pd.DataFrame",  # of `grade_rollout`; one answer a question
+    rule: str = "regrade",
+) -> dict[str, float]:
+    "Benchmark -> how many questions, no two on one image, would measure it as exactly."
+    groups = grades.groupby("dataset_name", observed=True, sort=False)
+    return {str(name): round(effective_size(part[f"{rule}_correct"], part["image"]), 2)
+            for name, part in groups}
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #d5238ed7
 def accuracy_table(
     counts: dict,  # benchmark -> (right, n), as of `count_right` or of a stored record
     truncated: int = 0,  # answers that were cut at max_tokens
+    effective: dict | None = None,  # of `effective_sizes`; None: no two questions share an image
 ) -> "pd.DataFrame":
     """Right, n, accuracy and its 95 % interval in percent, for each benchmark; then the averages.
 
@@ -198,9 +209,11 @@ def accuracy_table(
     import pandas as pd
 
     total, columns = sum(n for _, n in counts.values()), ["right", "n", "accuracy", "low", "high"]
-    rows = {name: (k, n, k / n, *wilson(k, n)) for name, (k, n) in counts.items()}
-    rows["macro average"] = "", total, *macro_average(counts)
-    rows["micro average"] = sum(k for k, _ in counts.values()), total, *micro_average(counts)
+    rows = {name: (k, n, k / n, *wilson(k, n, (effective or {}).get(name)))
+            for name, (k, n) in counts.items()}
+    right = sum(k for k, _ in counts.values())
+    rows["macro average"] = "", total, *macro_average(counts, effective)
+    rows["micro average"] = right, total, *micro_average(counts, effective)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
     table[columns[2:]] = (100 * table[columns[2:]]).round(2)
     if truncated > 0.05 * total:
@@ -214,7 +227,7 @@ def accuracy(
 ) -> "pd.DataFrame":
     "The accuracy of graded answers, as `accuracy_table` shows it."
     truncated = int((grades["finish_reason"] == "length").sum())
-    return accuracy_table(count_right(grades, rule), truncated)
+    return accuracy_table(count_right(grades, rule), truncated, effective_sizes(grades, rule))
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #8ec06fb7
 def _pair(first: "pd.DataFrame", second: "pd.DataFrame", rule: str) -> "pd.DataFrame":
@@ -381,6 +394,7 @@ def evaluate(
     grades, place, about, inputs = _grade_run(rolled, Path(folder))
     record = {**about, "rule": rule, "counts": count_right(grades, rule),
               "rules": {each: count_right(grades, each) for each in RULES},
+              "effective": {each: effective_sizes(grades, each) for each in RULES},
               "truncated": int((grades["finish_reason"] == "length").sum())}
     inputs["rule"] = rule
     store_record(place / "evaluation.json", record, grades, inputs, "questions.jsonl")

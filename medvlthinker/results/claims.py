@@ -406,7 +406,7 @@ def audit_runs(
 # %% ../../nbs/results/63_claims.ipynb #7bd51058
 def _table_cells(record: dict) -> list[dict]:
     "What a record measured of the paper's tables."
-    cells = our_cells(record | {"counts": record["rules"]["regrade"]})
+    cells = our_cells(record | {"counts": record["rules"]["regrade"], "rule": "regrade"})
     asked = sum(cell.get("n", 0) for cell in cells)
     return [{"n": asked, **cell, "measure": "table", "dataset_name": cell["column"]}
             for cell in cells]

@@ -51,9 +51,10 @@ def our_cells(record: dict) -> list[dict]:
              "model": " ".join(str(record["model"]).split()), "about": ", ".join(said)}
     counts = {name: record["counts"].get(name, (0, 0)) for name in COLUMNS}
     counts = {name: (k, n) for name, (k, n) in counts.items() if n}
-    estimates = {name: (k / n, *wilson(k, n)) for name, (k, n) in counts.items()}
+    sizes = record.get("effective", {}).get(record.get("rule"), {})
+    estimates = {name: (k / n, *wilson(k, n, sizes.get(name))) for name, (k, n) in counts.items()}
     if len(counts) == len(COLUMNS):
-        estimates[AVERAGE] = macro_average(counts)
+        estimates[AVERAGE] = macro_average(counts, sizes)
     return [facts | {"column": name} | dict(zip(("correct", "n"), counts.get(name, ())))
             | {key: 100 * x for key, x in zip(("percent", "low", "high"), estimate)}
             for name, estimate in estimates.items()]
@@ -63,9 +64,13 @@ def own_sets(records: Iterable[dict]):  # a pandas DataFrame, a row for each mod
     "The accuracies on sets that no table of the paper has, in percent, with 95 % intervals."
     import pandas as pd
 
-    lines = [(record["model"], name, k, n, *(round(100 * x, 2) for x in (k / n, *wilson(k, n))))
-             for record in records for name, (k, n) in record["counts"].items()
-             if n and name not in COLUMNS]
+    lines = []
+    for record in records:
+        sizes = record.get("effective", {}).get(record.get("rule"), {})
+        for name, (k, n) in record["counts"].items():
+            if n and name not in COLUMNS:
+                estimate = k / n, *wilson(k, n, sizes.get(name))
+                lines.append((record["model"], name, k, n, *(round(100 * x, 2) for x in estimate)))
     columns = ["model", "benchmark", "right", "n", "accuracy", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -121,7 +126,7 @@ def notes(
         f"{sizes} (MedX-M in part 1,996); Avg. is the unweighted mean of the six columns.")
     if "ours" in origins:
         lines.append("This run: accuracy in percent with its 95 % interval, for the draw of its n "
-                     "questions only, as if no two shared an image; no average where a benchmark "
+                     "questions only, those of one image together; no average where a benchmark "
                      "is missing.")
     for (source, about), rows in ours[ours["about"] != ""].groupby(["source", "about"], sort=False):
         lines.append(f"{', '.join(dict.fromkeys(rows['model']))} ({source}): {about}.")
