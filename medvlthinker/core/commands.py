@@ -108,7 +108,10 @@ def end_with_parent(
     return bind
 
 # %% ../../nbs/core/03_commands.ipynb #55200c22
-_NOISE = re.compile(r"\x1b\[\d*m|\([^()]*pid=\d+\)")  # colours, and how Ray says who speaks
+_NOISE = re.compile(  # colours, and how Ray and torch say who speaks
+    r"\x1b\[\d*m|\([^()]*pid=\d+\)|^\[rank\d+\]: ")
+_SENTENCE = "medvlthinker: "
+_CAUSE = re.compile(_SENTENCE + r"|(?!\S*\.ChildFailedError)[\w.]*(Error|Exception)\b")
 
 
 def run_logged(
@@ -130,7 +133,7 @@ def run_logged(
                 ended = process.poll() is not None  # first, so that the last lines are not missed
                 for line in lines:
                     last = _NOISE.sub("", line).strip() or last
-                    problem = last if re.match(r"[\w.]*(Error|Exception)\b", last) else problem
+                    problem = last if _CAUSE.match(last) else problem
                     show(line.rstrip("\n"))
                 time.sleep(0 if ended else 0.1)
         except BaseException:
@@ -141,8 +144,8 @@ def run_logged(
             redact_file(log)
     if not process.returncode:
         return
-    if last.startswith(own := "medvlthinker: "):  # a sentence already
-        raise UserError(f"{redact(last.removeprefix(own))} (log: {log})")
+    if problem.startswith(_SENTENCE):
+        raise UserError(f"{redact(problem.removeprefix(_SENTENCE))} (log: {log})")
     raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: "
                     f"{redact(problem or last)[:300]} (log: {log})")
 

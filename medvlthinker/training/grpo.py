@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'rewards', 'grpo_chat', 'vllm_settings', 'grpo_settings', 'prefill_once', 'shared_rows', 'read_once',
-           'shard_reference', 'log_probabilities', 'frozen_weights', 'mend_trl', 'take_pixels', 'train_grpo']
+           'shard_reference', 'log_probabilities', 'frozen_weights', 'single_marks', 'mend_trl', 'take_pixels',
+           'train_grpo']
 
 # %% ../../nbs/training/43_grpo.ipynb #d986403b
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from ..generation.engine import set_vllm_variables
 from .recipe import Recipe, TrainingSettings, processes, steps_per_epoch
 from .sft import (
     Run, cache_image_features, chats, curve_callback, keeps_image_features, last_whole,
-    open_model, run_trainer, shared_settings, token_losses, whole_callback)
+    on_one_gpu, open_model, run_trainer, shared_settings, token_losses, whole_callback)
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +83,7 @@ def grpo_settings(
     shared = shared_settings(run, how.save_every * updates)
     never = processor.tokenizer.convert_tokens_to_ids(list(_NEVER_DRAWN))
     steps = {"max_steps": run.steps * updates, "logging_steps": updates,
+             "dataloader_num_workers": 0,  # it gives places only; see `train_grpo`
              "steps_per_generation": shared["gradient_accumulation_steps"] * updates,
              "warmup_steps": how.warmup_steps * updates,
              "lr_scheduler_type": "constant_with_warmup", "shuffle_dataset": how.shuffle}
@@ -159,7 +162,8 @@ def shard_reference(
     "The model shared out over the GPUs, as accelerate shares out the one that learns."
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    return fsdp2_prepare_model(accelerator, model).eval()
+    fsdp2_prepare_model(accelerator, model).eval().set_reshard_after_forward(True)
+    return model
 
 # %% ../../nbs/training/43_grpo.ipynb #c82cea92
 def log_probabilities(
@@ -183,14 +187,24 @@ def frozen_weights(
     return {name: part.to_local() if hasattr(part, "to_local") else part
             for name, part in found.items()}
 
+# %% ../../nbs/training/43_grpo.ipynb #d09f8df2
+def single_marks(
+    prompt: list[int],  # token ids
+    mark: int,  # the token of an image
+) -> list[int]:
+    "A prompt with one mark for each image, whatever its size."
+    pairs = zip(prompt, [None, *prompt])
+    return [token for token, before in pairs if token != mark or before != mark]
+
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20bb
 AT_ONCE = 512  # answers that vLLM works on
 
 
 def mend_trl() -> None:
-    "Let TRL's trainer share out the reference, score answers and start vLLM in our ways."
+    "Let TRL's trainer read and share out the reference, score answers and start vLLM our ways."
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
+    from trl.trainer.utils import create_model_from_path
 
     set_vllm_variables()
 
@@ -198,6 +212,11 @@ def mend_trl() -> None:
         def __init__(self, *given, max_num_seqs: int, **named):
             super().__init__(*given, max_num_seqs=min(max_num_seqs, AT_ONCE), **named)
             self.start: dict = {}
+
+        def generate(self, prompts, *given, **named):
+            mark = self.processing_class.image_token_id
+            prompts = [single_marks(prompt, mark) for prompt in prompts]
+            return super().generate(prompts, *given, **named)
 
         def sync_weights(self):
             frozen = frozen_weights(self.model)
@@ -208,6 +227,7 @@ def mend_trl() -> None:
 
     grpo_trainer.prepare_fsdp, grpo_trainer.VLLMGeneration = shard_reference, Answers
     grpo_trainer.selective_log_softmax = log_probabilities
+    grpo_trainer.create_model_from_path = functools.partial(create_model_from_path, device_map=None)
 
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20bd
 def take_pixels(
@@ -224,6 +244,7 @@ def take_pixels(
 def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
     require_package("trl")
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     mend_trl()
@@ -234,6 +255,11 @@ def train_grpo(run: Run) -> Path:
         @property
         def same(self) -> int:  # prompts that follow each other and are one question
             return (self.args.generation_kwargs or {}).get("num_return_sequences", 1)
+
+        def _generate_and_score_completions(self, inputs):
+            places = [each["place"] for each in inputs]
+            found = {place: rows[place] for place in dict.fromkeys(places)}
+            return super()._generate_and_score_completions([found[place] for place in places])
 
         def _get_train_sampler(self, dataset=None):
             sampler = super()._get_train_sampler(dataset)
@@ -264,11 +290,13 @@ def train_grpo(run: Run) -> Path:
 
     if not run.has_ended:
         model, processor, lora = open_model(run)
-        settings = GRPOConfig(**grpo_settings(run, processor))
+        rows = chats(run, grpo_chat)
+        settings = on_one_gpu(GRPOConfig(**grpo_settings(run, processor)))
         if "num_return_sequences" in (settings.generation_kwargs or {}):
             prefill_once(model)
         trainer = Trainer(
-            model=model, args=settings, train_dataset=chats(run, grpo_chat),
+            model=model, args=settings,
+            train_dataset=Dataset.from_dict({"place": range(len(rows))}),
             processing_class=processor, peft_config=lora,
             reward_funcs=rewards(run.recipe.how.rule),
             callbacks=[curve_callback(run), whole_callback(run)])

@@ -6,7 +6,7 @@
 __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'PLACES', 'survey_rows', 'Run', 'check_machine', 'start_and_inputs', 'plan',
            'chats', 'sft_chat', 'whole_checkpoints', 'cache_image_features', 'keeps_image_features', 'open_model',
            'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints', 'whole_callback',
-           'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'run_trainer', 'train_sft',
+           'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft',
            'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
@@ -291,8 +291,9 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
     except (OSError, ValueError) as error:
         raise unloadable_error(run.start, error) from None
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
-    if run.recipe.how.freeze_vision or not run.images:
+    if rank or run.recipe.how.freeze_vision or not run.images:
         model.model.visual.requires_grad_(False)
+        model.model.visual._input_embed_layer = ""  # where no gradient is to begin
     if keeps_image_features(run):
         cache_image_features(model.model)
     torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed
@@ -459,6 +460,14 @@ def sft_settings(run: Run) -> dict:
     loss = {"loss_type": "nll", "max_length": None, "packing": False, "completion_only_loss": True}
     return {**shared_settings(run, steps_per_epoch(run.recipe, len(run.rows))), **steps, **loss}
 
+# %% ../../nbs/training/42_sft.ipynb #0d968b97
+def on_one_gpu(
+    settings,  # of a TRL trainer
+):  # the same
+    "Let a process train on one GPU, however many its machine has."
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
+
 # %% ../../nbs/training/42_sft.ipynb #d86c6659
 def run_trainer(
     run: Run,
@@ -472,6 +481,11 @@ def run_trainer(
     trainer.remove_callback(PrinterCallback)  # it would print every step of a week
     found = last_whole(run.folder) if first else (None, 0)
     newest, update = broadcast_object_list([*found])
+    shared = bool(newest) and (Path(newest) / "pytorch_model_fsdp_0").is_dir()
+    if newest and shared != trainer.is_fsdp_enabled:
+        raise UserError(f"{newest} was written by {'several GPUs' if shared else 'one process'}, "
+                        "and only such a run reads it; set gpus as it was, or remove "
+                        f"{run.folder} to begin again.")
     if first:
         cut_metrics(run.metrics, update // run.updates)
         said = ", going on from a checkpoint" if newest else ""
@@ -497,8 +511,8 @@ def train_sft(run: Run) -> Path:
     if not run.has_ended:
         model, processor, lora = open_model(run)
         run_trainer(run, Trainer(
-            model=model, args=SFTConfig(**sft_settings(run)), train_dataset=chats(run, sft_chat),
-            processing_class=processor, peft_config=lora,
+            model=model, args=on_one_gpu(SFTConfig(**sft_settings(run))),
+            train_dataset=chats(run, sft_chat), processing_class=processor, peft_config=lora,
             callbacks=[curve_callback(run), whole_callback(run)]))
     return run.checkpoint(run.takes)
 

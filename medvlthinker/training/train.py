@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'printed_command', 'finish', 'train_here', 'train', 'curves', 'curve_figure', 'watch', 'main']
 
 # %% ../../nbs/training/47_train.ipynb #21740662
-import dataclasses, json, os, shlex, time
+import dataclasses, datetime, json, os, shlex, time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,7 +197,8 @@ def main(
     require_package("accelerate")
     from accelerate import PartialState
 
-    state = PartialState(cpu=not settings.gpus)
+    # one process may read, hash or write for longer than the ten minutes that NCCL waits
+    state = PartialState(cpu=not settings.gpus, timeout=datetime.timedelta(hours=1))
     with state.main_process_first():  # the first plans; the others read what it wrote
         run = plan(recipe, settings, *paths, print if state.is_main_process else lambda *_: None)
     _train(run, state.is_main_process)

@@ -15,19 +15,26 @@ from accelerate import PartialState
 from medvlthinker.training import grpo, sft
 from medvlthinker.training.recipe import TrainingSettings, find
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from trl.generation import vllm_generation
 from vllm.platforms import current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import flashinfer_sampler_supported
 from worker import shard_on_cpu
 
-SLEPT, MOVED = [], set()
+SLEPT, MOVED, MARKS = [], set(), set()
 
 
 class LLM(vllm_generation.LLM):
     def __init__(self, enable_sleep_mode: bool, **given):
         SLEPT.append(f"made for {given['max_num_seqs']} at once, {'to sleep' if enable_sleep_mode else 'to stay awake'}")
         super().__init__(**given, dtype="float32", enforce_eager=True, enable_chunked_prefill=False)
+
+    def generate(self, *given, **named):
+        answered = super().generate(*given, **named)
+        mark = self.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+        MARKS.update(list(each.prompt_token_ids).count(mark) for each in answered)
+        return answered
 
     def sleep(self, level: int) -> None:
         SLEPT.append("sleeps")
@@ -72,14 +79,15 @@ def train(folder: Path, lora_rank: int) -> None:
     grpo.train_grpo(run)
     trainer = trainers[0]
     trainer.vllm_generation.sync_weights()
-    frozen = {name.removeprefix("base_model.model.").replace("language_model.", "").replace(".base_layer", ""): weight.clone() for name, weight in grpo.frozen_weights(trainer.model).items()}
+    frozen = {name.removeprefix("base_model.model.").replace("language_model.", "").replace(".base_layer", ""): whole(weight.detach()).clone() for name, weight in trainer.model.named_parameters() if ".base_layer." in name}
     answering, learnt = weights_of_vllm(trainer), {name: whole(weight).clone() for name, weight in trainer.vllm_generation._iter_named_params()}
     start = load_file(folder / "tiny" / "model.safetensors") if frozen else {}
     shared = [name for name in answering.keys() & learnt.keys() if answering[name].shape == learnt[name].shape]  # others are fused, or shared out
     current_platform.is_cuda = lambda: True
     if state.is_main_process:
-        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "compiles for CUDA": flashinfer_sampler_supported(), "weights": len(shared),
+        seen = {"steps": sft.read_metrics(run.metrics), "slept": SLEPT, "moved": sorted(MOVED), "image tokens": sorted(MARKS), "compiles for CUDA": flashinfer_sampler_supported(), "weights": len(shared),
                 "equal": all(torch.equal(answering[name], learnt[name]) for name in shared),
+                "reference gathered": sum(weight.numel() for weight in trainer.ref_model.parameters() if not isinstance(weight, DTensor)) if trainer.ref_model else 0,
                 "frozen": len(frozen), "as at the start": all(torch.equal(frozen[name], start[name]) for name in frozen)}
         (folder / "seen.json").write_text(json.dumps(seen))
 

@@ -36,10 +36,12 @@ def test_vllm_answers_with_the_weights_that_were_learnt_and_two_gpus_take_the_st
         first, second = seen["steps"]
         assert first["kl"] == 0 and first["learning_rate"] == 0 < second["learning_rate"] and first["reward"] > 0.3 and first["grad_norm"] > 0
         assert "image_grid_thw" in seen["moved"] and "pixel_values" not in seen["moved"]  # a step's images would fill a GPU
+        assert set(seen["image tokens"]) <= {16, 32}  # vLLM reads what the trainer reads: one image, or two
         assert not seen["compiles for CUDA"]  # a machine with no more than a driver has no nvcc
         assert seen["equal"] and seen["weights"] > 5
         woken = ["wakes: weights", "wakes: kv_cache", "sleeps"]
         assert seen["slept"] == ["made for 24 at once, to sleep", "sleeps", *woken, *woken, "wakes: weights"]
     assert one["frozen"] > 10 and one["as at the start"]  # adapters were added to them at each sync, and taken off
+    assert two["reference gathered"] == 0  # no GPU holds a whole part of it while another model is at work
     names = ("loss", "reward", "length")  # adapters begin as nothing: both start from one model, and draw the same answers
     assert [two["steps"][0][name] for name in names] == pytest.approx([one["steps"][0][name] for name in names], rel=1e-3)

@@ -45,6 +45,8 @@ def shard_on_cpu() -> None:
         begin(self, *given, **keys)
         if plugin is not None and self.distributed_type != DistributedType.FSDP:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does it, or it is forgotten
 
     accelerate.state.AcceleratorState.__init__ = told

@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -108,6 +109,40 @@ def test_logits_stay_in_half_precision(ready, monkeypatch):
     sft.train_sft(sft.plan(find("tiny-SFT_PMC"), TrainingSettings(max_steps=2), *places))
     assert kept == {torch.bfloat16}
     assert len(curves(ready / "logs")) == 2
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(ready, monkeypatch):
+    "`gpus=1` where there are two: neither the rows of a pass double, nor is the reference laid out over both; and a question is read once a step, however small the micro batch."
+    import torch
+    from medvlthinker.training import grpo, sft
+    from transformers import Qwen2_5_VLForConditionalGeneration as Net
+    from trl.trainer import utils
+
+    trainers, placed, read, load, chat, shared = [], [], [], Net.from_pretrained, grpo.grpo_chat, sft.shared_settings
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(utils, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(Net, "from_pretrained", lambda *given, **named: placed.append(named.get("device_map")) or load(*given, **named))
+    monkeypatch.setattr(grpo, "grpo_chat", lambda sample: read.append(sample.dataset_index) or chat(sample))
+    places = ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs"
+    for floor, train, recipe in ((sft, sft.train_sft, "tiny-SFT_PMC"), (grpo, grpo.train_grpo, "tiny-RL_PMC")):
+        monkeypatch.setattr(floor, "shared_settings", lambda run, every: shared(run, every) | {"use_cpu": False})
+        go = floor.run_trainer
+        monkeypatch.setattr(floor, "run_trainer", lambda run, trainer, go=go: trainers.append(trainer) or go(run, trainer))
+        train(sft.plan(find(recipe), TrainingSettings(max_steps=2, micro_batch=8), *places))
+    assert [trainer.args.train_batch_size for trainer in trainers] == [8, 8]
+    assert "auto" not in placed and placed.count(None) == 3, "the model twice, and the reference"
+    assert len(read) == len(set(read)) == 2 * find("tiny-RL_PMC").how.batch
+
+
+@pytest.mark.parametrize("recipe", ["tiny-SFT_PMC", "tiny-RL_PMC"])
+def test_a_checkpoint_of_several_gpus_is_not_for_one(ready, recipe):
+    from medvlthinker.training import grpo, sft
+
+    run = sft.plan(find(recipe), TrainingSettings(max_steps=2), ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs")
+    (run.folder / "checkpoint-1" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    (run.folder / "checkpoint-1" / WHOLE).write_text("{}")
+    with pytest.raises(UserError, match="checkpoint-1 was written by several GPUs.* set gpus as it was, or remove"):
+        (grpo.train_grpo if recipe == "tiny-RL_PMC" else sft.train_sft)(run)
 
 
 def test_answers_at_once_do_not_change_what_is_rewarded(ready):
