@@ -1844,4 +1844,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                 'medvlthinker.training.verl_cpu.cpu_overrides': ( 'training/verl_cpu.html#cpu_overrides',
                                                                                                   'medvlthinker/training/verl_cpu.py')},
             'medvlthinker.training.verl_text': { 'medvlthinker.training.verl_text.add_mean': ( 'training/verl_text.html#add_mean',
-                                                                                               'medvlthinker/training/verl_text.py')}}}
+                                                                                               'medvlthinker/training/verl_text.py'),
+                                                 'medvlthinker.training.verl_text.name_sockets': ( 'training/verl_text.html#name_sockets',
+                                                                                                   'medvlthinker/training/verl_text.py')}}}
