@@ -1775,6 +1775,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._ray_job': ( 'training/verl.html#_ray_job',
                                                                                      'medvlthinker/training/verl.py'),
+                                            'medvlthinker.training.verl._refuse_other_gpus': ( 'training/verl.html#_refuse_other_gpus',
+                                                                                               'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._rollout': ( 'training/verl.html#_rollout',
                                                                                      'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._start': ( 'training/verl.html#_start',

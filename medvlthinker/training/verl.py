@@ -481,9 +481,20 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
         done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
         if done >= run.steps:
             return
+        _refuse_other_gpus(run, done)
         show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
         given = {**environment(logs, starts + 1, nodes), **variables}
         job = job_id(run.folder, starts + 1) if nodes > 1 else ""
         run_verl(command(words, given, nodes, job=job), given, show, job)
     while job and is_at_work(job):
         run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
+
+
+def _refuse_other_gpus(run: Run, done: int) -> None:
+    "`UserError` where the checkpoint of step `done` is in as many parts as other GPUs were."
+    actor, gpus = run.folder / f"global_step_{done}" / "actor", processes(run.recipe, run.settings)
+    before = read_json(actor / "fsdp_config.json").get("world_size", gpus)  # there is none at step 0
+    if before != gpus:
+        raise UserError(f"{run.recipe.name} was trained on {before} GPUs until step {done}, and "
+                        f"verl cannot go on with {gpus}; take as many (gpus, nodes), or remove "
+                        f"{run.folder} to begin anew.")
