@@ -1805,6 +1805,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._ray_job': ( 'training/verl.html#_ray_job',
                                                                                      'medvlthinker/training/verl.py'),
+                                            'medvlthinker.training.verl._refuse_other_gpus': ( 'training/verl.html#_refuse_other_gpus',
+                                                                                               'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._rollout': ( 'training/verl.html#_rollout',
                                                                                      'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._start': ( 'training/verl.html#_start',
@@ -1874,4 +1876,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                 'medvlthinker.training.verl_cpu.cpu_overrides': ( 'training/verl_cpu.html#cpu_overrides',
                                                                                                   'medvlthinker/training/verl_cpu.py')},
             'medvlthinker.training.verl_text': { 'medvlthinker.training.verl_text.add_mean': ( 'training/verl_text.html#add_mean',
-                                                                                               'medvlthinker/training/verl_text.py')}}}
+                                                                                               'medvlthinker/training/verl_text.py'),
+                                                 'medvlthinker.training.verl_text.name_sockets': ( 'training/verl_text.html#name_sockets',
+                                                                                                   'medvlthinker/training/verl_text.py')}}}

@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'LOST', 'verl_row', 'training_file', 'verl_parquet', 'has_
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import importlib, json, math, os, re
-import shlex, shutil, subprocess, sys, tempfile, zipfile
+import shlex, shutil, subprocess, sys, tempfile, time, zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -259,7 +259,7 @@ def command(
     if nodes == 1:
         return run
     programs = {"PATH": f"{Path(sys.executable).parent}:${{PATH}}"}
-    given = {"env_vars": variables | programs, "py_executable": sys.executable}
+    given = {"env_vars": variables | programs}  # and no more: verl gives Ray all its other keys
     return [*_ray_job("submit", address), *(["--submission-id", job] if job else []),
             "--runtime-env-json", json.dumps(given), "--", "bash", "-c", shlex.join(run)]
 
@@ -393,6 +393,8 @@ def refuse_second_run(folder: Path) -> None:
 # %% ../../nbs/training/44_verl.ipynb #b9e1f025
 LOST = ("Error in _run_prompt",  # what verl's log says of an answer that failed, and of a worker
         "A worker died or was killed while executing a task", "killed due to memory pressure (OOM)")
+_COUNTS = re.compile(r"pending: \d+, running: \d+, finished: \d+, failure: \d+")  # of questions
+_PATIENCE = 3600  # seconds until one more is finished
 
 
 def run_verl(
@@ -403,13 +405,16 @@ def run_verl(
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
     curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
-    log = curves.with_suffix(".log")
+    log, counts, since = curves.with_suffix(".log"), "", time.monotonic()
     with atomic_write(curves.with_suffix(".sh")) as file:
         file.write(command_text(words, variables) + "\n")
 
     def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
-        nonlocal shown, size
-        if any(words in line for words in LOST):
+        nonlocal shown, size, counts, since
+        if (found := _COUNTS.search(line)) and found[0] != counts:
+            counts, since = found[0], time.monotonic()
+        stands_still = found and time.monotonic() - since > _PATIENCE
+        if stands_still or any(words in line for words in LOST):
             if job:
                 subprocess.run([*_ray_job("stop"), job], check=False, capture_output=True)
             raise UserError("verl lost an answer or a worker, and would learn from the others or "
@@ -418,7 +423,7 @@ def run_verl(
         now = curves.stat().st_size if curves.exists() else 0
         if now == size:  # most lines of a log are no step, and the file of steps grows long
             return
-        size = now
+        size, counts = now, ""
         if len(rows := read_steps(curves)) > shown:
             merge_curves(curves.parent)
         for row in rows[shown:]:
@@ -468,16 +473,29 @@ def train_verl(
 def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable) -> None:
     "Start verl from the last checkpoint, or follow what is still at work."
     nodes, logs, name = nodes_of(run.recipe, run.settings), run.logs, run.recipe.name
-    refuse_second_run(run.folder)
     starts = len(list(logs.glob("verl-*.sh")))
     if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
         show(f"Ray is still at work on {name} (job {job}); following it.")
         given = environment(logs, starts, nodes)
-        return run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
-    done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
-    if done >= run.steps:
-        return
-    show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
-    given = {**environment(logs, starts + 1, nodes), **variables}
-    job = job_id(run.folder, starts + 1) if nodes > 1 else ""
-    run_verl(command(words, given, nodes, job=job), given, show, job)
+    else:
+        refuse_second_run(run.folder)
+        done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
+        if done >= run.steps:
+            return
+        _refuse_other_gpus(run, done)
+        show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
+        given = {**environment(logs, starts + 1, nodes), **variables}
+        job = job_id(run.folder, starts + 1) if nodes > 1 else ""
+        run_verl(command(words, given, nodes, job=job), given, show, job)
+    while job and is_at_work(job):
+        run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
+
+
+def _refuse_other_gpus(run: Run, done: int) -> None:
+    "`UserError` where the checkpoint of step `done` is in as many parts as other GPUs were."
+    actor, gpus = run.folder / f"global_step_{done}" / "actor", processes(run.recipe, run.settings)
+    before = read_json(actor / "fsdp_config.json").get("world_size", gpus)  # none at step 0
+    if before != gpus:
+        raise UserError(f"{run.recipe.name} was trained on {before} GPUs until step {done}, and "
+                        f"verl cannot go on with {gpus}; take as many (gpus, nodes), or remove "
+                        f"{run.folder} to begin anew.")

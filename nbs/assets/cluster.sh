@@ -5,7 +5,8 @@
 #   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --mem=0 nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
 #
 # The command runs on the first node, with RAY_ADDRESS and CLUSTER_RAY (HOST:PORT of the head) set; called again after a kill it goes on from its last checkpoint.
-# From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600).
+# From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600),
+# RAY_TMPDIR (a folder of each node for Ray's sockets, logs and spilled objects, with a short path; /tmp).
 set -euo pipefail
 
 stop() { printf 'cluster.sh: %s\n' "$*" >&2; exit 2; }
@@ -14,6 +15,7 @@ stop() { printf 'cluster.sh: %s\n' "$*" >&2; exit 2; }
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 RAY=${PYTHON%/*}/ray
 [ -x "$RAY" ] || stop "$RAY is not there; call this from the project's folder, after ./reproduce.sh setup full."
+[ ! -f locks/setup.sh ] || { . locks/setup.sh; read_env; }  # processes of Ray have the keys of .env from here, or never
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]} count=${#nodes[@]}
@@ -21,6 +23,7 @@ own=$((SLURM_JOB_ID % 3000))  # several jobs may share a node, and each has port
 port=$((20000 + own)) jobs=$((23000 + own)) clients=$((26000 + own)) agent=$((29000 + own))
 each=(--nodes=1 --ntasks=1 --overlap ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE})
 gpus=(${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE})
+folder=${RAY_TMPDIR:-/tmp}/ray-$SLURM_JOB_ID  # of all nodes: /tmp/ray may belong to somebody, and the path of a socket has 107 bytes at most, which $TMPDIR may fill
 export PATH=${PYTHON%/*}:$PATH RAY_USAGE_STATS_ENABLED=0
 
 # whoever reaches Ray's port can run code as us: a token of this job's own, in a file that only we may read
@@ -47,6 +50,8 @@ address=$(srun "${each[@]}" --nodelist="$head" bash -c 'hostname --ip-address; h
     | tr ' ' '\n' | grep -E '^[0-9]+([.][0-9]+){3}$' | grep -v '^127[.]' | head -n 1) || true
 address=${address:-$head}
 export RAY_ADDRESS=http://$address:$jobs CLUSTER_RAY=$address:$port  # where Ray takes jobs, and where it takes workers
+no_proxy=${no_proxy:-${NO_PROXY:-localhost,127.0.0.1}},$address
+export no_proxy NO_PROXY=$no_proxy  # where http_proxy is set, a job would be handed to the proxy
 
 alive() { "$RAY" list nodes --address="$RAY_ADDRESS" --filter state=ALIVE --format=json 2> /dev/null | grep -o '"node_id"' | wc -l || true; }
 wait_for() {  # so many nodes; nobody is asked more than once a second
@@ -60,7 +65,7 @@ wait_for() {  # so many nodes; nobody is asked more than once a second
     done
 }
 
-srun "${each[@]}" --nodelist="$head" "$RAY" start --head --block --node-ip-address="$address" --port="$port" \
+srun "${each[@]}" --nodelist="$head" "$RAY" start --head --block --node-ip-address="$address" --port="$port" --temp-dir="$folder" \
     --dashboard-host="$address" --dashboard-port="$jobs" --ray-client-server-port="$clients" --dashboard-agent-listen-port="$agent" ${gpus[@]+"${gpus[@]}"} &
 steps+=($!)
 wait_for 1  # workers do not look for a head for long

@@ -203,16 +203,21 @@ def differing(found: dict, expected: dict) -> dict:
             if found.get(key) != value}
 
 
+def composed_by_verl(words: list[str]):
+    from hydra import compose, initialize_config_dir
+
+    package = Path(importlib.util.find_spec("verl").origin).parent
+    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
+        return compose("ppo_trainer", words)
+
+
 def accepted_by_verl(words: list[str]) -> dict:
     "The configuration that verl makes of a command, once its own checks have passed."
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    package = Path(importlib.util.find_spec("verl").origin).parent
-    with initialize_config_dir(str(package / "trainer" / "config"), version_base=None):
-        composed = compose("ppo_trainer", words)
+    composed = composed_by_verl(words)
     assert need_reference_policy(composed) and not need_critic(composed)
     validate_config(composed, use_reference_policy=True, use_critic=False)
     flat = pandas.json_normalize(OmegaConf.to_container(composed, resolve=True))
@@ -228,6 +233,26 @@ def test_every_recipe_is_composed_as_published_or_with_a_named_difference(monkey
         assert differing(accepted_by_verl(words(name)), wanted(name, flash)) == {}, name
     with pytest.raises(Exception, match="no_such_key"):
         accepted_by_verl([*words(name), "trainer.no_such_key=1"])
+
+
+def test_ray_merges_what_a_job_is_given_with_what_verl_gives(monkeypatch, tmp_path):
+    "It refuses a job in which both have a key, even an empty one: a run on several nodes would end before its first step."
+    import ray
+    from ray.runtime_env.runtime_env import _merge_runtime_env
+    from verl.trainer.main_ppo import run_ppo
+
+    def init(**given):
+        raise RuntimeError(given)
+
+    monkeypatch.setattr(ray, "init", init)
+    given = verl.environment(tmp_path, 1, 4)
+    job = verl.command(words("32B-RL_m23k"), given, 4, "http://head:8265")
+    ours = json.loads(job[job.index("--runtime-env-json") + 1])
+    with pytest.raises(RuntimeError) as asked:
+        run_ppo(composed_by_verl(words("32B-RL_m23k")), None)
+    theirs = asked.value.args[0]["runtime_env"]
+    merged = _merge_runtime_env(ours, theirs)
+    assert merged and merged["env_vars"] == ours["env_vars"] | theirs["env_vars"]
 
 
 # --- (c) the data ----------------------------------------------------------------------------------------------------------

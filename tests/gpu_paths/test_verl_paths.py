@@ -24,6 +24,7 @@ from medvlthinker.data.sample import write_samples
 from medvlthinker.training import checkpoint, verl
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.train import train_here
+from medvlthinker.training.verl_cpu import cpu_environment
 
 ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
@@ -122,18 +123,23 @@ def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
     assert importlib.util.find_spec("flash_attn") and not verl.has_flash_attention()
 
 
+def pretend_checkpoint(step: Path, gpus: int) -> None:
+    "A complete checkpoint of verl's from so many GPUs, without weights."
+    (step / "actor" / "huggingface").mkdir(parents=True)
+    (step / "actor" / "huggingface" / "config.json").write_text("{}")
+    (step / "actor" / "fsdp_config.json").write_text(json.dumps({"world_size": gpus}))
+    parts = [f"actor/{kind}_world_size_{gpus}_rank_{rank}.pt" for kind in ("model", "optim", "extra_state") for rank in range(gpus)]
+    for name in ("data.pt", *parts):
+        zipfile.ZipFile(step / name, "w").close()
+
+
 def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path, blank):
     "From the plan to the folder that an engine loads; only verl itself, and its merger, are played."
     started = []
 
     def play(words, variables, show, job):
         given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-        step = Path(given["trainer.default_local_dir"]) / "global_step_2"
-        (step / "actor" / "huggingface").mkdir(parents=True)
-        (step / "actor" / "huggingface" / "config.json").write_text("{}")
-        (step / "actor" / "fsdp_config.json").write_text('{"world_size": 1}')
-        for name in ("data.pt", *(f"actor/{kind}_world_size_1_rank_0.pt" for kind in ("model", "optim", "extra_state"))):
-            zipfile.ZipFile(step / name, "w").close()
+        pretend_checkpoint(Path(given["trainer.default_local_dir"]) / "global_step_2", 1)
         started.append((given["data.train_files"], given["trainer.total_training_steps"]))
 
     monkeypatch.setattr(verl, "run_verl", play)
@@ -196,8 +202,7 @@ def test_programs_of_a_job_have_whole_paths(tmp_path):
     folder, told = Path(sys.executable).parent, words[words.index("--runtime-env-json") + 1]
     assert words[0] == str(folder / "ray")
     assert words[-3:] == ["bash", "-c", f"{sys.executable} -m verl.trainer.main_ppo a=1"]
-    assert json.loads(told) == {"py_executable": sys.executable,
-                                "env_vars": given | {"PATH": f"{folder}:${{PATH}}"}}
+    assert json.loads(told) == {"env_vars": given | {"PATH": f"{folder}:${{PATH}}"}}
     assert "RAY_ADDRESS" not in given
 
 
@@ -219,6 +224,7 @@ case $2 in
         [ ! -e $STATE/$id.log ] || { echo "Job $id already exists"; exit 1; }
         : > $STATE/$id.log
         setsid bash -c '"$@" > $0.log 2>&1; echo $? > $0.code' $STATE/$id "$@" &
+        [ -z "${LOSES_SIGHT:-}" ] || exit 0
         wait_for $id; exit $(cat $STATE/$id.code) ;;
     status)
         [ -e $STATE/$5.log ] || { echo "RuntimeError: Job $5 does not exist"; exit 1; }
@@ -268,19 +274,19 @@ STEPS = ["step 1 reward 0.5", "step 2 reward 0.5"]
 
 def test_a_job_shows_its_steps_and_gets_its_words_with_their_quotes(cluster):
     start(cluster, shown := [])
-    assert shown[1:] == STEPS and actions(cluster) == ["submit"]
+    assert shown[1:] == STEPS and actions(cluster) == ["submit", "status"]
     assert (cluster / "logs" / "verl-001.log").read_text().strip() == str(QUOTED)
     assert not verl.is_at_work(verl.job_id(cluster / "run", 1))
     start(cluster, again := [])  # as after a job that ended too early
-    assert again[1:] == STEPS and actions(cluster)[2:] == ["status", "submit"]
+    assert again[1:] == STEPS and actions(cluster)[3:] == ["status", "submit", "status"]
     assert (cluster / "logs" / "verl-002.jsonl").exists()
 
 
 def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
-    "And nothing is touched that it is just writing, however torn it looks."
+    "Though its process may be seen on this machine; and nothing is touched that it is just writing, however torn it looks."
     job = verl.job_id(cluster / "run", 1)
     given = verl.environment(cluster / "logs", 1, 4)
-    words = verl.command(QUOTED, given, 4, job=job)
+    words = verl.command([f"trainer.default_local_dir={cluster / 'run'}"], given, 4, job=job)
     (cluster / "logs" / "verl-001.sh").write_text(verl.command_text(words))
     client = subprocess.Popen(words, env={**os.environ, **given})
     while not verl.is_at_work(job):
@@ -290,8 +296,26 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     (cluster / "run" / "global_step_50" / "actor").mkdir(parents=True)
     start(cluster, shown := [])
     assert shown == [f"Ray is still at work on 32B-RL_m23k (job {job}); following it.", *STEPS]
-    assert actions(cluster).count("submit") == 1 and actions(cluster)[-1] == "logs"
+    assert actions(cluster).count("submit") == 1 and actions(cluster)[-2:] == ["logs", "status"]
     assert (cluster / "run" / "global_step_50" / "actor").is_dir()
+
+
+def test_a_run_goes_on_with_as_many_gpus_as_it_began_with(cluster, monkeypatch):
+    "verl looks for as many parts of a checkpoint as there are GPUs, and ends where it finds others."
+    pretend_checkpoint(cluster / "run" / "global_step_50", 8)
+    with pytest.raises(UserError, match=r"32B-RL_m23k was trained on 8 GPUs until step 50.* with 32;"):
+        start(cluster, [])
+    assert not (cluster / "state" / "calls").exists()
+    monkeypatch.setattr(verl, "processes", lambda recipe, settings: 8)
+    start(cluster, shown := [])
+    assert shown[0].startswith("32B-RL_m23k: step 50 of 100;")
+
+
+def test_a_client_that_loses_sight_of_its_job_is_not_the_end_of_it(cluster, monkeypatch):
+    "Ray's client then ends without an error, and what the job is just writing would be removed as torn."
+    monkeypatch.setenv("LOSES_SIGHT", "1")
+    start(cluster, shown := [])
+    assert shown[-2:] == STEPS and actions(cluster) == ["submit", "status", "logs", "status"]
 
 
 def test_a_job_that_loses_an_answer_is_ended(cluster, monkeypatch):
@@ -300,6 +324,62 @@ def test_a_job_that_loses_an_answer_is_ended(cluster, monkeypatch):
     with pytest.raises(UserError, match="lost an answer"):
         start(cluster, [])
     assert actions(cluster) == ["submit", "stop"]
+
+
+WAITS = """
+import os, time
+for number in range(12):
+    print(f"(TaskRunner pid=7) INFO:2026-12-01:pending: 0, running: 9, finished: {COUNT}, failure: 0", flush=True)
+    time.sleep(0.3)
+    if STEPS:
+        with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as file:
+            print('{"step": %d, "data": {"critic/score/mean": 0.5}}' % number, file=file)
+"""
+
+
+@pytest.mark.parametrize("count, steps", [("247", False), ("number", False), ("247", True)])
+def test_a_run_in_which_nobody_answers_any_more_is_ended(tmp_path, monkeypatch, count, steps):
+    "verl would wait for ever; counts that change, and those that are the same in each step, are a run at work."
+    monkeypatch.setattr(verl, "_PATIENCE", 2)
+    words = [sys.executable, "-c", WAITS.replace("COUNT", count).replace("STEPS", str(steps))]
+    stuck = pytest.raises(UserError, match="wait for ever") if (count, steps) == ("247", False) else contextlib.nullcontext()
+    with stuck:
+        verl.run_verl(words, verl.environment(tmp_path), lambda line: None)
+
+
+ENDS = """
+import os, ray
+from types import SimpleNamespace
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
+os.environ |= {"RANK": "0", "RAY_LOCAL_WORLD_SIZE": "1", "VERL_RAY_JOB_ID": ray.get_runtime_context().get_job_id()}
+import verl
+import medvlthinker.training.verl_text
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
+config = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, data_parallel_size=1, layered_summon=False)
+receiver = SimpleNamespace(model_runner=None, local_rank=0)
+print("ENDS", ServerAdapter(config, None, None).zmq_handle, vLLMColocateWorkerExtension._get_zmq_handle(receiver))
+"""
+
+
+@no_verl
+@pytest.mark.heavy
+def test_two_runs_on_a_machine_have_sockets_of_their_own():
+    "By which weights go from training to vLLM: both ends of a run have one name, and that of another run is another."
+    names = []
+    for _ in range(2):
+        for _ in range(3):  # Ray gives its own processes 30 s, whatever else the machine does
+            done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, check=False, text=True,
+                                  env=os.environ | cpu_environment(), capture_output=True)
+            if "timed out during startup" not in done.stderr:
+                break
+        else:
+            pytest.skip("Ray's own processes did not start; this machine is too busy")
+        assert done.returncode == 0, done.stderr[-2000:]
+        names += [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ENDS")]
+    (sender, receiver), (other, _) = names
+    assert sender == receiver != other
+    assert all("rl-colocate-zmq-01000000-" in name for name in (sender, other))
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +465,7 @@ exec "$@" """,
 case $1 in
     start) [ "$NODE" != "${BROKEN:-}" ] || exit 1
            trap 'rm $STATE/$NODE; kill $!; exit 143' TERM
-           touch $STATE/$NODE; sleep 100 & wait $! ;;
+           touch $STATE/$NODE; env > $CALLS.$NODE; sleep 100 & wait $! ;;
     list) for node in $STATE/*; do [ ! -e $node ] || echo '{"node_id": 1}'; done ;;
 esac""",
 }
@@ -404,7 +484,7 @@ def slurm(tmp_path):
                  "MEDVLTHINKER_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "70123",
                  "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_GPUS_ON_NODE": "8"}
     begin = lambda *words, **more: subprocess.Popen(
-        ["/usr/bin/env", "bash", SCRIPT, *words], env=variables | more, text=True,
+        ["/usr/bin/env", "bash", SCRIPT, *words], env=variables | more, text=True, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return SimpleNamespace(begin=begin, folder=tmp_path, calls=tmp_path / "calls")
 
@@ -429,6 +509,19 @@ def test_the_command_runs_when_all_nodes_are_there_and_ends_them(slurm):
     assert all("--address=10.0.0.1:21123 " in call and call.endswith("--num-gpus=8") for call in starts[1:])
     assert all("--dashboard-agent-listen-port=30123 " in call for call in starts)  # by default that of any other head on the node: such a one takes no jobs
     assert left_over(slurm) == []
+
+
+def test_ray_has_a_folder_of_its_own_the_keys_of_the_project_and_no_proxy(slurm):
+    "In /tmp/ray there may be a file of somebody else's that `ray start` cannot replace; a proxy would be handed the jobs."
+    (slurm.folder / "locks").symlink_to(ROOT / "locks")
+    (slurm.folder / ".env").write_text("WANDB_API_KEY=from-the-file\nHTTP_PROXY=http://file\n")
+    run = slurm.begin("true", HTTP_PROXY="http://proxy:3128", NO_PROXY="localhost", TMPDIR="/a/long/path")
+    assert run.wait(60) == 0, run.stderr.read()
+    head, = [call for call in slurm.calls.read_text().splitlines() if call.startswith("ray ") and "--head" in call]
+    assert "--temp-dir=/tmp/ray-70123 " in head
+    for node in ("n1", "n4"):
+        seen = Path(f"{slurm.calls}.{node}").read_text().splitlines()
+        assert {"WANDB_API_KEY=from-the-file", "HTTP_PROXY=http://proxy:3128", "NO_PROXY=localhost,10.0.0.1", "no_proxy=localhost,10.0.0.1"} <= {*seen}
 
 
 def test_a_signal_to_the_job_ends_everything(slurm):
