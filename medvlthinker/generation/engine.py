@@ -392,6 +392,7 @@ class RayEngine:
     "A copy of vLLM on every worker of a Ray cluster."
     calls, portion = 128, 4  # open at each worker; questions in one
     restarts = 16  # of a worker, before the run ends
+    patience = 600  # seconds without an answer, after which that is said
 
     def __init__(
         self,
@@ -431,8 +432,12 @@ class RayEngine:
                 open_calls[worker.answer.remote(portion)] = worker, portion
             if not open_calls:
                 return
-            call = ray.wait([*open_calls], num_returns=1)[0][0]
-            worker, portion = open_calls.pop(call)
+            if not (done := ray.wait([*open_calls], num_returns=1, timeout=self.patience)[0]):
+                print(f"No worker has answered for {self.patience:g} s: they load the model, or Ray "
+                      "waits for a node that is gone; then stop and run again, what is finished is "
+                      "kept.")
+                continue
+            worker, portion = open_calls.pop(call := done[0])
             free.append(worker)
             try:
                 yield from zip(portion, ray.get(call), strict=True)

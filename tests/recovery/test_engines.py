@@ -201,6 +201,21 @@ def test_more_gpus_than_a_cluster_has_are_a_sentence(cluster, monkeypatch, tmp_p
     assert len(cluster) == 8 // settings.tensor_parallel
 
 
+def test_a_wait_for_a_node_that_is_gone_is_said(cluster, monkeypatch, tmp_path, capsys):
+    "Ray starts its workers again elsewhere, and waits without a word where there is no room."
+    import ray
+
+    made = engines.RayEngine(EngineSettings(engine="ray"), str(tmp_path))
+    answered = Completion("B", "stop", 1)
+    made.workers = [SimpleNamespace(answer=SimpleNamespace(remote=len))]
+    waits = iter([([], [4]), ([4], [])])
+    monkeypatch.setattr(ray, "wait", lambda calls, num_returns, timeout: next(waits))
+    monkeypatch.setattr(ray, "get", lambda call: [[answered]] * call)
+    asked = [Request(sample, 0, Sampling()) for sample in synthetic.benchmark("pmc_vqa", 4)]
+    assert [found for _, found in made.answer(asked)] == [[answered]] * 4
+    assert capsys.readouterr().out.count("a node that is gone") == 1
+
+
 def test_a_node_keeps_its_own_address(cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.1")
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
