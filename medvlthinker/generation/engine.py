@@ -49,20 +49,20 @@ def load_transformers(folder, settings: EngineSettings) -> tuple:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # in a log each step of a bar is a line
-    device = "cuda" if settings.gpus and torch.cuda.is_available() else "cpu"
+    device = "cuda" if settings.gpus else "cpu"  # an old driver is an error, no reason for a CPU
     pixels = pixel_limits(folder, settings.max_pixels)
     try:
         processor = AutoProcessor.from_pretrained(
             folder, padding_side="left", trust_remote_code=False, **pixels)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, settings.dtype), use_safetensors=True,
-            generation_config=GenerationConfig(), trust_remote_code=False)
+            generation_config=GenerationConfig(), trust_remote_code=False).to(device)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise unloadable_error(folder, error) from None
     given = GenerationConfig.from_model_config(model.config).to_dict()
     given |= {key: value for key, value in _generation_config(folder).items() if value}
     model.generation_config = GenerationConfig(**{key: given.get(key) for key in _STRUCTURE})
-    return model.to(device).eval(), processor
+    return model.eval(), processor
 
 
 def _end_tokens(model) -> set[int]:
@@ -176,7 +176,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
-                f"(now {size}) and run again, what is finished is kept.") from None
+                f"(now {size}), with which this rollout begins anew, or use engine=vllm.") from None
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
@@ -276,10 +276,11 @@ def _vllm_prompt(chat: list[dict] | dict):
 # %% ../../nbs/generation/24_engine.ipynb #de216e0d
 class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
-    queue = 2048  # completions that vLLM has to work on, while there are questions
 
     def __init__(self, settings: EngineSettings, folder):
         self.llm, self.folder = _load_vllm(folder, settings), folder
+        at_once = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self.queue = 2 * at_once  # unfinished completions; prompts with pixels lie in memory
         # tokens that a model never says are those of images; vLLM knows them as a bias
         never = _generation_config(folder).get("suppress_tokens") or ()
         self.bias = dict.fromkeys(never, -100.0) or None
@@ -295,7 +296,7 @@ class VllmEngine:
                     waiting[self._add(*each)] = each[0]
                 else:
                     yield from self._step(waiting)
-                while sum(request.sampling.n for request in waiting.values()) >= self.queue:
+                while self.llm.llm_engine.get_num_unfinished_requests() >= self.queue:
                     yield from self._step(waiting)
             while waiting:
                 yield from self._step(waiting)
@@ -310,7 +311,8 @@ class VllmEngine:
         except Exception as error:  # no memory, a worker that was killed: of many classes
             raise UserError(f"vLLM has stopped ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:300]}); what is finished is kept, "
-                            "run again to go on.") from None
+                            "run again to go on (with a lower gpu_memory_utilization where memory "
+                            "ran out).") from None
         for output in outputs:
             if output.finished and (request := waiting.pop(output.request_id, None)):
                 answers = [Completion(each.text, each.finish_reason or "stop", len(each.token_ids))
@@ -390,6 +392,7 @@ class RayEngine:
     "A copy of vLLM on every worker of a Ray cluster."
     calls, portion = 128, 4  # open at each worker; questions in one
     restarts = 16  # of a worker, before the run ends
+    patience = 600  # seconds without an answer, after which that is said
 
     def __init__(
         self,
@@ -403,16 +406,19 @@ class RayEngine:
 
         shared = tensor_parallel_size(download_model(model, revision), settings)
         gpus = shared if settings.gpus else 0
+        count = copies(settings, shared)
+        _check_cluster(count, gpus)
         one = replace(settings, engine="vllm", data_parallel=1, nodes=1, tensor_parallel=shared,
                       gpus=gpus)
         # what a shell sets for this process is not set on the workers
         passed = ("HF_", "VLLM_", "OMP_", "MEDVLTHINKER_")
-        environment = {key: value for key, value in os.environ.items() if key.startswith(passed)}
+        environment = {key: value for key, value in os.environ.items()
+                       if key.startswith(passed) and key != "VLLM_HOST_IP"}  # each node has its own
         actor: Any = ray.remote(
             num_cpus=1, num_gpus=gpus, max_restarts=self.restarts, max_task_retries=-1,
             max_concurrency=self.calls)(_Worker)
         self.workers = [actor.remote(one, model, revision, environment)
-                        for _ in range(copies(settings, shared))]
+                        for _ in range(count)]
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as a worker has answered its call."
@@ -426,23 +432,40 @@ class RayEngine:
                 open_calls[worker.answer.remote(portion)] = worker, portion
             if not open_calls:
                 return
-            call = ray.wait([*open_calls], num_returns=1)[0][0]
-            worker, portion = open_calls.pop(call)
+            if not (done := ray.wait([*open_calls], num_returns=1, timeout=self.patience)[0]):
+                print(f"No worker has answered for {self.patience:g} s: they load the model, or "
+                      "Ray waits for a node that is gone; then stop and run again, what is "
+                      "finished is kept.")
+                continue
+            worker, portion = open_calls.pop(call := done[0])
             free.append(worker)
             try:
                 yield from zip(portion, ray.get(call), strict=True)
-            except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+            except ray.exceptions.RayError as error:  # of a worker, a node, or an answer on its way
                 raise _ray_error(error) from None
+
+
+def _check_cluster(count: int, gpus: int) -> None:
+    "`UserError` where there is no room for so many copies: Ray would wait for it without an end."
+    import ray
+
+    shown = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if gpus and (room := sum(each // gpus for each in shown)) < count:
+        raise UserError(f"{count} copies of the model on {gpus} GPUs each were asked for, and Ray "
+                        f"has room for {room} (GPUs of its nodes: {', '.join(map(str, shown))}); "
+                        "lower gpus, nodes or data_parallel, or name a larger cluster "
+                        "(ray_address).")
 
 
 def _ray_error(error: Exception) -> UserError:
     "What a worker said, as a sentence."
-    cause = getattr(error, "cause", None)
+    cause, said = getattr(error, "cause", None), " ".join(str(error).split())
     if isinstance(cause, UserError):
         return cause
-    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
-                     f"{' '.join(str(error).split())[-400:]}); what is finished is kept, run "
-                     "again to go on.")
+    if (own := " medvlthinker.core.files.UserError: ") in said:  # the model did not load there
+        return UserError(said.rpartition(own)[2])
+    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: {said[-400:]}); what "
+                     "is finished is kept, run again to go on.")
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:
@@ -457,7 +480,8 @@ def start_ray(settings: Hardware) -> None:
     # read again: vLLM imports Ray, which may have read the environment long before
     known.ENABLE_RAY_CLUSTER = known.env_bool(known.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
 
-    here = {} if address else {"num_cpus": max(settings.data_parallel, os.cpu_count() or 1)}
+    wanted = max(settings.data_parallel, settings.gpus, os.cpu_count() or 1)  # one a worker
+    here = {} if address else {"num_cpus": wanted}
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
     while not ray.is_initialized():
         try:

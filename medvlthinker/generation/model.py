@@ -220,27 +220,37 @@ def _load_quietly(net, folder: Path, device: str) -> tuple:
     return loaded, {kind: sorted(found[f"{kind}_keys"]) for kind in kinds}
 
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+_ADVICE = {  # what a library says -> what to do
+    "Free memory on device": "something else holds the GPU, such as a model that this process "
+                             "opened before: end it, or lower gpu_memory_utilization",
+    "(?i)memory|KV cache": "use more GPUs (tensor_parallel), a lower max_model_len or "
+                           "dtype=bfloat16",
+    "Device string must not be empty": "this vLLM is built for GPUs: set gpus=N on a machine that "
+                                       "has them, or engine=transformers",
+    r"CUDA|NCCL|NVML|\bGPUs?\b|driver|compiler|WorkerProc":
+        "this is about the machine and not about the model: the lines above say more",
+    "": "a file of it is missing, damaged or of another kind: copy or download it again"}
 
 
 def unloadable_error(
     model: str | Path,
     error: Exception,  # what its library said
 ) -> UserError:
-    "The sentence for a model that does not load: none, damaged, or too large."
+    "The sentence for a model that does not load: none, damaged, too large, or no GPU for it."
     words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
-    large = isinstance(error, MemoryError) or re.search("memory|KV cache", words, re.IGNORECASE)
-    way = ("use more GPUs (tensor_parallel), a lower max_model_len or dtype=bfloat16" if large
-           else "a file of it is missing, damaged or of another kind: copy or download it again")
+    said = f"{type(error).__name__}: {words}"
+    way = next(way for part, way in _ADVICE.items() if re.search(part, said))
     if torn := [path.name for path in sorted(Path(model).glob("*.json")) if not _is_json(path)]:
         way = f"{' and '.join(torn)} is damaged: copy or download it again"
-    return UserError(f"The model {model} cannot be loaded ({type(error).__name__}: {words}); "
-                     f"{way}.")
+    return UserError(f"The model {model} cannot be loaded ({said}); {way}.")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
 def _tensor_names(files: list[Path]) -> list[str]:
@@ -329,13 +339,16 @@ def weight_bytes(
 
 # %% ../../nbs/generation/22_model.ipynb #4b6c8c6a
 def _gpu_bytes() -> int:
-    "Memory of this machine's smallest GPU; of 80 GB where there is none to ask."
+    "Memory of the smallest GPU that we may use; of 80 GB where there is none to ask."
     # torch would be asked only with CUDA set up in this process, which vLLM's own must do
     if not (program := shutil.which("nvidia-smi")):
         return 80 * 10**9
-    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    words = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
-    sizes = [int(line) * 2**20 for line in done.stdout.split() if line.isdecimal()]
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    shown = {*os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")}
+    ours = [row for row in rows if shown & {*row[:2]}] or rows  # a screen's may be smaller
+    sizes = [int(row[-1]) * 2**20 for row in ours if row[-1].isdecimal()]
     return min(sizes, default=80 * 10**9)
 
 # %% ../../nbs/generation/22_model.ipynb #46555893

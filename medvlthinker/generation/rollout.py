@@ -145,6 +145,14 @@ def _lock(folder: Path, seconds: float):
     return lock
 
 
+def _holder(folder: Path) -> str:
+    "Who holds a lock that outlives a kill, as on a disk without flock; there its file has text."
+    with contextlib.suppress(OSError):
+        if words := (folder / ".lock").read_text().split():
+            return f" ({' on '.join(words[:2])}; if it is gone, delete {folder / '.lock'})"
+    return ""
+
+
 @contextlib.contextmanager
 def file_lock(
     folder,  # where the lock file lies; it is made
@@ -152,7 +160,7 @@ def file_lock(
 ) -> Iterator[None]:
     "Hold the folder's lock; wait for another process that holds it."
     if not (lock := _lock(Path(folder), 0)):
-        show(f"Another process is working in {folder}; waiting for it.")
+        show(f"Another process is working in {folder}{_holder(Path(folder))}; waiting for it.")
         lock = _lock(Path(folder), -1)
     try:
         yield

@@ -24,7 +24,8 @@ def server_address(base_url: str) -> str:
     address = base_url.strip().rstrip("/") or "https://api.openai.com/v1"
     if "@" in address or "?" in address:
         raise UserError("base_url takes no password and no query; a key belongs in the environment "
-                        "variable OPENAI_API_KEY.")
+                        "variable OPENAI_API_KEY, and Azure needs no api-version at "
+                        "https://NAME.openai.azure.com/openai/v1.")
     if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/.*)?", address, re.I):
         raise UserError("base_url must be an address such as http://127.0.0.1:8000/v1, not "
                         f"{base_url!r}.")
@@ -173,6 +174,7 @@ def read_answer(body) -> list[Completion]:
     return [replace(each, tokens=round(rate * length)) for each, length in zip(found, lengths)]
 
 # %% ../../nbs/generation/23_server.ipynb #63e2a9c5
+_FLAGGED = re.compile(r"flagged|moderation|safety|usage guidelines|content (policy|filter)", re.I)
 _NO_CREDIT = re.compile(
     r"insufficient[ _](quota|credit|fund|balance)|(no|out of) credit|credit balance is too", re.I)
 
@@ -189,7 +191,10 @@ def actual_status(status: int, body) -> tuple[int, str]:
                 return 502, str(problem)
             code = str(error.get("code", error.get("status")) if isinstance(error, dict) else "")
             status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
-    return (402 if _NO_CREDIT.search(json.dumps(body)) else status), ""
+    said = json.dumps(body)
+    if status == 403 and _FLAGGED.search(said):
+        return 400, ""  # of the question, not of the key
+    return (402 if _NO_CREDIT.search(said) else status), ""
 
 # %% ../../nbs/generation/23_server.ipynb #554f69bd
 def error_text(error: Exception) -> str:
@@ -378,11 +383,11 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
     address, model, served = engine.address, engine.settings.model, engine.served[0]
-    refused = (f"{address} refuses the key ({status}); set the environment variable "
+    refused = (f"{address} refuses the key ({reason}); set the environment variable "
                f"OPENAI_API_KEY to one that may use {model}.")
-    others = f"it has {', '.join(served[:12])}." if served else (
-        f"it says: {reason} (most addresses end in /v1).")
-    final = {401: refused, 403: refused, 404: f"{address} has no model {model!r}; {others}",
+    others = f"it has {', '.join(served[:12])}." if served else "most addresses end in /v1."
+    final = {401: refused, 403: refused,
+             404: f"{address} has no model {model!r} ({reason}); {others}",
              402: (f"The account at {address} has no credit left ({reason}); what was answered is "
                    "kept, and the same command goes on from there.")}.get(status, "")
     if isinstance(error, openai.OpenAIError) and not isinstance(error, openai.APIError):

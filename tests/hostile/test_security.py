@@ -265,7 +265,7 @@ def test_a_server_that_repeats_the_key_in_all_it_says(home, echo, secrets):
     "In answers, refusals, failures and headers: nothing of it is stored or shown."
     words = ("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=someone", "engine=openai",
              f"base_url={echo.url}/v1", "benchmark=pmc_vqa", "limit=8")
-    for locked, part in (("", ""), ("list", "refuses the key (401)"), ("answers", "refuses the key (401)")):
+    for locked, part in (("", ""), ("list", "refuses the key (401: "), ("answers", "refuses the key (401: ")):
         echo.locked = locked
         done = warm.run(*words, *(["seed=1"] if locked == "answers" else []), cwd=ROOT, OPENAI_LOG="debug")
         assert part in done.stderr and told(home, done.stdout, done.stderr) == [], done.stderr

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import engine as engines
 from medvlthinker.generation.request import Completion, EngineSettings, Request, Sampling
@@ -169,6 +170,64 @@ def test_ray_that_vllm_has_imported_before_listens_here_only_too(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **given: None)
     engines.start_ray(EngineSettings(engine="ray"))
     assert not ray_constants.ENABLE_RAY_CLUSTER
+
+
+# ---- a cluster with GPUs, which is not here ----
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    "Two nodes with four GPUs each, and what the workers were made with."
+    ray, made = pytest.importorskip("ray"), []
+    nodes = [{"Alive": alive, "Resources": {"GPU": 4.0} if alive else {}} for alive in (True, True, False)]
+    worker = SimpleNamespace(remote=lambda *given: made.append(given))
+    monkeypatch.setattr(engines, "start_ray", lambda settings: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **given: lambda cls: worker)
+    return made
+
+
+@pytest.mark.parametrize("keys, room", [({"nodes": 3}, 8), ({"nodes": 2, "tensor_parallel": 2}, None),
+                                        ({"gpus": 8, "tensor_parallel": 8}, 0), ({"nodes": 2}, None)])
+def test_more_gpus_than_a_cluster_has_are_a_sentence(cluster, monkeypatch, tmp_path, keys, room):
+    "Ray would wait for them without an end; a copy needs all its GPUs on one node."
+    monkeypatch.setattr(engines, "tensor_parallel_size", lambda folder, settings: settings.tensor_parallel)
+    settings = EngineSettings(**{"engine": "ray", "gpus": 4, **keys})
+    if room is not None:
+        with pytest.raises(UserError, match=f"Ray has room for {room} .GPUs of its nodes: 4, 4"):
+            engines.RayEngine(settings, str(tmp_path))
+        return
+    engines.RayEngine(settings, str(tmp_path))
+    assert len(cluster) == 8 // settings.tensor_parallel
+
+
+def test_a_wait_for_a_node_that_is_gone_is_said(cluster, monkeypatch, tmp_path, capsys):
+    "Ray starts its workers again elsewhere, and waits without a word where there is no room."
+    import ray
+
+    made = engines.RayEngine(EngineSettings(engine="ray"), str(tmp_path))
+    answered = Completion("B", "stop", 1)
+    made.workers = [SimpleNamespace(answer=SimpleNamespace(remote=len))]
+    waits = iter([([], [4]), ([4], [])])
+    monkeypatch.setattr(ray, "wait", lambda calls, num_returns, timeout: next(waits))
+    monkeypatch.setattr(ray, "get", lambda call: [[answered]] * call)
+    asked = [Request(sample, 0, Sampling()) for sample in synthetic.benchmark("pmc_vqa", 4)]
+    assert [found for _, found in made.answer(asked)] == [[answered]] * 4
+    assert capsys.readouterr().out.count("a node that is gone") == 1
+
+
+def test_a_node_keeps_its_own_address(cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.1")
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
+    engines.RayEngine(EngineSettings(engine="ray"), str(tmp_path))
+    [(*_, environment)] = cluster
+    assert "VLLM_ATTENTION_BACKEND" in environment and "VLLM_HOST_IP" not in environment
+
+
+def test_a_model_that_a_worker_cannot_load_is_its_sentence():
+    errors = pytest.importorskip("ray.exceptions")
+    said = "\x1b[36mray::_Worker.__init__()\x1b[39m (pid=7, ip=10.0.0.1)\n  File \"engine.py\", line 4\nmedvlthinker.core.files.UserError: The model m cannot be loaded."
+    assert str(engines._ray_error(errors.RaySystemError(said))) == "The model m cannot be loaded."
 
 
 # ---- asked over HTTP ----

@@ -236,7 +236,7 @@ def test_at_most_so_many_at_once(faulty):
 
 
 HOPELESS = [("wrong_key", "refuses the key"), ("broke", "has no credit left"),
-            ("unknown", "has no model 'tiny'; it has tiny, other")]
+            ("unknown", "has no model 'tiny' (404: no such model); it has tiny, other")]
 
 
 @pytest.mark.parametrize("act, part", HOPELESS)
@@ -411,12 +411,28 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
 
 REALLY = [  # what a server sends, and the status that it should have had
     (200, error("Not now.", code=None), 500), (200, error("Not now.", code=400), 400),
-    (200, {"error": "Insufficient credits."}, 402), (400, error("Your credit balance is too low."), 402)]
+    (200, {"error": "Insufficient credits."}, 402), (400, error("Your credit balance is too low."), 402),
+    (403, error("Your key may not use this model.", code=403), 403)]
 
 
 @pytest.mark.parametrize("status, body, really", REALLY)
 def test_an_error_has_the_status_that_it_means(status, body, really):
     assert actual_status(status, body) == (really, "")
+
+
+MODERATED = [  # as OpenRouter and xAI say it
+    error("Your chosen model requires moderation and your input was flagged", code=403),
+    {"code": "The caller does not have permission to execute the specified operation",
+     "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO"}]
+
+
+@pytest.mark.parametrize("body", MODERATED)
+def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty, body):
+    "The status is the one of a key that may not do this, and the key is not at fault."
+    faulty.rule = lambda asked: (403, body) if "number 3?" in str(asked) else None
+    found, reason = gather(engine(faulty.url).answer(requests(8)))
+    assert reason == "" and len(found) == 8
+    assert [completion.finish_reason for completion in found[3]] == ["failed"]
 
 
 @given(st.recursive(

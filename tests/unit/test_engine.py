@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,74 @@ def test_batches_do_not_depend_on_who_answered_before():
              for rollout, index in [(0, 4), (0, 5), (0, 6), (1, 6), (1, 8)]]
     found = [[(each.rollout, each.index) for each in batch] for batch in batches(asked, 4)]
     assert found == [[(0, 4), (0, 5), (0, 6)], [(1, 6)], [(1, 8)]]
+
+
+# ---- a GPU's memory ----
+
+
+def out_of_memory(*given, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_model_that_a_gpu_does_not_hold_is_a_sentence(warm_tiny, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", out_of_memory)
+    with pytest.raises(UserError, match="cannot be loaded .OutOfMemoryError.*dtype=bfloat16"):
+        answers(open_engine(EngineSettings(model=str(warm_tiny))), GREEDY)
+
+
+def test_a_driver_that_is_too_old_is_a_sentence_and_no_reason_to_use_the_cpu(warm_tiny, monkeypatch):
+    "It counts the GPUs, and CUDA does not start: a model of seven billion would answer for weeks."
+    def refuse(module, device):
+        assert device == "cuda"
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12080).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.nn.Module, "to", refuse)
+    with pytest.raises(UserError, match="driver on your system is too old.*about the machine"):
+        answers(open_engine(EngineSettings(model=str(warm_tiny), gpus=1)), GREEDY)
+
+
+def test_a_batch_that_a_gpu_does_not_hold_is_a_sentence(warm_tiny, monkeypatch):
+    "Another batch size is another rollout, and it says so."
+    monkeypatch.setattr(engine_module, "draw_answers", out_of_memory)
+    with pytest.raises(UserError, match=r"lower batch_size .now 32., with which this rollout begins anew"):
+        answers(open_engine(EngineSettings(model=str(warm_tiny))), GREEDY)
+
+
+# ---- vLLM's queue ----
+
+
+class Stepping:
+    "A vLLM that ends an answer a step: first the first ones of all questions."
+
+    def __init__(self):
+        self.left, self.most = {}, []
+
+    def get_num_unfinished_requests(self):
+        return sum(self.left.values())
+
+    def step(self):
+        self.most.append(len(self.left))
+        name = max(self.left, key=self.left.get)
+        self.left[name] -= 1
+        if self.left[name]:
+            return []
+        del self.left[name]
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[])]
+
+
+def test_vllm_gets_questions_for_each_answer_that_has_ended(monkeypatch):
+    "Not only when all answers to a question have: the last one may take ten times as long."
+    model, vllm = Stepping(), object.__new__(engine_module.VllmEngine)
+
+    def add(request, chat):
+        model.left[str(request.index)] = request.sampling.n
+        return str(request.index)
+
+    vllm.queue, vllm._add, vllm.llm = 8, add, SimpleNamespace(llm_engine=model)
+    asked = [Request(SAMPLES[0], index, Sampling(n=4, temperature=1.0)) for index in range(12)]
+    assert {request.index for request, _ in vllm.answer(asked)} == {*range(12)}
+    assert max(model.most) > 2
 
 
 # ---- what there is not ----

@@ -10,7 +10,8 @@ from conftest import python
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.generation.model import check_weights, pixel_limits, tensor_parallel_size, weight_bytes
+from medvlthinker.generation.model import (
+    check_weights, pixel_limits, tensor_parallel_size, unloadable_error, weight_bytes)
 from medvlthinker.generation.request import EngineSettings
 from servers import Hub, serving
 
@@ -288,6 +289,30 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
         tensor_parallel_size(published["7B"], replace(H100, tensor_parallel=8), 80 * 2**30)
     with pytest.raises(UserError, match=r"takes 62\.3 GiB in bfloat16, and 2 GPUs with 21\.6 GiB each"):
         tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
+
+
+@pytest.mark.parametrize("shown, gpus", [("0,1", 1), ("GPU-aa,GPU-bb", 1), ("MIG-cc", 2), (None, 2)])
+def test_a_small_gpu_that_is_not_ours_makes_no_model_too_large(published, tmp_path, monkeypatch, shown, gpus):
+    "As in a workstation: two large GPUs, and one for the screen; ours are those that are shown to us."
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nprintf "0, GPU-aa, 81920\\n1, GPU-bb, 81920\\n2, GPU-cc, 12288\\n"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert tensor_parallel_size(published["7B"], replace(H100, gpus=2)) == gpus
+
+
+@pytest.mark.parametrize("says, advice", [  # vLLM 0.27 and torch 2.13, word for word
+    ("Free memory on device cuda:0 (9.1/79.2 GiB) on startup is less than desired GPU memory utilization",
+     "something else holds the GPU"),
+    ("CUDA out of memory. Tried to allocate 2 GiB", "use more GPUs"),
+    ("WorkerProc initialization failed due to an exception in a background process.", "about the machine"),
+    ("CUDA error: no kernel image is available for execution on the device", "about the machine"),
+    ("Device string must not be empty", "this vLLM is built for GPUs"),
+    ("Error while deserializing header: incomplete metadata", "damaged")])
+def test_a_model_that_does_not_load_comes_with_advice_that_fits(says, advice):
+    assert advice in str(unloadable_error("m", RuntimeError(says)))
 
 
 # --- images ---
