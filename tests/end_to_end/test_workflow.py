@@ -265,7 +265,7 @@ def test_parameters_are_explained_and_unknown_ones_refused(name):
     found = inspect_notebook(str(path))
     for key, each in found.items():
         assert each["inferred_type_name"] in ("str", "int", "bool") and len(each["help"].split()) > 4, each
-    assert "any key of it is a parameter too" in found["profile"]["help"]
+    assert "each key of it is a parameter too" in found["profile"]["help"]
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert "parameters" in cells[0]["metadata"]["tags"] and "notebook_profile(globals()" in "".join(cells[1]["source"])
     names: dict = {}
