@@ -361,6 +361,7 @@ def evaluate(words: Words = None) -> None:
 
     profile, model, rule = read_command(words, model="", rule="regrade")
     for each in models_to_ask("evaluate", words, profile, model):
+        before = read_json(_results(profile, each) / "evaluation.json").get("counts", {})
         sets, *repeated = ask_model(profile, each, evaluation_samplings(profile, each))
         grades = evaluation.evaluate(sets, _results(profile))  # tables keep the paper's rule
         for again in repeated:
@@ -368,6 +369,9 @@ def evaluate(words: Words = None) -> None:
         update_card(each, profile)
         table = evaluation.accuracy(grades, rule).round(1).to_string()
         print(f"{each}, rule {rule}", table, sep="\n")
+        if gone := ", ".join(before.keys() - sets.keys()):
+            print(f"In the tables {each} has these sets from now on, and no more {gone}; "
+                  f"./reproduce.sh evaluate {profile.name} model={each} brings all back.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0009
 def rollout(words: Words = None) -> None:

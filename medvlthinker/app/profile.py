@@ -209,8 +209,10 @@ def steps(
         from medvlthinker.data.corpora import has_corpora
 
         trains = has_corpora(profile)
-    recipes = [recipe.name for recipe in wanted(profile.recipes)] if trains else []
-    return [Step("1_data"), *[Step("2_difficulty")] * trains,
-            *(Step("3_train", "recipe", name) for name in recipes),
-            *(Step("4_evaluate", "model", name) for name in (*profile.models, *recipes)),
+    recipes = wanted(profile.recipes) if trains else []
+    names = [recipe.name for recipe in recipes]
+    counts = any(recipe.method == "RL" for recipe in recipes)  # nothing else reads pass counts
+    return [Step("1_data"), *[Step("2_difficulty")] * counts,
+            *(Step("3_train", "recipe", name) for name in names),
+            *(Step("4_evaluate", "model", name) for name in (*profile.models, *names)),
             Step("5_results"), Step("6_audit")]

@@ -76,6 +76,13 @@ def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call)
     assert "tiny, rule strict" in said and record["rule"] == "regrade"
 
 
+def test_sets_that_leave_the_tables_are_named(warm_home, call):
+    words = "evaluate", "smoke", "model=tiny", "limit=2"
+    call(*words, "benchmark=slake,vqa_rad")
+    assert "has these sets from now on, and no more slake_closed;" in call(*words, "benchmark=vqa_rad")
+    assert "from now on" not in call(*words, "benchmark=vqa_rad")
+
+
 def test_the_version_is_told(call):
     assert call("--version").startswith(f"medvlthinker {medvlthinker.__version__}, commit ")
 
