@@ -23,8 +23,9 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training import checkpoint, verl
 from medvlthinker.training.recipe import TrainingSettings, find
-from medvlthinker.training.train import train_here
-from medvlthinker.training.verl_cpu import cpu_environment
+from medvlthinker.training.sft import plan
+from medvlthinker.training.train import finish, train_here
+from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
 
 ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
@@ -450,6 +451,55 @@ def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkey
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes. Ray does not answer at http"):
         verl.refuse_missing_nodes([LARGE], NODE)
+
+
+@no_verl
+@pytest.mark.heavy
+@pytest.mark.skipif("MEDVLTHINKER_NODES" not in os.environ,
+                    reason="CI is short of time; MEDVLTHINKER_NODES=2 trains on two nodes of Ray")
+def test_two_nodes_of_ray_train_two_steps(tmp_path, warm_tiny, monkeypatch):
+    "As a 32B model is trained, but two raylets on this machine are the nodes, and each has one process on the CPU."
+    folder = Path(tempfile.mkdtemp(prefix="r"))  # the name of a socket has 107 bytes
+    address, processes = "http://127.0.0.1:25680", []
+    for name, value in (cpu_environment() | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}).items():
+        monkeypatch.setenv(name, value)
+
+    def start(*words: str) -> None:
+        words = ("start", "--block", "--num-gpus=1", "--num-cpus=32", "--object-store-memory=400000000", *words)
+        with open(folder / "log", "a") as log:
+            processes.append(subprocess.Popen([Path(sys.executable).with_name("ray"), *words], stdout=log,
+                                              stderr=log, start_new_session=True))
+        until = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(UserError):
+                if verl._count_nodes(address, 1) == len(processes):
+                    return
+            assert time.monotonic() < until and processes[-1].poll() is None, (folder / "log").read_text()[-2000:]
+            time.sleep(1)
+
+    try:
+        start("--head", "--port=25679", "--dashboard-port=25680", "--dashboard-agent-listen-port=25681",
+              "--ray-client-server-port=25682", f"--temp-dir={folder}/ray")
+        start("--address=127.0.0.1:25679", "--dashboard-agent-listen-port=25683")
+        write_samples(synthetic.corpus("pmc_vqa", 40, 3), tmp_path / "pmc_vqa.parquet")
+        recipe = find("tiny-RL_PMC")
+        recipe = replace(recipe, how=replace(recipe.how, warmup_steps=0, save_every=1))
+        settings = TrainingSettings(base=str(warm_tiny), trainer="verl", max_steps=2, nodes=2)
+        run = plan(recipe, settings, tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs")
+        more = [word for word in cpu_overrides() if "ray_init" not in word and "trainer.nnodes" not in word]
+        taken = verl.train_verl(run, more, cpu_environment())
+    finally:
+        for process in processes:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(20)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert taken == run.folder / "global_step_2" / "actor"
+    assert json.loads((taken / "fsdp_config.json").read_text())["world_size"] == 2
+    assert [line["step"] for line in verl.merge_curves(run.logs)] == [1, 2]
+    model = finish(run, taken, tmp_path / "checkpoints")
+    assert (model / "model.safetensors").is_file()
 
 
 # --- the script for Slurm --------------------------------------------------------------------------------------------------
