@@ -352,7 +352,8 @@ class Narrator(logging.Handler):
 # %% ../../nbs/app/75_workflow.ipynb #bc345058
 def _elsewhere(options: Sequence[str]) -> bool:
     "Do the steps run as jobs of a scheduler?"
-    return any(word.startswith("--executor") for word in options) and "local" not in options
+    named = any(word == "-e" or word.startswith("--executor") for word in options)
+    return named and "local" not in options
 
 
 def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:

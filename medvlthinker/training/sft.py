@@ -402,6 +402,7 @@ def shared_settings(
     "Arguments for `SFTConfig` and `GRPOConfig` alike."
     how, settings, gpu = run.recipe.how, run.settings, run.settings.gpus > 0
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(run.logs))  # else in the working folder
     size = rows_at_once(run.recipe, settings)
     optimizer = {"learning_rate": how.learning_rate, "weight_decay": how.weight_decay,
                  "adam_beta1": how.betas[0], "adam_beta2": how.betas[1],

@@ -235,8 +235,8 @@ def environment(
     "Environment variables of a run of verl."
     logs = Path(logs).absolute()
     found = {"VERL_FILE_LOGGER_PATH": str(logs / f"verl-{start:03}.jsonl"),
-             "TENSORBOARD_DIR": str(logs / "tensorboard"), "HYDRA_FULL_ERROR": "1",
-             "RAY_USAGE_STATS_ENABLED": "0", **VLLM_VARIABLES}
+             "TENSORBOARD_DIR": str(logs / "tensorboard"), "WANDB_DIR": str(logs),
+             "HYDRA_FULL_ERROR": "1", "RAY_USAGE_STATS_ENABLED": "0", **VLLM_VARIABLES}
     # the last is Ray's word for: this machine alone, every port on 127.0.0.1
     alone = {"RAY_ADDRESS": "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return found | (alone if nodes == 1 else {})
