@@ -278,7 +278,7 @@ def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=refused):
                 by_a_function(asked, folder)
         done = python("-m", "medvlthinker.app.cli", "status", "smoke", "recipes=")
-        assert done.returncode == 0 and "5 steps: 5 missing" in done.stdout, done.stderr
+        assert done.returncode == 0 and "4 steps: 4 missing" in done.stdout, done.stderr
         assert list(load_benchmark("pmc_vqa", profile, workspace.samples)) == made, "it can be read"
         assert by_a_function(made, folder) == rollout and contents(disk) == before
 
