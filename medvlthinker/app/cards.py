@@ -16,6 +16,7 @@ from ..data.benchmarks import BENCHMARKS, HUB
 from ..data.corpora import PUBLISHED, PUBLISHED_REASONING
 from ..data.prompt import user_text
 from ..data.sample import Sample
+from ..evaluation.evaluate import recorded_sizes
 from ..generation.model import folder_name
 from ..results.tables import markdown_table
 from ..training.recipe import BASES, RECIPES, Recipe, chain
@@ -29,7 +30,7 @@ def eval_results(
 
     results, source = [], evaluation.get("source", "unknown")
     place = HUB if source == "hub" else source
-    sizes = evaluation.get("effective", {}).get(evaluation.get("rule"), {})
+    sizes = recorded_sizes(evaluation)
     for name, (right, n) in evaluation.get("counts", {}).items():
         low, high = (round(100 * bound, 1) for bound in wilson(right, n, sizes.get(name)))
         args = {"right": right, "n": n, "interval": f"{low} to {high}"}

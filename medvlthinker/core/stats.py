@@ -105,8 +105,9 @@ def effective_size(
 ) -> float:  # at least 1, at most the number of questions
     "Independent questions that would measure an accuracy as exactly as these."
     right = np.asarray(right, dtype=float)
-    mean, error = clustered_mean(right, clusters)
-    groups = len(set(_cluster_ids(len(right), clusters)))
+    ids = _cluster_ids(len(right), clusters)
+    mean, error = clustered_mean(right, ids)
+    groups = int(ids.max()) + 1
     if groups == len(right) or groups == 1 or not 0 < mean < 1:
         return float(groups)
     if error < 1e-9:  # each image has the same share of right answers

@@ -33,15 +33,19 @@ _OURS = {**INSTRUCTIONS}
 # %% ../../nbs/data/11_prompt.ipynb #78badcf4
 def own_instruction(name: str) -> str:
     "A checksum of an instruction that was added or edited; empty for one of this package."
+    text = _instruction_text(name)
+    return "" if text == _OURS.get(name) else fingerprint(text)
+
+
+def _instruction_text(name: str) -> str:
     if name not in INSTRUCTIONS:
         raise UserError(f"No instruction {name!r}; known are {', '.join(INSTRUCTIONS)}.")
-    text = INSTRUCTIONS[name]
-    return "" if text == _OURS.get(name) else fingerprint(text)
+    return INSTRUCTIONS[name]
 
 # %% ../../nbs/data/11_prompt.ipynb #12bee566
 def user_text(sample: Sample, instruction: str = "trained") -> str:
     "One of `INSTRUCTIONS`, question and options as one text; `free` is the question alone."
-    own_instruction(instruction)  # stops where there is none
+    text = _instruction_text(instruction)
     if instruction == "free":
         if sample.options:
             raise UserError("The free form asks without options; leave the options out, or ask in "
@@ -50,7 +54,7 @@ def user_text(sample: Sample, instruction: str = "trained") -> str:
     gap = "\n" if instruction == "pass_rate" else "\n\n"
     listed = "".join(f"\n\n{letter}. {text}" for letter, text in sample.options.items())
     options = f"{gap}Options:{listed}" if listed else ""
-    head = f"{INSTRUCTIONS[instruction]}\n\n".lstrip("\n")  # nothing, where there is none
+    head = f"{text}\n\n".lstrip("\n")  # nothing, where there is none
     return f"{head}Question: {sample.question}{options}"
 
 # %% ../../nbs/data/11_prompt.ipynb #6d8023b2

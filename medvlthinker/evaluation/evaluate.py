@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'cores', 'map_questions', 'grade_rollout', 'count_right',
-           'effective_sizes', 'accuracy_table', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy',
-           'table_rows', 'store_record', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
+           'effective_sizes', 'recorded_sizes', 'accuracy_table', 'accuracy', 'paired_difference', 'question_scores',
+           'repeated_accuracy', 'table_rows', 'store_record', 'evaluate', 'read_records', 'read_grades',
+           'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
 import hashlib, itertools, json, multiprocessing, os, threading
@@ -196,6 +197,12 @@ def effective_sizes(
     groups = grades.groupby("dataset_name", observed=True, sort=False)
     return {str(name): round(effective_size(part[f"{rule}_correct"], part["image"]), 2)
             for name, part in groups}
+
+
+# %% ../../nbs/evaluation/50_evaluate.ipynb #c5498498
+def recorded_sizes(record: dict) -> dict[str, float]:  # an evaluation.json
+    "The effective sizes under the record's own rule; empty for a record that holds none."
+    return record.get("effective", {}).get(record.get("rule"), {})
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #d5238ed7
 def accuracy_table(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..core.files import atomic_write, require_package
 from ..core.stats import macro_average, wilson
+from ..evaluation.evaluate import recorded_sizes
 from ..data.readers import escape_formula
 from .published import (
     COLUMNS, SIZES, SOURCE, TABLES, Published, find_row, published_rows)
@@ -51,7 +52,7 @@ def our_cells(record: dict) -> list[dict]:
              "model": " ".join(str(record["model"]).split()), "about": ", ".join(said)}
     counts = {name: record["counts"].get(name, (0, 0)) for name in COLUMNS}
     counts = {name: (k, n) for name, (k, n) in counts.items() if n}
-    sizes = record.get("effective", {}).get(record.get("rule"), {})
+    sizes = recorded_sizes(record)
     estimates = {name: (k / n, *wilson(k, n, sizes.get(name))) for name, (k, n) in counts.items()}
     if len(counts) == len(COLUMNS):
         estimates[AVERAGE] = macro_average(counts, sizes)
@@ -66,7 +67,7 @@ def own_sets(records: Iterable[dict]):  # a pandas DataFrame, a row for each mod
 
     lines = []
     for record in records:
-        sizes = record.get("effective", {}).get(record.get("rule"), {})
+        sizes = recorded_sizes(record)
         for name, (k, n) in record["counts"].items():
             if n and name not in COLUMNS:
                 estimate = k / n, *wilson(k, n, sizes.get(name))

@@ -200,9 +200,10 @@ def verl_settings(
         raise UserError(f"tensor_parallel={settings.tensor_parallel} does not divide the {gpus} "
                         f"GPUs of {recipe.name}; verl spreads copies of the model over all.")
     micro, pixels = rows_at_once(recipe, settings), pixel_limits(model, settings.max_pixels)
-    alone = {"+ray_kwargs.ray_init.address": "local",
-             "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus}
-    alone = alone if nodes_of(recipe, settings) == 1 else {}
+    alone = {}
+    if nodes_of(recipe, settings) == 1:
+        alone = {"+ray_kwargs.ray_init.address": "local",
+                 "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus}
     return {**_data(how, data, settings.seed),
             **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings, flash),
             **_actor(how, settings, micro),

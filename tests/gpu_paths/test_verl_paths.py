@@ -383,6 +383,14 @@ def test_two_runs_on_a_machine_have_sockets_of_their_own():
     assert all("rl-colocate-zmq-01000000-" in name for name in (sender, other))
 
 
+def stop(process: subprocess.Popen) -> None:
+    "End a process that leads a group, and its group."
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(20)
+
+
 @pytest.fixture(scope="module")
 def real_ray(request):
     "A head of Ray with eight GPUs that nobody uses, started by the whole path of `ray`."
@@ -399,12 +407,6 @@ def real_ray(request):
         with open(folder / "log", "a") as log:
             return subprocess.Popen(words, env=variables, stdout=log, stderr=log,
                                     start_new_session=True)
-
-    def stop(process: subprocess.Popen) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(20)
 
     def answers() -> bool:
         with contextlib.suppress(UserError):
@@ -490,10 +492,7 @@ def test_two_nodes_of_ray_train_two_steps(tmp_path, warm_tiny, monkeypatch):
         taken = verl.train_verl(run, more, cpu_environment())
     finally:
         for process in processes:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, number)
-                    process.wait(20)
+            stop(process)
         shutil.rmtree(folder, ignore_errors=True)
     assert taken == run.folder / "global_step_2" / "actor"
     assert json.loads((taken / "fsdp_config.json").read_text())["world_size"] == 2
