@@ -453,8 +453,6 @@ def run_workflow(
 
     check_nodes(profile)
     every = steps(profile)  # a mistake in the profile is said before anything runs
-    for step in every:  # and that a newer version of this package was at work here
-        read_json(record_path(notebook_file(step.name, profile)))
     if profile.gpus:  # and what cannot end well, not after days
         due = reasons(profile)
         _refuse([step.value for step in every if step.parameter == "recipe" and step.name in due],

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MIN_SIDE', 'MAX_PIXELS', 'PARQUET_OPTIONS', 'Sample', 'to_rgb', 'normalize_images', 'InvalidRow',
-           'json_kind', 'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples', 'open_parquet',
-           'SampleFile', 'sample_sizes', 'store_samples']
+           'parse_options', 'image_bytes', 'from_row', 'to_row', 'write_samples', 'open_parquet', 'SampleFile',
+           'sample_sizes', 'store_samples']
 
 # %% ../../nbs/data/10_sample.ipynb #7023f017
 import contextlib, io, itertools, json, re, string
@@ -62,8 +62,7 @@ def to_rgb(data: bytes, draft: int = 0):  # a JPEG may be decoded smaller, no si
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # 262 is PhotometricInterpretation
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
-        if image.getexif().get(0x0112, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         return _grey(image, white_is_zero)  # in images of up to 8 bits, Pillow inverts by itself
     if image.has_transparency_data:
@@ -71,16 +70,6 @@ def to_rgb(data: bytes, draft: int = 0):  # a JPEG may be decoded smaller, no si
         white.paste(layer, mask=layer)
         return white
     return image.convert("RGB")
-
-# %% ../../nbs/data/10_sample.ipynb #a9b8c7d6
-@contextlib.contextmanager
-def _reading():
-    "A block in which Pillow reads: whatever goes wrong there is a ValueError with a sentence."
-    try:
-        yield
-    except Exception as error:  # Pillow's readers raise nearly everything
-        words = re.sub(r"<_io\.BytesIO[^>]*>", "its bytes", " ".join(str(error).split()))
-        raise ValueError(f"not a readable image ({words[:100]})") from None
 
 # %% ../../nbs/data/10_sample.ipynb #b7c6d5e4
 def _misread(image) -> list[str]:
@@ -91,9 +80,8 @@ def _misread(image) -> list[str]:
             words += ["turned by its EXIF flag"] if image.getexif().get(0x0112, 1) != 1 else []
     except Exception:
         words.append("without its damaged EXIF")
-    with contextlib.suppress(Exception):  # a damaged animation fails when it is decoded
-        if image.is_animated and image.format != "MPO":
-            words.append("animated, its first frame")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        words.append("animated, its first frame")
     return words
 
 # %% ../../nbs/data/10_sample.ipynb #7a0f3c55
@@ -101,32 +89,28 @@ MIN_SIDE, MAX_PIXELS = 8, 64_000_000
 
 
 def _store_image(data: bytes, fit: Callable | None = None) -> tuple[bytes, str]:
-    "An image as it is stored, and what was mended in it; ValueError for an unusable one."
+    "An image as it is stored, and what was mended in it; an exception for an unusable one."
     from PIL import Image
 
-    if not data:
-        raise ValueError("an empty file")
-    with _reading():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)  # the header
+    image = Image.open(io.BytesIO(data), formats=FORMATS)  # the header
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{width}x{height} pixels, and a side under {MIN_SIDE} shows nothing")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS // 1_000_000} million")
     words, resized = _misread(image), fit is not None and fit(width, height) != (width, height)
-    with _reading():
-        if not resized or image.has_transparency_data:  # else it is decoded below
-            if image.format == "JPEG":
-                image.draft("L", (width // 8, height // 8))  # reads all, computes little
-            image.load()
-            if image.has_transparency_data and not image.mode.startswith(("I", "F")):
-                if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-                    words.append("see-through, painted on white")
-        if not words and not resized:
-            return data, ""
-        picture, file = to_rgb(data), io.BytesIO()
-        picture = picture.resize(fit(*picture.size), resample=2) if fit else picture  # bilinear
-        picture.save(file, "PNG", compress_level=1)
+    if not resized or image.has_transparency_data:  # else it is decoded below
+        if image.format == "JPEG":
+            image.draft("L", (width // 8, height // 8))  # reads all, computes little
+        image.load()
+        if image.has_transparency_data and not image.mode.startswith(("I", "F")):
+            if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                words.append("see-through, painted on white")
+    if not words and not resized:
+        return data, ""
+    picture, file = to_rgb(data), io.BytesIO()
+    picture = picture.resize(fit(*picture.size), resample=2) if fit else picture  # bilinear
+    picture.save(file, "PNG", compress_level=1)
     return file.getvalue(), " and ".join(words)
 
 # %% ../../nbs/data/10_sample.ipynb #ebe6d26b
@@ -140,9 +124,10 @@ def normalize_images(
     for data, name in itertools.zip_longest(images, names):
         try:
             stored.append(_store_image(data, fit))
-        except (ValueError, ArithmeticError) as problem:
-            prefix = f"{name} is " if isinstance(name, str) else ""
-            raise ValueError(f"{prefix}{problem}") from None
+        except Exception as error:  # Pillow's readers raise nearly everything
+            words = re.sub(r"<_io\.BytesIO[^>]*>", "its bytes", " ".join(str(error).split()))
+            prefix = f"{name}: " if isinstance(name, str) else ""
+            raise ValueError(f"{prefix}no usable image ({words[:150]})") from None
     mended = [words for _, words in stored]
     files = tuple(data for data, _ in stored)
     return files, {**(misc or {}), "mended": mended} if any(mended) else misc
@@ -157,15 +142,6 @@ class InvalidRow(UserError):
         super().__init__(f"{self.row}, {self.field}: {self.reason}")
 
 # %% ../../nbs/data/10_sample.ipynb #17c0d001
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
-          str: "a text", bytes: "bytes", list: "a list", dict: "an object"}
-
-
-def json_kind(value) -> str:
-    "What a value is, in the words of JSON."
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
-
-
 def _from_json(value):
     "The value of a text that is JSON; what is no text is a value already."
     try:
@@ -178,7 +154,7 @@ def parse_options(value) -> dict[str, str]:
     "The options of a dict or of its JSON, as {letter: text}; else ValueError with the reason."
     value = _from_json(value)
     if not isinstance(value, dict):
-        raise ValueError(f"{json_kind(value)}, not a mapping of letters to texts")
+        raise ValueError(f"{value!r:.60} is no mapping of letters to texts")
     options = {str(letter): text for letter, text in value.items() if text is not None}
     if len(options) < 2 or list(options) != list(string.ascii_uppercase[:len(options)]):
         raise ValueError(f"lettered {', '.join(options)}, not A, B and so on")
@@ -223,14 +199,14 @@ def _index(value) -> int:
 def _misc(value) -> dict | None:
     misc = _from_json(value)
     if not isinstance(misc, dict | None):
-        raise ValueError(f"{json_kind(misc)}, not an object")
+        raise ValueError(f"{misc!r:.60} is no object")
     return misc
 
 
 def _images(values, read: Callable | None) -> tuple[bytes, ...]:
     values = () if values is None else values
     if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
-        raise ValueError(f"{json_kind(values)}, where a list of images should be")
+        raise ValueError(f"{values!r:.60} is no list of images")
     return tuple(image_bytes(value, read) for value in values)
 
 # %% ../../nbs/data/10_sample.ipynb #2d5b8e16
@@ -390,8 +366,6 @@ def _accepted(rows: Iterable, rejected, facts: dict) -> Iterator[Sample]:
 def _check_counts(path: Path, max_rejected: int) -> None:
     "`UserError` where too many rows were broken, or none is left."
     facts, rejected = read_json(record_path(path)), path.with_suffix(".rejected.jsonl")
-    if any(not isinstance(facts.get(key), int) for key in ("samples", "left_out", "broken")):
-        raise UserError(f"{record_path(path)} counts no rows; delete it, and run again.")
     if (broken := facts["broken"]) > max_rejected:
         first = facts.get("first_broken")
         way = (f"Mend them, or allow them with max_rejected={broken}" if facts["samples"]

@@ -120,7 +120,7 @@ def test_hub_rows_are_filtered_kept_to_the_byte_and_the_broken_are_named(hub):
     good, broken = split(published("vqa_rad_closed", hub).samples("vqa_rad_closed", 5))
     assert [(sample.dataset_index, sample.answer) for sample in good] == [(5779, "No"), (5782, "Yes")]
     assert all(sample.images == (PHOTO,) for sample in good)
-    starts = ["data/test-00000-of-00001.parquet row 2, options: not JSON", "data/test-00000-of-00001.parquet row 3, answer: 'Maybe' is not the text of option B", "data/test-00000-of-00001.parquet row 5, images: not a readable image"]
+    starts = ["data/test-00000-of-00001.parquet row 2, options: not JSON", "data/test-00000-of-00001.parquet row 3, answer: 'Maybe' is not the text of option B", "data/test-00000-of-00001.parquet row 5, images: no usable image (image file is truncated"]
     assert len(broken) == 3 and not any(bad.filtered for bad in broken)
     assert all(str(bad).startswith(start) for bad, start in zip(broken, starts)), broken
     pair, = published("MMMU-medical", hub).samples("MMMU-medical", 1)

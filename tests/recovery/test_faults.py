@@ -18,7 +18,7 @@ from conftest import SMALL, STEPS, at_work, python, says
 from medvlthinker.data.benchmarks import load_benchmark
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.core.files import FORMAT, UserError, read_json, record_path, record_text
+from medvlthinker.core.files import UserError, read_json
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.generation.rollout import generate, load_rollout
@@ -231,31 +231,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def by_a_function(samples, folder: Path):
     return generate(samples, FunctionEngine(lambda request: [Completion("<answer> A </answer>", "stop", 5)]), Sampling(), folder)
-
-
-def test_what_a_newer_version_wrote_is_left_alone(home):
-    "Samples, a corpus, a rollout, a step of the pipeline: one sentence that says so, and no byte is changed."
-    profile, workspace = load_profile("smoke", **FEW), Workspace("smoke")
-    samples, step = load_benchmark("pmc_vqa", profile, workspace.samples), workspace.notebooks / "1_data.ipynb"
-    list(load_corpus("pmc_vqa", profile, workspace.samples))
-    rollout = by_a_function(samples, workspace.rollouts / "pmc_vqa")
-    step.write_text("{}")
-    record_path(step).write_text(record_text({"inputs": {}}))
-    uses = [(record_path(workspace.samples / "synthetic" / "pmc_vqa-6.parquet"), lambda: load_benchmark("pmc_vqa", profile, workspace.samples)),
-            (record_path(workspace.samples / "synthetic" / "corpus" / "pmc_vqa-20.parquet"), lambda: load_corpus("pmc_vqa", profile, workspace.samples)),
-            (rollout.folder / "rollout.json", lambda: load_rollout(rollout.folder)),
-            (rollout.folder / "rollout.json", lambda: by_a_function(samples, workspace.rollouts / "pmc_vqa"))]
-    for path, use in uses:
-        path.write_text(json.dumps({**json.loads(old := path.read_text()), "format": FORMAT + 1}))
-        before = contents(home)
-        with pytest.raises(UserError, match=f"{path.name} was written by a newer version"):
-            use()
-        assert contents(home) == before
-        path.write_text(old)
-    record_path(step).write_text(json.dumps({"format": FORMAT + 1, "inputs": {}}))
-    before = contents(home)
-    says(python("-m", "medvlthinker.app.cli", "run", "smoke"), "1_data.ipynb.manifest.json was written by a newer version", "Nothing was changed")
-    assert contents(home) == before
 
 
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
