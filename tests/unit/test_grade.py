@@ -11,7 +11,7 @@ import medvlthinker.core.grade as module
 import pytest
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from medvlthinker.core.grade import RULES, Grade, compute_score, extract, grade
+from medvlthinker.core.grade import RULES, Grade, compute_score, grade
 from medvlthinker.data.converters import alternatives
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,49 +91,31 @@ OPTIONS = [{"A": "Yes", "B": "No"}, {"A": "normal", "B": "abnormal", "C": "not k
 questions = st.sampled_from(OPTIONS).flatmap(
     lambda options: st.tuples(st.just(options), st.sampled_from(sorted(options))))
 
-@settings(max_examples=1500, deadline=None)
-@given(texts, st.sampled_from(sorted(PLAIN)))
-@example("<answer>" * 3 + "</answer>", "strict")
-@example("<think></think><answer></answer>", "reward")
-@example("<think></think></answer>", "reward")
-@example("<think></think> <answer></think><answer></answer>", "reward")
-@example("<answer>A\n</answer>B</answer>", "reward")
-@example("answer:\nanswer: B", "regrade")
-@example("İs: B", "regrade")
-@example("<answer>A\rB</answer>", "regrade")
-def test_extraction_is_that_of_the_plain_expression(text, rule):
-    wanted = PLAIN[rule](text)
-    found = [said for group, _ in extract(text, rule) for said in group]
-    assert found == ([] if wanted is None else [wanted])
+
+YES_NO = OPTIONS[0], "B"
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(texts, questions, st.sampled_from(sorted(PLAIN)))
-def test_verdict_is_that_of_the_plain_expression(text, question, rule):
+@example("<answer>" * 3 + "</answer>", YES_NO, "strict")
+@example("<think></think><answer></answer>", YES_NO, "reward")
+@example("<think></think></answer>", YES_NO, "reward")
+@example("<think></think> <answer></think><answer></answer>", YES_NO, "reward")
+@example("<answer>A\n</answer>B</answer>", YES_NO, "reward")
+@example("answer:\nanswer: B", YES_NO, "regrade")
+@example("İs: B", YES_NO, "regrade")
+@example("<answer>A\rB</answer>", YES_NO, "regrade")
+def test_a_published_rule_reads_and_judges_as_its_plain_expression(text, question, rule):
     options, label = question
-    right = plain_right(PLAIN[rule](text), label, options[label], rule == "llava")
-    assert grade(text, options, label, rule).correct == right
+    verdict, said = grade(text, options, label, rule), PLAIN[rule](text)
+    assert verdict.answer == said
+    assert verdict.correct == plain_right(said, label, options[label], rule == "llava")
 
 
 def test_of_several_wrong_options_the_first_is_noted_and_of_right_ones_the_right():
     options = {"A": "stop", "B": "slow", "C": "slow"}
     assert [grade("slow", options, label, "regrade").label for label in "ABC"] == ["B", "B", "C"]
-    verdict = grade("slow or stop", options, "C", "llava")
-    assert (verdict.label, verdict.correct) == ("C", True)
-
-
-@pytest.mark.parametrize("frame", ["{}", "<think>x</think><answer>{}</answer>", "The answer is {}",
-                                   "<think>x</think>\n<answer>\n{}\n</answer>\n", "<answer>{}"])
-@pytest.mark.parametrize("form", ["{label}", "{text}", "{label}. {text}", "{label}.", "({label})",
-                                  "{label}: {text}", "{label}.{text}", "{text}.", " {label} "])
-def test_verdict_on_every_form_of_every_option(frame, form):
-    for options in OPTIONS:
-        for named, label in ((named, label) for named in options for label in options):
-            for case in (str, str.lower, str.upper):
-                text = frame.format(case(form.format(label=named, text=options[named])))
-                for rule, plain in PLAIN.items():
-                    right = plain_right(plain(text), label, options[label], rule == "llava")
-                    assert grade(text, options, label, rule).correct == right, (text, rule)
+    assert grade("slow or stop", options, "C", "llava").label == "C"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,12 +468,6 @@ def test_the_reward_is_the_verdict(text, rule, as_json):
     assert score == float(grade(text, options, "B", rule).correct)
 
 
-def test_letters_that_only_other_rows_have_are_not_options():
-    "Parquet gives every row the letters of all rows, with None for those it lacks."
-    info = {"answer_label": "A", "answer": "Some", "options": {"A": "Some", "B": "Few", "C": None}}
-    assert compute_score("d", "A. None", "Some", info, rule="lenient") == 1.0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A data set proves its key: what is an option's text as a whole is that option, whatever signs and words it holds.
 
@@ -516,17 +492,16 @@ def real_options(folder):
     "The options of each real question: exam questions of five text sets, and radiographs."
     for name in ("medqa", "medmcqa", "headqa", "mmlu_med", "medxpertqa"):
         for row in map(json.loads, open(folder / f"text_{name}" / "dev.jsonl", encoding="utf-8")):
-            columns = [row.get(key) for key in ("A", "B", "C", "D", "opa", "opb", "opc", "opd")] + [answer["atext"] for answer in row.get("answers", ())]
-            given = row.get("options")
-            yield {each["letter"]: each["content"] for each in given} if isinstance(given, list) else given or dict(zip("ABCDE", (str(text).strip() for text in columns if text is not None)))
+            texts = [row.get(key) for key in ("A", "B", "C", "D", "opa", "opb", "opc", "opd")]
+            texts += [answer["atext"] for answer in row.get("answers", ())]
+            given = row.get("options") or dict(zip("ABCDE", (str(text).strip() for text in texts if text is not None)))
+            yield {each["letter"]: each["content"] for each in given} if isinstance(given, list) else given
     for row in map(json.loads, open(folder / "vqa_rad" / "dev.jsonl", encoding="utf-8")):
         yield dict(zip("ABCD", alternatives(row["question"])))
 
 
 def test_every_key_of_the_real_questions_is_read(real_data):
-    seen = 0
-    for options in real_options(real_data):
-        if options and len({text.strip().lower() for text in options.values()}) == len(options):
-            own_texts_are_read(options, WAYS[1:3])
-            seen += 1
-    assert seen > 600
+    found = [options for options in real_options(real_data) if options and len({text.strip().lower() for text in options.values()}) == len(options)]
+    assert len(found) > 600
+    for options in found:
+        own_texts_are_read(options, WAYS[1:3])
