@@ -382,8 +382,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'medvlthinker.core.plots.picture': ('core/plots.html#picture', 'medvlthinker/core/plots.py'),
                                          'medvlthinker.core.plots.skip_uri_grammar': ( 'core/plots.html#skip_uri_grammar',
                                                                                        'medvlthinker/core/plots.py'),
-                                         'medvlthinker.core.plots.store_outputs': ( 'core/plots.html#store_outputs',
-                                                                                    'medvlthinker/core/plots.py'),
                                          'medvlthinker.core.plots.with_outputs': ( 'core/plots.html#with_outputs',
                                                                                    'medvlthinker/core/plots.py'),
                                          'medvlthinker.core.plots.wrap_label': ('core/plots.html#wrap_label', 'medvlthinker/core/plots.py'),

@@ -169,13 +169,16 @@ def docs(
     Example: medvlthinker docs smoke
     """
     from medvlthinker.app import site
-    from medvlthinker.core.plots import store_outputs
+    from medvlthinker.core.plots import with_outputs
 
     if readme:
         print(site.readme().name)
     elif outputs:
-        paper = project_root() / "nbs" / "paper"
-        store_outputs(paper / "5_results.ipynb", paper / "6_audit.ipynb")
+        import nbformat
+
+        for name in ("5_results.ipynb", "6_audit.ipynb"):
+            path = project_root() / "nbs" / "paper" / name
+            nbformat.write(with_outputs(path), path)
     else:
         site.build(profile)
 

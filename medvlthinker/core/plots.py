@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'wrap_label', 'lay_out', 'draw_panels', 'skip_uri_grammar', 'write_figure',
-           'find_browser', 'picture', 'with_outputs', 'store_outputs']
+           'find_browser', 'picture', 'with_outputs']
 
 # %% ../../nbs/core/04_plots.ipynb #72897856
 import base64, functools, html, io, os, shutil, subprocess, sys, tempfile, textwrap
@@ -161,15 +161,3 @@ def with_outputs(
             output.update({key: None for key in output if key == "execution_count"})
             _still(output, draw)
     return nb
-
-# %% ../../nbs/core/04_plots.ipynb #2f7e1b9a
-def store_outputs(
-    *notebooks,  # .ipynb files; nbs/paper/5_results.ipynb and 6_audit.ipynb are stored so
-) -> None:
-    "Execute notebooks where nothing was run, and store them with what they show."
-    import nbformat
-
-    for path in notebooks:
-        nb = with_outputs(path)
-        with atomic_write(path) as file:
-            file.write(nbformat.writes(nb) + "\n")

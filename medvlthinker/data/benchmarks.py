@@ -146,16 +146,13 @@ def set_names(sets: Collection, names: str = "") -> list[str]:
 def open_set(sets: Collection, name: str, settings=DataSettings("hub")) -> DataSource | None:
     "Where the settings read a set from; None where a folder does not hold it."
     source = sets.source(name, settings)
-    if source == "hub":
-        return sets.published[name]
-    if source == "source":
-        return sets.sources[name]
     if source == "own":
         return DataSource(sets.local[name][0].folders[0], sets.local[name][0])
-    if source != "local":
-        raise UserError(f"data is one of synthetic, hub and source, not {source!r}.")
-    copy = find_local_copy(settings.data_dir, sets.local[name])
-    return copy and DataSource(*copy)
+    if source == "local":
+        copy = find_local_copy(settings.data_dir, sets.local[name])
+        return copy and DataSource(*copy)
+    check_keys([source], ("hub", "source"), "data")
+    return (sets.published if source == "hub" else sets.sources)[name]
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c074
 def missing_error(sets: Collection, names: list[str], settings) -> UserError:

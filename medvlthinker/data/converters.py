@@ -31,19 +31,12 @@ def letter_options(texts: Iterable) -> dict[str, str]:
 
 # %% ../../nbs/data/14_converters.ipynb #d0143608
 def right_letter(options, label, where: str, column: str) -> str:
-    "The letter of the right one of {letter: text}, from it or a list of it; else `InvalidRow`."
-    if not isinstance(options, dict):
-        raise InvalidRow(where, "options", "no object of letters and texts")
-    labels = label if isinstance(label, list) else [label]
-    if len(labels) != 1:
-        marked = f"{len(labels)} answers are marked right ({', '.join(map(str, labels))})"
-        raise InvalidRow(where, column, f"{marked}, and there must be one")
-    if labels[0] not in options:
-        reason = f"{labels[0]!r} is not among the letters {', '.join(options)}"
-        raise InvalidRow(where, column, reason)
-    if not str(options[labels[0]]).strip():
-        raise InvalidRow(where, column, f"option {labels[0]}, the right one, has no text")
-    return labels[0]
+    "The letter, from it or a list of it; `InvalidRow` where the right one of the options is blank."
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    if isinstance(options, dict) and not str(options.get(label, label)).strip():
+        raise InvalidRow(where, column, f"option {label}, the right one, has no text")
+    return label
 
 
 def _misc(row: dict, *columns: str) -> dict:
@@ -227,13 +220,11 @@ def adaptllm_pmc(row: dict, where: str) -> dict:
             "images": [row.get("image")], "image_field": "image"}
 
 # %% ../../nbs/data/14_converters.ipynb #dc9ab686
-def remove_image_marks(question: str, wording: str = "spaced") -> str:
-    "The question without its image marks; the wording is `spaced` or, as in the paper, `glued`."
-    blank = {"spaced": " ", "glued": ""}[wording]
+def remove_image_marks(question: str) -> str:
+    "The question without its image marks; a blank stays between the words around one."
     mark = r"(?:(?<!\s)\s+)?<image \d+>"  # blanks are tried from where they begin: linear time
-    if blank:
-        question = re.sub(mark + r"(?=\s*[.,;:?!)])", "", question)
-    return re.sub(mark + r"\s*", blank, question).strip()
+    question = re.sub(mark + r"(?=\s*[.,;:?!)])", "", question)
+    return re.sub(mark + r"\s*", " ", question).strip()
 
 # %% ../../nbs/data/14_converters.ipynb #a5d49047
 MMMU_SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine",
@@ -250,7 +241,7 @@ def _mmmu_options(listed: str, where: str) -> dict[str, str]:
     raise InvalidRow(where, "options", f"no list of choices: {listed[:40]!r}")
 
 
-def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
+def mmmu(row: dict, where: str) -> dict:
     "A row of MMMU; questions without choices or with a secret answer are filtered."
     if (kind := row.get("question_type") or "multiple-choice") != "multiple-choice":
         raise _Filtered(where, "question_type", f"{kind}, and only multiple-choice is asked")
@@ -260,7 +251,7 @@ def mmmu(row: dict, where: str, wording: str = "spaced") -> dict:
     options = _mmmu_options(listed, where)
     marks = sorted(set(re.findall(r"<image (\d+)>", f"{question} {listed}")), key=int)
     images = [row[f"image_{n}"] for n in range(1, 8) if row.get(f"image_{n}")]
-    return {"question": remove_image_marks(question, wording), "options": options,
+    return {"question": remove_image_marks(question), "options": options,
             "answer_label": right_letter(options, row.get("answer"), where, "answer"),
             "images": images or [f"{require_text(row, 'id', where)}_{n}.png" for n in marks],
             "image_field": "image",
@@ -305,8 +296,8 @@ def m23k(row: dict, where: str) -> dict:
     question, options = split_prompt(require_text(row, "prompt", where))
     label = right_letter(options, row.get("answer_letter"), where, "answer_letter")
     answer = require_text(row, "answer_string", where).strip()
-    if options[label] != answer:
-        reason = f"{answer[:60]!r} is not option {label}, {options[label][:60]!r}"
+    if options.get(label) != answer:
+        reason = f"{answer[:60]!r} is not option {label}, {options.get(label)!r:.60}"
         raise InvalidRow(where, "answer_string", reason)
     return {"question": question, "options": options, "answer_label": label, "images": [],
             "reasoning": row.get("reasoning"), "dataset_name": source}

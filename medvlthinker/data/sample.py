@@ -174,10 +174,8 @@ def image_bytes(value, read: Callable | None = None) -> bytes:
         file = io.BytesIO()
         value.save(file, "PNG")
         return file.getvalue()
-    if not value or isinstance(value, str) and not value.strip():
+    if not isinstance(value, str) or not value.strip():
         raise ValueError("there is no image")
-    if not isinstance(value, str):
-        raise ValueError(f"no image: {value!r}")
     if not read:
         raise ValueError(f"the data holds only the path {value!r} of it, which is not followed")
     return read(value)
