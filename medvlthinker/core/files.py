@@ -187,7 +187,6 @@ def write_record(path, inputs: dict, beside: Iterable = ()):  # further files th
     "Make a file or folder of `inputs` in the block; its record follows. Yields a dict for facts."
     path, start, facts = Path(path), time.monotonic(), {}
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
     record_path(path).unlink(missing_ok=True)
     yield facts
     made = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())

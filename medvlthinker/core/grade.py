@@ -7,7 +7,7 @@ __all__ = ['RULES', 'Grade', 'grade', 'compute_score']
 
 # %% ../../nbs/core/02_grade.ipynb #7586883e
 import json, re, unicodedata
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -82,26 +82,18 @@ def _published(
     return (text if block is None else block).strip()
 
 # %% ../../nbs/core/02_grade.ipynb #aafa7cc7
-@lru_cache(maxsize=512)   # the rollouts of a question share its options
-def _forms(options: tuple) -> dict[str, set[str]]:
-    "The answers that the published rules accept, each with the letters of the options it matches."
-    forms: dict[str, set[str]] = {}
-    for label, text in options:
-        text = str(text).lower()
-        for form in (f"{label}. {text}".strip().lower(), str(label).strip().lower(), text.strip()):
-            forms.setdefault(form, set()).add(label)
-    return forms
-
 def _exact(
     answer: str,
     options: dict,  # letter -> text
     substring: bool = False,  # an option's text anywhere in the answer is enough (llava)
 ) -> set[str]:  # the letters of the options that the answer matches
     "The published comparison, put to each option."
-    answer = answer.strip().lower()
-    same = _forms(tuple(options.items())).get(answer, set())
-    if not substring: return same
-    return same | {label for label, text in options.items() if str(text).lower() in answer}
+    answer, found = answer.strip().lower(), set()
+    for label, text in options.items():
+        text = str(text).lower()
+        forms = f"{label}. {text}".strip().lower(), str(label).strip().lower(), text.strip()
+        if answer in forms or substring and text in answer: found.add(label)
+    return found
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0014
 _REACH = 16_384
@@ -138,10 +130,7 @@ def _without_tags(text: str, by: str = "\n") -> str:
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
     def plain(mark): return "</think>" if _CLOSES.search(mark[0]) else "<think>"
-    text = _MARK.sub(plain, text)
-
-    if "assistantfinal" in text:
-        text = re.sub(r"\Aanalysis", "<think>", text).replace("assistantfinal", "</think>")
+    text = _MARK.sub(plain, text).replace("assistantfinal", "</think>")
     *thoughts, rest = text.split("</think>")
     if not thoughts: return text
     if "<think>" not in thoughts[0]: thoughts[0] = ""
@@ -318,39 +307,27 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
                  r"|incorrect|false|unlikely|out|and|n?or|vs|th[ae]n|because|since|due|given|rather"
                  r"|instead|which|while|whereas|(?:al)?though|but|as|the|option|choice)\b")
 
-@lru_cache   # most questions have the same letters
-def _letters(labels: tuple[str, ...]) -> tuple[re.Pattern, ...]:
-    """For a letter that begins a text, of any size; a capital that stands alone and is neither an
-    article nor a pronoun; a letter behind "option", of any size.
+# a letter that begins a text; a capital that stands alone and is neither an article nor a pronoun
+_FIRST = re.compile(r"[^\w]{0,9}([A-Za-z])(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))")
+_CAPITAL = re.compile(r"[A-Z](?<![\w'+-].)(?<!\w\..)(?![\w'+]|-\w"
+                      r"|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
+                      rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
+_CALLED = re.compile(r"(?<=(?:option|choice|letter) )[A-Za-z](?!\w| [ⓐ-ⓩ])")
 
-    Each expression begins with the letters themselves, for which a text is searched fast."""
-    upper = [re.escape(label.upper()) for label in labels] or ["(?!)"]
-    both = [*upper, *map(str.lower, upper)]   # not (?i:...), to which a dotless i is an I
-    first = rf"[^\w]{{0,9}}({'|'.join(both)})(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))"
-    alone = "|".join(rf"{name}(?<![\w'+-]{name})(?<!\w\.{name})" for name in upper)
-    capital = (rf"(?:{alone})(?![\w'+]|-\w|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
-               rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
-    called = "|".join(f"{name}(?<={noun} {name})" for name in both
-                      for noun in ("option", "choice", "letter"))
-    return tuple(map(re.compile, (first, capital, rf"(?:{called})(?!\w| [ⓐ-ⓩ])")))
-
-def _letter_places(text: str, letters: tuple[re.Pattern, ...]) -> list[tuple[int, int]]:
-    "Where a text names a letter: start and end."
-    first, capital, called = letters
-    start = first.match(text)
-    begin, places = (start.end(), {start.span(1)}) if start else (0, set())
-    places |= {found.span() for found in capital.finditer(text, begin)}
-    if any(noun in text for noun in ("option ", "choice ", "letter ")):
-        places |= {found.span() for found in called.finditer(text, begin)}
-    return sorted(places)
+def _letter_places(text: str, letters: Container[str]) -> list[int]:
+    "Where a text names one of the letters."
+    start = _FIRST.match(text)
+    if start and start[1].lower() not in letters: start = None
+    found = [match.start() for form in (_CAPITAL, _CALLED)
+             for match in form.finditer(text, start.end() if start else 0)]
+    found += [start.start(1)] if start else []
+    return sorted({at for at in found if text[at].lower() in letters})
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0033
 class _Names(NamedTuple):
     "What the options of a question are called."
-    texts: list           # of each text its longest word, all its words, its mark; longest first
-    whole: dict           # the words of a text -> mark
+    texts: dict           # the words of a text, the longest first -> mark
     reach: int            # characters of a text that may be an option's as a whole
-    letters: tuple        # expressions for the letters
     marks: dict           # small letter -> mark
     meaning: dict         # mark -> the labels that it may mean
 
@@ -363,18 +340,18 @@ def _names(options: tuple[tuple[str, str], ...]) -> _Names:
         meaning[chr(ord("Ⓐ") + i)] = {label}
         first = texts.setdefault(_words(str(text)), i)   # options of one text share its mark
         meaning.setdefault(chr(ord("ⓐ") + first), set()).add(label)
-    named = {words: chr(ord("ⓐ") + texts[words])
+    by_text = {words: chr(ord("ⓐ") + texts[words])
              for words in sorted(texts, key=lambda words: (-len("".join(words)), words))
              if words[0] and " ".join(words) not in marks}
-    longest = [(max(words, key=len), words, mark) for words, mark in named.items()]
     reach = 2 * max((len(str(text)) for _, text in options), default=0) + 100
-    return _Names(longest, named, reach, _letters(tuple(marks)), marks, meaning)
+    return _Names(by_text, reach, marks, meaning)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0034
 def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     "Where a cleaned text holds the text of an option, each with its mark."
     folded = _fold(text)
-    found = [(place.start(), end, mark) for word, words, mark in names.texts if word in folded
+    found = [(place.start(), end, mark) for words, mark in names.texts.items()
+             if max(words, key=len) in folded
              for place in re.finditer(re.escape(words[0]), folded)
              if (end := _end(words, text, folded, place.start())) > 0]
     places, at = [], 0
@@ -394,10 +371,10 @@ def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
 
 def _mark(text: str, names: _Names) -> str:
     "A cleaned text with marks for the names of options: 'B. Pneumonia' is 'Ⓑ. ⓑ'."
-    if len(text) < names.reach and (mark := names.whole.get(_words(text))): return mark
+    if len(text) < names.reach and (mark := names.texts.get(_words(text))): return mark
     text = _replace(text, _texts(text, names))
-    letters = [(start, end, names.marks[text[start:end].lower()])
-               for start, end in _letter_places(text, names.letters)]
+    letters = [(at, at + 1, names.marks[text[at].lower()])
+               for at in _letter_places(text, names.marks)]
     return _ARTICLE_MARK.sub("", _replace(text, letters))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0039
@@ -472,7 +449,6 @@ _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficie
 
 def _opening(marked: str, names: _Names) -> set | None:
     "What a statement means that begins with its answer; the empty set if it contradicts itself."
-    if (labels := _alone(marked, names)) is not None: return labels
     if not _SIGN.search(marked): return None
     text = _without_denied(marked)
     first = _SIGN.search(text)

@@ -61,12 +61,6 @@ def test_planted_drawn_scans():
     planted([data for data, _ in scans], [facts for _, facts in scans])
 
 
-def test_planted_radiographs(real_data):
-    files = sorted((real_data / "vqa_rad" / "images_dev").glob("*.jpg"))[::3]
-    assert len(files) == 20
-    planted([file.read_bytes() for file in files], range(20))
-
-
 def exam_questions(folder) -> list[str]:
     rows = (json.loads(line) for name in ("medqa", "medmcqa", "headqa", "mmlu_med", "medxpertqa") for line in open(folder / f"text_{name}" / "dev.jsonl", encoding="utf-8"))
     return list({normalize_question(text): text for row in rows if (text := row.get("question") or row.get("qtext"))}.values())

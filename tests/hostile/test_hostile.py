@@ -15,7 +15,6 @@ import os
 import random
 import re
 import struct
-import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -35,7 +34,6 @@ from medvlthinker.data.readers import image_reader, read_rows, samples_from, wri
 from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, normalize_images, to_rgb, write_samples
 from medvlthinker.evaluation.compare import flip_cause
 from medvlthinker.evaluation.evaluate import grade_rollout
-from medvlthinker.evaluation.export import read_eval_results
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate, load_rollout
@@ -162,36 +160,21 @@ FLAG = Image.new("RGB", (48, 32), "blue")
 FLAG.paste("red", (0, 0, 16, 16))
 
 
-def tiff_in_a_circle() -> bytes:
-    "A TIFF whose only directory says that it is followed by itself."
-    tags = [(256, 4, 1, 48), (257, 4, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-            (273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, 32), (279, 4, 1, 1536)]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    body = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 8)
-    return (b"II*\0" + struct.pack("<I", 8) + body).ljust(200, b"\0") + bytes(1536)
-
-
 def junk() -> dict[str, bytes]:
     "What is nobody's picture."
-    jpeg, bmp, long = saved(FLAG, "JPEG"), saved(FLAG, "BMP"), bytes(100_000_000)
+    bmp, long = saved(FLAG, "BMP"), bytes(100_000_000)
     lines, unfolds = bytes(33 * 49), b"a\0\0" + zlib.compress(long, 1)
     return {
         "nothing": b"",
         "SVG with a script": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
         "SVG that reads a file":
             b"<!DOCTYPE svg [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><svg><text>&x;</text></svg>",
-        "PDF that is a JPEG too": b"%PDF-1.4\n1 0 obj << /Length 4000 >> stream\n" + jpeg,
-        "zip with a PNG behind it": b"PK\x03\x04" + bytes(26) + saved(FLAG, "PNG"),
+        "PDF that is a JPEG too": b"%PDF-1.4\n1 0 obj << /Length 4000 >> stream\n" + saved(FLAG, "JPEG"),
         "PostScript, which starts another program":
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch never) (w) file\n",
-        "Photoshop": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 64, 64, 8, 3) + bytes(99),
-        "Windows metafile": b"\xd7\xcd\xc6\x9a" + bytes(200),
-        "icon": saved(FLAG, "ICO"), "pixmap": saved(FLAG, "PPM"), "JPEG 2000": saved(FLAG, "JPEG2000"),
+        "icon": saved(FLAG, "ICO"), "JPEG 2000": saved(FLAG, "JPEG2000"),
         "PNG of 4 billion pixels a side": png(0x7FFFFFFF, 0x7FFFFFFF, 8, 0, b""),
         "PNG of 70 million pixels": png(8400, 8400, 8, 0, bytes(99)),
-        "GIF of 65,535 pixels a side": b"GIF89a" + b"\xff" * 4 + bytes(99),
-        "JPEG of 65,500 pixels a side":
-            re.sub(rb"(?s)(?<=\xff\xc0\x00\x11\x08)....", b"\xff\xdc" * 2, jpeg),
         "WebP of 16,383 pixels a side":
             b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0" + b"\0\0\0\0\xfe\x3f\0\xfe\x3f\0",
         "BMP of 2 billion lines": bmp[:18] + struct.pack("<ii", 48, 0x7FFFFFFF) + bmp[26:],
@@ -201,7 +184,6 @@ def junk() -> dict[str, bytes]:
         "PNG that unfolds to 100 MB": png(48, 32, 8, 0, long),
         "PNG with half its pixels": png(48, 32, 8, 0, bytes(49 * 16)),
         "PNG without pixels": png(48, 32, 8, 0, b""), "PNG of no kind": png(48, 32, 8, 9, bytes(49 * 32)),
-        "TIFF in a circle": tiff_in_a_circle(),
         "TIFF with 65,535 entries": b"II*\0" + struct.pack("<IH", 8, 65535) + bytes(600),
         "APNG that promises a billion frames":
             png(48, 32, 8, 0, bytes(49 * 32), chunk(b"acTL", struct.pack(">II", 10**9, 0))),
@@ -234,8 +216,7 @@ def test_what_is_no_picture_is_a_broken_row_in_bounded_memory():
     the largest. What is a sample is sound as far as anything can tell: what is missing of it is black."""
     done = all_done(read_junk, seconds=60, megabytes=3000)
     assert {name for name, words in done.items() if words == "a sample"} == {
-        "PNG that unfolds to 100 MB", "PNG with half its pixels", "APNG that promises a billion frames",
-        "TIFF in a circle"}, done
+        "PNG that unfolds to 100 MB", "PNG with half its pixels", "APNG that promises a billion frames"}, done
 
 
 # ---- rows of every known layout, with one thing wrong
@@ -366,95 +347,7 @@ def test_a_row_with_one_thing_wrong_is_a_sample_or_a_broken_row(tmp_path, conver
     assert 0 < len(drawn) <= 40 and all(item in good for item in drawn)
 
 
-# ---- files: torn, of another kind, and those that unfold
-
-
-def images_in(path: Path) -> list:
-    "Three images of an archive, or the sentences on why there is none."
-    read, found = image_reader(path), []
-    for name in ("0.png", "images/1.png", "2.png"):
-        try:
-            found.append(read(name))
-        except ValueError as error:
-            found.append(str(error))
-    return found
-
-
-def rows_in(path: Path) -> int:
-    convert = converters.adaptllm_pmc if path.suffix == ".csv" else converters.unified
-    return refusals(samples_from(lambda: read_rows(path), convert, "set"))
-
-
-def answers_in(path: Path) -> list:
-    texts = [each["text"] for row in read_eval_results(path) for each in row["completions"]]
-    return [grade(text, LETTERS, "B") for text in texts]
-
-
-def write_all(folder: Path) -> dict:
-    "A small file of each kind that is read, with the reader of its rows."
-    questions = [f"Which, of\n{number}?" for number in range(6)]
-    rows = [{"question": question, "options": AB, "answer_label": "B"} for question in questions]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
-    with open(folder / "rows.csv", "w", newline="") as file:
-        head = ["input", "A", "B", "C", "D", "label", "image"]
-        csv.writer(file).writerows([head, *([each, "w", 'x "x"', "y", "z", "C", ""] for each in questions)])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
-    with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(3):
-            archive.writestr(f"images/{number}.png", PIXELS["bytes"])
-    samples = [Sample(each, AB, "B", "y", (PIXELS["bytes"],), misc={"a": 1}) for each in questions]
-    write_samples(samples, folder / "samples.parquet")
-    results = [{"dataset_name": "pmc_vqa", "dataset_index": number, "answer_label": "B",
-                "parsed_outputs": [{"output_text": "<answer>B</answer>"}]} for number in range(6)]
-    (folder / "eval_results.jsonl").write_text("\n".join(map(json.dumps, results)))
-    readers = {"images.zip": images_in, "samples.parquet": lambda path: list(SampleFile(path)),
-               "eval_results.jsonl": answers_in}
-    return {path: readers.get(path.name, rows_in) for path in sorted(folder.iterdir())}
-
-
-def torn(data: bytes, rng: random.Random) -> bytes:
-    "The bytes with some of them flipped, cut out, doubled, or replaced."
-    act, place = rng.randrange(6), rng.randrange(len(data))
-    if act == 0:
-        return data[:place]
-    if act == 1:
-        return data[:place] + data[place + rng.randrange(1, 40):]
-    if act == 2:
-        return data[:place] + data[max(0, place - rng.randrange(1, 200)):]
-    if act == 3:
-        other = rng.choice([b"\0", b"\xff\xfe", b'"', b"\n", b"[" * 3000, b"{}", b"\xed\xa0\x80", b",,,,",
-                            b"9" * 5000, b"NaN", b"1e999", "\u2028".encode()])
-        return data[:place] + other + data[place + rng.randrange(4):]
-    share = (0.003, 0.03)[act % 2]
-    return bytes(byte ^ (1 << rng.randrange(8)) if rng.random() < share or at == place else byte
-                 for at, byte in enumerate(data))
-
-
-def tear_all(place: str) -> None:
-    rng, acts = random.Random(SEED), {}
-
-    def whole(path: Path, read) -> None:
-        read(path)
-
-    def tear(path: Path, read) -> None:
-        other = path.with_name(f"torn-{path.name}")
-        other.write_bytes(torn(path.read_bytes(), rng))
-        try:
-            read(other)
-        except UserError as error:
-            assert str(error).isprintable() and len(str(error)) < 2500, error
-
-    for path, read in write_all(Path(place)).items():
-        acts[f"{path.name}, whole"] = functools.partial(whole, path, read)
-        acts |= {f"{path.name}, {n}": functools.partial(tear, path, read) for n in range(60 * FUZZ)}
-    do_all(acts)
-
-
-def test_torn_files_of_every_kind_are_rows_or_one_sentence(tmp_path):
-    """Flipped bits, cuts and insertions in JSON, CSV, parquet, zip, stored samples and results; in a process
-    of its own, for a reader may end with it."""
-    assert len(all_done(tear_all, tmp_path, seconds=60 + 30 * FUZZ, megabytes=1500)) == 7 * (60 * FUZZ + 1)
+# ---- files that unfold, and names that lead elsewhere
 
 
 def unfold_all(place: str) -> None:
@@ -499,8 +392,8 @@ def test_what_unfolds_to_gigabytes_is_refused_in_little_memory(tmp_path):
 
 
 def test_names_and_members_that_leave_their_folder(tmp_path):
-    """By name, by link, in a zip and from a tar that somebody unpacked: nothing outside is read that is no
-    picture, and nothing is written anywhere."""
+    """By name, by link and in a zip: nothing outside is read that is no picture, and nothing is written
+    anywhere."""
     folder, secret = tmp_path / "data" / "images", tmp_path / "secret.png"
     folder.mkdir(parents=True)
     secret.write_bytes(b"not for you")
@@ -517,9 +410,6 @@ def test_names_and_members_that_leave_their_folder(tmp_path):
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, str(secret))
-    with tarfile.open(tmp_path / "images.tar", "w") as archive:
-        for name in ("../escaped.png", "/escaped.png"):
-            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     rows = [(name, {"question": "Which?", "options": AB, "answer_label": "A", "images": [name]})
             for name in ("a.png", *names)]
@@ -529,8 +419,6 @@ def test_names_and_members_that_leave_their_folder(tmp_path):
         assert not any("not for you" in str(item) for item in bad)
     # inside the archive a name is one like any other: read, and never unpacked
     assert image_reader(tmp_path / "images.zip")("../../escaped.png") == PIXELS["bytes"]
-    with pytest.raises(UserError, match="is no readable zip file"):
-        image_reader(tmp_path / "images.tar")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
