@@ -5,7 +5,6 @@ import json
 import linecache
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
-from medvlthinker.data.readers import DataSettings, DatasetLayout, find_local_copy, read_rows
+from medvlthinker.data.readers import DataSettings, DatasetLayout, find_local_copy, read_rows, samples_from
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 PHOTO = encoded(90, 60, "JPEG")
@@ -67,30 +66,19 @@ def test_the_real_rows_of_m23k(real_data):
         assert row["prompt"] == sample.question + "".join(f"\n{letter}. {text}" for letter, text in sample.options.items())
 
 
-def test_images_that_the_excerpts_lack_are_supplied(real_data, tmp_path):
-    "MedXpertQA and SLAKE with a stand-in for each image: every row is a sample or left out by rule."
-    for name, source in (("MedXpertQA-MM", "vqa_medxpertqa_mm"), ("slake_closed", "vqa_slake")):
-        copy = shutil.copytree(real_data / source, tmp_path / source)
-        for _, row in [pair for path in sorted(copy.glob("*.json*")) if path.name != "META.json" for pair in read_rows(path)]:
-            for image in wanted(row):
-                (copy / "images" / image).parent.mkdir(parents=True, exist_ok=True)
-                (copy / "images" / image).write_bytes(PHOTO)
-        good, others = split(local(name, str(tmp_path)))
-        assert good and all(bad.filtered for bad in others), (name, [str(bad) for bad in others if not bad.filtered][:3])
-        assert all(key_opens(sample, as_text=False) for sample in good) and all(sample.images for sample in good)
-        # three rows of MedXpertQA have tables for options, of which the paper's rules read one line, and in two an option's text is another option's letter
-        assert [sample.dataset_index for sample in good if not key_opens(sample)] == ([10, 51, 70, 71, 79] if name == "MedXpertQA-MM" else [])
-        if name == "MedXpertQA-MM":
-            assert (len(good), collections.Counter(len(s.images) for s in good)) == (80, {1: 60, 2: 15, 5: 2, 6: 1, 4: 1, 3: 1}) and not any("Answer Choices" in s.question for s in good)
-        if name == "slake_closed":
-            assert all(sample.question.isascii() for sample in good)
-
-
-def wanted(row) -> list[str]:
-    if not isinstance(row, dict):
-        return []
-    named = [image["image_path"] if isinstance(image, dict) else image for image in row.get("images") or ()]
-    return [*named, row["img_name"]] if "img_name" in row else named
+@pytest.mark.parametrize("name, folder, count", [("MedXpertQA-MM", "vqa_medxpertqa_mm", 80), ("slake_closed", "vqa_slake", None)])
+def test_rows_whose_images_the_excerpts_lack(real_data, name, folder, count):
+    "With a stand-in for each image every row is a sample or left out by rule."
+    layout = next(layout for layout in b.LOCAL[name] if [*(real_data / folder).glob(layout.files)])
+    rows = [pair for path in (real_data / folder).glob(layout.files) for pair in read_rows(path)]
+    good, others = split(samples_from(lambda: rows, layout.convert, name, lambda image: PHOTO))
+    assert good and all(bad.filtered for bad in others) and len(good) == (count or len(good))
+    assert all(key_opens(sample, as_text=False) for sample in good) and all(sample.images for sample in good)
+    # three rows of MedXpertQA have tables for options, of which the paper's rules read one line, and in two an option's text is another option's letter
+    assert [sample.dataset_index for sample in good if not key_opens(sample)] == ([10, 51, 70, 71, 79] if count else [])
+    if count:
+        assert collections.Counter(len(s.images) for s in good) == {1: 60, 2: 15, 5: 2, 6: 1, 4: 1, 3: 1}
+    assert not any("Answer Choices" in sample.question or not count and not sample.question.isascii() for sample in good)
 
 
 # ---- what the hub holds, with the features that are recorded of it
