@@ -181,24 +181,24 @@ def image_bytes(value, read: Callable | None = None) -> bytes:
     return read(value)
 
 # %% ../../nbs/data/10_sample.ipynb #c8d7e6f5
-def _text(value) -> str | None:
-    if not isinstance(value, str | None):
-        raise ValueError(f"{value!r} is not a text")
-    return value
+_FIELDS = ("question", "options", "answer_label", "answer", "reasoning", "dataset_name",
+           "dataset_index", "hash", "misc")
 
 
-def _index(value) -> int:
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if abs(index := int(value or 0)) < 1 << 63:
-            return index
-    raise ValueError(f"{value!r} is no whole number of 64 bits")
-
-
-def _misc(value) -> dict | None:
-    misc = _from_json(value)
-    if not isinstance(misc, dict | None):
-        raise ValueError(f"{misc!r:.60} is no object")
-    return misc
+def _field(name: str, value):
+    "A field of a sample from its column; ValueError for what it cannot be."
+    if name == "options":
+        return parse_options(value)
+    if name == "answer":
+        return None if value is None else str(value)
+    if name == "dataset_index":
+        (index := int(value or 0)).to_bytes(8, signed=True)  # OverflowError, as in parquet
+        return index
+    kind, word = (dict, "object") if name == "misc" else (str, "text")
+    value = _from_json(value) if name == "misc" else value
+    if not isinstance(value, kind | None):
+        raise ValueError(f"{value!r:.60} is no {word}")
+    return value or "" if name == "dataset_name" else value
 
 
 def _images(values, read: Callable | None) -> tuple[bytes, ...]:
@@ -208,18 +208,11 @@ def _images(values, read: Callable | None) -> tuple[bytes, ...]:
     return tuple(image_bytes(value, read) for value in values)
 
 # %% ../../nbs/data/10_sample.ipynb #2d5b8e16
-_FIELDS: dict[str, Callable] = {  # column of the published sets: what makes a field from it
-    "question": _text, "options": parse_options, "answer_label": _text,
-    "answer": lambda value: None if value is None else str(value), "reasoning": _text,
-    "dataset_name": lambda value: _text(value) or "", "dataset_index": _index, "hash": _text,
-    "misc": _misc}
-
-
 def _check_answer(found: dict, where: str) -> None:
     "`InvalidRow` where the answer is none of the options; a missing one is the option's text."
     question, options, label = found["question"], found["options"], found["answer_label"]
     if not question or not question.strip():
-        raise InvalidRow(where, "question", f"{question!r} is not a text")
+        raise InvalidRow(where, "question", f"{question!r} is no text")
     if label not in options:
         letters = ", ".join(options)
         raise InvalidRow(where, "answer_label", f"{label!r} is not among the letters {letters}")
@@ -238,8 +231,8 @@ def from_row(
     "A checked `Sample`, its images as they are; `InvalidRow` names the field and the reason."
     name, found = "", {}
     try:
-        for name, convert in _FIELDS.items():
-            found[name] = convert(row.get(name))
+        for name in _FIELDS:
+            found[name] = _field(name, row.get(name))
             json.dumps(found[name], ensure_ascii=False).encode()
         _check_answer(found, where)
         name = str(row.get("image_field", "images"))  # what the source calls it
