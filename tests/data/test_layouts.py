@@ -12,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
@@ -81,17 +82,12 @@ def test_rows_whose_images_the_excerpts_lack(real_data, name, folder, count):
     assert not any("Answer Choices" in sample.question or not count and not sample.question.isascii() for sample in good)
 
 
-# ---- what the hub holds, with the features that are recorded of it
+# ---- what the hub holds
 
 
-def put(path: Path, rows: list[dict], images: tuple[str, ...] = ()) -> None:
-    "A file of a table as parquet, as `datasets` stores it."
-    import datasets
-
-    features = datasets.Dataset.from_list([{key: value for key, value in row.items() if key not in images} for row in rows]).features
-    features = datasets.Features({**features, **{name: datasets.Image() for name in images}})
+def put(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 IMAGE = {"bytes": PHOTO, "path": None}
@@ -114,7 +110,7 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
     tables = source.layout.files.split()
     for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
-        put(tmp_path / table.replace("*", "00000-of-00001"), own, tuple(column for column in rows[0] if column.startswith("image")))
+        put(tmp_path / table.replace("*", "00000-of-00001"), own)
     good, others = split(source.samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
@@ -170,29 +166,26 @@ def test_the_published_corpora_as_the_hub_holds_them(tmp_path, home, monkeypatch
     assert find_local_copy(tmp_path / "MedVLThinker-pmc_vqa", c.LOCAL["m23k"]) is None  # the same layout, another corpus
 
 
-# ---- PMC-VQA in bulk: bad files and bad rows
+# ---- PMC-VQA in bulk
 
 
 COLUMNS = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"]
 
 
-def pmc_line(figure_path="a.jpg", question="What is shown?", answer="MRI", label="B") -> list[str]:
-    return [figure_path, question, answer, *(f" {letter}:{text} " for letter, text in ABCD.items()), label]
-
-
-def pmc(path: Path, lines: list, **images: bytes) -> Path:
-    folder = path / "PMC-VQA"
+def pmc(path: Path, n: int, **images: bytes) -> Path:
+    "A copy of the corpus with n questions about these images in turn."
+    folder, names = path / "PMC-VQA", [*images]
     (folder / "images").mkdir(parents=True)
-    for name, data in {"a.jpg": PHOTO, **images}.items():
+    for name, data in images.items():
         (folder / "images" / name).write_bytes(data)
-    with open(folder / "train.csv", "w", newline="", errors="surrogateescape") as file:
-        csv.writer(file).writerows([COLUMNS, *lines])
+    choices = [f" {letter}:{text} " for letter, text in ABCD.items()]
+    with open(folder / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *([names[i % len(names)], f"What is slice {i}?", "MRI", *choices, "B"] for i in range(n))])
     return path
 
 
 def test_the_rule_for_sizes_is_part_of_what_a_corpus_is(tmp_path, home):
-    pmc(tmp_path, [pmc_line("large.png")], **{"large.png": encoded(1500, 900)})
-    profile = DataSettings(data_dir=str(tmp_path))
+    profile = DataSettings(data_dir=str(pmc(tmp_path, 1, **{"large.png": encoded(1500, 900)})))
     sizes = [c.load_corpus("pmc_vqa", profile, fit=fit)[0].pictures()[0].size for fit in (c.training_size, None)]
     assert sizes == [(1024, 614), (1500, 900)]
 
@@ -209,8 +202,7 @@ corpora.load_corpus("pmc_vqa", DataSettings(data_dir=sys.argv[1]))
 
 
 def test_a_killed_conversion_starts_again_and_gives_the_same_bytes(tmp_path):
-    source = pmc(tmp_path / "data", [pmc_line(question=f"What is shown in slice {n}?", figure_path=f"{n % 40}.jpg") for n in range(1500)],
-                 **{f"{n}.jpg": encoded(300, 200, "JPEG") for n in range(40)})
+    source = pmc(tmp_path / "data", 1500, **{f"{n}.jpg": encoded(300, 200, "JPEG") for n in range(40)})
 
     def start(home):
         return subprocess.Popen([sys.executable, "-c", CONVERT, str(source)], env={**os.environ, "MEDVLTHINKER_HOME": str(home)})
