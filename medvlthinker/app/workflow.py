@@ -80,7 +80,7 @@ def question_files(profile: Profile) -> list[Path]:
         for name in set_names(sets, getattr(profile, sets.kind)):
             if sets.source(name, profile) in ("local", "own"):
                 data = open_set(sets, name, profile)
-                found += data.layout.found(Path(data.place)) if data else []
+                found += data.found() if data else []
     return found
 
 # %% ../../nbs/app/75_workflow.ipynb #45421c47

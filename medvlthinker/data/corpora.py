@@ -16,7 +16,7 @@ from ..core.files import UserError
 from .sample import SampleFile
 from .readers import DataSettings, DatasetLayout
 from medvlthinker.data.benchmarks import (
-    Collection, DataSource, from_hub, is_available, load_set, register_set, sample_file, set_names,
+    Collection, from_hub, is_available, load_set, register_set, sample_file, set_names,
     store_source)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
@@ -55,7 +55,7 @@ CORPORA = {"m23k": 23460, "pmc_vqa": 176917}  # questions published
 _TABLE, _M23K = "data/train-*.parquet", ("m23k", "m1_m23k_peer_facts", "m23k-tokenized")
 
 
-def _published(repo: str) -> DataSource:
+def _published(repo: str) -> DatasetLayout:
     return from_hub(f"UCSC-VLAA/MedVLThinker-{repo}", _TABLE, "", converters.unified)
 
 
@@ -64,12 +64,12 @@ _PMC = DatasetLayout(
     ("PMC-VQA", "pmc_vqa", "vqa_pmc"), kept_count=True)  # the paper numbers the rows that it keeps
 PUBLISHED = {"m23k": _published("m23k-tokenized"), "pmc_vqa": _published("pmc_vqa")}
 SOURCES = {"m23k": from_hub("UCSC-VLAA/m23k-tokenized", _TABLE, "", converters.m23k),
-           "pmc_vqa": DataSource("RadGenome/PMC-VQA", _PMC)}
+           "pmc_vqa": _PMC._replace(place="RadGenome/PMC-VQA")}
 LOCAL = {"m23k": [DatasetLayout(files, "", converters.m23k, _M23K) for files in
                   ("m23k.jsonl", "train.jsonl", "rows_as_printed.jsonl", _TABLE)],
          "pmc_vqa": [_PMC]}
 for _name in LOCAL:
-    LOCAL[_name].append(PUBLISHED[_name].layout)
+    LOCAL[_name].append(PUBLISHED[_name])
 TRAINING_SETS = Collection("corpus", CORPORA, synthetic.corpus, PUBLISHED, SOURCES, LOCAL)
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c013

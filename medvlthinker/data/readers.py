@@ -130,47 +130,61 @@ def image_reader(place: Path) -> Callable[[str], bytes]:
 
 # %% ../../nbs/data/13_readers.ipynb #ebc8fcfc
 class DatasetLayout(NamedTuple):
-    "One way in which a set lies in a folder."
+    "One way in which a set lies in a folder or on the hub; and where, once that is known."
     files: str  # glob patterns with spaces between, read in this order
     images: str  # a folder or zip, or several with | between: the first that is there; or empty
     convert: Callable  # from a row and its place to columns of the unified format
     folders: tuple[str, ...] = ()  # names that the folder may have
     only: str = ""  # in a table of several sets: the `dataset_name` of this one
     kept_count: bool = False  # as for `samples_from`
+    place: str | Path = ""  # a folder, or the id of a data set, as for `download_hub_files`
 
-    def image_place(self, folder: Path) -> Path | None:
+    def folder(self) -> Path:
+        "The folder itself, or the one that the hub's files are downloaded to."
+        if os.path.isdir(self.place):
+            return Path(self.place)
+        patterns = [*self.files.split(), *self.images.split("|")]
+        return download_hub_files(str(self.place), *filter(None, patterns))
+
+    def image_place(self) -> Path | None:
         "The folder or zip of the images; None for none."
-        places = (folder / name for name in filter(None, self.images.split("|")))
+        places = (self.folder() / name for name in filter(None, self.images.split("|")))
         return next(filter(Path.exists, places), None)
 
-    def found(self, folder: Path) -> list[Path]:
-        "The files of questions; none where the set does not lie here in this way."
-        if self.images and not self.image_place(folder):
+    def found(self) -> list[Path]:
+        "The files of questions; none where the set does not lie there in this way."
+        if self.images and not self.image_place():
             return []
-        return [path for pattern in self.files.split() for path in sorted(folder.glob(pattern))]
+        return [path for name in self.files.split() for path in sorted(self.folder().glob(name))]
 
-    def rows(self, folder: Path) -> Iterator[tuple[str, dict | InvalidRow]]:
+    def rows(self) -> Iterator[tuple[str, dict | InvalidRow]]:
         "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
-        if not (files := self.found(folder)):
+        if not (files := self.found()):
             images = f" with {self.images} beside it" if self.images else ""
-            raise UserError(f"{folder} holds no {self.files.split()[0]}{images}.")
+            raise UserError(f"{self.place} holds no {self.files.split()[0]}{images}.")
         for where, row in itertools.chain.from_iterable(map(read_rows, files)):
             if not self.only or isinstance(row, dict) and row.get("dataset_name") == self.only:
                 yield where, row
 
+    def samples(
+        self, name: str, limit: int = 0, seed: int = 42, fit: Callable | None = None
+    ) -> Iterator[Sample | InvalidRow]:
+        "Samples in the order of the rows, and why other rows became none; see `samples_from`."
+        images = image_reader(place) if (place := self.image_place()) else None
+        return samples_from(self.rows, self.convert, name, images, fit, limit, seed,
+                            self.kept_count)
+
 # %% ../../nbs/data/13_readers.ipynb #1e11c8c3
-def find_local_copy(
-    data_dir, layouts: Iterable[DatasetLayout]
-) -> tuple[Path, DatasetLayout] | None:
-    "Where and how a set lies in a folder; None where it does not, `UserError` for no such folder."
+def find_local_copy(data_dir, layouts: Iterable[DatasetLayout]) -> DatasetLayout | None:
+    "How a set lies in a folder; None where it does not, `UserError` for no such folder."
     base = Path(os.path.expanduser(data_dir))
     if not os.path.isdir(base):
         raise UserError(f"No folder {data_dir} (data_dir), seen from {Path.cwd()}.")
     for layout in layouts:
         here = [base] if base.resolve().name in layout.folders else []
-        for place in [*(base / name for name in layout.folders), *here]:
-            if layout.found(place):
-                return place, layout
+        for place in filter(os.path.isdir, [*(base / name for name in layout.folders), *here]):
+            if (there := layout._replace(place=place)).found():
+                return there
     return None
 
 # %% ../../nbs/data/13_readers.ipynb #9f43fa22
@@ -214,10 +228,10 @@ def _convert_fingerprint(convert: Callable) -> str:
         return fingerprint(inspect.getsource(convert))
 
 
-def copy_fingerprint(folder: Path, layout: DatasetLayout) -> dict:
+def copy_fingerprint(layout: DatasetLayout) -> dict:
     "What the samples of a local copy depend on."
-    images = layout.image_place(folder)
-    return {"questions": [content_fingerprint(path) for path in layout.found(folder)],
+    images = layout.image_place()
+    return {"questions": [content_fingerprint(path) for path in layout.found()],
             "images": images and content_fingerprint(images),
             "layout": _convert_fingerprint(layout.convert)}
 

@@ -42,8 +42,8 @@ def folder(path: Path, rows: list, layout=("dev.jsonl", "images_dev"), **images:
 
 def rad(path: Path):
     "The samples of a local copy of VQA-RAD, and what became none."
-    layout = next(layout for layout in b.LOCAL["vqa_rad_closed"] if layout.found(path))
-    return b.DataSource(path, layout).samples("vqa_rad_closed")
+    layouts = (layout._replace(place=path) for layout in b.LOCAL["vqa_rad_closed"])
+    return next(layout for layout in layouts if layout.found()).samples("vqa_rad_closed")
 
 
 # ---- a local folder
@@ -101,7 +101,7 @@ def hub(tmp_path_factory) -> Path:
     return path
 
 
-def published(name: str, place) -> b.DataSource:
+def published(name: str, place) -> b.DatasetLayout:
     return b.PUBLISHED[name]._replace(place=place)
 
 
@@ -173,7 +173,7 @@ def test_samples_are_made_again_when_the_copy_changes_and_only_then(tmp_path, ho
         raise AssertionError("the copy was read again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(b, "samples_from", fails)
+        patched.setattr(b.DatasetLayout, "samples", fails)
         assert b.load_benchmark("vqa_rad", profile) == first
     folder(tmp_path / "vqa_rad", [*GOOD, row("Is it round?", "no")], **{"good.png": first[0].images[0]})
     assert [sample.answer for sample in b.load_benchmark("vqa_rad", profile)] == ["Yes", "right side", "Yes", "No"]

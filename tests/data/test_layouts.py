@@ -107,7 +107,7 @@ HUB = {  # set: rows as on the hub, and what one sample must be
 def test_each_source_as_the_hub_holds_it(tmp_path, name):
     rows, (question, answer, images) = HUB[name]
     source = b.SOURCES[name]._replace(place=tmp_path)
-    tables = source.layout.files.split()
+    tables = source.files.split()
     for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
         put(tmp_path / table.replace("*", "00000-of-00001"), own)
