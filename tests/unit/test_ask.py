@@ -97,10 +97,10 @@ def test_what_a_model_writes_stays_text(said):
 
 
 @pytest.mark.parametrize("words, given, sentence", [
-    (("{note}", "What?"), {}, "note.txt cannot be used: not a readable image"),
+    (("{note}", "What?"), {}, "note.txt cannot be used: no usable image"),
     (("{folder}", "What?"), {}, "cannot be read"),
-    ((b"", "What?"), {}, "an empty file"),
-    ((7, "What?"), {}, "The image cannot be used: no image: 7"),
+    ((b"", "What?"), {}, "no usable image"),
+    ((7, "What?"), {}, "The image cannot be used: there is no image"),
     ((Image.new("L", (3, 90)), "What?"), {}, "3x90 pixels"),
     ((Image.new("CMYK", (30, 30)), "What?"), {}, "The image cannot be read (cannot write mode CMYK as PNG)"),
     ((SCAN, " "), {}, "There is no question"),
