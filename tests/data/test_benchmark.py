@@ -13,8 +13,6 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data.readers import DataSettings
 from servers import Hub, serving
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 NUMBER = itertools.count(1)
 

@@ -20,7 +20,6 @@ from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
 from medvlthinker.data.readers import DataSettings, DatasetLayout, find_local_copy, read_rows, samples_from
 
-pytestmark = pytest.mark.usefixtures("own_cache")
 PHOTO = encoded(90, 60, "JPEG")
 
 
