@@ -7,8 +7,8 @@ __all__ = ['redact', 'redact_file', 'RedactedStream', 'run_main', 'end_with_pare
            'project_root', 'find_path', 'load_plugin', 'read_value', 'check_keys']
 
 # %% ../../nbs/core/03_commands.ipynb #935d0212
-import base64, contextlib, ctypes, difflib, functools, importlib.util, json, math, os, re, signal
-import subprocess, sys, time, traceback, types
+import base64, contextlib, ctypes, difflib, functools, importlib.machinery, json, math, os, re
+import signal, subprocess, sys, time, traceback, types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -155,11 +155,8 @@ def settings_file() -> Path:
     import medvlthinker
 
     package, here = Path(medvlthinker.__file__).parent, Path.cwd()
-    for folder in (here, *here.parents, package.parent, package):
-        if (folder / "settings.ini").is_file():
-            return folder / "settings.ini"
-    raise UserError(f"No settings.ini at or above {here}, and none in {package}; "
-                    "install the package anew.")
+    places = [folder / "settings.ini" for folder in (here, *here.parents, package.parent)]
+    return next(filter(Path.is_file, places), package / "settings.ini")
 
 # %% ../../nbs/core/03_commands.ipynb #e25cb275
 def project_root() -> Path:
@@ -188,13 +185,11 @@ def _run_file(
 ) -> types.ModuleType:
     "Run a Python file as a module; an error in it becomes a sentence with its line."
     name = f"medvlthinker_own_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file} is no Python file.")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = str(file)
     try:
         with contextlib.chdir(file.parent):
-            spec.loader.exec_module(module)
+            importlib.machinery.SourceFileLoader(name, str(file)).exec_module(module)
     except UserError:
         raise
     except Exception as error:  # whatever somebody's file may raise

@@ -227,12 +227,10 @@ def load_benchmark(
     folder=None,  # where samples are stored, as for `sample_file`
 ) -> list[Sample]:
     "The samples of a test set, stored for the next time; `UserError` where it cannot be had whole."
-    names = set_names(TEST_SETS, name)
-    if len(names) != 1:
-        raise UserError(f"One benchmark at a time, not {name!r}.")
-    samples = load_set(TEST_SETS, names[0], settings, folder)
+    name, = set_names(TEST_SETS, name)
+    samples = load_set(TEST_SETS, name, settings, folder)
     if not settings.limit:
-        _check_count(names[0], samples, settings)
+        _check_count(name, samples, settings)
     return list(samples)
 
 # %% ../../nbs/data/15_benchmarks.ipynb #56092751
