@@ -6,7 +6,6 @@ import csv
 import datetime
 import decimal
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -34,11 +33,7 @@ from medvlthinker.data import converters
 from medvlthinker.data.readers import image_reader, read_rows, samples_from, write_csv
 from medvlthinker.data.sample import InvalidRow, Sample, SampleFile, normalize_images, to_rgb, write_samples
 from medvlthinker.evaluation.compare import flip_cause
-from medvlthinker.evaluation.evaluate import grade_rollout
 from medvlthinker.evaluation.export import read_eval_results
-from medvlthinker.generation.engine import FunctionEngine
-from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.generation.rollout import generate, load_rollout
 from PIL import Image
 
 FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples
@@ -532,80 +527,6 @@ def test_names_and_members_that_leave_their_folder(tmp_path):
     with pytest.raises(UserError, match="is no readable zip file"):
         image_reader(tmp_path / "images.tar")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
-
-
-# ---- rollouts
-
-ASKED = [Sample(f"Is it {number}?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa",
-                dataset_index=number) for number in range(3)]
-
-
-def quiet(line: str) -> None: ...
-
-
-def ask(folder: Path) -> tuple:
-    "The rollout of three questions, by a function; and which of them it was asked."
-    asked = []
-
-    def answer(request):
-        asked.append(request.index)
-        return [Completion(f"<answer> {request.sample.answer_label} </answer>", "stop", 5)]
-
-    return generate(ASKED, FunctionEngine(answer), Sampling(), folder, quiet), asked
-
-
-def sealed(row) -> bytes:
-    "What somebody calls the line of a rollout, with a checksum that is right."
-    body = row if isinstance(row, bytes) else json.dumps(row, default=str, skipkeys=True).encode()[:-1]
-    return body + b', "crc32": "%08x"}\n' % zlib.crc32(body)
-
-
-def read_everything(folder: Path) -> None:
-    "All that is done with a finished rollout."
-    rollout = load_rollout(folder)
-    assert list(rollout) == rollout[:] and rollout[-1] == rollout[len(rollout) - 1]
-    assert rollout.config.fingerprint
-    grade_rollout(ASKED, rollout, workers=1)
-
-
-COMPLETION = {"text": "B", "finish_reason": "stop", "tokens": 1}
-ROW = {"index": 1, "dataset_name": "pmc_vqa", "dataset_index": 1, "completions": [COMPLETION]}
-
-
-def without(row: dict, key: str) -> dict:
-    return {name: value for name, value in row.items() if name != key}
-
-
-LINES = {
-    "no object": b"[", "no JSON": b"{]", "nothing": b"", "nested deeply": b'{"index": ' + b"[" * 100_000,
-    "a megabyte of brackets": b"{" * 1_000_000, "a number of 5,000 digits": b'{"index": ' + b"9" * 5000,
-    "no UTF-8": b'{"index": "\xff"', **{f"no {key}": without(ROW, key) for key in ROW},
-    **{f"index {index!r}": ROW | {"index": index}
-       for index in (3, -1, 10**30, "1", None, 1.0, [1], {}, math.nan)},
-    **{f"a completion without {key}": ROW | {"completions": [without(COMPLETION, key)]}
-       for key in COMPLETION},
-    "an object for completions": ROW | {"completions": {}},
-    "a text for a completion": ROW | {"completions": ["B"]},
-    "a list for a text": ROW | {"completions": [COMPLETION | {"text": ["B"]}]},
-    "a number for a name": ROW | {"dataset_name": 7},
-    "a text of a megabyte for an index": ROW | {"index": "x" * 1_000_000}}
-
-
-def test_a_line_that_is_no_row_of_a_rollout_is_one_sentence_and_is_asked_again(tmp_path):
-    """Its checksum is right, and so is that of the file: whoever wrote it meant it. Where the rollout is not
-    finished, its question is owed."""
-    whole, _ = ask(tmp_path)
-    first, second, third = whole.path.read_bytes().splitlines(True)
-    for name, row in LINES.items():
-        data = first + sealed(row) + third
-        whole.path.write_bytes(data)
-        record = whole.record | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        (whole.folder / "rollout.json").write_text(json.dumps(record))
-        with pytest.raises(UserError, match=r"rollout.jsonl, line 2 is damaged; run the rollout again"):
-            read_everything(whole.folder)
-        (whole.folder / "rollout.json").write_text(json.dumps(without(record, "finished")))
-        assert ask(tmp_path) == (whole, [1]), name
-        assert whole.path.read_bytes() == first + second + third, name
 
 
 # ---- tables for a spreadsheet
