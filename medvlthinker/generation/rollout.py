@@ -356,13 +356,13 @@ def generate_all(
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
-    todo = {folder: pair for folder, *pair in zip(folders, jobs, configs)
+    todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
             if not _is_finished(folder)}
     try:
         with contextlib.ExitStack() as held:
             for folder in sorted(todo):  # in one order, so that no two wait for each other
                 held.enter_context(file_lock(folder, show))
-            writers = [_Writer(*pair, folder) for folder, pair in todo.items()
+            writers = [_Writer(job, config, folder) for folder, (job, config) in todo.items()
                        if not _is_finished(folder)]  # by another process, in the meantime
             for writer in writers:
                 held.callback(writer.file.close)

@@ -51,7 +51,6 @@ SAID = {  # what a server says, whoever asks
     "too_long": (400, error("This model's maximum context length is 256 tokens.", code=400)),
     "wrong_key": (401, error(f"Incorrect API key provided: Bearer {KEY}", code="invalid_api_key")),
     "unknown": (404, error("no such model")),
-    "broke": (429, error("You exceeded your current quota.", code="insufficient_quota")),
 }
 
 
@@ -189,9 +188,9 @@ def test_what_passes_is_waited_out(faulty):
     assert server.budget.requests == len(faulty.asked)
 
 
-LASTING = {1: ("broken", "500: Internal error"), 3: ("cut", ""),
-           5: ("hang", "no whole answer within 6 s"), 8: ("empty", "holds no choices"),
-           9: ("malformed", "not of the protocol's form"), 12: ("filtered", "content filter"),
+LASTING = {1: ("broken", "500: <html> <h1>Internal error"), 3: ("cut", ""),
+           5: ("hang", "no whole answer within 6 s"), 8: ("empty", "502: {'choices': []}"),
+           9: ("malformed", "502: "), 12: ("filtered", "content filter"),
            15: ("too_long", "400: This model's maximum context length is 256")}
 
 
@@ -235,7 +234,7 @@ def test_at_most_so_many_at_once(faulty):
     assert all(answered > number - 7 for number, answered in enumerate(taken)), "taken when wanted"
 
 
-HOPELESS = [("wrong_key", "refuses the key"), ("broke", "has no credit left"),
+HOPELESS = [("wrong_key", "refuses the key"),
             ("unknown", "has no model 'tiny' (404: no such model); it has tiny, other")]
 
 
@@ -354,8 +353,6 @@ PARTS = [
     ([{"type": "output_text", "text": "B", "annotations": []}, {"type": "image_url"}], "B"),
     ([{"type": "thinking", "thinking": [{"type": "text", "text": "Clear."}]},
       {"type": "text", "text": "B"}], "<think>Clear.</think>B"),
-    ([{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Clear."}]}, "B"],
-     "<think>Clear.</think>B"),
     ([{"type": "refusal", "refusal": "I cannot."}], "I cannot."),
     ([], ""), ([{"type": "image_url"}], ""), ([None], "")]
 
@@ -364,7 +361,7 @@ PARTS = [
 def test_content_parts(content, text):
     "What holds no text is asked again, as after a bad gateway."
     choice = {"message": {"content": content}, "finish_reason": "stop"}
-    assert actual_status(200, {"choices": [choice]})[0] == (200 if text else 502)
+    assert actual_status(200, {"choices": [choice]}) == (200 if text else 502)
     assert not text or read_choice(choice).text == text
 
 
@@ -409,27 +406,10 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
     assert ("repetition_penalty" in faulty.asked[0][1]) == (owner == "vllm")
 
 
-REALLY = [  # what a server sends, and the status that it should have had
-    (200, error("Not now.", code=None), 500), (200, error("Not now.", code=400), 400),
-    (200, {"error": "Insufficient credits."}, 402), (400, error("Your credit balance is too low."), 402),
-    (403, error("Your key may not use this model.", code=403), 403)]
-
-
-@pytest.mark.parametrize("status, body, really", REALLY)
-def test_an_error_has_the_status_that_it_means(status, body, really):
-    assert actual_status(status, body) == (really, "")
-
-
-MODERATED = [  # as OpenRouter and xAI say it
-    error("Your chosen model requires moderation and your input was flagged", code=403),
-    {"code": "The caller does not have permission to execute the specified operation",
-     "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO"}]
-
-
-@pytest.mark.parametrize("body", MODERATED)
-def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty, body):
-    "The status is the one of a key that may not do this, and the key is not at fault."
-    faulty.rule = lambda asked: (403, body) if "number 3?" in str(asked) else None
+def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty):
+    "OpenRouter and xAI say 403, as others do for a key that may not do this."
+    flagged = error("Your input was flagged.", code=403)
+    faulty.rule = lambda asked: (403, flagged) if "number 3?" in str(asked) else None
     found, reason = gather(engine(faulty.url).answer(requests(8)))
     assert reason == "" and len(found) == 8
     assert [completion.finish_reason for completion in found[3]] == ["failed"]
@@ -442,11 +422,9 @@ def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty, body
          "error", "code", "type", "text", "reasoning", "finish_reason"]), inner), max_leaves=12))
 @settings(max_examples=300, deadline=None)
 def test_any_json_is_an_answer_or_is_not(body):
-    status, reason = actual_status(200, body)
-    if status == 200:
+    if (status := actual_status(200, body)) == 200:
         assert all(isinstance(each, Completion) and isinstance(each.text, str) for each in read_answer(body))
-    else:
-        assert 400 <= status < 600 and (reason or body["error"])
+    assert status == 200 or 400 <= status < 600
 
 
 # ---- images ----
