@@ -9,7 +9,7 @@ __all__ = ['VLLM_VARIABLES', 'ENGINES', 'DTYPES', 'ignored_settings', 'load_tran
            'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import copy, functools, importlib.metadata, itertools, os, queue, re, socket, threading
+import copy, importlib.metadata, itertools, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,8 +71,8 @@ def _end_tokens(model) -> set[int]:
     return {*ends} if isinstance(ends, list) else {ends}
 
 # %% ../../nbs/generation/24_engine.ipynb #3dd5c46e
-def model_inputs(requests: list[Request], processor, model):  # its name, for a message
-    "Token ids, masks and pixels of a batch; `UserError` without a chat template."
+def model_inputs(requests: list[Request], processor):
+    "Token ids, masks and pixels of a batch."
     texts, images = [], []
     for request in requests:
         chat = request.chat()
@@ -80,7 +80,6 @@ def model_inputs(requests: list[Request], processor, model):  # its name, for a 
             texts.append(chat["prompt"])
             images += chat["images"]
             continue
-        check_chat_template(processor, model)
         texts.append(processor.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True))
         parts = [part for turn in chat for part in turn["content"]]
@@ -148,7 +147,7 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings, folder):
         self.model, self.processor = load_transformers(folder, settings)
-        self.folder, self.settings = folder, settings
+        self.settings = settings
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, a batch at a time."
@@ -159,7 +158,7 @@ class TransformersEngine:
         import torch
 
         sampling, size = batch[0].sampling, self.settings.batch_size
-        inputs = model_inputs(batch, self.processor, self.folder).to(self.model.device)
+        inputs = model_inputs(batch, self.processor).to(self.model.device)
         length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
         room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
         if room <= 0:
@@ -169,14 +168,9 @@ class TransformersEngine:
                 f"tokens with its images, and the context holds {context}; raise max_model_len, "
                 "or lower max_pixels (preflight finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
-        try:
-            with torch.inference_mode():
-                config = _transformers_sampling(sampling, room)
-                found = draw_answers(self.model, inputs, config, sampling.draws)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
-                f"(now {size}), with which this rollout begins anew, or use engine=vllm.") from None
+        with torch.inference_mode():
+            config = _transformers_sampling(sampling, room)
+            found = draw_answers(self.model, inputs, config, sampling.draws)
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
@@ -278,7 +272,7 @@ class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
 
     def __init__(self, settings: EngineSettings, folder):
-        self.llm, self.folder = _load_vllm(folder, settings), folder
+        self.llm = _load_vllm(folder, settings)
         at_once = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self.queue = 2 * at_once  # unfinished completions; prompts with pixels lie in memory
         # tokens that a model never says are those of images; vLLM knows them as a bias
@@ -324,10 +318,8 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        sampling, enqueue = request.sampling, self.llm.enqueue
-        if request.dialect == "chat":
-            check_chat_template(self._processor, self.folder)
-            enqueue = self.llm.enqueue_chat
+        sampling, is_chat = request.sampling, request.dialect == "chat"
+        enqueue = self.llm.enqueue_chat if is_chat else self.llm.enqueue
         params = SamplingParams(
             n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
             seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias)
@@ -340,12 +332,6 @@ class VllmEngine:
                 f"{' '.join(str(error).split())[:300]} (max_model_len and max_pixels decide what "
                 "fits; preflight finds all that do not).") from None
         return name.partition("-")[0]  # outputs carry it without the random word behind it
-
-    @functools.cached_property
-    def _processor(self):
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
 
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae
 class _Worker:
@@ -459,13 +445,11 @@ def _check_cluster(count: int, gpus: int) -> None:
 
 def _ray_error(error: Exception) -> UserError:
     "What a worker said, as a sentence."
-    cause, said = getattr(error, "cause", None), " ".join(str(error).split())
-    if isinstance(cause, UserError):
+    if isinstance(cause := getattr(error, "cause", None), UserError):
         return cause
-    if (own := " medvlthinker.core.files.UserError: ") in said:  # the model did not load there
-        return UserError(said.rpartition(own)[2])
-    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: {said[-400:]}); what "
-                     "is finished is kept, run again to go on.")
+    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
+                     f"{' '.join(str(error).split())[-400:]}); what is finished is kept, run again "
+                     "to go on.")
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:
@@ -482,21 +466,18 @@ def start_ray(settings: Hardware) -> None:
 
     wanted = max(settings.data_parallel, settings.gpus, os.cpu_count() or 1)  # one a worker
     here = {} if address else {"num_cpus": wanted}
-    tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
-    while not ray.is_initialized():
-        try:
-            if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
-                # Ray itself would try for minutes
-                socket.create_connection((place[1], int(place[2])), 10).close()
-            # `local`: a cluster in RAY_ADDRESS, or one that has ended, is not ours to join
-            ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR",
-                     **here)
-        except Exception as error:  # Ray's own class where a start took too long
-            if tries := tries - 1:
-                continue
-            what = f"There is no Ray cluster at ray_address={address}" if address else (
-                "Ray could not be started here")
-            raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+    if ray.is_initialized():
+        return
+    try:
+        if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+            # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), 10).close()
+        # `local`: a cluster in RAY_ADDRESS, or one that has ended, is not ours to join
+        ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR", **here)
+    except Exception as error:  # of many classes
+        what = f"There is no Ray cluster at ray_address={address}" if address else (
+            "Ray could not be started here")
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 # %% ../../nbs/generation/24_engine.ipynb #2d9f9432
 def copies(
@@ -551,8 +532,6 @@ class Engine:
             if name not in known:
                 raise UserError(f"There is no {name!r} among {', '.join(known)}.")
         self.settings, served = settings, settings.engine == "openai"
-        if settings.model == "tiny":
-            _check_gpus(settings)  # before a minute is spent on making it
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
         self.weights = "" if served else model_fingerprint(self.model, self.revision)
@@ -575,11 +554,15 @@ class Engine:
         settings = self.settings
         if settings.engine == "openai":
             return ServerEngine(replace(settings, model=self.model))
+        from transformers import AutoProcessor
+
         check_nodes(settings)
         _check_gpus(settings)
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)
+        if self.dialect == "chat":
+            check_chat_template(AutoProcessor.from_pretrained(folder), folder)
         if ignored := ignored_settings(folder):
             print(f"{self.model}: generation_config.json asks for {ignored}; not applied, all "
                   "sampling is given by the run.")
