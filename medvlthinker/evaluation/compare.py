@@ -123,10 +123,7 @@ _MUST_AGREE = ("samples", "weights", "instruction", "dialect", "n", "temperature
                "max_tokens", "max_pixels")
 
 
-def config_difference(
-    first: RolloutConfig,
-    second: RolloutConfig,
-) -> str:
+def config_difference(first: RolloutConfig, second: RolloutConfig) -> str:
     "What keeps two rollouts of one model from being compared, in words; empty where nothing does."
     served = "openai" in (first.engine, second.engine)  # a server does not tell its weights
     pairs = {key: (getattr(first, key), getattr(second, key)) for key in _MUST_AGREE}
@@ -202,9 +199,9 @@ def paired_changes(
     `paired_difference`; `UserError` where questions have several answers."""
     import pandas as pd
 
-    second, first = (table.rename(columns={f"{side}_correct": "this_correct"})
+    second, first = (table.rename(columns={f"{side}_correct": "regrade_correct"})
                      for side in ("second", "first"))
-    changes = paired_difference(second, first, "this")
+    changes = paired_difference(second, first)
     for side in ("first", "second"):
         shares = 100 * table.groupby("dataset_name", sort=False)[f"{side}_correct"].mean()
         changes[side] = pd.concat([shares, pd.Series({"macro average": shares.mean()})])

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['VLLM_VARIABLES', 'ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers',
-           'batches', 'TransformersEngine', 'prefetch', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine',
-           'RayEngine', 'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine',
-           'FunctionEngine']
+           'batches', 'TransformersEngine', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine', 'RayEngine',
+           'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import copy, importlib.metadata, itertools, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.files import UserError, read_json, require_package
+from ..data.readers import parallel_map
 from medvlthinker.generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
@@ -190,25 +190,6 @@ def _transformers_sampling(sampling: Sampling, room: int):
                  "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(**given, max_new_tokens=room)
 
-# %% ../../nbs/generation/24_engine.ipynb #4afb9a6e
-def prefetch(
-    requests: Iterable[Request | None],  # None: there is nothing at this moment
-    ahead: int = 64,
-) -> Iterator[tuple[Request, Any] | None]:
-    "Each request with its chat, whose images a thread decodes while the caller works."
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque = deque()
-        for request in requests:
-            if request is not None:
-                waiting.append((request, pool.submit(request.chat)))
-            if len(waiting) > (ahead if request else 0):
-                first, chat = waiting.popleft()
-                yield first, chat.result()
-            elif request is None:
-                yield None
-        for first, chat in waiting:
-            yield first, chat.result()
-
 # %% ../../nbs/generation/24_engine.ipynb #60d35b15
 def vllm_arguments(
     settings: Hardware,
@@ -279,26 +260,31 @@ class VllmEngine:
         never = _generation_config(folder).get("suppress_tokens") or ()
         self.bias = dict.fromkeys(never, -100.0) or None
 
-    def answer(
-        self, requests: Iterable[Request | None],  # None: there is nothing at this moment
-    ) -> Iterator[tuple[Request, list[Completion]]]:
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
         waiting: dict[str, Request] = {}  # under vLLM's names
+        decoded = parallel_map(lambda each: (each, each.chat()), requests, threads=1, ahead=64)
         try:
-            for each in prefetch(requests):
-                if each:
-                    waiting[self._add(*each)] = each[0]
-                else:
-                    yield from self._step(waiting)
-                while self.llm.llm_engine.get_num_unfinished_requests() >= self.queue:
-                    yield from self._step(waiting)
+            for request, chat in decoded:
+                waiting[self.add(request, chat)] = request
+                while self.is_full():
+                    yield from self.step(waiting)
             while waiting:
-                yield from self._step(waiting)
+                yield from self.step(waiting)
         finally:
-            if waiting:
-                self.llm.llm_engine.abort_request(list(waiting))
+            self.drop(waiting)
 
-    def _step(self, waiting: dict[str, Request]) -> Iterator[tuple[Request, list[Completion]]]:
+    def is_full(self) -> bool:
+        "Has vLLM as much to do as it should be given at once?"
+        return self.llm.llm_engine.get_num_unfinished_requests() >= self.queue
+
+    def drop(self, waiting: dict[str, Request]) -> None:
+        "Let vLLM forget those that wait."
+        if waiting:
+            self.llm.llm_engine.abort_request(list(waiting))
+            waiting.clear()
+
+    def step(self, waiting: dict[str, Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Let vLLM work for a moment; what is finished leaves those that wait."
         try:
             outputs = self.llm.llm_engine.step()
@@ -313,7 +299,7 @@ class VllmEngine:
                            for each in output.outputs]
                 yield request, answers * (request.sampling.n // request.sampling.draws)
 
-    def _add(self, request: Request, chat) -> str:
+    def add(self, request: Request, chat) -> str:
         "Queue a request; returns vLLM's name for it."
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
@@ -343,35 +329,36 @@ class _Worker:
         check_weights(folder)
         self.engine = VllmEngine(settings, folder)
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.promises: dict[int, Future] = {}  # id of a request -> its completions
         threading.Thread(target=self._work, daemon=True).start()
 
     def answer(self, portion: list[Request]) -> list[list[Completion]]:
         "The completions of each request."
         promises = [Future() for _ in portion]
-        for pair in zip(portion, promises):
-            self.inbox.put(pair)
+        for request, promise in zip(portion, promises):
+            self.inbox.put((request, request.chat(), promise))
         return [promise.result() for promise in promises]
 
     def _work(self) -> None:
         while True:
+            promises: dict[int, Future] = {}  # id of a request -> its completions
             try:
-                for request, completions in self.engine.answer(self._requests()):
-                    self.promises.pop(id(request)).set_result(completions)
+                self._serve(promises)
             except Exception as error:  # each call that is open says so
-                while self.promises:
-                    self.promises.popitem()[1].set_exception(error)
+                while promises:
+                    promises.popitem()[1].set_exception(error)
 
-    def _requests(self) -> Iterator[Request | None]:
-        "What has come in; None while there is nothing new and vLLM has other work."
-        while True:
-            try:
-                request, promise = self.inbox.get(block=not self.promises)
-            except queue.Empty:
-                yield None
-                continue
-            self.promises[id(request)] = promise
-            yield request
+    def _serve(self, promises: dict[int, Future]) -> None:
+        waiting: dict[str, Request] = {}  # under vLLM's names
+        try:
+            while True:
+                while not (waiting and (self.inbox.empty() or self.engine.is_full())):
+                    request, chat, promise = self.inbox.get()
+                    promises[id(request)] = promise
+                    waiting[self.engine.add(request, chat)] = request
+                for request, completions in self.engine.step(waiting):
+                    promises.pop(id(request)).set_result(completions)
+        finally:
+            self.engine.drop(waiting)
 
 # %% ../../nbs/generation/24_engine.ipynb #7a06c6a1
 class RayEngine:
@@ -562,7 +549,11 @@ class Engine:
         check_weights(folder)
         refuse_too_large(folder, settings)
         if self.dialect == "chat":
-            check_chat_template(AutoProcessor.from_pretrained(folder), folder)
+            try:
+                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise unloadable_error(folder, error) from None
+            check_chat_template(processor, folder)
         if ignored := ignored_settings(folder):
             print(f"{self.model}: generation_config.json asks for {ignored}; not applied, all "
                   "sampling is given by the run.")

@@ -213,11 +213,8 @@ _ADVICE = {  # what a library says -> what to do
     "": "a file of it is missing, damaged or of another kind: copy or download it again"}
 
 
-def unloadable_error(
-    model: str | Path,
-    error: Exception,  # what its library said
-) -> UserError:
-    "The sentence for a model that does not load: none, damaged, too large, or no GPU for it."
+def unloadable_error(model: str | Path, error: Exception) -> UserError:
+    "The sentence for a model that its library does not load: damaged, too large, no GPU for it."
     words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
     said = f"{type(error).__name__}: {words}"
     way = next(way for part, way in _ADVICE.items() if re.search(part, said))
@@ -286,10 +283,7 @@ def _check_report(folder: Path, net, found: dict) -> None:
                         "Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
-def check_chat_template(
-    processor,  # of transformers
-    model: str | Path,
-) -> None:
+def check_chat_template(processor, model: str | Path) -> None:
     "`UserError` for a model without chat template or tokenizer (transformers makes an empty one)."
     if processor.tokenizer.vocab_size < 10:
         raise UserError(f"The model {model} has no tokenizer (tokenizer.json); copy it again, with "

@@ -187,7 +187,7 @@ def test_vllm_gets_questions_for_each_answer_that_has_ended(monkeypatch):
         model.left[str(request.index)] = request.sampling.n
         return str(request.index)
 
-    vllm.queue, vllm._add, vllm.llm = 8, add, SimpleNamespace(llm_engine=model)
+    vllm.queue, vllm.add, vllm.llm = 8, add, SimpleNamespace(llm_engine=model)
     asked = [Request(SAMPLES[0], index, Sampling(n=4, temperature=1.0)) for index in range(12)]
     assert {request.index for request, _ in vllm.answer(asked)} == {*range(12)}
     assert max(model.most) > 2
