@@ -23,9 +23,8 @@ from ..data.benchmarks import BENCHMARKS
 from ..data.sample import Sample
 from ..generation.model import folder_name
 
-if TYPE_CHECKING:  # both take long to load, so they are loaded where they are used
+if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
-    import pyarrow as pa
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #e9454fd9
 def image_cluster_id(sample: Sample) -> str:
@@ -59,31 +58,6 @@ def check_rules(*rules: str) -> None:
         raise UserError(f"No rule {unknown[0]!r}; known are {', '.join(RULES)}.")
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #09deb9d3
-def _grade_questions(
-    questions: list[tuple],  # of `match_rows`
-    rules: tuple[str, ...],
-) -> "pa.Table":
-    "The grades of some questions, in the columns of `grade_rollout`."
-    import pyarrow as pa
-
-    text = pa.dictionary(pa.int32(), pa.string())  # a text that is repeated takes four bytes
-    kinds = {"dataset_name": text, "dataset_index": pa.int64(), "image": text, "gold": text,
-             "completion": pa.int32()}
-    for rule in rules:
-        kinds |= {f"{rule}_label": text, f"{rule}_answer": text, f"{rule}_correct": pa.bool_()}
-    kinds |= {"finish_reason": text, "tokens": pa.int32()}
-    rows = []
-    for sample, image, row in questions:
-        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
-        for number, answer in enumerate(row["completions"]):
-            verdicts = [_verdict(answer["text"], sample, rule) for rule in rules]
-            rows.append((*about, number, *itertools.chain.from_iterable(verdicts),
-                         answer["finish_reason"], answer["tokens"]))
-    columns = zip(*rows) if rows else [()] * len(kinds)
-    return pa.table({name: pa.array(column, kind)
-                     for (name, kind), column in zip(kinds.items(), columns)})
-
-
 def _verdict(text: str | None, sample: Sample, rule: str) -> tuple[str | None, str | None, bool]:
     "The label; the label or, where there is none, the beginning of the answer; is it right?"
     found = grade(text, sample.options, sample.answer_label, rule)
@@ -97,15 +71,26 @@ def _grade_all(
     rolled: Iterable[tuple],  # pairs of samples and rollout
     rules: tuple[str, ...],
 ) -> "pd.DataFrame":
-    "The grades of all questions, in one table."
+    "The grades of all questions, in the columns of `grade_rollout`."
     import pyarrow as pa
 
     check_rules(*rules)
-    questions = itertools.chain.from_iterable(itertools.starmap(match_rows, rolled))
-    tables = [_grade_questions([], rules)]  # where there is no question
-    while batch := list(itertools.islice(questions, 64)):
-        tables.append(_grade_questions(batch, rules))
-    return pa.concat_tables(tables).unify_dictionaries().to_pandas()
+    text = pa.dictionary(pa.int32(), pa.string())  # a text that is repeated takes four bytes
+    kinds = {"dataset_name": text, "dataset_index": pa.int64(), "image": text, "gold": text,
+             "completion": pa.int32()}
+    for rule in rules:
+        kinds |= {f"{rule}_label": text, f"{rule}_answer": text, f"{rule}_correct": pa.bool_()}
+    kinds |= {"finish_reason": text, "tokens": pa.int32()}
+    rows = []
+    for sample, image, row in itertools.chain.from_iterable(itertools.starmap(match_rows, rolled)):
+        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
+        for number, answer in enumerate(row["completions"]):
+            verdicts = [_verdict(answer["text"], sample, rule) for rule in rules]
+            rows.append((*about, number, *itertools.chain.from_iterable(verdicts),
+                         answer["finish_reason"], answer["tokens"]))
+    columns = zip(*rows) if rows else [()] * len(kinds)
+    return pa.table({name: pa.array(column, kind)
+                     for (name, kind), column in zip(kinds.items(), columns)}).to_pandas()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #69eecfdc
 def grade_rollout(

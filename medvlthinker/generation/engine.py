@@ -22,7 +22,7 @@ from medvlthinker.generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
-from .request import Completion, EngineSettings, Hardware, Request, Sampling
+from .request import Completion, EngineSettings, Hardware, Request
 from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #7e01d820
@@ -156,6 +156,7 @@ class TransformersEngine:
 
     def _answer(self, batch: list[Request]) -> list[list[Completion]]:
         import torch
+        from transformers import GenerationConfig
 
         sampling, size = batch[0].sampling, self.settings.batch_size
         inputs = model_inputs(batch, self.processor).to(self.model.device)
@@ -168,8 +169,10 @@ class TransformersEngine:
                 f"tokens with its images, and the context holds {context}; raise max_model_len, "
                 "or lower max_pixels (preflight finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
+        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        config = GenerationConfig(max_new_tokens=room, do_sample=sampling.temperature > 0,
+                                  **(how if sampling.temperature else {}))
         with torch.inference_mode():
-            config = _transformers_sampling(sampling, room)
             found = draw_answers(self.model, inputs, config, sampling.draws)
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
@@ -179,16 +182,6 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return Completion(text, "stop" if end else "length", end or len(tokens))
-
-
-def _transformers_sampling(sampling: Sampling, room: int):
-    from transformers import GenerationConfig
-
-    given: dict = {"do_sample": False}
-    if sampling.temperature:
-        given = {"do_sample": True, "temperature": sampling.temperature,
-                 "top_p": sampling.top_p, "top_k": 0}
-    return GenerationConfig(**given, max_new_tokens=room)
 
 # %% ../../nbs/generation/24_engine.ipynb #60d35b15
 def vllm_arguments(
@@ -415,7 +408,11 @@ class RayEngine:
             try:
                 yield from zip(portion, ray.get(call), strict=True)
             except ray.exceptions.RayError as error:  # of a worker, a node, or an answer on its way
-                raise _ray_error(error) from None
+                if isinstance(cause := getattr(error, "cause", None), UserError):
+                    raise cause from None
+                raise UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
+                                f"{' '.join(str(error).split())[-400:]}); what is finished is "
+                                "kept, run again to go on.") from None
 
 
 def _check_cluster(count: int, gpus: int) -> None:
@@ -428,15 +425,6 @@ def _check_cluster(count: int, gpus: int) -> None:
                         f"has room for {room} (GPUs of its nodes: {', '.join(map(str, shown))}); "
                         "lower gpus, nodes or data_parallel, or name a larger cluster "
                         "(ray_address).")
-
-
-def _ray_error(error: Exception) -> UserError:
-    "What a worker said, as a sentence."
-    if isinstance(cause := getattr(error, "cause", None), UserError):
-        return cause
-    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
-                     f"{' '.join(str(error).split())[-400:]}); what is finished is kept, run again "
-                     "to go on.")
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:
@@ -453,18 +441,21 @@ def start_ray(settings: Hardware) -> None:
 
     wanted = max(settings.data_parallel, settings.gpus, os.cpu_count() or 1)  # one a worker
     here = {} if address else {"num_cpus": wanted}
-    if ray.is_initialized():
-        return
-    try:
-        if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
-            # Ray itself would try for minutes
-            socket.create_connection((place[1], int(place[2])), 10).close()
-        # `local`: a cluster in RAY_ADDRESS, or one that has ended, is not ours to join
-        ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR", **here)
-    except Exception as error:  # of many classes
-        what = f"There is no Ray cluster at ray_address={address}" if address else (
-            "Ray could not be started here")
-        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+    tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
+    while not ray.is_initialized():
+        try:
+            if place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address):
+                # Ray itself would try for minutes
+                socket.create_connection((place[1], int(place[2])), 10).close()
+            # `local`: a cluster in RAY_ADDRESS, or one that has ended, is not ours to join
+            ray.init(address=address or "local", include_dashboard=False, logging_level="ERROR",
+                     **here)
+        except Exception as error:  # Ray's own class where a start took too long
+            if tries := tries - 1:
+                continue
+            what = f"There is no Ray cluster at ray_address={address}" if address else (
+                "Ray could not be started here")
+            raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 # %% ../../nbs/generation/24_engine.ipynb #2d9f9432
 def copies(

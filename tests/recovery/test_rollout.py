@@ -176,7 +176,6 @@ def answered(tmp_path):
 DAMAGES = {  # what a disk, a copy that broke off or an editor does to a file; which lines it costs
     "a flipped byte": (lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], {7}),
     "a flipped end of a line": (lambda data: data.replace(b"\n", b"\x0b", 1), {0, 1}),
-    "cut off in the middle": (lambda data: data[:len(data) // 2 + 30], {4, 5, 6, 7}),
     "a page in the middle zeroes": (lambda data: data[:300] + bytes(90) + data[390:], {1, 2}),
     "gone": (lambda data: None, {*range(8)}),
     "a line twice": (lambda data: data + data[:data.index(b"\n") + 1], {}),

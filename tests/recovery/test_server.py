@@ -116,18 +116,10 @@ class Faulty(Handler):
             return self.reply(400, {"error": {"message": "n must be 1"}})
         self.well(number, body)
 
-    def moved(self, number, body):
-        elsewhere = f"http://127.0.0.1:{self.server.elsewhere}/v1/chat/completions"
-        self.reply(307, b"", Location=elsewhere)
 
-    def reply(self, status, body, **headers):
-        self.server.authorized.append(self.headers["Authorization"])
-        super().reply(status, body, **headers)
-
-
-@contextlib.contextmanager
-def faulty_server():
-    facts = {"asked": [], "plan": {}, "authorized": [], "now": 0, "most": 0, "owner": "us", "forever": False,
+@pytest.fixture
+def faulty():
+    facts = {"asked": [], "plan": {}, "now": 0, "most": 0, "owner": "us", "forever": False,
              "pause": lambda number: 0.01, "rule": lambda body: None, "stopping": threading.Event()}
     with serving(Faulty, **facts) as server:
         server.url += "/v1"
@@ -135,16 +127,10 @@ def faulty_server():
         server.stopping.set()
 
 
-@pytest.fixture
-def faulty():
-    with faulty_server() as server:
-        yield server
-
-
-def requests(count: int, sampling: Sampling = ONE, first: int = 0) -> list[Request]:
+def requests(count: int, sampling: Sampling = ONE) -> list[Request]:
     options = {"A": "Yes", "B": "No"}
     samples = [Sample(f"Is this number {i}?", options, "A", "Yes", dataset_name="toy",
-                      dataset_index=i) for i in range(first, first + count)]
+                      dataset_index=i) for i in range(count)]
     return [Request(sample, sample.dataset_index, sampling) for sample in samples]
 
 
@@ -237,15 +223,6 @@ def test_hopeless_ends_the_run_and_keeps_what_was_answered(faulty, act, part, ca
     output = capsys.readouterr()
     said = f"{reason}{found}{output.out}{output.err}{caplog.text}{server!r}{server.budget!r}"
     assert KEY not in said
-
-
-def test_the_key_does_not_follow_a_redirect(faulty):
-    "A server sends us to another address: the question is asked there, without the key."
-    with faulty_server() as other:
-        faulty.elsewhere, faulty.plan, faulty.forever = other.server_port, {0: ["moved"]}, True
-        found, reason = gather(engine(faulty.url).answer(requests(1)))
-        assert reason == "" and len(other.asked) == 1 and found[0][0].finish_reason == "stop"
-        assert other.authorized == [None]
 
 
 def test_a_server_that_goes_away(faulty):

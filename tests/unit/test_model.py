@@ -146,11 +146,6 @@ def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
             check_weights(copied(folder, tmp_path / f"{name}-blind", dropped("vision_tower")))
 
 
-def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
-    check_weights(copied(blank, tmp_path / "quantised", dropped("layers.1"), quantization_config={"quant_method": "awq", "bits": 4}))
-    check_weights(copied(blank, tmp_path / "unknown", dropped("layers.1"), model_type="nobody_knows"))
-
-
 @pytest.fixture
 def corpus(tmp_path) -> tuple[Path, Path, Path]:
     "Data, checkpoints and logs of a training run; the data are eight questions."
