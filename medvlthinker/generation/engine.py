@@ -43,7 +43,6 @@ def _generation_config(folder) -> dict:
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
 def load_transformers(folder, settings: EngineSettings) -> tuple:
     "The model in a folder and its processor; `UserError` where they do not load."
-    require_package("torch", "torchvision")
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
     from transformers.utils import logging
@@ -532,6 +531,7 @@ class Engine:
         settings = self.settings
         if settings.engine == "openai":
             return ServerEngine(replace(settings, model=self.model))
+        require_package("torch", "torchvision")
         from transformers import AutoProcessor
 
         check_nodes(settings)
