@@ -24,28 +24,23 @@ class Baseline:
     dialect: str = "chat"  # one of prompt.DIALECTS
     instruction: str = "trained"  # a name in prompt.INSTRUCTIONS
     engine: str = "vllm"  # or `openai`
-    note: str = ""
 
 # %% ../../nbs/generation/22_model.ipynb #a829e8db
-_AZURE: dict = {"engine": "openai", "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
     "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3"),
-    "MedGemma 4B": Baseline(
-        "google/medgemma-4b-it", "gemma3",
-        note="its command is not in the repository; as for Gemma 3 4B"),
+    # its command is not in the paper's repository; as for Gemma 3 4B
+    "MedGemma 4B": Baseline("google/medgemma-4b-it", "gemma3"),
     "MedGemma 27B": Baseline("google/medgemma-27b-it", "gemma3"),
-    "LLaVA-Med v1.5 Mistral 7B": Baseline(
-        "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline",
-        note="eager; its config.json lacks head_dim, which is 128"),
-    "HuatuoGPT-Vision-7B": Baseline(
-        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline",
-        note="eager; the table's numbers come from another fork"),
-    "HuatuoGPT-Vision-34B": Baseline(
-        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain",
-        note="the table's numbers come from another fork"),
-    "GPT-4o": Baseline("gpt-4o-2024-11-20", **_AZURE),
-    "GPT-4o-mini": Baseline("gpt-4o-mini-2024-07-18", **_AZURE),
+    "LLaVA-Med v1.5 Mistral 7B": Baseline(  # eager; its config.json lacks head_dim, which is 128
+        "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline"),
+    "HuatuoGPT-Vision-7B": Baseline(  # eager; the table's numbers come from another fork
+        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline"),
+    "HuatuoGPT-Vision-34B": Baseline(  # the table's numbers come from another fork
+        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain"),
+    # through Azure, API 2024-12-01-preview
+    "GPT-4o": Baseline("gpt-4o-2024-11-20", engine="openai"),
+    "GPT-4o-mini": Baseline("gpt-4o-mini-2024-07-18", engine="openai"),
 }
 
 # %% ../../nbs/generation/22_model.ipynb #c63863f1
