@@ -8,8 +8,8 @@ __all__ = ['split_words', 'SAFE', 'UNSAFE', 'TOO_FEW', 'MAX_DIFFERENCE', 'MAX_FL
            'engine_agreement']
 
 # %% ../../nbs/evaluation/51_compare.ipynb #5901689a
-import functools, itertools, os, re, statistics
-from collections.abc import Callable, Iterator, Sequence
+import os, re, statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from ..core.files import UserError
 from ..core.grade import Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
-from .evaluate import map_questions, paired_difference
+from .evaluate import check_rules, match_rows, paired_difference
 from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
@@ -96,7 +96,7 @@ def _difference_cause(completions: tuple[dict, dict], one: Grade, two: Grade) ->
 def _compare(
     sample: Sample,
     completions: tuple[dict, dict],
-    rules: tuple[str, ...],  # two
+    rules: tuple[str, str],
     split: Callable[[str], list] = split_words,
 ) -> dict:
     "A row of the table, as far as it follows from the question's two completions."
@@ -123,10 +123,7 @@ _MUST_AGREE = ("samples", "weights", "instruction", "dialect", "n", "temperature
                "max_tokens", "max_pixels")
 
 
-def config_difference(
-    first: RolloutConfig,
-    second: RolloutConfig,
-) -> str:
+def config_difference(first: RolloutConfig, second: RolloutConfig) -> str:
     "What keeps two rollouts of one model from being compared, in words; empty where nothing does."
     served = "openai" in (first.engine, second.engine)  # a server does not tell its weights
     pairs = {key: (getattr(first, key), getattr(second, key)) for key in _MUST_AGREE}
@@ -146,36 +143,26 @@ def check_questions(
                         "with.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb15
-def _compare_questions(
-    questions: list[tuple],  # of `match_rows`, with two rows each, or one that two rules read
-    rules: tuple[str, ...],
-    split: Callable[[str], list],
-) -> list[dict]:
-    "A row for each pair of answers."
-    found = []
-    for sample, image, *rows in questions:
-        names = {"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index}
-        sides = rows[0]["completions"], rows[-1]["completions"]
-        for number, pair in enumerate(zip(*sides, strict=True)):
-            compared = _compare(sample, pair, rules, split)
-            found.append({**names, "completion": number, **compared, "image": image})
-    return found
-
-
 def _compare_all(
-    rolled: Sequence[tuple],  # of samples and two rollouts, or one that two rules read
+    rolled: Iterable[tuple],  # of samples and two rollouts, or one that two rules read
     rules: tuple[str, str],
     split: Callable[[str], list] = split_words,
 ) -> "pd.DataFrame":
-    "The rows of all questions in one table."
+    "A row for each pair of answers to all questions."
     import pandas as pd
 
+    check_rules(*rules)
+    found = []
     for samples, *rollouts in rolled:
         for rollout in rollouts:
             check_questions(samples, rollout)
-    work = functools.partial(_compare_questions, split=split)
-    workers = 0 if split is split_words else 1  # a tokenizer takes long to send
-    return pd.DataFrame(itertools.chain(*map_questions(work, rolled, rules, workers)))
+        for sample, image, *rows in match_rows(samples, *rollouts):
+            names = {"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index}
+            sides = rows[0]["completions"], rows[-1]["completions"]
+            for number, pair in enumerate(zip(*sides, strict=True)):
+                compared = _compare(sample, pair, rules, split)
+                found.append({**names, "completion": number, **compared, "image": image})
+    return pd.DataFrame(found)
 
 # %% ../../nbs/evaluation/51_compare.ipynb #d9401136
 def compare_rollouts(
@@ -212,9 +199,9 @@ def paired_changes(
     `paired_difference`; `UserError` where questions have several answers."""
     import pandas as pd
 
-    second, first = (table.rename(columns={f"{side}_correct": "this_correct"})
+    second, first = (table.rename(columns={f"{side}_correct": "regrade_correct"})
                      for side in ("second", "first"))
-    changes = paired_difference(second, first, "this")
+    changes = paired_difference(second, first)
     for side in ("first", "second"):
         shares = 100 * table.groupby("dataset_name", sort=False)[f"{side}_correct"].mean()
         changes[side] = pd.concat([shares, pd.Series({"macro average": shares.mean()})])

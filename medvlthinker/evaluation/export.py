@@ -6,11 +6,11 @@
 __all__ = ['FORMS', 'inspect_sample', 'write_inspect_log', 'write_eval_results', 'read_eval_results', 'export_logs']
 
 # %% ../../nbs/evaluation/53_export.ipynb #29ec67df
-import importlib.util, json, re
+import json, re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
@@ -97,18 +97,6 @@ def _inspect_samples(
                                 "answer": answer if isinstance(answer, str) else ""}
             yield inspect_sample(sample, completion, epoch, scores, rollout.config)
 
-
-def _check_form(head: dict, sample: dict) -> None:
-    "`UserError` where an inspect_ai that is installed does not know this form."
-    if importlib.util.find_spec("inspect_ai"):
-        from inspect_ai.log import EvalLog
-
-        try:
-            EvalLog.model_validate({**head, "samples": [sample]})
-        except ValueError as error:
-            raise UserError("The installed inspect_ai has another form of logs; install 0.3.285: "
-                            f"{' '.join(str(error).split())[:300]}.") from None
-
 # %% ../../nbs/evaluation/53_export.ipynb #ab70
 def write_inspect_log(
     samples: Sequence[Sample],  # of one benchmark
@@ -118,14 +106,13 @@ def write_inspect_log(
     "Write a rollout as a log of inspect_ai, each rule as a scorer."
     grades = grade_rollout(samples, rollout)
     head = _head(samples, rollout, grades)
-    answers = _inspect_samples(samples, rollout, grades)
-    _check_form(head, first := next(answers))
     task = re.sub(r"[\W_]+", "-", head["eval"]["task"])
     created = head["eval"]["created"].replace(":", "-")
     path = Path(folder) / f"{created}_{task}_{head['eval']['task_id']}.json"
     with atomic_write(path) as file:
-        file.write(f'{_to_json(head)[:-1]}, "samples": [\n{_to_json(first)}')
-        file.writelines(",\n" + _to_json(each) for each in answers)
+        file.write(f'{_to_json(head)[:-1]}, "samples": [')
+        for number, answer in enumerate(_inspect_samples(samples, rollout, grades)):
+            file.write(f"{',' if number else ''}\n{_to_json(answer)}")
         file.write("\n]}\n")
     return path
 
@@ -154,25 +141,20 @@ def write_eval_results(
 _LINE = "a line of eval_results.jsonl: dataset_name, dataset_index, parsed_outputs with output_text"
 
 
-def _is_published(line) -> TypeGuard[dict]:
-    "Has a line's value what is read of it, in the types of the published files?"
-    fields = {"dataset_index": int, "dataset_name": str, "parsed_outputs": list}
-    return isinstance(line, dict) and all(
-        isinstance(line.get(name), kind) for name, kind in fields.items()) and all(
-        isinstance(output, dict) and isinstance(output.get("output_text", 0), str | None)
-        for output in line["parsed_outputs"])
-
-
 def read_eval_results(
     path,  # eval_results.jsonl
     samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
 ) -> Iterator[dict]:
     "The rows of a rollout in the published layout; `UserError` names file, line and problem."
     seen, gold = set(), {sample.dataset_index: sample.answer_label for sample in samples}
-    for where, line in read_rows(path):
-        if not _is_published(line):
-            raise UserError(f"{path}: {where} is not {_LINE}.")
-        index, label = line["dataset_index"], line.get("answer_label")
+    lines: Iterable[tuple[str, Any]] = read_rows(path)
+    for where, line in lines:
+        try:
+            index, label = int(line["dataset_index"]), line.get("answer_label")
+            name = str(line["dataset_name"])
+            texts = [str(output["output_text"] or "") for output in line["parsed_outputs"]]
+        except (LookupError, TypeError, ValueError, OverflowError):
+            raise UserError(f"{path}: {where} is not {_LINE}.") from None
         if index in seen:
             raise UserError(f"{path}: {where} has the dataset_index {index} of an earlier line; "
                             "keep one of them.")
@@ -180,8 +162,7 @@ def read_eval_results(
             raise UserError(f"{path}: {where} has the answer_label {label}, where the samples say "
                             f"{gold.get(index)}: these are results of other questions.")
         seen.add(index)
-        texts = [output["output_text"] or "" for output in line["parsed_outputs"]]
-        yield {"dataset_name": line["dataset_name"], "dataset_index": index, "completions": [
+        yield {"dataset_name": name, "dataset_index": index, "completions": [
             {"text": text, "finish_reason": "unknown", "tokens": 0} for text in texts]}
 
 # %% ../../nbs/evaluation/53_export.ipynb #f78b36bd

@@ -23,26 +23,17 @@ if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9b072c6a
-def original(
-    samples: Sequence[Sample],
-    seed: int = 0,  # not used; every condition takes one
-) -> list[Sample]:
-    "The questions that have images, unchanged."
+def original(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    "The questions that have images, unchanged; like every condition it takes a seed."
     return [sample for sample in samples if sample.images]
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #ab10
-def no_image(
-    samples: Sequence[Sample],
-    seed: int = 0,  # not used
-) -> list[Sample]:
+def no_image(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     "The same questions in the same words, without their images."
     return [replace(sample, images=()) for sample in original(samples)]
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #b07ee30f
-def blank(
-    samples: Sequence[Sample],
-    seed: int = 0,  # not used
-) -> list[Sample]:
+def blank(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     "The same questions, each image replaced by a grey one of its size."
     from PIL import Image
 
@@ -151,10 +142,10 @@ def _measures(answers: "pd.DataFrame") -> dict:
     return found
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #ab51
-def ablation_effects(
-    answers: "pd.DataFrame",  # of `ablation_answers`
-) -> "pd.DataFrame":
-    "A row for each measure and set: measure, dataset_name, n, percent, low, high."
+def ablation_effects(answers: "pd.DataFrame") -> "pd.DataFrame":
+    """From `ablation_answers` a row for each measure and set.
+
+    Columns: measure, dataset_name, n, percent, low, high."""
     import pandas as pd
 
     rows = []
@@ -171,11 +162,8 @@ def ablation_effects(
     return pd.DataFrame(rows, columns=["measure", "dataset_name", "n", "percent", "low", "high"])
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #686a4bfd
-def ablation_verdict(
-    model: str,  # its name
-    effects: "pd.DataFrame",  # of `ablation_effects`
-) -> str:
-    "Whether the model uses the image, in one sentence."
+def ablation_verdict(model: str, effects: "pd.DataFrame") -> str:
+    "Whether a model uses the image, by its `ablation_effects`, in one sentence."
     found = effects.query("measure == 'visual reliance' and dataset_name == 'macro average'")
     if found.empty:
         return (f"Whether {model} uses the image was not asked: that takes the conditions original "
@@ -211,10 +199,8 @@ def ask_conditions(
     return asked
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c46092c
-def ablation_table(
-    effects: "pd.DataFrame",  # of `ablation_effects`
-) -> "pd.DataFrame":
-    "A row for each measure, in percent: macro average, low, high, then each set."
+def ablation_table(effects: "pd.DataFrame") -> "pd.DataFrame":
+    "A row for each measure of `ablation_effects`: macro average, low, high, then each set."
     wide = effects.pivot_table("percent", "measure", "dataset_name", sort=False)
     bounds = effects.groupby("measure", sort=False)[["low", "high"]].first()  # of the macro average
     return wide.iloc[:, :1].join(bounds).join(wide.iloc[:, 1:]).round(1)

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['VLLM_VARIABLES', 'ENGINES', 'DTYPES', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers',
-           'batches', 'TransformersEngine', 'prefetch', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine',
-           'RayEngine', 'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine',
-           'FunctionEngine']
+           'batches', 'TransformersEngine', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine', 'RayEngine',
+           'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import copy, functools, importlib.metadata, itertools, os, queue, re, socket, threading
+import copy, importlib.metadata, itertools, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.files import UserError, read_json, require_package
+from ..data.readers import parallel_map
 from medvlthinker.generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
-from .request import Completion, EngineSettings, Hardware, Request, Sampling
+from .request import Completion, EngineSettings, Hardware, Request
 from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #7e01d820
@@ -43,7 +43,6 @@ def _generation_config(folder) -> dict:
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
 def load_transformers(folder, settings: EngineSettings) -> tuple:
     "The model in a folder and its processor; `UserError` where they do not load."
-    require_package("torch", "torchvision")
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
     from transformers.utils import logging
@@ -71,8 +70,8 @@ def _end_tokens(model) -> set[int]:
     return {*ends} if isinstance(ends, list) else {ends}
 
 # %% ../../nbs/generation/24_engine.ipynb #3dd5c46e
-def model_inputs(requests: list[Request], processor, model):  # its name, for a message
-    "Token ids, masks and pixels of a batch; `UserError` without a chat template."
+def model_inputs(requests: list[Request], processor):
+    "Token ids, masks and pixels of a batch."
     texts, images = [], []
     for request in requests:
         chat = request.chat()
@@ -80,7 +79,6 @@ def model_inputs(requests: list[Request], processor, model):  # its name, for a 
             texts.append(chat["prompt"])
             images += chat["images"]
             continue
-        check_chat_template(processor, model)
         texts.append(processor.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True))
         parts = [part for turn in chat for part in turn["content"]]
@@ -148,7 +146,7 @@ class TransformersEngine:
 
     def __init__(self, settings: EngineSettings, folder):
         self.model, self.processor = load_transformers(folder, settings)
-        self.folder, self.settings = folder, settings
+        self.settings = settings
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, a batch at a time."
@@ -157,9 +155,10 @@ class TransformersEngine:
 
     def _answer(self, batch: list[Request]) -> list[list[Completion]]:
         import torch
+        from transformers import GenerationConfig
 
         sampling, size = batch[0].sampling, self.settings.batch_size
-        inputs = model_inputs(batch, self.processor, self.folder).to(self.model.device)
+        inputs = model_inputs(batch, self.processor).to(self.model.device)
         length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
         room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
         if room <= 0:
@@ -169,14 +168,11 @@ class TransformersEngine:
                 f"tokens with its images, and the context holds {context}; raise max_model_len, "
                 "or lower max_pixels (preflight finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
-        try:
-            with torch.inference_mode():
-                config = _transformers_sampling(sampling, room)
-                found = draw_answers(self.model, inputs, config, sampling.draws)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"The GPU has not enough memory for {len(batch)} prompts at once; lower batch_size "
-                f"(now {size}), with which this rollout begins anew, or use engine=vllm.") from None
+        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        config = GenerationConfig(max_new_tokens=room, do_sample=sampling.temperature > 0,
+                                  **(how if sampling.temperature else {}))
+        with torch.inference_mode():
+            found = draw_answers(self.model, inputs, config, sampling.draws)
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
@@ -185,35 +181,6 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         text = self.processor.tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return Completion(text, "stop" if end else "length", end or len(tokens))
-
-
-def _transformers_sampling(sampling: Sampling, room: int):
-    from transformers import GenerationConfig
-
-    given: dict = {"do_sample": False}
-    if sampling.temperature:
-        given = {"do_sample": True, "temperature": sampling.temperature,
-                 "top_p": sampling.top_p, "top_k": 0}
-    return GenerationConfig(**given, max_new_tokens=room)
-
-# %% ../../nbs/generation/24_engine.ipynb #4afb9a6e
-def prefetch(
-    requests: Iterable[Request | None],  # None: there is nothing at this moment
-    ahead: int = 64,
-) -> Iterator[tuple[Request, Any] | None]:
-    "Each request with its chat, whose images a thread decodes while the caller works."
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque = deque()
-        for request in requests:
-            if request is not None:
-                waiting.append((request, pool.submit(request.chat)))
-            if len(waiting) > (ahead if request else 0):
-                first, chat = waiting.popleft()
-                yield first, chat.result()
-            elif request is None:
-                yield None
-        for first, chat in waiting:
-            yield first, chat.result()
 
 # %% ../../nbs/generation/24_engine.ipynb #60d35b15
 def vllm_arguments(
@@ -278,33 +245,38 @@ class VllmEngine:
     "Generation by vLLM in this process, on the GPUs of one node or on the CPU."
 
     def __init__(self, settings: EngineSettings, folder):
-        self.llm, self.folder = _load_vllm(folder, settings), folder
+        self.llm = _load_vllm(folder, settings)
         at_once = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self.queue = 2 * at_once  # unfinished completions; prompts with pixels lie in memory
         # tokens that a model never says are those of images; vLLM knows them as a bias
         never = _generation_config(folder).get("suppress_tokens") or ()
         self.bias = dict.fromkeys(never, -100.0) or None
 
-    def answer(
-        self, requests: Iterable[Request | None],  # None: there is nothing at this moment
-    ) -> Iterator[tuple[Request, list[Completion]]]:
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
         waiting: dict[str, Request] = {}  # under vLLM's names
+        decoded = parallel_map(lambda each: (each, each.chat()), requests, threads=1, ahead=64)
         try:
-            for each in prefetch(requests):
-                if each:
-                    waiting[self._add(*each)] = each[0]
-                else:
-                    yield from self._step(waiting)
-                while self.llm.llm_engine.get_num_unfinished_requests() >= self.queue:
-                    yield from self._step(waiting)
+            for request, chat in decoded:
+                waiting[self.add(request, chat)] = request
+                while self.is_full():
+                    yield from self.step(waiting)
             while waiting:
-                yield from self._step(waiting)
+                yield from self.step(waiting)
         finally:
-            if waiting:
-                self.llm.llm_engine.abort_request(list(waiting))
+            self.drop(waiting)
 
-    def _step(self, waiting: dict[str, Request]) -> Iterator[tuple[Request, list[Completion]]]:
+    def is_full(self) -> bool:
+        "Has vLLM as much to do as it should be given at once?"
+        return self.llm.llm_engine.get_num_unfinished_requests() >= self.queue
+
+    def drop(self, waiting: dict[str, Request]) -> None:
+        "Let vLLM forget those that wait."
+        if waiting:
+            self.llm.llm_engine.abort_request(list(waiting))
+            waiting.clear()
+
+    def step(self, waiting: dict[str, Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Let vLLM work for a moment; what is finished leaves those that wait."
         try:
             outputs = self.llm.llm_engine.step()
@@ -319,15 +291,13 @@ class VllmEngine:
                            for each in output.outputs]
                 yield request, answers * (request.sampling.n // request.sampling.draws)
 
-    def _add(self, request: Request, chat) -> str:
+    def add(self, request: Request, chat) -> str:
         "Queue a request; returns vLLM's name for it."
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        sampling, enqueue = request.sampling, self.llm.enqueue
-        if request.dialect == "chat":
-            check_chat_template(self._processor, self.folder)
-            enqueue = self.llm.enqueue_chat
+        sampling, is_chat = request.sampling, request.dialect == "chat"
+        enqueue = self.llm.enqueue_chat if is_chat else self.llm.enqueue
         params = SamplingParams(
             n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
             seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias)
@@ -341,12 +311,6 @@ class VllmEngine:
                 "fits; preflight finds all that do not).") from None
         return name.partition("-")[0]  # outputs carry it without the random word behind it
 
-    @functools.cached_property
-    def _processor(self):
-        from transformers import AutoProcessor
-
-        return AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
-
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae
 class _Worker:
     "A vLLM on a cluster, which works on all calls together."
@@ -357,35 +321,36 @@ class _Worker:
         check_weights(folder)
         self.engine = VllmEngine(settings, folder)
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
-        self.promises: dict[int, Future] = {}  # id of a request -> its completions
         threading.Thread(target=self._work, daemon=True).start()
 
     def answer(self, portion: list[Request]) -> list[list[Completion]]:
         "The completions of each request."
         promises = [Future() for _ in portion]
-        for pair in zip(portion, promises):
-            self.inbox.put(pair)
+        for request, promise in zip(portion, promises):
+            self.inbox.put((request, request.chat(), promise))
         return [promise.result() for promise in promises]
 
     def _work(self) -> None:
         while True:
+            promises: dict[int, Future] = {}  # id of a request -> its completions
             try:
-                for request, completions in self.engine.answer(self._requests()):
-                    self.promises.pop(id(request)).set_result(completions)
+                self._serve(promises)
             except Exception as error:  # each call that is open says so
-                while self.promises:
-                    self.promises.popitem()[1].set_exception(error)
+                while promises:
+                    promises.popitem()[1].set_exception(error)
 
-    def _requests(self) -> Iterator[Request | None]:
-        "What has come in; None while there is nothing new and vLLM has other work."
-        while True:
-            try:
-                request, promise = self.inbox.get(block=not self.promises)
-            except queue.Empty:
-                yield None
-                continue
-            self.promises[id(request)] = promise
-            yield request
+    def _serve(self, promises: dict[int, Future]) -> None:
+        waiting: dict[str, Request] = {}  # under vLLM's names
+        try:
+            while True:
+                while not (waiting and (self.inbox.empty() or self.engine.is_full())):
+                    request, chat, promise = self.inbox.get()
+                    promises[id(request)] = promise
+                    waiting[self.engine.add(request, chat)] = request
+                for request, completions in self.engine.step(waiting):
+                    promises.pop(id(request)).set_result(completions)
+        finally:
+            self.engine.drop(waiting)
 
 # %% ../../nbs/generation/24_engine.ipynb #7a06c6a1
 class RayEngine:
@@ -442,7 +407,11 @@ class RayEngine:
             try:
                 yield from zip(portion, ray.get(call), strict=True)
             except ray.exceptions.RayError as error:  # of a worker, a node, or an answer on its way
-                raise _ray_error(error) from None
+                if isinstance(cause := getattr(error, "cause", None), UserError):
+                    raise cause from None
+                raise UserError(f"A worker of Ray has stopped ({type(error).__name__}: "
+                                f"{' '.join(str(error).split())[-400:]}); what is finished is "
+                                "kept, run again to go on.") from None
 
 
 def _check_cluster(count: int, gpus: int) -> None:
@@ -455,17 +424,6 @@ def _check_cluster(count: int, gpus: int) -> None:
                         f"has room for {room} (GPUs of its nodes: {', '.join(map(str, shown))}); "
                         "lower gpus, nodes or data_parallel, or name a larger cluster "
                         "(ray_address).")
-
-
-def _ray_error(error: Exception) -> UserError:
-    "What a worker said, as a sentence."
-    cause, said = getattr(error, "cause", None), " ".join(str(error).split())
-    if isinstance(cause, UserError):
-        return cause
-    if (own := " medvlthinker.core.files.UserError: ") in said:  # the model did not load there
-        return UserError(said.rpartition(own)[2])
-    return UserError(f"A worker of Ray has stopped ({type(error).__name__}: {said[-400:]}); what "
-                     "is finished is kept, run again to go on.")
 
 # %% ../../nbs/generation/24_engine.ipynb #6f3cb1de
 def start_ray(settings: Hardware) -> None:
@@ -551,8 +509,6 @@ class Engine:
             if name not in known:
                 raise UserError(f"There is no {name!r} among {', '.join(known)}.")
         self.settings, served = settings, settings.engine == "openai"
-        if settings.model == "tiny":
-            _check_gpus(settings)  # before a minute is spent on making it
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)
         self.weights = "" if served else model_fingerprint(self.model, self.revision)
@@ -575,11 +531,20 @@ class Engine:
         settings = self.settings
         if settings.engine == "openai":
             return ServerEngine(replace(settings, model=self.model))
+        require_package("torch", "torchvision")
+        from transformers import AutoProcessor
+
         check_nodes(settings)
         _check_gpus(settings)
         folder = download_model(self.model, self.revision)
         check_weights(folder)
         refuse_too_large(folder, settings)
+        if self.dialect == "chat":
+            try:
+                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise unloadable_error(folder, error) from None
+            check_chat_template(processor, folder)
         if ignored := ignored_settings(folder):
             print(f"{self.model}: generation_config.json asks for {ignored}; not applied, all "
                   "sampling is given by the run.")

@@ -8,7 +8,7 @@ __all__ = ['BASELINES', 'Baseline', 'prompt_format', 'folder_name', 'resolve_mod
            'weight_bytes', 'tensor_parallel_size', 'refuse_too_large', 'pixel_limits']
 
 # %% ../../nbs/generation/22_model.ipynb #18f8ddef
-import hashlib, json, os, re, shutil, subprocess
+import hashlib, os, re, shutil, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -24,28 +24,23 @@ class Baseline:
     dialect: str = "chat"  # one of prompt.DIALECTS
     instruction: str = "trained"  # a name in prompt.INSTRUCTIONS
     engine: str = "vllm"  # or `openai`
-    note: str = ""
 
 # %% ../../nbs/generation/22_model.ipynb #a829e8db
-_AZURE: dict = {"engine": "openai", "note": "through Azure, API 2024-12-01-preview"}
 BASELINES = {
     "Gemma 3 4B": Baseline("google/gemma-3-4b-it", "gemma3"),
     "Gemma 3 27B": Baseline("google/gemma-3-27b-it", "gemma3"),
-    "MedGemma 4B": Baseline(
-        "google/medgemma-4b-it", "gemma3",
-        note="its command is not in the repository; as for Gemma 3 4B"),
+    # its command is not in the paper's repository; as for Gemma 3 4B
+    "MedGemma 4B": Baseline("google/medgemma-4b-it", "gemma3"),
     "MedGemma 27B": Baseline("google/medgemma-27b-it", "gemma3"),
-    "LLaVA-Med v1.5 Mistral 7B": Baseline(
-        "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline",
-        note="eager; its config.json lacks head_dim, which is 128"),
-    "HuatuoGPT-Vision-7B": Baseline(
-        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline",
-        note="eager; the table's numbers come from another fork"),
-    "HuatuoGPT-Vision-34B": Baseline(
-        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain",
-        note="the table's numbers come from another fork"),
-    "GPT-4o": Baseline("gpt-4o-2024-11-20", **_AZURE),
-    "GPT-4o-mini": Baseline("gpt-4o-mini-2024-07-18", **_AZURE),
+    "LLaVA-Med v1.5 Mistral 7B": Baseline(  # eager; its config.json lacks head_dim, which is 128
+        "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline"),
+    "HuatuoGPT-Vision-7B": Baseline(  # eager; the table's numbers come from another fork
+        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline"),
+    "HuatuoGPT-Vision-34B": Baseline(  # the table's numbers come from another fork
+        "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain"),
+    # through Azure, API 2024-12-01-preview
+    "GPT-4o": Baseline("gpt-4o-2024-11-20", engine="openai"),
+    "GPT-4o-mini": Baseline("gpt-4o-mini-2024-07-18", engine="openai"),
 }
 
 # %% ../../nbs/generation/22_model.ipynb #c63863f1
@@ -202,55 +197,23 @@ def empty_model(folder: Path):
     except Exception:  # an architecture that is not known, or needs a package, or code of its own
         return None
 
-# %% ../../nbs/generation/22_model.ipynb #6ec3f606
-def _load_quietly(net, folder: Path, device: str) -> tuple:
-    "A model like `net` with a folder's weights, and what is missing or has no place in it."
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        loaded, found = type(net).from_pretrained(
-            folder, config=net.config, device_map={"": device}, output_loading_info=True,
-            ignore_mismatched_sizes=True, use_safetensors=True)
-    finally:
-        logging.set_verbosity(verbosity)
-    kinds = ("missing", "unexpected", "mismatched")
-    return loaded, {kind: sorted(found[f"{kind}_keys"]) for kind in kinds}
-
 # %% ../../nbs/generation/22_model.ipynb #0fd148b8
 _ADVICE = {  # what a library says -> what to do
-    "Free memory on device": "something else holds the GPU, such as a model that this process "
-                             "opened before: end it, or lower gpu_memory_utilization",
-    "(?i)memory|KV cache": "use more GPUs (tensor_parallel), a lower max_model_len or "
-                           "dtype=bfloat16",
-    "Device string must not be empty": "this vLLM is built for GPUs: set gpus=N on a machine that "
-                                       "has them, or engine=transformers",
-    r"CUDA|NCCL|NVML|\bGPUs?\b|driver|compiler|WorkerProc":
-        "this is about the machine and not about the model: the lines above say more",
+    "(?i)memory|KV cache": "end what else holds the GPU, such as a model that this process opened "
+                           "before, or use more GPUs (tensor_parallel), a lower max_model_len or "
+                           "gpu_memory_utilization, or dtype=bfloat16",
+    r"CUDA|NCCL|NVML|\bGPUs?\b|Device string|driver|compiler|WorkerProc":
+        "this is about the machine and not about the model: the lines above say more (gpus=N asks "
+        "for GPUs, engine=transformers does without)",
     "": "a file of it is missing, damaged or of another kind: copy or download it again"}
 
 
-def unloadable_error(
-    model: str | Path,
-    error: Exception,  # what its library said
-) -> UserError:
-    "The sentence for a model that does not load: none, damaged, too large, or no GPU for it."
+def unloadable_error(model: str | Path, error: Exception) -> UserError:
+    "The sentence for a model that its library does not load: damaged, too large, no GPU for it."
     words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
     said = f"{type(error).__name__}: {words}"
     way = next(way for part, way in _ADVICE.items() if re.search(part, said))
-    if torn := [path.name for path in sorted(Path(model).glob("*.json")) if not _is_json(path)]:
-        way = f"{' and '.join(torn)} is damaged: copy or download it again"
     return UserError(f"The model {model} cannot be loaded ({said}); {way}.")
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 # %% ../../nbs/generation/22_model.ipynb #52e53f27
 def _tensor_names(files: list[Path]) -> list[str]:
@@ -271,16 +234,20 @@ def check_weights(folder: str | Path) -> None:
     require_package("torch")
     import torch
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
     folder = Path(folder)
     stored, config = _tensor_names(weight_files(folder)), read_json(folder / "config.json")
     if "quantization_config" in config or (net := empty_model(folder)) is None:
         return  # what transformers cannot build here, it cannot judge
+    logging.disable_progress_bar()  # in a log each step of a bar is a line
     key, own = "tie_word_embeddings", getattr(net.config, "tie_word_embeddings", False)
     said = {part[key] for part in (config, config.get("text_config") or {}) if key in part} or {own}
     try:
         tied_head = True in said and any(name.endswith("lm_head.weight") for name in stored)
-        net, report = _load_quietly(net, folder, "cpu" if tied_head else "meta")
+        net, found = type(net).from_pretrained(
+            folder, config=net.config, device_map={"": "cpu" if tied_head else "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True)
     except (SafetensorError, ValueError, OSError) as error:
         raise unloadable_error(folder, error) from None
     except Exception:  # loading stops in the same place, with a sentence of its own
@@ -294,11 +261,13 @@ def check_weights(folder: str | Path) -> None:
         raise UserError(f"{folder} says {key}=true and holds an lm_head.weight that is not its "
                         f"embedding; set {key} to false in config.json and in its text_config, or "
                         "take the head out.")
-    _check_report(folder, net, report)
+    _check_report(folder, net, found)
 
 
-def _check_report(folder: Path, net, report: dict[str, list]) -> None:
+def _check_report(folder: Path, net, found: dict) -> None:
     "`UserError` where something is missing, or has another shape, or is a layer too many."
+    kinds = ("missing", "unexpected", "mismatched")
+    report = {kind: sorted(found[f"{kind}_keys"]) for kind in kinds}
     known = {re.sub(r"\d+", "#", name) for name in net.state_dict()}
     layers = [name for name in report["unexpected"] if re.sub(r"\d+", "#", name) in known]
     if report["missing"] or report["mismatched"] or layers:
@@ -309,10 +278,7 @@ def _check_report(folder: Path, net, report: dict[str, list]) -> None:
                         "Save or copy the model again.")
 
 # %% ../../nbs/generation/22_model.ipynb #ad20f6fd
-def check_chat_template(
-    processor,  # of transformers
-    model: str | Path,
-) -> None:
+def check_chat_template(processor, model: str | Path) -> None:
     "`UserError` for a model without chat template or tokenizer (transformers makes an empty one)."
     if processor.tokenizer.vocab_size < 10:
         raise UserError(f"The model {model} has no tokenizer (tokenizer.json); copy it again, with "
@@ -343,12 +309,11 @@ def _gpu_bytes() -> int:
     # torch would be asked only with CUDA set up in this process, which vLLM's own must do
     if not (program := shutil.which("nvidia-smi")):
         return 80 * 10**9
-    words = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    if ours := os.environ.get("CUDA_VISIBLE_DEVICES"):  # a screen's may be smaller
+        words.append(f"--id={ours}")
     done = subprocess.run(words, check=False, capture_output=True, text=True)
-    rows = [line.split(", ") for line in done.stdout.splitlines()]
-    shown = {*os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")}
-    ours = [row for row in rows if shown & {*row[:2]}] or rows  # a screen's may be smaller
-    sizes = [int(row[-1]) * 2**20 for row in ours if row[-1].isdecimal()]
+    sizes = [int(size) * 2**20 for size in done.stdout.split() if size.isdecimal()]
     return min(sizes, default=80 * 10**9)
 
 # %% ../../nbs/generation/22_model.ipynb #46555893
@@ -361,20 +326,7 @@ def _can_share(config, gpus: int) -> bool:
     divide = all(isinstance(count, int) and count % gpus == 0 for count in counts if count)
     return divide and (pairs % gpus == 0 or gpus % pairs == 0)
 
-
-def _cache_bytes(config, settings: Hardware, gpus: int) -> int:
-    "Keys and values of one sequence of full length, on each of the GPUs that share a model."
-    text = config.get_text_config()
-    tokens = max(settings.max_model_len or text.max_position_embeddings, 32_768)
-    pairs = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kept = -(-pairs // gpus)  # at least one on each
-    return tokens * text.num_hidden_layers * 2 * kept * size * _WIDTH[settings.dtype]
-
 # %% ../../nbs/generation/22_model.ipynb #c5b6b1db
-_SPARE = 4 * 2**30  # activations
-
-
 def tensor_parallel_size(
     folder: str | Path,
     settings: Hardware,
@@ -399,8 +351,7 @@ def tensor_parallel_size(
         raise UserError(f"The model {folder} takes {weights / 2**30:,.1f} GiB in {settings.dtype}, "
                         f"and {sizes[-1]} GPUs with {memory / 2**30:,.1f} GiB each do not hold it; "
                         "use more GPUs, dtype=bfloat16 or fewer copies (data_parallel).")
-    fits = [size for size in sizes
-            if weights / size + _cache_bytes(net.config, settings, size) + _SPARE <= memory]
+    fits = [size for size in sizes if weights / size <= memory * 2 / 3]
     return fits[0] if fits else sizes[-1]  # vLLM says how long a sequence may be
 
 # %% ../../nbs/generation/22_model.ipynb #b1d587f8

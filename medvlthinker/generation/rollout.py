@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 'from_line', 'file_lock', 'Rollout',
-           'rollout_record', 'load_rollout', 'Job', 'generate_all', 'generate']
+           'load_rollout', 'Job', 'generate_all', 'generate']
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
 import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.files import (
     UserError, atomic_write, environment_info, file_hash, fingerprint, read_json,
@@ -105,18 +104,6 @@ def to_line(
 
 # %% ../../nbs/generation/25_rollout.ipynb #7b28e5c7
 _TAIL = len(', "crc32": "00000000"}\n')
-_ROW = {"index": int, "dataset_name": str, "dataset_index": int, "completions": list}
-_COMPLETION = {"text": str, "finish_reason": str, "tokens": int}
-
-
-def _fits(value, types: dict[str, Any]) -> bool:
-    "Is it an object in which each of these keys has a value of its type?"
-    if not isinstance(value, dict):
-        return False
-    for key, kind in types.items():  # a loop, because millions of answers are read
-        if not isinstance(value.get(key), kind):
-            return False
-    return True
 
 
 def from_line(line: bytes) -> dict | None:
@@ -124,50 +111,36 @@ def from_line(line: bytes) -> dict | None:
     body, tail = line[:-_TAIL], line[-_TAIL:]
     if tail != b', "crc32": "%08x"}\n' % zlib.crc32(body):
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(body + b"}")
-        if _fits(row, _ROW) and all(_fits(each, _COMPLETION) for each in row["completions"]):
-            return row
-    return None
+    return json.loads(body + b"}")
 
 # %% ../../nbs/generation/25_rollout.ipynb #46b8ae3e
-def _lock(folder: Path, seconds: float):
-    "The folder's lock; None where another process holds it for so long (-1: wait for it)."
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (lock := FileLock(folder / ".lock")).acquire(timeout=seconds)
-    except Timeout:
-        return None
-    except OSError as error:
-        raise write_error(error, folder) from None
-    return lock
-
-
-def _holder(folder: Path) -> str:
-    "Who holds a lock that outlives a kill, as on a disk without flock; there its file has text."
-    with contextlib.suppress(OSError):
-        if words := (folder / ".lock").read_text().split():
-            return f" ({' on '.join(words[:2])}; if it is gone, delete {folder / '.lock'})"
-    return ""
-
-
 @contextlib.contextmanager
 def file_lock(
     folder,  # where the lock file lies; it is made
     show: Callable = print,  # gets a sentence when another process has to be waited for
 ) -> Iterator[None]:
     "Hold the folder's lock; wait for another process that holds it."
-    if not (lock := _lock(Path(folder), 0)):
-        show(f"Another process is working in {folder}{_holder(Path(folder))}; waiting for it.")
-        lock = _lock(Path(folder), -1)
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            show(f"Another process is working in {folder} (it holds .lock there); waiting for it.")
+            lock.acquire()
+    except OSError as error:
+        raise write_error(error, folder) from None
     try:
         yield
     finally:
         lock.release()
 
 # %% ../../nbs/generation/25_rollout.ipynb #e64f2639
+_KEYS = [field.name for field in dataclasses.fields(RolloutConfig)]
+
+
 class Rollout(Sequence):
     "The rows of a finished rollout, in the order of its samples; read from its file."
 
@@ -177,8 +150,7 @@ class Rollout(Sequence):
         record: dict,  # rollout.json
     ):
         self.folder, self.record, self.path = folder, record, folder / "rollout.jsonl"
-        names = [field.name for field in dataclasses.fields(RolloutConfig)]
-        self.config = RolloutConfig(**{name: record[name] for name in names})
+        self.config = RolloutConfig(**{key: record[key] for key in _KEYS})
 
     def __len__(self) -> int:
         return self.record["rows"]
@@ -202,36 +174,17 @@ class Rollout(Sequence):
     def __repr__(self) -> str:
         return f"Rollout of {self.config.model} to {len(self)} questions, in {self.folder}"
 
-# %% ../../nbs/generation/25_rollout.ipynb #9daadeb7
-_BEGUN = {field.name: int | float if field.type is float else field.type
-          for field in dataclasses.fields(RolloutConfig)}
-_BEGUN |= {"started": str, "seconds": int | float}
-_FINISHED = dict.fromkeys(("rows", "completions", "length", "empty", "failed", "bytes"), int) | {
-    "sha256": str, "finished": str}
-
-
-def _stored_record(folder: Path) -> dict:
-    "What rollout.json says; empty where it cannot be read, `UserError` where it is newer than us."
-    record = read_json(folder / "rollout.json")
-    return record if _fits(record, _BEGUN) else {}
-
-
-def rollout_record(folder) -> dict:
-    "What rollout.json in a folder says; `UserError` where there is none that can be read."
-    if not (record := _stored_record(Path(folder))):
-        raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a "
-                        "folder with rollout.json and rollout.jsonl.")
-    return record
-
 # %% ../../nbs/generation/25_rollout.ipynb #b7c1d010
 def load_rollout(folder) -> Rollout:
     "A finished rollout, from its folder; `UserError` where it lacks questions or its file is torn."
-    folder, record = Path(folder), rollout_record(folder)
+    folder, record = Path(folder), read_json(Path(folder) / "rollout.json")
     path = folder / "rollout.jsonl"
-    if not _fits(record, _FINISHED):
+    if not record.keys() >= {*_KEYS}:
+        raise UserError(f"{folder} is no rollout, or its rollout.json cannot be read; name a "
+                        "folder with rollout.json and rollout.jsonl.")
+    if "finished" not in record:
         raise UserError(f"{folder} is not finished; run the rollout again, which asks the rest.")
-    size = path.stat().st_size if path.is_file() else -1
-    if record["bytes"] != size or not 0 <= record["rows"] <= size:
+    if not path.is_file() or path.stat().st_size != record["bytes"]:
         raise UserError(f"{path} is missing or damaged; run the rollout again, which asks what "
                         "is missing.")
     return Rollout(folder, record)
@@ -251,7 +204,7 @@ class _Writer:
     def __init__(self, job: "Job", config: RolloutConfig, folder: Path):
         self.job, self.config, self.folder = job, config, folder
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
-        self.before = _stored_record(folder)
+        self.before = read_json(folder / "rollout.json")
         self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
         self.failed: set[int] = set()
         self.file = open(self.path, "ab+", buffering=0)
@@ -275,6 +228,7 @@ class _Writer:
 
     def requests(self, number: int, engine) -> Iterator[Request]:
         "What is to be asked; questions that are computed together are asked together."
+        self.clock = time.monotonic()
         unit = engine.batch_size
         window = unit * max(1, 128 // unit)  # read from the samples' file at once
         units = {index // unit for index in self.owed}
@@ -308,7 +262,7 @@ class _Writer:
             for index in range(len(self.job.samples)):
                 start, length = self.places[index]
                 line = os.pread(self.file.fileno(), length, start)
-                if (row := from_line(line)) is None:
+                if not (row := from_line(line)):
                     raise UserError(f"{self.path} was changed while it was written; run again.")
                 total.update(_endings(row["completions"]))
                 digest.update(line)
@@ -350,56 +304,45 @@ class Job:
     folder: Path | str  # takes the rollout as a folder of its own
 
 # %% ../../nbs/generation/25_rollout.ipynb #0bab5867
-class _Stream:
-    "The rollouts that are made together: what is asked, and where answers are stored."
+class _Progress:
+    "A line of text every few seconds, for a log wants lines and no bar that moves."
 
-    def __init__(self, todo: dict[Path, list], engine, show: Callable):
-        self.todo, self.engine, self.show = todo, engine, show
-        self.open = contextlib.ExitStack()
-        self.writers: list[_Writer] = []
-        self.busy: list[Path] = []  # rollouts that another process is making
-        self.total = sum(len(job.samples) for job, _ in todo.values())
-        self.there = self.asked = self.tokens = 0  # questions, questions, tokens
+    def __init__(self, writers: list[_Writer], show: Callable):
+        self.total, self.show = sum(len(writer.job.samples) for writer in writers), show
+        self.there = self.total - sum(len(writer.owed) for writer in writers)
+        self.asked = self.tokens = 0  # questions; tokens of their answers
         self.began = self.said = time.monotonic()
 
-    def requests(self) -> Iterator[Request]:
-        "What is owed, one rollout after the other; each is locked when its turn comes."
-        for folder, (job, config) in self.todo.items():
-            if not (lock := _lock(folder, 0)):
-                self.busy.append(folder)
-                continue
-            self.open.callback(lock.release)
-            if _is_finished(folder):  # by another process, in the meantime
-                lock.release()
-                continue
-            self.writers.append(writer := _Writer(job, config, folder))
-            self.open.callback(writer.file.close)
-            self.there += len(job.samples) - len(writer.owed)
-            if not writer.owed:  # a kill came between the last answer and the record
-                self.show(writer.finish(self.engine.dropped))
-            yield from writer.requests(len(self.writers) - 1, self.engine)
-
-    def store(self, request: Request, completions: list[Completion]) -> None:
-        "Append the completions of a question; the last one finishes its rollout."
-        writer = self.writers[request.rollout]
-        if not writer.add(request, completions):
-            return
-        self.asked += 1
-        self.tokens += sum(completion.tokens for completion in completions)
-        self._show_progress()
-        if not writer.owed:
-            self.show(writer.finish(self.engine.dropped))
-
-    def _show_progress(self) -> None:
-        "A line of text every few seconds, for a log wants lines and no bar that moves."
+    def add(self, completions: list[Completion]) -> None:
+        "One question more is answered."
         from tqdm import tqdm
 
+        self.asked += 1
+        self.tokens += sum(completion.tokens for completion in completions)
         now, done = time.monotonic(), self.there + self.asked
         if now - self.said > 5 or done == self.total:
             seconds, self.said = now - self.began, now
             self.show(tqdm.format_meter(
                 done, self.total, seconds, ncols=80, unit=" questions", initial=self.there,
                 postfix=f"{self.tokens / max(1e-9, seconds):,.0f} tokens/s"))
+
+
+def _ask(writers: list[_Writer], engine, show: Callable) -> None:
+    "Ask what is owed, one rollout after the other; its last answer finishes a rollout."
+    for writer in writers:
+        if not writer.owed:  # a kill came between the last answer and the record
+            show(writer.finish(engine.dropped))
+    if not any(writer.owed for writer in writers):
+        return  # and no model is loaded
+    progress = _Progress(writers, show)
+    requests = (request for number, writer in enumerate(writers)
+                for request in writer.requests(number, engine))
+    for request, completions in engine.answer(requests):
+        writer = writers[request.rollout]
+        if writer.add(request, completions):
+            progress.add(completions)
+            if not writer.owed:
+                show(writer.finish(engine.dropped))
 
 # %% ../../nbs/generation/25_rollout.ipynb #139466eb
 def generate_all(
@@ -413,21 +356,19 @@ def generate_all(
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
-    todo = {folder: pair for folder, *pair in zip(folders, jobs, configs)
+    todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
             if not _is_finished(folder)}
-    while todo:
-        stream = _Stream(todo, engine, show)
-        try:
-            with stream.open:
-                requests = stream.requests()
-                if first := next(requests, None):  # else nothing is owed, and no model is loaded
-                    for answer in engine.answer(itertools.chain([first], requests)):
-                        stream.store(*answer)
-        except OSError as error:
-            raise write_error(error, error.filename or os.path.commonpath(todo)) from None
-        if todo := {folder: todo[folder] for folder in stream.busy}:
-            with file_lock(stream.busy[0], show):
-                pass  # the other process has finished this one
+    try:
+        with contextlib.ExitStack() as held:
+            for folder in sorted(todo):  # in one order, so that no two wait for each other
+                held.enter_context(file_lock(folder, show))
+            writers = [_Writer(job, config, folder) for folder, (job, config) in todo.items()
+                       if not _is_finished(folder)]  # by another process, in the meantime
+            for writer in writers:
+                held.callback(writer.file.close)
+            _ask(writers, engine, show)
+    except OSError as error:
+        raise write_error(error, error.filename or os.path.commonpath(todo)) from None
     return [load_rollout(folder) for folder in folders]
 
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade2

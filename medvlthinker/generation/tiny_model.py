@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors import SafetensorError
 
 import medvlthinker
 from ..core.files import (
-    UserError, file_hash, read_json, require_package, write_record)
+    UserError, file_hash, read_json, require_package, write_error, write_record)
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample
 from medvlthinker.data.synthetic import (
@@ -361,22 +360,19 @@ def _deterministic():
         torch.set_num_threads(threads)
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #e969260c
-def _show_losses(half: str, losses: Iterator[float], steps: int, show: Callable) -> None:
-    "Run a training to its end, and show about ten of its losses."
-    for step, loss in enumerate(losses, 1):
-        if step % max(1, steps // 10) == 0:
-            show(f"tiny model, {half}: step {step} of {steps}, loss {loss:.2f}")
-
-
 def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
-    "Initialize a model, train it and save it."
+    "Initialize a model, train it and save it; about ten losses of each half are shown."
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # in a log each step of a bar is a line
     processor = tiny_processor()
     model = initialize_model(processor.tokenizer, seed)
-    _show_losses("vision", pretrain_vision(model, seed, steps), steps, show)
-    _show_losses("language", pretrain_language(model, processor, seed, steps), steps, show)
+    halves = {"vision": lambda: pretrain_vision(model, seed, steps),
+              "language": lambda: pretrain_language(model, processor, seed, steps)}
+    for half, train in halves.items():
+        for step, loss in enumerate(train(), 1):
+            if step % max(1, steps // 10) == 0:
+                show(f"tiny model, {half}: step {step} of {steps}, loss {loss:.2f}")
     model.save_pretrained(part)
     (part / "model.safetensors").chmod(part.stat().st_mode & 0o666)  # safetensors has 0600
     processor.save_pretrained(part)
@@ -408,8 +404,6 @@ def make_tiny_model(
                 (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
-        raise UserError(f"{folder} cannot be written ({reason}); make room or name another "
-                        "folder.") from None
+    except OSError as error:
+        raise write_error(error, folder) from None
     return folder

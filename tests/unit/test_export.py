@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, by_hand
+from conftest import by_hand
 from medvlthinker.core.grade import RULES
 from medvlthinker.evaluation.evaluate import grade_rollout, question_scores
-from medvlthinker.evaluation.export import _check_form, write_inspect_log
+from medvlthinker.evaluation.export import write_inspect_log
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 from test_compare import reply, sixty
@@ -68,7 +68,3 @@ def test_inspect_ai_reads_the_same_accuracy(finished, tmp_path):
     for rule in RULES:
         assert log["before"][rule][0] == pytest.approx((question_scores(grades, rule).right / 4).mean())
         assert log["after"][rule] == pytest.approx(log["before"][rule])
-    check = f"import json, sys; sys.path.append(sys.argv[1]); from {_check_form.__module__} import _check_form; log = json.load(open(sys.argv[2])); _check_form(log, {{}})"
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    done = subprocess.run([sys.executable, "-c", check, site, path], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert "The installed inspect_ai has another form of logs" in done.stderr, "its own classes look at the form"

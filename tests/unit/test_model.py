@@ -146,11 +146,6 @@ def test_other_architectures_are_judged_as_transformers_builds_them(tmp_path):
             check_weights(copied(folder, tmp_path / f"{name}-blind", dropped("vision_tower")))
 
 
-def test_what_cannot_be_judged_is_not_refused(blank, tmp_path):
-    check_weights(copied(blank, tmp_path / "quantised", dropped("layers.1"), quantization_config={"quant_method": "awq", "bits": 4}))
-    check_weights(copied(blank, tmp_path / "unknown", dropped("layers.1"), model_type="nobody_knows"))
-
-
 @pytest.fixture
 def corpus(tmp_path) -> tuple[Path, Path, Path]:
     "Data, checkpoints and logs of a training run; the data are eight questions."
@@ -272,8 +267,7 @@ H100 = EngineSettings(engine="vllm", gpus=8, tensor_parallel=0, dtype="bfloat16"
 
 @pytest.mark.parametrize("size, memory, settings, gpus", [
     ("3B", 80, H100, 1), ("7B", 80, H100, 1), ("32B", 80, H100, 2),
-    ("32B", 80, replace(H100, max_model_len=8192), 2),  # the weights alone would leave room for two sequences
-    ("3B", 24, H100, 1), ("7B", 24, H100, 2), ("7B", 24, replace(H100, max_model_len=8192), 1),
+    ("3B", 24, H100, 1), ("7B", 24, H100, 2),
     ("7B", 40, replace(H100, dtype="float32"), 2), ("32B", 24, H100, 8),
     ("7B", 80, replace(H100, tensor_parallel=4), 4),  # whoever names a number gets it
     ("7B", 12, replace(H100, data_parallel=4), 2),  # four copies of at most two GPUs
@@ -291,25 +285,23 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
         tensor_parallel_size(published["32B"], replace(H100, gpus=2), 24 * 2**30)
 
 
-@pytest.mark.parametrize("shown, gpus", [("0,1", 1), ("GPU-aa,GPU-bb", 1), ("MIG-cc", 2), (None, 2)])
-def test_a_small_gpu_that_is_not_ours_makes_no_model_too_large(published, tmp_path, monkeypatch, shown, gpus):
+def test_a_small_gpu_that_is_not_ours_makes_no_model_too_large(published, tmp_path, monkeypatch):
     "As in a workstation: two large GPUs, and one for the screen; ours are those that are shown to us."
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\nprintf "0, GPU-aa, 81920\\n1, GPU-bb, 81920\\n2, GPU-cc, 12288\\n"\n')
+    program.write_text('#!/bin/sh\ncase "$*" in *--id=0,1*) ;; *) echo 12288 ;; esac\necho 81920\necho 81920\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    if shown:
+    for shown, gpus in (("0,1", 1), ("", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-    assert tensor_parallel_size(published["7B"], replace(H100, gpus=2)) == gpus
+        assert tensor_parallel_size(published["7B"], replace(H100, gpus=2)) == gpus
 
 
 @pytest.mark.parametrize("says, advice", [  # vLLM 0.27 and torch 2.13, word for word
     ("Free memory on device cuda:0 (9.1/79.2 GiB) on startup is less than desired GPU memory utilization",
-     "something else holds the GPU"),
-    ("CUDA out of memory. Tried to allocate 2 GiB", "use more GPUs"),
+     "end what else holds the GPU"),
     ("WorkerProc initialization failed due to an exception in a background process.", "about the machine"),
     ("CUDA error: no kernel image is available for execution on the device", "about the machine"),
-    ("Device string must not be empty", "this vLLM is built for GPUs"),
+    ("Device string must not be empty", "gpus=N asks for GPUs"),
     ("Error while deserializing header: incomplete metadata", "damaged")])
 def test_a_model_that_does_not_load_comes_with_advice_that_fits(says, advice):
     assert advice in str(unloadable_error("m", RuntimeError(says)))
