@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .profile import Profile, Step, Workspace, overrides, steps
+from .profile import Profile, Step, Workspace, command_words, steps
 from .runs import evaluation_samplings, training_places
 from ..core.files import UserError
 from ..data.benchmarks import TEST_SETS, set_names
@@ -288,8 +288,9 @@ def step_plan(step: Step, profile: Profile) -> dict[str, str]:
     recipe = RECIPES.get(step.value) if step.notebook == "3_train" else None
     nodes = nodes_of(recipe, profile) if recipe else _nodes(profile)
     has_gpus = profile.gpus and step.notebook in ("2_difficulty", "3_train", "4_evaluate")
-    keys = [f"{key}={value}" for key, value in overrides(profile).items()]
-    call = lambda *words: shlex.join([sys.executable, "-m", "medvlthinker.app.cli", *words, *keys])
+    program = [sys.executable, "-m", "medvlthinker.app.cli"]
+    name, *keys = command_words(profile)
+    call = lambda *words: shlex.join([*program, *words, *keys])
     plan = {"hardware": f"nodes {nodes}, GPUs a node {profile.gpus}" if has_gpus else "CPU",
             "command": call("step", step.name, profile.name)}
     if recipe:
