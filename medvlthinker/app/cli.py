@@ -66,7 +66,7 @@ def _show_results(profile: Profile) -> None:
 
 # %% ../../nbs/app/78_cli.ipynb #f04f8e36
 def status(words: Words = None) -> None:
-    """Say how far a run has come: done, stale and why, missing, running, failed.
+    """Say how far a run has come: done, stale and why, missing, failed, unfinished.
 
     Example: medvlthinker status smoke
     """
@@ -235,8 +235,8 @@ def bench(
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
 VERBS: dict[str, Callable] = {function.__name__.replace("_", "-"): function for function in (
     run, status, ask, commands.evaluate, commands.compare, commands.ablate, commands.rollout,
-    commands.preflight, curate, commands.train, commands.merge, results, viewer,
-    commands.check_paper, commands.verify, commands.export, docs, lab, step, bench)}
+    curate, commands.train, commands.merge, results, viewer, commands.check_paper,
+    commands.verify, commands.export, docs, lab, step, bench)}
 _PASS_ON = ("run", "compare", "lab", "bench")  # options that they do not know are for others
 
 app = typer.Typer(

@@ -59,12 +59,6 @@ def test_two_rules_over_stored_answers(answered, call):
     assert said.count("macro average") == 1 and path.with_name(path.name + ".manifest.json").is_file()
 
 
-def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answered, call, tmp_path):
-    words = ("smoke", ASKED[1], "model=tiny", "to=eval_results", f"folder={tmp_path / 'logs'}")
-    assert "other questions" not in call("export", *words, "limit=8")
-    assert "other questions than limit=3 draws, and these are taken: 8 of slake_closed, 8 of vqa_rad_closed." in call("export", *words, "limit=3")
-
-
 def test_both_sides_equal_is_said_before_anything_is_asked(warm_home):
     refuses(["compare", "smoke", "limit=2", "model=tiny", "--", "gpus=0"], "one and the same rollout")
     assert not list((warm_home / "smoke").rglob("rollout.jsonl"))
@@ -76,22 +70,8 @@ def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call)
     assert "tiny, rule strict" in said and record["rule"] == "regrade"
 
 
-def test_sets_that_leave_the_tables_are_named(warm_home, call):
-    words = "evaluate", "smoke", "model=tiny", "limit=2"
-    call(*words, "benchmark=slake,vqa_rad")
-    assert "has these sets from now on, and no more slake_closed;" in call(*words, "benchmark=vqa_rad")
-    assert "from now on" not in call(*words, "benchmark=vqa_rad")
-
-
 def test_the_version_is_told(call):
     assert call("--version").startswith(f"medvlthinker {medvlthinker.__version__}, commit ")
-
-
-@pytest.mark.parametrize("verb", ["evaluate", "rollout", "ablate"])
-def test_several_models_on_a_gpu_are_asked_in_a_process_each(warm_home, verb):
-    "vLLM keeps nine tenths of a GPU until its process ends; here the first process says that there is no GPU."
-    refuses([verb, "smoke", "models=tiny,other", "gpus=1", "engine=vllm", "limit=2"], "this machine shows none")
-    assert "this machine shows none" in (warm_home / "smoke" / "logs" / f"{verb}-tiny.log").read_text()
 
 
 @pytest.mark.parametrize("form, words, files", [("inspect", ["benchmark=vqa_rad", "answers=repeats"], 1), ("eval_results", [ASKED[1]], 2)])
