@@ -305,9 +305,10 @@ def evaluate(words: Words = None) -> None:
 
     Example: medvlthinker evaluate smoke model=tiny limit=20
     """
-    from medvlthinker.app.cards import update_card
+    from medvlthinker.app.cards import write_card
     from medvlthinker.app.runs import ask_model, evaluation_samplings
     from medvlthinker.evaluation import evaluate as evaluation
+    from medvlthinker.training.recipe import RECIPES
 
     profile, model, rule = read_command(words, model="", rule="regrade")
     model = one_model(profile, model)
@@ -315,7 +316,7 @@ def evaluate(words: Words = None) -> None:
     grades = evaluation.evaluate(sets, _results(profile))  # tables keep the paper's rule
     for again in repeated:
         evaluation.evaluate_repeats(again, _results(profile))
-    update_card(model, profile)
+    write_card(RECIPES.get(model), profile)
     table = evaluation.accuracy(grades, rule).round(1).to_string()
     print(f"{model}, rule {rule}", table, sep="\n")
 
