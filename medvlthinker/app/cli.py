@@ -19,7 +19,7 @@ from .commands import Words
 from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
-from ..core.files import UserError, environment_info, require_package
+from ..core.files import UserError, environment_info
 
 # %% ../../nbs/app/78_cli.ipynb #3bd6e6cb
 def run(
@@ -202,14 +202,13 @@ def lab(
 
     Example: medvlthinker lab --no-browser
     """
-    require_package("jupyterlab")
+    from jupyterlab.labapp import LabApp
+
     config = Path(sys.prefix) / "etc/jupyter/labconfig/page_config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     silent = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     config.write_text(json.dumps(silent))
-    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    from jupyterlab.labapp import LabApp
-
+    root = ["--allow-root"] if os.geteuid() == 0 else []
     LabApp.launch_instance([
         "--ip=127.0.0.1", *root,
         f"--notebook-dir={project_root() / 'nbs'}", "--LabApp.default_url=/lab/tree/index.ipynb",

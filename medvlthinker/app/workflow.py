@@ -18,9 +18,8 @@ from .profile import (
     KEYS, Profile, Step, Workspace, command_words, load_profile, overrides, steps)
 from ..core.commands import (
     end_with_parent, find_path, project_root, redact, redact_file)
-from medvlthinker.core.files import (
-    UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
-    write_record)
+from ..core.files import (
+    UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
 from ..training.recipe import RECIPES, TrainingSettings, rows_at_once
 
@@ -251,7 +250,6 @@ def execute(
     profile: Profile,
 ) -> Path:  # the executed notebook
     "Execute one step; `UserError` with its last error line and where the partial notebook lies."
-    require_package("papermill", "ipykernel")
     skip_uri_grammar()
     import nbformat
 
@@ -351,7 +349,6 @@ def snakemake(
     dry: bool = False,  # print the reasons only
 ) -> Iterator[str]:
     "The lines that Snakemake and its steps print; `UserError` with the sentence of a failed step."
-    require_package("snakemake", "papermill", "ipykernel")
     question_files(profile)  # a mistake in the profile is said here, and not by Snakemake
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""

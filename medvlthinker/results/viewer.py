@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode
 
-from ..core.files import UserError, atomic_write, require_package
+from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..data.benchmarks import SHORT
 from ..data.sample import Sample, to_rgb
@@ -251,7 +251,6 @@ def _count_right(sample: Sample, completions: list[dict]) -> int:
 @functools.cache
 def _template():
     "The macros of the template."
-    require_package("jinja2")
     import jinja2
 
     environment = jinja2.Environment(
@@ -293,7 +292,6 @@ def browse(
     at: str = "",  # the view to open, such as benchmark=pmc_vqa&regrade=wrong&at=12
 ):
     "The viewer as ipywidgets."
-    require_package("ipywidgets")
     import ipywidgets as widgets
 
     view, body = viewer.parse(at), widgets.HTML()

@@ -16,7 +16,7 @@ pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
 import yaml
 from bs4 import BeautifulSoup
 from conftest import FLOORS, ROOT, copy_project, watched
-from fastcore.nbio import mk_cell, new_nb, write_nb
+from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 
 from medvlthinker.app import site
 from medvlthinker.core.files import UserError
@@ -237,7 +237,7 @@ def test_readme_is_the_same_each_time_and_hides_what_is_hidden(tmp_path):
 def test_first_cells_hold_a_title_and_one_sentence():
     "A page's front matter is made from the first cell; what else stood there would be lost."
     for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs").glob("*/*.ipynb")]:
-        first = site.read_notebook(path).cells[0]
+        first = read_nb(path).cells[0]
         assert first.cell_type == "markdown" and re.fullmatch(r"# .+\n\n> .+\s*", first.source), path.name
 
 

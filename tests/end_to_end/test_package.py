@@ -138,11 +138,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.grpo import train_grpo; train_grpo(None)": "train",
     "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
     "from medvlthinker.training.verl import train_verl; train_verl(None)": "verl,ray,vllm",
-    "from medvlthinker.app.workflow import snakemake; next(snakemake(load_profile('smoke')))": "notebooks",
-    "from medvlthinker.app.site import render_by_pandoc; render_by_pandoc(None)": "notebooks",
-    "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
-    "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
