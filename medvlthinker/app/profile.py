@@ -63,19 +63,13 @@ def profile_names() -> list[str]:
 
 # %% ../../nbs/app/70_profile.ipynb #2ddd0aa9
 def _check_values(profile: Profile) -> None:
-    "`UserError` where an answer has no room, or more GPUs are asked for than there are."
-    if profile.max_tokens < 1:
-        raise UserError(f"max_tokens={profile.max_tokens} leaves no room for an answer; it is the "
-                        "most tokens that one may have.")
+    "`UserError` where models share a folder, or more GPUs are asked for than there are."
     folders: dict[str, str] = {}  # where a model's answers and numbers lie
     for model in profile.models:
         if (other := folders.setdefault(folder_name(model), model)) != model:
             raise UserError(f"The models {other} and {model} would share the folder "
                             f"{folder_name(model)}; name one of them by its whole path.")
     available = profile.gpus * max(1, profile.nodes)
-    if profile.gpu_memory_utilization > 1:
-        raise UserError("gpu_memory_utilization is a share of the memory, between 0 and 1, not "
-                        f"{profile.gpu_memory_utilization}.")
     needed = max(1, profile.tensor_parallel) * max(1, profile.data_parallel)
     if profile.gpus and needed > available:
         raise UserError(f"tensor_parallel x data_parallel = {needed} needs {needed} GPUs, "

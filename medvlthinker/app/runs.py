@@ -208,14 +208,12 @@ def questions_of(
 ) -> SampleFile:
     "The questions that a rollout answers; `UserError` where no file holds them."
     *source, name = rollout.folder.relative_to(root).parts[2:-1]
-    base, found = (root / "samples").joinpath(*source), list[SampleFile]()
+    base, rows = (root / "samples").joinpath(*source), rollout.record["rows"]
     for path in sorted(base.glob(f"{glob.escape(name)}*.parquet")):
-        with contextlib.suppress(UserError):  # torn
-            found.append(SampleFile(path))
-    found.sort(key=lambda samples: len(samples) != rollout.record["rows"])  # likely ones first
-    for samples in found:
-        if samples_fingerprint(samples) == rollout.config.samples:
-            return samples
+        with contextlib.suppress(UserError):  # another file may be torn
+            samples = SampleFile(path)
+            if len(samples) == rows and samples_fingerprint(samples) == rollout.config.samples:
+                return samples
     raise UserError(f"No file in {base} holds the questions of "
                     f"{rollout.folder.relative_to(root)}.")
 

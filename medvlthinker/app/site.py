@@ -349,11 +349,12 @@ def _words(text: str) -> str:
 # %% ../../nbs/app/76_site.ipynb #9be5d553
 def check_site(site: Path) -> None:
     "`UserError` where a page loads something from another host."
+    outside = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s;]+)""")
     for path in sorted(site.rglob("*")):
         if path.suffix in (".html", ".css"):
             text = path.read_text(encoding="utf-8")
             loads = "\n".join(_loads(text)) if path.suffix == ".html" else text
-            if found := re.search(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s;]+)""", loads):
+            if found := outside.search(loads):
                 raise UserError(
                     f"{path.relative_to(site)} loads {found[1][:100]}: no page may load from "
                     "another host; the notebook has to bring that itself.")
