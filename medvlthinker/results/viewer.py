@@ -159,31 +159,13 @@ def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:
             "cut_off": yes_no, "no_answer": yes_no}
 
 
-def _matches(cells: "pd.Series", value: str) -> "pd.Series":
-    "Which cells are the value, or a tuple that holds it."
-    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
-
-# %% ../../nbs/results/64_viewer.ipynb #64a00036
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _read_view(
-    view: str,
-    choices: dict[str, list[str]],
-    short: dict[str, str],  # other names of benchmarks, in lower case
-) -> dict:
-    "The view with every key; `UserError` for a key or a value that is not here."
-    chosen = {**dict.fromkeys([*choices, "text"], ""), "model": choices["model"][0], "at": "1"}
-    for key, value in parse_qsl(view.strip().removeprefix("#")):
-        if key not in chosen:
-            raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
-        chosen[key] = short.get(_plain(value), value) if key == "benchmark" else value
-        if chosen[key] not in (known := choices.get(key, [chosen[key]])):
-            raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
-    if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
-        raise UserError(f"at is a whole number, not {chosen['at']!r}.")
-    return {**chosen, "at": int(chosen["at"])}
+def _matches(cells: "pd.Series", value: str) -> "pd.Series":
+    "Which cells are the value, or a tuple that holds it."
+    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
 
 # %% ../../nbs/results/64_viewer.ipynb #03a42310
 class Viewer:
@@ -204,8 +186,18 @@ class Viewer:
         self.short = {key: name for key, name in SHORT.items() if name in names.values()} | names
 
     def parse(self, view: str) -> dict:  # such as benchmark=PMC&regrade=wrong&at=12
-        "The view as a dict; `UserError` for a key or a value that is not here."
-        return _read_view(view, self.choices, self.short)
+        "The view with every key; `UserError` for a key or a value that is not here."
+        chosen = dict.fromkeys([*self.choices, "text"], "")
+        chosen |= {"model": self.choices["model"][0], "at": "1"}
+        for key, value in parse_qsl(view.strip().removeprefix("#")):
+            if key not in chosen:
+                raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
+            chosen[key] = self.short.get(_plain(value), value) if key == "benchmark" else value
+            if chosen[key] not in (known := self.choices.get(key, [chosen[key]])):
+                raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
+        if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
+            raise UserError(f"at is a whole number, not {chosen['at']!r}.")
+        return {**chosen, "at": int(chosen["at"])}
 
     def hits(self, view: str = "") -> list[int]:
         "The places of the entries that pass, in order."
