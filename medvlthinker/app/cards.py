@@ -124,7 +124,8 @@ def model_card(
             "date")
     prompt = user_text(Sample("Which modality is this?", {"A": "CT", "B": "MRI"}, "A", "CT"))
     return _CARD.format(
-        metadata=model_metadata(recipe).to_yaml(), name=recipe.name, stages="\n".join(stages), prompt=prompt,
+        metadata=model_metadata(recipe).to_yaml(), name=recipe.name, stages="\n".join(stages),
+        prompt=prompt,
         warning=_SYNTHETIC if recipe.size == "tiny" else _CLINICAL,
         facts=markdown_table(("this copy", ""), facts),
         results=markdown_table(head, rows) if rows else "Not measured.")
