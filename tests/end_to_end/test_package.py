@@ -12,7 +12,6 @@ from pathlib import Path
 import medvlthinker
 import pytest
 from conftest import ROOT, says
-from medvlthinker.core.files import EXTRAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -163,14 +162,3 @@ for call in json.loads(sys.argv[1]):
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "rollout", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.app.cli", "docs", "--readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
-
-
-def test_each_extra_brings_what_it_is_said_to_bring(wheel):
-    with zipfile.ZipFile(wheel) as file:
-        [meta] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
-        lines = re.findall(r"^Requires-Dist: (.*)$", file.read(meta).decode(), re.M)
-    providers = importlib.metadata.packages_distributions()
-    for module, extra in EXTRAS.items():
-        direct = [each for each in map(Requirement, lines) if each.marker and each.marker.evaluate({"extra": extra})]
-        brought = {canonicalize_name(each.name) for each in direct} | set(closure(direct))
-        assert {canonicalize_name(name) for name in providers.get(module, [module])} & brought, f"the extra {extra} does not bring {module}"

@@ -3,7 +3,6 @@
 Without a browser figures are still written as pages and numbers: test_figures. Without Quarto pandoc renders the site: test_site.
 """
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -64,31 +63,6 @@ def model(tmp_path) -> Path:
 def test_without_a_network_everything_imports_and_the_data_of_the_hub_are_a_sentence(cut_off, model, tmp_path):
     done = cut_off("-c", IMPORTED, ",".join(MODULES), "smoke", "data=hub", "limit=6", f"model={model}", MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path)
     says(done, "The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "data_dir=")
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("words, parts", [(["app.cli", "run", "smoke", "data=hub", "limit=6"], ["The data set UCSC-VLAA/MedVLThinker-Eval cannot be read", "1_data stopped there"]),
-                                          (["app.cli", "rollout", "smoke", "model=Qwen/Qwen2.5-VL-3B-Instruct", "limit=2"], ["Qwen2.5-VL-3B-Instruct", "it has not been downloaded before"])])
-def test_without_a_network_the_hub_is_a_sentence(cut_off, tmp_path, words, parts):
-    says(cut_off("-m", f"medvlthinker.{words[0]}", *words[1:], MEDVLTHINKER_HOME=tmp_path, HF_HOME=tmp_path), *parts)
-
-
-@pytest.mark.heavy
-def test_without_a_network_a_step_runs_a_downloaded_model_answers_and_the_site_is_built(cut_off, warm_home, tmp_path):
-    pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
-    from test_site import write_project
-
-    done = cut_off("-m", "papermill", "nbs/paper/1_data.ipynb", tmp_path / "1_data.ipynb", "-k", "python3", "-p", "limit", 6, "-p", "train_limit", 6, "--no-progress-bar",
-                   MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    cached = tmp_path / "hub" / "models--somebody--model"  # as a download leaves it
-    shutil.copytree(warm_home / "smoke" / "checkpoints" / "tiny", cached / "snapshots" / ("0" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0" * 40)
-    done = cut_off("-m", "medvlthinker.app.cli", "rollout", "smoke", "model=somebody/model", "limit=6", "benchmark=pmc_vqa", MEDVLTHINKER_HOME=warm_home, HF_HOME=tmp_path)
-    assert done.returncode == 0 and list(warm_home.rglob("rollouts/somebody*/**/rollout.jsonl")), done.stdout + done.stderr
-    done = cut_off("-m", "medvlthinker.app.cli", "docs", cwd=write_project(tmp_path / "toy"))
-    assert done.returncode == 0 and re.search(r"index.html: \d+ pages", done.stdout), done.stdout + done.stderr
 
 
 # --- a GPU ---
