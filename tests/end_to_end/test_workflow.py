@@ -174,8 +174,7 @@ def test_a_failed_notebook_leaves_its_partial_copy_and_a_sentence(own_run):
 
 
 @pytest.mark.parametrize("words, part", [
-    ("smke", "known are smoke, mini, paper"), ("smoke gpu=1", "Unknown profile key gpu; did you mean gpus"), ("smoke limit=many", "limit wants a whole number, not 'many'"),
-    ("smoke benchmark=vqa_red", "vqa_rad"), ("smoke mini", "One profile at a time"), ("smoke recipes=3B-RL", "3B-RL_m23k"), ("smoke --dryrum", "unrecognized arguments: --dryrum"),
+    ("smoke benchmark=vqa_red", "vqa_rad"), ("smoke recipes=3B-RL", "3B-RL_m23k"), ("smoke --dryrum", "unrecognized arguments: --dryrum"),
     ("smoke data_dir=no/such/folder", "no/such/folder"), ("paper --dry-run nodes=4", "nodes=4 needs engine=ray")])
 def test_bad_words(words, part, home):
     with pytest.raises(UserError) as said:
@@ -215,19 +214,6 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_the_sums_of_a_dry_run_stand_at_both_ends(home):
-    done = python("-m", "medvlthinker.app.cli", "run", "mini", "--dry-run")
-    first, *_, last = [part for part in done.stdout.split("\n\n") if part.strip()]
-    assert first.startswith("mini: 9 of 9 steps to run\n") and first.splitlines()[:3] == last.strip().splitlines(), done.stdout + done.stderr
-
-
-def test_a_home_is_seen_from_where_the_command_was_called(tmp_path):
-    (tmp_path / "runs" / "smoke" / ".snakemake").mkdir(parents=True)  # as if it had begun
-    done = python("-m", "medvlthinker.app.cli", "status", "smoke", cwd=tmp_path, MEDVLTHINKER_HOME="runs")
-    assert done.returncode == 0 and "17 steps: 17 missing." in done.stdout, done.stderr
-    assert not (tmp_path / "runs" / "smoke" / "runs").exists()
-
-
 def test_full_disk(tmp_path):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
     (tmp_path / "disk").mkdir()
@@ -263,20 +249,12 @@ def test_parameters_are_explained_and_unknown_ones_refused(name):
     from papermill.inspection import inspect_notebook
 
     path = ROOT / "nbs" / "paper" / f"{name}.ipynb"
-    found = inspect_notebook(str(path))
-    for key, each in found.items():
-        assert each["inferred_type_name"] in ("str", "int", "bool") and len(each["help"].split()) > 4, each
-    assert "each key of it is a parameter too" in found["profile"]["help"]
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert "parameters" in cells[0]["metadata"]["tags"] and "notebook_profile(globals()" in "".join(cells[1]["source"])
+    assert all(len(each["help"].split()) > 4 for each in inspect_notebook(str(path)).values())
+    first, second, *_ = (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
     names: dict = {}
-    exec("".join(cells[0]["source"]), names)
-    names |= {"gpu": 1, "limit": 5}  # as papermill writes them into the notebook
-    with pytest.raises(UserError, match=rf"^Unknown parameter gpu; did you mean gpus\? Known are {', '.join(found)}, data, "):
-        exec("".join(cells[1]["source"]), names)
-    del names["gpu"]
-    exec("".join(cells[1]["source"]), names)
-    assert names["run"].limit == 5
+    exec("".join(first["source"]), names)
+    with pytest.raises(UserError, match=r"^Unknown parameter gpu; did you mean gpus\?"):
+        exec("".join(second["source"]), names | {"gpu": 1})  # as papermill writes it into the notebook
 
 
 def test_a_folder_of_test_sets_alone_is_enough_to_evaluate(tmp_path):

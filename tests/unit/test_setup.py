@@ -137,16 +137,3 @@ def test_a_torch_that_sees_no_gpu_is_no_silent_success(clone):
     clone.make_python(blind=1)
     done = clone.call("setup")
     assert done.returncode == 2 and "torch sees none" in done.stderr and "580.95.05" in done.stderr
-
-
-def test_unknown_words_of_setup_are_refused(clone):
-    done = clone.call("setup", "everything")
-    assert done.returncode == 2 and "setup knows the words full, cpu and gpu, and not everything" in done.stderr and not clone.installed
-
-
-def test_a_machine_without_a_compiler_hears_of_it(clone):
-    if any(shutil.which(name, path="/usr/bin:/bin") for name in ("cc", "gcc", "clang")):
-        pytest.skip("a C compiler lies in /usr/bin here, and the script finds it")
-    (clone.bin / "cc").unlink()
-    clone.gpu()
-    assert "There is no C compiler" in clone.call("setup").stdout
