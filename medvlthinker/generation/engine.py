@@ -167,7 +167,7 @@ class TransformersEngine:
             raise UserError(
                 f"A question from {sample.dataset_name}/{sample.dataset_index} on needs {length} "
                 f"tokens with its images, and the context holds {context}; raise max_model_len, "
-                "or lower max_pixels (preflight finds all of them).")
+                "or lower max_pixels (1_data finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
         try:
             with torch.inference_mode():
@@ -338,7 +338,7 @@ class VllmEngine:
             raise UserError(
                 f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: "
                 f"{' '.join(str(error).split())[:300]} (max_model_len and max_pixels decide what "
-                "fits; preflight finds all that do not).") from None
+                "fits; 1_data finds all that do not).") from None
         return name.partition("-")[0]  # outputs carry it without the random word behind it
 
     @functools.cached_property
