@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'question_files', 'Graph', 'error_line', 'notebook_file',
-           'execute', 'Narrator', 'snakemake', 'reasons', 'run_workflow', 'stopped_at', 'step_status', 'status']
+           'execute', 'Narrator', 'snakemake', 'reasons', 'run_workflow', 'status']
 
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
@@ -431,37 +431,6 @@ def _refuse(names: list[str], profile: Profile) -> None:
     refuse_missing_nodes(recipes, profile)
     refuse_small_disk(recipes, profile)
 
-# %% ../../nbs/app/75_workflow.ipynb #7fe254c0
-def stopped_at(
-    partial: Path,  # a `.running.ipynb`
-) -> tuple[str, str]:
-    "Where a partial notebook stopped, and its error; papermill notes the state of each cell."
-    try:
-        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError):  # as a kill may leave it
-        return "before its first cell", ""
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
-    unfinished = [number for number, state in enumerate(states, 1) if state != "completed"]
-    errors = [error_line(output["ename"], output["evalue"]) for cell in cells
-              for output in cell["outputs"] if output["output_type"] == "error"]
-    return f"in code cell {(unfinished or [len(cells)])[0]} of {len(cells)}", (errors or [""])[-1]
-
-# %% ../../nbs/app/75_workflow.ipynb #d40a022d
-def step_status(
-    name: str,  # of a step
-    profile: Profile,
-    reason: str,  # why it would run; empty where it would not
-) -> tuple[str, str]:  # done, stale, missing, failed or unfinished; and why, or where
-    "How one step stands, by its files."
-    partial = notebook_file(name, profile, running=True)
-    if not reason:
-        return "done", ""
-    if partial.is_file():
-        where, error = stopped_at(partial)
-        return ("failed", f"{where}: {error}") if error else ("unfinished", where)
-    return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
-
 # %% ../../nbs/app/75_workflow.ipynb #60b53ac2
 def status(
     profile: Profile,
@@ -469,17 +438,28 @@ def status(
     "How far a run has come, line by line, and what the next one would do; nothing is written."
     paper_notebook("1_data")  # else this is no checkout
     due, names = reasons(profile), [step.name for step in steps(profile)]
-    found = {name: step_status(name, profile, due.get(name, "")) for name in names}
+    found = {name: _state(name, profile, due.get(name, "")) for name in names}
     width = max(map(len, names))
-    yield f"{'step':{width}}  {'state':11}  {'time':>6}  because"
+    yield f"{'step':{width}}  {'state':10}  {'time':>6}  because"
     for name, (state, why) in found.items():
         took = read_json(record_path(notebook_file(name, profile))).get("seconds")
         seconds = f"{took:.0f} s" if isinstance(took, float) else ""  # else it never ended well
-        yield f"{name:{width}}  {state:11}  {seconds:>6}  {why}".rstrip()
-        if state in ("failed", "unfinished"):
-            yield f"    {notebook_file(name, profile, running=True)}"
+        yield f"{name:{width}}  {state:10}  {seconds:>6}  {why}".rstrip()
     count = collections.Counter(state for state, _ in found.values())
     yield f"{len(names)} steps: " + ", ".join(f"{n} {state}" for state, n in count.items()) + "."
     coming = [name for name in names if name in due]
     yield (f"The next run does {len(coming)}, first {coming[0]}." if coming
            else "The next run has nothing to do.")
+
+
+def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
+    "How a step stands that would run for this reason, and why, or the partial notebook."
+    partial = notebook_file(name, profile, running=True)
+    if not reason:
+        return "done", ""
+    if not partial.is_file():
+        return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
+    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', partial.read_text(encoding="utf-8"))
+    if not error:
+        return "unfinished", str(partial)
+    return "failed", f"{error_line(*map(json.loads, error.groups()))} ({partial})"
