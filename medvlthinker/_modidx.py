@@ -1531,8 +1531,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer.spaced_places': ( 'results/viewer.html#spaced_places',
                                                                                             'medvlthinker/results/viewer.py'),
-                                             'medvlthinker.results.viewer.viewer_link': ( 'results/viewer.html#viewer_link',
-                                                                                          'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer.write_page': ( 'results/viewer.html#write_page',
                                                                                          'medvlthinker/results/viewer.py'),
                                              'medvlthinker.results.viewer.write_view': ( 'results/viewer.html#write_view',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'FILTERS', 'DRAWN_NOTE', 'Entry', 'read_entries', 'escape_invisible', 'readings', 'question_table',
-           'write_view', 'viewer_link', 'Viewer', 'data_uri', 'entry_html', 'browse', 'spaced_places', 'write_page']
+           'write_view', 'Viewer', 'data_uri', 'entry_html', 'browse', 'spaced_places', 'write_page']
 
 # %% ../../nbs/results/64_viewer.ipynb #4db78798
 import base64, dataclasses, functools, hashlib, html, io, itertools, math, re
@@ -139,15 +139,6 @@ FILTERS = {  # column of the table -> its label; `text` and those with a choice 
 def write_view(view: dict) -> str:
     "The view as a text for an address; what is empty is left out."
     return urlencode({key: value for key, value in view.items() if value}, errors="replace")
-
-# %% ../../nbs/results/64_viewer.ipynb #64a00014
-def viewer_link(
-    model: str,
-    benchmark: str = "",  # empty for all; the paper's short names will do
-    **filters: str,  # such as regrade="wrong"
-) -> str:
-    "The address of a model's questions, as seen from a page beside that of `write_page`."
-    return f"viewer.html#{write_view({'model': model, 'benchmark': benchmark, **filters})}"
 
 # %% ../../nbs/results/64_viewer.ipynb #64a00016
 def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:

@@ -186,9 +186,6 @@ MACHINES = {  # keys -> what reaches models that answer, the call of verl, and a
     "one GPU": ({"gpus": 1, "dtype": "float16", "gpu_memory_utilization": 0.5}, {"dtype": "float16", "tensor_parallel_size": 1, "gpu_memory_utilization": 0.5},
                 ["trainer.n_gpus_per_node=1", "trainer.nnodes=1", "rollout.dtype=float16", "rollout.tensor_model_parallel_size=1", "rollout.gpu_memory_utilization=0.5", "param_dtype=fp16"],
                 {"num_machines": 1, "num_processes": 1, "mixed_precision": "fp16"}),
-    "eight GPUs": ({"gpus": 8, "tensor_parallel": 2, "data_parallel": 3}, {"dtype": "bfloat16", "tensor_parallel_size": 2, "gpu_memory_utilization": 0.9},
-                   ["trainer.n_gpus_per_node=8", "trainer.nnodes=1", "rollout.dtype=bfloat16", "rollout.tensor_model_parallel_size=2", "rollout.gpu_memory_utilization=0.6"],
-                   {"num_machines": 1, "num_processes": 8, "mixed_precision": "bf16"}),
     "four nodes": ({"gpus": 4, "nodes": 4, "engine": "ray", "tensor_parallel": 4, "dtype": "float32", "gpu_memory_utilization": 0.7}, {"dtype": "float32", "tensor_parallel_size": 4, "gpu_memory_utilization": 0.7},
                    ["trainer.n_gpus_per_node=4", "trainer.nnodes=1", "rollout.dtype=float32", "rollout.tensor_model_parallel_size=4", "rollout.gpu_memory_utilization=0.7", "param_dtype=fp32"],
                    {"num_machines": 1, "num_processes": 4, "mixed_precision": "no"})}  # four nodes answer; a recipe takes its own
