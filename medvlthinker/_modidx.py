@@ -77,8 +77,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'medvlthinker.app.profile.Step': ('app/profile.html#step', 'medvlthinker/app/profile.py'),
                                           'medvlthinker.app.profile.Step.name': ( 'app/profile.html#step.name',
                                                                                   'medvlthinker/app/profile.py'),
-                                          'medvlthinker.app.profile.Step.parameters': ( 'app/profile.html#step.parameters',
-                                                                                        'medvlthinker/app/profile.py'),
                                           'medvlthinker.app.profile.Workspace': ( 'app/profile.html#workspace',
                                                                                   'medvlthinker/app/profile.py'),
                                           'medvlthinker.app.profile.Workspace.__getattr__': ( 'app/profile.html#workspace.__getattr__',

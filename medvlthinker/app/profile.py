@@ -194,11 +194,6 @@ class Step:
         "What a run calls it, and its files."
         return f"{self.notebook}-{folder_name(self.value)}" if self.value else self.notebook
 
-    @property
-    def parameters(self) -> dict[str, str]:
-        "What papermill gives to the notebook, beside the keys of the profile."
-        return {self.parameter: self.value} if self.value else {}
-
 # %% ../../nbs/app/70_profile.ipynb #7a9b0004
 def steps(
     profile: Profile,

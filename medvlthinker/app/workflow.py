@@ -261,7 +261,8 @@ def execute(
     before = _stamps(workspace)
     target, partial = notebook_file(name, profile), notebook_file(name, profile, running=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    given = {"profile": profile.name, **step.parameters, **overrides(profile)}
+    own = {step.parameter: step.value} if step.value else {}
+    given = {"profile": profile.name, **own, **overrides(profile)}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:
         os.environ["OMP_NUM_THREADS"] = "1"
