@@ -19,7 +19,7 @@ from .commands import Words
 from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
-from ..core.files import UserError, environment_info, require_package
+from ..core.files import UserError, environment_info
 
 # %% ../../nbs/app/78_cli.ipynb #3bd6e6cb
 def run(
@@ -66,7 +66,7 @@ def _show_results(profile: Profile) -> None:
 
 # %% ../../nbs/app/78_cli.ipynb #f04f8e36
 def status(words: Words = None) -> None:
-    """Say how far a run has come: done, stale and why, missing, running, failed.
+    """Say how far a run has come: done, stale and why, missing, failed, unfinished.
 
     Example: medvlthinker status smoke
     """
@@ -205,14 +205,13 @@ def lab(
 
     Example: medvlthinker lab --no-browser
     """
-    require_package("jupyterlab")
+    from jupyterlab.labapp import LabApp
+
     config = Path(sys.prefix) / "etc/jupyter/labconfig/page_config.json"
     config.parent.mkdir(parents=True, exist_ok=True)
     silent = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     config.write_text(json.dumps(silent))
-    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    from jupyterlab.labapp import LabApp
-
+    root = ["--allow-root"] if os.geteuid() == 0 else []
     LabApp.launch_instance([
         "--ip=127.0.0.1", *root,
         f"--notebook-dir={project_root() / 'nbs'}", "--LabApp.default_url=/lab/tree/index.ipynb",
@@ -238,8 +237,8 @@ def bench(
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
 VERBS: dict[str, Callable] = {function.__name__.replace("_", "-"): function for function in (
     run, status, ask, commands.evaluate, commands.compare, commands.ablate, commands.rollout,
-    commands.preflight, curate, commands.train, commands.merge, results, viewer,
-    commands.check_paper, commands.verify, commands.export, docs, lab, step, bench)}
+    curate, commands.train, commands.merge, results, viewer, commands.check_paper,
+    commands.verify, commands.export, docs, lab, step, bench)}
 _PASS_ON = ("run", "compare", "lab", "bench")  # options that they do not know are for others
 
 app = typer.Typer(

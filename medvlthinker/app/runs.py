@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'question_sets', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts', 'evaluation_samplings',
            'launch_rollout', 'data_file', 'training_data', 'training_places', 'stored_records', 'require_records',
-           'questions_of', 'stored_rollouts', 'stored_viewer']
+           'questions_of', 'named_sets', 'stored_rollouts', 'stored_viewer']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
 import contextlib, dataclasses, glob, sys
@@ -19,7 +19,7 @@ from ..data.benchmarks import (
 from ..data.corpora import (
     TRAINING_SETS, load_corpus, load_reasoning, reasoning_file)
 from ..data.sample import Sample, SampleFile
-from .profile import Profile, Workspace, overrides
+from .profile import Profile, Workspace, command_words
 from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
 from ..generation.model import folder_name
@@ -121,13 +121,12 @@ def launch_rollout(
     kind: str = "benchmark",  # or `corpus`
 ) -> None:
     "Ask in a separate process, showing its log."
-    keys = {key: value for key, value in overrides(profile).items() if key != "models"}
+    words = [*command_words(profile), f"model={model}", f"kind={kind}"]
     for key in ("n", "temperature", "top_p") if samplings else ():
-        keys[key] = ",".join(str(getattr(sampling, key)) for sampling in samplings)
-    words = [f"{key}={value}" for key, value in {"model": model, "kind": kind, **keys}.items()]
-    command = [sys.executable, "-m", "medvlthinker.app.cli", "rollout", profile.name, *words]
+        values = ",".join(str(getattr(sampling, key)) for sampling in samplings)
+        words.append(f"{key}={values}")
     log = Workspace(profile.name).logs / f"rollout-{folder_name(model)}-{kind}.log"
-    run_logged(command, log)
+    run_logged([sys.executable, "-m", "medvlthinker.app.cli", "rollout", *words], log)
 
 # %% ../../nbs/app/71_runs.ipynb #142f36d0
 def data_file(
@@ -209,16 +208,19 @@ def questions_of(
 ) -> SampleFile:
     "The questions that a rollout answers; `UserError` where no file holds them."
     *source, name = rollout.folder.relative_to(root).parts[2:-1]
-    base, found = (root / "samples").joinpath(*source), list[SampleFile]()
+    base, rows = (root / "samples").joinpath(*source), rollout.record["rows"]
     for path in sorted(base.glob(f"{glob.escape(name)}*.parquet")):
-        with contextlib.suppress(UserError):  # torn
-            found.append(SampleFile(path))
-    found.sort(key=lambda samples: len(samples) != rollout.record["rows"])  # likely ones first
-    for samples in found:
-        if samples_fingerprint(samples) == rollout.config.samples:
-            return samples
+        with contextlib.suppress(UserError):  # another file may be torn
+            samples = SampleFile(path)
+            if len(samples) == rows and samples_fingerprint(samples) == rollout.config.samples:
+                return samples
     raise UserError(f"No file in {base} holds the questions of "
                     f"{rollout.folder.relative_to(root)}.")
+
+# %% ../../nbs/app/71_runs.ipynb #64b00014
+def named_sets(profile: Profile) -> Sequence[str]:
+    "The test sets that a profile names; empty where it names none, which means all."
+    return set_names(TEST_SETS, profile.benchmark) if profile.benchmark else ()
 
 # %% ../../nbs/app/71_runs.ipynb #64b00005
 def stored_rollouts(
@@ -238,9 +240,8 @@ def stored_viewer(
     "The questions that a profile's models were evaluated on, with their greedy answers."
     sets, about = dict[Path, tuple[SampleFile, dict]](), {}
     made = "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}"
-    names = set_names(TEST_SETS, profile.benchmark) if profile.benchmark else ()
     for record in require_records(profile):
-        found = stored_rollouts(Workspace(profile.name).root, record, names)
+        found = stored_rollouts(Workspace(profile.name).root, record, named_sets(profile))
         for samples, rollout in found.values():
             sets.setdefault(samples.path, (samples, {}))[1][record["model"]] = rollout
             about[record["model"]] = made.format_map(rollout.record)

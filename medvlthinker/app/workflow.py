@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'question_files', 'Graph', 'error_line', 'notebook_file',
-           'execute', 'plain_reason', 'Narrator', 'snakemake', 'reasons', 'run_workflow', 'step_status', 'is_running',
-           'status']
+           'execute', 'Narrator', 'snakemake', 'reasons', 'run_workflow', 'status']
 
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
-import shutil, signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Callable, Iterator, Sequence
+import signal, subprocess, sys, tempfile, textwrap, time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import medvlthinker
 from .profile import (
-    KEYS, Profile, Step, Workspace, load_profile, overrides, steps)
+    KEYS, Profile, Step, Workspace, command_words, load_profile, overrides, steps)
 from ..core.commands import (
     end_with_parent, find_path, project_root, redact, redact_file)
-from medvlthinker.core.files import (
-    UserError, atomic_write, file_hash, read_json, record_path, require_package, write_error,
-    write_record)
+from ..core.files import (
+    UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
-from ..training.recipe import RECIPES, TrainingSettings, nodes_of, rows_at_once
+from ..training.recipe import RECIPES, TrainingSettings, rows_at_once
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
 def paper_notebook(
@@ -100,7 +98,7 @@ class Graph:
         words = {key: _as_text(value) for key, value in config.items()}
         name = words.pop("profile", "smoke")
         self.profile = load_profile(name, **words)
-        self.words = [name, *(f"{key}={value}" for key, value in words.items())]
+        self.words = command_words(self.profile)
         self.root = Workspace(name).root
         self.root.mkdir(parents=True, exist_ok=True)
         self.steps = steps(self.profile)
@@ -191,9 +189,7 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     except PapermillExecutionError as error:
         raise UserError(f"{error_line(error.ename, error.evalue)}. ({step} stopped there; the "
                         f"notebook as far as it came: {partial})") from None
-    except (DeadKernelError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "Kernel died" not in str(error):
-            raise
+    except DeadKernelError:
         raise _death(step) from None
     except OSError as error:
         raise write_error(error, partial) from None
@@ -210,14 +206,15 @@ def _begin(run: Callable, tries: int = 3):
 
 
 def _death(step: str) -> UserError:
-    "The sentence for a step whose process was killed."
-    return UserError(f"The process of {step} has died (killed, or out of memory); what is finished "
-                     "is kept, and the same command goes on. ./reproduce.sh status names its "
-                     "notebook as far as it came.")
+    "The sentence for a step whose process left none."
+    return UserError(f"The process of {step} has died (killed, out of memory, a full disk, or by "
+                     "what the end of logs/snakemake.log says); what is finished is kept, and the "
+                     "same command goes on. ./reproduce.sh status names its notebook as far as it "
+                     "came.")
 
 # %% ../../nbs/app/75_workflow.ipynb #38d4363d
 @contextlib.contextmanager
-def _own_family(log: Path) -> Iterator[None]:
+def _own_family() -> Iterator[None]:
     "In this block Ctrl-C and SIGTERM end this process with all that it started."
     import psutil
 
@@ -229,19 +226,12 @@ def _own_family(log: Path) -> Iterator[None]:
         for each in psutil.wait_procs(family, 5)[1]:
             with contextlib.suppress(psutil.Error):
                 each.kill()
-        redact_file(log)
         os._exit(130)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    kept = os.dup(2)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        redact_file(log)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -271,7 +261,6 @@ def execute(
     profile: Profile,
 ) -> Path:  # the executed notebook
     "Execute one step; `UserError` with its last error line and where the partial notebook lies."
-    require_package("papermill", "ipykernel")
     skip_uri_grammar()
     import nbformat
 
@@ -283,12 +272,13 @@ def execute(
     before = _stamps(workspace)
     target, partial = notebook_file(name, profile), notebook_file(name, profile, running=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    given = {"profile": profile.name, **step.parameters, **overrides(profile)}
+    own = {step.parameter: step.value} if step.value else {}
+    given = {"profile": profile.name, **own, **overrides(profile)}
     os.environ["MEDVLTHINKER_BATCH"] = "1"
     if not profile.gpus:
         os.environ["OMP_NUM_THREADS"] = "1"
     inputs, source = {"notebook": step.notebook, **given}, paper_notebook(step.notebook)
-    with _own_family(workspace.logs / f"{name}.kernel.log"), write_record(target, inputs) as facts:
+    with _own_family(), write_record(target, inputs) as facts:
         done = _papermill(source, partial, given, step.value or step.notebook)
         with atomic_write(target) as file:
             file.write(nbformat.writes(done) + "\n")
@@ -297,32 +287,6 @@ def execute(
         facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
                             for path in sorted(made)}
     return target
-
-# %% ../../nbs/app/75_workflow.ipynb #c82e5290
-_SHORT = (  # what Snakemake says, and what is shown
-    (r".*(Forced execution|Missing output files: [^;]*[.]ipynb).*", "it has not run yet"),
-    (r"[^ ,']*?(\w+/\w+)[.]py\b", r"\1"), (r"notebooks/([^,;/]+)[.]ipynb", r"\1"),
-    ("Missing output files: ", "lost: "), ("Updated input files: ", "edited: "),
-    ("Input files updated by another job: ", "follows "))
-_PARAMETERS = re.compile(r"Params have changed since last execution: .*?before: (.*?) now: ([^;]*)")
-
-
-def _changed_keys(found: re.Match) -> str:
-    "Each key with its value before and now."
-    before, now = (dict(re.findall(r"'(\w+)=([^']*)'", side)) for side in found.groups())
-    keys = [f"{key} was {before.get(key) or 'empty'}, is {value or 'empty'}"
-            for key, value in now.items() if key != "code"]
-    return ", ".join([*keys, *["its cells were edited"] * ("code" in now)])
-
-
-def plain_reason(
-    reason: str,  # as Snakemake says it
-) -> str:
-    "Why a step runs, in a few words."
-    reason = _PARAMETERS.sub(_changed_keys, reason)
-    for said, shown in _SHORT:
-        reason = re.sub(said, shown, reason)
-    return textwrap.shorten(reason, 160, placeholder=" ...")
 
 # %% ../../nbs/app/75_workflow.ipynb #e112150e
 class Narrator(logging.Handler):
@@ -341,9 +305,11 @@ class Narrator(logging.Handler):
         if event == "run_info":
             self.total = record.stats["total"] - ("all" in record.stats)  # which is a job too
         elif event == "job_info" and record.output:
-            words = f"step {len(self.begun) + 1} of {self.total}  {Path(record.output[0]).stem}"
+            notebook = Path(record.output[0])
+            words = f"step {len(self.begun) + 1} of {self.total}  {notebook.stem}"
             self.begun[number] = words, time.monotonic()
-            print(f"{words}: {plain_reason(record.reason)}", flush=True)
+            reason = record.reason if notebook.is_file() else "it has not run yet"
+            print(f"{words}: {textwrap.shorten(reason, 300, placeholder=' ...')}", flush=True)
         elif event in ("job_finished", "job_error") and number in self.begun:
             words, began = self.begun[number]
             ended = "done in" if event == "job_finished" else "failed after"
@@ -367,8 +333,8 @@ def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
         words += ["--jobs", "16"] if _elsewhere(options) else ["--cores", cores]
     if not _elsewhere(options):  # or one that has the GPUs
         words += ["--resources", f"cards={max(1, profile.gpus)}"]
-    keys = [f"{key}={value}" for key, value in overrides(profile).items()]
-    return [*words, "--config", f"profile={profile.name}", *keys]
+    name, *keys = command_words(profile)
+    return [*words, "--config", f"profile={name}", *keys]
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -380,18 +346,10 @@ def _end_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _failure(lines: list[str], step: str, root: Path) -> UserError:
-    "Why a run stopped, from the lines of its log, the step that failed first and the disk."
+def _failure(lines: list[str], step: str) -> UserError:
+    "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
-    if step and (start := "Traceback (most recent call last):") in lines:
-        after = lines[lines.index(start):]  # Snakemake adds an error of its own
-        error = next((line for line in after if re.match(r"[\w.]+: |\w+Error$", line)), after[-1])
-        return UserError(f"{step} stopped: {error} (more in logs/snakemake.log of the run).")
-    if shutil.disk_usage(root).free < 1_000_000:  # nobody could write what happened
-        return UserError(f"No space is left on the disk of {root}; make room, or set "
-                         "MEDVLTHINKER_HOME to a larger disk, and run again: what is finished is "
-                         "kept.")
     if step:
         return _death(step)
     return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
@@ -403,7 +361,6 @@ def snakemake(
     dry: bool = False,  # print the reasons only
 ) -> Iterator[str]:
     "The lines that Snakemake and its steps print; `UserError` with the sentence of a failed step."
-    require_package("snakemake", "papermill", "ipykernel")
     question_files(profile)  # a mistake in the profile is said here, and not by Snakemake
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
@@ -421,13 +378,17 @@ def snakemake(
                 if ": failed after " in line and not failed:
                     failed = line.partition(": failed after ")[0].partition("  ")[2]
                 yield line.rstrip("\n")
+            process.wait()
         except BaseException:
             _end_group(process)
             raise
-        if process.wait():
+        finally:
+            if not dry:
+                redact_file(log.name)  # kernels write into it too
+        if process.returncode:
             log.seek(0)
             said = [redact(line.strip()) for line in log if line.strip()]
-            raise _failure(said, failed, Workspace(profile.name).root)
+            raise _failure(said, failed)
 
 # %% ../../nbs/app/75_workflow.ipynb #2006bf22
 def reasons(
@@ -456,9 +417,8 @@ def run_workflow(
     if profile.gpus:  # and what cannot end well, not after days
         due = reasons(profile)
         _refuse([step.value for step in every if step.parameter == "recipe" and step.name in due],
-                profile, options)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+                profile)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ran = 0
     with file_lock(Workspace(profile.name).logs / "workflow", print):
         for line in snakemake(profile, *options):
@@ -467,7 +427,7 @@ def run_workflow(
     return ran
 
 
-def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
+def _refuse(names: list[str], profile: Profile) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
     from medvlthinker.app.cost import refuse_small_disk
     from medvlthinker.training.sft import refuse_alone
@@ -477,61 +437,9 @@ def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
     recipes = [RECIPES[name] for name in names if not (made / name).is_dir()]
     for recipe in recipes:
         rows_at_once(recipe, profile)  # the GPUs can share an update
-    wide = [recipe for recipe in recipes if nodes_of(recipe, profile) > 1]
-    if wide and _elsewhere(options):
-        raise UserError(f"{wide[0].name} takes several nodes, and a step that is a job of its own "
-                        "starts nothing on the others; train it as the page On a cluster says "
-                        "(nbs/cluster.ipynb), and leave it out of recipes= here.")
-    for recipe in wide:
         refuse_alone(recipe, profile)
-    if not _elsewhere(options):
-        refuse_missing_nodes(recipes, profile)
+    refuse_missing_nodes(recipes, profile)
     refuse_small_disk(recipes, profile)
-
-# %% ../../nbs/app/75_workflow.ipynb #7fe254c0
-def _stopped(partial: Path) -> tuple[str, str]:
-    "Where a partial notebook stopped, and its error; papermill notes the state of each cell."
-    try:
-        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
-        return "before its first cell", ""
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
-    unfinished = [number for number, state in enumerate(states, 1) if state != "completed"]
-    errors = [error_line(output["ename"], output["evalue"]) for cell in cells
-              for output in cell["outputs"] if output["output_type"] == "error"]
-    return f"in code cell {(unfinished or [len(cells)])[0]} of {len(cells)}", (errors or [""])[-1]
-
-# %% ../../nbs/app/75_workflow.ipynb #d40a022d
-def step_status(
-    name: str,  # of a step
-    profile: Profile,
-    reason: str,  # why it would run; empty where it would not
-    running: bool = False,  # is a run at work?
-) -> tuple[str, str]:  # done, stale, missing, running, failed or interrupted; and why, or where
-    "How one step stands, by its files."
-    partial = notebook_file(name, profile, running=True)
-    if partial.is_file() and (running or reason):
-        where, error = _stopped(partial)
-        state = "running" if running else "failed" if error else "interrupted"
-        return state, f"{where}: {error}" if error else where
-    if not reason:
-        return "done", ""
-    return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
-
-# %% ../../nbs/app/75_workflow.ipynb #bba898ba
-def is_running(
-    profile: Profile,
-) -> bool:
-    "Does a living process hold the lock of the profile's run? The lock is only looked at."
-    import fcntl
-
-    try:
-        with open(Workspace(profile.name).root / "logs" / "workflow" / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # it is held, or not there, or the file system has no locks
-        return isinstance(error, BlockingIOError)
-    return False
 
 # %% ../../nbs/app/75_workflow.ipynb #60b53ac2
 def status(
@@ -539,19 +447,29 @@ def status(
 ) -> Iterator[str]:
     "How far a run has come, line by line, and what the next one would do; nothing is written."
     paper_notebook("1_data")  # else this is no checkout
-    due, running = reasons(profile), is_running(profile)
-    names = [step.name for step in steps(profile)]
-    found = {name: step_status(name, profile, due.get(name, ""), running) for name in names}
+    due, names = reasons(profile), [step.name for step in steps(profile)]
+    found = {name: _state(name, profile, due.get(name, "")) for name in names}
     width = max(map(len, names))
-    yield f"{'step':{width}}  {'state':11}  {'time':>6}  because"
+    yield f"{'step':{width}}  {'state':10}  {'time':>6}  because"
     for name, (state, why) in found.items():
         took = read_json(record_path(notebook_file(name, profile))).get("seconds")
         seconds = f"{took:.0f} s" if isinstance(took, float) else ""  # else it never ended well
-        yield f"{name:{width}}  {state:11}  {seconds:>6}  {why}".rstrip()
-        if state in ("failed", "interrupted"):
-            yield f"    {notebook_file(name, profile, running=True)}"
+        yield f"{name:{width}}  {state:10}  {seconds:>6}  {why}".rstrip()
     count = collections.Counter(state for state, _ in found.values())
     yield f"{len(names)} steps: " + ", ".join(f"{n} {state}" for state, n in count.items()) + "."
-    coming = [name for name, (state, _) in found.items() if state not in ("done", "running")]
+    coming = [name for name in names if name in due]
     yield (f"The next run does {len(coming)}, first {coming[0]}." if coming
            else "The next run has nothing to do.")
+
+
+def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
+    "How a step stands that would run for this reason, and why, or the partial notebook."
+    partial = notebook_file(name, profile, running=True)
+    if not reason:
+        return "done", ""
+    if not partial.is_file():
+        return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
+    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', partial.read_text(encoding="utf-8"))
+    if not error:
+        return "unfinished", str(partial)
+    return "failed", f"{error_line(*map(json.loads, error.groups()))} ({partial})"

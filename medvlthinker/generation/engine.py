@@ -166,7 +166,7 @@ class TransformersEngine:
             raise UserError(
                 f"A question from {sample.dataset_name}/{sample.dataset_index} on needs {length} "
                 f"tokens with its images, and the context holds {context}; raise max_model_len, "
-                "or lower max_pixels (preflight finds all of them).")
+                "or lower max_pixels (1_data finds all of them).")
         torch.manual_seed(sampling.seed + batch[0].index // size)
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(max_new_tokens=room, do_sample=sampling.temperature > 0,
@@ -308,7 +308,7 @@ class VllmEngine:
             raise UserError(
                 f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: "
                 f"{' '.join(str(error).split())[:300]} (max_model_len and max_pixels decide what "
-                "fits; preflight finds all that do not).") from None
+                "fits; 1_data finds all that do not).") from None
         return name.partition("-")[0]  # outputs carry it without the random word behind it
 
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae

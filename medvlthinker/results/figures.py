@@ -11,7 +11,7 @@ import functools, re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..core.files import UserError, atomic_write, require_package
+from ..core.files import UserError, atomic_write
 from ..core.plots import (
     COLOURS, DASHES, SYMBOLS, draw_panels, lay_out, picture, wrap_label, write_figure)
 from ..data.readers import write_csv
@@ -46,7 +46,6 @@ def draw_marks(
     notes: list[str],
 ):  # a plotly figure
     "Panels of lanes of marks."
-    require_package("plotly")
     import plotly.express as px
 
     frame = frame.assign(lane=[wrap_label(lane, 30) for lane in frame["lane"]],
@@ -125,7 +124,6 @@ def curve_figure(
     frame,  # from `sampled_frame`
 ):  # a plotly figure
     "pass@k over k under the strict rule, a panel a benchmark."
-    require_package("plotly")
     import plotly.express as px
 
     frame = frame[frame["rule"] == "strict"]
@@ -152,7 +150,6 @@ def radar_figure(
     table,  # from `results_table`, with the models to compare
 ):  # a plotly figure
     "Each model as a polygon, every axis in percent of the best."
-    require_package("plotly")
     import plotly.express as px
 
     frame = table[table["column"] != AVERAGE]

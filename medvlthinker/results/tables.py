@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.files import atomic_write, require_package
+from ..core.files import atomic_write
 from ..core.stats import macro_average, wilson
 from ..evaluation.evaluate import recorded_sizes
 from ..data.readers import escape_formula
@@ -211,7 +211,6 @@ def to_html(
     link: Callable | None = None,  # a cell of ours (a named tuple) -> an address, or None
 ) -> str:
     "The table as a fragment of HTML, with its style and its notes."
-    require_package("jinja2")
     style = files("medvlthinker.results").joinpath("table.css").read_text(encoding="utf-8")
     labels, grid = _grid(table)
 
@@ -274,8 +273,6 @@ def to_latex(
     table,  # from `results_table`
 ) -> str:
     "The table as a LaTeX longtable of at most 345 points' width, and its notes."
-    require_package("jinja2")
-
     def name(block, model):
         title = rf"\midrule \makebox[0pt][l]{{\emph{{{escape_latex(block)}}}}}"
         return escape_latex(model) or title

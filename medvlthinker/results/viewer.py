@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'FILTERS', 'DRAWN_NOTE', 'Entry', 'read_entries', 'escape_invisible', 'readings', 'question_table',
-           'write_view', 'viewer_link', 'Viewer', 'data_uri', 'entry_html', 'browse', 'spaced_places', 'write_page']
+           'write_view', 'Viewer', 'data_uri', 'entry_html', 'browse', 'spaced_places', 'write_page']
 
 # %% ../../nbs/results/64_viewer.ipynb #4db78798
 import base64, dataclasses, functools, hashlib, html, io, itertools, math, re
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode
 
-from ..core.files import UserError, atomic_write, require_package
+from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..data.benchmarks import SHORT
 from ..data.sample import Sample, to_rgb
@@ -140,15 +140,6 @@ def write_view(view: dict) -> str:
     "The view as a text for an address; what is empty is left out."
     return urlencode({key: value for key, value in view.items() if value}, errors="replace")
 
-# %% ../../nbs/results/64_viewer.ipynb #64a00014
-def viewer_link(
-    model: str,
-    benchmark: str = "",  # empty for all; the paper's short names will do
-    **filters: str,  # such as regrade="wrong"
-) -> str:
-    "The address of a model's questions, as seen from a page beside that of `write_page`."
-    return f"viewer.html#{write_view({'model': model, 'benchmark': benchmark, **filters})}"
-
 # %% ../../nbs/results/64_viewer.ipynb #64a00016
 def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:
     "What each column may be compared with."
@@ -159,31 +150,13 @@ def _choices(table: "pd.DataFrame") -> dict[str, list[str]]:
             "cut_off": yes_no, "no_answer": yes_no}
 
 
-def _matches(cells: "pd.Series", value: str) -> "pd.Series":
-    "Which cells are the value, or a tuple that holds it."
-    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
-
-# %% ../../nbs/results/64_viewer.ipynb #64a00036
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _read_view(
-    view: str,
-    choices: dict[str, list[str]],
-    short: dict[str, str],  # other names of benchmarks, in lower case
-) -> dict:
-    "The view with every key; `UserError` for a key or a value that is not here."
-    chosen = {**dict.fromkeys([*choices, "text"], ""), "model": choices["model"][0], "at": "1"}
-    for key, value in parse_qsl(view.strip().removeprefix("#")):
-        if key not in chosen:
-            raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
-        chosen[key] = short.get(_plain(value), value) if key == "benchmark" else value
-        if chosen[key] not in (known := choices.get(key, [chosen[key]])):
-            raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
-    if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
-        raise UserError(f"at is a whole number, not {chosen['at']!r}.")
-    return {**chosen, "at": int(chosen["at"])}
+def _matches(cells: "pd.Series", value: str) -> "pd.Series":
+    "Which cells are the value, or a tuple that holds it."
+    return cells.map(lambda cell: value in (cell if isinstance(cell, tuple) else (cell,)))
 
 # %% ../../nbs/results/64_viewer.ipynb #03a42310
 class Viewer:
@@ -204,8 +177,18 @@ class Viewer:
         self.short = {key: name for key, name in SHORT.items() if name in names.values()} | names
 
     def parse(self, view: str) -> dict:  # such as benchmark=PMC&regrade=wrong&at=12
-        "The view as a dict; `UserError` for a key or a value that is not here."
-        return _read_view(view, self.choices, self.short)
+        "The view with every key; `UserError` for a key or a value that is not here."
+        chosen = dict.fromkeys([*self.choices, "text"], "")
+        chosen |= {"model": self.choices["model"][0], "at": "1"}
+        for key, value in parse_qsl(view.strip().removeprefix("#")):
+            if key not in chosen:
+                raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
+            chosen[key] = self.short.get(_plain(value), value) if key == "benchmark" else value
+            if chosen[key] not in (known := self.choices.get(key, [chosen[key]])):
+                raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")
+        if not re.fullmatch("[0-9]{1,9}", chosen["at"]):
+            raise UserError(f"at is a whole number, not {chosen['at']!r}.")
+        return {**chosen, "at": int(chosen["at"])}
 
     def hits(self, view: str = "") -> list[int]:
         "The places of the entries that pass, in order."
@@ -251,7 +234,6 @@ def _count_right(sample: Sample, completions: list[dict]) -> int:
 @functools.cache
 def _template():
     "The macros of the template."
-    require_package("jinja2")
     import jinja2
 
     environment = jinja2.Environment(
@@ -293,7 +275,6 @@ def browse(
     at: str = "",  # the view to open, such as benchmark=pmc_vqa&regrade=wrong&at=12
 ):
     "The viewer as ipywidgets."
-    require_package("ipywidgets")
     import ipywidgets as widgets
 
     view, body = viewer.parse(at), widgets.HTML()

@@ -53,22 +53,16 @@ def home(project, warm_tiny) -> Path:
     return home
 
 
-def foreign(folder: Path) -> None:
-    "A kernel called python3 that is not ours, and would not even start."
-    (folder / "kernels" / "python3").mkdir(parents=True)
-    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "Another", "language": "python"}))
-
-
 @pytest.fixture(scope="module")
 def lab(project, home):
-    "The script's own command, by a user who has another kernel of the same name in both places where Jupyter looks first."
+    "The script's own command, by a user who has another kernel called python3, which would not even start."
     user = project.parent / "user"
-    foreign(user / ".local" / "share" / "jupyter")
-    foreign(user / "elsewhere")
+    (kernel := user / ".local" / "share" / "jupyter" / "kernels" / "python3").mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "Another", "language": "python"}))
     port = free_port()
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "HF_HUB_OFFLINE", "XDG_"))}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "browser")))
-    environment = kept | {"HOME": str(user), "JUPYTER_PATH": str(user / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": paths,
+    environment = kept | {"HOME": str(user), "JUPYTER_PREFER_ENV_PATH": "0", "PYTHONPATH": paths,
                           "MEDVLTHINKER_HOME": str(home), "BROWSER_PATH": "none"}  # pictures have their own tests
     words = ["bash", "reproduce.sh", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with open(project.parent / "server.log", "w") as log, subprocess.Popen(words, cwd=project, env=environment, stdout=log, stderr=log) as server:

@@ -16,7 +16,7 @@ pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
 import yaml
 from bs4 import BeautifulSoup
 from conftest import FLOORS, ROOT, copy_project, watched
-from fastcore.nbio import mk_cell, new_nb, write_nb
+from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 
 from medvlthinker.app import site
 from medvlthinker.core.files import UserError
@@ -209,35 +209,13 @@ def test_text_is_shown_as_it_was_written(built):
     assert shown == [COMPLETION] and "<script>alert" not in read(built, "index.html")
 
 
-def test_figures_share_one_local_script(built):
-    page = soup(built, "paper/results.html")
-    data = [json.loads(place.find("script").string) for place in page.select(".live-figure")]
-    assert [each["data"][0]["x"][0] for each in data] == ["</script>"] * 2 and "width" not in data[0]["layout"]
-    assert [script["src"] for script in page.select("main script[src]")] == ["../assets/plotly.min.js", "../assets/figures.js"]
-
-
-def test_the_search_index_holds_headings_and_first_paragraphs(built):
-    entries = {entry[0]: entry[1:] for entry in json.loads(read(built, "assets/pages.js").partition(" = ")[2])}
-    assert entries["core/words.html#counting-them"] == ["Words", "Counting them", "Back to the start. A count is n≥0, not \\boxed{n}; see pass@k:"]
-    assert entries["core/stats.html#medvlthinker.core.stats.wilson"][:2] == ["Stats", "wilson"]
-    assert "index.html#how-do-i-evaluate-my-own-model" in entries
-
-
 # --- README.md and the configuration ---
-
-
-def test_readme_is_the_same_each_time_and_hides_what_is_hidden(tmp_path):
-    root = write_project(tmp_path)
-    text = site.readme(root).read_text(encoding="utf-8")
-    assert site.readme(root).read_text(encoding="utf-8") == text
-    assert "hidden" not in text and "[words](nbs/core/00_words.ipynb#counting-them)" in text and "[settings](settings.ini)" in text
-    assert f"````\n{COMPLETION}\n````" in text and "# Toy\n\n> A project made for tests.\n\nRead" in text
 
 
 def test_first_cells_hold_a_title_and_one_sentence():
     "A page's front matter is made from the first cell; what else stood there would be lost."
     for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs").glob("*/*.ipynb")]:
-        first = site.read_notebook(path).cells[0]
+        first = read_nb(path).cells[0]
         assert first.cell_type == "markdown" and re.fullmatch(r"# .+\n\n> .+\s*", first.source), path.name
 
 

@@ -18,7 +18,7 @@ from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
 from medvlthinker.results.viewer import (
-    Entry, Viewer, entry_html, escape_invisible, viewer_link, write_page, write_view)
+    Entry, Viewer, entry_html, escape_invisible, write_page, write_view)
 
 ATTACKS = (
     "<script>window.pwned = 1; alert(1)</script>", "<img src=x onerror='window.pwned = 2; alert(2)'>",
@@ -96,7 +96,7 @@ def test_filters_are_what_they_say():
 def test_a_view_survives_its_text():
     viewer = toy(1)
     for text in ("a&b=c", "100 %+#", "é 眼 \u202e", "<script>", "~*'()!", "\x00\n\t"):
-        address = viewer_link("b/x", "PMC", text=text, at="7").partition("#")[2]
+        address = write_view({"model": "b/x", "benchmark": "PMC", "text": text, "at": 7})
         found = viewer.parse("#" + address)
         assert (found["model"], found["benchmark"], found["text"], found["at"]) == ("b/x", "pmc_vqa", text, 7)
         assert re.fullmatch(r"[\w&=%+.~-]*", address, re.A)

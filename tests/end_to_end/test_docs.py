@@ -182,23 +182,6 @@ def test_what_the_chapters_name_exists():
                     assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names), (block.file, node.module)
 
 
-@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
-def test_relative_links_lead_somewhere(path):
-    for text in prose(path):
-        plain = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
-        for target in [a or b for a, b in re.findall(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""", plain)]:
-            if not re.match(r"[a-z]+:", target):
-                file, _, anchor = target.partition("#")
-                there = (path.parent / file).resolve() if file else path
-                assert there.exists(), f"{path.name} leads to {target}"
-                assert not anchor or anchor in anchors(there), f"{path.name} leads to {target}, where there is no such heading"
-
-
-def anchors(path: Path) -> set[str]:
-    "The names of the headings of a page, as they are made from their words."
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", "\n".join(prose(path)), re.M)}
-
-
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_each_verb_explains_itself_with_an_example(verb, capsys):
     assert cli.main([verb, "--help"]) == 0

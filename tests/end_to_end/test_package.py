@@ -12,7 +12,6 @@ from pathlib import Path
 import medvlthinker
 import pytest
 from conftest import ROOT, says
-from medvlthinker.core.files import EXTRAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -138,11 +137,7 @@ ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.training.grpo import train_grpo; train_grpo(None)": "train",
     "from medvlthinker.training.sft import open_model; open_model(None)": "torch,train",
     "from medvlthinker.training.verl import train_verl; train_verl(None)": "verl,ray,vllm",
-    "from medvlthinker.app.workflow import snakemake; next(snakemake(load_profile('smoke')))": "notebooks",
-    "from medvlthinker.app.site import render_by_pandoc; render_by_pandoc(None)": "notebooks",
-    "from medvlthinker.results.viewer import browse; browse(None)": "notebooks",
     "from medvlthinker.core.plots import write_figure; write_figure('a', None, '.')": "notebooks",
-    "from medvlthinker.results.figures import radar_figure; radar_figure(None)": "notebooks",
     "from medvlthinker.difficulty.preflight import length_figure; length_figure({})": "notebooks",
     "from medvlthinker.training.train import curve_figure; curve_figure(None)": "notebooks",
 }
@@ -167,14 +162,3 @@ for call in json.loads(sys.argv[1]):
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "rollout", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "status"), "needs a checkout of the project")
     says(alone(bare, ROOT, "-m", "medvlthinker.app.cli", "docs", "--readme"), "fastcore is not installed", "pip install 'medvlthinker[notebooks]'")  # found at the door of the commands
-
-
-def test_each_extra_brings_what_it_is_said_to_bring(wheel):
-    with zipfile.ZipFile(wheel) as file:
-        [meta] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
-        lines = re.findall(r"^Requires-Dist: (.*)$", file.read(meta).decode(), re.M)
-    providers = importlib.metadata.packages_distributions()
-    for module, extra in EXTRAS.items():
-        direct = [each for each in map(Requirement, lines) if each.marker and each.marker.evaluate({"extra": extra})]
-        brought = {canonicalize_name(each.name) for each in direct} | set(closure(direct))
-        assert {canonicalize_name(name) for name in providers.get(module, [module])} & brought, f"the extra {extra} does not bring {module}"

@@ -24,15 +24,15 @@ def made(home):
 
 def test_a_card_holds_what_was_measured_and_its_code_runs_where_it_stands(made, monkeypatch, capsys):
     (folder, path), arguments = made, (find("tiny-RL_PMC"), load_profile("smoke"))
-    text = write_card(*arguments).read_text()
+    write_card(*arguments)
+    text = (folder / "README.md").read_text()
     assert "Not measured." in text and "| steps | 60 |" in text and "means nothing medical" in text
     with write_record(path, {}):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"source": "synthetic", "rule": "regrade", "seed": 42, "counts": {"pmc_vqa": [71, 100]}}))
-    text = write_card(*arguments).read_text()
-    assert "| pmc_vqa | 71.0 | 71 | 100 | 61.5 to 79.0 | regrade | 42 |" in text
-    result, = ModelCard(text).data.eval_results
-    assert (result.dataset_name, result.metric_value, result.metric_args["n"]) == ("pmc_vqa", 71.0, 100)
+    write_card(*arguments)
+    text = (folder / "README.md").read_text()
+    assert "| pmc_vqa | 71.0 | 71 | 100 | 61.5 to 79.0 | synthetic | regrade | 42 |" in text
     monkeypatch.chdir(folder)
     block, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(block.replace("max_new_tokens=200", "max_new_tokens=4"), {})

@@ -2,7 +2,6 @@
 import json
 import shutil
 
-import medvlthinker
 import pandas as pd
 import pytest
 from conftest import by_hand, python, says
@@ -59,53 +58,10 @@ def test_two_rules_over_stored_answers(answered, call):
     assert said.count("macro average") == 1 and path.with_name(path.name + ".manifest.json").is_file()
 
 
-def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answered, call, tmp_path):
-    words = ("smoke", ASKED[1], "model=tiny", "to=eval_results", f"folder={tmp_path / 'logs'}")
-    assert "other questions" not in call("export", *words, "limit=8")
-    assert "other questions than limit=3 draws, and these are taken: 8 of slake_closed, 8 of vqa_rad_closed." in call("export", *words, "limit=3")
-
-
-def test_both_sides_equal_is_said_before_anything_is_asked(warm_home):
-    refuses(["compare", "smoke", "limit=2", "model=tiny", "--", "gpus=0"], "one and the same rollout")
-    assert not list((warm_home / "smoke").rglob("rollout.jsonl"))
-
-
 def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call):
     said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake", "repeats=0", "repeats_others=0", "rule=strict")
     record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())
     assert "tiny, rule strict" in said and record["rule"] == "regrade"
-
-
-def test_sets_that_leave_the_tables_are_named(warm_home, call):
-    words = "evaluate", "smoke", "model=tiny", "limit=2"
-    call(*words, "benchmark=slake,vqa_rad")
-    assert "has these sets from now on, and no more slake_closed;" in call(*words, "benchmark=vqa_rad")
-    assert "from now on" not in call(*words, "benchmark=vqa_rad")
-
-
-def test_the_version_is_told(call):
-    assert call("--version").startswith(f"medvlthinker {medvlthinker.__version__}, commit ")
-
-
-@pytest.mark.parametrize("verb", ["evaluate", "rollout", "ablate"])
-def test_several_models_on_a_gpu_are_asked_in_a_process_each(warm_home, verb):
-    "vLLM keeps nine tenths of a GPU until its process ends; here the first process says that there is no GPU."
-    refuses([verb, "smoke", "models=tiny,other", "gpus=1", "engine=vllm", "limit=2"], "this machine shows none")
-    assert "this machine shows none" in (warm_home / "smoke" / "logs" / f"{verb}-tiny.log").read_text()
-
-
-@pytest.mark.parametrize("form, words, files", [("inspect", ["benchmark=vqa_rad", "answers=repeats"], 1), ("eval_results", [ASKED[1]], 2)])
-def test_export_writes_a_file_a_set(answered, call, tmp_path, form, words, files):
-    call("export", "smoke", "limit=8", *words, "model=tiny", f"to={form}", f"folder={tmp_path / form}")
-    assert len(list((tmp_path / form).rglob("*.json*"))) == files
-
-
-def test_the_image_ablation_is_printed_and_kept(warm_home, call):
-    said = call("ablate", "smoke", "model=tiny", "limit=10", "benchmark=vqa_rad", "conditions=original,blank")
-    last = said.splitlines()[-1]
-    assert "visual reliance" in said and "(10 questions)" in last
-    folder = warm_home / "smoke" / "results" / "synthetic" / "tiny"
-    assert len(pd.read_csv(folder / "image_ablation.csv")) == 10
 
 
 def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
@@ -138,12 +94,3 @@ def test_a_recipe_of_ones_own_can_be_merged(home, tmp_path):
     cli_of = ("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_mine")  # a process: the recipe stays
     says(python(*cli_of), "No recipe 'tiny-SFT_mine'")
     says(python(*cli_of, f"extend={own}"), "tiny-SFT_mine.training")
-
-
-def test_a_step_starts_its_kernel_without_the_slow_libraries():
-    "And `--help` and the start of a workflow without numpy, and without the chapters that they do not need."
-    imports = "import sys\nfrom medvlthinker.core.plots import skip_uri_grammar\nskip_uri_grammar()\nimport medvlthinker.app.cli, medvlthinker.app.workflow\nfirst = {*sys.modules}\nimport nbformat, papermill\n"
-    slow = "{'torch', 'transformers', 'datasets', 'pandas', 'plotly', 'scipy'}"
-    own = "{f'medvlthinker.{name}' for name in ('app.runs', 'app.cost', 'generation.engine', 'evaluation.evaluate', 'data.synthetic')}"
-    done = python("-c", imports + f"print({slow} & {{*sys.modules}}, ({own} | {{'numpy'}}) & first)")
-    assert done.stdout == "set() set()\n", done.stdout + done.stderr

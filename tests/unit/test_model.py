@@ -319,14 +319,12 @@ def test_max_pixels_is_refused_where_a_model_brings_images_to_one_size(tmp_path)
     assert pixel_limits(tmp_path, 0) == {}
 
 
-def test_max_pixels_means_the_same_in_preflight(blank, home, capsys):
-    from medvlthinker.app.commands import preflight
+def test_max_pixels_means_the_same_in_preflight(blank):
+    from medvlthinker.difficulty.preflight import lengths, open_processor
 
-    words = ["smoke", f"model={blank}", "limit=20", "train_limit=40", "benchmark=vqa_rad"]
-    with_limit, without = (preflight([*words, *more]) or capsys.readouterr().out for more in (["max_pixels=3136"], []))
-    told = [float(number) for number in re.findall(r"([\d.]+) of them for images", with_limit)]
-    assert any(told) and all(2 <= number <= 4 for number in told if number), with_limit  # a corpus of text has none
-    assert "16.0 of them for images" in without
+    samples = synthetic.benchmark("vqa_rad_closed", 20)
+    limited, without = (lengths(samples, open_processor(blank, pixels)[0]).image_tokens for pixels in (3136, 0))
+    assert limited.between(2, 4).all() and (without == 16).all()
 
 
 def test_max_pixels_means_the_same_in_training(blank, corpus):

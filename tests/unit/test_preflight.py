@@ -4,14 +4,9 @@ import io
 import random
 from dataclasses import replace
 
-import pandas
 import pytest
-import warm
-from conftest import ROOT
 from medvlthinker.data import synthetic
-from medvlthinker.generation.tiny_model import make_tiny_model, tiny_processor
-from medvlthinker.core.files import UserError
-from medvlthinker.app.commands import preflight
+from medvlthinker.generation.tiny_model import tiny_processor
 from medvlthinker.difficulty.preflight import findings, lengths, picture_size, visual_tokens
 from medvlthinker.data.prompt import messages
 from PIL import Image
@@ -103,22 +98,3 @@ def test_edges_of_the_limits():
     assert found(max_model_len=longest + 64) == set()
     assert found(max_model_len=longest + 63) == {"completion cut"}
     assert "over max_model_len" in found(max_model_len=longest) and "over max_model_len" not in found(max_model_len=longest + 1)
-
-
-def test_command_line(home, tmp_path):
-    folder = make_tiny_model(tmp_path / "tiny", steps=0)
-    words = ("-m", "medvlthinker.app.cli", "preflight", "smoke", f"model={folder}", "limit=20", "train_limit=20")
-    done = warm.run(*words, cwd=ROOT, MEDVLTHINKER_HOME=home)
-    assert done.returncode == 0 and "No row would be refused" in done.stdout, done.stderr
-    path = home / "smoke" / "results" / "preflight.csv"
-    report = pandas.read_csv(path)
-    assert set(report.finding) == {"measured"} and not report.refused.any() and (report["count"] == 20).all()
-    assert list(report.name) == [*synthetic.CORPORA, *synthetic.BENCHMARKS]
-    assert all(sentence in done.stdout for sentence in report.sentence)
-
-    longest = int(report.worst[report.name == "m23k"].iloc[0])
-    short = f"max_prompt_length={longest - 1}"
-    for limit, said in ((short, f"^A run would stop.*{short}"), ("max_model_len=60", "vLLM refuses them"),
-                        ("max_prompt_length=-1", "max_prompt_length cannot be -1")):
-        with pytest.raises(UserError, match=said):
-            preflight([*words[3:], limit])
