@@ -9,7 +9,7 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'question_files'
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
 import signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
