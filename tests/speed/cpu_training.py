@@ -29,7 +29,6 @@ def train_plainly(run) -> None:
     model.model.visual.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(run.start, padding_side="left")
     settings = grpo_settings(run, processor)
-    settings["generation_kwargs"] |= {"num_return_sequences": 1}
     GRPOTrainer(model=model, args=GRPOConfig(**settings), reward_funcs=rewards(),
                 train_dataset=chats(run, grpo_chat), processing_class=processor).train()
 
