@@ -223,7 +223,7 @@ def train_grpo(run: Run) -> Path:
     from trl import GRPOConfig, GRPOTrainer
 
     mend_trl()
-    step = last_whole(run.folder)[1] // run.updates
+    step = last_whole(run.folder) // run.updates
     passes = step // steps_per_epoch(run.recipe, len(run.rows))
 
     class Trainer(GRPOTrainer):

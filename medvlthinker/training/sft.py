@@ -319,15 +319,12 @@ def curve_callback(run: Run):  # a transformers TrainerCallback
     return Curves()
 
 # %% ../../nbs/training/42_sft.ipynb #574d38be
-def last_whole(
-    folder: Path,
-) -> tuple[str | None, int]:  # the checkpoint's path (None where there is none) and its update
+def last_whole(folder: Path) -> int:  # its update; 0 where there is none
     "The newest checkpoint that is whole; torn ones are removed."
     found = whole_checkpoints(folder)
     for path in set(folder.glob("checkpoint-*")) - set(found.values()):
         shutil.rmtree(path, ignore_errors=True)  # of several processes each may be at it
-    update = max(found, default=0)
-    return (str(found[update]), update) if update else (None, 0)
+    return max(found, default=0)
 
 # %% ../../nbs/training/42_sft.ipynb #adc359c5
 def remove_old_checkpoints(run: Run) -> None:
@@ -446,9 +443,9 @@ def run_trainer(
 
     first = trainer.is_world_process_zero()
     trainer.remove_callback(PrinterCallback)  # it would print every step of a week
-    found = last_whole(run.folder) if first else (None, 0)
-    newest, update = broadcast_object_list([*found])
-    shared = bool(newest) and (Path(newest) / "pytorch_model_fsdp_0").is_dir()
+    [update] = broadcast_object_list([last_whole(run.folder) if first else 0])
+    newest = run.folder / f"checkpoint-{update}" if update else None
+    shared = newest and (newest / "pytorch_model_fsdp_0").is_dir()
     if newest and shared != trainer.is_fsdp_enabled:
         raise UserError(f"{newest} was written by {'several GPUs' if shared else 'one process'}, "
                         "and only such a run reads it; set gpus as it was, or remove "
@@ -457,7 +454,7 @@ def run_trainer(
         cut_metrics(run.metrics, update // run.updates)
         said = ", going on from a checkpoint" if newest else ""
         print(f"{run.recipe.name}: step {update // run.updates} of {run.steps}{said}", flush=True)
-    trainer.train(resume_from_checkpoint=newest)
+    trainer.train(resume_from_checkpoint=newest and str(newest))
 
 # %% ../../nbs/training/42_sft.ipynb #f4776f7c
 def train_sft(run: Run) -> Path:

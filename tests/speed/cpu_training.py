@@ -15,7 +15,7 @@ from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import chats, plan
 from medvlthinker.training.train import train
 
-BOUNDS = (Bound("four steps of tiny-RL_PMC, ratio to plain TRL", "", 0.65),
+BOUNDS = (Bound("four steps of tiny-RL_PMC, ratio to plain TRL", "", 0.8),
           Bound("tiny-RL_PMC of four steps, all processes", "CPU s", 0, "at least"),
           Bound("tiny-SFT_PMC of four steps, all processes", "CPU s", 0, "at least"))
 
