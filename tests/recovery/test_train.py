@@ -6,7 +6,6 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import warm
@@ -93,29 +92,6 @@ def test_two_processes_share_a_run(ready):
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
     assert last_whole(folder) == 4
-
-
-def test_a_process_trains_on_one_gpu_however_many_it_sees(ready, monkeypatch):
-    "`gpus=1` where there are two: neither the rows of a pass double, nor is the reference laid out over both; and a question is read once a step, however small the micro batch."
-    import torch
-    from medvlthinker.training import grpo, sft
-    from transformers import Qwen2_5_VLForConditionalGeneration as Net
-    from trl.trainer import utils
-
-    trainers, placed, read, load, chat, shared = [], [], [], Net.from_pretrained, grpo.grpo_chat, sft.shared_settings
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(utils, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(Net, "from_pretrained", lambda *given, **named: placed.append(named.get("device_map")) or load(*given, **named))
-    monkeypatch.setattr(grpo, "grpo_chat", lambda sample: read.append(sample.dataset_index) or chat(sample))
-    places = ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs"
-    for floor, train, recipe in ((sft, sft.train_sft, "tiny-SFT_PMC"), (grpo, grpo.train_grpo, "tiny-RL_PMC")):
-        monkeypatch.setattr(floor, "shared_settings", lambda run, every: shared(run, every) | {"use_cpu": False})
-        go = floor.run_trainer
-        monkeypatch.setattr(floor, "run_trainer", lambda run, trainer, go=go: trainers.append(trainer) or go(run, trainer))
-        train(sft.plan(find(recipe), TrainingSettings(max_steps=2, micro_batch=8), *places))
-    assert [trainer.args.train_batch_size for trainer in trainers] == [8, 8]
-    assert "auto" not in placed and placed.count(None) == 3, "the model twice, and the reference"
-    assert len(read) == len(set(read)) == 2 * find("tiny-RL_PMC").how.batch
 
 
 @pytest.mark.parametrize("recipe", ["tiny-SFT_PMC", "tiny-RL_PMC"])
