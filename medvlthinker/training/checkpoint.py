@@ -71,7 +71,6 @@ def refuse_pickles(
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600009
 def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
     "Put the shards of a distributed checkpoint together in a folder, by accelerate."
-    require_package("accelerate")
     from accelerate.utils import merge_fsdp_weights
     from torch.distributed.checkpoint import CheckpointException  # no subclass of Exception
 
@@ -85,7 +84,6 @@ def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600011
 def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> None:
     "Put the shards of a verl checkpoint together in a folder, by verl."
-    require_package("verl")  # only verl can merge what it wrote
     words = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp",
              "--local_dir", str(checkpoint), "--target_dir", str(folder)]
     run_logged(words, log, show=lambda line: None)
@@ -111,7 +109,6 @@ def merge_adapter(
     adapter: str | Path,  # a folder with adapter_config.json and adapter_model.safetensors
 ):  # the model
     "A model with an adapter merged into its weights; `UserError` where it does not fit."
-    require_package("peft")
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
 

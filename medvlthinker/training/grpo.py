@@ -103,7 +103,6 @@ def read_once(
     model,  # transformers' Qwen2.5-VL on a CPU, without gradient checkpointing
 ) -> Callable:
     "The model as TRL calls it for the logits of answers; a prompt is read once for all of them."
-    require_package("torch", "trl")
     import torch
     from trl.trainer.utils import split_pixel_values_by_grid
 

@@ -136,16 +136,15 @@ def start_and_inputs(
     start = starting_point(recipe, checkpoints, settings.base, show)
     check_machine(recipe, settings)
     weight_files(download_model(start))
-    how = json.loads(json.dumps(dataclasses.asdict(recipe.how)))  # lists for tuples
     if recipe.method == "RL":
         own = {"reward": file_hash(REWARD), "trainer": settings.trainer}
     else:
         own = {"loss": "mean of row means", "trainer": "trl"}  # see `row_mean_loss`
     small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
-    return start, {"recipe": recipe.name, **how, **own, "start": model_fingerprint(start),
-                   "data": file_hash(data), "seed": settings.seed,
-                   "max_steps": settings.max_steps, "lora_rank": settings.lora_rank,
-                   "dtype": settings.dtype, **small}
+    return start, {"recipe": recipe.name, **dataclasses.asdict(recipe.how), **own,
+                   "start": model_fingerprint(start), "data": file_hash(data),
+                   "seed": settings.seed, "max_steps": settings.max_steps,
+                   "lora_rank": settings.lora_rank, "dtype": settings.dtype, **small}
 
 # %% ../../nbs/training/42_sft.ipynb #2daac431
 def plan(
@@ -339,7 +338,6 @@ def remove_old_checkpoints(run: Run) -> None:
 # %% ../../nbs/training/42_sft.ipynb #2501a17a
 def whole_callback(run: Run):  # a transformers TrainerCallback
     "Marks a checkpoint as whole when all processes have written it, and removes old ones."
-    require_package("accelerate")
     from accelerate import PartialState
     from transformers import TrainerCallback
 
@@ -535,9 +533,10 @@ def read_recipe(
 # %% ../../nbs/training/42_sft.ipynb #ebc5f164
 def read_words(
     words: Iterable[str],  # recipe=NAME data=FILE checkpoints=FOLDER logs=FOLDER [key=value ...]
-) -> tuple[Recipe, TrainingSettings, list[Path]]:  # paths of data, checkpoints and logs
+) -> tuple[Recipe, TrainingSettings, tuple[Path, Path, Path]]:  # data, checkpoints and logs
     "What a command line says; `UserError` for what is no recipe, and for what is no key."
     given = dict(word.partition("=")[::2] for word in words)
     recipe = read_recipe(given)
-    places = [Path(given.pop(key)).absolute() for key in ("data", "checkpoints", "logs")]
-    return recipe, read_training(given), places
+    places = ("data", "checkpoints", "logs")
+    data, checkpoints, logs = (Path(given.pop(key)).absolute() for key in places)
+    return recipe, read_training(given), (data, checkpoints, logs)

@@ -171,7 +171,6 @@ def main(
     recipe, settings, paths = read_words(words)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return print(f"{recipe.name} is ready: {train_here(recipe, settings, *paths)}")
-    require_package("accelerate")
     from accelerate import PartialState
 
     # one process may read, hash or write for longer than the ten minutes that NCCL waits

@@ -47,10 +47,9 @@ def verl_row(
             "reward_model": {"style": "rule", "ground_truth": sample.answer}}
 
 # %% ../../nbs/training/44_verl.ipynb #a932aab2
-def training_file(data, recipe: Recipe) -> Path:
+def training_file(data: Path, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
-    data, limit = Path(data), recipe.how.max_prompt_length
-    return data.parent / "verl" / f"{data.stem}-{limit}.parquet"
+    return data.parent / "verl" / f"{data.stem}-{recipe.how.max_prompt_length}.parquet"
 
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
 def verl_parquet(run: Run) -> Path:
