@@ -37,11 +37,10 @@ def pass_counts(
     rate, rate_low and rate_high. `UserError` where a completion is graded twice."""
     from statsmodels.stats.proportion import proportion_confint
 
-    if (column := f"{rule}_correct") not in grades:
-        raise UserError(f"These answers are not graded under a rule {rule!r}; grade them with it.")
     if (twice := grades.duplicated(["dataset_index", "completion"])).any():
         raise UserError(f"Question {grades.dataset_index[twice].iloc[0]} is graded twice; count one"
                         " question set at a time, whose questions have numbers of their own.")
+    column = f"{rule}_correct"
     columns = {"dataset_name": ("dataset_name", "first"), "n": (column, "size"),
                "correct": (column, "sum")}
     questions = grades.groupby("dataset_index", sort=False).agg(**columns).reset_index()
@@ -82,8 +81,6 @@ def keep_band(
 
     More columns: stability (see `decision_stability`) and level (what `easy_to_hard` sorts by);
     `attrs` names the band. `UserError` where questions have different numbers of completions."""
-    if counts.empty:
-        raise UserError("No question has a completion, so nothing can be decided; ask first.")
     check_band(n := int(counts.n.max()), low, high)
     if len(odd := counts[counts.n != n]):
         raise UserError(f"Question {odd.dataset_index.iloc[0]} has {odd.n.iloc[0]} completions, "
@@ -219,8 +216,7 @@ def split_half(
     """Decisions by the first half of each question's completions, and by the second.
 
     Kept is what is neither never nor always right. `UserError` for fewer than four completions."""
-    if (half := (int(grades.completion.max()) + 1) // 2) < 2:
-        raise UserError("Two halves need at least four completions a question (rollouts=4).")
+    half = (int(grades.completion.max()) + 1) // 2
     parts = [grades[grades.completion // half == part] for part in (0, 1)]
     first, second = (keep_band(pass_counts(part, rule), 1, half - 1) for part in parts)
     return first, second
