@@ -407,13 +407,15 @@ def train(words: Words = None) -> None:
     """
     from medvlthinker.app.cards import write_card
     from medvlthinker.app.runs import training_data, training_places
-    from medvlthinker.training.sft import check_machine
+    from medvlthinker.training.sft import check_machine, machine_rank
     from medvlthinker.training.train import train as train_recipe
 
     profile, recipe = _read_recipe(words)
     check_machine(recipe, profile)
     training_data(recipe, profile)
     final = train_recipe(recipe, profile, *training_places(recipe, profile))
+    if machine_rank():
+        return print(f"{recipe.name} is trained; the first machine makes the model.")
     write_card(recipe, profile)
     print(f"{recipe.name} is ready: {final}")
 

@@ -472,7 +472,7 @@ def run_workflow(
 def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
     from medvlthinker.app.cost import refuse_small_disk
-    from medvlthinker.training.sft import refuse_several_nodes
+    from medvlthinker.training.sft import refuse_alone
     from medvlthinker.training.verl import refuse_missing_nodes
 
     made = Workspace(profile.name).checkpoints
@@ -485,7 +485,7 @@ def _refuse(names: list[str], profile: Profile, options: Sequence[str]) -> None:
                         "starts nothing on the others; train it as the page On a cluster says "
                         "(nbs/cluster.ipynb), and leave it out of recipes= here.")
     for recipe in wide:
-        refuse_several_nodes(recipe, profile)
+        refuse_alone(recipe, profile)
     if not _elsewhere(options):
         refuse_missing_nodes(recipes, profile)
     refuse_small_disk(recipes, profile)

@@ -6,8 +6,8 @@
 __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'survey_rows', 'Run', 'check_machine', 'start_and_inputs', 'plan', 'chats',
            'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole',
            'remove_old_checkpoints', 'whole_callback', 'shared_settings', 'token_losses', 'row_mean_loss',
-           'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft', 'refuse_several_nodes', 'accelerate_config',
-           'trl_command', 'read_recipe', 'read_words']
+           'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft', 'machine_rank', 'refuse_alone',
+           'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
 import contextlib, dataclasses, json, os, shutil, sys, time
@@ -478,14 +478,21 @@ def train_sft(run: Run) -> Path:
             callbacks=[curve_callback(run), whole_callback(run)]))
     return run.checkpoint(run.takes)
 
+# %% ../../nbs/training/42_sft.ipynb #c366d7a7
+def machine_rank() -> int:
+    "Which of the machines that share a run this is, by MACHINE_RANK; 0 is the first."
+    return int(os.environ.get("MACHINE_RANK", "0"))
+
 # %% ../../nbs/training/42_sft.ipynb #676aaab5
-def refuse_several_nodes(recipe: Recipe, settings: TrainingSettings) -> None:
-    "`UserError` where a run through TRL takes several machines."
-    nodes = nodes_of(recipe, settings)
-    if nodes > 1 and not uses_verl(recipe, settings):
-        raise UserError(f"{recipe.name} takes {nodes} nodes, and TRL trains on one; set nodes=1, "
-                        "with adapters (lora_rank=32) where it does not fit, or leave it out of "
-                        "recipes.")
+def refuse_alone(recipe: Recipe, settings: TrainingSettings) -> None:
+    "`UserError` where a run through TRL takes several machines, and none has said which this is."
+    nodes, said = nodes_of(recipe, settings), {"MACHINE_RANK", "MASTER_ADDR"} <= {*os.environ}
+    if nodes == 1 or uses_verl(recipe, settings) or said:
+        return
+    raise UserError(f"{recipe.name} takes {nodes} nodes: on each, at the same time, "
+                    f"`./reproduce.sh train PROFILE recipe={recipe.name}` with MACHINE_RANK=0, 1 "
+                    "... and MASTER_ADDR=FIRST_NODE in the environment. Or leave it out of "
+                    "recipes.")
 
 # %% ../../nbs/training/42_sft.ipynb #b5605059
 LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out one by one
@@ -493,10 +500,12 @@ LAYERS = "Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock"  # what FSDP shares out 
 
 def accelerate_config(recipe: Recipe, settings: TrainingSettings) -> dict:
     "The hardware of a run in the words of `accelerate`."
-    shared = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1,
-              "num_processes": processes(recipe, settings), "machine_rank": 0,
-              "main_process_ip": "127.0.0.1", "rdzv_backend": "static",
-              "main_process_port": int(os.environ.get("MASTER_PORT", "29500"))}
+    nodes, here = nodes_of(recipe, settings), os.environ.get
+    shared = {"compute_environment": "LOCAL_MACHINE", "num_machines": nodes,
+              "num_processes": processes(recipe, settings), "machine_rank": machine_rank(),
+              "main_process_ip": here("MASTER_ADDR", "127.0.0.1"),
+              "main_process_port": int(here("MASTER_PORT", "29500")),
+              "rdzv_backend": "c10d" if nodes > 1 else "static"}
     if not settings.gpus:
         return {**shared, "distributed_type": "MULTI_CPU", "use_cpu": True, "mixed_precision": "no"}
     precision = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")

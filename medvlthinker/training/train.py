@@ -22,7 +22,7 @@ from .recipe import (
     Recipe, TrainingSettings, nodes_of, planned_start, processes, training_folder, uses_verl)
 from .grpo import train_grpo
 from .sft import (
-    Run, accelerate_config, plan, read_metrics, read_words, refuse_several_nodes,
+    Run, accelerate_config, machine_rank, plan, read_metrics, read_words, refuse_alone,
     start_and_inputs, train_sft, trl_command)
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def _train(run: Run, first: bool = True) -> Path:
 
 def _launch(run: Run, checkpoints: Path, show) -> Path:
     "Train through TRL in several processes, by accelerate."
-    refuse_several_nodes(run.recipe, run.settings)
-    config = run.logs / "accelerate.json"
+    refuse_alone(run.recipe, run.settings)
+    config = run.logs / f"accelerate-{machine_rank()}.json"
     with atomic_write(config) as file:
         json.dump(accelerate_config(run.recipe, run.settings), file, indent=1)
     python, *words = trl_command(run.recipe, run.settings, run.data, checkpoints, run.logs)
@@ -109,7 +109,7 @@ def train_here(
         taken = _train(run)
     else:
         taken = _launch(run, checkpoints, show)
-    return finish(run, taken, checkpoints)
+    return final if machine_rank() else finish(run, taken, checkpoints)
 
 # %% ../../nbs/training/47_train.ipynb #cccf90a1
 def train(
@@ -119,11 +119,12 @@ def train(
     "Train a recipe in a process of its own, unless its model is there and still holds."
     _, inputs = start_and_inputs(recipe, settings, data, checkpoints, show)
     if why := stale_reason(final := checkpoints / recipe.name, inputs):
-        refuse_several_nodes(recipe, settings)
+        refuse_alone(recipe, settings)
         words = trl_command(recipe, settings, data, checkpoints, logs)
         show(f"{recipe.name}: {why[:200]}")
         show("$ " + shlex.join(words))
-        run_logged(words, logs / "train.log", show)
+        own = f"-{rank}" if (rank := machine_rank()) else ""  # the machines may share a disk
+        run_logged(words, logs / f"train{own}.log", show)
     return final
 
 # %% ../../nbs/training/47_train.ipynb #4602eee8
