@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'LOST', 'verl_row', 'training_file', 'verl_parquet', 'has_
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import importlib, json, math, os, re
-import shlex, shutil, subprocess, sys, tempfile, zipfile
+import shlex, shutil, subprocess, sys, tempfile, time, zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -386,6 +386,8 @@ def refuse_second_run(folder: Path) -> None:
 # %% ../../nbs/training/44_verl.ipynb #b9e1f025
 LOST = ("Error in _run_prompt",  # what verl's log says of an answer that failed, and of a worker
         "A worker died or was killed while executing a task", "killed due to memory pressure (OOM)")
+_COUNTS = re.compile(r"pending: \d+, running: \d+, finished: \d+, failure: \d+")  # of questions
+_PATIENCE = 3600  # seconds until one more is finished
 
 
 def run_verl(
@@ -396,13 +398,16 @@ def run_verl(
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
     curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
-    log = curves.with_suffix(".log")
+    log, counts, since = curves.with_suffix(".log"), "", time.monotonic()
     with atomic_write(curves.with_suffix(".sh")) as file:
         file.write(command_text(words, variables) + "\n")
 
     def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
-        nonlocal shown, size
-        if any(words in line for words in LOST):
+        nonlocal shown, size, counts, since
+        if (found := _COUNTS.search(line)) and found[0] != counts:
+            counts, since = found[0], time.monotonic()
+        stands_still = found and time.monotonic() - since > _PATIENCE
+        if stands_still or any(words in line for words in LOST):
             if job:
                 subprocess.run([*_ray_job("stop"), job], check=False, capture_output=True)
             raise UserError("verl lost an answer or a worker, and would learn from the others or "
@@ -411,7 +416,7 @@ def run_verl(
         now = curves.stat().st_size if curves.exists() else 0
         if now == size:  # most lines of a log are no step, and the file of steps grows long
             return
-        size = now
+        size, counts = now, ""
         if len(rows := read_steps(curves)) > shown:
             merge_curves(curves.parent)
         for row in rows[shown:]:
