@@ -7,7 +7,7 @@ __all__ = ['DECISIONS', 'PUBLISHED_7B', 'pass_counts', 'check_band', 'decision_s
            'compare_difficulty', 'split_half', 'stopping_rule', 'generate_until_decided']
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #45a75b8e
-import functools, itertools, json, mmap, tempfile
+import functools, json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.files import (
     UserError, atomic_write, file_hash, fingerprint, stale_reason, write_record)
-from ..core.grade import RULES, grade
+from ..core.grade import grade
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 from ..generation.model import folder_name
 from ..generation.request import Sampling
@@ -37,11 +37,10 @@ def pass_counts(
     rate, rate_low and rate_high. `UserError` where a completion is graded twice."""
     from statsmodels.stats.proportion import proportion_confint
 
-    if (column := f"{rule}_correct") not in grades:
-        raise UserError(f"These answers are not graded under a rule {rule!r}; grade them with it.")
     if (twice := grades.duplicated(["dataset_index", "completion"])).any():
         raise UserError(f"Question {grades.dataset_index[twice].iloc[0]} is graded twice; count one"
                         " question set at a time, whose questions have numbers of their own.")
+    column = f"{rule}_correct"
     columns = {"dataset_name": ("dataset_name", "first"), "n": (column, "size"),
                "correct": (column, "sum")}
     questions = grades.groupby("dataset_index", sort=False).agg(**columns).reset_index()
@@ -82,8 +81,6 @@ def keep_band(
 
     More columns: stability (see `decision_stability`) and level (what `easy_to_hard` sorts by);
     `attrs` names the band. `UserError` where questions have different numbers of completions."""
-    if counts.empty:
-        raise UserError("No question has a completion, so nothing can be decided; ask first.")
     check_band(n := int(counts.n.max()), low, high)
     if len(odd := counts[counts.n != n]):
         raise UserError(f"Question {odd.dataset_index.iloc[0]} has {odd.n.iloc[0]} completions, "
@@ -110,44 +107,24 @@ def easy_to_hard(
     return shuffled.sort_values("level", ascending=False, kind="stable")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #818ce2d2
-_ADDED = ("pass_count", "pass_of")  # right answers, of how many completions
-
-
-def _map_rows(samples: Path, wanted: set, scratch):
-    "The wanted rows, in the order of the samples, as an Arrow table in a mapped file."
-    import pyarrow
-
-    with open_parquet(samples) as source:
-        whole = source.schema_arrow
-        fields = [field for field in whole if field.name not in _ADDED]
-        schema = pyarrow.schema(fields, whole.metadata)
-        with pyarrow.ipc.new_file(scratch, schema) as out:
-            for batch in source.iter_batches(256, columns=schema.names):
-                is_wanted = [index in wanted for index in batch["dataset_index"].to_pylist()]
-                kept = batch.filter(pyarrow.array(is_wanted))
-                out.write_batch(kept.replace_schema_metadata(whole.metadata))
-    scratch.flush()
-    mapped = mmap.mmap(scratch.fileno(), 0, access=mmap.ACCESS_READ)
-    return pyarrow.ipc.open_file(pyarrow.py_buffer(mapped)).read_all()
-
-
 def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
     "Write the chosen questions in this order, with their counts; the file appears when whole."
     import pyarrow, pyarrow.parquet
 
-    with atomic_write(path, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as scratch:
-        rows = _map_rows(samples, set(chosen.dataset_index), scratch)
-        place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
-        added = [pyarrow.field(name, pyarrow.int64()) for name in _ADDED]
-        schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
-        with pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out:
-            for start in range(0, len(chosen), 256):
-                part = chosen.iloc[start:start + 256]
-                single = [rows.slice(place[index], 1) for index in part.dataset_index]
-                table = pyarrow.concat_tables(single).combine_chunks()
-                for field, values in zip(added, (part.correct, part.n)):
-                    table = table.append_column(field, pyarrow.array(values.to_numpy()))
-                out.write_table(table.cast(schema))
+    with open_parquet(samples) as source:
+        rows = source.read()
+    place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
+    added = [pyarrow.field(name, pyarrow.int64()) for name in ("pass_count", "pass_of")]
+    schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
+    with (atomic_write(path, "wb") as file,
+          pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out):
+        for start in range(0, len(chosen), 256):
+            part = chosen.iloc[start:start + 256]
+            single = [rows.slice(place[index], 1) for index in part.dataset_index]
+            table = pyarrow.concat_tables(single).combine_chunks()
+            for field, values in zip(added, (part.correct, part.n)):
+                table = table.append_column(field, pyarrow.array(values.to_numpy()))
+            out.write_table(table.cast(schema))
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #dccef2c7
 def _all_questions(
@@ -226,9 +203,7 @@ def compare_difficulty(
         raise UserError(f"{len(both)} questions were answered by both; a comparison needs four.")
     table = pd.crosstab(both.decision_a, both.decision_b, rownames=["a"], colnames=["b"])
     table = table.reindex(index=DECISIONS, columns=DECISIONS, fill_value=0)
-    rates = both.correct_a / both.n_a, both.correct_b / both.n_b
-    varies = all(rate.nunique() > 1 for rate in rates)
-    rho = float(spearmanr(*rates).statistic) if varies else float("nan")
+    rho = float(spearmanr(both.correct_a / both.n_a, both.correct_b / both.n_b).statistic)
     half = 1.96 * ((1 + rho**2 / 2) / (len(both) - 3)) ** 0.5
     low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)) + [-half, half])
     return table, (rho, float(low), float(high))
@@ -241,8 +216,7 @@ def split_half(
     """Decisions by the first half of each question's completions, and by the second.
 
     Kept is what is neither never nor always right. `UserError` for fewer than four completions."""
-    if (half := (int(grades.completion.max()) + 1) // 2) < 2:
-        raise UserError("Two halves need at least four completions a question (rollouts=4).")
+    half = (int(grades.completion.max()) + 1) // 2
     parts = [grades[grades.completion // half == part] for part in (0, 1)]
     first, second = (keep_band(pass_counts(part, rule), 1, half - 1) for part in parts)
     return first, second
@@ -280,33 +254,12 @@ def stopping_rule(
                   "per_round": per_round}
     return rule
 
-# %% ../../nbs/difficulty/30_pass_counts.ipynb #161ede83
-class _Subset(Sequence):
-    "Some of the samples, by ascending place; read when asked for, a window at a time."
-
-    def __init__(self, samples: Sequence[Sample], places: list[int]):
-        self.samples, self.places = samples, places
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, part):  # a slice
-        return [*_Subset(self.samples, self.places[part])]
-
-    def __iter__(self):
-        for number, group in itertools.groupby(self.places, key=lambda place: place // 256):
-            window = self.samples[number * 256:(number + 1) * 256]
-            yield from (window[place % 256] for place in group)
-
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
-def _count_right(samples: Iterable[Sample], rollout: Iterable[dict], rule: str) -> list[int]:
-    "How many of the completions of each sample are right."
-    counts = []
-    for sample, row in zip(samples, rollout, strict=True):
-        verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
-                    for completion in row["completions"]]
-        counts.append(sum(verdict.correct for verdict in verdicts))
-    return counts
+def _count_right(sample: Sample, row: dict, rule: str) -> int:
+    "How many of the completions in a row of a rollout are right."
+    verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
+                for completion in row["completions"]]
+    return sum(verdict.correct for verdict in verdicts)
 
 
 def _decide(questions: "pd.DataFrame", rule: "pd.DataFrame") -> "pd.DataFrame":
@@ -334,15 +287,15 @@ def generate_until_decided(
     n, make_rule = sampling.n, functools.partial(
         stopping_rule, low=low, high=high, confidence=confidence, per_round=per_round)
     make_rule(np.zeros(n + 1))  # refuses what cannot be, before anything is asked
-    if rule not in RULES:
-        raise UserError(f"No rule {rule!r}; known are {', '.join(RULES)}.")
 
     def ask(places: np.ndarray, number: int, more: int) -> list[int]:
         "How many of so many new completions are right, for each of the samples at these places."
-        subset = _Subset(samples, places.tolist())
+        wanted = set(places.tolist())
+        subset = [sample for place, sample in enumerate(samples) if place in wanted]
         drawn = replace(sampling, n=more, seed=sampling.seed + 1_000_000 * number)
         rollout = generate(subset, engine, drawn, Path(folder) / f"round-{number:02}", show)
-        return _count_right(subset, rollout, rule)
+        rows = zip(subset, rollout, strict=True)
+        return [_count_right(sample, row, rule) for sample, row in rows]
 
     keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
     questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #8a683d63
 import functools, io, itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ..core.files import UserError, require_package
 from ..core.plots import COLOURS, DASHES
@@ -189,9 +189,8 @@ def check_prompts(
     processor,
     limits: dict,  # as for `findings`
     instruction: str = "trained",  # a name in prompt.INSTRUCTIONS
-    show: Callable = print,  # takes each sentence
 ):
-    "The findings on several question sets as one pandas table, with their kind."
+    "The findings on several question sets as one pandas table, with their kind; all are printed."
     import pandas as pd
 
     reports = []
@@ -199,6 +198,5 @@ def check_prompts(
         table = lengths(samples, processor, instruction)  # two sets are called pmc_vqa
         found = findings(table, f"{kind} {name}", limits, training=kind == "corpus")
         reports.append(found.assign(name=name, kind=kind))
-        for sentence in found.sentence:
-            show(sentence)
+        print(*found.sentence, sep="\n")
     return pd.concat(reports, ignore_index=True)

@@ -47,10 +47,9 @@ def verl_row(
             "reward_model": {"style": "rule", "ground_truth": sample.answer}}
 
 # %% ../../nbs/training/44_verl.ipynb #a932aab2
-def training_file(data, recipe: Recipe) -> Path:
+def training_file(data: Path, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
-    data, limit = Path(data), recipe.how.max_prompt_length
-    return data.parent / "verl" / f"{data.stem}-{limit}.parquet"
+    return data.parent / "verl" / f"{data.stem}-{recipe.how.max_prompt_length}.parquet"
 
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
 def verl_parquet(run: Run) -> Path:
@@ -113,16 +112,14 @@ def _data(how: Grpo, data, seed: int) -> dict:
             **_under("algorithm", advantage)}
 
 # %% ../../nbs/training/44_verl.ipynb #79be51e3
-_MODEL = "actor_rollout_ref.model"
-
-
-def _model(model: str, settings: TrainingSettings, flash: bool) -> dict:
+def _model(model: str, settings: TrainingSettings) -> dict:
     "Settings of the model: attention, padding, checkpointing."
+    part, flash = "actor_rollout_ref.model", has_flash_attention()
     values = {"path": model, "trust_remote_code": False, "use_remove_padding": flash,
               "use_fused_kernels": False, "external_lib": "medvlthinker.training.verl_text",
               "enable_gradient_checkpointing": settings.gradient_checkpointing != "false"}
     attention = "flash_attention_2" if flash else "sdpa"
-    return {**_under(_MODEL, values), f"++{_MODEL}.override_config.attn_implementation": attention}
+    return {**_under(part, values), f"++{part}.override_config.attn_implementation": attention}
 
 # %% ../../nbs/training/44_verl.ipynb #a44317a0
 def _actor(how: Grpo, settings: TrainingSettings, micro: int) -> dict:
@@ -188,24 +185,19 @@ def verl_settings(
     model: str,  # folder or hub id of what it starts from
     data,  # verl's parquet of the questions
     folder,  # of the checkpoints on the way
-    flash: bool | None = None,  # whether flash-attn is here; None to look
 ) -> dict:  # verl's key -> value; `+` before a key that verl's file does not have
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
     how, gpus = recipe.how, processes(recipe, settings)
-    flash = has_flash_attention() if flash is None else flash
     if settings.lora_rank:
         raise UserError(f"verl trains all weights here, and lora_rank={settings.lora_rank} asks "
                         "for adapters; leave it out, or use trainer=trl.")
-    if settings.tensor_parallel and gpus % settings.tensor_parallel:
-        raise UserError(f"tensor_parallel={settings.tensor_parallel} does not divide the {gpus} "
-                        f"GPUs of {recipe.name}; verl spreads copies of the model over all.")
     micro, pixels = rows_at_once(recipe, settings), pixel_limits(model, settings.max_pixels)
     alone = {}
     if nodes_of(recipe, settings) == 1:
         alone = {"+ray_kwargs.ray_init.address": "local",
                  "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus}
     return {**_data(how, data, settings.seed),
-            **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings, flash),
+            **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings),
             **_actor(how, settings, micro),
             **_under("actor_rollout_ref.rollout", _rollout(how, settings, gpus, micro)),
             **_under("trainer", _trainer(recipe, settings, Path(folder).absolute())), **alone}
@@ -483,20 +475,9 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
         done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
         if done >= run.steps:
             return
-        _refuse_other_gpus(run, done)
         show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
         given = {**environment(logs, starts + 1, nodes), **variables}
         job = job_id(run.folder, starts + 1) if nodes > 1 else ""
         run_verl(command(words, given, nodes, job=job), given, show, job)
     while job and is_at_work(job):
         run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
-
-
-def _refuse_other_gpus(run: Run, done: int) -> None:
-    "`UserError` where the checkpoint of step `done` is in as many parts as other GPUs were."
-    actor, gpus = run.folder / f"global_step_{done}" / "actor", processes(run.recipe, run.settings)
-    before = read_json(actor / "fsdp_config.json").get("world_size", gpus)  # none at step 0
-    if before != gpus:
-        raise UserError(f"{run.recipe.name} was trained on {before} GPUs until step {done}, and "
-                        f"verl cannot go on with {gpus}; take as many (gpus, nodes), or remove "
-                        f"{run.folder} to begin anew.")

@@ -133,16 +133,14 @@ def cpu_environment() -> dict[str, str]:
     }
 
 # %% ../../nbs/training/45_verl_cpu.ipynb #7a659924
-def cpu_overrides(
-    workers: int = 1,  # training processes, each of them a "GPU" to Ray
-) -> list[str]:
+def cpu_overrides() -> list[str]:
     "Settings of a run of verl on a CPU, to stand behind those of the recipe."
     part, rollout = "actor_rollout_ref", "actor_rollout_ref.rollout"
     plain = ("strategy=fsdp2", "use_torch_compile=False", "fsdp_config.use_torch_compile=False",
              "fsdp_config.param_offload=False")
     engines = [f"{part}.{who}.{setting}" for who in ("actor", "ref") for setting in plain]
     return [
-        "trainer.device=cpu", "trainer.nnodes=1", f"trainer.n_gpus_per_node={workers}", *engines,
+        "trainer.device=cpu", "trainer.nnodes=1", "trainer.n_gpus_per_node=1", *engines,
         f"{part}.model.use_remove_padding=False",
         f"{part}.model.enable_gradient_checkpointing=False",
         f"++{part}.model.override_config.attn_implementation=sdpa",
@@ -156,7 +154,8 @@ def cpu_overrides(
         "medvlthinker.training.verl_cpu.CpuWorkerExtension",
         "data.dataloader_num_workers=0", "reward.num_workers=1",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
-        f"+ray_kwargs.ray_init.num_gpus={workers}", "ray_kwargs.ray_init.num_cpus=16",
+        "+ray_kwargs.ray_init.num_gpus=1",  # so Ray calls the process that trains
+        "ray_kwargs.ray_init.num_cpus=16",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "+ray_kwargs.ray_init.object_store_memory=500000000",
     ]

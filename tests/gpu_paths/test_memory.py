@@ -16,6 +16,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.training.memory import (
     Row, activations, estimate, logits, plan_of, settings_that_fit, states)
 from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
+from medvlthinker.training.sft import row_mean_loss
 
 MINI = TrainingSettings(gpus=1, dtype="bfloat16", engine="vllm", lora_rank=32)
 PAPER = TrainingSettings(gpus=8, dtype="bfloat16", engine="vllm", trainer="verl", tensor_parallel=0)
@@ -71,7 +72,7 @@ def test_grpo_is_reckoned_at_the_longest_answer_and_not_at_300_tokens():
 @pytest.mark.parametrize("name, more, memory, said", [
     ("3B-RL_m23k", {"micro_batch": 32}, 79.6, "with micro_batch=32 gradient_checkpointing=true.*Leave micro_batch"),
     ("3B-SFT_m23k", {"gradient_checkpointing": "false"}, 24.0, "with micro_batch=1 gradient_checkpointing=false.*Leave micro_batch"),
-    ("3B-RL_m23k", {"gpu_memory_utilization": 0.2}, 24.0, "vLLM's share of 24.0 GiB does not hold the model"),
+    ("3B-RL_m23k", {"gpu_memory_utilization": 0.2}, 24.0, "a GPU has 24.0 GiB. Leave micro_batch, gradient_checkpointing and gpu_memory_utilization"),
     ("3B-SFT_m23k", {"lora_rank": 0}, 24.0, r"a GPU has 24.0 GiB.*adapters \(lora_rank=32\) or a smaller model")])
 def test_settings_that_do_not_fit_are_refused_and_never_changed(name, more, memory, said):
     with pytest.raises(UserError, match=said):
@@ -103,17 +104,6 @@ def wide_config(bfloat16: bool = False, vocabulary: int = 8192):
     size = NARROW if bfloat16 else WIDE
     return Qwen2_5_VLConfig(text_config=size | COMMON | {"vocab_size": vocabulary}, vision_config=TOWER | {"out_hidden_size": size["hidden_size"]}, tie_word_embeddings=True,
                             image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
-
-
-def sft_loss(net, ids, answer: int):
-    "The cross entropy of the answers' tokens, 256 at a time, computed again in the backward pass."
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    logits = net(input_ids=ids, logits_to_keep=answer + 1, use_cache=False).logits[:, :-1].flatten(0, 1)
-    part = lambda rows, targets: torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
-    parts = zip(logits.split(256), ids[:, -answer:].flatten().split(256), strict=True)
-    return sum(checkpoint(part, rows, targets, use_reentrant=False) for rows, targets in parts)
 
 
 def grpo_loss(net, reference, ids, answer: int):
@@ -160,7 +150,8 @@ def steps(method="SFT", micro_batch=4, answer=448, lora_rank=0, gradient_checkpo
         length = ids.shape[1] - 64
         if method == "SFT":
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-                loss = sft_loss(net, ids, length)
+                labels = torch.where(torch.arange(ids.shape[1]) < 64, -100, ids)
+                loss = row_mean_loss(net, {"input_ids": ids, "labels": labels})
         else:
             loss = grpo_loss(net, reference, ids, length)
         loss.backward()

@@ -105,19 +105,6 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     assert found == {"awake": False, "sleeps": True, "actor": kind, "ref": kind} and kind["turns"]
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_attention_and_padding_go_together(monkeypatch, flash):
-    monkeypatch.setattr(verl, "has_flash_attention", lambda: flash)
-    given = verl.verl_settings(TEXT, NODE, "model", "data.parquet", "folder")
-    model = "actor_rollout_ref.model."
-    attention = given["++" + model + "override_config.attn_implementation"]
-    assert (attention, given[model + "use_remove_padding"]) == (
-        ("flash_attention_2", True) if flash else ("sdpa", False))
-    assert not given[model + "use_fused_kernels"]  # what else wants rows without padding
-    assert not given["actor_rollout_ref.actor.use_dynamic_bsz"]
-    assert given["actor_rollout_ref.actor.ulysses_sequence_parallel_size"] == 1
-
-
 def test_a_broken_flash_attention_counts_as_none(tmp_path, monkeypatch):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -299,17 +286,6 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     assert shown == [f"Ray is still at work on 32B-RL_m23k (job {job}); following it.", *STEPS]
     assert actions(cluster).count("submit") == 1 and actions(cluster)[-2:] == ["logs", "status"]
     assert (cluster / "run" / "global_step_50" / "actor").is_dir()
-
-
-def test_a_run_goes_on_with_as_many_gpus_as_it_began_with(cluster, monkeypatch):
-    "verl looks for as many parts of a checkpoint as there are GPUs, and ends where it finds others."
-    pretend_checkpoint(cluster / "run" / "global_step_50", 8)
-    with pytest.raises(UserError, match=r"32B-RL_m23k was trained on 8 GPUs until step 50.* with 32;"):
-        start(cluster, [])
-    assert not (cluster / "state" / "calls").exists()
-    monkeypatch.setattr(verl, "processes", lambda recipe, settings: 8)
-    start(cluster, shown := [])
-    assert shown[0].startswith("32B-RL_m23k: step 50 of 100;")
 
 
 def test_a_client_that_loses_sight_of_its_job_is_not_the_end_of_it(cluster, monkeypatch):

@@ -18,10 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from medvlthinker.training import sft
 from medvlthinker.training.recipe import TrainingSettings, find
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 
 @dataclass
@@ -31,7 +29,6 @@ class Case:
     folder: str
     settings: dict
     sharded: bool = True  # FSDP; else every process holds the whole model (DDP, or one process)
-    own_loss: bool = True  # else TRL's
     again: bool = False  # take the last checkpoint away, and go on from the one before
     steps: int = 1
 
@@ -56,13 +53,7 @@ class Gradients(TrainerCallback):
     "Keeps the gradient of every weight before the first update, and whether the weights are shared out."
 
     def __init__(self, path: Path):
-        self.path, self.undivided = path, -1
-
-    def on_substep_end(self, args, state, control, model=None, **_):
-        "Between two micro batches: how many numbers of gradients lie on every GPU."
-        groups = [part._get_fsdp_state()._fsdp_param_group for part in model.modules() if isinstance(part, FSDPModule)]
-        whole = [weight._unsharded_param.grad for group in groups if group for weight in group.fsdp_params if hasattr(weight, "_unsharded_param")]
-        self.undivided = sum(grad.numel() for grad in whole if grad is not None)
+        self.path = path
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         if state.global_step:
@@ -74,15 +65,7 @@ class Gradients(TrainerCallback):
                 grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                 found[name.replace("module.", "")] = grad.detach().clone()
         if PartialState().is_main_process:
-            torch.save({"gradients": found, "sharded": sharded, "processes": PartialState().num_processes, "undivided": self.undivided}, self.path)
-
-
-def train_by_trl(run: sft.Run) -> None:
-    "The same with TRL's default loss."
-    model, processor, lora = sft.open_model(run)
-    settings = SFTConfig(**sft.sft_settings(run) | {"loss_type": "chunked_nll"})
-    SFTTrainer(model=model, args=settings, train_dataset=sft.chats(run, sft.sft_chat), processing_class=processor,
-               peft_config=lora, callbacks=[sft.curve_callback(run)]).train()
+            torch.save({"gradients": found, "sharded": sharded, "processes": PartialState().num_processes}, self.path)
 
 
 def train(case: Case) -> None:
@@ -97,7 +80,7 @@ def train(case: Case) -> None:
     with state.main_process_first():
         run = sft.plan(recipe, settings, Path(case.data), folder, folder / "logs", lambda *_: None)
     sft.curve_callback = lambda run: Gradients(folder / "gradients.pt") if case.steps == 1 else curves(run)
-    sft.train_sft(run) if case.own_loss else train_by_trl(run)
+    sft.train_sft(run)
     if case.again:
         state.wait_for_everyone()
         if state.is_main_process:

@@ -93,12 +93,11 @@ from medvlthinker.training.checkpoint import merge
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
-from medvlthinker.training.memory import model_config
 from medvlthinker.difficulty.preflight import open_processor
 from transformers import AutoConfig
 
 request = Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
-ways = {"engine": lambda model: list(open_engine(EngineSettings(model=model)).answer([request])), "processor": open_processor, "shape": model_config, "merge": lambda model: merge(model, model, f"{model}-merged"),
+ways = {"engine": lambda model: list(open_engine(EngineSettings(model=model)).answer([request])), "processor": open_processor, "merge": lambda model: merge(model, model, f"{model}-merged"),
         "trusting": lambda model: AutoConfig.from_pretrained(model, trust_remote_code=True)}
 for what in sys.argv[2:]:
     way, model = what.split("=")
@@ -116,7 +115,7 @@ for what in sys.argv[2:]:
 def opened(traps):
     "What is said to whoever opens the model in the hub's cache, and the one with code of its own, and whether the mark was there afterwards; the last one trusts it."
     place, mark = traps
-    ways = ["engine=someone/thing", *(f"{way}={place / 'own-code'}" for way in ("engine", "processor", "shape", "merge", "trusting"))]
+    ways = ["engine=someone/thing", *(f"{way}={place / 'own-code'}" for way in ("engine", "processor", "merge", "trusting"))]
     done = subprocess.run([sys.executable, "-c", OPEN, mark, *ways], check=True, cwd=ROOT, capture_output=True, text=True, input="y\n" * 20, env={**os.environ, "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1"})
     assert mark.exists(), "the program of the last one has run"
     mark.rmdir()

@@ -6,20 +6,17 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import warm
 from conftest import ROOT, python
 from medvlthinker.data import synthetic
-from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.app import cli
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
-from medvlthinker.training.sft import WHOLE, accelerate_config, last_whole
-from medvlthinker.training.train import curves, train_here
+from medvlthinker.training.sft import WHOLE, accelerate_config, last_whole, plan
+from medvlthinker.training.train import curves
 from safetensors.numpy import load_file
 
 
@@ -94,44 +91,7 @@ def test_two_processes_share_a_run(ready):
     assert list(curves(ready / "logs").index) == [1, 2, 3, 4]
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
-    assert last_whole(folder)[1] == 4
-
-
-def test_logits_stay_in_half_precision(ready, monkeypatch):
-    "Where bfloat16 is computed with, as on a GPU: the large tensor of a step is not kept in float32 beside it."
-    import torch
-    from medvlthinker.training import sft
-
-    kept, losses, settings = set(), sft.token_losses, sft.sft_settings
-    monkeypatch.setattr(sft, "token_losses", lambda logits, targets: kept.add(logits.dtype) or losses(logits, targets))
-    monkeypatch.setattr(sft, "sft_settings", lambda run: settings(run) | {"bf16": True})
-    places = ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs"
-    sft.train_sft(sft.plan(find("tiny-SFT_PMC"), TrainingSettings(max_steps=2), *places))
-    assert kept == {torch.bfloat16}
-    assert len(curves(ready / "logs")) == 2
-
-
-def test_a_process_trains_on_one_gpu_however_many_it_sees(ready, monkeypatch):
-    "`gpus=1` where there are two: neither the rows of a pass double, nor is the reference laid out over both; and a question is read once a step, however small the micro batch."
-    import torch
-    from medvlthinker.training import grpo, sft
-    from transformers import Qwen2_5_VLForConditionalGeneration as Net
-    from trl.trainer import utils
-
-    trainers, placed, read, load, chat, shared = [], [], [], Net.from_pretrained, grpo.grpo_chat, sft.shared_settings
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(utils, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(Net, "from_pretrained", lambda *given, **named: placed.append(named.get("device_map")) or load(*given, **named))
-    monkeypatch.setattr(grpo, "grpo_chat", lambda sample: read.append(sample.dataset_index) or chat(sample))
-    places = ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs"
-    for floor, train, recipe in ((sft, sft.train_sft, "tiny-SFT_PMC"), (grpo, grpo.train_grpo, "tiny-RL_PMC")):
-        monkeypatch.setattr(floor, "shared_settings", lambda run, every: shared(run, every) | {"use_cpu": False})
-        go = floor.run_trainer
-        monkeypatch.setattr(floor, "run_trainer", lambda run, trainer, go=go: trainers.append(trainer) or go(run, trainer))
-        train(sft.plan(find(recipe), TrainingSettings(max_steps=2, micro_batch=8), *places))
-    assert [trainer.args.train_batch_size for trainer in trainers] == [8, 8]
-    assert "auto" not in placed and placed.count(None) == 3, "the model twice, and the reference"
-    assert len(read) == len(set(read)) == 2 * find("tiny-RL_PMC").how.batch
+    assert last_whole(folder) == 4
 
 
 @pytest.mark.parametrize("recipe", ["tiny-SFT_PMC", "tiny-RL_PMC"])
@@ -174,20 +134,11 @@ def test_the_small_gpu_run_has_the_steps_that_it_asks_for():
     assert total_steps(find("3B-RL_m23k"), int(share * mini.train_limit), mini.max_steps) == mini.max_steps == 20
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["recipe=tiny-RL_m23k"], ["cannot be trained on", "longer than 512 tokens", "max_rejected=1"]),
-    (["recipe=tiny-SFT_PMC", "report_to=trackio"], ["report_to=trackio needs the package trackio"]),
-])
-def test_mistakes_are_sentences(home, tmp_path, monkeypatch, words, parts):
-    blank, long = make_tiny_model(tmp_path / "blank", steps=0), synthetic.corpus("m23k", 1)[0]
-    curated = Workspace("smoke").curated / "synthetic" / "m23k-200-tiny-easy_to_hard.parquet"
-    write_samples([replace(long, question=long.question + " It is seen again." * 200)], curated)
-    monkeypatch.setattr("medvlthinker.training.train.train", train_here)  # a child would load it all
-    with pytest.raises(UserError) as said:
-        cli.main(["train", "smoke", f"init={blank}", *words])
-    assert all(part in str(said.value) for part in parts), said.value
-    made = [path for path in Workspace("smoke").checkpoints.iterdir() if (path / "config.json").exists()]
-    assert not made, "nothing stands under a final name"
+def test_rl_refuses_rows_that_it_cannot_use(ready):
+    long = synthetic.corpus("pmc_vqa", 1)[0]
+    write_samples([replace(long, question=long.question + " It is seen again." * 200)], ready / "long.parquet")
+    with pytest.raises(UserError, match="1 of 1 rows of long.parquet cannot be trained on: 1 longer than 512 tokens.*max_rejected=1"):
+        plan(find("tiny-RL_PMC"), TrainingSettings(), ready / "long.parquet", ready / "smoke" / "checkpoints", ready / "logs")
 
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):

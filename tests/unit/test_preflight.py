@@ -75,13 +75,6 @@ def test_what_the_processor_refuses(processor):
             visual_tokens(processor, *size)
         with pytest.raises(ValueError):
             processor.image_processor(images=[Image.new("RGB", size)])
-    sample = synthetic.corpus("pmc_vqa", 1)[0]
-    assert list(lengths([replace(sample, images=(encoded(8, 1601),))], processor).problem) == ["aspect ratio over 200"]
-    marked = replace(sample, question="<|image_pad|>?")
-    text = processor.apply_chat_template(messages(marked), tokenize=False, add_generation_prompt=True)
-    with pytest.raises((StopIteration, ValueError)):
-        processor(text=[text], images=marked.pictures())
-    assert lengths([marked], processor).problem[0] == "image placeholder in the text"
 
 
 def test_edges_of_the_limits():
