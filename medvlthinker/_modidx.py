@@ -757,8 +757,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'medvlthinker/difficulty/pass_counts.py')},
             'medvlthinker.difficulty.preflight': { 'medvlthinker.difficulty.preflight._finding': ( 'difficulty/preflight.html#_finding',
                                                                                                    'medvlthinker/difficulty/preflight.py'),
-                                                   'medvlthinker.difficulty.preflight.check_prompts': ( 'difficulty/preflight.html#check_prompts',
-                                                                                                        'medvlthinker/difficulty/preflight.py'),
                                                    'medvlthinker.difficulty.preflight.findings': ( 'difficulty/preflight.html#findings',
                                                                                                    'medvlthinker/difficulty/preflight.py'),
                                                    'medvlthinker.difficulty.preflight.length_figure': ( 'difficulty/preflight.html#length_figure',

@@ -44,15 +44,20 @@ def stored_answers(
 ) -> dict:  # dataset_name -> questions and rollout
     "What a model has answered, by its record; `UserError` where there is none."
     from medvlthinker.app.runs import named_sets, stored_rollouts
+    from medvlthinker.data.benchmarks import TEST_SETS, sample_file
 
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
     record = read_json(_results(profile, model) / name)
-    root = Workspace(profile.name).root
-    found = stored_rollouts(root, record, named_sets(profile)) if record else {}
+    workspace = Workspace(profile.name)
+    found = stored_rollouts(workspace.root, record, named_sets(profile)) if record else {}
     if not found:
         raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
                         "the sets that are asked for; ./reproduce.sh evaluate "
                         f"{profile.name} model={model} makes them.")
+    if others := [f"{len(samples)} of {each}" for each, (samples, _) in found.items()
+                  if samples.path != sample_file(TEST_SETS, each, profile, workspace.samples)]:
+        print(f"{model} was evaluated last on other questions than limit={profile.limit} draws, "
+              f"and these are taken: {', '.join(others)}.")
     return found
 
 
@@ -278,6 +283,7 @@ def evaluate(words: Words = None) -> None:
 
     profile, model, rule = read_command(words, model="", rule="regrade")
     model = one_model(profile, model)
+    before = read_json(_results(profile, model) / "evaluation.json").get("counts", {})
     sets, *repeated = ask_model(profile, model, evaluation_samplings(profile, model))
     grades = evaluation.evaluate(sets, _results(profile))  # tables keep the paper's rule
     for again in repeated:
@@ -285,6 +291,9 @@ def evaluate(words: Words = None) -> None:
     write_card(RECIPES.get(model), profile)
     table = evaluation.accuracy(grades, rule).round(1).to_string()
     print(f"{model}, rule {rule}", table, sep="\n")
+    if gone := ", ".join(before.keys() - sets.keys()):
+        print(f"In the tables {model} has these sets from now on, and no more {gone}; "
+              f"./reproduce.sh evaluate {profile.name} model={model} brings all back.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0009
 def rollout(words: Words = None) -> None:

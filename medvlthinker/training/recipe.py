@@ -74,6 +74,7 @@ class TrainingSettings(Hardware):
     recipes: tuple[str, ...] = ()  # names; `published`, or a size such as 7B: those published
     trainer: str = "trl"  # what runs GRPO: `trl` on one machine, `verl` on any number of nodes
     max_steps: int = 0  # training steps at most; 0 for what the recipe says
+    save_every: int = 0  # steps between two checkpoints; 0 for what the recipe says
     lora_rank: int = 0  # 0 trains all weights, as the paper did; else adapters of this rank
     base: str = ""  # a folder with the base model, in place of the hub's
     gpu_memory: float = 0.0  # GiB of one GPU, to plan for another machine; 0 for what is seen here

@@ -342,6 +342,10 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
     from transformers import TrainerCallback
 
     class Whole(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == run.takes * run.updates:  # wherever `save_every` falls
+                control.should_save = True
+
         def on_save(self, args, state, control, model=None, **_):
             PartialState().wait_for_everyone()
             if not state.is_world_process_zero:
@@ -358,7 +362,7 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
 # %% ../../nbs/training/42_sft.ipynb #921b3a68
 def shared_settings(
     run: Run,
-    save_every: int,  # updates
+    save_every: int,  # updates, where the settings name no other number
 ) -> dict:
     "Arguments for `SFTConfig` and `GRPOConfig` alike."
     how, settings, gpu = run.recipe.how, run.settings, run.settings.gpus > 0
@@ -377,7 +381,8 @@ def shared_settings(
                "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
     # on_save removes old checkpoints: the trainer's own limit would remove the one that is taken
     output = {"output_dir": str(run.folder), "save_strategy": "steps", "save_total_limit": None,
-              "save_steps": max(1, save_every), "disable_tqdm": True,
+              "save_steps": settings.save_every * run.updates or max(1, save_every),
+              "disable_tqdm": True,
               "report_to": settings.report_to or "none",
               "run_name": f"{run.recipe.name}-{run.folder.name}"}
     return {**optimizer, **machine, **output, "seed": settings.seed, "data_seed": settings.seed,

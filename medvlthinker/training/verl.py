@@ -176,7 +176,8 @@ def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
             "n_gpus_per_node": max(1, settings.gpus), "nnodes": nodes_of(recipe, settings),
             "total_epochs": how.epochs, "total_training_steps": stop or None,
             "critic_warmup": 0, "balance_batch": True, "resume_mode": "auto",
-            "save_freq": how.save_every, "test_freq": -1, "val_before_train": False,
+            "save_freq": settings.save_every or how.save_every,
+            "test_freq": -1, "val_before_train": False,
             "max_actor_ckpt_to_keep": max(2, how.keep), "default_local_dir": str(folder)}
 
 # %% ../../nbs/training/44_verl.ipynb #092f0fea

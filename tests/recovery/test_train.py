@@ -55,10 +55,11 @@ def killed_at(command: list[str], logs: Path, step: int) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("recipe, steps, at", [("tiny-SFT_PMC", 10, 6), ("tiny-RL_PMC", 7, 6)])
-def test_killed_and_called_again(ready, tmp_path, recipe, steps, at):
-    "A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not; so do two runs in two processes."
-    whole, mine, theirs = tmp_path / "whole", words(recipe, steps, ready), words(recipe, steps, tmp_path / "whole")
+@pytest.mark.parametrize("recipe, steps, at, often", [("tiny-SFT_PMC", 10, 4, ["save_every=3"]), ("tiny-RL_PMC", 7, 3, ["save_every=2"])])
+def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
+    """A run that was killed goes on from its checkpoint, and ends with the steps, the curves and, to the bit, the weights of one that was not;
+    so do two runs in two processes. Checkpoints lie within an epoch, and before the first that the recipe of RL has."""
+    whole, mine, theirs = tmp_path / "whole", words(recipe, steps, ready) + often, words(recipe, steps, tmp_path / "whole")
     shutil.copytree(ready, whole)
     done = python(*theirs)  # with a hash seed of its own
     assert done.returncode == 0, done.stderr[-3000:]

@@ -58,10 +58,23 @@ def test_two_rules_over_stored_answers(answered, call):
     assert said.count("macro average") == 1 and path.with_name(path.name + ".manifest.json").is_file()
 
 
+def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answered, call, tmp_path):
+    words = ("smoke", ASKED[1], "model=tiny", "to=eval_results", f"folder={tmp_path / 'logs'}")
+    assert "other questions" not in call("export", *words, "limit=8")
+    assert "other questions than limit=3 draws, and these are taken: 8 of slake_closed, 8 of vqa_rad_closed." in call("export", *words, "limit=3")
+
+
 def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call):
     said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake", "repeats=0", "repeats_others=0", "rule=strict")
     record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())
     assert "tiny, rule strict" in said and record["rule"] == "regrade"
+
+
+def test_sets_that_leave_the_tables_are_named(warm_home, call):
+    words = "evaluate", "smoke", "model=tiny", "limit=2"
+    call(*words, "benchmark=slake,vqa_rad")
+    assert "has these sets from now on, and no more slake_closed;" in call(*words, "benchmark=vqa_rad")
+    assert "from now on" not in call(*words, "benchmark=vqa_rad")
 
 
 def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
