@@ -129,7 +129,6 @@ def test_a_script_without_a_checkout(bare, tmp_path):
 ABSENT = {  # what a user calls -> the extra that the sentence names
     "from medvlthinker.generation.engine import VllmEngine; VllmEngine(load_profile('smoke'), 'x')": "vllm",
     "from medvlthinker.generation.engine import RayEngine; RayEngine(load_profile('smoke'), 'x')": "ray",
-    "from medvlthinker.generation.engine import TransformersEngine; TransformersEngine(load_profile('smoke'), 'x')": "torch",
     "from medvlthinker.generation.tiny_model import tiny_processor; tiny_processor()": "torch",
     "from medvlthinker.generation.tiny_model import make_tiny_model; make_tiny_model('x')": "torch",
     "from medvlthinker.difficulty.preflight import open_processor; open_processor('x/y')": "torch",
