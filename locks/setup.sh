@@ -73,6 +73,18 @@ check_compiler() {  # Triton compiles its kernels on the machine where they run
         say "There are no headers of Python on this machine; vLLM and torch.compile need them (Debian: python3-dev)."
 }
 
+mend_moved() {  # programs in .venv/bin begin with the path of its Python, and JupyterLab's kernel names it
+    say "This clone was at $1 when $VENV was made: its programs are mended."
+    "$VENV/bin/python" - "$1/$VENV" "$PWD/$VENV" << 'PYTHON'
+import pathlib, sys
+before, now = (place.encode() for place in sys.argv[1:])
+venv = pathlib.Path(sys.argv[2])
+for path in [venv / "pyvenv.cfg", *(venv / "bin").iterdir(), *(venv / "share").rglob("*.json")]:
+    if path.is_file() and not path.is_symlink() and before in (text := path.read_bytes()) and b"\0" not in text:
+        path.write_bytes(text.replace(before, now))
+PYTHON
+}
+
 setup() {
     local set lock hash place
     set=$(wanted_set "${1:-}")
@@ -82,10 +94,9 @@ setup() {
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$set $hash $PWD" ] && return
     [ "$set" = full-gpu ] && has_gpu && check_driver
 
-    # programs in .venv/bin begin with the path of its Python
-    [ "$place" = "$PWD" ] || { say "This clone was at $place when $VENV was made: it is made anew."; rm -rf "$VENV"; }
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB; with a GPU: 10 GB, 4.3 GB of it downloaded)."
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' 2> /dev/null || make_venv "$(find_python)"
+    [ -e "$VENV/.set-up" ] && [ "$place" != "$PWD" ] && mend_moved "$place"
     rm -f "$VENV/.set-up"
     install --no-deps --require-hashes -r "$lock"
     # Torch is not in the locks: its build depends on the machine. An exact version lets a CPU build win where one is offered.
@@ -110,7 +121,7 @@ print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else 
 ready() {
     local set hash place wanted
     read -r set hash place 2> /dev/null < "$VENV/.set-up" || { setup; return; }
-    [ "$place" = "$PWD" ] || stop "this clone was at $place when $VENV was made, and its programs still point there; move it back, or ./reproduce.sh setup makes it anew"
+    [ "$place" = "$PWD" ] || stop "this clone was at $place when $VENV was made, and its programs still point there; ./reproduce.sh setup mends it"
     wanted=$(wanted_set)
     if [ "$set" != "$wanted" ]; then
         say "$VENV holds the set $set, and this machine would get $wanted; it is used as it is (./reproduce.sh setup changes it)." >&2

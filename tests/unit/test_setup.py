@@ -1,12 +1,14 @@
 """Who may change the environment: ./reproduce.sh setup, and nobody else. A Python that only notes its calls and a made-up nvidia-smi stand in; nothing is installed."""
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PYTHON = """#!/usr/bin/env bash
+[ "$1" = - ] && exec {real} "$@"
 printf '%s\\n' "$*" >> {log}
 case "$*" in
     *"torch.cuda.is_available())"*) exit {blind} ;;
@@ -31,7 +33,7 @@ class Clone:
 
     def make_python(self, blind: int = 0) -> None:
         (self.folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
-        self.write(self.folder / ".venv" / "bin" / "python", PYTHON.format(log=self.log, blind=blind))
+        self.write(self.folder / ".venv" / "bin" / "python", PYTHON.format(real=sys.executable, log=self.log, blind=blind))
 
     def write(self, path: Path, text: str) -> None:
         path.write_text(text)
@@ -107,18 +109,23 @@ def test_heavy_tests_ask_for_the_full_set(clone):
     assert clone.state[0] == "full-cpu" and clone.call("test", "heavy").returncode == 0
 
 
-def test_a_moved_clone_is_refused_and_set_up_anew(clone, tmp_path):
+def test_a_moved_clone_is_refused_and_mended(clone, tmp_path):
     clone.call("setup")
-    old, clone.folder = clone.folder, clone.folder.rename(tmp_path / "moved here")
+    old = clone.folder
+    script = f"#!{old}/.venv/bin/python\nprint('works')\n"
+    clone.write(old / ".venv" / "bin" / "nbdev-test", script)
+    kernel = old / ".venv" / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(f'{{"argv": ["{old}/.venv/bin/python", "-m", "ipykernel_launcher"]}}')
+    clone.folder = old.rename(tmp_path / "moved here")
     done = clone.call("status")
-    assert done.returncode == 2 and f"this clone was at {old}" in done.stderr and "./reproduce.sh setup makes it anew" in done.stderr and not clone.log.read_text()
-    for name in ("python3.11", "python3.12", "python3"):
-        clone.program(name, 'mkdir -p .venv/bin; cp ../python .venv/bin')
-    (clone.folder / ".venv" / "bin" / "python").rename(tmp_path / "python")
-    (clone.folder / ".venv" / "bin" / "nbdev-test").write_text(f"#!{old}/.venv/bin/python")
+    assert done.returncode == 2 and f"this clone was at {old}" in done.stderr and "./reproduce.sh setup mends it" in done.stderr and not clone.log.read_text()
     done = clone.call("setup")
-    assert done.returncode == 0 and "it is made anew" in done.stdout and clone.installed, done.stderr
-    assert not (clone.folder / ".venv" / "bin" / "nbdev-test").exists() and clone.call("status").returncode == 0
+    assert done.returncode == 0 and "its programs are mended" in done.stdout and clone.installed, done.stderr
+    for name in ("bin/nbdev-test", "share/jupyter/kernels/python3/kernel.json"):
+        text = (clone.folder / ".venv" / name).read_text()
+        assert f"{old}/" not in text and f"{clone.folder}/.venv/bin/python" in text
+    assert clone.call("status").returncode == 0 and clone.state[2].strip() == str(clone.folder)
 
 
 @pytest.mark.parametrize("driver, ends", [("535.183.01", 2), ("570.86", 2), ("580.65.06", 0), ("600.1", 0)])
