@@ -90,19 +90,28 @@ def compare_settings(
     import pandas as pd
     from transformers import AutoTokenizer
     from medvlthinker.app.runs import launch_rollout, rollouts
-    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement
+    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement, split_words
     from medvlthinker.generation.model import resolve_model
 
     middle = words.index("--")
     profile, model, rule = read_command(words[:middle], model="", rule="regrade")
     _, changes = parse_words([profile.name, *words[middle + 1:]])
+    if moved := ", ".join(sorted(changes.keys() & {"model", "benchmark", "data"})):
+        raise UserError(f"Give {moved} before the --, behind it stand settings of one model; two "
+                        "models are compared by model=NAME with=NAME.")
     model = one_model(profile, model)
-    place = resolve_model(model, Workspace(profile.name).checkpoints)
-    split = AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
+    if profile.engine == "openai":  # only the server has the tokenizer
+        split = split_words
+    else:
+        place = resolve_model(model, Workspace(profile.name).checkpoints)
+        split = AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
     profiles = profile, load_profile(profile.name, **overrides(profile) | changes)
     for each in profiles:
         launch_rollout(each, model)
     first, second = sides = [rollouts(each, model) for each in profiles]
+    if _origin(profile, first) == _origin(profile, second):
+        raise UserError("Both sides are one and the same rollout; change what is to be compared "
+                        "behind the --, such as batch_size=7 or dtype=bfloat16.")
     tables = []
     for name, (samples, rollout) in first.items():
         tables.append(compare_rollouts(samples, rollout, second[name][1], rule, split))

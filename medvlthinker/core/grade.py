@@ -113,9 +113,10 @@ def _normal(text: str) -> str:
 # %% ../../nbs/core/02_grade.ipynb #bda5a3a5
 _THOUGHT = (r"(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?)(?:seed:)?(?:cot_)?(?:think(?:ing)?"
             r"|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]")
-_MARK = re.compile(rf"[<\[◁](?!(?-i:/?think>))(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
+_MARK = re.compile(rf"<(?!(?-i:/?think>))(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
                    r"|\|channel\|>(?:analysis|commentary)<\|message\|>"
                    r"|(?:\|end\|><)?\|start\|>assistant<\|channel\|>final<\|message\|>)", re.I)
+_OTHER_MARK = re.compile(rf"[\[◁]{_THOUGHT}", re.I)
 _CLOSES = re.compile("/|end|95|final", re.I)
 _TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)", re.I)
 _TORN = re.compile(r"\b(?:answer|think)>", re.I)   # a tag without its first bracket
@@ -131,6 +132,7 @@ def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
     def plain(mark): return "</think>" if _CLOSES.search(mark[0]) else "<think>"
     text = _MARK.sub(plain, text).replace("assistantfinal", "</think>")
+    if "[" in text or "◁" in text: text = _OTHER_MARK.sub(plain, text)
     *thoughts, rest = text.split("</think>")
     if not thoughts: return text
     if "<think>" not in thoughts[0]: thoughts[0] = ""
@@ -220,11 +222,12 @@ _PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])")
 def _after(
     text: str,
     cues: list[tuple[re.Pattern, re.Pattern]],
+    begin: int = 0,  # where the search for cues begins
 ) -> list[tuple[int, str]]:  # where each begins, and the statement
     "The statements that follow the cues, each up to the next cue or the end of its paragraph."
     folded = _fold(text)
-    found = sorted(match.span() for word, pattern in cues if word.search(folded)
-                   for match in _ends([*pattern.finditer(text)], 32, []))
+    found = sorted(match.span() for word, pattern in cues if word.search(folded, begin)
+                   for match in _ends([*pattern.finditer(text, begin)], 32, []))
     stops, statements = [start for start, _ in found[1:]] + [len(text)], []
     for (start, end), stop in zip(found, stops):
         clause = _CLAUSE.split(text[max(0, start - 200):start])[-1] + text[start:end]
@@ -252,9 +255,11 @@ def _statements(text: str) -> Iterable[tuple[list[str], str]]:
             if values and not values[-1].strip(): return
             yield values, "start"
         region = _without_tags(region).strip()
-        last, declared = region.rfind("\n") + 1, _after(region, _DECLARED)
-        on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
-        yield on_last[-1:], "start"
+        last, tail = region.rfind("\n") + 1, max(0, len(region) - 200)
+        for begin in (tail, 0) if tail else (0,):
+            declared = _after(region, _DECLARED, begin)
+            on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
+            yield on_last[-1:], "start"
         yield [text for _, text in declared], "start"
         how = "thought" if "<think>" in speech else "tag" if tags else "lines"
         yield region.split("\n"), how

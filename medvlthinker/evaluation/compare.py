@@ -199,9 +199,9 @@ def paired_changes(
     `paired_difference`; `UserError` where questions have several answers."""
     import pandas as pd
 
-    second, first = (table.rename(columns={f"{side}_correct": "regrade_correct"})
+    second, first = (table.rename(columns={f"{side}_correct": "this_correct"})
                      for side in ("second", "first"))
-    changes = paired_difference(second, first)
+    changes = paired_difference(second, first, "this")
     for side in ("first", "second"):
         shares = 100 * table.groupby("dataset_name", sort=False)[f"{side}_correct"].mean()
         changes[side] = pd.concat([shares, pd.Series({"macro average": shares.mean()})])

@@ -10,7 +10,7 @@ import json, re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
@@ -141,20 +141,25 @@ def write_eval_results(
 _LINE = "a line of eval_results.jsonl: dataset_name, dataset_index, parsed_outputs with output_text"
 
 
+def _is_published(line) -> TypeGuard[dict]:
+    "Has a line's value what is read of it, in the types of the published files?"
+    fields = {"dataset_index": int, "dataset_name": str, "parsed_outputs": list}
+    return isinstance(line, dict) and all(
+        isinstance(line.get(name), kind) for name, kind in fields.items()) and all(
+        isinstance(output, dict) and isinstance(output.get("output_text", 0), str | None)
+        for output in line["parsed_outputs"])
+
+
 def read_eval_results(
     path,  # eval_results.jsonl
     samples: Iterable[Sample] = (),  # if given, each line must have the answer of its sample
 ) -> Iterator[dict]:
     "The rows of a rollout in the published layout; `UserError` names file, line and problem."
     seen, gold = set(), {sample.dataset_index: sample.answer_label for sample in samples}
-    lines: Iterable[tuple[str, Any]] = read_rows(path)
-    for where, line in lines:
-        try:
-            index, label = int(line["dataset_index"]), line.get("answer_label")
-            name = str(line["dataset_name"])
-            texts = [str(output["output_text"] or "") for output in line["parsed_outputs"]]
-        except (LookupError, TypeError, ValueError, OverflowError):
-            raise UserError(f"{path}: {where} is not {_LINE}.") from None
+    for where, line in read_rows(path):
+        if not _is_published(line):
+            raise UserError(f"{path}: {where} is not {_LINE}.")
+        index, label = line["dataset_index"], line.get("answer_label")
         if index in seen:
             raise UserError(f"{path}: {where} has the dataset_index {index} of an earlier line; "
                             "keep one of them.")
@@ -162,7 +167,8 @@ def read_eval_results(
             raise UserError(f"{path}: {where} has the answer_label {label}, where the samples say "
                             f"{gold.get(index)}: these are results of other questions.")
         seen.add(index)
-        yield {"dataset_name": name, "dataset_index": index, "completions": [
+        texts = [output["output_text"] or "" for output in line["parsed_outputs"]]
+        yield {"dataset_name": line["dataset_name"], "dataset_index": index, "completions": [
             {"text": text, "finish_reason": "unknown", "tokens": 0} for text in texts]}
 
 # %% ../../nbs/evaluation/53_export.ipynb #f78b36bd

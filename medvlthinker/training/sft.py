@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'survey_rows', 'Run', 'check_machine', 'start_and_inputs', 'plan', 'chats',
-           'sft_chat', 'whole_checkpoints', 'open_model', 'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole',
-           'remove_old_checkpoints', 'whole_callback', 'shared_settings', 'token_losses', 'row_mean_loss',
-           'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft', 'machine_rank', 'refuse_alone',
-           'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
+           'sft_chat', 'whole_checkpoints', 'cache_image_features', 'keeps_image_features', 'open_model',
+           'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints', 'whole_callback',
+           'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft',
+           'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
-import contextlib, dataclasses, json, os, shutil, sys, time
+import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,9 @@ def start_and_inputs(
     "What a run starts from, and all that decides its outcome; `UserError` says what is missing."
     start = starting_point(recipe, checkpoints, settings.base, show)
     check_machine(recipe, settings)
+    if (name := settings.report_to) and not importlib.util.find_spec(name):
+        raise UserError(f"report_to={name} needs the package {name}, which is not installed; it is "
+                        "one of wandb, trackio, tensorboard.")
     weight_files(download_model(start))
     if recipe.method == "RL":
         own = {"reward": file_hash(REWARD), "trainer": settings.trainer}
@@ -230,6 +233,35 @@ def whole_checkpoints(folder: Path) -> dict[int, Path]:
     marks = folder.glob(f"checkpoint-*/{WHOLE}")
     return {int(mark.parent.name.split("-")[1]): mark.parent for mark in marks}
 
+# %% ../../nbs/training/42_sft.ipynb #d1f77d43
+def cache_image_features(
+    model,  # transformers' `Qwen2_5_VLModel`, its vision tower frozen
+) -> None:
+    "Let a model compute the features of each image once and keep them."
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    compute, known = model.get_image_features, {}
+
+    def features(pixel_values, image_grid_thw, **kwargs):
+        found = []
+        patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        for image, grid in zip(patches, image_grid_thw):
+            key = hashlib.sha256(image.flatten().numpy()).digest(), *grid.tolist()
+            if key not in known:
+                with torch.no_grad():
+                    known[key] = compute(image, grid[None], **kwargs).pooler_output[0]
+            found.append(known[key])
+        return BaseModelOutputWithPooling(pooler_output=tuple(found))
+
+    model.get_image_features = features
+
+# %% ../../nbs/training/42_sft.ipynb #8782f51a
+def keeps_image_features(run: Run) -> bool:
+    "Is this a run whose images are few and always look the same: on a CPU, with a frozen tower?"
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return run.images and run.recipe.how.freeze_vision and not run.settings.gpus and alone
+
 # %% ../../nbs/training/42_sft.ipynb #0630bca4
 def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
     "The model that a run starts from, ready to be trained; `UserError` where it does not load."
@@ -261,6 +293,8 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
     if rank or run.recipe.how.freeze_vision or not run.images:
         model.model.visual.requires_grad_(False)
         model.model.visual._input_embed_layer = ""  # where no gradient is to begin
+    if keeps_image_features(run):
+        cache_image_features(model.model)
     torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS) if rank else None
     return model, processor, lora

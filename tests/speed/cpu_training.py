@@ -15,7 +15,7 @@ from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import chats, plan
 from medvlthinker.training.train import train
 
-BOUNDS = (Bound("four steps of tiny-RL_PMC, ratio to plain TRL", "", 0.8),
+BOUNDS = (Bound("four steps of tiny-RL_PMC, ratio to plain TRL", "", 0.65),
           Bound("tiny-RL_PMC of four steps, all processes", "CPU s", 0, "at least"),
           Bound("tiny-SFT_PMC of four steps, all processes", "CPU s", 0, "at least"))
 
@@ -29,6 +29,7 @@ def train_plainly(run) -> None:
     model.model.visual.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(run.start, padding_side="left")
     settings = grpo_settings(run, processor)
+    settings["generation_kwargs"] |= {"num_return_sequences": 1}
     GRPOTrainer(model=model, args=GRPOConfig(**settings), reward_funcs=rewards(),
                 train_dataset=chats(run, grpo_chat), processing_class=processor).train()
 

@@ -10,7 +10,7 @@ from measuring import ROOT, Bound, report
 from stored import write_questions, write_rollout
 
 BOUNDS = (
-    Bound("526,080 stored completions re-graded, five rules", "CPU s", 60),
+    Bound("526,080 stored completions re-graded, five rules", "CPU s", 40),
     Bound("re-grading, peak memory", "GiB", 1.5e9 / 2**30))
 REGRADE = """
 import json, resource, sys

@@ -96,6 +96,8 @@ def test_parity_on_the_command_line(warm_home, call, monkeypatch):
     assert last.startswith(TOO_FEW) and "12 questions" in last
     assert len(pd.read_csv(warm_home / "smoke" / "results" / "synthetic" / "tiny" / "engine_agreement.csv")) == 12
     assert launched == [(12, "tiny"), (5, "tiny")]
+    refuses([*words, "--", "gpus=0"], "Both sides are one and the same rollout")
+    refuses([*words, "--", "model=other", "benchmark=slake"], "Give benchmark, model before the --")
     refuses([*words], "Say what to compare", "with=NAME", "two settings with -- between them")
 
 
