@@ -8,7 +8,7 @@ __all__ = ['open_text', 'json_lines', 'json_list', 'csv_rows', 'read_rows', 'ima
            'parallel_map', 'map_batches', 'samples_from', 'escape_formula', 'write_csv']
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
-import csv, functools, inspect, itertools, json, os, random, re, zipfile
+import contextlib, csv, functools, inspect, itertools, json, os, random, re, zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -222,10 +222,12 @@ def code_fingerprint(*modules: str) -> str:
 # %% ../../nbs/data/13_readers.ipynb #ff49c00c
 def _convert_fingerprint(convert: Callable) -> str:
     "Of the file that a converter stands in, or of its own text if it was typed into a notebook."
-    try:
+    with contextlib.suppress(TypeError, OSError):
         return file_hash(inspect.getsourcefile(convert))[:16]
-    except (TypeError, OSError):
+    with contextlib.suppress(TypeError, OSError):
         return fingerprint(inspect.getsource(convert))
+    raise UserError(f"The converter {convert!r:.80} has no text that can be read; write it with "
+                    "def in a file or a notebook.")
 
 
 def copy_fingerprint(layout: DatasetLayout) -> dict:
