@@ -34,7 +34,7 @@ def right_letter(options, label, where: str, column: str) -> str:
     "The letter, from it or a list of it; `InvalidRow` where the right one of the options is blank."
     if isinstance(label, list) and len(label) == 1:
         label = label[0]
-    if isinstance(options, dict) and not str(options.get(label, label)).strip():
+    if isinstance(options, dict) and not str(options.get(str(label), label)).strip():
         raise InvalidRow(where, column, f"option {label}, the right one, has no text")
     return label
 
