@@ -418,6 +418,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.sample_file': ( 'data/benchmarks.html#sample_file',
                                                                                             'medvlthinker/data/benchmarks.py'),
+                                              'medvlthinker.data.benchmarks.set_name': ( 'data/benchmarks.html#set_name',
+                                                                                         'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.set_names': ( 'data/benchmarks.html#set_names',
                                                                                           'medvlthinker/data/benchmarks.py'),
                                               'medvlthinker.data.benchmarks.store_source': ( 'data/benchmarks.html#store_source',

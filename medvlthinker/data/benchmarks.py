@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'SHORT', 'HUB', 'PUBLISHED', 'SOURCES', 'LOCAL', 'TEST_SETS', 'from_hub', 'Collection', 'set_names',
-           'open_set', 'missing_error', 'is_available', 'available_sets', 'sample_file', 'store_source', 'load_set',
-           'load_benchmark', 'register_set', 'register_benchmark']
+           'set_name', 'open_set', 'missing_error', 'is_available', 'available_sets', 'sample_file', 'store_source',
+           'load_set', 'load_benchmark', 'register_set', 'register_benchmark']
 
 # %% ../../nbs/data/15_benchmarks.ipynb #b2334597
 import os, re
@@ -92,6 +92,7 @@ class Collection(NamedTuple):
 
     def source(self, name: str, settings) -> str:
         "`synthetic`, `hub`, `source` or `local`; `own` for a set that was registered."
+        check_keys([settings.data], ("synthetic", "hub", "source"), "data")
         return settings.source if name in self.counts else "own"
 
     def limit(self, settings) -> int:
@@ -115,6 +116,14 @@ def set_names(sets: Collection, names: str = "") -> list[str]:
     chosen = {known[word] for word in words} or {*sets.local}
     return [name for name in sets.local if name in chosen]
 
+# %% ../../nbs/data/15_benchmarks.ipynb #15a0c007
+def set_name(sets: Collection, name: str) -> str:
+    "The set of a name; `UserError` for none or several."
+    names = set_names(sets, name)
+    if len(names) != 1:
+        raise UserError(f"One {sets.kind} at a time, not {name!r}.")
+    return names[0]
+
 # %% ../../nbs/data/15_benchmarks.ipynb #17c0e004
 def open_set(sets: Collection, name: str, settings=DataSettings("hub")) -> DatasetLayout | None:
     "Where the settings read a set from; None where a folder does not hold it."
@@ -123,8 +132,7 @@ def open_set(sets: Collection, name: str, settings=DataSettings("hub")) -> Datas
         return sets.local[name][0]
     if source == "local":
         return find_local_copy(settings.data_dir, sets.local[name])
-    check_keys([source], ("hub", "source"), "data")
-    return (sets.published if source == "hub" else sets.sources)[name]
+    return {"hub": sets.published, "source": sets.sources}[source][name]
 
 # %% ../../nbs/data/15_benchmarks.ipynb #15a0c074
 def missing_error(sets: Collection, names: list[str], settings) -> UserError:
@@ -227,7 +235,7 @@ def load_benchmark(
     folder=None,  # where samples are stored, as for `sample_file`
 ) -> list[Sample]:
     "The samples of a test set, stored for the next time; `UserError` where it cannot be had whole."
-    name, = set_names(TEST_SETS, name)
+    name = set_name(TEST_SETS, name)
     samples = load_set(TEST_SETS, name, settings, folder)
     if not settings.limit:
         _check_count(name, samples, settings)

@@ -16,8 +16,8 @@ from ..core.files import UserError
 from .sample import SampleFile
 from .readers import DataSettings, DatasetLayout
 from medvlthinker.data.benchmarks import (
-    Collection, from_hub, is_available, load_set, register_set, sample_file, set_names,
-    store_source)
+    Collection, from_hub, is_available, load_set, register_set, sample_file, set_name,
+    set_names, store_source)
 
 # %% ../../nbs/data/16_corpora.ipynb #4214a916
 MIN_EDGE, MAX_EDGE = 28, 1024  # pixels
@@ -87,7 +87,7 @@ def load_corpus(
     fit: Callable | None = training_size,  # of figures; or `paper_size`, or None for no change
 ) -> SampleFile:
     "The samples of a corpus, stored for the next time; `UserError` where they cannot be had."
-    name, = set_names(TRAINING_SETS, name)
+    name = set_name(TRAINING_SETS, name)
     samples = load_set(TRAINING_SETS, name, settings, folder, fit)
     if not settings.train_limit and len(samples) != CORPORA.get(name, len(samples)):
         print(f"{name} has {len(samples):,} samples here and {CORPORA[name]:,} in the published "
@@ -105,7 +105,7 @@ PUBLISHED_REASONING = {"pmc_vqa": _published("pmc_vqa-gpt_4o_reasoning-tokenized
 
 def reasoning_file(name: str, settings=DataSettings(), folder=None) -> Path:
     "Where the corpus with reasoning to imitate lies, or will lie."
-    name, = set_names(TRAINING_SETS, name)
+    name = set_name(TRAINING_SETS, name)
     published = settings.source == "hub" and name in PUBLISHED_REASONING
     path = sample_file(TRAINING_SETS, name, settings, folder, "-reasoning" if published else "")
     own = path.with_name(f"{name}-distilled.parquet")
