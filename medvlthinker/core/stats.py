@@ -44,6 +44,8 @@ def _weighted_sum(
     counts: dict, weights: dict, effective: dict | None = None,
 ) -> tuple[float, float, float]:
     "Weighted sum of the benchmarks' proportions and its 95 % interval (Price and Bonett, 2004)."
+    if not counts:
+        raise UserError("An average needs at least one benchmark; none was given.")
     value = centre = variance = 0.0
     extra = 2 / len(counts)
     for name, pair in counts.items():

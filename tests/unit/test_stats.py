@@ -7,6 +7,7 @@ from medvlthinker.core.files import UserError
 REFUSED = {
     "more right answers than questions": (lambda: stats.wilson(5, 4), "0 <= k <= n"),
     "half a question": (lambda: stats.wilson(1, 2.5), "whole counts"),
+    "an average over no benchmark": (lambda: stats.macro_average({}), "at least one benchmark"),
     "a benchmark without questions": (lambda: stats.macro_average({"a": (0, 0)}), "n >= 1"),
     "no benchmark to compare": (lambda: stats.paired_bootstrap({}), "at least one benchmark"),
     "two models on different questions": (lambda: stats.mcnemar([1], [1, 0]), "the same questions"),
@@ -20,7 +21,7 @@ def test_impossible_input_is_refused_in_one_sentence(call, part):
     assert "\n" not in str(refused.value)
 
 
-NO_NUMBER = [lambda: stats.macro_average({}), lambda: stats.clustered_mean([]), lambda: stats.clustered_mean([1, 0], ["x"]),
+NO_NUMBER = [lambda: stats.clustered_mean([]), lambda: stats.clustered_mean([1, 0], ["x"]),
              lambda: stats.paired_bootstrap({"a": []}), lambda: stats.paired_bootstrap({"a": [1, 0]}, {"a": ["x"]}), lambda: stats.pass_at_k(1, 2, 3)]
 
 
