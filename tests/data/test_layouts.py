@@ -18,7 +18,7 @@ from conftest import encoded, key_opens, split
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
-from medvlthinker.data.readers import DataSettings, DatasetLayout, find_local_copy, read_rows, samples_from
+from medvlthinker.data.readers import DataSettings, DatasetLayout, copy_fingerprint, find_local_copy, read_rows, samples_from
 
 PHOTO = encoded(90, 60, "JPEG")
 
@@ -110,6 +110,7 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
     for number, table in enumerate(tables):
         own = [{**row, **({"id": f"{row['id']}_{number}"} if "id" in row else {})} for row in rows]
         put(tmp_path / table.replace("*", "00000-of-00001"), own)
+    assert len(copy_fingerprint(source)["questions"]) == len(tables), "a change of each part is noticed"
     good, others = split(source.samples(name))
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
