@@ -173,10 +173,13 @@ def read_answer(body) -> list[Completion]:
     return [replace(each, tokens=round(rate * length)) for each, length in zip(found, lengths)]
 
 # %% ../../nbs/generation/23_server.ipynb #63e2a9c5
+_NO_CREDIT = re.compile("insufficient_quota|credit balance is too low")
+
+
 def actual_status(status: int, body) -> int:
     "The HTTP status that an answer should have had."
     if status >= 300:
-        return status
+        return 402 if _NO_CREDIT.search(str(body)) else status
     try:
         read_answer(body)
         return status

@@ -51,6 +51,7 @@ SAID = {  # what a server says, whoever asks
     "too_long": (400, error("This model's maximum context length is 256 tokens.", code=400)),
     "wrong_key": (401, error(f"Incorrect API key provided: Bearer {KEY}", code="invalid_api_key")),
     "unknown": (404, error("no such model")),
+    "broke": (429, error("You exceeded your current quota.", code="insufficient_quota")),
 }
 
 
@@ -206,7 +207,7 @@ def test_at_most_so_many_at_once(faulty):
     assert sorted(order) == list(range(80)) and order.index(3) > 40
 
 
-HOPELESS = [("wrong_key", "refuses the key"),
+HOPELESS = [("wrong_key", "refuses the key"), ("broke", "has no credit left"),
             ("unknown", "has no model 'tiny' (404: no such model); it has tiny, other")]
 
 
