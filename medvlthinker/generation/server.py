@@ -383,6 +383,8 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     if isinstance(error, openai.OpenAIError) and not isinstance(error, openai.APIError):
         final = str(error)  # of the budget
     engine.failed += not (final or request.retry and status in (400, 403, 413, 422))
+    if engine.failed == 1 and not engine.answered:
+        print(f"The first question was not answered: {reason}")
     if engine.failed >= (3 * engine.concurrency if engine.answered else max(3, engine.concurrency)):
         which = f"{engine.failed} questions in a row" if engine.answered else "The first questions"
         final = (f"{which} were not answered, the last one because of this: {reason}; what was "

@@ -361,6 +361,13 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
     assert ("repetition_penalty" in faulty.asked[0][1]) == (owner == "vllm")
 
 
+def test_a_key_that_is_refused_by_403_is_shown_where_few_questions_are_asked(faulty, capsys):
+    faulty.rule = lambda asked: (403, error("Your project may not use this model."))
+    found, reason = gather(engine(faulty.url).answer(requests(5)))
+    assert reason == "" and len(found) == 5
+    assert capsys.readouterr().out.count("not answered: 403: Your project may not use") == 1
+
+
 def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty):
     "OpenRouter and xAI say 403, as others do for a key that may not do this."
     flagged = error("Your input was flagged.", code=403)
