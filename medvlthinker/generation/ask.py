@@ -131,6 +131,8 @@ def ask(
         engine = open_engine(EngineSettings(model=model, **settings))
     if style != "free":
         request = replace(request, instruction=engine.instruction, dialect=engine.dialect)
+    elif isinstance(model, str):
+        engine.dialect = "chat"  # so its template is looked at before it answers
     [(_, [completion])] = engine.answer([request])
     return _read_answer(engine.settings.model, request, completion)
 

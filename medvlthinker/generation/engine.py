@@ -171,8 +171,13 @@ class TransformersEngine:
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(max_new_tokens=room, do_sample=sampling.temperature > 0,
                                   **(how if sampling.temperature else {}))
-        with torch.inference_mode():
-            found = draw_answers(self.model, inputs, config, sampling.draws)
+        try:
+            with torch.inference_mode():
+                found = draw_answers(self.model, inputs, config, sampling.draws)
+        except torch.OutOfMemoryError:
+            raise UserError(f"The GPU has no room for {len(batch)} prompts at once; lower "
+                            f"batch_size (now {size}, another one is another rollout), or use "
+                            "engine=vllm.") from None
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
@@ -542,7 +547,7 @@ class Engine:
         if self.dialect == "chat":
             try:
                 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of many classes
                 raise unloadable_error(folder, error) from None
             check_chat_template(processor, folder)
         if ignored := ignored_settings(folder):

@@ -128,7 +128,8 @@ def file_lock(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            show(f"Another process is working in {folder} (it holds .lock there); waiting for it.")
+            show(f"Another process is working in {folder}; waiting for it (if there is none any "
+                 "more, delete the file .lock there).")
             lock.acquire()
     except OSError as error:
         raise write_error(error, folder) from None

@@ -173,10 +173,13 @@ def read_answer(body) -> list[Completion]:
     return [replace(each, tokens=round(rate * length)) for each, length in zip(found, lengths)]
 
 # %% ../../nbs/generation/23_server.ipynb #63e2a9c5
+_NO_CREDIT = re.compile("insufficient_quota|credit balance is too low")
+
+
 def actual_status(status: int, body) -> int:
     "The HTTP status that an answer should have had."
     if status >= 300:
-        return status
+        return 402 if _NO_CREDIT.search(str(body)) else status
     try:
         read_answer(body)
         return status
@@ -380,6 +383,8 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     if isinstance(error, openai.OpenAIError) and not isinstance(error, openai.APIError):
         final = str(error)  # of the budget
     engine.failed += not (final or request.retry and status in (400, 403, 413, 422))
+    if engine.failed == 1 and not engine.answered:
+        print(f"The first question was not answered: {reason}")
     if engine.failed >= (3 * engine.concurrency if engine.answered else max(3, engine.concurrency)):
         which = f"{engine.failed} questions in a row" if engine.answered else "The first questions"
         final = (f"{which} were not answered, the last one because of this: {reason}; what was "

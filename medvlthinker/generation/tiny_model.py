@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 import medvlthinker
 from ..core.files import (
-    UserError, file_hash, read_json, require_package, write_error, write_record)
+    UserError, file_hash, read_json, require_package, write_record)
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample
 from medvlthinker.data.synthetic import (
@@ -404,6 +405,7 @@ def make_tiny_model(
                 (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
-    except OSError as error:
-        raise write_error(error, folder) from None
+    except (OSError, SafetensorError) as error:  # either for a full disk
+        raise UserError(f"{folder} cannot be written ({error}); make room or name another "
+                        "folder.") from None
     return folder

@@ -17,6 +17,7 @@ from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, o
 from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
 from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
+from medvlthinker.generation.tiny_model import make_tiny_model
 from rollout_files import contents, small_disk, whole_lines
 
 GREEDY, SAMPLED = Sampling(max_tokens=16), Sampling(n=2, temperature=1.0, max_tokens=16, seed=5)
@@ -217,6 +218,11 @@ def test_a_damaged_record_costs_no_answers(answered, text):
 
 
 # ---- a full disk ----
+
+
+def test_a_tiny_model_for_which_there_is_no_room_is_a_sentence(tmp_path):
+    with small_disk(tmp_path / "disk", "1500k") as disk, pytest.raises(UserError, match="No space"):
+        make_tiny_model(disk / "tiny", steps=0, show=quiet)
 
 
 @pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])

@@ -51,6 +51,7 @@ SAID = {  # what a server says, whoever asks
     "too_long": (400, error("This model's maximum context length is 256 tokens.", code=400)),
     "wrong_key": (401, error(f"Incorrect API key provided: Bearer {KEY}", code="invalid_api_key")),
     "unknown": (404, error("no such model")),
+    "broke": (429, error("You exceeded your current quota.", code="insufficient_quota")),
 }
 
 
@@ -206,7 +207,7 @@ def test_at_most_so_many_at_once(faulty):
     assert sorted(order) == list(range(80)) and order.index(3) > 40
 
 
-HOPELESS = [("wrong_key", "refuses the key"),
+HOPELESS = [("wrong_key", "refuses the key"), ("broke", "has no credit left"),
             ("unknown", "has no model 'tiny' (404: no such model); it has tiny, other")]
 
 
@@ -358,6 +359,13 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
     faulty.owner = owner
     gather(engine(faulty.url).answer(requests(1)))
     assert ("repetition_penalty" in faulty.asked[0][1]) == (owner == "vllm")
+
+
+def test_a_key_that_is_refused_by_403_is_shown_where_few_questions_are_asked(faulty, capsys):
+    faulty.rule = lambda asked: (403, error("Your project may not use this model."))
+    found, reason = gather(engine(faulty.url).answer(requests(5)))
+    assert reason == "" and len(found) == 5
+    assert capsys.readouterr().out.count("not answered: 403: Your project may not use") == 1
 
 
 def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty):

@@ -1,5 +1,6 @@
 """One image, one question, one model: what is sent, what comes back, and what is refused."""
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, python
@@ -8,6 +9,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny_model
 from medvlthinker.generation.ask import STYLES, ask, own_sample
 from medvlthinker.generation.engine import (EngineSettings, FunctionEngine, model_inputs, open_engine)
+from medvlthinker.generation.model import BASELINES, Baseline
 from medvlthinker.generation.request import Completion, Request
 from PIL import Image
 
@@ -31,6 +33,13 @@ def test_the_tiny_model_reasons_and_names_options(tiny):
         assert "means nothing medical" in answer.note and "means nothing medical" in str(answer)
     named = [(sample, answer) for sample, answer in answers if answer.label]
     assert len(named) > 9 and all(sample.options[answer.label] == answer.option for sample, answer in named)
+
+
+def test_the_free_form_of_a_raw_model_without_a_template_is_a_sentence(warm_tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(warm_tiny, tmp_path / "raw", ignore=shutil.ignore_patterns("*.jinja"))
+    monkeypatch.setitem(BASELINES, "raw", Baseline(str(folder), "plain"))
+    with pytest.raises(UserError, match="raw has no chat template"):
+        ask(SCAN, "What is seen?", model=str(folder), style="free")
 
 
 def test_the_free_form_has_its_own_system_turn_and_no_other(tiny):

@@ -89,6 +89,14 @@ def test_a_missing_chat_template_is_a_sentence_and_a_raw_dialect_needs_none(warm
     assert len(list(engine.answer(raw))) == 3
 
 
+def test_a_tokenizer_of_a_newer_library_is_a_sentence(warm_tiny, tmp_path):
+    folder = Path(shutil.copytree(warm_tiny, tmp_path / "copy"))
+    known = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(known | {"pre_tokenizer": {"type": "New"}}))
+    with pytest.raises(UserError, match="copy cannot be loaded .Exception: data did not match"):
+        answers(open_engine(EngineSettings(model=str(folder))), GREEDY)
+
+
 # ---- how often, and with whom ----
 
 
@@ -143,6 +151,15 @@ def test_batches_do_not_depend_on_who_answered_before():
 
 
 # ---- a GPU that is of no use ----
+
+
+def test_a_batch_that_a_gpu_does_not_hold_is_a_sentence(warm_tiny, monkeypatch):
+    def draw(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(engine_module, "draw_answers", draw)
+    with pytest.raises(UserError, match="no room for 3 prompts at once; lower batch_size .now 32"):
+        answers(open_engine(EngineSettings(model=str(warm_tiny))), GREEDY)
 
 
 def test_a_driver_that_is_too_old_is_a_sentence_and_no_reason_to_use_the_cpu(warm_tiny, monkeypatch):
