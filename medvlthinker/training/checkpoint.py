@@ -77,7 +77,8 @@ def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
     try:
         merge_fsdp_weights(str(checkpoint / _SIGNS["fsdp"]), str(folder))
     except (Exception, CheckpointException) as error:  # it depends on where the damage lies
-        raise UserError(f"The shards in {checkpoint} cannot be read; take an earlier "
+        raise UserError(f"The shards in {checkpoint} cannot be read and put together ("
+                        f"{sanitize(error, 200)}); where they are damaged, take an earlier "
                         "checkpoint.") from error
     shutil.copy(base / "config.json", folder)
 
@@ -162,6 +163,8 @@ def atomic_folder(
     try:
         part.mkdir(parents=True)
         yield part
+        for file in part.glob("*.safetensors"):  # which safetensors lets nobody else read
+            file.chmod(part.stat().st_mode & 0o666)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)

@@ -1,6 +1,7 @@
 """Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills."""
 import importlib.util
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,17 @@ def test_a_shard_of_the_other_rank_is_missing_or_cut(tmp_path, full_run):
     assert not (tmp_path / "final").exists() and not list(tmp_path.glob(".*"))
     second.write_bytes(whole)
     assert (merge(checkpoint, str(base), tmp_path / "final", own=own) / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_not_called_a_damaged_shard(tmp_path, full_run):
+    base, own, checkpoint = full_run
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="put together .*File too large"):
+            merge(checkpoint, str(base), tmp_path / "final", own=own)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.heavy
