@@ -376,6 +376,9 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
     from transformers import TrainerCallback
 
     class Whole(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            state.save_steps = args.save_steps  # a checkpoint brings those of the start before
+
         def on_step_end(self, args, state, control, **_):
             if state.global_step == run.takes * run.updates:  # wherever `save_every` falls
                 control.should_save = True
