@@ -88,6 +88,8 @@ def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> None:
     words = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp",
              "--local_dir", str(checkpoint), "--target_dir", str(folder)]
     run_logged(words, log, show=lambda line: None)
+    if (folder / "lora_adapter").is_dir():  # verl leaves an adapter there, and the base beside it
+        raise UserError(f"{checkpoint} holds an adapter of verl's, which is not merged here.")
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600019
 def _adapter_names(net, adapter: Path) -> list[str]:  # of its weights
