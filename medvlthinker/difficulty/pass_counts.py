@@ -109,12 +109,17 @@ def easy_to_hard(
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #818ce2d2
 def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
     "Write the chosen questions in this order, with their counts; the file appears when whole."
-    import pyarrow, pyarrow.parquet
+    import pyarrow, pyarrow.compute, pyarrow.parquet
 
-    with open_parquet(samples) as source:
-        rows = source.read()
-    place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
     added = [pyarrow.field(name, pyarrow.int64()) for name in ("pass_count", "pass_of")]
+    wanted = pyarrow.array(chosen.dataset_index)
+    with open_parquet(samples) as source:  # in pieces: pyarrow reads no 2 GB of images at once
+        names = [field.name for field in source.schema_arrow if field not in added]
+        rows = pyarrow.Table.from_batches([
+            batch.filter(pyarrow.compute.is_in(batch["dataset_index"], wanted))
+            for batch in source.iter_batches(256, columns=names)]).replace_schema_metadata(
+                source.schema_arrow.metadata)
+    place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
     schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
     with (atomic_write(path, "wb") as file,
           pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out):

@@ -77,7 +77,8 @@ def _gather_fsdp(checkpoint: Path, base: Path, folder: Path) -> None:
     try:
         merge_fsdp_weights(str(checkpoint / _SIGNS["fsdp"]), str(folder))
     except (Exception, CheckpointException) as error:  # it depends on where the damage lies
-        raise UserError(f"The shards in {checkpoint} cannot be read; take an earlier "
+        raise UserError(f"The shards in {checkpoint} cannot be read and put together ("
+                        f"{sanitize(error, 200)}); where they are damaged, take an earlier "
                         "checkpoint.") from error
     shutil.copy(base / "config.json", folder)
 
@@ -87,6 +88,8 @@ def _gather_verl(checkpoint: Path, folder: Path, log: Path) -> None:
     words = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp",
              "--local_dir", str(checkpoint), "--target_dir", str(folder)]
     run_logged(words, log, show=lambda line: None)
+    if (folder / "lora_adapter").is_dir():  # verl leaves an adapter there, and the base beside it
+        raise UserError(f"{checkpoint} holds an adapter of verl's, which is not merged here.")
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600019
 def _adapter_names(net, adapter: Path) -> list[str]:  # of its weights
@@ -162,6 +165,8 @@ def atomic_folder(
     try:
         part.mkdir(parents=True)
         yield part
+        for file in part.glob("*.safetensors"):  # which safetensors lets nobody else read
+            file.chmod(part.stat().st_mode & 0o666)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)

@@ -249,7 +249,8 @@ def settings_that_fit(
     fits = next((each for each in tried if need(each) <= 0.95 * memory), None)
     words = lambda each: (f"micro_batch={each.micro_batch} "
                           f"gradient_checkpointing={each.gradient_checkpointing}")
-    text = (f"{recipe.name} needs {need(own):,.1f} GiB with {words(own)}, at the longest row of "
+    case = own if fits else tried[-1]
+    text = (f"{recipe.name} needs {need(case):,.1f} GiB with {words(case)}, at the longest row of "
             f"{sum(plan.row):,} tokens; a GPU has {memory:.1f} GiB.")
     if fits is None:
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "

@@ -120,6 +120,8 @@ class Recipe:
             raise UserError("The name of a recipe begins with the size of its model and a hyphen, "
                             f"such as 7B-RL_mine; {self.name!r} does not. Known are "
                             f"{', '.join(BASES)} (recipe.BASES).")
+        if self.init.split("@")[0] == self.name:
+            raise UserError(f"The recipe {self.name} starts from itself; name what it starts from.")
 
     @property
     def method(self) -> str:

@@ -376,6 +376,9 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
     from transformers import TrainerCallback
 
     class Whole(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            state.save_steps = args.save_steps  # a checkpoint brings those of the start before
+
         def on_step_end(self, args, state, control, **_):
             if state.global_step == run.takes * run.updates:  # wherever `save_every` falls
                 control.should_save = True
@@ -582,9 +585,11 @@ def read_recipe(
 def read_words(
     words: Iterable[str],  # recipe=NAME data=FILE checkpoints=FOLDER logs=FOLDER [key=value ...]
 ) -> tuple[Recipe, TrainingSettings, tuple[Path, Path, Path]]:  # data, checkpoints and logs
-    "What a command line says; `UserError` for what is no recipe, and for what is no key."
+    "What a command line says; `UserError` for what it lacks, and for what is no key."
     given = dict(word.partition("=")[::2] for word in words)
     recipe = read_recipe(given)
     places = ("data", "checkpoints", "logs")
+    if lacking := [key for key in places if not given.get(key)]:
+        raise UserError(f"Say where {' and '.join(lacking)} lie, as in {lacking[0]}=PATH.")
     data, checkpoints, logs = (Path(given.pop(key)).absolute() for key in places)
     return recipe, read_training(given), (data, checkpoints, logs)

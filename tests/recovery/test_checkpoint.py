@@ -1,6 +1,8 @@
 """Sharded by two processes, merged by one: the same function. And what the notebook cannot hold: kills."""
+import functools
 import importlib.util
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -126,14 +128,31 @@ def test_a_shard_of_the_other_rank_is_missing_or_cut(tmp_path, full_run):
     assert (merge(checkpoint, str(base), tmp_path / "final", own=own) / "model.safetensors").is_file()
 
 
+def test_a_full_disk_is_not_called_a_damaged_shard(tmp_path, full_run):
+    base, own, checkpoint = full_run
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="put together .*File too large"):
+            merge(checkpoint, str(base), tmp_path / "final", own=own)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.heavy
-def test_verl_merges_two_ranks(tmp_path):
+@pytest.mark.parametrize("lora", ["full", "adapter"])
+def test_verl_merges_two_ranks_and_no_adapter(tmp_path, lora):
     if not importlib.util.find_spec("verl"):
         pytest.skip("verl is not installed; ./reproduce.sh setup full installs it")
-    base, own, checkpoint = sharded_run(tmp_path, how="verl")
+    base, own, checkpoint = sharded_run(tmp_path, lora, how="verl")
     (checkpoint / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
     shutil.copytree(base, checkpoint / "huggingface", ignore=shutil.ignore_patterns("*.safetensors"))
-    final = merge(checkpoint, str(base), tmp_path / "final", own=own, log=tmp_path / "log")
+    merged = functools.partial(merge, checkpoint, str(base), tmp_path / "final", own=own, log=tmp_path / "log")
+    if lora == "adapter":
+        with pytest.raises(UserError, match="holds an adapter of verl's"):
+            merged()
+        return
+    final = merged()
     expected, found = np.load(checkpoint.parent / "logits.npy"), logits_of(final, prompt(base))
     assert abs(found - logits_of(base, prompt(base))).max() > 0.01
     assert abs(found - expected).max() < 0.05  # verl stores bfloat16

@@ -68,6 +68,15 @@ def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     assert list(read["pass_count"]) == sorted(read["pass_count"], reverse=True) and set(read["pass_of"]) == {16}
 
 
+def test_a_corpus_holds_more_images_than_pyarrow_reads_at_once(tmp_path):
+    "Two gigabytes; PMC-VQA holds several times as many."
+    _, decisions = drawn(2200)
+    images = (bytes(1_000_000),)  # which compress to nothing
+    write_samples((Sample("?", {"A": "Yes", "B": "No"}, "A", "Yes", images=images, dataset_name="toy", dataset_index=index) for index in decisions.dataset_index), tmp_path / "toy.parquet")
+    path = curate(tmp_path / "toy.parquet", decisions[-300:], tmp_path, by="tiny")
+    assert [sample.images == images for sample in SampleFile(path)] == [True] * (decisions[-300:].decision == "keep").sum()
+
+
 def test_a_changed_filter_makes_the_file_again(tmp_path):
     samples, decisions = drawn(200)
     write_samples(samples, tmp_path / "toy.parquet")
