@@ -83,6 +83,10 @@ def _store(table: "pd.DataFrame", path: Path, **inputs) -> None:
         write_csv(table, path)
 
 # %% ../../nbs/app/77_commands.ipynb #c78b18
+_ASKED = {"model", "models", "instruction", "max_tokens", "max_pixels", "limit", "benchmark",
+          "data", "data_dir"}
+
+
 def compare_settings(
     words: list[str],  # [profile] model=NAME [rule=...] [key=value ...] -- [key=value ...]
 ) -> None:
@@ -96,9 +100,10 @@ def compare_settings(
     middle = words.index("--")
     profile, model, rule = read_command(words[:middle], model="", rule="regrade")
     _, changes = parse_words([profile.name, *words[middle + 1:]])
-    if moved := ", ".join(sorted(changes.keys() & {"model", "benchmark", "data"})):
-        raise UserError(f"Give {moved} before the --, behind it stand settings of one model; two "
-                        "models are compared by model=NAME with=NAME.")
+    if moved := ", ".join(sorted(changes.keys() & _ASKED)):
+        raise UserError(f"Give {moved} before the --: it would change what is asked, and not how "
+                        "the answers are computed; two models are compared by model=NAME "
+                        "with=NAME.")
     model = one_model(profile, model)
     if profile.engine == "openai":  # only the server has the tokenizer
         split = split_words
@@ -363,5 +368,5 @@ def check_paper(words: Words = None) -> None:
     records, repeats = stored_records(profile), stored_records(profile, "repeats.json")
     print(*comparison_lines(compare_to_paper(published(), records, repeats)), sep="\n")
     if all(record["source"] == "synthetic" for record in records):
-        print(f"Nothing of the profile {profile.name} was measured on the paper's questions: drawn "
-              "scans test the machinery and mean nothing medical.")
+        print(f"Nothing of the profile {profile.name} was measured on the paper's questions."
+              + " Drawn scans test the machinery and mean nothing medical." * bool(records))

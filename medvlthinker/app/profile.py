@@ -63,7 +63,9 @@ def profile_names() -> list[str]:
 
 # %% ../../nbs/app/70_profile.ipynb #2ddd0aa9
 def _check_values(profile: Profile) -> None:
-    "`UserError` where models share a folder, or more GPUs are asked for than there are."
+    "`UserError` for no model, two of one folder, or more GPUs than there are."
+    if not profile.models:
+        raise UserError("models= names no model; a run needs one, such as models=tiny.")
     folders: dict[str, str] = {}  # where a model's answers and numbers lie
     for model in profile.models:
         if (other := folders.setdefault(folder_name(model), model)) != model:

@@ -95,7 +95,8 @@ def check_run(root: Path) -> list[Finding]:
 # %% ../../nbs/app/74_verify.ipynb #79bd5167
 def show_findings(root: Path) -> int:  # files that are not what was recorded
     "Print every file of a run that is not as it was recorded, and a summary."
-    found = check_run(root)
+    if not (found := check_run(root)):
+        raise UserError(f"No run has left a file in {root}; is MEDVLTHINKER_HOME the right one?")
     for finding in found:
         if finding.state != "unchanged":
             print(f"{finding.path}  {finding.state}: {finding.why}")

@@ -469,7 +469,8 @@ def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
         return "done", ""
     if not partial.is_file():
         return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
-    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', partial.read_text(encoding="utf-8"))
+    text = partial.read_text(encoding="utf-8", errors="replace")  # a kill may tear a character
+    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', text)
     if not error:
         return "unfinished", str(partial)
     return "failed", f"{error_line(*map(json.loads, error.groups()))} ({partial})"
