@@ -24,19 +24,19 @@ def checkpoint_at(
     step: int = 0,  # 0 for the last one
 ) -> Path:
     "The folder of a run's checkpoint; `UserError` where there is none."
-    folder, found = Path(training), {}
-    places = [*folder.glob("*"), *folder.glob("*/*")]
-    for path in sorted(places, key=lambda path: path.stat().st_mtime):
-        match = re.fullmatch(r"(?:checkpoint-|global_step_)(\d+)", path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path / "actor" if (path / "actor").is_dir() else path
+    places = [path for pattern in ("*", "*/*") for path in Path(training).glob(pattern)
+              if re.fullmatch(r"(checkpoint-|global_step_)\d+", path.name) and path.is_dir()]
+    places.sort(key=lambda path: path.stat().st_mtime)
+    found = {int(re.split("[-_]", path.name)[-1]): path for path in places}
     if not found:
         raise UserError(f"No checkpoint in {training}; a run leaves checkpoint-STEP or "
                         "global_step_STEP there.")
     if step and step not in found:
         raise UserError(f"No checkpoint of step {step} in {training}; there are "
                         f"{', '.join(map(str, sorted(found)))}.")
-    return found[step or max(found)]
+    last = max(n for n, path in found.items() if path.parent == places[-1].parent)
+    path = found[step or last]
+    return path / "actor" if (path / "actor").is_dir() else path
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600002
 _SIGNS = {"fsdp": "pytorch_model_fsdp_0", "verl": "model_world_size_*_rank_*.pt",
