@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RADARS', 'figure_notes', 'model_names', 'draw_marks', 'sampled_frame', 'by_benchmark', 'repeated_figure',
-           'curve_figure', 'radar_figure', 'forest_figure', 'accuracy_figure', 'write_figure_files']
+           'pass_at_k_figure', 'radar_figure', 'forest_figure', 'accuracy_figure', 'write_figure_files']
 
 # %% ../../nbs/results/62_figures.ipynb #f21a5b10
 import functools, re
@@ -120,7 +120,7 @@ def repeated_figure(
     return draw_marks(drawn, "percent", "Right (%)", figure_notes(frame, *notes))
 
 # %% ../../nbs/results/62_figures.ipynb #47af5937
-def curve_figure(
+def pass_at_k_figure(
     frame,  # from `sampled_frame`
 ):  # a plotly figure
     "pass@k over k under the strict rule, a panel a benchmark."

@@ -36,7 +36,7 @@ def printed_command(
     if not uses_verl(recipe, settings):
         return shlex.join(trl_command(recipe, settings, data, checkpoints, logs))
     start, nodes = planned_start(recipe, checkpoints, settings.base), nodes_of(recipe, settings)
-    words = verl.overrides(recipe, settings, start, verl.training_file(data, recipe),
+    words = verl.verl_overrides(recipe, settings, start, verl.training_file(data, recipe),
                            training_folder(recipe, checkpoints))
     variables = verl.environment(logs, nodes=nodes)
     head = os.environ.get("RAY_ADDRESS", "http://HEAD:8265")

@@ -19,7 +19,7 @@ from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
 from medvlthinker.training.sft import plan, read_metrics
 from medvlthinker.training import verl
-from medvlthinker.training.verl import complete_checkpoints, overrides, verl_parquet, verl_row
+from medvlthinker.training.verl import complete_checkpoints, verl_overrides, verl_parquet, verl_row
 from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not importlib.util.find_spec("verl"), reason="verl is not installed; ./reproduce.sh setup full installs it")]
@@ -169,7 +169,7 @@ PADDED = {"actor_rollout_ref.model.use_remove_padding": False,
 
 
 def words(name: str) -> list[str]:
-    return overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet",
+    return verl_overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet",
                      "/checkpoints/here")
 
 

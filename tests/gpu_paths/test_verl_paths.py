@@ -98,7 +98,7 @@ def build(words: list[str]) -> subprocess.CompletedProcess:
 @pytest.mark.heavy
 def test_actor_and_reference_are_built_and_see_text(blank):
     "With what the lock installs; a row gives the same scores beside a longer one as alone, and both turn their positions by the same frequencies."
-    done = build(verl.overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
+    done = build(verl.verl_overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
     kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "turns": found["actor"]["turns"]}
@@ -147,7 +147,7 @@ def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path,
 def test_a_recipe_for_one_node_does_not_look_at_a_clusters_address(monkeypatch, tmp_path, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     verl.refuse_missing_nodes([TEXT], NODE)
-    words = verl.overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
+    words = verl.verl_overrides(TEXT, NODE, "model", "data.parquet", tmp_path)
     assert "+ray_kwargs.ray_init.address=local" in words
     show = "import os; print(repr(os.environ['RAY_ADDRESS']), os.environ['PATH'])"
     verl.run_verl([sys.executable, "-c", show], verl.environment(tmp_path))

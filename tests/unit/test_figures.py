@@ -45,7 +45,7 @@ SAMPLED, RECORDS = drawing.sampled_frame(PAPER, [*map(repeats, MODELS[::3])]), [
 ALL = {  # every figure's table, published and ours, with the function that draws it
     "radar": (results_table((), "comparison", only=drawing.RADARS["32B"]), drawing.radar_figure),
     "repeated": (SAMPLED[SAMPLED["rule"] == "regrade"], drawing.repeated_figure),
-    "pass_at_k": (SAMPLED[SAMPLED["rule"] == "strict"], drawing.curve_figure),
+    "pass_at_k": (SAMPLED[SAMPLED["rule"] == "strict"], drawing.pass_at_k_figure),
     "claims": (CLAIMS, drawing.forest_figure),
     "one_group": (CLAIMS.assign(group="Published, as if the models were independent"), drawing.forest_figure),
     "accuracy": (results_table(RECORDS), drawing.accuracy_figure),
@@ -98,7 +98,7 @@ def test_a_figure_draws_its_table_with_source_n_intervals_and_the_warning(name):
 def test_names_from_outside_stay_text():
     evil = "<img src=x onerror=alert(1)>"
     curves = drawing.sampled_frame(PAPER, [repeats(evil)])
-    for figure in (drawing.curve_figure(curves), drawing.accuracy_figure(results_table([record(evil)])),
+    for figure in (drawing.pass_at_k_figure(curves), drawing.accuracy_figure(results_table([record(evil)])),
                    drawing.radar_figure(results_table([record(evil)]))):
         assert evil not in figure.to_json().replace("\\u003c", "<").replace("\\u003e", ">")
 
