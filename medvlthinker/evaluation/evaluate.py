@@ -345,7 +345,7 @@ def evaluate(
 def read_records(
     folder,  # results/<source> of a run
     models: Iterable[str],
-    name: str = "evaluation.json",  # or repeats.json, look.json, ...
+    name: str = "evaluation.json",  # or repeats.json
 ) -> list[dict]:
     "The records of these models that are stored under the name, in the models' order."
     paths = [Path(folder) / folder_name(model) / name for model in models]
