@@ -174,7 +174,8 @@ class DatasetLayout(NamedTuple):
         if not (files := self.found()):
             images = f" with {self.images} beside it" if self.images else ""
             raise UserError(f"{self.place} holds no {self.files.split()[0]}{images}.")
-        _check_parts(files)
+        if "*" in self.files:  # who names one part in full wants no other
+            _check_parts(files)
         for where, row in itertools.chain.from_iterable(map(read_rows, files)):
             if not self.only or isinstance(row, dict) and row.get("dataset_name") == self.only:
                 yield where, row
