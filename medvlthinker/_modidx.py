@@ -593,6 +593,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers.DatasetLayout.samples': ( 'data/readers.html#datasetlayout.samples',
                                                                                                 'medvlthinker/data/readers.py'),
+                                           'medvlthinker.data.readers._check_parts': ( 'data/readers.html#_check_parts',
+                                                                                       'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers._convert_fingerprint': ( 'data/readers.html#_convert_fingerprint',
                                                                                                'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers._convert_row': ( 'data/readers.html#_convert_row',

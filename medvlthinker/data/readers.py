@@ -9,7 +9,7 @@ __all__ = ['open_text', 'json_lines', 'json_list', 'csv_rows', 'read_rows', 'ima
 
 # %% ../../nbs/data/13_readers.ipynb #73fa33ea
 import contextlib, csv, functools, inspect, itertools, json, os, random, re, zipfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,6 +52,9 @@ def csv_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "The records of a CSV file by its header."
     with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
+        names = Counter(filter(None, reader.fieldnames or ()))
+        if twice := [name for name, n in names.items() if n > 1]:
+            raise ValueError(f"two columns are called {twice[0]}")
         for row in reader:
             where = f"{Path(path).name} line {reader.line_num}"
             if None in row or None in row.values():
@@ -128,6 +131,15 @@ def image_reader(place: Path) -> Callable[[str], bytes]:
         members[os.path.basename(member)].append(member)
     return lambda name: _from_zip(archive, members[os.path.basename(name)], place, name)
 
+# %% ../../nbs/data/13_readers.ipynb #17c0a001
+def _check_parts(files: Iterable[Path]) -> None:
+    "`UserError` where a table lacks a part, such as one of train-00000-of-00002 and its like."
+    parts = ((path.parent, *re.findall(r"(.*?)\d+-of-(\d+)", path.name)) for path in files)
+    for (folder, *table), n in Counter(parts).items():
+        if table and n < int(table[0][1]):
+            raise UserError(f"{folder} holds {n} of the {int(table[0][1])} files {table[0][0]}*; "
+                            "copy or download the others.")
+
 # %% ../../nbs/data/13_readers.ipynb #ebc8fcfc
 class DatasetLayout(NamedTuple):
     "One way in which a set lies in a folder or on the hub; and where, once that is known."
@@ -162,6 +174,8 @@ class DatasetLayout(NamedTuple):
         if not (files := self.found()):
             images = f" with {self.images} beside it" if self.images else ""
             raise UserError(f"{self.place} holds no {self.files.split()[0]}{images}.")
+        if "*" in self.files:  # who names one part in full wants no other
+            _check_parts(files)
         for where, row in itertools.chain.from_iterable(map(read_rows, files)):
             if not self.only or isinstance(row, dict) and row.get("dataset_name") == self.only:
                 yield where, row

@@ -120,7 +120,8 @@ def count_right(
 def _require_single(grades: "pd.DataFrame", rule: str) -> None:
     "`UserError` where a question has several answers, or there is no such rule."
     if f"{rule}_correct" not in grades:
-        raise UserError(f"No rule {rule!r} in these grades; known are {', '.join(RULES)}.")
+        held = ", ".join(each for each in RULES if f"{each}_correct" in grades)
+        raise UserError(f"No rule {rule!r} in these grades; they hold {held}.")
     if grades.duplicated(["dataset_name", "dataset_index"]).any():
         raise UserError("This takes one answer a question, and some questions have several; "
                         "repeated_accuracy gives their average, majority and pass@k.")
@@ -344,7 +345,7 @@ def evaluate(
 def read_records(
     folder,  # results/<source> of a run
     models: Iterable[str],
-    name: str = "evaluation.json",  # or repeats.json, look.json, ...
+    name: str = "evaluation.json",  # or repeats.json
 ) -> list[dict]:
     "The records of these models that are stored under the name, in the models' order."
     paths = [Path(folder) / folder_name(model) / name for model in models]

@@ -513,6 +513,7 @@ class Engine:
                             (settings.dtype, DTYPES)):
             if name not in known:
                 raise UserError(f"There is no {name!r} among {', '.join(known)}.")
+        settings = replace(settings, batch_size=max(1, settings.batch_size))
         self.settings, served = settings, settings.engine == "openai"
         self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
         self.revision = "" if served else resolve_revision(self.model)

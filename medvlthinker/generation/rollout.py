@@ -165,9 +165,11 @@ class Rollout(Sequence):
                 yield row
 
     def __getitem__(self, place):
-        if isinstance(place, slice):
-            return [*self][place]
-        return next(itertools.islice(self, range(len(self))[place], None))
+        chosen = range(len(self))[place]
+        if isinstance(chosen, int):
+            return next(itertools.islice(self, chosen, None))
+        first, last = min(chosen, default=0), max(chosen, default=-1)
+        return [*itertools.islice(self, first, last + 1)][::chosen.step]
 
     def __eq__(self, other) -> bool:
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
