@@ -1718,6 +1718,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._start': ( 'training/verl.html#_start',
                                                                                    'medvlthinker/training/verl.py'),
+                                            'medvlthinker.training.verl._step_folders': ( 'training/verl.html#_step_folders',
+                                                                                          'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._trainer': ( 'training/verl.html#_trainer',
                                                                                      'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._under': ( 'training/verl.html#_under',
