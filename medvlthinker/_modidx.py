@@ -1658,6 +1658,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft.remove_old_checkpoints': ( 'training/sft.html#remove_old_checkpoints',
                                                                                                  'medvlthinker/training/sft.py'),
+                                           'medvlthinker.training.sft.restore_metrics': ( 'training/sft.html#restore_metrics',
+                                                                                          'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft.row_mean_loss': ( 'training/sft.html#row_mean_loss',
                                                                                         'medvlthinker/training/sft.py'),
                                            'medvlthinker.training.sft.run_trainer': ( 'training/sft.html#run_trainer',
