@@ -136,6 +136,8 @@ def start_and_inputs(
     "What a run starts from, and all that decides its outcome; `UserError` says what is missing."
     start = starting_point(recipe, checkpoints, settings.base, show)
     check_machine(recipe, settings)
+    if not Path(data).is_file():
+        raise UserError(f"There is no file of questions {data} (data=).")
     if (name := settings.report_to) and not importlib.util.find_spec(name):
         raise UserError(f"report_to={name} needs the package {name}, which is not installed; it is "
                         "one of wandb, trackio, tensorboard.")
