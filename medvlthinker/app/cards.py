@@ -141,7 +141,9 @@ def write_card(
         return
     folder = workspace.checkpoints / recipe.name
     path = workspace.results / profile.source / folder_name(recipe.name) / "evaluation.json"
-    date = read_json(record_path(path)).get("started", "not recorded")[:10]
-    evaluation, training = read_json(path) | {"date": date}, read_json(record_path(folder))
+    evaluation, training = read_json(path), read_json(record_path(folder))
+    date = read_json(record_path(path)).get("started", "not recorded")
+    if date < training.get("started", ""):  # it was trained again: other weights were measured
+        evaluation = {}
     with atomic_write(folder / "README.md") as file:
-        file.write(model_card(recipe, evaluation, training))
+        file.write(model_card(recipe, evaluation | {"date": date[:10]}, training))

@@ -18,6 +18,7 @@ from .profile import Workspace
 from .runs import stored_rollouts
 from ..core.files import UserError, file_hash, read_json, verify_checksum
 from ..evaluation.evaluate import grade_rollout
+from ..generation.model import model_fingerprint
 from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
@@ -176,6 +177,10 @@ def trace(
             yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
+        model = root / "checkpoints" / evaluation["model"]
+        if model.is_dir() and model_fingerprint(model) != record["weights"]:
+            problems.append(f"{_inside(model, root)} holds other weights by now; ./reproduce.sh "
+                            f"evaluate {root.name} model={evaluation['model']} asks them")
     again = means[0] - sum(means[1:])
     yield f"  counted again: {again:.2f}"
     if abs(again - float(line[column])) > 0.00501:

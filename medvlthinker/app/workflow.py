@@ -34,9 +34,15 @@ def paper_notebook(
 def notebook_code(
     path: Path,  # an .ipynb file
 ) -> str:
-    "The code cells of a notebook as one text."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    "The code cells of a notebook as one text, without lines for IPython; `UserError` for no code."
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        parts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        code = re.sub(r"(?m)^( *)(?:%%?|!)[a-z].*", r"\1pass", "\n".join(parts))
+        ast.parse(code)
+    except (ValueError, KeyError, SyntaxError) as error:
+        raise UserError(f"{path} is no notebook with Python's code in it: {error}.") from None
+    return code
 
 # %% ../../nbs/app/75_workflow.ipynb #66282aba
 @functools.cache
@@ -362,6 +368,8 @@ def snakemake(
 ) -> Iterator[str]:
     "The lines that Snakemake and its steps print; `UserError` with the sentence of a failed step."
     question_files(profile)  # a mistake in the profile is said here, and not by Snakemake
+    for step in steps(profile):  # and one in a notebook
+        notebook_code(paper_notebook(step.notebook))
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
     if dry:  # which leaves no log

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'survey_rows', 'Run', 'check_machine', 'start_and_inputs', 'plan', 'chats',
            'sft_chat', 'whole_checkpoints', 'cache_image_features', 'keeps_image_features', 'open_model',
-           'read_metrics', 'cut_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints', 'whole_callback',
-           'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'on_one_gpu', 'run_trainer', 'train_sft',
-           'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command', 'read_recipe', 'read_words']
+           'read_metrics', 'cut_metrics', 'restore_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints',
+           'whole_callback', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'on_one_gpu',
+           'run_trainer', 'train_sft', 'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command',
+           'read_recipe', 'read_words']
 
 # %% ../../nbs/training/42_sft.ipynb #7b77b190
 import contextlib, dataclasses, hashlib, importlib.util, json, os, shutil, sys, time
@@ -135,6 +136,8 @@ def start_and_inputs(
     "What a run starts from, and all that decides its outcome; `UserError` says what is missing."
     start = starting_point(recipe, checkpoints, settings.base, show)
     check_machine(recipe, settings)
+    if not Path(data).is_file():
+        raise UserError(f"There is no file of questions {data} (data=).")
     if (name := settings.report_to) and not importlib.util.find_spec(name):
         raise UserError(f"report_to={name} needs the package {name}, which is not installed; it is "
                         "one of wandb, trackio, tensorboard.")
@@ -324,6 +327,14 @@ def cut_metrics(
     with atomic_write(path) as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
 
+# %% ../../nbs/training/42_sft.ipynb #7c1d53e1
+def restore_metrics(run: Run, step: int) -> None:
+    "Write the curves up to a checkpoint again, as it holds them."
+    if (kept := run.checkpoint(step) / run.metrics.name).is_file():
+        with atomic_write(run.metrics) as file:
+            file.write(kept.read_text(encoding="utf-8"))
+
+
 # %% ../../nbs/training/42_sft.ipynb #107a5b21
 def curve_callback(run: Run):  # a transformers TrainerCallback
     "Writes a line of the curves for each step, and says from time to time how far the run is."
@@ -390,6 +401,8 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
             folder = run.folder / f"checkpoint-{state.global_step}"
             if adapters := getattr(model, "peft_config", None):  # shards do not say how strong
                 adapters["default"].save_pretrained(folder)
+            if run.metrics.is_file():
+                shutil.copyfile(run.metrics, folder / run.metrics.name)
             with atomic_write(folder / WHOLE) as file:
                 json.dump({"step": state.global_step // run.updates, "of": run.steps}, file)
             remove_old_checkpoints(run)
@@ -491,6 +504,7 @@ def run_trainer(
                         "and only such a run reads it; set gpus as it was, or remove "
                         f"{run.folder} to begin again.")
     if first:
+        restore_metrics(run, update // run.updates)
         cut_metrics(run.metrics, update // run.updates)
         said = ", going on from a checkpoint" if newest else ""
         print(f"{run.recipe.name}: step {update // run.updates} of {run.steps}{said}", flush=True)

@@ -23,7 +23,7 @@ from .recipe import (
 from .grpo import train_grpo
 from .sft import (
     Run, accelerate_config, machine_rank, plan, read_metrics, read_words, refuse_alone,
-    start_and_inputs, train_sft, trl_command)
+    restore_metrics, start_and_inputs, train_sft, trl_command)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +51,7 @@ def finish(
     "Make the model of a checkpoint, under its name and with its record."
     final = checkpoints / run.recipe.name
     dropped = {reason: len(places) for reason, places in run.dropped.items()}
+    restore_metrics(run, run.steps)
     curves = [run.metrics] if run.metrics.is_file() else []
     with write_record(final, run.inputs, curves) as record, atomic_folder(final) as part:
         record.update(

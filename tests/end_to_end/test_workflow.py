@@ -85,6 +85,10 @@ def test_what_makes_it_run_again(own_run):
     table.rename(table.with_suffix(".away"))
     assert due(own_run) == {"5_results"}, "a lost table is made again"
     table.with_suffix(".away").rename(table)
+    step = home / "notebooks" / "4_evaluate-tiny.ipynb"
+    step.rename(step.with_suffix(".away"))
+    assert "4_evaluate-tiny" in due(own_run), "and so is a lost notebook"
+    step.with_suffix(".away").rename(step)
     edit(own_run, "results/figures.py")
     assert due(own_run) == {"5_results", "6_audit"}, "only what imports the edited module"
     edit(own_run, "training/memory.py")

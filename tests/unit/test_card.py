@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from medvlthinker.app.cards import model_card, write_card
 from medvlthinker.app.profile import Workspace, load_profile
-from medvlthinker.core.files import write_record
+from medvlthinker.core.files import record_path, write_record
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.recipe import find
 
@@ -33,6 +33,10 @@ def test_a_card_holds_what_was_measured_and_its_code_runs_where_it_stands(made, 
     write_card(*arguments)
     text = (folder / "README.md").read_text()
     assert "| pmc_vqa | 71.0 | 71 | 100 | 61.5 to 79.0 | synthetic | regrade | 42 |" in text
+    record = record_path(folder).read_text()
+    record_path(folder).write_text(re.sub('"started": "20', '"started": "21', record))
+    write_card(*arguments)
+    assert "Not measured." in (folder / "README.md").read_text(), "trained again since: these are other weights' numbers"
     monkeypatch.chdir(folder)
     block, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(block.replace("max_new_tokens=200", "max_new_tokens=4"), {})

@@ -186,3 +186,5 @@ def test_one_table_holds_no_answers_to_different_questions(home):
         stored_records(load_profile("smoke"))
     (root / "rollouts" / "two" / "rollout.json").write_text(json.dumps({"samples": "one", "rows": 5}))
     assert len(stored_records(load_profile("smoke"))) == 2
+    (root / "rollouts" / "two" / "rollout.json").unlink()
+    assert len(stored_records(load_profile("smoke"))) == 2, "answers that were removed are no different ones: the record has the counts"

@@ -118,6 +118,14 @@ def test_every_row_of_every_table_is_followed(finished):
     assert text.count("on samples/synthetic/slake_closed-3.parquet") == 2
 
 
+def test_a_model_that_was_trained_again_is_not_the_one_that_was_asked(finished, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "smoke"))
+    with open(root / "checkpoints/raw/generation_config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="checkpoints/raw holds other weights by now"):
+        lines(root, "raw/SLAKE")
+
+
 def test_a_number_that_does_not_come_out_again_is_a_sentence(finished, tmp_path, monkeypatch):
     root = Path(shutil.copytree(finished, tmp_path / "smoke"))
     table = root / "results/recipes.csv"
