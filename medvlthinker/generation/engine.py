@@ -8,7 +8,7 @@ __all__ = ['VLLM_VARIABLES', 'ENGINES', 'DTYPES', 'ignored_settings', 'load_tran
            'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import copy, importlib.metadata, itertools, os, queue, re, socket, threading
+import copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.files import UserError, read_json, require_package
+from ..core.files import UserError, require_package
 from ..data.readers import parallel_map
 from medvlthinker.generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
@@ -38,7 +38,11 @@ def ignored_settings(folder) -> dict:
 
 
 def _generation_config(folder) -> dict:
-    return read_json(Path(folder) / "generation_config.json")
+    file = Path(folder) / "generation_config.json"
+    try:  # one that was cut off is not one that says nothing
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise unloadable_error(folder, error) from None
 
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
 def load_transformers(folder, settings: EngineSettings) -> tuple:
