@@ -64,16 +64,20 @@ def require_package(*modules: str, instead: str = "") -> None:
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EISDIR)
 
 
-def write_error(error: OSError, what="A file") -> UserError:
+def write_error(
+    error: Exception,  # an OSError, or safetensors' own, which has no number
+    what="A file",
+) -> UserError:
     "The sentence for a disk that takes no more of something; any other error is raised again."
-    if error.errno not in _NO_ROOM:
+    number, reason = getattr(error, "errno", errno.ENOSPC), getattr(error, "strerror", error)
+    if number not in _NO_ROOM:
         raise error
-    if error.errno == errno.EACCES:  # perhaps somebody else's model or table, which is only read
-        return UserError(f"{what} cannot be read or written ({error.strerror}); change the rights "
-                         "of it or of its folder, or name another one (MEDVLTHINKER_HOME takes "
-                         "what a run writes).")
-    return UserError(f"{what} cannot be written ({error.strerror}); what was finished before is "
-                     "kept. Make room or set MEDVLTHINKER_HOME, and run again.")
+    if number == errno.EACCES:  # perhaps somebody else's model or table, which is only read
+        return UserError(f"{what} cannot be read or written ({reason}); change the rights of it or "
+                         "of its folder, or name another one (MEDVLTHINKER_HOME takes what a run "
+                         "writes).")
+    return UserError(f"{what} cannot be written ({reason}); what was finished before is kept. Make "
+                     "room or set MEDVLTHINKER_HOME, and run again.")
 
 # %% ../../nbs/core/00_files.ipynb #f8f0eac8
 def is_alive(pid: int | str) -> bool:

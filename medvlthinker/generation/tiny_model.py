@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import medvlthinker
 from ..core.files import (
-    UserError, file_hash, read_json, require_package, write_record)
+    UserError, file_hash, read_json, require_package, write_error, write_record)
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample
 from medvlthinker.data.synthetic import (
@@ -406,6 +406,5 @@ def make_tiny_model(
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
     except (OSError, SafetensorError) as error:  # either for a full disk
-        raise UserError(f"{folder} cannot be written ({error}); make room or name another "
-                        "folder.") from None
+        raise write_error(error, folder) from None
     return folder

@@ -153,6 +153,8 @@ def atomic_folder(
     folder: Path,  # of a model, or empty, or not there yet
 ):
     "A folder to fill, which takes its name when the block ends well; only a model is replaced."
+    from safetensors import SafetensorError
+
     if folder.exists() and not (folder / "config.json").is_file():
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder} holds something that is not a model; name another folder, "
@@ -170,7 +172,7 @@ def atomic_folder(
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # either for a full disk
         raise write_error(error, folder) from None
     finally:
         for leftover in (part, old):

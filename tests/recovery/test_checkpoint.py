@@ -135,6 +135,8 @@ def test_a_full_disk_is_not_called_a_damaged_shard(tmp_path, full_run):
     try:
         with pytest.raises(UserError, match="put together .*File too large"):
             merge(checkpoint, str(base), tmp_path / "final", own=own)
+        with pytest.raises(UserError, match="final cannot be written .*File too large"):
+            merge(base, str(base), tmp_path / "final")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
