@@ -329,10 +329,16 @@ def read_steps(path) -> list[dict]:  # {"step", "reward", ...}
             for each in records]  # the others are of a validation
 
 # %% ../../nbs/training/44_verl.ipynb #ed7058c1
-def merge_curves(logs) -> list[dict]:
+def merge_curves(
+    logs,
+    run: str = "",  # name of its folder, which the commands of other runs do not hold
+) -> list[dict]:
     "The curves over all verl-*.jsonl, written to `metrics.jsonl`; a step's later start counts."
     rows: list[dict] = []
     for path in sorted(Path(logs).glob("verl-*.jsonl")):
+        script = path.with_suffix(".sh")
+        if script.is_file() and run not in script.read_text(encoding="utf-8"):
+            continue
         if more := read_steps(path):
             rows = [row for row in rows if row["step"] < more[0]["step"]] + more
     with atomic_write(Path(logs) / "metrics.jsonl") as file:
@@ -406,8 +412,9 @@ def run_verl(
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
     curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
     log, counts, since = curves.with_suffix(".log"), "", time.monotonic()
-    with atomic_write(curves.with_suffix(".sh")) as file:
-        file.write(command_text(words, variables) + "\n")
+    if not (script := curves.with_suffix(".sh")).exists():  # following a job is no new start
+        with atomic_write(script) as file:
+            file.write(command_text(words, variables) + "\n")
 
     def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
         nonlocal shown, size, counts, since
@@ -463,6 +470,7 @@ def train_verl(
              "too; slower, the same gradient.")
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
+        merge_curves(logs, run.folder.name)
         done = set_resume_point(run.folder, max(2, recipe.how.keep))
         if done < run.steps:
             raise UserError(f"verl ended at step {done} of {run.steps} without an error; its log "
