@@ -225,12 +225,11 @@ def _amounts(costs: Sequence[Cost], downloads: Mapping[str, float]) -> dict[str,
     least, likely, most = (f"{each:,.1f}" if each < 10 else f"{each:,.0f}" for each in hours)
     gpus = max((cost.gpus for cost in costs), default=0)
     gpu_hours = sum(cost.gpu_hours() for cost in costs)
-    more = ["unknown"] * any(cost.gpus and not cost.gpu_hours() for cost in costs)
-    known = gpus and gpu_hours
-    plus = lambda text: " + ".join([*[text] * bool(known), *more]) or "-"
+    unknown = ["unknown"] * any(cost.gpus and not cost.gpu_hours() for cost in costs)
+    known = lambda text: " + ".join([text] * bool(gpus and gpu_hours) + unknown) or "-"
     return {"GPUs": str(gpus or "CPU"),
-            "hours": plus(f"{likely} ({least} to {most})"),
-            "GPU hours": plus(f"{gpu_hours:,.0f}"),
+            "hours": known(f"{likely} ({least} to {most})"),
+            "GPU hours": known(f"{gpu_hours:,.0f}"),
             "GB to fetch": size(sum(downloads.values())),
             "GB kept": size(sum(cost.disk for cost in costs))}
 

@@ -368,8 +368,8 @@ def snakemake(
 ) -> Iterator[str]:
     "The lines that Snakemake and its steps print; `UserError` with the sentence of a failed step."
     question_files(profile)  # a mistake in the profile is said here, and not by Snakemake
-    for step in steps(profile):  # and one in a notebook
-        notebook_code(paper_notebook(step.notebook))
+    for name in {step.notebook for step in steps(profile)}:  # and one in a notebook
+        notebook_code(paper_notebook(name))
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
     environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
     if dry:  # which leaves no log

@@ -178,17 +178,17 @@ _NO_CREDIT = re.compile("insufficient_quota|credit balance is too low")
 
 def actual_status(status: int, body) -> int:
     "The HTTP status that an answer should have had."
-    if status >= 300:
-        return 402 if _NO_CREDIT.search(str(body)) else status
-    try:
-        read_answer(body)
-        return status
-    except ValueError:
-        error = body.get("error") if isinstance(body, dict) else None
-    if not error:
-        return 502
-    code = str(error.get("code", error.get("status")) if isinstance(error, dict) else "")
-    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
+    if status < 300:
+        try:
+            read_answer(body)
+            return status
+        except ValueError:
+            error = body.get("error") if isinstance(body, dict) else None
+        if not error:
+            return 502
+        code = str(error.get("code", error.get("status")) if isinstance(error, dict) else "")
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
+    return 402 if _NO_CREDIT.search(str(body)) else status
 
 # %% ../../nbs/generation/23_server.ipynb #554f69bd
 def error_text(error: Exception) -> str:

@@ -16,7 +16,8 @@ from medvlthinker.core.files import (
     write_record)
 from ..generation.model import (
     check_weights, download_model, model_fingerprint, unloadable_error)
-from .recipe import Recipe, model_folder, starting_point, training_folder
+from .recipe import (
+    Recipe, model_folder, starting_point, step_folders, training_folder)
 
 # %% ../../nbs/training/46_checkpoint.ipynb #9121ff9c
 def checkpoint_at(
@@ -24,18 +25,17 @@ def checkpoint_at(
     step: int = 0,  # 0 for the last one
 ) -> Path:
     "The folder of a run's checkpoint; `UserError` where there is none."
-    places = [path for pattern in ("*", "*/*") for path in Path(training).glob(pattern)
-              if re.fullmatch(r"(checkpoint-|global_step_)\d+", path.name) and path.is_dir()]
-    places.sort(key=lambda path: path.stat().st_mtime)
-    found = {int(re.split("[-_]", path.name)[-1]): path for path in places}
+    folder = Path(training)
+    runs = [found for found in map(step_folders, (folder, *folder.glob("*"))) if found]
+    runs.sort(key=lambda run: max(path.stat().st_mtime for path in run.values()))
+    found = {n: path for run in runs for n, path in run.items()}
     if not found:
         raise UserError(f"No checkpoint in {training}; a run leaves checkpoint-STEP or "
                         "global_step_STEP there.")
     if step and step not in found:
         raise UserError(f"No checkpoint of step {step} in {training}; there are "
                         f"{', '.join(map(str, sorted(found)))}.")
-    last = max(n for n, path in found.items() if path.parent == places[-1].parent)
-    path = found[step or last]
+    path = found[step or max(runs[-1])]
     return path / "actor" if (path / "actor").is_dir() else path
 
 # %% ../../nbs/training/46_checkpoint.ipynb #c4600002

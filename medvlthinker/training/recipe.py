@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettings', 'training_words', 'read_training', 'Recipe',
            'find', 'nodes_of', 'processes', 'uses_verl', 'rows_of_update', 'rows_at_once', 'recomputes',
-           'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'wanted', 'training_folder', 'model_folder',
-           'starting_point', 'planned_start']
+           'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'wanted', 'training_folder', 'step_folders',
+           'model_folder', 'starting_point', 'planned_start']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
-import dataclasses, math
+import dataclasses, math, re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -322,6 +322,13 @@ def wanted(
 def training_folder(recipe: Recipe, checkpoints: Path) -> Path:
     "Where a run keeps its checkpoints on the way; the finished model is `checkpoints/<recipe>`."
     return checkpoints / f"{recipe.name}.training"
+
+# %% ../../nbs/training/40_recipe.ipynb #02458525
+def step_folders(folder: Path) -> dict[int, Path]:
+    "A run's folders checkpoint-N (TRL counts updates) or global_step_N (verl, steps), by N."
+    found = {path: re.fullmatch(r"(?:checkpoint-|global_step_)(\d+)", path.name)
+             for path in folder.glob("*") if path.is_dir()}
+    return {int(match[1]): path for path, match in found.items() if match}
 
 # %% ../../nbs/training/40_recipe.ipynb #02458522
 def model_folder(

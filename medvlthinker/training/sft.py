@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHOLE', 'REWARD', 'NAMES', 'LAYERS', 'survey_rows', 'Run', 'check_machine', 'start_and_inputs', 'plan', 'chats',
            'sft_chat', 'whole_checkpoints', 'cache_image_features', 'keeps_image_features', 'open_model',
-           'read_metrics', 'cut_metrics', 'restore_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints',
+           'read_metrics', 'restore_metrics', 'curve_callback', 'last_whole', 'remove_old_checkpoints',
            'whole_callback', 'shared_settings', 'token_losses', 'row_mean_loss', 'sft_settings', 'on_one_gpu',
            'run_trainer', 'train_sft', 'machine_rank', 'refuse_alone', 'accelerate_config', 'trl_command',
            'read_recipe', 'read_words']
@@ -28,10 +28,10 @@ from medvlthinker.generation.model import (
     check_weights, download_model, model_fingerprint, pixel_limits, unloadable_error,
     weight_files)
 from .memory import LORA_TARGETS, Row
-from medvlthinker.training.recipe import (
+from .recipe import (
     Grpo, Recipe, TrainingSettings, find, nodes_of, processes, read_training, recomputes,
-    rows_at_once, rows_of_update, starting_point, steps_per_epoch, steps_to_train, training_folder,
-    training_words, uses_verl)
+    rows_at_once, rows_of_update, starting_point, step_folders, steps_per_epoch, steps_to_train,
+    training_folder, training_words, uses_verl)
 
 if TYPE_CHECKING:  # these take seconds to load
     import datasets, torch
@@ -233,8 +233,8 @@ def sft_chat(
 # %% ../../nbs/training/42_sft.ipynb #c98790d5
 def whole_checkpoints(folder: Path) -> dict[int, Path]:
     "The whole checkpoints of a run, by their update."
-    marks = folder.glob(f"checkpoint-*/{WHOLE}")
-    return {int(mark.parent.name.split("-")[1]): mark.parent for mark in marks}
+    found = step_folders(folder).items()
+    return {update: path for update, path in found if (path / WHOLE).is_file()}
 
 # %% ../../nbs/training/42_sft.ipynb #d1f77d43
 def cache_image_features(
@@ -318,22 +318,15 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 # %% ../../nbs/training/42_sft.ipynb #939eca38
-def cut_metrics(
-    path: Path,
+def restore_metrics(
+    run: Run,
     step: int,  # the last that stays
 ) -> None:
-    "Forget the lines after a step."
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-
-# %% ../../nbs/training/42_sft.ipynb #7c1d53e1
-def restore_metrics(run: Run, step: int) -> None:
-    "Write the curves up to a checkpoint again, as it holds them."
-    if (kept := run.checkpoint(step) / run.metrics.name).is_file():
-        with atomic_write(run.metrics) as file:
-            file.write(kept.read_text(encoding="utf-8"))
-
+    "Write the curves up to a checkpoint again: as it holds them, else as they stand."
+    kept = run.checkpoint(step) / run.metrics.name
+    found = read_metrics(kept if kept.is_file() else run.metrics)
+    with atomic_write(run.metrics) as file:
+        file.writelines(json.dumps(line) + "\n" for line in found if line["step"] <= step)
 
 # %% ../../nbs/training/42_sft.ipynb #107a5b21
 def curve_callback(run: Run):  # a transformers TrainerCallback
@@ -366,7 +359,7 @@ def curve_callback(run: Run):  # a transformers TrainerCallback
 def last_whole(folder: Path) -> int:  # its update; 0 where there is none
     "The newest checkpoint that is whole; torn ones are removed."
     found = whole_checkpoints(folder)
-    for path in set(folder.glob("checkpoint-*")) - set(found.values()):
+    for path in set(step_folders(folder).values()) - set(found.values()):
         shutil.rmtree(path, ignore_errors=True)  # of several processes each may be at it
     return max(found, default=0)
 
@@ -505,7 +498,6 @@ def run_trainer(
                         f"{run.folder} to begin again.")
     if first:
         restore_metrics(run, update // run.updates)
-        cut_metrics(run.metrics, update // run.updates)
         said = ", going on from a checkpoint" if newest else ""
         print(f"{run.recipe.name}: step {update // run.updates} of {run.steps}{said}", flush=True)
     trainer.train(resume_from_checkpoint=newest and str(newest))

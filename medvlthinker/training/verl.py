@@ -25,8 +25,8 @@ from ..generation.model import pixel_limits
 from ..generation.rollout import file_lock
 from ..generation.server import shrink
 from medvlthinker.training.recipe import (
-    ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, rows_at_once, total_steps,
-    uses_verl)
+    ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, rows_at_once, step_folders,
+    total_steps, uses_verl)
 from .sft import REWARD, Run, read_metrics
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
@@ -348,14 +348,8 @@ def merge_curves(
 # %% ../../nbs/training/44_verl.ipynb #571f6541
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     "The complete checkpoints of a run by their step, the last one last."
-    found = _step_folders(folder)
+    found = step_folders(folder)
     return {step: found[step] for step in sorted(found) if _is_complete(found[step])}
-
-
-def _step_folders(folder: Path) -> dict[int, Path]:
-    "Every global_step_N of a run; a copy by hand has another name, and is left alone."
-    steps = {path: path.name.removeprefix("global_step_") for path in folder.glob("global_step_*")}
-    return {int(step): path for path, step in steps.items() if step.isdecimal()}
 
 
 def _is_complete(folder: Path) -> bool:
@@ -375,7 +369,7 @@ def set_resume_point(
     "Point verl to the last complete checkpoint, or to none; remove torn and older ones."
     tracker, kept = folder / "latest_checkpointed_iteration.txt", complete_checkpoints(folder)
     kept = dict(list(kept.items())[-keep:])
-    for path in set(_step_folders(folder).values()) - set(kept.values()):
+    for path in set(step_folders(folder).values()) - set(kept.values()):
         shutil.rmtree(path)
     if not kept:
         tracker.unlink(missing_ok=True)

@@ -78,6 +78,8 @@ def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
     assert same(weights(ready, recipe, steps), weights(whole, recipe, steps))
     left = (ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")
     assert {path.name for path in left} == {f"checkpoint-{steps - back}" for back in range(3)}, "as many as were asked for stay on the disk"
+    left = (whole / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")
+    assert [path.name for path in left] == [f"checkpoint-{steps}"], "only what is needed stays on the disk"
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
     again = warm.run(*later, cwd=ROOT)
