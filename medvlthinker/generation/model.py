@@ -116,17 +116,17 @@ def resolve_revision(model: str) -> str:
     return Path(cached).parent.name
 
 # %% ../../nbs/generation/22_model.ipynb #fa445e5b
-_BLOCK = 1 << 20
+_BLOCK, _BLOCKS = 1 << 16, 1024  # bytes, and how many of them in a large file
 _PARTS = (".json", ".jinja", ".safetensors", ".txt")
 
 
 def _hash_blocks(path: Path, digest) -> None:
-    "Add a file's name, size and sixteen blocks of it, or all of a small one."
+    "Add a file's name, size and some blocks of it, or all of a small one."
     size = path.stat().st_size
     digest.update(f"{path.name} {size}".encode())
-    spread = sorted({max(0, (size - _BLOCK) * i // 15) for i in range(16)})
+    step = max(_BLOCK, size // _BLOCKS)
     with open(path, "rb") as file:
-        for start in spread if size > 16 * _BLOCK else range(0, size, _BLOCK):
+        for start in range(0, size, step):
             file.seek(start)
             digest.update(file.read(_BLOCK))
 
@@ -287,6 +287,11 @@ def check_chat_template(processor, model: str | Path) -> None:
         raise UserError(f"The model {model} has no chat template (chat_template.jinja), so it "
                         "cannot be asked in messages; copy the template of the model that it was "
                         "trained from, or give it a dialect in model.BASELINES (README).")
+    try:
+        content = [{"type": "text", "text": "?"}]
+        processor.apply_chat_template([{"role": "user", "content": content}])
+    except Exception as error:  # Jinja's for one that was cut off, or what a template raises itself
+        raise unloadable_error(model, error) from None
 
 # %% ../../nbs/generation/22_model.ipynb #58d6b99b
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}

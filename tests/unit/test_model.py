@@ -11,7 +11,8 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.generation.model import (
-    check_weights, pixel_limits, tensor_parallel_size, unloadable_error, weight_bytes)
+    check_weights, model_fingerprint, pixel_limits, tensor_parallel_size, unloadable_error,
+    weight_bytes)
 from medvlthinker.generation.request import EngineSettings
 from servers import Hub, serving
 
@@ -229,6 +230,17 @@ def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, 
 
 
 # --- chat template ---
+
+
+def test_a_few_changed_matrices_in_a_large_file_are_another_model(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(400 << 20)  # without a block on the disk
+    before = model_fingerprint(tmp_path)
+    with weights.open("r+b") as file:  # what an adapter changes, once merged: here one matrix
+        file.seek(5 << 20)
+        file.write(b"1" * (2 << 20))
+    assert model_fingerprint(tmp_path) != before
 
 
 def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
