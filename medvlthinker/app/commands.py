@@ -216,7 +216,7 @@ def merge(words: Words = None) -> None:
 
 def _read_recipe(words: list[str] | None, **own) -> tuple[Any, ...]:
     "The profile, the recipe (recipe=NAME, init=MODEL), and the values of a command's own keys."
-    from medvlthinker.training.sft import read_recipe
+    from medvlthinker.training.train import read_recipe
 
     profile, name, init, *values = read_command(words, recipe="", init="", **own)
     given = {key: value for key, value in {"recipe": name, "init": init}.items() if value}
@@ -342,8 +342,8 @@ def train(words: Words = None) -> None:
     """
     from medvlthinker.app.cards import write_card
     from medvlthinker.app.runs import training_data, training_places
-    from medvlthinker.training.sft import check_machine, machine_rank
-    from medvlthinker.training.train import train as train_recipe
+    from medvlthinker.training.sft import check_machine
+    from medvlthinker.training.train import machine_rank, train as train_recipe
 
     profile, recipe = _read_recipe(words)
     check_machine(recipe, profile)

@@ -438,7 +438,7 @@ def run_workflow(
 def _refuse(names: list[str], profile: Profile) -> None:
     "`UserError` where recipes that are due lack nodes or room on the disk."
     from medvlthinker.app.cost import refuse_small_disk
-    from medvlthinker.training.sft import refuse_alone
+    from medvlthinker.training.train import refuse_alone
     from medvlthinker.training.verl import refuse_missing_nodes
 
     made = Workspace(profile.name).checkpoints

@@ -20,7 +20,7 @@ from medvlthinker.data.sample import SampleFile
 from medvlthinker.generation.engine import vllm_arguments
 from medvlthinker.generation.model import folder_name
 from medvlthinker.training.recipe import find
-from medvlthinker.training.sft import accelerate_config
+from medvlthinker.training.train import accelerate_config
 
 EVALUATE = ("-j", "2", "notebooks/4_evaluate-tiny.ipynb")  # as far as this step
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.recipe import TrainingSettings, find
-from medvlthinker.training.sft import accelerate_config
+from medvlthinker.training.train import accelerate_config
 
 pytestmark = pytest.mark.heavy
 WORKER = str(ROOT / "tests" / "gpu_paths" / "colocated.py")

@@ -11,7 +11,8 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.recipe import TrainingSettings, find
-from medvlthinker.training.sft import accelerate_config, read_metrics
+from medvlthinker.training.sft import read_metrics
+from medvlthinker.training.train import accelerate_config
 from transformers import AutoModelForImageTextToText
 
 pytestmark = pytest.mark.heavy  # three starts of two processes, a minute and a half of two cores

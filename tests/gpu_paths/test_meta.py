@@ -12,7 +12,7 @@ if str(Path(__file__).parent.parent) not in sys.path:  # where this file is run 
 from conftest import python
 from medvlthinker.training.memory import SIZES, count_parameters, meta_model, model_config
 from medvlthinker.training.recipe import TrainingSettings, find
-from medvlthinker.training.sft import accelerate_config
+from medvlthinker.training.train import accelerate_config
 
 LAYERS = {"3B": 36, "7B": 28, "32B": 64}
 PUBLISHED = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}  # the totals that the hub shows, 3.75, 8.29 and 33.5 billion

@@ -283,7 +283,7 @@ def test_no_process_of_ours_tells_a_secret(home, secrets, capsys):
     for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
         for trainer in ("trl", "verl"):
             print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
-        (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(sft.accelerate_config(recipe, paper)))
+        (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(train.accelerate_config(recipe, paper)))
     print(*dry_run(paper, {}), *workflow.status(load_profile("smoke")))
     out = capsys.readouterr()
     assert "medvlthinker" in out.out and told(home, out.out, out.err) == []
@@ -336,11 +336,11 @@ def test_the_hash_of_the_reward_decides(home, tmp_path, monkeypatch):
 
 def test_what_serves_listens_here_only(tmp_path):
     "What trainers are told; JupyterLab is looked at in test_lab.py, Ray in test_engines.py."
-    from medvlthinker.training import verl
+    from medvlthinker.training import train, verl
 
     opens = {path.stem for path in SOURCES if re.search(r"\w*HTTPServer\(|\.bind\(|create_server\(|start_server\(|\.listen\(", path.read_text(encoding="utf-8"))}
     assert not opens, "nothing in the package opens a port itself"
     for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
-        assert sft.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
+        assert train.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
     here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     assert verl.environment(tmp_path)[here] == "0" and here not in verl.environment(tmp_path, nodes=4)

@@ -15,8 +15,8 @@ from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
-from medvlthinker.training.sft import WHOLE, accelerate_config, last_whole, plan
-from medvlthinker.training.train import curves
+from medvlthinker.training.sft import WHOLE, last_whole, plan
+from medvlthinker.training.train import accelerate_config, curves
 from safetensors.numpy import load_file
 
 
