@@ -50,6 +50,7 @@ def json_list(path) -> Iterator[tuple[str, object]]:
 # %% ../../nbs/data/13_readers.ipynb #50ce887c
 def csv_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "The records of a CSV file by its header."
+    csv.field_size_limit(1 << 28)  # an image may be written as base64
     with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         names = Counter(filter(None, reader.fieldnames or ()))
@@ -77,7 +78,10 @@ _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parque
 
 def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
-    read, where = _READERS.get(Path(path).suffix, json_list), ""
+    if not (read := _READERS.get(Path(path).suffix.lower())):
+        raise UserError(f"{path} is of no kind that is read here ({', '.join(_READERS)}); save it "
+                        "as one of them, a spreadsheet as CSV.")
+    where = ""
     try:
         for where, row in read(Path(path)):
             if not isinstance(row, (dict, InvalidRow)):

@@ -8,7 +8,7 @@ __all__ = ['VLLM_VARIABLES', 'ENGINES', 'DTYPES', 'ignored_settings', 'load_tran
            'start_ray', 'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
+import copy, functools, importlib.metadata, itertools, json, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -23,7 +23,7 @@ from medvlthinker.generation.model import (
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
 from .request import Completion, EngineSettings, Hardware, Request
-from .server import ServerEngine
+from .server import ServerEngine, server_address, served_checkpoint
 
 # %% ../../nbs/generation/24_engine.ipynb #7e01d820
 _STRUCTURE = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
@@ -60,7 +60,7 @@ def load_transformers(folder, settings: EngineSettings) -> tuple:
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=getattr(torch, settings.dtype), use_safetensors=True,
             generation_config=GenerationConfig(), trust_remote_code=False).to(device)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise unloadable_error(folder, error) from None
     given = GenerationConfig.from_model_config(model.config).to_dict()
     given |= {key: value for key, value in _generation_config(folder).items() if value}
@@ -81,14 +81,15 @@ def model_inputs(requests: list[Request], processor):
         chat = request.chat()
         if isinstance(chat, dict):  # a raw dialect
             texts.append(chat["prompt"])
-            images += chat["images"]
+            images.append(chat["images"])
             continue
         texts.append(processor.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True))
         parts = [part for turn in chat for part in turn["content"]]
-        images += [part["image"] for part in parts if part["type"] == "image"]
+        images.append([part["image"] for part in parts if part["type"] == "image"])
     # lists first: in tensors the processor would count the image tokens one by one
-    return processor(text=texts, images=images or None, padding=True).convert_to_tensors("pt")
+    pictures = images if any(images) else None
+    return processor(text=texts, images=pictures, padding=True).convert_to_tensors("pt")
 
 # %% ../../nbs/generation/24_engine.ipynb #eff1cea4
 _STEPS = 8  # tokens after which answers that have ended leave the batch
@@ -145,6 +146,15 @@ def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
         yield list(group)
 
 # %% ../../nbs/generation/24_engine.ipynb #226a3ce5
+def _refusal(requests: list[Request], error: Exception) -> UserError:
+    "The sentence for questions that a model or its processor does not take."
+    first, more = requests[0].sample, f" and the {len(requests) - 1} after it"
+    words = " ".join(str(error.__cause__ or error or type(error).__name__).split())[:300]
+    return UserError(f"The model does not take the question {first.dataset_name}/"
+                     f"{first.dataset_index}{more if len(requests) > 1 else ''}: {words} (where it "
+                     "is too long, max_model_len and max_pixels decide what fits).")
+
+
 class TransformersEngine:
     "Batched generation by transformers, on the CPU or one GPU."
 
@@ -162,7 +172,10 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         sampling, size = batch[0].sampling, self.settings.batch_size
-        inputs = model_inputs(batch, self.processor).to(self.model.device)
+        try:
+            inputs = model_inputs(batch, self.processor).to(self.model.device)
+        except Exception as error:  # of many classes: an image, or a word that stands for one
+            raise _refusal(batch, error) from None
         length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
         room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
         if room <= 0:
@@ -182,6 +195,8 @@ class TransformersEngine:
             raise UserError(f"The GPU has no room for {len(batch)} prompts at once; lower "
                             f"batch_size (now {size}, another one is another rollout), or use "
                             "engine=vllm.") from None
+        except ValueError as error:
+            raise _refusal(batch, error) from None
         answers, draws = iter(map(self._completion, found)), sampling.draws
         return [[*itertools.islice(answers, draws)] * (sampling.n // draws) for _ in batch]
 
@@ -303,21 +318,16 @@ class VllmEngine:
     def add(self, request: Request, chat) -> str:
         "Queue a request; returns vLLM's name for it."
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
 
         sampling, is_chat = request.sampling, request.dialect == "chat"
         enqueue = self.llm.enqueue_chat if is_chat else self.llm.enqueue
-        params = SamplingParams(
-            n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
-            seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias)
         try:
+            params = SamplingParams(
+                n=sampling.draws, temperature=sampling.temperature, top_p=sampling.top_p,
+                seed=request.seed, max_tokens=sampling.max_tokens, logit_bias=self.bias)
             [name] = enqueue([_vllm_prompt(chat)], [params], use_tqdm=False)
-        except (ValueError, VLLMClientError) as error:
-            sample = request.sample
-            raise UserError(
-                f"vLLM refuses the question {sample.dataset_name}/{sample.dataset_index}: "
-                f"{' '.join(str(error).split())[:300]} (max_model_len and max_pixels decide what "
-                "fits; 1_data finds all that do not).") from None
+        except Exception as error:  # of many classes: too long, too many images, too hot
+            raise _refusal([request], error) from None
         return name.partition("-")[0]  # outputs carry it without the random word behind it
 
 # %% ../../nbs/generation/24_engine.ipynb #93c508ae
@@ -532,6 +542,14 @@ class Engine:
         self._loaded = self._loaded or self._load()
         yield from self._loaded.answer(requests)
 
+    @functools.cached_property
+    def server(self) -> dict[str, str]:
+        "Where a served model is asked, and what the server says that it is; empty for others."
+        if self.settings.engine != "openai":
+            return {}
+        address = server_address(self.settings.base_url)
+        return {"address": address, "checkpoint": served_checkpoint(address, self.model)}
+
     @property
     def dropped(self) -> list[str]:
         "What of the sampling a server refused, and was left out."
@@ -572,6 +590,7 @@ class FunctionEngine:
     "An engine whose answers come from a function."
     weights, revision, instruction, dialect, batch_size = "", "", "trained", "chat", 1
     dropped: tuple[str, ...] = ()
+    server: dict[str, str] = {}
 
     def __init__(
         self,

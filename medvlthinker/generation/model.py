@@ -34,8 +34,10 @@ BASELINES = {
     "MedGemma 27B": Baseline("google/medgemma-27b-it", "gemma3"),
     "LLaVA-Med v1.5 Mistral 7B": Baseline(  # eager; its config.json lacks head_dim, which is 128
         "Eren-Senoglu/llava-med-v1.5-mistral-7b-hf", "plain", "baseline"),
-    "HuatuoGPT-Vision-7B": Baseline(  # eager; the table's numbers come from another fork
-        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", "plain", "baseline"),
+    # eager; the table's numbers come from another fork. It saw `plain`, whose <image> is no
+    # picture to a Qwen2.5-VL: no engine of today accepts that
+    "HuatuoGPT-Vision-7B": Baseline(
+        "FreedomIntelligence/HuatuoGPT-Vision-7B-Qwen2.5VL", instruction="baseline"),
     "HuatuoGPT-Vision-34B": Baseline(  # the table's numbers come from another fork
         "FreedomIntelligence/HuatuoGPT-Vision-34B-hf", "plain"),
     # through Azure, API 2024-12-01-preview
@@ -69,8 +71,9 @@ def resolve_model(
         from medvlthinker.generation.tiny_model import make_tiny_model
 
         return str(make_tiny_model(checkpoints / "tiny"))
-    if (checkpoints / name / "config.json").is_file() and not served:
-        return str(checkpoints / name)
+    ours = checkpoints / name
+    if not name.startswith((".", "/", "~")) and (ours / "config.json").is_file() and not served:
+        return str(ours)
     if row := BASELINES.get(name):
         if (row.engine == "openai") != served:
             raise UserError(f"The model {name} is asked through engine={row.engine}.")
@@ -82,7 +85,11 @@ def resolve_model(
             raise UserError(f"The folder {name} holds no config.json, so no model; name a folder "
                             "written by save_pretrained.")
         return name
-    if not served and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not served and "@" in name:
+        raise UserError(f"A model is named without a revision, and this is {name}; download that "
+                        "revision (hf download owner/name --revision R --local-dir FOLDER) and "
+                        "name the folder.")
+    if not served and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(
             f"No model {name!r}: it is no folder, no recipe that was trained here or published "
             "(such as 3B-RL_m23k), no row of the paper's comparison, no hub id (owner/name), and "
@@ -96,13 +103,13 @@ def resolve_revision(model: str) -> str:
         return ""
     from httpx import TransportError
     from huggingface_hub import HfApi, constants, is_offline_mode, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     reason = "HF_HUB_OFFLINE is set"
     if not is_offline_mode():
         try:
             return HfApi().model_info(model, timeout=10).sha or ""
-        except (HfHubHTTPError, HFValidationError) as error:
+        except HfHubHTTPError as error:
             reason = f"the hub says: {' '.join(str(error).split())[:160]}"
         except TransportError as error:
             reason = f"the hub cannot be reached ({error})"
@@ -205,6 +212,10 @@ _ADVICE = {  # what a library says -> what to do
     r"CUDA|NCCL|NVML|\bGPUs?\b|Device string|driver|compiler|WorkerProc":
         "this is about the machine and not about the model: the lines above say more (gpus=N asks "
         "for GPUs, engine=transformers does without)",
+    "ImportError": "a package for models of its kind is not installed here; engine=vllm reads most "
+                   "quantized ones itself",
+    "image processor": "it reads no images, or preprocessor_config.json is missing; name a model "
+                       "that reads images",
     "": "a file of it is missing, damaged or of another kind: copy or download it again"}
 
 
@@ -242,7 +253,7 @@ def check_weights(folder: str | Path) -> None:
         return  # what transformers cannot build here, it cannot judge
     logging.disable_progress_bar()  # in a log each step of a bar is a line
     key, own = "tie_word_embeddings", getattr(net.config, "tie_word_embeddings", False)
-    said = {part[key] for part in (config, config.get("text_config") or {}) if key in part} or {own}
+    said = {own, (config.get("text_config") or {}).get(key, own)}  # vLLM takes the outer one
     try:
         tied_head = True in said and any(name.endswith("lm_head.weight") for name in stored)
         net, found = type(net).from_pretrained(
@@ -258,9 +269,9 @@ def check_weights(folder: str | Path) -> None:
                         "copy the model again.")
     if tied_head and not torch.equal(
             net.get_output_embeddings().weight, net.get_input_embeddings().weight):
-        raise UserError(f"{folder} says {key}=true and holds an lm_head.weight that is not its "
-                        f"embedding; set {key} to false in config.json and in its text_config, or "
-                        "take the head out.")
+        raise UserError(f"{folder} says {key}=true, or leaves it to what its kind of model takes, "
+                        "and holds an lm_head.weight that is not its embedding; set it to false in "
+                        "config.json and in its text_config, or take the head out.")
     _check_report(folder, net, found)
 
 

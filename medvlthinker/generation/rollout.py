@@ -204,16 +204,17 @@ def _is_finished(folder: Path) -> bool:
 class _Writer:
     "A rollout that is being made; its folder is locked."
 
-    def __init__(self, job: "Job", config: RolloutConfig, folder: Path):
-        self.job, self.config, self.folder = job, config, folder
+    def __init__(self, job: "Job", config: RolloutConfig, folder: Path, server: dict):
+        self.job, self.config, self.folder, self.server = job, config, folder, server
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
         self.before = read_json(folder / "rollout.json")
+        self.dropped = {*self.before.get("dropped_parameters", ())}  # also by an earlier try
         self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
         self.failed: set[int] = set()
         self.file = open(self.path, "ab+", buffering=0)
         self._read()
         self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
-        self._record({"seconds": self.before.get("seconds", 0.0)})
+        self._record()
 
     def _read(self) -> None:
         "Find the whole lines; what follows a torn one stands on a line of its own."
@@ -258,7 +259,13 @@ class _Writer:
             self.file.write(data[written:])
         return self.file.tell() - len(data)
 
-    def finish(self, dropped: Iterable[str] = ()) -> str:
+    def note_dropped(self, dropped: Iterable[str]) -> None:
+        "Write down at once what of the sampling a server refused."
+        if not self.dropped.issuperset(dropped):
+            self.dropped.update(dropped)
+            self._record()
+
+    def finish(self) -> str:
         "Put the lines in order, write the record, and say how the completions ended."
         total, digest, size = Counter(), hashlib.sha256(), 0
         with atomic_write(self.path, "wb") as new:
@@ -272,17 +279,18 @@ class _Writer:
                 size += new.write(line)
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
         self._record({
-            "rows": len(self.places), **total, "dropped_parameters": [*dropped],
-            "seconds": round(seconds, 3), "bytes": size,
+            "rows": len(self.places), **total, "seconds": round(seconds, 3), "bytes": size,
             "sha256": digest.hexdigest(), "finished": _now()})
         again = " (these count as wrong; the same command asks them again)"
         return (f"{self.folder.parent.name}: {len(self.places)} questions, {total['completions']} "
                 f"completions; {total['length']} cut at max_tokens, {total['empty']} empty, "
                 f"{total['failed']} failed{again if total['failed'] else ''}.")
 
-    def _record(self, facts: dict) -> None:
+    def _record(self, facts: dict | None = None) -> None:
         started = self.before.get("started") or _now()
-        record = {**asdict(self.config), **environment_info(), "started": started, **facts}
+        asked = {"server": self.server, "dropped_parameters": sorted(self.dropped)}
+        record = {**asdict(self.config), **asked, **environment_info(), "started": started,
+                  **(facts or {"seconds": self.before.get("seconds", 0.0)})}
         with atomic_write(self.folder / "rollout.json") as file:
             file.write(record_text(record))
 
@@ -334,7 +342,7 @@ def _ask(writers: list[_Writer], engine, show: Callable) -> None:
     "Ask what is owed, one rollout after the other; its last answer finishes a rollout."
     for writer in writers:
         if not writer.owed:  # a kill came between the last answer and the record
-            show(writer.finish(engine.dropped))
+            show(writer.finish())
     if not any(writer.owed for writer in writers):
         return  # and no model is loaded
     progress = _Progress(writers, show)
@@ -343,9 +351,25 @@ def _ask(writers: list[_Writer], engine, show: Callable) -> None:
     for request, completions in engine.answer(requests):
         writer = writers[request.rollout]
         if writer.add(request, completions):
+            writer.note_dropped(engine.dropped)
             progress.add(completions)
             if not writer.owed:
-                show(writer.finish(engine.dropped))
+                show(writer.finish())
+
+# %% ../../nbs/generation/25_rollout.ipynb #5c65ade1
+def _check_server(folder: Path, engine, show: Callable) -> None:
+    "`UserError` where a server has another checkpoint than the one that answered before."
+    before, now = read_json(folder / "rollout.json").get("server"), engine.server
+    if not before or before == now:
+        return
+    was, name = before["checkpoint"], engine.settings.model
+    if was and now["checkpoint"] not in ("", was):
+        raise UserError(f"The answers in {folder} are those of {was}, and {now['address']} serves "
+                        f"{now['checkpoint']} under the same name, {name}; give it a name of its "
+                        "own, or move that folder away.")
+    if before["address"] != now["address"]:
+        show(f"The answers in {folder} came from {before['address']}; they count as those of "
+             f"{name} at {now['address']} too.")
 
 # %% ../../nbs/generation/25_rollout.ipynb #139466eb
 def generate_all(
@@ -359,13 +383,16 @@ def generate_all(
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
     folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
+    for folder in folders:
+        _check_server(folder, engine, show)
     todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
             if not _is_finished(folder)}
     try:
         with contextlib.ExitStack() as held:
             for folder in sorted(todo):  # in one order, so that no two wait for each other
                 held.enter_context(file_lock(folder, show))
-            writers = [_Writer(job, config, folder) for folder, (job, config) in todo.items()
+            writers = [_Writer(job, config, folder, engine.server)
+                       for folder, (job, config) in todo.items()
                        if not _is_finished(folder)]  # by another process, in the meantime
             for writer in writers:
                 held.callback(writer.file.close)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['server_address', 'api_key', 'fit_size', 'shrink', 'image_uri', 'request_body', 'drop_refused_parameter', 'part_text',
            'read_choice', 'count_tokens', 'read_answer', 'actual_status', 'error_text', 'Budget', 'served_models',
-           'ServerEngine']
+           'served_checkpoint', 'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
 import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
@@ -221,20 +221,29 @@ class Budget:
         return ""
 
 # %% ../../nbs/generation/23_server.ipynb #8c744b95
-def served_models(address: str, key: str = "", timeout: float = 30) -> tuple[tuple[str, ...], str]:
-    "The models that a server lists and who signs the list; `UserError` where nobody answers."
+def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict[str, str]]:
+    "The models that a server lists: id, owned_by, root; `UserError` where nobody answers."
     import openai
 
     options = {"api_key": key or "none", "timeout": timeout, "max_retries": 1}
     try:
         with openai.OpenAI(base_url=address, **options) as client:
             listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
-        return tuple(str(model["id"]) for model in listed), str(listed[0].get("owned_by"))
+        return [{key: str(model.get(key) or "") for key in ("id", "owned_by", "root")}
+                for model in listed]
     except openai.APIConnectionError as error:
         raise UserError(f"No server answers at {address}: {error_text(error)}; start it, or set "
                         "base_url.") from None
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
-        return (), ""  # a question will say what is wrong, if anything is
+        return []  # a question will say what is wrong, if anything is
+
+
+def served_checkpoint(address: str, model: str) -> str:
+    "The folder or hub id that vLLM serves under a name; empty for a server that does not say."
+    with contextlib.suppress(UserError):
+        listed = {each["id"]: each["root"] for each in served_models(address, api_key(address), 5)}
+        return listed.get(model, "")
+    return ""
 
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
@@ -250,8 +259,8 @@ class ServerEngine:
         self.answered = self.failed = 0  # questions; and questions in a row
 
     @functools.cached_property
-    def served(self) -> tuple[tuple[str, ...], str]:
-        "The models that the server lists, and who signs the list."
+    def served(self) -> list[dict[str, str]]:
+        "The models that the server lists."
         return served_models(self.address, self.key, min(self.seconds or 30, 30))
 
     @property
@@ -321,7 +330,8 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
     import anyio, openai
 
     refused, create = engine.refused, client.chat.completions.with_raw_response.create
-    extra = _NEUTRAL if engine.served[1] in ("vllm", "sglang") else {}
+    makers = {model["owned_by"] for model in engine.served[:1]}
+    extra = _NEUTRAL if makers & {"vllm", "sglang"} else {}
     while True:
         body = request_body(engine.settings.model, messages, request, found, refused)
         try:
@@ -346,7 +356,8 @@ async def _ask(engine: ServerEngine, client, request: Request) -> list[Completio
     if request.dialect != "chat":
         raise UserError("A server applies its model's own chat template, so the dialect "
                         f"{request.dialect} cannot be asked there; use engine=vllm or "
-                        "engine=transformers.")
+                        "engine=transformers, or serve the model under a name of your own, which "
+                        "is asked in its template.")
     found, n = [], request.sampling.n
     try:
         messages = await asyncio.to_thread(_messages, request, engine.settings.max_pixels)
@@ -373,7 +384,8 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     reason, status = error_text(error), getattr(error, "status_code", 0)
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
-    address, model, served = engine.address, engine.settings.model, engine.served[0]
+    address, model = engine.address, engine.settings.model
+    served = [each["id"] for each in engine.served]
     others = f"it has {', '.join(served[:12])}." if served else "most addresses end in /v1."
     final = {401: (f"{address} refuses the key ({reason}); set the environment variable "
                    f"OPENAI_API_KEY to one that may use {model}."),

@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import Sample
+from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.request import Completion, EngineSettings, Request, Sampling
+from medvlthinker.generation.rollout import generate
 from medvlthinker.generation.server import (
     ServerEngine, actual_status, drop_refused_parameter, fit_size, read_answer, read_choice)
 from servers import Handler, serving
@@ -60,7 +62,7 @@ class Faulty(Handler):
     attempt, or `server.rule` gives a status and a body for the request."""
 
     def do_GET(self):
-        owner = {"owned_by": self.server.owner}
+        owner = {"owned_by": self.server.owner, "root": self.server.root}
         self.reply(200, {"data": [{"id": "tiny", **owner}, {"id": "other", **owner}]})
 
     def do_POST(self):
@@ -120,7 +122,7 @@ class Faulty(Handler):
 
 @pytest.fixture
 def faulty():
-    facts = {"asked": [], "plan": {}, "now": 0, "most": 0, "owner": "us", "forever": False,
+    facts = {"asked": [], "plan": {}, "now": 0, "most": 0, "owner": "us", "root": "", "forever": False,
              "pause": lambda number: 0.01, "rule": lambda body: None, "stopping": threading.Event()}
     with serving(Faulty, **facts) as server:
         server.url += "/v1"
@@ -359,6 +361,35 @@ def test_vllm_gets_neutral_values_for_what_it_takes_from_the_models_folder(fault
     faulty.owner = owner
     gather(engine(faulty.url).answer(requests(1)))
     assert ("repetition_penalty" in faulty.asked[0][1]) == (owner == "vllm")
+
+
+def test_another_checkpoint_under_the_same_name_takes_no_answers_over(faulty, tmp_path, capsys):
+    "Nor are its own lost: with the first one there again, nothing is asked."
+    samples, served = [request.sample for request in requests(3)], EngineSettings(
+        engine="openai", base_url=faulty.url, model="tiny")
+    faulty.root = "/runs/step-100"
+    first = generate(samples, open_engine(served), ONE, tmp_path)
+    faulty.root = "/runs/step-200"
+    with pytest.raises(UserError, match="those of /runs/step-100, and .* serves /runs/step-200"):
+        generate(samples, open_engine(served), ONE, tmp_path)
+    faulty.root, asked = "/runs/step-100", len(faulty.asked)
+    other = replace(served, base_url=faulty.url.replace("127.0.0.1", "localhost"))
+    assert generate(samples, open_engine(other), ONE, tmp_path) == first
+    assert len(faulty.asked) == asked and "came from http://127.0.0.1" in capsys.readouterr().out
+
+
+def test_what_was_refused_stays_in_the_record_when_failed_questions_are_asked_again(
+        faulty, tmp_path):
+    refusal = 400, error("Unsupported value: 'temperature' does not support 0.7.")
+    faulty.rule = lambda body: refusal if "temperature" in body else None
+    samples, drawn = [request.sample for request in requests(3)], replace(ONE, temperature=0.7)
+    served = EngineSettings(engine="openai", base_url=faulty.url, model="tiny", concurrency=1)
+    faulty.plan, faulty.forever = {1: ["too_long"]}, True
+    rollout = generate(samples, open_engine(served), drawn, tmp_path)
+    assert rollout.record["failed"] == 1
+    faulty.plan, faulty.rule = {}, lambda body: None
+    again = generate(samples, open_engine(served), drawn, tmp_path)
+    assert (again.record["failed"], again.record["dropped_parameters"]) == (0, ["temperature"])
 
 
 def test_a_key_that_is_refused_by_403_is_shown_where_few_questions_are_asked(faulty, capsys):

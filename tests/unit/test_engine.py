@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
+from medvlthinker.data.sample import image_bytes
 from medvlthinker.generation import engine as engine_module
 from medvlthinker.generation.engine import (
     batches, draw_answers, load_transformers, model_inputs, open_engine)
@@ -148,6 +150,37 @@ def test_batches_do_not_depend_on_who_answered_before():
              for rollout, index in [(0, 4), (0, 5), (0, 6), (1, 6), (1, 8)]]
     found = [[(each.rollout, each.index) for each in batch] for batch in batches(asked, 4)]
     assert found == [[(0, 4), (0, 5), (0, 6)], [(1, 6)], [(1, 8)]]
+
+
+def test_a_processor_knows_whose_image_is_whose():
+    "Gemma's refuses a list of images from which it would have to guess."
+    blind, both = replace(SAMPLES[0], images=()), replace(
+        SAMPLES[1], images=SAMPLES[0].images + SAMPLES[1].images)
+
+    class Processor:
+        def apply_chat_template(self, chat, **given):
+            return "text"
+
+        def __call__(self, images, **given):
+            self.images = images and [len(row) for row in images]
+            return SimpleNamespace(convert_to_tensors=str)
+
+    processor, found = Processor(), []
+    for batch in ([SAMPLES[0], blind, both], [blind, blind]):
+        model_inputs([Request(sample, 0, GREEDY) for sample in batch], processor)
+        found.append(processor.images)
+    assert found == [[1, 0, 2], None]
+
+
+def test_a_question_that_a_processor_refuses_is_named(warm_tiny):
+    "A strip that is too thin, and a word that stands for an image."
+    narrow = replace(SAMPLES[2], images=(image_bytes(Image.new("RGB", (8, 1700))),))
+    word = replace(SAMPLES[2], question="What is <|image_pad|>?")
+    engine = open_engine(EngineSettings(model=str(warm_tiny), batch_size=2))
+    for sample, said in ((narrow, "aspect ratio must be smaller than 200"), (word, "")):
+        asked = [Request(each, index, GREEDY) for index, each in enumerate((*SAMPLES[:2], sample))]
+        with pytest.raises(UserError, match=f"does not take the question .*/2: .*{said}"):
+            list(engine.answer(asked))
 
 
 # ---- a GPU that is of no use ----
