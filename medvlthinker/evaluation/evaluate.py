@@ -321,6 +321,8 @@ def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, 
     keys = ("instruction", "dialect", "seed", "engine", "dtype")
     about = {"model": config.model, "source": folder.name, "rollouts": origin}
     about |= {key: getattr(config, key) for key in keys}
+    if config.engine == "openai":  # nobody told in which type a server holds its weights
+        del about["dtype"]
     inputs = {"rollouts": origin, "answers": hashes}
     grades = _grade_all(rolled.values(), RULES)
     return grades, folder / folder_name(config.model), about, inputs
