@@ -1515,6 +1515,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.single_marks': ( 'training/grpo.html#single_marks',
                                                                                          'medvlthinker/training/grpo.py'),
+                                            'medvlthinker.training.grpo.skip_empty_images': ( 'training/grpo.html#skip_empty_images',
+                                                                                              'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.take_pixels': ( 'training/grpo.html#take_pixels',
                                                                                         'medvlthinker/training/grpo.py'),
                                             'medvlthinker.training.grpo.train_grpo': ( 'training/grpo.html#train_grpo',
