@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.check_keys': ( 'core/commands.html#check_keys',
                                                                                        'medvlthinker/core/commands.py'),
+                                            'medvlthinker.core.commands.end_family': ( 'core/commands.html#end_family',
+                                                                                       'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.end_with_parent': ( 'core/commands.html#end_with_parent',
                                                                                             'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.find_path': ( 'core/commands.html#find_path',

@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'SHOWN', 'trl_command', 'read_recipe', 'read_words', 'print
            'accelerate_config', 'finish', 'train_here', 'train', 'curves', 'curve_figure', 'main']
 
 # %% ../../nbs/training/47_train.ipynb #21740662
-import dataclasses, datetime, json, os, shlex, sys
+import dataclasses, datetime, json, os, shlex, signal, sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -248,6 +248,7 @@ def main(
     "The command line without a profile: train one recipe, or be one of the processes that do."
     recipe, settings, paths = read_words(words)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, too
         return print(f"{recipe.name} is ready: {train_here(recipe, settings, *paths)}")
     from accelerate import PartialState
 
