@@ -1589,6 +1589,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.chain': ( 'training/recipe.html#chain',
                                                                                       'medvlthinker/training/recipe.py'),
+                                              'medvlthinker.training.recipe.check_recipe': ( 'training/recipe.html#check_recipe',
+                                                                                             'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.find': ( 'training/recipe.html#find',
                                                                                      'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe.model_folder': ( 'training/recipe.html#model_folder',
