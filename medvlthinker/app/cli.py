@@ -283,6 +283,7 @@ def main(
 
 def console() -> None:
     "What the installed program `medvlthinker` calls."
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends what was started, too
     run_main(main)
 
 # %% ../../nbs/app/78_cli.ipynb #1da6c08d

@@ -18,7 +18,7 @@ from ..core.files import UserError
 from ..data.readers import DataSettings
 from ..generation.model import folder_name
 from ..training import recipe as training
-from ..training.recipe import TrainingSettings, wanted
+from ..training.recipe import TrainingSettings, check_recipe, wanted
 
 # %% ../../nbs/app/70_profile.ipynb #a56f1203
 @dataclass(frozen=True)
@@ -206,6 +206,8 @@ def steps(
 
         trains = has_corpora(profile)
     recipes = wanted(profile.recipes) if trains else []
+    for recipe in recipes:
+        check_recipe(recipe, Workspace(profile.name).root / "checkpoints", profile.base)
     names = [recipe.name for recipe in recipes]
     counts = any(recipe.method == "RL" for recipe in recipes)  # nothing else reads pass counts
     return [Step("1_data"), *[Step("2_difficulty")] * counts,

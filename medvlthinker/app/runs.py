@@ -27,7 +27,8 @@ from ..generation.request import EngineSettings, Hardware, Sampling
 from ..generation.rollout import (
     Job, Rollout, generate_all, load_rollout, samples_fingerprint)
 from ..results.viewer import Viewer, read_entries
-from ..training.recipe import BASES, RECIPES, Recipe, wanted
+from ..training.recipe import (
+    BASES, RECIPES, Recipe, check_recipe, wanted)
 
 # %% ../../nbs/app/71_runs.ipynb #347cb6fd
 SETS = {sets.kind: sets for sets in (TEST_SETS, TRAINING_SETS)}
@@ -162,6 +163,7 @@ def training_data(
     profile: Profile,
 ) -> Path:
     "The same file, made if it can be; `UserError` where it is not there."
+    check_recipe(recipe, Workspace(profile.name).checkpoints, profile.base)
     if recipe.method == "SFT":
         return load_reasoning(recipe.corpus, profile, Workspace(profile.name).samples).path
     if not (path := data_file(recipe, profile)).is_file():

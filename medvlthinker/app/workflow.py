@@ -17,7 +17,7 @@ import medvlthinker
 from .profile import (
     KEYS, Profile, Step, Workspace, command_words, load_profile, overrides, steps)
 from ..core.commands import (
-    end_with_parent, find_path, project_root, redact, redact_file)
+    end_family, end_with_parent, find_path, project_root, redact, redact_file)
 from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
@@ -222,16 +222,8 @@ def _death(step: str) -> UserError:
 @contextlib.contextmanager
 def _own_family() -> Iterator[None]:
     "In this block Ctrl-C and SIGTERM end this process with all that it started."
-    import psutil
-
     def stop(*_):
-        family = psutil.Process().children(recursive=True)
-        for each in family:
-            with contextlib.suppress(psutil.Error):
-                each.terminate()
-        for each in psutil.wait_procs(family, 5)[1]:
-            with contextlib.suppress(psutil.Error):
-                each.kill()
+        end_family(os.getpid())
         os._exit(130)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -426,7 +418,6 @@ def run_workflow(
         due = reasons(profile)
         _refuse([step.value for step in every if step.parameter == "recipe" and step.name in due],
                 profile)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ran = 0
     with file_lock(Workspace(profile.name).logs / "workflow", print):
         for line in snakemake(profile, *options):

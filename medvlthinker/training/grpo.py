@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'rewards', 'grpo_chat', 'vllm_settings', 'grpo_settings', 'prefill_once', 'shared_rows', 'read_once',
-           'shard_reference', 'log_probabilities', 'frozen_weights', 'single_marks', 'mend_trl', 'take_pixels',
-           'train_grpo']
+           'skip_empty_images', 'shard_reference', 'log_probabilities', 'frozen_weights', 'single_marks', 'mend_trl',
+           'take_pixels', 'train_grpo']
 
 # %% ../../nbs/training/43_grpo.ipynb #d986403b
 import functools
@@ -42,9 +42,8 @@ def rewards(
 def grpo_chat(sample: Sample) -> dict:
     "One row for `GRPOTrainer`."
     info = {"answer_label": sample.answer_label, "answer": sample.answer, "options": sample.options}
-    pictures = {"images": sample.pictures()} if sample.images else {}
     return {"prompt": [{"role": "user", "content": user_text(sample)}], "answer": sample.answer,
-            "extra_info": info, **pictures}
+            "extra_info": info, "images": sample.pictures()}
 
 # %% ../../nbs/training/43_grpo.ipynb #03aa337d
 _NEVER_DRAWN = ("<|image_pad|>", "<|video_pad|>")
@@ -150,6 +149,18 @@ def read_once(
                         position_ids=places, past_key_values=read.past_key_values, use_cache=True)
         answers.logits = torch.cat([read.logits[kinds], answers.logits], 1)
         return answers
+
+    return call
+
+# %% ../../nbs/training/43_grpo.ipynb #b0655552
+def skip_empty_images(
+    model: Callable,  # transformers', or what `read_once` made of one
+) -> Callable:
+    "The model as TRL calls it; questions without an image come with no pixels, not with 0 rows."
+    def call(pixel_values=None, image_grid_thw=None, **given):
+        if pixel_values is not None and len(pixel_values):
+            given |= {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        return model(**given)
 
     return call
 
@@ -268,12 +279,13 @@ def train_grpo(run: Run) -> Path:
 
         def _tokenize_prompts(self, prompts):
             ids, images, fields = super()._tokenize_prompts(prompts[::self.same])
-            repeat = lambda rows: rows and [row for row in rows for _ in range(self.same)]
+            repeat = lambda rows: rows and [row or [] for row in rows for _ in range(self.same)]
             return repeat(ids), repeat(images), fields  # of the questions
 
         def _generate_single_turn(self, prompts, images, *more):
             same = self.same
-            return super()._generate_single_turn(prompts[::same], images and images[::same], *more)
+            images = images and [each or None for each in images[::same]]  # so vLLM wants it
+            return super()._generate_single_turn(prompts[::same], images, *more)
 
         def _prepare_input(self, data):
             if not (self.use_vllm and isinstance(data, Mapping) and "pixel_values" in data):
@@ -284,8 +296,8 @@ def train_grpo(run: Run) -> Path:
 
         def _get_per_token_logps_and_entropies(self, model, *given, **named):
             shared = self.same > 1 and not self.args.gradient_checkpointing
-            model = read_once(model) if shared else model
-            return super()._get_per_token_logps_and_entropies(model, *given, **named)
+            call = skip_empty_images(read_once(model) if shared else model)
+            return super()._get_per_token_logps_and_entropies(call, *given, **named)
 
     if not run.has_ended:
         model, processor, lora = open_model(run)

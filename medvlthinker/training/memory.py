@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'LORA_TARGETS', 'model_config', 'meta_model', 'Parameters', 'count_parameters', 'Row', 'longest_row',
            'seen_memory', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'worst_moment',
-           'estimate', 'settings_that_fit']
+           'estimate', 'host_memory', 'refuse_small_host', 'settings_that_fit']
 
 # %% ../../nbs/training/41_memory.ipynb #0c9bafec
 import functools, math, os
@@ -106,7 +106,8 @@ def seen_memory(settings: TrainingSettings) -> float:
     require_package("torch")
     from torch import cuda
 
-    seen = [cuda.get_device_properties(gpu).total_memory for gpu in range(cuda.device_count())]
+    used = range(min(settings.gpus, cuda.device_count()))
+    seen = [cuda.get_device_properties(gpu).total_memory for gpu in used]
     return settings.gpu_memory or min(seen, default=79.6 * 2**30) / 2**30
 
 # %% ../../nbs/training/41_memory.ipynb #5c09a2d5
@@ -229,6 +230,28 @@ def estimate(
     memory = seen_memory(settings) if memory is None else memory
     return sum(worst_moment(plan_of(recipe, settings, memory, row, model)).values())
 
+# %% ../../nbs/training/41_memory.ipynb #f0b2d49d
+def host_memory(
+    recipe: Recipe, settings: TrainingSettings,
+    model: str = "",  # see `plan_of`
+) -> float:
+    "GB that TRL's processes fill with weights on each node until these are on its GPUs."
+    plan = plan_of(recipe, settings, 0, model=model)
+    weights = states(plan)["weights"] + states(plan)["reference model"]
+    return settings.gpus * plan.shards * weights / 1e9
+
+
+def refuse_small_host(recipe: Recipe, settings: TrainingSettings, model: str = "") -> None:
+    "`UserError` where `host_memory` is more than this machine has."
+    import psutil
+
+    need, has = host_memory(recipe, settings, model), psutil.virtual_memory().total / 1e9
+    if need > has:
+        adapters = "" if settings.lora_rank else ", or adapters (lora_rank=32)"
+        raise UserError(f"{recipe.name} on {settings.gpus} GPUs loads its weights in as many "
+                        f"processes, {need:,.0f} GB in all; this machine has {has:,.0f} GB. Take "
+                        f"fewer GPUs of each machine (gpus){adapters}.")
+
 # %% ../../nbs/training/41_memory.ipynb #9080a9e3
 def settings_that_fit(
     recipe: Recipe, settings: TrainingSettings,
@@ -251,11 +274,12 @@ def settings_that_fit(
                           f"gradient_checkpointing={each.gradient_checkpointing}")
     case = own if fits else tried[-1]
     text = (f"{recipe.name} needs {need(case):,.1f} GiB with {words(case)}, at the longest row of "
-            f"{sum(plan.row):,} tokens; a GPU has {memory:.1f} GiB.")
+            f"{sum(plan.row):,} tokens; 95 % of a GPU's {memory:.1f} GiB can be used.")
     if fits is None:
+        adapters = "" if settings.lora_rank else " TRL's adapters (lora_rank=32)"
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
-                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes), TRL's "
-                        "adapters (lora_rank=32) or a smaller model.")
+                        "gpu_memory_utilization to us, take more GPUs (gpus, nodes),"
+                        f"{adapters} or a smaller model.")
     share, said = vllm_share(plan), words(fits)
     if share > (0.6 if plan.verl else 0.3):
         fits = replace(fits, gpu_memory_utilization=share)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'BASES', 'RECIPES', 'ROWS', 'Sft', 'Grpo', 'TrainingSettings', 'training_words', 'read_training', 'Recipe',
            'find', 'nodes_of', 'processes', 'uses_verl', 'rows_of_update', 'rows_at_once', 'recomputes',
-           'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'wanted', 'training_folder', 'step_folders',
-           'model_folder', 'starting_point', 'planned_start']
+           'steps_per_epoch', 'total_steps', 'steps_to_train', 'chain', 'wanted', 'check_recipe', 'training_folder',
+           'step_folders', 'model_folder', 'starting_point', 'planned_start']
 
 # %% ../../nbs/training/40_recipe.ipynb #16fe0e77
 import dataclasses, math, re
@@ -317,6 +317,28 @@ def wanted(
     groups["published"] = [recipe.name for recipe in published]
     given = [each for name in names for each in groups.get(name) or [name]]
     return list({step.name: step for name in given for step in chain(find(name))}.values())
+
+# %% ../../nbs/training/40_recipe.ipynb #79b404a3
+def check_recipe(
+    recipe: Recipe, checkpoints: Path,
+    base: str = "",  # as for `starting_point`
+) -> None:
+    "`UserError` for a corpus, a rule or a model to start from that there is not."
+    from medvlthinker.core.grade import RULES
+    from medvlthinker.data.corpora import TRAINING_SETS
+
+    check_keys([recipe.corpus], TRAINING_SETS.local, f"corpus in {recipe.name}:")
+    if isinstance(recipe.how, Grpo):
+        check_keys([recipe.how.rule], RULES, f"rule in {recipe.name}:")
+    start = recipe.init.partition("@")[0]
+    if start in RECIPES or (start := base or start) == "tiny":
+        return
+    try:
+        place = resolve_model(start, checkpoints)
+    except UserError as error:
+        raise UserError(f"{recipe.name} starts from {start}. {error}") from None
+    if place.endswith(f"/MedVLThinker-{start}"):  # by its name, and published are recipes alone
+        check_keys([start], RECIPES, f"model to start from in {recipe.name}:")
 
 # %% ../../nbs/training/40_recipe.ipynb #0245851e
 def training_folder(recipe: Recipe, checkpoints: Path) -> Path:

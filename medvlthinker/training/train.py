@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'SHOWN', 'trl_command', 'read_recipe', 'read_words', 'print
            'accelerate_config', 'finish', 'train_here', 'train', 'curves', 'curve_figure', 'main']
 
 # %% ../../nbs/training/47_train.ipynb #21740662
-import dataclasses, datetime, json, os, shlex, sys
+import dataclasses, datetime, json, os, shlex, signal, sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from ..generation.model import download_model
 from ..generation.rollout import file_lock
 from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge_inputs, write_model
-from .memory import settings_that_fit
+from .memory import refuse_small_host, settings_that_fit
 from .recipe import (
     Recipe, TrainingSettings, find, nodes_of, planned_start, processes, read_training,
     training_folder, training_words, uses_verl)
@@ -153,6 +153,7 @@ def _train(run: Run, first: bool = True) -> Path:
 def _launch(run: Run, checkpoints: Path, show) -> Path:
     "Train through TRL in several processes, by accelerate."
     refuse_alone(run.recipe, run.settings)
+    refuse_small_host(run.recipe, run.settings, run.start)
     config = run.logs / f"accelerate-{machine_rank()}.json"
     with atomic_write(config) as file:
         json.dump(accelerate_config(run.recipe, run.settings), file, indent=1)
@@ -248,6 +249,7 @@ def main(
     "The command line without a profile: train one recipe, or be one of the processes that do."
     recipe, settings, paths = read_words(words)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, too
         return print(f"{recipe.name} is ready: {train_here(recipe, settings, *paths)}")
     from accelerate import PartialState
 

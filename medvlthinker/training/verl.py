@@ -484,6 +484,11 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
         done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
         if done >= run.steps:
             return
+        last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
+        if done and (size := read_json(last / "actor" / "fsdp_config.json")["world_size"]) != gpus:
+            raise UserError(f"{last} was written by {size} GPUs, and only as many go on from it; "
+                            f"this run has {gpus}. Set gpus and nodes as they were, or remove "
+                            f"{run.folder} to begin again.")
         show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
         given = {**environment(logs, starts + 1, nodes), **variables}
         job = job_id(run.folder, starts + 1) if nodes > 1 else ""

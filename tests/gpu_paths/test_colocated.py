@@ -15,10 +15,10 @@ pytestmark = pytest.mark.heavy
 WORKER = str(ROOT / "tests" / "gpu_paths" / "colocated.py")
 
 
-def trained(folder: Path, tiny: Path, processes: int, lora_rank: int) -> dict:
+def trained(folder: Path, tiny: Path, processes: int, lora_rank: int, samples=None) -> dict:
     "What the worker saw of two steps; their learning rates are 0 and the recipe's."
     shutil.copytree(tiny, folder / "tiny")
-    write_samples(synthetic.corpus("pmc_vqa", 16), folder / "data.parquet")
+    write_samples(samples or synthetic.corpus("pmc_vqa", 16), folder / "data.parquet")
     words = [WORKER, str(folder), str(lora_rank)]
     if processes > 1:
         config = folder / "accelerate.json"
@@ -45,3 +45,11 @@ def test_vllm_answers_with_the_weights_that_were_learnt_and_two_gpus_take_the_st
     assert two["reference gathered"] == 0  # no GPU holds a whole part of it while another model is at work
     names = ("loss", "reward", "length")  # adapters begin as nothing: both start from one model, and draw the same answers
     assert [two["steps"][0][name] for name in names] == pytest.approx([one["steps"][0][name] for name in names], rel=1e-3)
+
+
+def test_vllm_answers_questions_with_and_without_images_of_one_step(warm_tiny, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed; ./reproduce.sh setup full")
+    mixed = [sample for pair in zip(synthetic.corpus("m23k", 8), synthetic.corpus("pmc_vqa", 8)) for sample in pair]
+    seen = trained(tmp_path / "one", warm_tiny, 1, 8, mixed)
+    assert seen["steps"][0]["kl"] == 0 and seen["steps"][0]["grad_norm"] > 0
+    assert {0, 16} <= set(seen["image tokens"]) <= {0, 16, 32} and "image_grid_thw" in seen["moved"]

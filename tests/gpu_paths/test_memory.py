@@ -14,9 +14,10 @@ import warm
 from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.training.memory import (
-    Row, activations, estimate, logits, plan_of, settings_that_fit, states)
+    Row, activations, estimate, logits, plan_of, seen_memory, settings_that_fit, states)
 from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
 from medvlthinker.training.sft import row_mean_loss
+from medvlthinker.training.train import _launch
 
 MINI = TrainingSettings(gpus=1, dtype="bfloat16", engine="vllm", lora_rank=32)
 PAPER = TrainingSettings(gpus=8, dtype="bfloat16", engine="vllm", trainer="verl", tensor_parallel=0)
@@ -72,12 +73,34 @@ def test_grpo_is_reckoned_at_the_longest_answer_and_not_at_300_tokens():
 @pytest.mark.parametrize("name, more, memory, said", [
     ("3B-RL_m23k", {"micro_batch": 32}, 79.6, "with micro_batch=32 gradient_checkpointing=true.*Leave micro_batch"),
     ("3B-SFT_m23k", {"gradient_checkpointing": "false"}, 24.0, "with micro_batch=1 gradient_checkpointing=false.*Leave micro_batch"),
-    ("3B-RL_m23k", {"gpu_memory_utilization": 0.2}, 24.0, r"needs [23]\d.\d GiB with micro_batch=1 .*a GPU has 24.0 GiB. Leave micro_batch, gradient_checkpointing and gpu_memory_utilization"),
-    ("3B-SFT_m23k", {"lora_rank": 0}, 24.0, r"a GPU has 24.0 GiB.*adapters \(lora_rank=32\) or a smaller model")])
+    ("3B-RL_m23k", {"gpu_memory_utilization": 0.2}, 24.0, r"needs [23]\d.\d GiB with micro_batch=1 .*95 % of a GPU's 24.0 GiB can be used. Leave micro_batch, gradient_checkpointing and gpu_memory_utilization"),
+    ("3B-SFT_m23k", {"lora_rank": 0}, 24.0, r"of a GPU's 24.0 GiB.*adapters \(lora_rank=32\) or a smaller model")])
 def test_settings_that_do_not_fit_are_refused_and_never_changed(name, more, memory, said):
     with pytest.raises(UserError, match=said):
         settings_that_fit(find(name), replace(MINI, **more), memory)
     assert decided("3B-RL_m23k", replace(MINI, micro_batch=2), 79.6)[0].micro_batch == 2
+
+
+def test_a_card_that_a_run_does_not_use_does_not_count(monkeypatch):
+    "A display card beside the one that trains."
+    cards = [SimpleNamespace(total_memory=size * 2**30) for size in (80, 48, 8)]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_properties", cards.__getitem__)
+    assert [seen_memory(replace(MINI, gpus=gpus)) for gpus in (1, 2, 3, 8)] == [80, 48, 8, 8]
+
+
+def test_a_machine_that_cannot_hold_what_is_loaded_is_refused_before_anything_is(tmp_path, monkeypatch):
+    "Each process of FSDP fills all weights, the reference of RL too."
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=300e9))
+    monkeypatch.setattr("medvlthinker.training.train.run_logged", lambda words, log, show: started.append(words))
+    eight, started = replace(MINI, gpus=8, lora_rank=0), []
+    launch = lambda name, settings: _launch(SimpleNamespace(recipe=find(name), settings=settings, start="", data=tmp_path, logs=tmp_path, takes=1, checkpoint=str), tmp_path, print)
+    with pytest.raises(UserError, match=r"7B-RL_PMC on 8 GPUs .* 531 GB in all; this machine has 300 GB. Take fewer GPUs of each machine \(gpus\), or adapters"):
+        launch("7B-RL_PMC", eight)
+    assert not started
+    for name, settings in (("7B-SFT_PMC", eight), ("7B-RL_PMC", replace(eight, gpus=4)), ("7B-RL_PMC", replace(eight, lora_rank=32))):
+        launch(name, settings)
+    assert len(started) == 3
 
 
 def test_embedded_recipes_on_a_cpu_take_their_whole_batch():

@@ -270,6 +270,15 @@ def test_a_job_shows_its_steps_and_gets_its_words_with_their_quotes(cluster):
     assert (cluster / "logs" / "verl-002.jsonl").exists()
 
 
+def test_a_checkpoint_of_other_gpus_is_refused_before_verl_starts(tmp_path):
+    "verl would load the model for minutes, and then miss a file."
+    pretend_checkpoint(tmp_path / "run" / "global_step_50", 8)
+    run = SimpleNamespace(recipe=find("7B-RL_PMC"), settings=replace(NODE, gpus=4), folder=tmp_path / "run", logs=tmp_path / "logs", steps=100)
+    with pytest.raises(UserError, match="global_step_50 was written by 8 GPUs, and only as many go on from it; this run has 4. Set gpus"):
+        verl._start(run, [], {}, print)
+    assert (tmp_path / "run" / "global_step_50" / "data.pt").exists() and not (tmp_path / "logs").exists()
+
+
 def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     "Though its process may be seen on this machine; and nothing is touched that it is just writing, however torn it looks."
     job = verl.job_id(cluster / "run", 1)

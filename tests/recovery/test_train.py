@@ -3,10 +3,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import warm
 from conftest import ROOT, python
@@ -84,6 +87,36 @@ def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
     again = warm.run(*later, cwd=ROOT)
     assert again.returncode == 0 and "step" not in again.stdout, "a run that has ended is not run again"
+
+
+STARTS = """
+import sys
+from medvlthinker.app import cli, commands
+from medvlthinker.core.commands import run_logged, run_main
+from medvlthinker.training import recipe, train
+
+def long(*_):  # in place of a training: a process that starts another
+    inner = "from medvlthinker.core.commands import run_logged; import sys; run_logged([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'], sys.argv[1])"
+    run_logged([sys.executable, "-c", inner, sys.argv[-1] + ".2"], sys.argv[-1])
+
+train.train_here, train.read_words = long, lambda words: (recipe.find('tiny-SFT_PMC'), None, ())
+commands._read_recipe = long
+"""
+
+
+@pytest.mark.parametrize("ends", ["run_main(train.main)", "sys.argv[1:] = ['train', sys.argv[1]]; cli.console()"])
+def test_kill_ends_what_a_training_has_started(tmp_path, ends):
+    "SIGTERM to the one process that was started by hand: neither the trainer nor what it started is left."
+    process = subprocess.Popen([sys.executable, "-c", STARTS + ends, str(tmp_path / "log")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "log.2"
+    while not (said.exists() and said.read_text().endswith("\n")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert int(said.read_text()) in [each.pid for each in family] and len(family) == 2
+    process.terminate()
+    assert "interrupted; the same command goes on" in process.communicate()[1] and process.returncode == 130
+    assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_two_processes_share_a_run(ready):
