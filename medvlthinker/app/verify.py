@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .profile import Workspace
-from .runs import stored_rollouts
+from .runs import other_weights, stored_rollouts
 from ..core.files import UserError, file_hash, read_json, verify_checksum
 from ..evaluation.evaluate import grade_rollout
-from ..generation.model import model_fingerprint
 from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
@@ -177,8 +176,7 @@ def trace(
             yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
-        model = root / "checkpoints" / evaluation["model"]
-        if model.is_dir() and model_fingerprint(model) != record["weights"]:
+        if model := other_weights(evaluation, root):
             problems.append(f"{_inside(model, root)} holds other weights by now; ./reproduce.sh "
                             f"evaluate {root.name} model={evaluation['model']} asks them")
     again = means[0] - sum(means[1:])
