@@ -41,25 +41,19 @@ def stored_answers(
     profile: Profile,  # its `benchmark` may narrow the sets down
     model: str,
     kind: str = "greedy",  # or repeats: several answers to each question
+    tell: bool = True,  # where the model has other weights by now
 ) -> dict:  # dataset_name -> questions and rollout
     "What a model has answered, by its record; `UserError` where there is none."
-    from medvlthinker.app.runs import tell_other_weights
+    from medvlthinker.app.runs import (
+        evaluate_command, named_sets, stored_rollouts, tell_other_weights)
+    from medvlthinker.data.benchmarks import TEST_SETS, sample_file
     from medvlthinker.evaluation.evaluate import read_records
 
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
-    records = read_records(_results(profile), [model], name)
-    for record in records:
-        tell_other_weights(record, profile)
-    return _answers(profile, model, records, kind)
-
-
-def _answers(profile: Profile, model: str, records: list[dict], kind: str = "greedy") -> dict:
-    "What a model has answered, by its one record, or none."
-    from medvlthinker.app.runs import evaluate_command, named_sets, stored_rollouts
-    from medvlthinker.data.benchmarks import TEST_SETS, sample_file
-
     workspace, found = Workspace(profile.name), {}
-    for record in records:
+    for record in read_records(_results(profile), [model], name):
+        if tell:
+            tell_other_weights(record, profile)
         found = stored_rollouts(workspace.root, record, named_sets(profile))
     if not found:
         raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
@@ -174,11 +168,10 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     from medvlthinker.evaluation.compare import explain_flips, paired_changes, rescore
 
     profile, old, new = read_command(words, old="strict", new="regrade")
-    records = require_records(profile)
-    origin = {record["model"]: record["rollouts"] for record in records}
+    origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
     answers, models = [], []
-    for model, record in zip(origin, records):
-        for samples, rollout in _answers(profile, model, [record]).values():
+    for model in origin:
+        for samples, rollout in stored_answers(profile, model, tell=False).values():
             answers.append((samples, rollout))
             models += [model] * len(rollout)
     table = rescore(answers, old, new).assign(model=models)
