@@ -209,6 +209,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._papermill': ( 'app/workflow.html#_papermill',
                                                                                      'medvlthinker/app/workflow.py'),
+                                           'medvlthinker.app.workflow._plain_reason': ( 'app/workflow.html#_plain_reason',
+                                                                                        'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._refuse': ( 'app/workflow.html#_refuse',
                                                                                   'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._snakemake_words': ( 'app/workflow.html#_snakemake_words',
