@@ -127,7 +127,8 @@ def find_cell(
         raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
                         f"./reproduce.sh {root.name} first.")
     raise UserError(f"No number in row {row!r}, column {name!r}; a cell is ROW/COLUMN, rows are "
-                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())}.")
+                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())} (sets of your "
+                    "own stand in results/own_sets.csv and are not followed).")
 
 # %% ../../nbs/app/74_verify.ipynb #1ed02327
 def evaluations(

@@ -99,6 +99,14 @@ def test_a_model_is_not_compared_with_itself_under_another_ones_name(answered):
     refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
 
 
+def test_questions_of_ones_own_are_no_drawn_scans(home, call):
+    (folder := home / "smoke" / "results" / "synthetic" / "tiny").mkdir(parents=True)
+    for name, drawn in (("chest", False), ("pmc_vqa", True)):
+        record = {"model": "tiny", "source": "synthetic", "rollouts": {}, "counts": {name: [1, 2]}}
+        (folder / "evaluation.json").write_text(json.dumps(record))
+        assert ("Drawn scans" in call("check-paper", "smoke")) == drawn
+
+
 def test_parity_on_the_command_line(warm_home, call, monkeypatch):
     "Each side is asked in a process of its own; here in this one, which has torch loaded."
     words, launched = ["compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"], []
