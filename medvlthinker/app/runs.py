@@ -172,12 +172,10 @@ def evaluate_command(
     sets: Iterable[str] = (),  # empty for those of the profile
 ) -> str:
     "The command that evaluates a model as the profile says."
-    known, sets = set_names(TEST_SETS), [*sets]
-    others = {"models", "recipes", *["benchmark"] * bool(sets)}
-    name, *words = [word for word in command_words(profile) if word.split("=")[0] not in others]
-    if sets and {*sets} != {*known}:
-        words += [f"benchmark={','.join(sets)}", *["extend=FILE"] * (not {*sets} <= {*known})]
-    return shlex.join(["./reproduce.sh", "evaluate", name, f"model={model}", *words])
+    named = [f"benchmark={','.join(sets)}"] if sets else []
+    others = ("models=", "recipes=", *["benchmark="] * bool(named))
+    name, *words = [word for word in command_words(profile) if not word.startswith(others)]
+    return shlex.join(["./reproduce.sh", "evaluate", name, f"model={model}", *words, *named])
 
 # %% ../../nbs/app/71_runs.ipynb #5f01bb05
 def other_weights(
