@@ -41,19 +41,24 @@ def stored_answers(
     profile: Profile,  # its `benchmark` may narrow the sets down
     model: str,
     kind: str = "greedy",  # or repeats: several answers to each question
+    tell: bool = True,  # where the model has other weights by now
 ) -> dict:  # dataset_name -> questions and rollout
     "What a model has answered, by its record; `UserError` where there is none."
-    from medvlthinker.app.runs import named_sets, stored_rollouts
+    from medvlthinker.app.runs import (
+        evaluate_command, named_sets, stored_rollouts, tell_other_weights)
     from medvlthinker.data.benchmarks import TEST_SETS, sample_file
+    from medvlthinker.evaluation.evaluate import read_records
 
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
-    record = read_json(_results(profile, model) / name)
-    workspace = Workspace(profile.name)
-    found = stored_rollouts(workspace.root, record, named_sets(profile)) if record else {}
+    workspace, found = Workspace(profile.name), {}
+    for record in read_records(_results(profile), [model], name):
+        if tell:
+            tell_other_weights(record, profile)
+        found = stored_rollouts(workspace.root, record, named_sets(profile))
     if not found:
         raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
-                        "the sets that are asked for; ./reproduce.sh evaluate "
-                        f"{profile.name} model={model} makes them.")
+                        f"the sets that are asked for; {evaluate_command(profile, model)} makes "
+                        "them.")
     if others := [f"{len(samples)} of {each}" for each, (samples, _) in found.items()
                   if samples.path != sample_file(TEST_SETS, each, profile, workspace.samples)]:
         print(f"{model} was evaluated last on other questions than limit={profile.limit} draws, "
@@ -62,10 +67,11 @@ def stored_answers(
 
 
 def _results(profile: Profile, model: str = "") -> Path:
-    "The folder of a profile's records, or of a model's."
-    from medvlthinker.generation.model import folder_name
+    "The folder of a profile's records, or of a model's; `UserError` where it is another's."
+    from medvlthinker.evaluation.evaluate import results_folder
 
-    return Workspace(profile.name).results / profile.source / (folder_name(model) if model else "")
+    folder = Workspace(profile.name).results / profile.source
+    return results_folder(folder, model) if model else folder
 
 
 def _origin(profile: Profile, sets: "dict[str, tuple[Sequence, Rollout]]") -> dict[str, str]:
@@ -105,6 +111,7 @@ def compare_settings(
                         "the answers are computed; two models are compared by model=NAME "
                         "with=NAME.")
     model = one_model(profile, model)
+    path = _results(profile, model) / "engine_agreement.csv"
     if profile.engine == "openai":  # only the server has the tokenizer
         split = split_words
     else:
@@ -122,7 +129,6 @@ def compare_settings(
         tables.append(compare_rollouts(samples, rollout, second[name][1], rule, split))
         print(f"{name:15} {engine_agreement(tables[-1]).sentence}")
     table, places = pd.concat(tables), [_origin(profile, side) for side in sides]
-    path = _results(profile, model) / "engine_agreement.csv"
     _store(table, path, sides=places, rule=rule)
     print(engine_agreement(table).sentence)
 
@@ -143,13 +149,13 @@ def ablate(words: Words = None) -> None:
         words, model="", rule="regrade", conditions=tuple(ablation.CONDITIONS))
     sampling = Sampling(max_tokens=profile.max_tokens, seed=profile.seed)
     model, sets = one_model(profile, model), dict(question_sets(profile))
+    path = _results(profile, model) / "image_ablation.csv"
     folders = {name: rollouts_folder(profile, model, name) for name in sets}
     engine = open_engine(engine_settings(profile, model))
     asked = ablation.ask_conditions(sets, engine, sampling, folders, conditions, profile.seed)
     answers = ablation.ablation_answers(asked, rule)
     effects = ablation.ablation_effects(answers)
     places = {condition: _origin(profile, found) for condition, found in asked.items()}
-    path = _results(profile, model) / "image_ablation.csv"
     _store(answers, path, rollouts=places, rule=rule, seed=profile.seed)
     print(ablation.ablation_table(effects).to_string())
     print(ablation.ablation_verdict(model, effects))
@@ -165,7 +171,7 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
     answers, models = [], []
     for model in origin:
-        for samples, rollout in stored_answers(profile, model).values():
+        for samples, rollout in stored_answers(profile, model, tell=False).values():
             answers.append((samples, rollout))
             models += [model] * len(rollout)
     table = rescore(answers, old, new).assign(model=models)
@@ -291,7 +297,7 @@ def evaluate(words: Words = None) -> None:
     Example: medvlthinker evaluate smoke model=tiny limit=20
     """
     from medvlthinker.app.cards import write_card
-    from medvlthinker.app.runs import ask_model, evaluation_samplings
+    from medvlthinker.app.runs import ask_model, evaluate_command, evaluation_samplings
     from medvlthinker.evaluation import evaluate as evaluation
     from medvlthinker.training.recipe import RECIPES
 
@@ -307,7 +313,7 @@ def evaluate(words: Words = None) -> None:
     print(f"{model}, rule {rule}", table, sep="\n")
     if gone := ", ".join(before.keys() - sets.keys()):
         print(f"In the tables {model} has these sets from now on, and no more {gone}; "
-              f"./reproduce.sh evaluate {profile.name} model={model} brings all back.")
+              f"{evaluate_command(profile, model, before | sets)} brings all back.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0009
 def rollout(words: Words = None) -> None:
@@ -361,6 +367,7 @@ def check_paper(words: Words = None) -> None:
     Example: medvlthinker check-paper smoke
     """
     from medvlthinker.app.runs import stored_records
+    from medvlthinker.data.benchmarks import BENCHMARKS
     from medvlthinker.results.claims import compare_to_paper, comparison_lines
     from medvlthinker.results.published import published
 
@@ -368,5 +375,6 @@ def check_paper(words: Words = None) -> None:
     records, repeats = stored_records(profile), stored_records(profile, "repeats.json")
     print(*comparison_lines(compare_to_paper(published(), records, repeats)), sep="\n")
     if all(record["source"] == "synthetic" for record in records):
+        drawn = any(name in BENCHMARKS for record in records for name in record["counts"])
         print(f"Nothing of the profile {profile.name} was measured on the paper's questions."
-              + " Drawn scans test the machinery and mean nothing medical." * bool(records))
+              + " Drawn scans test the machinery and mean nothing medical." * drawn)

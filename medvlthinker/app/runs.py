@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SETS', 'question_sets', 'measuring_processor', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts',
-           'evaluation_samplings', 'launch_rollout', 'data_file', 'training_data', 'training_places', 'stored_records',
-           'require_records', 'questions_of', 'named_sets', 'stored_rollouts', 'stored_viewer']
+           'evaluation_samplings', 'launch_rollout', 'data_file', 'training_data', 'training_places',
+           'evaluate_command', 'other_weights', 'tell_other_weights', 'stored_records', 'require_records',
+           'questions_of', 'named_sets', 'stored_rollouts', 'stored_viewer']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
-import contextlib, dataclasses, glob, sys
-from collections.abc import Callable, Container, Iterator, Sequence
+import contextlib, dataclasses, glob, os, shlex, sys
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..core.commands import run_logged
@@ -22,7 +23,7 @@ from ..data.sample import Sample, SampleFile
 from .profile import Profile, Workspace, command_words
 from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
-from ..generation.model import folder_name, resolve_model
+from ..generation.model import folder_name, model_fingerprint, resolve_model
 from ..generation.request import EngineSettings, Hardware, Sampling
 from ..generation.rollout import (
     Job, Rollout, generate_all, load_rollout, samples_fingerprint)
@@ -181,6 +182,39 @@ def training_places(
     logs = workspace.logs / recipe.name
     return data_file(recipe, profile), workspace.checkpoints, logs
 
+# %% ../../nbs/app/71_runs.ipynb #5f01bb02
+def evaluate_command(
+    profile: Profile,
+    model: str,
+    sets: Iterable[str] = (),  # empty for those of the profile
+) -> str:
+    "The command that evaluates a model as the profile says."
+    named = [f"benchmark={','.join(sets)}"] if sets else []
+    others = ("models=", "recipes=", *["benchmark="] * bool(named))
+    name, *words = [word for word in command_words(profile) if not word.startswith(others)]
+    return shlex.join(["./reproduce.sh", "evaluate", name, f"model={model}", *words, *named])
+
+# %% ../../nbs/app/71_runs.ipynb #5f01bb05
+def other_weights(
+    record: dict,  # evaluation.json or repeats.json of a model
+    root: Path,  # of its run
+) -> Path | None:
+    "The model's folder where it holds other weights by now than those that answered."
+    folder = root / "checkpoints" / record["model"]
+    if record["model"].startswith((".", "~")) or not folder.is_dir():
+        folder = Path(os.path.expanduser(record["model"]))
+    stored = [read_json(root / place / "rollout.json") for place in record["rollouts"].values()]
+    weights = {each["weights"] for each in stored if each.get("weights")}  # a server tells none
+    changed = weights and folder.is_dir() and weights != {model_fingerprint(folder)}
+    return folder if changed else None
+
+
+def tell_other_weights(record: dict, profile: Profile) -> None:
+    "Print a line where a model has other weights by now than those that answered."
+    if folder := other_weights(record, Workspace(profile.name).root):
+        print(f"{record['model']} was evaluated with other weights than {folder} holds by now; "
+              f"{evaluate_command(profile, record['model'], record['rollouts'])} asks these.")
+
 # %% ../../nbs/app/71_runs.ipynb #cc987a84
 def stored_records(
     profile: Profile,
@@ -191,6 +225,8 @@ def stored_records(
     workspace = Workspace(profile.name)
     records = read_records(workspace.results / profile.source, models, name)
     _refuse_mixed(records, workspace.root)
+    for record in records:
+        tell_other_weights(record, profile)
     return records
 
 
@@ -206,8 +242,8 @@ def _refuse_mixed(records: list[dict], root: Path) -> None:
                 raise UserError(
                     f"{first} and {record['model']} have answered different questions of {name} "
                     f"({other.get('rows')} and {answers.get('rows')}), and one table cannot hold "
-                    "both; evaluate one of them with the keys of the other (evaluate model=NAME "
-                    "limit=N): answers that are stored are not asked again.")
+                    "both; evaluate one of them again (evaluate model=NAME), with the keys of the "
+                    "other, such as limit=N, and from the same files.")
 
 # %% ../../nbs/app/71_runs.ipynb #64b00008
 def require_records(
@@ -216,8 +252,13 @@ def require_records(
     "The evaluations of `stored_records`; `UserError` where there are none."
     if records := stored_records(profile):
         return records
+    workspace = Workspace(profile.name)
+    paths = sorted((workspace.results / profile.source).glob("*/evaluation.json"))
+    others = shlex.quote(",".join(read_json(path).get("model", "?") for path in paths))
+    way = (f"models={others} recipes= shows what was evaluated there" if paths else
+           f"run ./reproduce.sh {profile.name} first")
     raise UserError(f"Nothing of the profile {profile.name} has been evaluated in "
-                    f"{Workspace(profile.name).root}; run ./reproduce.sh {profile.name} first.")
+                    f"{workspace.root}; {way}.")
 
 # %% ../../nbs/app/71_runs.ipynb #64b00002
 def questions_of(
@@ -232,8 +273,10 @@ def questions_of(
             samples = SampleFile(path)
             if len(samples) == rows and samples_fingerprint(samples) == rollout.config.samples:
                 return samples
-    raise UserError(f"No file in {base} holds the questions of "
-                    f"{rollout.folder.relative_to(root)}.")
+    model = rollout.config.model
+    raise UserError(f"No file in {base} holds the questions of {rollout.folder.relative_to(root)}, "
+                    f"which {model} has answered: they were changed or removed; evaluate {model} "
+                    "again.")
 
 # %% ../../nbs/app/71_runs.ipynb #64b00014
 def named_sets(profile: Profile) -> Sequence[str]:

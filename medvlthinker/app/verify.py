@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .profile import Workspace
-from .runs import stored_rollouts
+from .runs import other_weights, stored_rollouts
 from ..core.files import UserError, file_hash, read_json, verify_checksum
 from ..evaluation.evaluate import grade_rollout
-from ..generation.model import model_fingerprint
 from ..results.tables import AVERAGE, HEADINGS
 
 # %% ../../nbs/app/74_verify.ipynb #06ea4220
@@ -128,7 +127,8 @@ def find_cell(
         raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
                         f"./reproduce.sh {root.name} first.")
     raise UserError(f"No number in row {row!r}, column {name!r}; a cell is ROW/COLUMN, rows are "
-                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())}.")
+                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())} (sets of your "
+                    "own stand in results/own_sets.csv and are not followed).")
 
 # %% ../../nbs/app/74_verify.ipynb #1ed02327
 def evaluations(
@@ -177,8 +177,7 @@ def trace(
             yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
-        model = root / "checkpoints" / evaluation["model"]
-        if model.is_dir() and model_fingerprint(model) != record["weights"]:
+        if model := other_weights(evaluation, root):
             problems.append(f"{_inside(model, root)} holds other weights by now; ./reproduce.sh "
                             f"evaluate {root.name} model={evaluation['model']} asks them")
     again = means[0] - sum(means[1:])

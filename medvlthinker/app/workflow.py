@@ -282,11 +282,21 @@ def execute(
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
         made = [path for path, stamp in _stamps(workspace).items() if before.get(path) != stamp]
+        facts["by_run"] = "MEDVLTHINKER_PARENT" in os.environ
         facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
                             for path in sorted(made)}
     return target
 
 # %% ../../nbs/app/75_workflow.ipynb #e112150e
+def _plain_reason(reason: str) -> str:
+    "Snakemake's reason, with the keys that have changed by name; `code` is the notebook's."
+    head, _, params = reason.partition("Params have changed since last execution: ")
+    if not (keys := {*re.findall(r"['\"](\w+)=", params)}):
+        return reason
+    said = sorted("the notebook's code" if key == "code" else key for key in keys)
+    return f"{head}{', '.join(said)} changed"
+
+
 class Narrator(logging.Handler):
     "Prints which step begins, why, and how long it took, from the events of Snakemake's log."
 
@@ -306,7 +316,8 @@ class Narrator(logging.Handler):
             notebook = Path(record.output[0])
             words = f"step {len(self.begun) + 1} of {self.total}  {notebook.stem}"
             self.begun[number] = words, time.monotonic()
-            reason = record.reason if notebook.is_file() else "it has not run yet"
+            known = notebook.is_file()
+            reason = _plain_reason(record.reason) if known else "it has not run yet"
             print(f"{words}: {textwrap.shorten(reason, 300, placeholder=' ...')}", flush=True)
         elif event in ("job_finished", "job_error") and number in self.begun:
             words, began = self.begun[number]
@@ -397,7 +408,8 @@ def reasons(
 ) -> dict[str, str]:
     "Each step that a run would execute, with the reason; nothing is written."
     every = steps(profile)  # a mistake in the profile is said first
-    if not (Workspace(profile.name).root / ".snakemake").is_dir():
+    there = [notebook_file(step.name, profile).is_file() for step in every]
+    if not (Workspace(profile.name).root / ".snakemake").is_dir() and not any(there):
         return {step.name: "it has not run yet" for step in every}
     lines = snakemake(profile, *options, dry=True)
     said = [re.match(r"step \d+ of \d+  (.+?): (.*)", line) for line in lines]  # of `Narrator`
@@ -465,7 +477,8 @@ def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
     "How a step stands that would run for this reason, and why, or the partial notebook."
     partial = notebook_file(name, profile, running=True)
     if not reason:
-        return "done", ""
+        alone = read_json(record_path(notebook_file(name, profile))).get("by_run") is False
+        return "done", "executed by itself, not by a run; a run leaves it" * alone
     if not partial.is_file():
         return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
     text = partial.read_text(encoding="utf-8", errors="replace")  # a kill may tear a character

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import (
-    UserError, atomic_write, file_hash, fingerprint, stale_reason, write_record)
+from medvlthinker.core.files import (
+    UserError, atomic_write, file_hash, fingerprint, read_json, record_path, stale_reason,
+    write_record)
 from ..core.grade import grade
 from ..data.sample import PARQUET_OPTIONS, Sample, open_parquet
 from ..generation.model import folder_name
@@ -187,6 +188,11 @@ def curate(
               "without": fingerprint(without)}
     with file_lock(path.parent):
         if stale_reason(path, inputs):
+            stored = (read_json(record_path(path)).get("inputs") or {}).get("band")
+            old, new = ("{low} to {high} of {n}".format(**(band or decisions.attrs))
+                        for band in (stored, decisions.attrs))
+            if old != new:  # a run shows lines with a bar
+                print(f"| {path.name} held questions with {old} answers right; now {new}.")
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
                 facts.update(_write_curated(samples, questions, path, seed))
     return path

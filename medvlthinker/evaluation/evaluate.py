@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'grade_rollout', 'count_right', 'effective_sizes',
            'recorded_sizes', 'accuracy_table', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy',
-           'store_record', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
+           'store_record', 'results_folder', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
-import hashlib, itertools, json, os
+import hashlib, io, itertools, json, os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.files import UserError, atomic_write, sanitize, write_record
+from ..core.files import (
+    UserError, atomic_write, file_hash, read_json, record_path, sanitize, write_record)
 from ..core.grade import RULES, grade
 from ..core.stats import (
     clustered_mean, effective_size, holm, macro_average, majority, mcnemar, micro_average,
@@ -310,12 +311,28 @@ def store_record(
         with atomic_write(path) as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
 
+# %% ../../nbs/evaluation/50_evaluate.ipynb #5f01aa02
+def results_folder(
+    folder,  # results/<source> of a run
+    model: str,
+) -> Path:
+    "Where a model's results lie, or will lie; `UserError` where those of another model do."
+    place = Path(folder) / folder_name(model)
+    for name in ("evaluation.json", "repeats.json"):
+        other = read_json(place / name).get("model", model)
+        if other.rstrip("/") != model.rstrip("/"):
+            raise UserError(f"{place} holds the results of {other}, and those of {model} would lie "
+                            "there too; name the model by its whole path, or as it was named "
+                            "before if it is the same.")
+    return place
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #a6e8b805
 def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, dict]:
     "Grades, the model's folder, what a record says of its rollouts, and by what it is checked."
     if not rolled:
         raise UserError("There is no rollout to evaluate; generate answers first.")
     root, config = folder.absolute().parents[1], next(iter(rolled.values()))[1].config
+    place = results_folder(folder, config.model)
     origin = {name: os.path.relpath(rollout.folder, root) for name, (_, rollout) in rolled.items()}
     hashes = {name: rollout.record["sha256"] for name, (_, rollout) in rolled.items()}
     keys = ("instruction", "dialect", "seed", "engine", "dtype")
@@ -325,7 +342,7 @@ def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, 
         del about["dtype"]
     inputs = {"rollouts": origin, "answers": hashes}
     grades = _grade_all(rolled.values(), RULES)
-    return grades, folder / folder_name(config.model), about, inputs
+    return grades, place, about, inputs
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #5291a934
 def evaluate(
@@ -350,8 +367,17 @@ def read_records(
     name: str = "evaluation.json",  # or repeats.json
 ) -> list[dict]:
     "The records of these models that are stored under the name, in the models' order."
-    paths = [Path(folder) / folder_name(model) / name for model in models]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    paths = [results_folder(folder, model) / name for model in models]
+    return [json.loads(_read_recorded(path, path)) for path in paths if path.is_file()]
+
+
+def _read_recorded(path: Path, result: Path) -> str:
+    "A text as the record of a result says; `UserError` for another; without a record as it is."
+    recorded = read_json(record_path(result)).get("files", {}).get(path.name)
+    if recorded and file_hash(path) != recorded:
+        raise UserError(f"{path} is not what was recorded when it was made; evaluate the model "
+                        "again, which counts its stored answers anew.")
+    return path.read_text(encoding="utf-8")
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #c6cce630
 def read_grades(
@@ -361,12 +387,12 @@ def read_grades(
     "The table of `grade_rollout` that `evaluate` stored; `UserError` where there is none."
     import pandas as pd
 
-    path = Path(folder) / folder_name(model) / "questions.jsonl"
+    path = results_folder(folder, model) / "questions.jsonl"
     if not path.is_file():
         raise UserError(f"{model} has not been evaluated on this data: there is no {path}; run "
                         f"paper/4_evaluate with model={model} first.")
-    with open(path, encoding="utf-8") as file:
-        return pd.DataFrame([json.loads(line) for line in file])
+    text = _read_recorded(path, path.with_name("evaluation.json"))
+    return pd.DataFrame([json.loads(line) for line in io.StringIO(text)])
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #b5f1c475
 def evaluate_repeats(

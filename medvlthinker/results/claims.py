@@ -168,7 +168,7 @@ def on_par_with_gpt4o(paper: Paper) -> Finding:
     if verdict == "within noise":
         bound = abs(value) + (high - value) * 1.645 / 1.96
         macro += (": the six sets cannot tell the two apart, and bound the difference to "
-                  f"{bound:.1f} points")
+                  f"{bound:.1f} points, the far end of its 90 % interval")
     return verdict, f"{macro}. Weighing every question alike: {micro}.", lines
 
 # %% ../../nbs/results/63_claims.ipynb #450cba8d

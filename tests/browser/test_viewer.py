@@ -183,7 +183,7 @@ def test_the_answers_that_were_evaluated_last_are_shown_with_their_own_questions
     assert viewer.entries[5].whole() == synthetic.benchmark("slake_closed", 4)[1]
     path = home / "smoke" / "samples" / "synthetic" / "pmc_vqa-4.parquet"
     write_samples(synthetic.benchmark("pmc_vqa", 4, seed=1), path)
-    with pytest.raises(UserError, match="holds the questions of rollouts/tiny/synthetic/pmc_vqa/"):
+    with pytest.raises(UserError, match=r"holds the questions of rollouts/tiny/synthetic/pmc_vqa/\w+, which tiny has answered: .* evaluate tiny again"):
         stored_viewer(load_profile("smoke"))
 
 

@@ -73,7 +73,9 @@ def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call)
 def test_sets_that_leave_the_tables_are_named(warm_home, call):
     words = "evaluate", "smoke", "model=tiny", "limit=2"
     call(*words, "benchmark=slake,vqa_rad")
-    assert "has these sets from now on, and no more slake_closed;" in call(*words, "benchmark=vqa_rad")
+    said = call(*words, "seed=43", "benchmark=vqa_rad")
+    assert "has these sets from now on, and no more slake_closed;" in said
+    assert "./reproduce.sh evaluate smoke model=tiny limit=2 seed=43 benchmark=slake_closed,vqa_rad_closed brings all back" in said
     assert "from now on" not in call(*words, "benchmark=vqa_rad")
 
 
@@ -85,7 +87,24 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     first, *lines = call("compare", "smoke", *ASKED, "model=tiny", f"with={copy}").splitlines()
     assert first == f"{copy} - tiny, percentage points, rule regrade"
     assert [line.split()[0] for line in lines[-3:]] == ["slake_closed", "vqa_rad_closed", "macro"]
-    refuses(["compare", "smoke", *ASKED, "model=tiny", "with=nobody"], "nobody has no stored greedy answers", "./reproduce.sh evaluate smoke model=nobody")
+    refuses(["compare", "smoke", *ASKED, "model=tiny", "with=nobody"], "nobody has no stored greedy answers", "./reproduce.sh evaluate smoke model=nobody 'benchmark=vqa_rad, slake' limit=8 makes them")
+    with open(copy / "generation_config.json", "a") as file:
+        file.write("\n")  # as after another training
+    said = call("compare", "smoke", *ASKED, "model=tiny", f"with={copy}")
+    assert f"{copy} was evaluated with other weights than {copy} holds by now; ./reproduce.sh evaluate smoke model={copy} " in said
+
+
+def test_a_model_is_not_compared_with_itself_under_another_ones_name(answered):
+    "`tiny` and the folder ./tiny have one folder of results."
+    refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
+
+
+def test_questions_of_ones_own_are_no_drawn_scans(home, call):
+    (folder := home / "smoke" / "results" / "synthetic" / "tiny").mkdir(parents=True)
+    for name, drawn in (("chest", False), ("pmc_vqa", True)):
+        record = {"model": "tiny", "source": "synthetic", "rollouts": {}, "counts": {name: [1, 2]}}
+        (folder / "evaluation.json").write_text(json.dumps(record))
+        assert ("Drawn scans" in call("check-paper", "smoke")) == drawn
 
 
 def test_parity_on_the_command_line(warm_home, call, monkeypatch):

@@ -182,7 +182,7 @@ def test_one_table_holds_no_answers_to_different_questions(home):
         (folder / "evaluation.json").write_text(json.dumps({"model": model, "rollouts": {"pmc_vqa": f"rollouts/{place}"}}))
         (root / "rollouts" / place).mkdir(parents=True)
         (root / "rollouts" / place / "rollout.json").write_text(json.dumps({"samples": place, "rows": 5}))
-    with pytest.raises(UserError, match="tiny and tiny-SFT_PMC have answered different questions of pmc_vqa"):
+    with pytest.raises(UserError, match=r"tiny and tiny-SFT_PMC have answered different questions of pmc_vqa \(5 and 5\).*; evaluate one of them again"):
         stored_records(load_profile("smoke"))
     (root / "rollouts" / "two" / "rollout.json").write_text(json.dumps({"samples": "one", "rows": 5}))
     assert len(stored_records(load_profile("smoke"))) == 2
