@@ -207,6 +207,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._imports': ( 'app/workflow.html#_imports',
                                                                                    'medvlthinker/app/workflow.py'),
+                                           'medvlthinker.app.workflow._made_otherwise': ( 'app/workflow.html#_made_otherwise',
+                                                                                          'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._own_family': ( 'app/workflow.html#_own_family',
                                                                                       'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._papermill': ( 'app/workflow.html#_papermill',

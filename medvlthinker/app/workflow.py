@@ -290,6 +290,8 @@ def execute(
 # %% ../../nbs/app/75_workflow.ipynb #e112150e
 def _plain_reason(reason: str) -> str:
     "Snakemake's reason, with the keys that have changed by name; `code` is the notebook's."
+    if reason == "Forced execution":  # by `_made_otherwise`
+        return "it was executed by itself, with other keys"
     head, _, params = reason.partition("Params have changed since last execution: ")
     if not (keys := {*re.findall(r"['\"](\w+)=", params)}):
         return reason
@@ -331,9 +333,22 @@ def _elsewhere(options: Sequence[str]) -> bool:
     return named and "local" not in options
 
 
+def _made_otherwise(profile: Profile) -> list[str]:
+    "The notebooks that were executed by themselves, of which Snakemake knows nothing, for others."
+    keys, found = json.loads(json.dumps(overrides(profile))), []
+    for step in steps(profile):
+        record = read_json(record_path(notebook_file(step.name, profile)))
+        read = [key for key in KEYS if key not in _UNREAD.get(step.notebook, ())]
+        given = record.get("inputs", {})
+        if record.get("by_run") is False and any(given.get(key) != keys.get(key) for key in read):
+            found.append(f"notebooks/{step.name}.ipynb")
+    return found
+
+
 def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
     "The command line of Snakemake behind its name."
-    words = ["--snakefile", str(paper_notebook("1_data").with_name("Snakefile")),
+    words = ["--forcerun", *again] if (again := _made_otherwise(profile)) else []
+    words += ["--snakefile", str(paper_notebook("1_data").with_name("Snakefile")),
              "--directory", str(Workspace(profile.name).root), "--nolock", "--rerun-incomplete",
              "--keep-going", "--max-checksum-file-size", "100000000", "--quiet", "rules", "host",
              *options]
@@ -477,8 +492,7 @@ def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
     "How a step stands that would run for this reason, and why, or the partial notebook."
     partial = notebook_file(name, profile, running=True)
     if not reason:
-        alone = read_json(record_path(notebook_file(name, profile))).get("by_run") is False
-        return "done", "executed by itself, not by a run; a run leaves it" * alone
+        return "done", ""
     if not partial.is_file():
         return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
     text = partial.read_text(encoding="utf-8", errors="replace")  # a kill may tear a character
