@@ -98,7 +98,8 @@ def _exact(
 # %% ../../nbs/core/02_grade.ipynb #9a4e0014
 _REACH = 16_384
 _WIDE = ({code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-         | {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]"})
+         | {0x3000: " ", 0x3001: ",", 0x3002: ".", 0x3010: "[", 0x3011: "]"}
+         | dict.fromkeys(map(ord, "’‘ʼ´"), "'"))
 _SEAM = re.compile("(?<=[\u4e00-\u9fff])(?=[A-Z])|(?<=[A-Z])(?=[\u4e00-\u9fff])")
 
 def _ends(items, most: int, between):
@@ -179,15 +180,18 @@ def _cues(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, re.Pattern]]:
 _ADJ = (r"(?:(?:the|my|our|your) )?(?:(?:final|correct|best|right|single|most (?:likely|appropriate"
         r"|suitable|probable)|appropriate|likely|chosen|selected|predicted) ){0,2}")
 _KIND = r"(?: choice| option| letter)?"
-_IS = (r"(?:'s| (?:is|was|would be|should be|must be|will be|has to be|seems(?: to be)?"
-       r"|appears(?: to be)?|remains))")
+_IS = (r" (?:is|was|would be|should be|must be|will be|has to be|seems(?: to be)?"
+       r"|appears(?: to be)?|remains)")
 _SURELY = (r"(?: (?:most likely|most probably|likely|probably|clearly|definitely|therefore|thus"
            r"|indeed|simply|actually|then|to be)){0,3}")
 _WHOLE = r"(?! ?(?-i:[a-z])[ \t]*(?:\n|\Z))"   # no article of a sentence that was cut off
+_NAME = r"(?:option )?[*(]{0,3}(?-i:[A-Z])\b[*).]{0,4}(?:\n|\Z)"
+_TRUE = r"选?项?是?(?:正确|对\b|最(?!不))"
 _DECLARED = _cues(
     # Answer: ...   anywhere; Selected option: ...   where a sentence begins
     ("[:=]",
-     rf"\b(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
+     r"\b(?<!each )(?<!every )(?<!possible )"   # "each answer choice:" is a heading
+     rf"(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
     r"[ \t*_\"')\]]{0,4}[:=]"),
     ("[:=]",
      rf"(?:^|[.!?;)][ \n])[^\w\n]{{0,8}}{_ADJ}(?:choice|option|selection|selected|prediction|guess"
@@ -198,26 +202,41 @@ _DECLARED = _cues(
     # ... the answer to this question is most likely ...
     ("answer|option|choice|selection|pick|guess|prediction",
      r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
-    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?{_IS}{_SURELY}[ \t]*:?{_WHOLE}"),
-    # I would choose ...
-    ("choose|chose|select|pick|go(?:ing)? (?:with|for)|opt for|vote for|settle on",
-     r"\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? (?:choose|chose|select(?:ed)?"
-    rf"|pick(?:ed)?|go(?:ing)? (?:with|for)|opt for|vote for|settle on)\b{_WHOLE}"),
+    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?(?:'s|{_IS}){_SURELY}"
+     rf"[ \t]*:?{_WHOLE}"),
+    # I would choose ...; and as a whole line: choose B, solution: B
+    ("choose|chose|select|pick|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean|say"
+     "|solution|correction",
+     r"(?:\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? |^[^\w\n]{0,8}"
+     rf"(?=\w+:?[*_]{{0,2}} {_NAME}))(?:say(?= {_NAME})|choose|chose|select(?:ed)?|pick(?:ed)?"
+     r"|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean(?:ing)? towards?"
+     rf"|(?:solution|correction):)(?!\w){_WHOLE}"),
     # so option ... is the best
     (r"\b[a-z]\)? (?:is|would be) ",
      r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
-    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"),
-    # Qwen falls into Chinese
-    ("答案", r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?[是为选择:=]+)"),
-    ("正确", r"正确(?:的|选项)应?[是为]"),
-    ("选", r"选(?<![不未非]选)择?[ :]*(?=[*_(\[]{0,4}(?-i:[A-Z])\b)"),
-    ("选项", r"选项 ?(?=(?-i:[A-Z]) ?是?(?:正确|对))"))
+    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"))
+_CHINESE = _cues(   # Qwen falls into it: 最佳选项是 B, 因此 B 是正确答案, 答案不是 A,而是 B
+    ("答案", r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?(?:[是为择:=]|选(?!项))+)"),
+    ("正确|最", r"(?:正确|最(?:佳|可能|合适|符合))(?:的|的?选项)?应?[是为]"),
+    ("选", r"选(?<![不未非]选)择?[ :]*(?:选项 ?)?(?=[*_(\[]{0,4}(?-i:[A-Z])\b)"),
+    ("正确|对|最", rf"(?:^|选项|因此|所以|故|(?<![A-Z])[,;.]) ?(?=(?-i:[A-Z]) ?{_TRUE})"),
+    ("[是为]", r"(?<=[,而])(?: ?其实)? ?(?:是|应为) ?(?=(?-i:[A-Z])\b)"))
 
 # %% ../../nbs/core/02_grade.ipynb #d5d796b5
 _DOUBT = re.compile(r"\b(?:not|never|if|whether|unless|wrong|incorrect|false|less|least|unlikely"
-                    r"|cannot|i doubt)\b|n't\b|错|不|非", re.I)
-_CLAUSE = re.compile(r"[.,;:!?\n]")
-_PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])")
+                    r"|cannot|i doubt|at first|initially|na[iï]ve|tempting|it (?:might|may) seem"
+                    r"|(?:some|others?|many|one|you)(?: \w+){0,2}? (?:might|may|could|would|say"
+                    r"|state|think|argue|believe|claim))\b|n't\b|错|不|非|有人", re.I)
+_CLAUSE = re.compile(r"[.,;:!?\n]| but\b| so(?= (?:the|my|I|we)\b| ?\Z)")
+_REASON = re.compile(   # doubt, but not of the answer: since it is not dense the answer is ...
+    r"\W*(?:since|because|as|although|even if|if (?:forced|(?:i|we) (?:had|have|were) to))\b"
+    r"(?!.*\b(?:think|believe|say|that|wrong|incorrect|false|least|less)\b)", re.I | re.S)
+_UNREAL = re.compile(   # if there were fluid, the answer would ...
+    r"\b(?:if(?! (?:i|we|forced|pressed)\b)|had(?! to)|otherwise|in (?:an? )?(?:child|infant"
+    r"|pregnan))[^.;!?\n]*(?: would|'d)(?: \w+){0,3}\W*\Z", re.I)
+_PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])|\n(?=```|#|\W{0,4}(?i:reason|explan|rational))")
+_RESTATED = re.compile(   # B, and then a list of the options, B among them
+    r"(\(?([A-Z])\b\W{0,4})\n(?=(?:.*\n)?\W{0,4}\2[).:] ?\w)", re.S)
 
 def _after(
     text: str,
@@ -230,9 +249,12 @@ def _after(
                    for match in _ends([*pattern.finditer(text, begin)], 32, []))
     stops, statements = [start for start, _ in found[1:]] + [len(text)], []
     for (start, end), stop in zip(found, stops):
-        clause = _CLAUSE.split(text[max(0, start - 200):start])[-1] + text[start:end]
-        if _DOUBT.search(clause): continue
+        before, cue = text[max(0, start - 200):start], text[start:end]
+        clause = _CLAUSE.split(before)[-1] + cue
+        if _DOUBT.search(clause) and not _REASON.match(clause): continue
+        if ("would" in before + cue or "'d" in cue) and _UNREAL.search(before + cue): continue
         statement = text[end:min(max(stop, end), end + 2000)].strip(" \t\n\r*_")
+        if restated := _RESTATED.match(statement): statement = restated[1]
         statements.append((end, _PARAGRAPH.split(statement, 1)[0]))
     return statements
 
@@ -255,9 +277,10 @@ def _statements(text: str) -> Iterable[tuple[list[str], str]]:
             if values and not values[-1].strip(): return
             yield values, "start"
         region = _without_tags(region).strip()
+        cues = _DECLARED if region.isascii() else _DECLARED + _CHINESE
         last, tail = region.rfind("\n") + 1, max(0, len(region) - 200)
         for begin in (tail, 0) if tail else (0,):
-            declared = _after(region, _DECLARED, begin)
+            declared = _after(region, cues, begin)
             on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
             yield on_last[-1:], "start"
         yield [text for _, text in declared], "start"
@@ -266,15 +289,17 @@ def _statements(text: str) -> Iterable[tuple[list[str], str]]:
         if tags: return
 
 # %% ../../nbs/core/02_grade.ipynb #4bc15bcd
-_WRAP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|f?boxed|fbox)\b|\\[,; ]"
-                   r"|[\^*_`$\\\"“”‘]|</?(?:b|i|u|em|strong|su[bp])>", re.I)
+_WRAP = re.compile(   # signs and not sets of signs: their first letters are found fast
+    r"\\(?:(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|f?boxed|fbox|[dt]?frac|circ)(?![a-z])|[,; ])?|\*|_"
+    r"|`|\$|\"|“|”|\^\{?|\{,\}|,(?=\d{3}(?!\d))(?<=\d,)|</?(?:b|i|u|em|strong|su[bp])>", re.I)
 _PICTURE = re.compile(r"<((?:image|img|picture|figure)[ _]?\d+)>", re.I)   # an option of MMMU
-_DASH = re.compile("[−–]")
+_DASH = re.compile("[‐‑‒−–]")
 
 def _clean(text: str) -> str:
     "Without markdown and LaTeX wrapping; one form for each character."
     if not text.isascii():
-        text = _DASH.sub("-", unicodedata.normalize("NFKC", text)).replace("’", "'")
+        text = _DASH.sub("-", unicodedata.normalize("NFKC", text)).replace("×", "x")
+    if "\\times" in text: text = text.replace("\\times", "x")
     return _WRAP.sub("", _PICTURE.sub(r"\1", text) if "<" in text else text)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e002d
@@ -289,21 +314,27 @@ def _words(text: str) -> tuple[str, ...]:
     article = _ARTICLE.match(folded)
     return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
-_BETWEEN = re.compile(r"[-\s,.;:'()[\]{}/&|]{0,4}")
-_BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])")
-_ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w))")
+_BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[-\s,.;:'()[\]{}/&|]{0,4}")
+_BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])(?<![A-Za-z]{2}-)")   # sub-acute is not acute
+_ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w)|(?<=\d)/\d)")
+
+# a number that is a part of more: -20, 10 to 20, 140/90, at least 20, 20 mg/kg
+_BOUND = re.compile(r"(?:[-+]|\d/|(?:[<>≤≥±]|\d ?%? to|\bbetween \S+ and|\bx|half of"
+                    r"|\b(?:over|under|above|than|at least|at most|minus|times)) ?)\Z")
+_PER = re.compile(r"(?: ?/ ?| per )(?:kg|m2)\b")
 
 def _end(words: tuple[str, ...], text: str, folded: str, start: int) -> int:
     "Where these words end that begin here, with punctuation between them; -1 if they do not."
-    signed = words[0][:1].isdigit() and folded[max(0, start - 1):start] in ("-", "+")
-    if signed or not _BEGINS.match(text, start): return -1   # -20 is not 20
+    number = words[0][:1].isdigit()
+    if number and _BOUND.search(folded, max(0, start - 16), start): return -1
+    if not _BEGINS.match(text, start): return -1
     at = start + len(words[0])
     for before, word in zip(words, words[1:]):
         least = at + (before[-1].isdigit() == word[0].isdigit())   # 10mg is 10 mg
         gaps = range(next(_BETWEEN.finditer(folded, at)).end(), least - 1, -1)
         at = next((gap + len(word) for gap in gaps if folded.startswith(word, gap)), -1)
         if at < 0: return -1
-    return at if _ENDS.match(text, at) else -1
+    return -1 if number and _PER.match(folded, at) or not _ENDS.match(text, at) else at
 
 # %% ../../nbs/core/02_grade.ipynb #bbc6e6f1
 _VERB = (r"(?:is|was|are|were|can|could|may|might|must|should|would|will|do|does|did|has|have|had"
@@ -317,7 +348,7 @@ _FIRST = re.compile(r"[^\w]{0,9}([A-Za-z])(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s
 _CAPITAL = re.compile(r"[A-Z](?<![\w'+-].)(?<!\w\..)(?![\w'+]|-\w"
                       r"|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
                       rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
-_CALLED = re.compile(r"(?<=(?:option|choice|letter) )[A-Za-z](?!\w| [ⓐ-ⓩ])")
+_CALLED = re.compile(r"(?<=(?:[Oo]ption|[Cc]hoice|[Ll]etter) )[A-Za-z](?!\w| [ⓐ-ⓩ])")
 
 def _letter_places(text: str, letters: Container[str]) -> list[int]:
     "Where a text names one of the letters."
@@ -401,21 +432,27 @@ _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
     rf"| *(?:[:=?–—-] *| )(?:no(?= *(?:[.,;\n(Ⓐ-ⓩ]|\Z))|{_NO})"
     r"| *(?:不|错|有误|(?:可以?|应)?排除|是?错误))")
 _BEFORE = re.compile(   # not B, rules out A and C, rather than B
-    r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat\w+|reject\w*"
-    r"|dismiss\w*|discard\w*|rather than|instead of|than|against|without(?! (?:a )?doubt)|unlike"
-    r"|no(?! doubt)|wrong|incorrect|false|absence of|negative for|unlikely|cannot)|n't)\b"
+    r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat(?!ion)\w+"
+    r"|reject\w*|dismiss\w*|discard\w*|rather than|instead of|than|against|unlike|unlikely|cannot"
+    r"|without(?! (?:a )?doubt)|no(?! doubt)|wrong|incorrect|false|absence of|negative for)|n't)\b"
     rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
-    r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[ⓐ-ⓩ][,和及或 ]{0,3})+")
+    r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[ⓐ-ⓩ][,和及或 ()]{0,3})+")
+_FACT = re.compile(   # behind a denial that is no verdict: B does not | cause fever
+    r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an?|my|our|most|very) )*(?:correct|right"
+    r"|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
+    r"|account|apply|consistent|compatible|support\w*)\b|[^\w\n]*(?:\n|\Z))")
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a
-def _without_denied(marked: str) -> str:
-    "A marked text with commas in place of the names that are denied and the words that deny them."
-    if not _SIGN.search(marked): return marked
+def _without_denied(marked: str) -> tuple[str, str]:  # all that is denied; what is judged wrong
+    "A marked text, with commas in place of denied names and the words that deny them."
+    left = judged = marked
+    if not _SIGN.search(marked): return left, judged
     folded = _fold(marked)
     matches = [*_BEHIND.finditer(folded), *_BEFORE.finditer(folded)]
     for start, end in (match.span() for match in matches):
-        marked = marked[:start] + "," * (end - start) + marked[end:]
-    return marked
+        left = left[:start] + "," * (end - start) + left[end:]
+        if not _FACT.match(folded, end): judged = judged[:start] + left[start:end] + judged[end:]
+    return left, judged
 
 def _denied(marked: str, left: str) -> set[str]:
     "The small marks of the options that denial took out of a marked text, of which this is left."
@@ -427,9 +464,11 @@ def _denied(marked: str, left: str) -> set[str]:
 _GAP = r"[^\w\n<>=%+≤≥±Ⓐ-ⓩ]"   # neither a word nor a sign nor a mark
 _LEAD = (r"(?:the|an|[a-z](?=\s(?-i:[ⓐ-ⓩ]))|my|final|correct|best|right|is|it|it's|its|this|that"
          r"|would|should|be|must|most|likely|probably|possibly|maybe|perhaps|also|either|both|so"
-         r"|thus|therefore|hence|but|leaving|rather|instead|option|choice|answer|letter|and|or|to)")
-_ALONE = re.compile(rf"(?!{_GAP}*(?:is|are|was) (?:it|this|that)\b){_GAP}*(?:{_LEAD}\b{_GAP}*)*"
-                    rf"([Ⓐ-ⓩ](?:{_GAP}*(?:(?:option|choice|letter) )?[Ⓐ-ⓩ])*){_GAP}*", re.I)
+         r"|thus|therefore|hence|but|leaving|rather|instead|option|choice|answer|letter|and|or|to"
+         r"|no|wait|oh|hmm+|actually|sorry|i meant?|on second thought|选项)")
+_ALONE = re.compile(
+    rf"(?!{_GAP}*(?:is|are|was) (?:it|this|that)\b){_GAP}*(?:{_LEAD}\b{_GAP}*)*"
+    rf"([Ⓐ-ⓩ](?:{_GAP}*(?:(?:option|choice|letter) )?[Ⓐ-ⓩ])*)(?:{_GAP}|选项)*", re.I)
 
 _EMPTY = re.compile(rf"{_GAP}*(?:{_LEAD}\b{_GAP}*)*", re.I)
 
@@ -446,16 +485,24 @@ def _alone(piece: str, names: _Names) -> set | None:
 # %% ../../nbs/core/02_grade.ipynb #9b6330dc
 _WHY = re.compile(r"[\s,;(](?:because|since|due to|given|rather|instead|which|while|whereas"
                   r"|(?:al)?though|but|not|(?<=\s)(?<!,\s)as)\b", re.I)
-_SENTENCE = re.compile(r"\.(?!\d)|[;\n!?]|(?<=[Ⓐ-ⓩ)])\s(?=\(?[Ⓐ-Ⓩ][.):])")
+_SENTENCE = re.compile(   # but not within "A. Pneumonia would be lobar" of a review
+    r"\.(?!\d|(?:(?<=\n[Ⓐ-Ⓩ]\.)|(?<=\. [Ⓐ-Ⓩ]\.)) [ⓐ-ⓩ] \w)|[;\n!?]"
+    r"|(?<=[Ⓐ-ⓩ)])\s(?=\(?[Ⓐ-Ⓩ][.):])")
 _PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(?:and|or|vs|then)\b"
-                    r"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|是?(?:正确|对))")
+                    rf"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|{_TRUE}"
+                    r"|the (?:best|correct|right|most|only)\b(?! \w+ is\b))")
+_OPEN = re.compile(r"[Ⓐ-ⓩ][^\wⒶ-ⓩ]*\b(?:or|and|vs|versus)[^\wⒶ-ⓩ]*\Z")   # cut off: "B or"
+_BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[ⓐ-ⓩ])")
 _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
                       r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
 
 def _opening(marked: str, names: _Names) -> set | None:
     "What a statement means that begins with its answer; the empty set if it contradicts itself."
     if not _SIGN.search(marked): return None
-    text = _without_denied(marked)
+    if _OPEN.search(marked): return set()
+    text, judged = _without_denied(marked)
+    if text != marked and (both := _BOTH.match(judged)):
+        text = both[0] + text[both.end():]   # the letter of "D. Hypothyroidism is not a cause"
     first = _SIGN.search(text)
     why = first and _WHY.search(text, first.end())
     sentences = _SENTENCE.split(text[:why.start()] if why else text)
@@ -464,30 +511,37 @@ def _opening(marked: str, names: _Names) -> set | None:
     if not pieces or pieces[0][1] is None or pieces[0][0] > 0 and text != marked: return None
     if _REFUSAL.search(sentences[pieces[0][0]]): return None
     if text != marked:
-        denied = _denied(marked, sentences[0]) | _denied(_SMALL_SIGN.sub(" ", marked), text)
+        denied = _denied(marked, judged[:len(sentences[0])])
+        denied |= _denied(_SMALL_SIGN.sub(" ", marked), judged)
         if denied & set(sentences[0].lower()): return set()   # also a letter denied later
     prose = {n for n, labels in pieces if labels is None} - {pieces[0][0]}
     return _common(labels for n, labels in pieces if n not in prose)
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0044
 _HEAD = re.compile(r"[^\wⒶ-ⓩ]{0,8}(?:\d+[.)]\s*)?(?:(?:option|choice) )?\(?([Ⓐ-ⓩ]|[a-z](?=\.))"
-                   r"[^\wⒶ-ⓩ]{0,2}?(?:[).:–—]|\s-\s)", re.I)
+                   r"(?:[^\wⒶ-ⓩ]{0,2}?(?:[).:–—]|\s-\s)|(?<=(?:option|choice) [Ⓐ-Ⓩ])\s\w"
+                   r"|(?-i:(?<=[ⓐ-ⓩ]))(?: ?\([Ⓐ-Ⓩ]\)|[\w '-]{0,40}\([^()\n]{1,40}\):))", re.I)
 _BARE = re.compile(rf"{_GAP}*(?:(?:option|choice) )?([Ⓐ-ⓩ]){_GAP}*", re.I)
 
 def _items(lines: list[str], names: _Names) -> list[bool]:
     "Which marked lines are items of a list of options; the last one may be cut off."
     heads = [match and str(names.marks.get(match[1].lower(), match[1])).lower()
              for match in map(_HEAD.match, lines)]
-    listed = {head for head in heads if head}
+    seen = [head for head in heads if head]
+    listed = set(seen)
     items = [head is not None and len(listed) > 1 for head in heads]
+    whole = [n for n, head in enumerate(heads) if head and _alone(lines[n], names)]
+    if len(whole) == 1 and len(seen) < len(listed) + 2:   # "B. Pneumonia", and a review beside it
+        head = heads[whole[0]] or ""
+        if seen.count(head) > 1 or seen[0] == head and len(listed) > 2: items[whole[0]] = False
     bare = _BARE.fullmatch(lines[-1])
     if bare and listed - {bare[1].lower()} and bare[1].lower() not in heads[:-1]: items[-1] = True
     return items
 
 def _kept(lines: list[str], names: _Names) -> list[str]:
     "The marked lines without denials; blank for an item, a heading, a name denied elsewhere."
-    rest, several = [_without_denied(line) for line in lines], len(lines) > 1
-    denied = set().union(*map(_denied, lines, rest))
+    rest, judged = zip(*map(_without_denied, lines))
+    denied, several = set().union(*map(_denied, lines, judged)), len(lines) > 1
     headings = [several and left.rstrip().endswith(":") for left in rest]
     return ["" if item or heading or any(mark in left.lower() for mark in denied) else left
             for left, item, heading in zip(rest, _items(lines, names), headings)]
@@ -495,9 +549,11 @@ def _kept(lines: list[str], names: _Names) -> list[str]:
 # %% ../../nbs/core/02_grade.ipynb #9a4e0047
 _LETTER = r"(?:(?:option|choice|answer|letter) )?[(\[]?(?-i:[Ⓐ-Ⓩ])"
 _CONCLUDED = _cues(
-    # ... is (B); this is a B
+    # ... is (B); this is a B; which leaves B; which makes B the best
     ("[Ⓐ-ⓩ]",
-     rf"\b(?:is|are|be|was):? +(?:(?:an|[a-z]) )?(?=[(\[]{{0,2}}{_LETTER}(?:[).:\]]|\s*$))"),
+     r"\b(?:is|are|be|was|leav(?:es?|ing)|elimination)[:,]? +(?:(?:an|[a-z]) )?"
+     rf"(?=[(\[]{{0,2}}{_LETTER}(?:[).:\]]|\s*$))"),
+    ("[Ⓐ-ⓩ]", rf"\bmak(?:es|ing) (?={_LETTER}[)\]]? the (?:best|correct|right|most|only)\b)"),
     # I think it's ...; which corresponds to option ...
     ("[Ⓐ-ⓩ]",
      r"\b(?:i|we) (?:think|believe|say|guess|suspect|conclude)"
@@ -522,7 +578,7 @@ _VAGUE = re.compile(r"\b(?:no|non|not|never|without|wrong|incorrect|false|may|mi
                     r"|absen\w+|negative|versus|history|den(?:y|ies|ied)|than)\b|n't|[?]"
                     r"|(?-i:[(\[][Ⓐ-Ⓩ]|[Oo]ption [Ⓐ-Ⓩ])|[.!]\s+\S", re.I)
 
-_TELLING = re.compile(r"[^\W\d_]{4}|[\u4e00-\u9fff]{2}|\d\W?[a-z]")
+_TELLING = re.compile(r"[^\W\d_]{4}|(?!NO\b)[A-Z]{2}|[\u4e00-\u9fff]{2}|\d\W?[a-z]")
 
 def _sentence(text: str, names: _Names) -> set | None:
     "What a single sentence means: the only option whose text it holds, if it is not vague."

@@ -194,6 +194,11 @@ FINDINGS = dict(zip("ABC", ("a bicuspid valve", "a lung mass", "a rib fracture")
 DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
 CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
 PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
+CAUSES = dict(zip("ABCD", ("Hyperparathyroidism", "Sarcoidosis", "Thiazides", "Hypothyroidism")))
+HOURS = dict(zip("ABC", ("24 hours", "12-24 hours", "48 hours")))
+BLEED = dict(zip("ABC", ("Acute", "Subacute", "Chronic")))
+SCANS = dict(zip("ABCD", ("CT", "MRI", "X-ray", "Ultrasound")))
+POWERS = dict(zip("ABC", ("5 x 10^5", "5 x 10^6", "1000 mL")))
 TEN = dict(zip("ABCDEFGHIJ", "one two three four five six seven eight nine ten".split()))
 SIBLINGS = [  # kind, options, what it must read, completions
     ("a letter that is denied", SALTS, None, [
@@ -259,6 +264,59 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "\\boxed{B}\n\\boxed{B}\n\\boxed{", '{"answer":"B"}\n{"answer":"C']),
     ("a pronoun", TEN, None, ["I cannot say.", "I do not know."]),
     ("option I", TEN, "I", ["I", "I think I", "Answer: I", "(I)"]),
+    ("the heading of a review", SALTS, None, [
+        "Let's evaluate each answer choice:\n\nA) Hypocalcemia: no spasm.\n\nB) Hypomagnesemia: the level is"]),
+    ("a review of texts with letters", SALTS, None, [
+        "* **Hypocalcemia (A):** no spasm.\n* **Hypomagnesemia (B):** While the level may be low, it is",
+        "Option A suggests a spasm.\nOption B", "Hypocalcemia (tetany): no.\nHypomagnesemia (B)"]),
+    ("a choice that was cut off", SALTS, None, [
+        "The most likely cause is either hypocalcemia or", "The answer is A or"]),
+    ("a possessive", SALTS, "B", [
+        "Therefore, the most likely cause of the patient's weakness is hypomagnesemia.\n\n```json",
+        "She is weak.\nThe most likely diagnosis for this woman's cramps is hypomagnesemia."]),
+    ("a curly apostrophe", SALTS, "B", ["I’d choose B.", "The answer’s B."]),
+    ("a curly apostrophe in a doubt", SALTS, None, [
+        "I don’t believe the correct answer is A. The level is low.", "It doesn’t follow that the answer is A."]),
+    ("another case", SALTS, "B", [
+        "The answer is B.\nIf the patient were pregnant, the answer would be C.",
+        "Answer: B\n\nIn children, the answer would be C.", "Final answer: B\n\nOtherwise, I would choose C.",
+        "The answer is B. Had the level been high, the answer would be A."]),
+    ("what others say", SALTS, "B", [
+        "It might seem that the correct answer is A, but it is B.",
+        "A naive reading suggests the answer is A, but it is B."]),
+    ("an answer that is taken back", SALTS, None, [
+        "Answer: B. Actually, C.", "Answer: B... no, C.", "The answer is A. Hmm, actually it's C.",
+        "Answer: A. Sorry, I meant C.", "B\n\nWait. On second thought, C."]),
+    ("an answer that is corrected", SALTS, "B", ["Answer: C\n\nCorrection: B"]),
+    ("a number of something else", HOURS, None, [
+        "Answer: between 5 and 24 hours", "Answer: over 24 hours", "The answer is <24 hours.",
+        "1.5 times 24 hours"]),
+    ("a range in words", HOURS, "B", ["It takes 12 to 24 hours.", "Answer: 12 to 24 hours"]),
+    ("a word behind a prefix", BLEED, None, ["The bleed is sub-acute.", "This is a sub‑acute clot."]),
+    ("a list behind the answer", SALTS, "B", [
+        "**Final Answer:** B\nA) Hypocalcemia\nB) Hypomagnesemia\nC) Hyponatremia\nD) Hypokalemia",
+        "The correct answer is B. Hypomagnesemia.\nA. Hypocalcemia would show a spasm.\nC. Hyponatremia would not."]),
+    ("a review beside the answer", SALTS, "B", [
+        "B. Hypomagnesemia\n\nExplanation:\nA. Hypocalcemia: no spasm.\nC. Hyponatremia: no fits.",
+        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes, it is low.\nC) Hyponatremia: no.\n\n**B) Hypomagnesemia**"]),
+    ("why it is the exception", CAUSES, "D", [
+        "The answer is D. Hypothyroidism is not a cause of hypercalcemia.",
+        "The answer is D because D is not a cause of hypercalcemia.",
+        "Answer: D (hypothyroidism does not cause hypercalcemia)",
+        "<answer>D. Hypothyroidism is not a cause of hypercalcemia</answer>",
+        "Hypothyroidism does not cause hypercalcemia.\n\nD"]),
+    ("a doubt of something else", SALTS, "B", [
+        "If forced to choose I would pick B.", "I can't see the strip clearly but the most likely answer is B.",
+        "Because the reflexes are not brisk the correct answer is B.",
+        "She has no fever and does not shake so the answer is B.", "If I had to guess, I'd say B."]),
+    ("more usual forms", SALTS, "B", [
+        "A, C and D can be ruled out, which leaves B.", "By process of elimination: B.", "Select option **B**.",
+        "I'm leaning toward option B.", "That makes B the correct answer."]),
+    ("more forms in Chinese", CHEST, "B", [
+        "因此，正确答案是选项 **B**。", "因此B是正确答案。", "最佳答案是B选项。", "最可能的是B。",
+        "答案为B（气胸），而不是A（肺炎）。", "有人认为答案是A，其实应为B。"]),
+    ("formulas", POWERS, "B", [r"\boxed{5 \times 10^{6}}", "5×10⁶"]),
+    ("capitals in a sentence", SCANS, "A", ["The image is a CT."]),
 ]
 
 
