@@ -282,7 +282,7 @@ def execute(
             file.write(nbformat.writes(done) + "\n")
         partial.unlink(missing_ok=True)
         made = [path for path, stamp in _stamps(workspace).items() if before.get(path) != stamp]
-        facts["by_run"] = "MEDVLTHINKER_PARENT" in os.environ
+        facts["by_run"] = "MEDVLTHINKER_RUN" in os.environ
         facts["outputs"] = {path.relative_to(workspace.root).as_posix(): file_hash(path)
                             for path in sorted(made)}
     return target

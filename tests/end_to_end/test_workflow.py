@@ -103,6 +103,14 @@ def test_what_makes_it_run_again(own_run):
     assert "step 2 of 2" not in out and {path: path.stat().st_mtime_ns for path in home.rglob("rollout.jsonl")} == answers, "notebooks are run again; nothing is trained or asked again"
 
 
+def test_what_a_verb_executed_with_other_keys_is_executed_again(own_run):
+    "Else a run would train on the fewer questions of `curate train_limit=8`, and call everything done."
+    alone = lambda *words: python("-m", "medvlthinker.app.cli", "step", "1_data", *SMALL, *words, cwd=own_run / "project", **in_copy(own_run))
+    assert alone("max_pixels=50000").returncode == 0
+    assert re.search("1_data +stale .* it was executed by itself, with other keys", out := status(own_run)[1]), out
+    assert alone().returncode == 0 and "1_data" not in due(own_run), "with the run's own keys it is what a run would make"
+
+
 def test_a_model_with_a_blank_in_its_path_and_questions_that_are_edited(own_run):
     "Both are the user's own; a model or a key that changes is no reason to show the old numbers."
     shutil.copytree(own_run / "home" / "smoke" / "checkpoints" / "tiny", model := own_run / "mein modell ä")
