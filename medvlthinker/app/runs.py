@@ -208,7 +208,7 @@ def other_weights(
     changed = weights and folder.is_dir() and weights != {model_fingerprint(folder)}
     return folder if changed else None
 
-
+# %% ../../nbs/app/71_runs.ipynb #5f01bb16
 def tell_other_weights(record: dict, profile: Profile) -> None:
     "Print a line where a model has other weights by now than those that answered."
     if folder := other_weights(record, Workspace(profile.name).root):

@@ -154,11 +154,11 @@ def length_figure(
         figure.add_vline(limit, line_dash="dot", annotation_text=f"{limit:,} in training")
     return figure.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #94e7ed1a
+# %% ../../nbs/difficulty/32_preflight.ipynb #94e7ed10
 class CannotMeasure(UserError):
     "A model for which nobody can say how many tokens an image takes."
 
-
+# %% ../../nbs/difficulty/32_preflight.ipynb #94e7ed1a
 def open_processor(
     model: str,  # what `resolve_model` returned
     max_pixels: int = 0,  # larger images are scaled down; 0 for the processor's own limit

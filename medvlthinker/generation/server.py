@@ -237,7 +237,7 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
         return []  # a question will say what is wrong, if anything is
 
-
+# %% ../../nbs/generation/23_server.ipynb #8c744b97
 def served_checkpoint(address: str, model: str) -> str:
     "The folder or hub id that vLLM serves under a name; empty for a server that does not say."
     with contextlib.suppress(UserError):

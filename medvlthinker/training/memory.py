@@ -240,7 +240,7 @@ def host_memory(
     weights = states(plan)["weights"] + states(plan)["reference model"]
     return settings.gpus * plan.shards * weights / 1e9
 
-
+# %% ../../nbs/training/41_memory.ipynb #f0b2d49e
 def refuse_small_host(recipe: Recipe, settings: TrainingSettings, model: str = "") -> None:
     "`UserError` where `host_memory` is more than this machine has."
     import psutil
