@@ -287,6 +287,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.UserError._render_traceback_': ( 'core/files.html#usererror._render_traceback_',
                                                                                                    'medvlthinker/core/files.py'),
+                                         'medvlthinker.core.files._is_left_over': ( 'core/files.html#_is_left_over',
+                                                                                    'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.atomic_write': ( 'core/files.html#atomic_write',
                                                                                    'medvlthinker/core/files.py'),
                                          'medvlthinker.core.files.environment_info': ( 'core/files.html#environment_info',

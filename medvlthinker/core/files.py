@@ -93,6 +93,13 @@ def is_alive(pid: int | str) -> bool:
     return True
 
 # %% ../../nbs/core/00_files.ipynb #0ada4ca1
+def _is_left_over(part: Path, name: str) -> bool:
+    "Did its writer die? That of another machine, or container, is not seen, but for its silence."
+    if part.name.startswith(f".{name}.{platform.node()}."):
+        return not is_alive(part.name.split(".")[-2])
+    return time.time() - part.stat().st_mtime > 86_400
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):  # or "wb" for bytes
     "A file to write, which gets its name when the block ends well; a full disk is a `UserError`."
@@ -102,9 +109,10 @@ def atomic_write(path, mode: str = "w"):  # or "wb" for bytes
     text: dict = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for torn in path.parent.glob(glob.escape(f".{path.name}.{platform.node()}.") + "*.part"):
-            if not is_alive(torn.name.split(".")[-2]):
-                torn.unlink(missing_ok=True)
+        for torn in path.parent.glob(glob.escape(f".{path.name}.") + "*.part"):
+            with contextlib.suppress(FileNotFoundError):  # another process removes it as well
+                if _is_left_over(torn, path.name):
+                    torn.unlink()
         with open(temporary, mode, **({} if binary else text)) as file:
             yield file
             file.flush()

@@ -175,9 +175,12 @@ class DatasetLayout(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict | InvalidRow]]:
         "Pairs of a row's name in messages and the row; `UserError` where the files are not there."
-        if not (files := self.found()):
+        files, ours = self.found(), os.path.isdir(self.place)
+        lacking = [name for name in self.files.split() if not any(self.folder().glob(name))]
+        if not files or lacking and not ours:  # a copy of one's own may hold some
             images = f" with {self.images} beside it" if self.images else ""
-            raise UserError(f"{self.place} holds no {self.files.split()[0]}{images}.")
+            place = self.place if ours else f"The copy of {self.place} on this machine"
+            raise UserError(f"{place} holds no {(lacking or self.files.split())[0]}{images}.")
         if "*" in self.files:  # who names one part in full wants no other
             _check_parts(files)
         for where, row in itertools.chain.from_iterable(map(read_rows, files)):

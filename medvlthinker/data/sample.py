@@ -371,7 +371,8 @@ def _check_counts(path: Path, max_rejected: int) -> None:
 def store_samples(path, rows: Callable, inputs: dict, max_rejected: int = 0) -> SampleFile:
     "The samples of `rows()`, made where the file is stale; `UserError` for too many broken rows."
     path = Path(path)
-    if stale_reason(path, inputs):
+    many = read_json(record_path(path)).get("broken", 0) > max_rejected  # mended, perhaps
+    if stale_reason(path, inputs) or many:
         beside = path.with_suffix(".rejected.jsonl")
         with write_record(path, inputs, [beside]) as facts, atomic_write(beside) as rejected:
             write_samples(_accepted(rows(), rejected, facts), path)

@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'LOST', 'verl_row', 'training_file', 'verl_parquet', 'has_
 
 # %% ../../nbs/training/44_verl.ipynb #a0361a52
 import importlib, json, math, os, re
-import shlex, shutil, subprocess, sys, tempfile, time, zipfile
+import shlex, shutil, subprocess, sys, time, zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -76,11 +76,13 @@ def verl_parquet(run: Run) -> Path:
 
     with file_lock(path.parent):
         if stale_reason(path, inputs):
-            with (write_record(path, inputs), tempfile.TemporaryDirectory(dir=path.parent) as spare,
-                  atomic_write(path, "wb") as file):
-                made = Dataset.from_generator(
-                    rows, features=features, cache_dir=spare, fingerprint=fingerprint(inputs))
+            spare = path.with_name(f".{path.stem}.arrow")
+            shutil.rmtree(spare, ignore_errors=True)  # of a process that was killed
+            with write_record(path, inputs), atomic_write(path, "wb") as file:
+                made = Dataset.from_generator(rows, features=features, cache_dir=str(spare),
+                                              fingerprint=fingerprint(inputs))
                 (made if run.images else made.remove_columns("images")).to_parquet(file)
+            shutil.rmtree(spare)
     return path
 
 # %% ../../nbs/training/44_verl.ipynb #02a7ea6c

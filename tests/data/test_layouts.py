@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from conftest import encoded, key_opens, split
+from medvlthinker.core.files import UserError
 from medvlthinker.data import benchmarks as b
 from medvlthinker.data import corpora as c
 from medvlthinker.data import converters
@@ -115,6 +116,33 @@ def test_each_source_as_the_hub_holds_it(tmp_path, name):
     assert len(good) == len(tables) and len(others) == len(tables) * (len(rows) - 1) and all(bad.filtered for bad in others), [str(bad) for bad in others]
     assert {(s.question, s.answer, len(s.images)) for s in good} == {(question, answer, images)} and all(map(key_opens, good))
     assert all(data == PHOTO for sample in good for data in sample.images)
+
+
+def test_a_copy_of_the_hub_that_was_not_whole_is_read_again(tmp_path, home, monkeypatch):
+    "A folder of MMMU, a part of PMC-VQA and the bytes of an image come later, under the same commit; nothing is measured before."
+    monkeypatch.setattr("medvlthinker.data.readers.download_hub_files", lambda repo, *patterns: tmp_path)
+    read = lambda name: len(b.load_benchmark(name, DataSettings("source", limit=200)))
+    [row, _], files = HUB["MMMU-medical"][0], b.SOURCES["MMMU-medical"].files.split()
+    monkeypatch.setitem(b.BENCHMARKS, "MMMU-medical", len(files))
+    *most, last = (tmp_path / file.replace("*", "00000-of-00001") for file in files)
+    for number, path in enumerate(most):
+        put(path, [{**row, "id": f"validation_{number}"}])
+    with pytest.raises(UserError, match="The copy of MMMU/MMMU on this machine holds no .*/dev-"):
+        read("MMMU-medical")
+    put(last, [{**row, "id": "validation_last"}])
+    assert read("MMMU-medical") == len(files)
+
+    [row], folder = HUB["pmc_vqa"][0], tmp_path / "PMC-VQA" / "test"
+    monkeypatch.setitem(b.BENCHMARKS, "pmc_vqa", 2)
+    put(folder / "0000.parquet", [row])
+    with pytest.raises(UserError, match="pmc_vqa has 1 questions here, and the published set 2"):
+        read("pmc_vqa")
+    put(folder / "0001.parquet", [{**row, "image": {"bytes": PHOTO[:-300], "path": None}}])
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 rows of pmc_vqa-200-seed42.parquet are broken"):
+            read("pmc_vqa")
+    put(folder / "0001.parquet", [row])
+    assert read("pmc_vqa") == 2
 
 
 def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
