@@ -44,11 +44,14 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
     stop "the installation failed (above: its last words; all of them: $log); mend what it names and call again, it goes on from here"
 }
 
-# full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM.
+# full-gpu, full-cpu or default. A machine with a GPU gets the full set at once: its profiles need vLLM. A full set stays one:
+# a login node shares it with the nodes that have GPUs, and perhaps no network.
 wanted_set() {
+    local kept
+    kept=$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)
     if [ "${1:-}" = cpu ]; then echo default
-    elif [ "${1:-}" = gpu ] || has_gpu; then echo full-gpu
-    elif [ "${1:-}" = full ] || [ "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" = full-cpu ]; then echo full-cpu
+    elif [ "${1:-}" = gpu ] || has_gpu || [ "$kept" = full-gpu ]; then echo full-gpu
+    elif [ "${1:-}" = full ] || [ "$kept" = full-cpu ]; then echo full-cpu
     else echo default; fi
 }
 

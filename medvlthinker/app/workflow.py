@@ -355,28 +355,37 @@ def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
     if not {"--cores", "-c", "--jobs", "-j"} & {*options}:  # here two steps run side by side
         cores = str(min(2, os.cpu_count() or 1))
         words += ["--jobs", "16"] if _elsewhere(options) else ["--cores", cores]
-    if not _elsewhere(options):  # or one that has the GPUs
+    if _elsewhere(options):  # a shared disk shows a file late
+        words += ["--latency-wait", "60"]
+    else:  # or one that has the GPUs
         words += ["--resources", f"cards={max(1, profile.gpus)}"]
     name, *keys = command_words(profile)
     return [*words, "--config", f"profile={name}", *keys]
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    "End Snakemake and its steps, and wait until they are gone."
+def _end_group(process: subprocess.Popen, elsewhere: bool = False) -> None:
+    "End Snakemake and its steps, or the jobs of a scheduler, and wait until they are gone."
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(15)
+        if elsewhere:
+            print("The jobs of this run are cancelled.", flush=True)
+            os.kill(process.pid, signal.SIGINT)  # by any other signal Snakemake waits for them
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60 if elsewhere else 15)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _failure(lines: list[str], step: str) -> UserError:
+def _failure(lines: list[str], step: str, profile: Profile) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
         return UserError(sentences[0].removeprefix("medvlthinker: "))
-    if step:
-        return _death(step)
-    return UserError(f"Snakemake stopped: {(lines[-1:] or ['it said nothing'])[0]}")
+    if step:  # the log of a scheduler's job lies elsewhere, its notebook does not
+        state, why = _state(step, profile, "it failed")
+        return UserError(why) if state == "failed" else _death(step)
+    first = next((place for place, line in enumerate(lines) if "WorkflowError" in line), -1)
+    said = textwrap.shorten(" ".join(lines[first:]), 600, placeholder=" ...")
+    return UserError(f"Snakemake stopped: {said or 'it said nothing'}")
 
 # %% ../../nbs/app/75_workflow.ipynb #d48a0eb8
 def snakemake(
@@ -406,7 +415,7 @@ def snakemake(
                 yield line.rstrip("\n")
             process.wait()
         except BaseException:
-            _end_group(process)
+            _end_group(process, _elsewhere(options))
             raise
         finally:
             if not dry:
@@ -414,7 +423,7 @@ def snakemake(
         if process.returncode:
             log.seek(0)
             said = [redact(line.strip()) for line in log if line.strip()]
-            raise _failure(said, failed)
+            raise _failure(said, failed, profile)
 
 # %% ../../nbs/app/75_workflow.ipynb #2006bf22
 def reasons(

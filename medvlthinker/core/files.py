@@ -70,6 +70,9 @@ def write_error(
 ) -> UserError:
     "The sentence for a disk that takes no more of something; any other error is raised again."
     number, reason = getattr(error, "errno", errno.ENOSPC), getattr(error, "strerror", error)
+    if number == errno.ENOLCK:
+        return UserError(f"{what} lies on a disk that keeps no locks ({reason}); set "
+                         "MEDVLTHINKER_HOME to a folder on one that does.")
     if number not in _NO_ROOM:
         raise error
     if number == errno.EACCES:  # perhaps somebody else's model or table, which is only read

@@ -5,16 +5,16 @@
 #   sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --mem=0 nbs/assets/cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k
 #
 # The command runs on the first node, with RAY_ADDRESS and CLUSTER_RAY (HOST:PORT of the head) set; called again after a kill it goes on from its last checkpoint.
-# From outside: PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600),
+# From outside: CLUSTER_PYTHON (default .venv/bin/python; `ray` lies beside it), CLUSTER_WAIT (seconds until all nodes are there; 600),
 # RAY_TMPDIR (a folder of each node for Ray's sockets, logs and spilled objects, with a short path; /tmp).
 set -euo pipefail
 
 stop() { printf 'cluster.sh: %s\n' "$*" >&2; exit 2; }
 [ $# -gt 0 ] || stop "which command is to run? Such as: cluster.sh ./reproduce.sh paper recipes=32B-RL_m23k"
 [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ] || stop "there is no Slurm allocation here; start this by sbatch."
-PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-RAY=${PYTHON%/*}/ray
-[ -x "$RAY" ] || stop "$RAY is not there; call this from the project's folder, after ./reproduce.sh setup full."
+CLUSTER_PYTHON=${CLUSTER_PYTHON:-$PWD/.venv/bin/python}
+RAY=${CLUSTER_PYTHON%/*}/ray
+[ -x "$RAY" ] || stop "$RAY is not there; call this from the project's folder, after ./reproduce.sh setup gpu."
 [ ! -f locks/setup.sh ] || { . locks/setup.sh; read_env; }  # processes of Ray have the keys of .env from here, or never
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -24,10 +24,11 @@ port=$((20000 + own)) jobs=$((23000 + own)) clients=$((26000 + own)) agent=$((29
 each=(--nodes=1 --ntasks=1 --overlap ${SLURM_CPUS_ON_NODE:+--cpus-per-task=$SLURM_CPUS_ON_NODE})
 gpus=(${SLURM_GPUS_ON_NODE:+--num-gpus=$SLURM_GPUS_ON_NODE})
 folder=${RAY_TMPDIR:-/tmp}/ray-$SLURM_JOB_ID  # of all nodes: /tmp/ray may belong to somebody, and the path of a socket has 107 bytes at most, which $TMPDIR may fill
-export PATH=${PYTHON%/*}:$PATH RAY_USAGE_STATS_ENABLED=0
+export PATH=${CLUSTER_PYTHON%/*}:$PATH RAY_USAGE_STATS_ENABLED=0
 
 # whoever reaches Ray's port can run code as us: a token of this job's own, in a file that only we may read
 home=${MEDVLTHINKER_HOME:-$PWD/_runs}
+home=${home/#\~/${HOME:-}}  # as it may stand in .env
 mkdir -p "$home"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH
 RAY_AUTH_TOKEN_PATH=$(mktemp "$home/.ray-token.XXXXXX")

@@ -1,9 +1,13 @@
 """Each step as a job of Slurm. A made-up sbatch runs the script that it is given; sacct and srun stand beside it."""
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import python
+from conftest import ROOT, python
 
 PROGRAMS = {
     "sbatch": """printf '%s ' "$@" >> {folder}/asked
@@ -26,7 +30,7 @@ for script in {folder}/*.script; do
 done""",
     "srun": """while case "$1" in -*) true ;; *) false ;; esac; do shift; done
 exec "$@\"""",
-    "sinfo": "echo PARTITION; echo all*", "scancel": "true", "sacctmgr": "echo nobody", "sshare": "echo nobody"}
+    "sinfo": "echo PARTITION; echo all*", "scancel": """printf '%s ' "$@" >> {folder}/cancelled""", "sacctmgr": "echo nobody", "sshare": "echo nobody"}
 
 
 @pytest.fixture
@@ -66,3 +70,26 @@ def test_a_step_on_gpus_gets_one_node_with_all_of_them(slurm, warm_home, monkeyp
     assert done.returncode and "Traceback" not in done.stderr
     asked = (slurm / "asked").read_text().split()
     assert {"--nodes=1", "--ntasks=1", "--cpus-per-task=64", "--gpus-per-node=8"} <= {*asked} and int(asked[asked.index("--mem") + 1]) > 265_000
+
+
+@pytest.mark.heavy
+def test_an_interrupted_run_cancels_its_jobs(slurm, warm_home):
+    "Else they go on, and the next start submits the same steps beside them."
+    run = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
+                            "notebooks/1_data.ipynb"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = warm_home / "smoke" / "logs" / "snakemake.log"
+    while not (log.exists() and "submitted with SLURM jobid 101" in log.read_text()):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert "The jobs of this run are cancelled." in run.communicate(timeout=120)[0] and run.returncode == 130
+    assert "101" in (slurm / "cancelled").read_text().split()
+    while not (slurm / "101").exists():  # the made-up scheduler only notes who is to be cancelled
+        time.sleep(0.1)
+
+
+@pytest.mark.heavy
+def test_the_sentence_of_a_step_that_failed_as_a_job_is_shown(slurm, warm_home, tmp_path):
+    done = python("-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "models=tiny", "recipes=", f"data_dir={tmp_path}", "--executor", "slurm", "-j", "1",
+                  "--slurm-init-seconds-before-status-checks", "5", "notebooks/1_data.ipynb")
+    assert done.returncode == 2 and "holds no copy of pmc_vqa" in done.stderr and "has died" not in done.stderr, done.stderr

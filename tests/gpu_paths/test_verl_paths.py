@@ -513,7 +513,7 @@ def slurm(tmp_path):
     for name, text in FAKES.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (programs / name).chmod(0o755)
-    variables = {"PATH": f"{programs}:/usr/bin:/bin", "PYTHON": str(programs / "python"),
+    variables = {"PATH": f"{programs}:/usr/bin:/bin", "CLUSTER_PYTHON": str(programs / "python"),
                  "CALLS": str(tmp_path / "calls"), "STATE": str(tmp_path / "state"),
                  "MEDVLTHINKER_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "70123",
                  "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_GPUS_ON_NODE": "8"}
@@ -577,6 +577,6 @@ def test_a_node_that_does_not_come_stops_the_job(slurm):
 
 def test_outside_of_slurm_and_without_a_command_it_says_what_it_wants(slurm):
     for words, more, said in (((), {}, "which command"), (("ls",), {"SLURM_JOB_ID": ""}, "sbatch"),
-                              (("ls",), {"PYTHON": "/none/python"}, "./reproduce.sh setup full")):
+                              (("ls",), {"CLUSTER_PYTHON": "/none/python"}, "./reproduce.sh setup gpu")):
         run = slurm.begin(*words, **more)
         assert said in run.communicate(timeout=30)[1] and run.returncode == 2
