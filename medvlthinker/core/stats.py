@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'wilson_of_mean', 'weighted_sum', 'macro_average', 'micro_average', 'clustered_mean', 'effective_size',
-           'paired_bootstrap', 'mcnemar', 'holm', 'pass_at_k', 'majority', 'grim_test']
+           'paired_bootstrap', 'mcnemar', 'holm', 'p_text', 'pass_at_k', 'majority', 'grim_test']
 
 # %% ../../nbs/core/01_stats.ipynb #65b25054
 from collections import Counter
@@ -197,6 +197,11 @@ def holm(p_values: dict) -> dict:
         return {}
     corrected = multipletests(list(p_values.values()), method="holm")[1]
     return dict(zip(p_values, corrected.tolist()))
+
+# %% ../../nbs/core/01_stats.ipynb #51a31132
+def p_text(p: float) -> str:
+    "A p-value for a reader: three digits, `<0.001`, or nothing where there is none."
+    return "" if p != p else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 # %% ../../nbs/core/01_stats.ipynb #5add6a7b
 def pass_at_k(
