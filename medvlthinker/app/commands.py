@@ -180,8 +180,16 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     flips = table[table.flip != ""].drop(columns=["parts_at", "failed"])
     _store(flips, path, rollouts=origin, rules=(old, new))
     explain_flips(table, (old, new))
-    print(pd.concat(changes, names=["model"]).round(2).to_string())
+    print(_changes_text(pd.concat(changes, names=["model"])))
     print(f"Every flip stands in {path}.")
+
+
+def _changes_text(changes) -> str:
+    "The table of `paired_changes` as text."
+    from medvlthinker.core.stats import p_text
+
+    p_values = {name: changes[name].map(p_text) for name in ("p", "holm")}
+    return changes.round(2).assign(**p_values).to_string()
 
 # %% ../../nbs/app/77_commands.ipynb #c78a28
 def export(words: Words = None) -> None:
@@ -264,8 +272,8 @@ def compare_models(
     if not tables:
         raise UserError(f"{first} and {second} were asked no common test set in the profile "
                         f"{profile.name}.")
-    changes = paired_changes(pd.concat(tables)).round(2).to_string()
-    print(f"{second} - {first}, percentage points, rule {rule}", changes, sep="\n")
+    print(f"{second} - {first}, percentage points, rule {rule}")
+    print(_changes_text(paired_changes(pd.concat(tables))))
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0004
 def compare(words: Words = None) -> None:

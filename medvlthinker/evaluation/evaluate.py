@@ -9,7 +9,7 @@ __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'grade_rol
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
 import hashlib, io, itertools, json, os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, sanitize, write_record)
 from ..core.grade import RULES, grade
 from ..core.stats import (
-    clustered_mean, effective_size, holm, macro_average, majority, mcnemar, micro_average,
-    paired_bootstrap, pass_at_k, wilson)
+    effective_size, holm, macro_average, majority, mcnemar, micro_average, paired_bootstrap,
+    pass_at_k, weighted_sum, wilson, wilson_of_mean)
 from ..data.benchmarks import BENCHMARKS
 from ..data.sample import Sample
 from ..generation.model import folder_name
@@ -245,24 +245,6 @@ def question_scores(
     scores.insert(4, "rule", rule)
     return scores
 
-# %% ../../nbs/evaluation/50_evaluate.ipynb #0eaabab3
-def _mean_and_error(values: Sequence[float], images: Sequence[str]) -> tuple[float, float]:
-    "Mean and clustered error; where all values are alike, as if four more images had split evenly."
-    mean, error = clustered_mean(values, images)
-    if error > 1e-9:  # a sum of shares is not exact
-        return mean, error
-    m = len(set(images)) + 4
-    p = (mean * (m - 4) + 2) / m
-    return mean, (p * (1 - p) / m) ** 0.5
-
-
-def _average(points: dict[str, tuple], weights: dict) -> tuple[float, float]:
-    "Weighted mean and its error of the paper's benchmarks."
-    shares = {name: weights[name] / sum(weights[each] for each in BENCHMARKS)
-              for name in BENCHMARKS}
-    mean = sum(share * points[name][0] for name, share in shares.items())
-    return mean, sum((share * points[name][1]) ** 2 for name, share in shares.items()) ** 0.5
-
 # %% ../../nbs/evaluation/50_evaluate.ipynb #b8039d64
 def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
     """Average, majority and pass@k of several answers, each with its 95 % interval in percent.
@@ -282,13 +264,16 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
         counts = zip(scores["right"], scores["n"])
         measures[f"pass@{k}", k] = pd.Series([pass_at_k(*pair, k) for pair in counts])
     for (measure, k), values in measures.items():
-        points = {name: _mean_and_error(values[part.index].tolist(), part["image"].tolist())
-                  for name, part in parts.items()}
-        if points.keys() >= set(BENCHMARKS):
-            points |= {"average": _average(points, dict.fromkeys(BENCHMARKS, 1)),
-                       "all": _average(points, sizes)}
-        for name, (mean, error) in points.items():
-            low, high = max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+        means = {name: (float(values[part.index].mean()),
+                        effective_size(values[part.index], part["image"]))
+                 for name, part in parts.items()}
+        found = {name: (mean[0], *wilson_of_mean(*mean)) for name, mean in means.items()}
+        if means.keys() >= set(BENCHMARKS):
+            six = {name: means[name] for name in BENCHMARKS}
+            total = sum(sizes[name] for name in six)
+            found |= {"average": weighted_sum(six, dict.fromkeys(six, 1 / len(six))),
+                      "all": weighted_sum(six, {name: sizes[name] / total for name in six})}
+        for name, (mean, low, high) in found.items():
             count = sizes.get(name) or sum(sizes[each] for each in BENCHMARKS)
             rows.append((name, measure, k, 100 * mean, 100 * low, 100 * high, count, n))
     columns = ["dataset_name", "measure", "k", "percent", "low", "high", "n", "answers"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.stats import grim_test, holm, wilson
+from ..core.stats import grim_test, holm, p_text, wilson
 from ..evaluation.evaluate import paired_difference, read_grades
 from ..generation.model import prompt_format
 from .figures import sampled_frame
@@ -99,7 +99,8 @@ def _differences_text(lines: Iterable[dict]) -> str:
     for line in lines:
         numbers = (line[key] for key in ("difference", "low", "high"))
         value, low, high = (number_text(number, 2, True) for number in numbers)
-        texts.append(f"{line['first']} against {line['second']}: {value} [{low}, {high}]")
+        over = f" (over {line['over']} only)" if "over" in line else ""
+        texts.append(f"{line['first']} against {line['second']}: {value} [{low}, {high}]{over}")
     return "; ".join(texts)
 
 # %% ../../nbs/results/63_claims.ipynb #a27adca2
@@ -126,10 +127,13 @@ def _rivals(paper: Paper) -> list[Published]:
 
 
 def _strongest(model: Published, rivals: Iterable[Published]) -> Finding:
-    "The verdict against the strongest rival."
-    lines = [difference_interval(model, rival) for rival in rivals]
-    lines.sort(key=lambda line: line["difference"])
-    return lines[0]["verdict"], f"The strongest rival: {_differences_text(lines[:1])}.", lines
+    "The verdict against the strongest rival, which by question may be another one."
+    both = [[difference_interval(model, rival, by) for by in ("benchmark", "question")]
+            for rival in rivals]
+    lines, weighed = (sorted(each, key=lambda line: line["difference"]) for each in zip(*both))
+    because = (f"The strongest rival: {_differences_text(lines[:1])}. Weighing every question "
+               f"alike: {_differences_text(weighed[:1])}.")
+    return lines[0]["verdict"], because, lines + weighed[:1]
 
 
 def best_open_7b(paper: Paper) -> Finding:
@@ -160,15 +164,15 @@ def new_records(paper: Paper) -> Finding:
 
 # %% ../../nbs/results/63_claims.ipynb #8e02177d
 def on_par_with_gpt4o(paper: Paper) -> Finding:
-    "Can the six sets tell the 32B model and GPT-4o apart?"
+    "Can the average of the six sets tell the 32B model and GPT-4o apart?"
     first, second = paper.row("32B-RL_m23k"), paper.row("GPT-4o")
     lines = [difference_interval(first, second, by) for by in ("benchmark", "question")]
     macro, micro = (_differences_text([line]) for line in lines)
     verdict, value, high = (lines[0][key] for key in ("verdict", "difference", "high"))
     if verdict == "within noise":
         bound = abs(value) + (high - value) * 1.645 / 1.96
-        macro += (": the six sets cannot tell the two apart, and bound the difference to "
-                  f"{bound:.1f} points, the far end of its 90 % interval")
+        macro += (": the average of the six cannot tell the two apart, and bounds its difference "
+                  f"to {bound:.1f} points, the far end of its 90 % interval")
     return verdict, f"{macro}. Weighing every question alike: {micro}.", lines
 
 # %% ../../nbs/results/63_claims.ipynb #450cba8d
@@ -299,12 +303,13 @@ def audit_claims(
 
 # %% ../../nbs/results/63_claims.ipynb #6fbc43f1
 def rows_markdown(rows: Iterable[dict]) -> str:
-    "Rows as a Markdown table; numbers with two digits."
+    "Rows as a Markdown table; numbers with two digits, p-values (p and holm) with three."
     rows = [*rows]
     head = dict.fromkeys(key for row in rows for key in row)
-    values = ([row.get(key, "") for key in head] for row in rows)
-    return markdown_table(head, ([number_text(x, 2) if isinstance(x, float) else x for x in line]
-                                 for line in values))
+    texts = {key: p_text if key in ("p", "holm") else functools.partial(number_text, digits=2)
+             for key in head}
+    return markdown_table(head, ([texts[key](x) if isinstance(x := row.get(key, ""), float) else x
+                                  for key in head] for row in rows))
 
 # %% ../../nbs/results/63_claims.ipynb #a58958e0
 def verdicts_markdown(verdicts: dict[str, Verdict]) -> str:
@@ -375,15 +380,19 @@ def paired_differences(
 def run_differences(
     folder, models: Iterable[str], pairs: Iterable[tuple[str, str]], rule: str = "regrade",
 ) -> list[dict]:
-    "A line a pair: the difference of macro averages, and the benchmarks that differ after Holm."
+    """A line a pair: the difference of macro averages, and the benchmarks that differ after Holm.
+
+    `over` names the benchmarks where they are not all six."""
     lines: list[dict] = []
     for first, second, table in paired_differences(folder, models, pairs, rule):
         macro, differ = table.loc["macro average"], table[table["holm"] < 0.05]["difference"]
         apart = [f"{COLUMNS.get(name, name)} {number_text(value, signed=True)}"
                  for name, value in differ.items()]
+        asked = [heading for name, heading in COLUMNS.items() if name in table.index]
+        over = {"over": ", ".join(asked)} if len(asked) < len(COLUMNS) else {}
         lines.append({"first": first, "second": second,
                       **macro[["difference", "low", "high"]].to_dict(), "n": int(macro["n"]),
-                      "rule": rule, "apart on": ", ".join(apart) or "none",
+                      **over, "rule": rule, "apart on": ", ".join(apart) or "none",
                       "verdict": interval_verdict(macro["low"], macro["high"])})
     return lines
 

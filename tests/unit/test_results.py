@@ -174,6 +174,14 @@ def test_published_weights_are_known_by_their_hub_id(tmp_path):
     assert table.loc["macro average", "difference"] == pytest.approx(30, abs=5)
 
 
+def test_a_verdict_on_some_of_the_sets_names_them(tmp_path):
+    dice, models = np.random.default_rng(0), ["tiny", "tiny-RL_m23k"]
+    for sets, part in ((["vqa_rad_closed", "pmc_vqa"], " (over PMC, VQA-Rad only)"), (COLUMNS, "]")):
+        for model, share in zip(models, (.4, .7)):
+            evaluated(tmp_path / str(len(sets)) / model, {name: (dice.random(100) < share).tolist() for name in sets})
+        assert claims.audit_runs(tmp_path / str(len(sets)), models)["text_beats_base"].because.endswith(part)
+
+
 def test_one_table_holds_no_answers_to_different_questions(home):
     "A model that was evaluated again with another limit stands in no table beside the others."
     root = home / "smoke"
