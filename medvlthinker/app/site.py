@@ -65,7 +65,10 @@ def page_markdown(
         if "default_exp" not in given and given.get("echo") != "false":
             parts += _code(cell.source.strip(), f"medvlthinker.{module}", given, folded)
         for output in cell.outputs:
-            parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
+            if text := output.get("data", {}).get("text/markdown"):  # in which a < is no tag
+                parts += ["::: output", text.replace("<", "&lt;"), ":::"]
+            else:
+                parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -240,6 +240,15 @@ def real(tmp_path_factory):
     return folder
 
 
+def test_the_verdicts_are_tables_and_text_on_their_pages(real):
+    "And not the name of the object that showed them."
+    for page in real.rglob("*.html"):
+        assert "IPython.core.display" not in page.read_text(encoding="utf-8"), page
+    for page, part in (("index.html", "holds in part"), ("paper/audit.html", "Within noise.")):
+        shown = BeautifulSoup((real / page).read_text(encoding="utf-8"), "html.parser").select(".output")
+        assert any(part in block.get_text() and block.select("table, strong") for block in shown), page
+
+
 def test_each_exported_function_of_the_real_site_has_a_place_and_no_link_is_dead(real):
     assert dead_links(real) == []
     places = {anchor for path in real.rglob("*.html") for anchor in re.findall(r'<details class="code" id="([^"]+)"', path.read_text())}
