@@ -65,8 +65,9 @@ def page_markdown(
         if "default_exp" not in given and given.get("echo") != "false":
             parts += _code(cell.source.strip(), f"medvlthinker.{module}", given, folded)
         for output in cell.outputs:
-            if text := output.get("data", {}).get("text/markdown"):  # in which a < is no tag
-                parts += ["::: output", text.replace("<", "&lt;"), ":::"]
+            if text := output.get("data", {}).get("text/markdown"):  # which folds calculations
+                text = re.sub("<(?!/?(?:details(?: open)?|summary)>)", "&lt;", text)
+                parts += ["::: output", text, ":::"]
             else:
                 parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
     return "\n\n".join(part for part in parts if part)

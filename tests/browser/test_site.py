@@ -247,6 +247,7 @@ def test_the_verdicts_are_tables_and_text_on_their_pages(real):
     for page, part in (("index.html", "holds in part"), ("paper/audit.html", "Within noise.")):
         shown = BeautifulSoup((real / page).read_text(encoding="utf-8"), "html.parser").select(".output")
         assert any(part in block.get_text() and block.select("table, strong") for block in shown), page
+        assert "<details" not in " ".join(block.get_text() for block in shown), "calculations are folded"
 
 
 def test_each_exported_function_of_the_real_site_has_a_place_and_no_link_is_dead(real):
