@@ -48,7 +48,7 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
 # a login node shares it with the nodes that have GPUs, and perhaps no network.
 wanted_set() {
     local kept
-    kept=$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)
+    kept=$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null) || true
     if [ "${1:-}" = cpu ]; then echo default
     elif [ "${1:-}" = gpu ] || has_gpu || [ "$kept" = full-gpu ]; then echo full-gpu
     elif [ "${1:-}" = full ] || [ "$kept" = full-cpu ]; then echo full-cpu

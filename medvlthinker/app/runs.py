@@ -9,7 +9,7 @@ __all__ = ['SETS', 'question_sets', 'measuring_processor', 'engine_settings', 'r
            'questions_of', 'named_sets', 'stored_rollouts', 'stored_viewer']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
-import contextlib, dataclasses, glob, os, shlex, sys
+import contextlib, dataclasses, glob, shlex, sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from ..data.sample import Sample, SampleFile
 from .profile import Profile, Workspace, command_words
 from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
-from ..generation.model import folder_name, model_fingerprint, resolve_model
+from ..generation.model import (
+    folder_name, model_fingerprint, resolve_model, trained_model)
 from ..generation.request import EngineSettings, Hardware, Sampling
 from ..generation.rollout import (
     Job, Rollout, generate_all, load_rollout, samples_fingerprint)
@@ -200,9 +201,8 @@ def other_weights(
     root: Path,  # of its run
 ) -> Path | None:
     "The model's folder where it holds other weights by now than those that answered."
-    folder = root / "checkpoints" / record["model"]
-    if record["model"].startswith((".", "~")) or not folder.is_dir():
-        folder = Path(os.path.expanduser(record["model"]))
+    name = record["model"]
+    folder = trained_model(name, root / "checkpoints") or Path(name).expanduser()
     stored = [read_json(root / place / "rollout.json") for place in record["rollouts"].values()]
     weights = {each["weights"] for each in stored if each.get("weights")}  # a server tells none
     changed = weights and folder.is_dir() and weights != {model_fingerprint(folder)}

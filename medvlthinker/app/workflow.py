@@ -94,6 +94,11 @@ _UNREAD = {"1_data": _TRAINING, "2_difficulty": _TRAINING, "3_train": {"recipes"
            "4_evaluate": {"models", *_TRAINING}}
 
 
+def _keys_of(notebook: str) -> list[str]:
+    "The keys of a profile that a paper notebook reads."
+    return [key for key in KEYS if key not in _UNREAD.get(notebook, ())]
+
+
 class Graph:
     "What the rules of the Snakefile ask: inputs and parameters of a notebook, under a profile."
 
@@ -133,8 +138,7 @@ class Graph:
     def keys(self, notebook: str) -> list[str]:
         "Keys of the profile that it reads, as text, and a checksum of its code."
         code = notebook_code(paper_notebook(notebook)).encode()
-        read = [key for key in KEYS if key not in _UNREAD.get(notebook, ())]
-        values = [f"{key}={_as_text(getattr(self.profile, key))}" for key in read]
+        values = [f"{key}={_as_text(getattr(self.profile, key))}" for key in _keys_of(notebook)]
         return [*values, f"code={hashlib.sha256(code).hexdigest()[:12]}"]
 
 
@@ -338,9 +342,9 @@ def _made_otherwise(profile: Profile) -> list[str]:
     keys, found = json.loads(json.dumps(overrides(profile))), []
     for step in steps(profile):
         record = read_json(record_path(notebook_file(step.name, profile)))
-        read = [key for key in KEYS if key not in _UNREAD.get(step.notebook, ())]
-        given = record.get("inputs", {})
-        if record.get("by_run") is False and any(given.get(key) != keys.get(key) for key in read):
+        differ = (record.get("inputs", {}).get(key) != keys.get(key)
+                  for key in _keys_of(step.notebook))
+        if record.get("by_run") is False and any(differ):
             found.append(f"notebooks/{step.name}.ipynb")
     return found
 

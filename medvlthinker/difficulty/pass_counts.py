@@ -71,10 +71,12 @@ def fit_rates(
     from scipy.optimize import minimize
     from scipy.stats import betabinom
 
+    if len(correct) < 50:
+        return 0.5, 0.5
     count, questions = np.arange(n + 1), np.bincount(correct, minlength=n + 1)
     found = minimize(lambda logs: -questions @ betabinom.logpmf(count, n, *np.exp(logs)),
                      np.log([0.5, 0.5]), method="Nelder-Mead", bounds=[np.log([0.01, 1000])] * 2)
-    a, b = np.exp(found.x).tolist() if found.success and len(correct) >= 50 else (0.5, 0.5)
+    a, b = np.exp(found.x).tolist() if found.success else (0.5, 0.5)
     return a, b
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #0c6a2b77
@@ -212,8 +214,8 @@ def curate(
     with file_lock(path.parent):
         if stale_reason(path, inputs):
             stored = (read_json(record_path(path)).get("inputs") or {}).get("band")
-            old, new = ("{low} to {high} of {n}".format(**(band or decisions.attrs))
-                        for band in (stored, decisions.attrs))
+            words = "{low} to {high} of {n}".format
+            old, new = words(**(stored or decisions.attrs)), words(**decisions.attrs)
             if old != new:  # a run shows lines with a bar
                 print(f"| {path.name} held questions with {old} answers right; now {new}.")
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:

@@ -22,14 +22,14 @@ from .request import Completion, EngineSettings, Request, Sampling
 from .server import image_uri
 
 # %% ../../nbs/generation/26_ask.ipynb #875aafd7
-def read_image(image) -> tuple[bytes, str]:  # a file's name, the bytes of one, or a PIL image
-    "An encoded file that every engine can read, and what was mended; `UserError` for no image."
+def read_image(image) -> tuple[bytes, dict | None]:  # of a file's name, its bytes, a PIL image
+    "An encoded file that every engine can read, and the sample's misc; `UserError` for no image."
     is_name = isinstance(image, str | Path)
     name = f"The image {image}" if is_name else "The image"
     try:
         data = Path(image).expanduser().read_bytes() if is_name else image_bytes(image)
-        [file], misc = normalize_images([data])
-        return file, misc["mended"][0] if misc else ""
+        [file], misc = normalize_images([data])  # misc tells what was mended
+        return file, misc
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror or error}).") from None
     except ValueError as problem:
@@ -50,9 +50,8 @@ def own_sample(
         raise UserError("There is no question; write one.")
     if len(texts) == 1 or len(texts) > 26:
         raise UserError(f"A question has no options or 2 to 26 of them, not {len(texts)}.")
-    data, mended = read_image(image)
-    return Sample(question, letter_options(texts), "", "", (data,),
-                  misc={"mended": mended} if mended else None)
+    data, misc = read_image(image)
+    return Sample(question, letter_options(texts), "", "", (data,), misc=misc)
 
 # %% ../../nbs/generation/26_ask.ipynb #41dae7cd
 STYLES = {
@@ -144,8 +143,8 @@ def _read_answer(model: str, request: Request, completion: Completion) -> Answer
     if completion.finish_reason == "failed":
         raise UserError(f"{model} gave no answer: {completion.error}.")
     notes = ["The completion was cut at max_tokens."] * (completion.finish_reason == "length")
-    if mended := (request.sample.misc or {}).get("mended"):
-        notes.append(f"The image as it was read: {mended}.")
+    if misc := request.sample.misc:
+        notes.append(f"The image as it was read: {misc['mended'][0]}.")
     if model.startswith("tiny"):
         notes.append("A tiny model that knows drawn scans only: this tests the machinery and means "
                      "nothing medical.")

@@ -148,6 +148,8 @@ def batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
 # %% ../../nbs/generation/24_engine.ipynb #226a3ce5
 def _refusal(requests: list[Request], error: Exception) -> UserError:
     "The sentence for questions that a model or its processor does not take."
+    if isinstance(error, UserError):  # it says what is wrong
+        return error
     first, more = requests[0].sample, f" and the {len(requests) - 1} after it"
     words = " ".join(str(error.__cause__ or error or type(error).__name__).split())[:300]
     return UserError(f"The model does not take the question {first.dataset_name}/"
@@ -173,9 +175,10 @@ class TransformersEngine:
 
         sampling, size = batch[0].sampling, self.settings.batch_size
         try:
-            inputs = model_inputs(batch, self.processor).to(self.model.device)
+            inputs = model_inputs(batch, self.processor)
         except Exception as error:  # of many classes: an image, or a word that stands for one
             raise _refusal(batch, error) from None
+        inputs = inputs.to(self.model.device)
         length, context = inputs["input_ids"].shape[1], self.settings.max_model_len
         room = min(sampling.max_tokens, context - length) if context else sampling.max_tokens
         if room <= 0:

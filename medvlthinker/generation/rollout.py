@@ -359,9 +359,9 @@ def _ask(writers: list[_Writer], engine, show: Callable) -> None:
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade1
 def _check_server(folder: Path, engine, show: Callable) -> None:
     "`UserError` where a server has another checkpoint than the one that answered before."
-    before, now = read_json(folder / "rollout.json").get("server"), engine.server
-    if not before or before == now:
-        return
+    if not (before := read_json(folder / "rollout.json").get("server")):
+        return  # nobody is asked for what no server said
+    now = engine.server
     was, name = before["checkpoint"], engine.settings.model
     if was and now["checkpoint"] not in ("", was):
         raise UserError(f"The answers in {folder} are those of {was}, and {now['address']} serves "

@@ -229,7 +229,7 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict
     try:
         with openai.OpenAI(base_url=address, **options) as client:
             listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
-        return [{key: str(model.get(key) or "") for key in ("id", "owned_by", "root")}
+        return [{name: str(model.get(name) or "") for name in ("id", "owned_by", "root")}
                 for model in listed]
     except openai.APIConnectionError as error:
         raise UserError(f"No server answers at {address}: {error_text(error)}; start it, or set "

@@ -331,7 +331,10 @@ def check_recipe(
     if isinstance(recipe.how, Grpo):
         check_keys([recipe.how.rule], RULES, f"rule in {recipe.name}:")
     start = recipe.init.partition("@")[0]
-    if start in RECIPES or (start := base or start) == "tiny":
+    if start in RECIPES:
+        return
+    start = base or start
+    if start == "tiny":
         return
     try:
         place = resolve_model(start, checkpoints)
