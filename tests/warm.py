@@ -115,14 +115,18 @@ def serve(listener: socket.socket) -> None:
             if key.fileobj is listener:
                 line, _ = listener.accept()
                 size, files, *_ = socket.recv_fds(line, 8, 3)
-                request = json.loads(line.makefile("rb").read(int.from_bytes(size, "big")))
+                request = line.makefile("rb").read(int.from_bytes(size, "big"))
+                if not request or len(request) < int.from_bytes(size, "big"):  # whoever asked was killed meanwhile
+                    for file in (*files, line.detach()):
+                        os.close(file)
+                    continue
                 if not (pid := os.fork()):
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for other in (notice, line, *lines.values(), listener, wake):
                         other.close()
                     selector.close()
-                    become(*request, files)
+                    become(*json.loads(request), files)
                 for file in files:
                     os.close(file)
                 line.sendall(f"{pid}\n".encode())
@@ -130,8 +134,10 @@ def serve(listener: socket.socket) -> None:
                 lines[pid] = line
             elif key.fileobj is not wake and key.data in lines:  # nobody is at its other end any more
                 selector.unregister(key.fileobj)
-                with contextlib.suppress(ProcessLookupError):
+                try:
                     os.killpg(key.data, signal.SIGKILL)
+                except ProcessLookupError:  # it has not come to lead its group yet
+                    os.kill(key.data, signal.SIGKILL)
         with contextlib.suppress(BlockingIOError):
             wake.recv(4096)
         while lines and (ended := os.waitpid(-1, os.WNOHANG))[0]:
