@@ -890,8 +890,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'medvlthinker/evaluation/evaluate.py')},
             'medvlthinker.evaluation.export': { 'medvlthinker.evaluation.export._head': ( 'evaluation/export.html#_head',
                                                                                           'medvlthinker/evaluation/export.py'),
-                                                'medvlthinker.evaluation.export._inspect_samples': ( 'evaluation/export.html#_inspect_samples',
-                                                                                                     'medvlthinker/evaluation/export.py'),
                                                 'medvlthinker.evaluation.export._is_published': ( 'evaluation/export.html#_is_published',
                                                                                                   'medvlthinker/evaluation/export.py'),
                                                 'medvlthinker.evaluation.export._result': ( 'evaluation/export.html#_result',
