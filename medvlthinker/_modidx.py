@@ -1294,8 +1294,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/results/claims.py'),
                                              'medvlthinker.results.claims._strongest': ( 'results/claims.html#_strongest',
                                                                                          'medvlthinker/results/claims.py'),
-                                             'medvlthinker.results.claims._table_cells': ( 'results/claims.html#_table_cells',
-                                                                                           'medvlthinker/results/claims.py'),
                                              'medvlthinker.results.claims.above_chance': ( 'results/claims.html#above_chance',
                                                                                            'medvlthinker/results/claims.py'),
                                              'medvlthinker.results.claims.agreement_table': ( 'results/claims.html#agreement_table',
