@@ -253,10 +253,14 @@ class Agreement:
         "The verdict with its numbers."
         value, low, high = (100 * number + 0.0 for number in self.difference)
         flips, rarest, most = (100 * number for number in self.flips)
+        parts = "" if self.parts_at is None else (
+            " and the others part after {1} tokens or words in the median, {0} at the earliest"
+            .format(*self.parts_at))
         return (f"{self.verdict}: the accuracies differ by {value:.2f} points (95 % interval "
                 f"{low:+.2f} to {high:+.2f}, bound {100 * MAX_DIFFERENCE:g}), {flips:.1f} % of the "
                 f"answers flip ({rarest:.1f} to {most:.1f} %, bound {100 * MAX_FLIPS:g} %), "
-                f"{100 * self.equal_texts:.1f} % of the texts are equal; {self.n} questions.")
+                f"{100 * self.equal_texts:.1f} % of the texts are equal{parts}; "
+                f"{self.n} questions.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
 def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ __all__ = ['Finding', 'PAIRS', 'CHANCE', 'QUESTIONS', 'interval_verdict', 'diffe
            'compare_to_paper', 'comparison_lines', 'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
-import functools, math, re
+import functools, itertools, math, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -230,14 +230,13 @@ def above_chance(paper: Paper) -> Finding:
     "Is every cell at least what guessing gives?"
     from scipy.stats import binomtest
 
-    cells = {}
-    for row, name in ((row, name) for row in paper.rows for name in CHANCE):
+    cells = []
+    for row, name in itertools.product(paper.rows, CHANCE):
         n, score = row.sizes[name], row.scores[name]
         test = binomtest(round(float(score) * n / 100), n, CHANCE[name], alternative="less")
-        guess = {"guessing": 100 * CHANCE[name], "p": test.pvalue}
-        cells[row.model, name] = _cell(row, name) | guess
-    corrected = holm({key: cell["p"] for key, cell in cells.items()})
-    lines = [cells[key] | {"holm": p} for key, p in corrected.items() if p < 0.05]
+        cells.append(_cell(row, name) | {"guessing": 100 * CHANCE[name], "p": test.pvalue})
+    corrected = holm(dict(enumerate(cell["p"] for cell in cells)))
+    lines = [cells[place] | {"holm": p} for place, p in corrected.items() if p < 0.05]
     texts = [f"{line['model']} on {line['benchmark']} {line['printed']} against "
              f"{line['guessing']:.0f}" for line in lines]
     because = "; ".join([f"{len(lines)} cells are below guessing by more than chance", *texts])

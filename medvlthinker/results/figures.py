@@ -100,9 +100,9 @@ def sampled_frame(
 # %% ../../nbs/results/62_figures.ipynb #edb143e7
 def by_benchmark(frame):
     "The rows in the paper's order of benchmarks, which become the panels."
-    place = {name: i for i, name in enumerate(("all", *HEADINGS))}
-    ordered = frame.sort_values("dataset_name", key=lambda names: names.map(place), kind="stable")
     titles = {"all": "All questions", **HEADINGS}
+    place = [*titles].index
+    ordered = frame.sort_values("dataset_name", key=lambda names: names.map(place), kind="stable")
     return ordered.assign(panel=ordered["dataset_name"].map(titles))
 
 # %% ../../nbs/results/62_figures.ipynb #e34d88ba
