@@ -134,7 +134,6 @@ def effective_sizes(
     return {str(name): round(effective_size(part[f"{rule}_correct"], part["image"]), 2)
             for name, part in groups}
 
-
 # %% ../../nbs/evaluation/50_evaluate.ipynb #c5498498
 def recorded_sizes(record: dict) -> dict[str, float]:  # an evaluation.json
     "The effective sizes under the record's own rule; empty for a record that holds none."
