@@ -180,6 +180,13 @@ def _pair(first: "pd.DataFrame", second: "pd.DataFrame", rule: str) -> "pd.DataF
             "data.")
     return pairs.astype({"first": int, "second": int})
 
+
+def _interval(parts: "dict[str, pd.DataFrame]") -> list[float]:
+    "From pairs of each benchmark, the difference of macro averages and its interval, in points."
+    differences = {name: part["first"] - part["second"] for name, part in parts.items()}
+    images = {name: part["image"] for name, part in parts.items()}
+    return [100 * value for value in paired_bootstrap(differences, images)]
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #84d5855c
 def paired_difference(
     first: "pd.DataFrame",  # of `grade_rollout` or `read_grades`; one answer a question
@@ -204,13 +211,6 @@ def paired_difference(
     columns = ["difference", "low", "high", "n", "gained", "lost", "p"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
     return table.assign(holm=pd.Series(corrected, dtype=float))
-
-
-def _interval(parts: dict) -> list[float]:
-    "The difference of macro averages over these benchmarks and its interval, in points."
-    differences = {name: part["first"] - part["second"] for name, part in parts.items()}
-    images = {name: part["image"] for name, part in parts.items()}
-    return [100 * value for value in paired_bootstrap(differences, images)]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #dc9a0525
 VOTERS = 5  # answers whose majority is taken, as in the paper
