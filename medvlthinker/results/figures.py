@@ -132,7 +132,8 @@ def pass_at_k_figure(
 
     frame = frame[frame["rule"] == "strict"]
     note = ("Strict rule. Where only k = 1 and 64 were read, a line joins the two."
-            + " Bars: 95 % intervals, for the draw of the questions." * bool(frame["low"].any()))
+            + " Bars: 95 % intervals, for the draw of the questions."
+            * bool(frame["low"].notna().any()))
     frame = frame.assign(series=[wrap_label(name, 48) for name in model_names(frame)],
                          above=frame["high"] - frame["percent"],
                          below=frame["percent"] - frame["low"])
