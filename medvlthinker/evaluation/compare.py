@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..core.files import UserError
+from ..core.files import UserError, sanitize
 from ..core.grade import Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
@@ -126,10 +126,9 @@ _MUST_AGREE = ("samples", "weights", "instruction", "dialect", "n", "temperature
 def config_difference(first: RolloutConfig, second: RolloutConfig) -> str:
     "What keeps two rollouts of one model from being compared, in words; empty where nothing does."
     served = "openai" in (first.engine, second.engine)  # a server does not tell its weights
-    pairs = {key: (getattr(first, key), getattr(second, key)) for key in _MUST_AGREE}
-    differ = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    return ", ".join(f"{key} ({one} and {two})" for key, (one, two) in differ.items()
-                     if not (served and key == "weights"))
+    keys = [key for key in _MUST_AGREE if not (served and key == "weights")]
+    pairs = [(key, getattr(first, key), getattr(second, key)) for key in keys]
+    return ", ".join(f"{key} ({one} and {two})" for key, one, two in pairs if one != two)
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb13
 def check_questions(
@@ -197,15 +196,13 @@ def paired_changes(
 
     A row for each benchmark and one for the macro average, with the columns of
     `paired_difference`; `UserError` where questions have several answers."""
-    import pandas as pd
-
     second, first = (table.rename(columns={f"{side}_correct": "this_correct"})
                      for side in ("second", "first"))
     changes = paired_difference(second, first, "this")
-    for side in ("first", "second"):
-        shares = 100 * table.groupby("dataset_name", sort=False)[f"{side}_correct"].mean()
-        changes[side] = pd.concat([shares, pd.Series({"macro average": shares.mean()})])
-    return changes
+    sides = table.groupby("dataset_name", sort=False)[["first_correct", "second_correct"]]
+    shares = 100 * sides.mean()
+    shares.loc["macro average"] = shares.mean()
+    return changes.assign(first=shares["first_correct"], second=shares["second_correct"])
 
 # %% ../../nbs/evaluation/51_compare.ipynb #4c9db66a
 def explain_flips(
@@ -224,7 +221,8 @@ def explain_flips(
             place = f"{model}{row.dataset_name} {row.dataset_index}, answer {row.completion}"
             old, new = (label if isinstance(label, str) else "none"
                         for label in (row.first_label, row.second_label))
-            print(f"      {place}: {old} -> {new}  |  {' '.join(row.ending[-60:].split())}")
+            ending = " ".join(row.ending[-60:].split())
+            print(sanitize(f"      {place}: {old} -> {new}  |  {ending}", 1000))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #5df565fc
 SAFE, UNSAFE, TOO_FEW = "safe to compare", "not safe to compare", "too few questions to say"
@@ -255,10 +253,14 @@ class Agreement:
         "The verdict with its numbers."
         value, low, high = (100 * number + 0.0 for number in self.difference)
         flips, rarest, most = (100 * number for number in self.flips)
+        parts = "" if self.parts_at is None else (
+            " and the others part after {1} tokens or words in the median, {0} at the earliest"
+            .format(*self.parts_at))
         return (f"{self.verdict}: the accuracies differ by {value:.2f} points (95 % interval "
                 f"{low:+.2f} to {high:+.2f}, bound {100 * MAX_DIFFERENCE:g}), {flips:.1f} % of the "
                 f"answers flip ({rarest:.1f} to {most:.1f} %, bound {100 * MAX_FLIPS:g} %), "
-                f"{100 * self.equal_texts:.1f} % of the texts are equal; {self.n} questions.")
+                f"{100 * self.equal_texts:.1f} % of the texts are equal{parts}; "
+                f"{self.n} questions.")
 
 # %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
 def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, float]:
@@ -266,7 +268,7 @@ def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, f
     clusters = {"": [*images, "one more"]}
     _, low, _ = paired_bootstrap({"": [*flags, False]}, clusters)
     _, _, high = paired_bootstrap({"": [*flags, True]}, clusters)
-    return sum(flags) / len(flags), max(0.0, low), min(1.0, high)
+    return sum(flags) / len(flags), max(0.0, low), high
 
 
 def engine_agreement(

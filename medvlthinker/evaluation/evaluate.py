@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOTERS', 'image_cluster_id', 'match_rows', 'check_rules', 'grade_rollout', 'count_right', 'effective_sizes',
-           'recorded_sizes', 'accuracy_table', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy',
-           'store_record', 'results_folder', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
+           'recorded_sizes', 'accuracy', 'paired_difference', 'question_scores', 'repeated_accuracy', 'store_record',
+           'results_folder', 'evaluate', 'read_records', 'read_grades', 'evaluate_repeats']
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #2433421f
 import hashlib, io, itertools, json, os
@@ -68,30 +68,19 @@ def _verdict(text: str | None, sample: Sample, rule: str) -> tuple[str | None, s
     return found.label, answer, found.correct
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9a1c7e03
-def _grade_all(
-    rolled: Iterable[tuple],  # pairs of samples and rollout
-    rules: tuple[str, ...],
-) -> "pd.DataFrame":
-    "The grades of all questions, in the columns of `grade_rollout`."
+def _arrow_table(rows: list[tuple], rules: tuple[str, ...]):
+    "The rows of `grade_rollout` in typed columns; a text that is repeated takes four bytes."
     import pyarrow as pa
 
-    check_rules(*rules)
-    text = pa.dictionary(pa.int32(), pa.string())  # a text that is repeated takes four bytes
+    text = pa.dictionary(pa.int32(), pa.string())
     kinds = {"dataset_name": text, "dataset_index": pa.int64(), "image": text, "gold": text,
              "completion": pa.int32()}
     for rule in rules:
         kinds |= {f"{rule}_label": text, f"{rule}_answer": text, f"{rule}_correct": pa.bool_()}
     kinds |= {"finish_reason": text, "tokens": pa.int32()}
-    rows = []
-    for sample, image, row in itertools.chain.from_iterable(itertools.starmap(match_rows, rolled)):
-        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
-        for number, answer in enumerate(row["completions"]):
-            verdicts = [_verdict(answer["text"], sample, rule) for rule in rules]
-            rows.append((*about, number, *itertools.chain.from_iterable(verdicts),
-                         answer["finish_reason"], answer["tokens"]))
     columns = zip(*rows) if rows else [()] * len(kinds)
     return pa.table({name: pa.array(column, kind)
-                     for (name, kind), column in zip(kinds.items(), columns)}).to_pandas()
+                     for (name, kind), column in zip(kinds.items(), columns)})
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #69eecfdc
 def grade_rollout(
@@ -105,7 +94,15 @@ def grade_rollout(
     for each rule <rule>_label (the option's letter, missing where none is named), <rule>_answer
     (the letter, else what was read as the answer) and <rule>_correct; finish_reason, tokens.
     `UserError` where the rows are not those of the samples."""
-    return _grade_all([(samples, rollout)], tuple(rules))
+    check_rules(*rules)
+    rows = []
+    for sample, image, row in match_rows(samples, rollout):
+        about = sample.dataset_name, sample.dataset_index, image, sample.answer_label
+        for number, answer in enumerate(row["completions"]):
+            verdicts = [_verdict(answer["text"], sample, rule) for rule in rules]
+            rows.append((*about, number, *itertools.chain.from_iterable(verdicts),
+                         answer["finish_reason"], answer["tokens"]))
+    return _arrow_table(rows, rules).to_pandas()
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #4003ade4
 def count_right(
@@ -137,43 +134,35 @@ def effective_sizes(
     return {str(name): round(effective_size(part[f"{rule}_correct"], part["image"]), 2)
             for name, part in groups}
 
-
 # %% ../../nbs/evaluation/50_evaluate.ipynb #c5498498
 def recorded_sizes(record: dict) -> dict[str, float]:  # an evaluation.json
     "The effective sizes under the record's own rule; empty for a record that holds none."
     return record.get("effective", {}).get(record.get("rule"), {})
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #d5238ed7
-def accuracy_table(
-    counts: dict,  # benchmark -> (right, n), as of `count_right` or of a stored record
-    truncated: int = 0,  # answers that were cut at max_tokens
-    effective: dict | None = None,  # of `effective_sizes`; None: no two questions share an image
+def accuracy(
+    grades: "pd.DataFrame",  # of `grade_rollout`; one answer a question
+    rule: str = "regrade",
 ) -> "pd.DataFrame":
     """Right, n, accuracy and its 95 % interval in percent, for each benchmark; then the averages.
 
     Where more than 5 % of the answers were cut, the heading above the numbers says so."""
     import pandas as pd
 
-    total, columns = sum(n for _, n in counts.values()), ["right", "n", "accuracy", "low", "high"]
-    rows = {name: (k, n, k / n, *wilson(k, n, (effective or {}).get(name)))
-            for name, (k, n) in counts.items()}
-    right = sum(k for k, _ in counts.values())
-    rows["macro average"] = "", total, *macro_average(counts, effective)
-    rows["micro average"] = right, total, *micro_average(counts, effective)
+    counts, sizes = count_right(grades, rule), effective_sizes(grades, rule)
+    rows: dict[str, tuple] = {name: (k, n, k / n, *wilson(k, n, sizes[name]))
+                              for name, (k, n) in counts.items()}
+    macro, micro = macro_average(counts, sizes), micro_average(counts, sizes)
+    if len(rows) == 1:  # one number has one interval
+        macro = micro = next(iter(rows.values()))[2:]
+    right, total = map(sum, zip(*counts.values()))
+    rows["macro average"], rows["micro average"] = ("", total, *macro), (right, total, *micro)
+    columns = ["right", "n", "accuracy", "low", "high"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
     table[columns[2:]] = (100 * table[columns[2:]]).round(2)
-    if truncated > 0.05 * total:
-        table.columns.name = f"{truncated / total:.0%} CUT at max_tokens"
+    if (cut := (grades["finish_reason"] == "length").mean()) > 0.05:
+        table.columns.name = f"{cut:.0%} CUT at max_tokens"
     return table
-
-# %% ../../nbs/evaluation/50_evaluate.ipynb #b9b95b9c
-def accuracy(
-    grades: "pd.DataFrame",  # of `grade_rollout`; one answer a question
-    rule: str = "regrade",
-) -> "pd.DataFrame":
-    "The accuracy of graded answers, as `accuracy_table` shows it."
-    truncated = int((grades["finish_reason"] == "length").sum())
-    return accuracy_table(count_right(grades, rule), truncated, effective_sizes(grades, rule))
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #8ec06fb7
 def _pair(first: "pd.DataFrame", second: "pd.DataFrame", rule: str) -> "pd.DataFrame":
@@ -190,6 +179,13 @@ def _pair(first: "pd.DataFrame", second: "pd.DataFrame", rule: str) -> "pd.DataF
             f"({len(first)} and {len(second)} questions); evaluate both with the same limit and "
             "data.")
     return pairs.astype({"first": int, "second": int})
+
+
+def _interval(parts: "dict[str, pd.DataFrame]") -> list[float]:
+    "From pairs of each benchmark, the difference of macro averages and its interval, in points."
+    differences = {name: part["first"] - part["second"] for name, part in parts.items()}
+    images = {name: part["image"] for name, part in parts.items()}
+    return [100 * value for value in paired_bootstrap(differences, images)]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #84d5855c
 def paired_difference(
@@ -215,13 +211,6 @@ def paired_difference(
     columns = ["difference", "low", "high", "n", "gained", "lost", "p"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
     return table.assign(holm=pd.Series(corrected, dtype=float))
-
-
-def _interval(parts: dict) -> list[float]:
-    "The difference of macro averages over these benchmarks and its interval, in points."
-    differences = {name: part["first"] - part["second"] for name, part in parts.items()}
-    images = {name: part["image"] for name, part in parts.items()}
-    return [100 * value for value in paired_bootstrap(differences, images)]
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #dc9a0525
 VOTERS = 5  # answers whose majority is taken, as in the paper
@@ -284,14 +273,13 @@ def store_record(
     path: Path,  # such as results/<source>/<model>/evaluation.json
     record: dict,
     table: "pd.DataFrame",  # what the record was counted from
+    lines: Path,  # of the file of the table's rows, beside it
     inputs: dict,  # what it was made from, as for `write_record`
-    lines_name: str = "",  # of the file of its rows; empty for the record's own with .jsonl
 ) -> None:
     "Write a record as JSON and, before it, the rows that it was counted from."
-    beside = path.with_name(lines_name) if lines_name else path.with_suffix(".jsonl")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    with write_record(path, inputs, [beside]):
-        with atomic_write(beside) as file:
+    with write_record(path, inputs, [lines]):
+        with atomic_write(lines) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with atomic_write(path) as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
@@ -325,9 +313,9 @@ def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, 
     about |= {key: getattr(config, key) for key in keys}
     if config.engine == "openai":  # nobody told in which type a server holds its weights
         del about["dtype"]
-    inputs = {"rollouts": origin, "answers": hashes}
-    grades = _grade_all(rolled.values(), RULES)
-    return grades, place, about, inputs
+    samples, rollouts = map(itertools.chain.from_iterable, zip(*rolled.values()))
+    grades = grade_rollout(samples, rollouts)
+    return grades, place, about, {"rollouts": origin, "answers": hashes}
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #5291a934
 def evaluate(
@@ -342,7 +330,7 @@ def evaluate(
               "effective": {each: effective_sizes(grades, each) for each in RULES},
               "truncated": int((grades["finish_reason"] == "length").sum())}
     inputs["rule"] = rule
-    store_record(place / "evaluation.json", record, grades, inputs, "questions.jsonl")
+    store_record(place / "evaluation.json", record, grades, place / "questions.jsonl", inputs)
     return grades
 
 # %% ../../nbs/evaluation/50_evaluate.ipynb #9bbf0c8e
@@ -394,5 +382,6 @@ def evaluate_repeats(
     record = {**about, "answers": config.n, "temperature": config.temperature,
               "top_p": config.top_p,
               "rules": {rule: table.to_dict("records") for rule, table in tables.items()}}
-    store_record(place / "repeats.json", record, pd.concat(scores.values()), inputs)
+    lines = pd.concat(scores.values())
+    store_record(place / "repeats.json", record, lines, place / "repeats.jsonl", inputs)
     return tables

@@ -29,17 +29,21 @@ if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
 def inspect_sample(
     sample: Sample,
     completion: dict,  # text, finish_reason, tokens
-    epoch: int,  # from 1
-    scores: dict[str, dict],  # rule -> value, "C" or "I", and answer
+    verdict,  # its row of `grade_rollout`, as a named tuple
     config: RolloutConfig,
 ) -> dict:
-    "An answer as inspect_ai's EvalSample."
+    "An answer as inspect_ai's EvalSample; a right one is C, a wrong one I."
     question, text = user_text(sample, config.instruction), completion["text"]
     said = {"role": "assistant", "content": text, "source": "generate", "model": config.model}
     reason = {"stop": "stop", "length": "max_tokens"}.get(completion["finish_reason"], "unknown")
     output = {"model": config.model, "choices": [{"message": said, "stop_reason": reason}],
               "completion": text, "usage": {"output_tokens": completion["tokens"]}}
-    found = {"id": f"{sample.dataset_name}/{sample.dataset_index}", "epoch": epoch,
+    scores = {}
+    for rule in RULES:
+        right, answer = getattr(verdict, f"{rule}_correct"), getattr(verdict, f"{rule}_answer")
+        scores[rule] = {"value": "C" if right else "I",
+                        "answer": answer if isinstance(answer, str) else ""}
+    found = {"id": f"{sample.dataset_name}/{sample.dataset_index}", "epoch": verdict.completion + 1,
              "input": question, "choices": [*sample.options.values()],
              "target": sample.answer_label, "output": output, "scores": scores,
              "messages": [{"role": "user", "content": question}, said]}
@@ -76,28 +80,13 @@ def _head(samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame") -
     return {"version": 2, "status": "success", "eval": spec, "results": results, "stats": {
         "started_at": started, "completed_at": finished, "model_usage": usage}}
 
-# %% ../../nbs/evaluation/53_export.ipynb #a96c8c45
+# %% ../../nbs/evaluation/53_export.ipynb #ab70
 def _to_json(value) -> str:
     "JSON that UTF-8 can hold."
     text = json.dumps(value, ensure_ascii=False)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _inspect_samples(
-    samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame",
-) -> Iterator[dict]:
-    "Each answer as an EvalSample."
-    graded = grades.itertuples()
-    for sample, row in zip(samples, rollout, strict=True):
-        for epoch, completion in enumerate(row["completions"], 1):
-            verdict, scores = next(graded), {}
-            for rule in RULES:
-                right, answer = (getattr(verdict, f"{rule}_{key}") for key in ("correct", "answer"))
-                scores[rule] = {"value": "C" if right else "I",
-                                "answer": answer if isinstance(answer, str) else ""}
-            yield inspect_sample(sample, completion, epoch, scores, rollout.config)
-
-# %% ../../nbs/evaluation/53_export.ipynb #ab70
 def write_inspect_log(
     samples: Sequence[Sample],  # of one benchmark
     rollout: Rollout,
@@ -109,10 +98,13 @@ def write_inspect_log(
     task = re.sub(r"[\W_]+", "-", head["eval"]["task"])
     created = head["eval"]["created"].replace(":", "-")
     path = Path(folder) / f"{created}_{task}_{head['eval']['task_id']}.json"
+    answers = ((sample, completion) for sample, row in zip(samples, rollout, strict=True)
+               for completion in row["completions"])
     with atomic_write(path) as file:
         file.write(f'{_to_json(head)[:-1]}, "samples": [')
-        for number, answer in enumerate(_inspect_samples(samples, rollout, grades)):
-            file.write(f"{',' if number else ''}\n{_to_json(answer)}")
+        for number, (answer, verdict) in enumerate(zip(answers, grades.itertuples(), strict=True)):
+            line = _to_json(inspect_sample(*answer, verdict, rollout.config))
+            file.write(f"{',' if number else ''}\n{line}")
         file.write("\n]}\n")
     return path
 

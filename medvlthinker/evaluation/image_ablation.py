@@ -157,7 +157,7 @@ def ablation_effects(answers: "pd.DataFrame") -> "pd.DataFrame":
             numbers = paired_bootstrap({each: part.value for each, part in parts.items()},
                                        {each: part.image for each, part in parts.items()})
             least = -1 if measure in DIFFERENCES else 0  # a share lies between 0 and 1
-            percent = [100 * min(1, max(least, number)) for number in numbers]
+            percent = [100 * max(least, number) for number in numbers]
             rows.append([measure, name, sum(map(len, parts.values())), *percent])
     return pd.DataFrame(rows, columns=["measure", "dataset_name", "n", "percent", "low", "high"])
 
@@ -191,11 +191,13 @@ def ask_conditions(
     kept = {name: samples for name, samples in sets.items() if any(each.images for each in samples)}
     if not kept:
         raise UserError(f"No question of {', '.join(sets)} has an image; name a set with images.")
-    jobs = {(condition, name): Job(CONDITIONS[condition](samples, seed), sampling, folders[name])
-            for condition in ("original", *conditions) for name, samples in kept.items()}
+    changed = {(condition, name): CONDITIONS[condition](samples, seed)
+               for condition in ("original", *conditions) for name, samples in kept.items()}
+    jobs = {key: Job(samples, sampling, folders[key[1]])
+            for key, samples in changed.items() if samples}
     asked: dict[str, dict] = {}
     for (condition, name), rollout in zip(jobs, generate_all(jobs.values(), engine, show)):
-        asked.setdefault(condition, {})[name] = jobs[condition, name].samples, rollout
+        asked.setdefault(condition, {})[name] = changed[condition, name], rollout
     return asked
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c46092c

@@ -11,7 +11,7 @@ __all__ = ['Finding', 'PAIRS', 'CHANCE', 'QUESTIONS', 'interval_verdict', 'diffe
            'compare_to_paper', 'comparison_lines', 'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
-import functools, math, re
+import functools, itertools, math, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +23,8 @@ from ..generation.model import prompt_format
 from .figures import sampled_frame
 from .published import (
     COLUMNS, Claim, Paper, Published, published, read_published, row_of)
-from .tables import escape_markdown, markdown_table, number_text, our_cells
+from .tables import (
+    escape_markdown, markdown_table, number_text, results_table)
 from ..training.recipe import BASES, RECIPES
 
 Finding = tuple[str, str, list[dict]]  # a verdict, a sentence, and the lines of the calculation
@@ -229,14 +230,13 @@ def above_chance(paper: Paper) -> Finding:
     "Is every cell at least what guessing gives?"
     from scipy.stats import binomtest
 
-    cells = {}
-    for row, name in ((row, name) for row in paper.rows for name in CHANCE):
+    cells = []
+    for row, name in itertools.product(paper.rows, CHANCE):
         n, score = row.sizes[name], row.scores[name]
         test = binomtest(round(float(score) * n / 100), n, CHANCE[name], alternative="less")
-        guess = {"guessing": 100 * CHANCE[name], "p": test.pvalue}
-        cells[row.model, name] = _cell(row, name) | guess
-    corrected = holm({key: cell["p"] for key, cell in cells.items()})
-    lines = [cells[key] | {"holm": p} for key, p in corrected.items() if p < 0.05]
+        cells.append(_cell(row, name) | {"guessing": 100 * CHANCE[name], "p": test.pvalue})
+    corrected = holm(dict(enumerate(cell["p"] for cell in cells)))
+    lines = [cells[place] | {"holm": p} for place, p in corrected.items() if p < 0.05]
     texts = [f"{line['model']} on {line['benchmark']} {line['printed']} against "
              f"{line['guessing']:.0f}" for line in lines]
     because = "; ".join([f"{len(lines)} cells are below guessing by more than chance", *texts])
@@ -413,28 +413,22 @@ def audit_runs(
     return verdicts
 
 # %% ../../nbs/results/63_claims.ipynb #7bd51058
-def _table_cells(record: dict) -> list[dict]:
-    "What a record measured of the paper's tables."
-    cells = our_cells(record | {"counts": record["rules"]["regrade"], "rule": "regrade"})
-    asked = sum(cell.get("n", 0) for cell in cells)
-    return [{"n": asked, **cell, "measure": "table", "dataset_name": cell["column"]}
-            for cell in cells]
-
-
 def _all_numbers(paper: Paper, records: list[dict], repeats: list[dict]):
     "The paper's numbers, and those of ours that measure the same; models by the paper's labels."
     import pandas as pd
 
-    asked = [record for record in records
-             if record.get("instruction", "trained") == prompt_format(record["model"])[0]]
-    table = [{"origin": "paper", "model": row.label, "measure": "table", "dataset_name": name,
-              "percent": float(score)} for row in paper.rows
-             for name, score in (row.scores | {"average": row.average}).items()]
-    table += [cell for record in asked for cell in _table_cells(record)]
+    graded = [record | {"counts": record["rules"]["regrade"], "rule": "regrade"}
+              for record in records]
+    ours = results_table(graded, only=()).rename(columns={"column": "dataset_name"})
+    asked = ours.groupby("row")["n"].transform("sum")  # behind an average
+    ours = ours.assign(measure="table", n=ours["n"].fillna(asked))
+    printed = [{"origin": "paper", "model": row.label, "measure": "table", "dataset_name": name,
+                "percent": float(score)} for row in paper.rows
+               for name, score in (row.scores | {"average": row.average}).items()]
     sampled = sampled_frame(paper, repeats)
     sampled = sampled[sampled["label"] == sampled["model"]]
     sampled = sampled.assign(measure=sampled["measure"] + ", " + sampled["rule"])
-    numbers = pd.concat([pd.DataFrame(table), sampled])
+    numbers = pd.concat([pd.DataFrame(printed), ours, sampled])
     labels = {name: row.label for name in numbers["model"].unique() if (row := row_of(name))}
     return numbers.assign(model=numbers["model"].map(labels))
 
@@ -445,7 +439,8 @@ def compare_to_paper(
     repeats: Iterable[dict] = (),  # repeats.json
 ):  # a pandas DataFrame: measure, model, benchmark, printed, ours, low, high, n, difference, status
     "Each published number beside what a run measured; the difference is ours - printed."
-    real = [[record for record in kind if record["source"] != "synthetic"]
+    real = [[record for record in kind if record["source"] != "synthetic"
+             and record.get("instruction", "trained") == prompt_format(record["model"])[0]]
             for kind in (records, repeats)]
     numbers, key = _all_numbers(paper, *real), ["measure", "model", "dataset_name"]
     printed = numbers[numbers["origin"] == "paper"].rename(columns={"percent": "printed"})

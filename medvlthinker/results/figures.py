@@ -8,6 +8,7 @@ __all__ = ['RADARS', 'figure_notes', 'model_names', 'draw_marks', 'sampled_frame
 
 # %% ../../nbs/results/62_figures.ipynb #f21a5b10
 import functools, re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,9 +35,12 @@ def figure_notes(
 
 # %% ../../nbs/results/62_figures.ipynb #9ab1fb50
 def model_names(frame) -> list[str]:
-    "Models as labels call them: ours are marked."
-    return [model.rpartition("/")[2] + " (ours)" if origin == "ours" else model
-            for model, origin in zip(frame["model"], frame["origin"])]
+    "Models as labels call them: ours are marked, and by their last part where no two share it."
+    ours = frame["origin"] == "ours"
+    last = {model: model.rstrip("/").rpartition("/")[2] for model in frame["model"][ours]}
+    times = Counter(last.values())
+    names = {model: name if times[name] == 1 else model for model, name in last.items()}
+    return [f"{names[model]} (ours)" if own else model for model, own in zip(frame["model"], ours)]
 
 # %% ../../nbs/results/62_figures.ipynb #da6a88a6
 def draw_marks(
@@ -100,9 +104,9 @@ def sampled_frame(
 # %% ../../nbs/results/62_figures.ipynb #edb143e7
 def by_benchmark(frame):
     "The rows in the paper's order of benchmarks, which become the panels."
-    place = {name: i for i, name in enumerate(("all", *HEADINGS))}
-    ordered = frame.sort_values("dataset_name", key=lambda names: names.map(place), kind="stable")
     titles = {"all": "All questions", **HEADINGS}
+    place = [*titles].index
+    ordered = frame.sort_values("dataset_name", key=lambda names: names.map(place), kind="stable")
     return ordered.assign(panel=ordered["dataset_name"].map(titles))
 
 # %% ../../nbs/results/62_figures.ipynb #e34d88ba
@@ -128,7 +132,8 @@ def pass_at_k_figure(
 
     frame = frame[frame["rule"] == "strict"]
     note = ("Strict rule. Where only k = 1 and 64 were read, a line joins the two."
-            + " Bars: 95 % intervals, for the draw of the questions." * bool(frame["low"].any()))
+            + " Bars: 95 % intervals, for the draw of the questions."
+            * bool(frame["low"].notna().any()))
     frame = frame.assign(series=[wrap_label(name, 48) for name in model_names(frame)],
                          above=frame["high"] - frame["percent"],
                          below=frame["percent"] - frame["low"])

@@ -87,9 +87,8 @@ def _rows_by_name() -> dict[str, Published]:
     "Every row under each of its names, letters and digits only."
     known = {}
     for row in published_rows():
-        hub_id = row.hub_id or row.model
-        names = row.model, row.label, row.recipe or row.model, hub_id, hub_id.split("/")[-1]
-        known |= {_plain(name): row for name in names}
+        names = row.model, row.label, row.recipe, row.hub_id, (row.hub_id or "").split("/")[-1]
+        known |= {_plain(name): row for name in names if name}
     return known
 
 

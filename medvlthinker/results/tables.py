@@ -298,15 +298,16 @@ def to_csv(
     table,  # from `results_table`
 ) -> str:
     "The table with one line a model: percentages, bounds, counts, and the note on drawn scans."
-    facts, digits = ["block", "model", "origin", "source", "about"], {"correct": 0, "n": 0}
+    facts = ["block", "model", "origin", "source", "about"]
+    fields = {"percent": "{:.2f}", "low": "{:.2f}", "high": "{:.2f}",
+              "correct": "{:.0f}", "n": "{:.0f}"}
     lines = table.groupby("row", sort=False)[facts].first().map(escape_formula)
-    for field in ("percent", "low", "high", "correct", "n"):
+    for field, form in fields.items():
         cells = table.pivot(index="row", columns="column", values=field)
-        cells = cells.reindex(columns=[*HEADINGS])
         names = {column: f"{heading} {field}".removesuffix(" percent")
                  for column, heading in HEADINGS.items()}
-        form = f"{{:.{digits.get(field, 2)}f}}".format
-        lines = lines.join(cells.rename(columns=names).map(form, na_action="ignore"))
+        cells = cells.reindex(columns=[*names]).rename(columns=names)
+        lines = lines.join(cells.map(form.format, na_action="ignore"))
     lines["note"] = lines["source"].map(lambda source: SYNTHETIC_NOTE * (source == "synthetic"))
     return lines.to_csv(index=False, lineterminator="\n")
 

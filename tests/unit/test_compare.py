@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
 from medvlthinker.evaluation.compare import (
-    SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, flip_cause, paired_changes, rescore)
+    SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, explain_flips, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
 from medvlthinker.generation.request import Completion, Sampling
 from medvlthinker.generation.rollout import generate
@@ -123,3 +123,11 @@ def test_questions_of_one_image_count_less():
     alone, heaped = (asdict(engine_agreement(table.assign(image=[str(i // size) for i in range(1000)]))) for size in (1, 10))
     for name in ("flips", "difference"):
         assert heaped[name][2] - heaped[name][1] > 1.5 * (alone[name][2] - alone[name][1])
+
+
+def test_what_a_model_wrote_does_not_steer_a_terminal(capsys):
+    samples = [Sample("Question", {"A": "left", "B": "right"}, "A", "left", dataset_name="toy\x1b[2J", dataset_index=0)]
+    first, second = ([{"completions": [{"text": text, "finish_reason": "stop", "tokens": 5}]}] for text in ("<answer>A</answer>", "<answer>B</answer> \x1b[31mred\x07 \u202eesrever"))
+    explain_flips(compare_rollouts(samples, first, second), ("old", "new"))
+    said = capsys.readouterr().out
+    assert r"A -> B  |  <answer>B</answer> \x1b[31mred\x07 \u202eesrever" in said and said.replace("\n", "").isprintable()

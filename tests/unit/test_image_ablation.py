@@ -1,14 +1,17 @@
 """Whether a model uses the image: a model that does is told from one that cannot, and a condition changes one thing."""
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
+from conftest import by_hand
 from medvlthinker.data import synthetic
 from medvlthinker.data.prompt import messages
 from medvlthinker.data.sample import Sample
-from medvlthinker.evaluation.image_ablation import CONDITIONS, ablation_answers, ablation_effects, ablation_verdict, ask_conditions, shuffled
+from medvlthinker.evaluation.image_ablation import (
+    CONDITIONS, ablation_answers, ablation_effects, ablation_table, ablation_verdict, ask_conditions, shuffled)
 from medvlthinker.generation.engine import open_engine
-from medvlthinker.generation.request import EngineSettings, Sampling
+from medvlthinker.generation.request import Completion, EngineSettings, Sampling
 
 
 @pytest.fixture
@@ -84,3 +87,14 @@ def test_a_question_that_was_left_out_counts_under_the_others():
     effects = ablation_effects(answers).query("dataset_name == 'toy'").set_index("measure")
     assert effects.n.to_dict() == {"accuracy: original": 4, "accuracy: permuted_options": 1, "order sensitivity": 1, "unchanged: permuted_options": 1}
     assert (effects.percent["order sensitivity"], effects.percent["unchanged: permuted_options"]) == (100, 0)
+
+
+def test_a_set_of_which_a_condition_leaves_nothing_is_asked_the_others(tmp_path):
+    "Where each question ends in 'none of the above' the options cannot change places."
+    fixed = [replace(sample, options={"A": "cyst", "B": "none of the above"}, answer_label="A", answer="cyst") for sample in synthetic.benchmark("pmc_vqa", 3)]
+    sets, engine = {"chest": fixed, "slake_closed": synthetic.benchmark("slake_closed", 3)}, by_hand(lambda sample, k: Completion("<answer>A</answer>", "stop", 5))
+    for names in (sets, {"chest": fixed}):
+        asked = ask_conditions({name: sets[name] for name in names}, engine, Sampling(), dict.fromkeys(sets, tmp_path), show=lambda line: None)
+        assert "chest" not in asked.get("permuted_options", {}) and all("chest" in asked[name] for name in ("original", "no_image", "blank", "shuffled"))
+        table = ablation_table(ablation_effects(ablation_answers(asked)))
+        assert "unchanged: blank" in table.index and ("order sensitivity" in table.index) == (len(names) > 1)

@@ -196,3 +196,15 @@ def test_one_table_holds_no_answers_to_different_questions(home):
     assert len(stored_records(load_profile("smoke"))) == 2
     (root / "rollouts" / "two" / "rollout.json").unlink()
     assert len(stored_records(load_profile("smoke"))) == 2, "answers that were removed are no different ones: the record has the counts"
+
+
+def test_answers_to_another_prompt_measure_nothing_of_the_paper():
+    "Neither greedy answers nor several."
+    counts = {name: [60, 100] for name in COLUMNS}
+    line = {"dataset_name": "pmc_vqa", "measure": "average", "k": 1, "percent": 44, "low": 42, "high": 46, "n": 2000, "answers": 5}
+    model = "Qwen/Qwen2.5-VL-3B-Instruct"
+    greedy = {"model": model, "source": "hub", "rule": "regrade", "counts": counts, "rules": {"regrade": counts}}
+    several = {"model": model, "source": "hub", "rules": {"regrade": [line], "strict": []}}
+    for instruction, n in (("trained", 8), ("none", 0)):
+        asked = {"instruction": instruction}
+        assert len(compared([greedy | asked], [several | asked])) == n
