@@ -169,10 +169,9 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
-    how, stop = recipe.how, settings.max_steps
-    if not stop and recipe.published_step:  # one run of the paper was stopped by hand
-        paper_steps = total_steps(recipe, ROWS["RL", recipe.corpus][0])
-        stop = recipe.published_step if recipe.published_step < paper_steps else 0
+    how, rows = recipe.how, ROWS.get(("RL", recipe.corpus))
+    whole = total_steps(recipe, rows[0]) if rows else math.inf  # of one's own corpus nobody knows
+    stop = settings.max_steps or (recipe.published_step if recipe.published_step < whole else 0)
     return {"project_name": "medvlthinker", "experiment_name": recipe.name,
             "logger": ["console", "file", *filter(None, [settings.report_to])], "device": "cuda",
             "n_gpus_per_node": max(1, settings.gpus), "nnodes": nodes_of(recipe, settings),
@@ -399,6 +398,35 @@ _COUNTS = re.compile(r"pending: \d+, running: \d+, finished: \d+, failure: \d+")
 _PATIENCE = 3600  # seconds until one more is finished
 
 
+class _Watch:
+    "What verl says and writes during one start: says what is lost, and collects the steps."
+
+    def __init__(self, curves: Path, show: Callable):
+        self.curves, self.show = curves, show
+        self.counts, self.since = "", time.monotonic()  # of questions; since when
+        self.size = self.shown = 0  # of the file of steps: bytes, and steps
+
+    def is_lost(self, line: str) -> bool:
+        "Has verl lost an answer or a worker, or has none been finished for an hour?"
+        found = _COUNTS.search(line)
+        if found and found[0] != self.counts:
+            self.counts, self.since = found[0], time.monotonic()
+        stands_still = found and time.monotonic() - self.since > _PATIENCE
+        return bool(stands_still) or any(words in line for words in LOST)
+
+    def show_steps(self) -> None:
+        "Collect and show the steps that are new."
+        size = self.curves.stat().st_size if self.curves.exists() else 0
+        if size == self.size:  # most lines of a log are no step, and the file grows long
+            return
+        self.size, self.counts = size, ""
+        if len(rows := read_steps(self.curves)) > self.shown:
+            merge_curves(self.curves.parent)
+        for row in rows[self.shown:]:
+            self.show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        self.shown = len(rows)
+
+# %% ../../nbs/training/44_verl.ipynb #f03d9851
 def run_verl(
     words: list[str],  # what `command` returned
     variables: dict[str, str],  # what `environment` returned
@@ -406,36 +434,24 @@ def run_verl(
     job: str = "",  # its id, where the run is one of Ray's
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
-    curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
-    log, counts, since = curves.with_suffix(".log"), "", time.monotonic()
+    curves = Path(variables["VERL_FILE_LOGGER_PATH"])
+    log, watch = curves.with_suffix(".log"), _Watch(curves, show)
     if not (script := curves.with_suffix(".sh")).exists():  # following a job is no new start
         with atomic_write(script) as file:
             file.write(command_text(words, variables) + "\n")
 
-    def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
-        nonlocal shown, size, counts, since
-        if (found := _COUNTS.search(line)) and found[0] != counts:
-            counts, since = found[0], time.monotonic()
-        stands_still = found and time.monotonic() - since > _PATIENCE
-        if stands_still or any(words in line for words in LOST):
+    def follow(line: str) -> None:
+        if watch.is_lost(line):
             if job:
                 subprocess.run([*_ray_job("stop"), job], check=False, capture_output=True)
             raise UserError("verl lost an answer or a worker, and would learn from the others or "
                             f"wait for ever; why, {log} says. The run is ended; the same command "
                             "goes on from its last checkpoint.")
-        now = curves.stat().st_size if curves.exists() else 0
-        if now == size:  # most lines of a log are no step, and the file of steps grows long
-            return
-        size, counts = now, ""
-        if len(rows := read_steps(curves)) > shown:
-            merge_curves(curves.parent)
-        for row in rows[shown:]:
-            show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        shown = len(rows)
+        watch.show_steps()  # whatever verl says, there may be a new step
 
     programs = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     run_logged(words, log, follow, {"PATH": programs, **variables})
-    follow()
+    watch.show_steps()
 
 # %% ../../nbs/training/44_verl.ipynb #ec24c358
 def is_at_work(job: str) -> bool:
