@@ -50,9 +50,6 @@ def grpo_chat(sample: Sample) -> dict:
             "extra_info": info, "images": sample.pictures()}
 
 # %% ../../nbs/training/43_grpo.ipynb #03aa337d
-_NEVER_DRAWN = ("<|image_pad|>", "<|video_pad|>")
-
-
 def vllm_settings(
     recipe: Recipe, settings: TrainingSettings,
     never: list[int],  # tokens that are never drawn
@@ -84,7 +81,7 @@ def grpo_settings(
     "The recipe in the words of `trl.GRPOConfig`."
     how, updates = run.recipe.how, run.updates  # in one step
     shared = shared_settings(run, how.save_every * updates)
-    never = processor.tokenizer.convert_tokens_to_ids(list(_NEVER_DRAWN))
+    never = [processor.image_token_id, processor.video_token_id]
     steps = {"max_steps": run.steps * updates, "logging_steps": updates,
              "dataloader_num_workers": 0,  # it gives places only; see `train_grpo`
              "steps_per_generation": shared["gradient_accumulation_steps"] * updates,

@@ -212,12 +212,9 @@ def _written(value) -> str:
 
 
 def verl_overrides(
-    recipe: Recipe, settings: TrainingSettings,
-    model: str,  # folder or hub id of what it starts from
-    data,  # verl's parquet of the questions
-    folder,  # of the checkpoints on the way
+    recipe: Recipe, settings: TrainingSettings, model: str, data, folder,
 ) -> list[str]:
-    "Every setting of a run of verl as words of its command line."
+    "Every setting of `verl_settings` as a word of verl's command line."
     values = verl_settings(recipe, settings, model, data, folder)
     return [f"{key}={_written(value)}" for key, value in values.items()]
 
