@@ -1522,6 +1522,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'medvlthinker/results/viewer.py')},
             'medvlthinker.training.checkpoint': { 'medvlthinker.training.checkpoint._adapter_names': ( 'training/checkpoint.html#_adapter_names',
                                                                                                        'medvlthinker/training/checkpoint.py'),
+                                                  'medvlthinker.training.checkpoint._by_step': ( 'training/checkpoint.html#_by_step',
+                                                                                                 'medvlthinker/training/checkpoint.py'),
                                                   'medvlthinker.training.checkpoint._gather_fsdp': ( 'training/checkpoint.html#_gather_fsdp',
                                                                                                      'medvlthinker/training/checkpoint.py'),
                                                   'medvlthinker.training.checkpoint._gather_verl': ( 'training/checkpoint.html#_gather_verl',
