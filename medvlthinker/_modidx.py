@@ -1823,6 +1823,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._is_complete': ( 'training/verl.html#_is_complete',
                                                                                          'medvlthinker/training/verl.py'),
+                                            'medvlthinker.training.verl._kept': ( 'training/verl.html#_kept',
+                                                                                  'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._model': ( 'training/verl.html#_model',
                                                                                    'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._ray_job': ( 'training/verl.html#_ray_job',

@@ -167,6 +167,12 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
         "log_prob_micro_batch_size_per_gpu": micro}
 
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
+def _kept(recipe: Recipe, settings: TrainingSettings) -> int:
+    "How many checkpoints stay; 0 for all."
+    wanted = settings.keep_checkpoints
+    return max(2, recipe.how.keep, wanted) if wanted else 0
+
+
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
     how, rows = recipe.how, ROWS.get(("RL", recipe.corpus))
@@ -179,7 +185,8 @@ def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
             "critic_warmup": 0, "balance_batch": True, "resume_mode": "auto",
             "save_freq": settings.save_every or how.save_every,
             "test_freq": -1, "val_before_train": False,
-            "max_actor_ckpt_to_keep": max(2, how.keep), "default_local_dir": str(folder)}
+            "max_actor_ckpt_to_keep": _kept(recipe, settings) or None,
+            "default_local_dir": str(folder)}
 
 # %% ../../nbs/training/44_verl.ipynb #092f0fea
 def verl_settings(
@@ -362,7 +369,7 @@ def _is_complete(folder: Path) -> bool:
 # %% ../../nbs/training/44_verl.ipynb #142abc9f
 def set_resume_point(
     folder: Path,
-    keep: int = 1,  # complete ones that stay
+    keep: int = 1,  # complete ones that stay; 0 for all
 ) -> int:  # the step that verl will go on from; 0 for a start from nothing
     "Point verl to the last complete checkpoint, or to none; remove torn and older ones."
     tracker, kept = folder / "latest_checkpointed_iteration.txt", complete_checkpoints(folder)
@@ -480,7 +487,7 @@ def train_verl(
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
         merge_curves(logs, run.folder.name)
-        done = set_resume_point(run.folder, max(2, recipe.how.keep))
+        done = set_resume_point(run.folder, _kept(recipe, settings))
         if done < run.steps:
             raise UserError(f"verl ended at step {done} of {run.steps} without an error; its log "
                             f"is in {logs}.")
@@ -496,7 +503,7 @@ def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable
         given = environment(logs, starts, nodes)
     else:
         refuse_second_run(run.folder)
-        done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
+        done = set_resume_point(run.folder, max(0, _kept(run.recipe, run.settings) - 1))
         if done >= run.steps:
             return
         last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
