@@ -1817,6 +1817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._actor': ( 'training/verl.html#_actor',
                                                                                    'medvlthinker/training/verl.py'),
+                                            'medvlthinker.training.verl._columns': ( 'training/verl.html#_columns',
+                                                                                     'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._count_nodes': ( 'training/verl.html#_count_nodes',
                                                                                          'medvlthinker/training/verl.py'),
                                             'medvlthinker.training.verl._data': ( 'training/verl.html#_data',

@@ -171,7 +171,7 @@ def _train_verl(run: Run, show) -> Path:
         return verl.train_verl(run, show=show)
     return verl.train_verl(run, verl_cpu.cpu_overrides(), verl_cpu.cpu_environment(), show)
 
-
+# %% ../../nbs/training/47_train.ipynb #c81cbb9c
 def train_here(
     recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
     show=print,  # takes each line of what is said

@@ -13,6 +13,7 @@ import importlib, json, math, os, re
 import shlex, shutil, subprocess, sys, time, zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.commands import run_logged
 from medvlthinker.core.files import (
@@ -28,6 +29,9 @@ from medvlthinker.training.recipe import (
     ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, rows_at_once, step_folders,
     total_steps, uses_verl)
 from .sft import REWARD, Run, read_metrics
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
 def verl_row(
@@ -51,22 +55,28 @@ def training_file(data: Path, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
     return data.parent / "verl" / f"{data.stem}-{recipe.how.max_prompt_length}.parquet"
 
+# %% ../../nbs/training/44_verl.ipynb #2a231582
+def _columns() -> "datasets.Features":
+    "The columns of verl's file, as `datasets` calls them."
+    from datasets import Features, Image, List, Value
+
+    text, number = Value("string"), Value("int64")
+    words = ("split", "question", "options", "answer_label", "answer", "dataset_name")
+    extra = dict.fromkeys(words, text) | dict.fromkeys(("index", "dataset_index"), number)
+    return Features({"data_source": text, "prompt": List({"role": text, "content": text}),
+                     "images": List(Image()), "ability": text, "extra_info": extra,
+                     "reward_model": {"style": text, "ground_truth": text}})
+
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
 def verl_parquet(run: Run) -> Path:
     "verl's parquet of a run's rows, made where it is missing or stale."
-    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
+    from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     path, samples = training_file(run.data, run.recipe), SampleFile(run.data)
     inputs = {"samples": run.inputs["data"], "rows": fingerprint(run.rows)}
     if most := run.settings.max_pixels:
         inputs["max_pixels"] = most
-    text, number = Value("string"), Value("int64")
-    words = ("split", "question", "options", "answer_label", "answer", "dataset_name")
-    extra = dict.fromkeys(words, text) | dict.fromkeys(("index", "dataset_index"), number)
-    features = Features({"data_source": text, "prompt": List({"role": text, "content": text}),
-                         "images": List(Image()), "ability": text, "extra_info": extra,
-                         "reward_model": {"style": text, "ground_truth": text}})
 
     def rows():
         kept = set(run.rows)
@@ -79,7 +89,7 @@ def verl_parquet(run: Run) -> Path:
             spare = path.with_name(f".{path.stem}.arrow")
             shutil.rmtree(spare, ignore_errors=True)  # of a process that was killed
             with write_record(path, inputs), atomic_write(path, "wb") as file:
-                made = Dataset.from_generator(rows, features=features, cache_dir=str(spare),
+                made = Dataset.from_generator(rows, features=_columns(), cache_dir=str(spare),
                                               fingerprint=fingerprint(inputs))
                 (made if run.images else made.remove_columns("images")).to_parquet(file)
             shutil.rmtree(spare)
@@ -468,6 +478,31 @@ def is_at_work(job: str) -> bool:
     return not done.returncode and re.search(r"\b(PENDING|RUNNING)\b", said) is not None
 
 # %% ../../nbs/training/44_verl.ipynb #e870196d
+def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable) -> None:
+    "Start verl from the last checkpoint, or follow what is still at work."
+    nodes, logs, name = nodes_of(run.recipe, run.settings), run.logs, run.recipe.name
+    starts = len(list(logs.glob("verl-*.sh")))
+    if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
+        show(f"Ray is still at work on {name} (job {job}); following it.")
+        given = environment(logs, starts, nodes)
+    else:
+        refuse_second_run(run.folder)
+        done = set_resume_point(run.folder, max(0, _kept(run.recipe, run.settings) - 1))
+        if done >= run.steps:
+            return
+        last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
+        if done and (size := read_json(last / "actor" / "fsdp_config.json")["world_size"]) != gpus:
+            raise UserError(f"{last} was written by {size} GPUs, and only as many go on from it; "
+                            f"this run has {gpus}. Set gpus and nodes as they were, or remove "
+                            f"{run.folder} to begin again.")
+        show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
+        given = {**environment(logs, starts + 1, nodes), **variables}
+        job = job_id(run.folder, starts + 1) if nodes > 1 else ""
+        run_verl(command(words, given, nodes, job=job), given, show, job)
+    while job and is_at_work(job):
+        run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
+
+# %% ../../nbs/training/44_verl.ipynb #dc657622
 def train_verl(
     run: Run,
     more: Iterable[str] = (),  # settings behind those of the recipe, such as cpu_overrides()
@@ -492,28 +527,3 @@ def train_verl(
             raise UserError(f"verl ended at step {done} of {run.steps} without an error; its log "
                             f"is in {logs}.")
     return run.folder / f"global_step_{done}" / "actor"
-
-
-def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable) -> None:
-    "Start verl from the last checkpoint, or follow what is still at work."
-    nodes, logs, name = nodes_of(run.recipe, run.settings), run.logs, run.recipe.name
-    starts = len(list(logs.glob("verl-*.sh")))
-    if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
-        show(f"Ray is still at work on {name} (job {job}); following it.")
-        given = environment(logs, starts, nodes)
-    else:
-        refuse_second_run(run.folder)
-        done = set_resume_point(run.folder, max(0, _kept(run.recipe, run.settings) - 1))
-        if done >= run.steps:
-            return
-        last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
-        if done and (size := read_json(last / "actor" / "fsdp_config.json")["world_size"]) != gpus:
-            raise UserError(f"{last} was written by {size} GPUs, and only as many go on from it; "
-                            f"this run has {gpus}. Set gpus and nodes as they were, or remove "
-                            f"{run.folder} to begin again.")
-        show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
-        given = {**environment(logs, starts + 1, nodes), **variables}
-        job = job_id(run.folder, starts + 1) if nodes > 1 else ""
-        run_verl(command(words, given, nodes, job=job), given, show, job)
-    while job and is_at_work(job):
-        run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
