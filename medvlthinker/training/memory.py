@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LORA_TARGETS', 'model_config', 'meta_model', 'Parameters', 'count_parameters', 'Row', 'longest_row',
-           'seen_memory', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'worst_moment', 'needed',
+           'seen_memory', 'Plan', 'plan_of', 'states', 'activations', 'logits', 'vllm_share', 'worst_moment',
            'estimate', 'host_memory', 'refuse_small_host', 'settings_that_fit']
 
 # %% ../../nbs/training/41_memory.ipynb #0c9bafec
@@ -69,7 +69,7 @@ class Parameters(NamedTuple):
     rest: int  # in no layer: embedding, head, and the two ends of the vision tower
     config: Any
 
-
+# %% ../../nbs/training/41_memory.ipynb #9b5b571e
 @functools.cache
 def count_parameters(model: str, lora_rank: int = 0, freeze_vision: bool = False) -> Parameters:
     "The parameters of `meta_model`."
@@ -87,7 +87,7 @@ class Row(NamedTuple):
     image: int
     answer: int
 
-
+# %% ../../nbs/training/41_memory.ipynb #0a6a76de
 def longest_row(recipe: Recipe) -> Row:
     "The longest row of a recipe; for SFT on a corpus of one's own that of m23k."
     how, image = recipe.how, 0 if recipe.corpus == "m23k" else 850
@@ -121,7 +121,7 @@ class Plan(NamedTuple):
     verl: bool  # else TRL
     c: int  # bytes of a number in the computation
 
-
+# %% ../../nbs/training/41_memory.ipynb #f690a242
 def plan_of(
     recipe: Recipe, settings: TrainingSettings,
     memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
@@ -222,7 +222,7 @@ def worst_moment(plan: Plan) -> dict[str, float]:  # what, and GiB
     return {what: size / 2**30 for what, size in worst.items() if size}
 
 # %% ../../nbs/training/41_memory.ipynb #e8d496fa
-def needed(plan: Plan) -> float:
+def _needed(plan: Plan) -> float:
     "GiB that the worst moment of a step needs on each GPU."
     return sum(worst_moment(plan).values())
 
@@ -231,8 +231,8 @@ def estimate(
     recipe: Recipe, settings: TrainingSettings, memory: float | None = None,
     row: Row | None = None, model: str = "",
 ) -> float:
-    "`needed` for the run that `plan_of` makes of the same arguments."
-    return needed(plan_of(recipe, settings, memory, row, model))
+    "GiB that a run needs on each GPU; the arguments are those of `plan_of`."
+    return _needed(plan_of(recipe, settings, memory, row, model))
 
 # %% ../../nbs/training/41_memory.ipynb #f0b2d49d
 def host_memory(
@@ -280,9 +280,9 @@ def settings_that_fit(
 ) -> TrainingSettings:  # micro batch, checkpointing and vLLM's share decided
     "Settings with which a run fits; `UserError` where there are none."
     own, *others = _alternatives(plan_of(recipe, settings, memory, row, model), settings)
-    fits = next((each for each in (own, *others) if needed(each) <= 0.95 * own.memory), None)
+    fits = next((each for each in (own, *others) if _needed(each) <= 0.95 * own.memory), None)
     first = own if fits else others[-1]
-    text = (f"{recipe.name} needs {needed(first):,.1f} GiB with {_words(first)}, at the longest "
+    text = (f"{recipe.name} needs {_needed(first):,.1f} GiB with {_words(first)}, at the longest "
             f"row of {sum(own.row):,} tokens; 95 % of a GPU's {own.memory:.1f} GiB can be used.")
     if fits is None:
         adapters = "" if settings.lora_rank else " TRL's adapters (lora_rank=32)"
@@ -294,6 +294,6 @@ def settings_that_fit(
         decided = replace(decided, gpu_memory_utilization=share)
         said += f" gpu_memory_utilization={share}"
     if decided != own.settings:
-        show(f"{text} It runs with {said} and {needed(fits):.1f} GiB. An update keeps all of its "
+        show(f"{text} It runs with {said} and {_needed(fits):.1f} GiB. An update keeps all of its "
              "rows, so results are equal up to rounding.")
     return decided
