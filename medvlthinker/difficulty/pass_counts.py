@@ -144,10 +144,15 @@ def _kept_rows(samples: Path, chosen: "pd.DataFrame", spare):  # a file to write
     with open_parquet(samples) as source:
         fields = [field for field in source.schema_arrow if field.name not in _COUNTS]
         schema = pyarrow.schema(fields, source.schema_arrow.metadata)
-        with pyarrow.ipc.new_file(spare, schema) as out:
+
+    def batches() -> Iterator:  # what fails in writing them is no fault of the samples
+        with open_parquet(samples) as source:
             for batch in source.iter_batches(256, columns=schema.names):
-                is_wanted = pyarrow.compute.is_in(batch["dataset_index"], wanted)
-                out.write_batch(batch.filter(is_wanted))
+                yield batch.filter(pyarrow.compute.is_in(batch["dataset_index"], wanted))
+
+    with pyarrow.ipc.new_file(spare, schema) as out:
+        for batch in batches():
+            out.write_batch(batch)
     spare.flush()
     whole = mmap.mmap(spare.fileno(), 0, access=mmap.ACCESS_READ)
     return pyarrow.ipc.open_file(pyarrow.py_buffer(whole)).read_all()

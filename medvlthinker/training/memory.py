@@ -262,10 +262,9 @@ def _alternatives(plan: Plan, given: TrainingSettings) -> list[Plan]:
     own, rows = plan.settings, rows_of_update(plan.recipe, given)
     again = "true" if given.gradient_checkpointing == "auto" else own.gradient_checkpointing
     least = own.micro_batch if given.micro_batch else 1
-    sizes = [size for size in range(own.micro_batch, least - 1, -1) if rows % size == 0]
-    return [plan, *(plan._replace(settings=replace(own, micro_batch=size,
-                                                   gradient_checkpointing=again))
-                    for size in sizes)]
+    others = [replace(own, micro_batch=size, gradient_checkpointing=again)
+              for size in range(own.micro_batch, least - 1, -1) if rows % size == 0]
+    return [plan, *(plan._replace(settings=each) for each in others)]
 
 
 def _words(plan: Plan) -> str:
