@@ -8,8 +8,8 @@ __all__ = ['DECISIONS', 'PUBLISHED_7B', 'pass_counts', 'check_band', 'fit_rates'
            'generate_until_decided']
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #45a75b8e
-import functools, json
-from collections.abc import Callable, Iterable, Sequence
+import functools, itertools, json, mmap, tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,29 +133,48 @@ def easy_to_hard(
     return shuffled.sort_values("level", ascending=False, kind="stable")
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #818ce2d2
+_COUNTS = ("pass_count", "pass_of")  # columns that a curated file has, and its samples have not
+
+
+def _kept_rows(samples: Path, chosen: "pd.DataFrame", spare):  # a file to write and read
+    "The chosen questions as a pyarrow table that lies in a file, in the order of the samples."
+    import pyarrow, pyarrow.compute, pyarrow.ipc
+
+    wanted = pyarrow.array(chosen.dataset_index)
+    with open_parquet(samples) as source:
+        fields = [field for field in source.schema_arrow if field.name not in _COUNTS]
+        schema = pyarrow.schema(fields, source.schema_arrow.metadata)
+
+    def batches() -> Iterator:  # what fails in writing them is no fault of the samples
+        with open_parquet(samples) as source:
+            for batch in source.iter_batches(256, columns=schema.names):
+                yield batch.filter(pyarrow.compute.is_in(batch["dataset_index"], wanted))
+
+    with pyarrow.ipc.new_file(spare, schema) as out:
+        for batch in batches():
+            out.write_batch(batch)
+    spare.flush()
+    whole = mmap.mmap(spare.fileno(), 0, access=mmap.ACCESS_READ)
+    return pyarrow.ipc.open_file(pyarrow.py_buffer(whole)).read_all()
+
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #f9a1df6c
 def _write_ordered(samples: Path, chosen: "pd.DataFrame", path: Path) -> None:
     "Write the chosen questions in this order, with their counts; the file appears when whole."
-    import pyarrow, pyarrow.compute, pyarrow.parquet
+    import pyarrow, pyarrow.parquet
 
-    added = [pyarrow.field(name, pyarrow.int64()) for name in ("pass_count", "pass_of")]
-    wanted = pyarrow.array(chosen.dataset_index)
-    with open_parquet(samples) as source:  # in pieces: pyarrow reads no 2 GB of images at once
-        names = [field.name for field in source.schema_arrow if field not in added]
-        rows = pyarrow.Table.from_batches([
-            batch.filter(pyarrow.compute.is_in(batch["dataset_index"], wanted))
-            for batch in source.iter_batches(256, columns=names)]).replace_schema_metadata(
-                source.schema_arrow.metadata)
-    place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
-    schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
-    with (atomic_write(path, "wb") as file,
-          pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out):
-        for start in range(0, len(chosen), 256):
-            part = chosen.iloc[start:start + 256]
-            single = [rows.slice(place[index], 1) for index in part.dataset_index]
-            table = pyarrow.concat_tables(single).combine_chunks()
-            for field, values in zip(added, (part.correct, part.n)):
-                table = table.append_column(field, pyarrow.array(values.to_numpy()))
-            out.write_table(table.cast(schema))
+    added = [pyarrow.field(name, pyarrow.int64()) for name in _COUNTS]
+    with (atomic_write(path, "wb") as file, tempfile.TemporaryFile(dir=path.parent) as spare):
+        rows = _kept_rows(samples, chosen, spare)
+        place = {index: at for at, index in enumerate(rows["dataset_index"].to_pylist())}
+        schema = pyarrow.schema([*rows.schema, *added], rows.schema.metadata)
+        with pyarrow.parquet.ParquetWriter(file, schema, **PARQUET_OPTIONS) as out:
+            for start in range(0, len(chosen), 256):
+                part = chosen.iloc[start:start + 256]
+                single = [rows.slice(place[index], 1) for index in part.dataset_index]
+                table = pyarrow.concat_tables(single).combine_chunks()
+                for field, values in zip(added, (part.correct, part.n)):
+                    table = table.append_column(field, pyarrow.array(values.to_numpy()))
+                out.write_table(table.cast(schema))
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #dccef2c7
 def _all_questions(
@@ -302,11 +321,38 @@ def stopping_rule(
     return rule
 
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #f7b53928
-def _count_right(sample: Sample, row: dict, rule: str) -> int:
-    "How many of the completions in a row of a rollout are right."
-    verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
-                for completion in row["completions"]]
-    return sum(verdict.correct for verdict in verdicts)
+class _Selected(Sequence):
+    "Some of the samples, read when they are asked for."
+
+    def __init__(self, samples: Sequence[Sample], places: np.ndarray):  # rising
+        self.samples, self.places = samples, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Sample]:
+        chosen = {*self.places.tolist()}
+        return (sample for place, sample in enumerate(self.samples) if place in chosen)
+
+    def __getitem__(self, part):
+        found = []
+        for block, places in itertools.groupby(self.places[part], lambda place: place // 256):
+            rows = self.samples[256 * block:256 * (block + 1)]  # as a file has them together
+            found += [rows[place % 256] for place in places]
+        return found
+
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #aae5d00a
+def _count_right(
+    samples: Sequence[Sample], engine, sampling: Sampling, folder: Path, rule: str, show: Callable,
+) -> list[int]:
+    "How many of the new answers to each question are right."
+    found = []
+    rollout = generate(samples, engine, sampling, folder, show)
+    for sample, row in zip(samples, rollout, strict=True):
+        verdicts = [grade(completion["text"], sample.options, sample.answer_label, rule)
+                    for completion in row["completions"]]
+        found.append(sum(verdict.correct for verdict in verdicts))
+    return found
 
 
 def _decide(questions: "pd.DataFrame", rule: "pd.DataFrame") -> "pd.DataFrame":
@@ -335,28 +381,27 @@ def generate_until_decided(
         stopping_rule, low=low, high=high, confidence=confidence, per_round=per_round)
     make_rule(np.zeros(n + 1))  # refuses what cannot be, before anything is asked
 
-    def ask(places: np.ndarray, number: int, more: int) -> list[int]:
-        "How many of so many new completions are right, for each of the samples at these places."
-        wanted = set(places.tolist())
-        subset = [sample for place, sample in enumerate(samples) if place in wanted]
-        drawn = replace(sampling, n=more, seed=sampling.seed + 1_000_000 * number)
-        rollout = generate(subset, engine, drawn, Path(folder) / f"round-{number:02}", show)
-        rows = zip(subset, rollout, strict=True)
-        return [_count_right(sample, row, rule) for sample, row in rows]
-
     keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
     questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])
     questions = questions.assign(n=0, correct=0)
+
+    def ask(places: np.ndarray, number: int, more: int) -> None:
+        "So many new completions of each of the questions at these places, counted."
+        drawn = replace(sampling, n=more, seed=sampling.seed + 1_000_000 * number)
+        right = _count_right(_Selected(samples, places), engine, drawn,
+                             Path(folder) / f"round-{number:02}", rule, show)
+        questions.loc[places, "n"] += more
+        questions.loc[places, "correct"] += right
+
     chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(keys))[:max(1, pilot)])
-    questions.loc[chosen, "n"], questions.loc[chosen, "correct"] = n, ask(chosen, 0, n)
+    ask(chosen, 0, n)
     histogram = np.bincount(questions.correct[chosen], minlength=n + 1)
     stopping = make_rule(histogram)
     for number in range(1, n // per_round + 1):
         undecided = np.flatnonzero(_decide(questions, stopping).decision == "go on")
         if len(undecided):
             show(f"Round {number}: {len(undecided)} of {len(keys)} questions are not decided.")
-            questions.loc[undecided, "n"] += per_round
-            questions.loc[undecided, "correct"] += ask(undecided, number, per_round)
+            ask(undecided, number, per_round)
     decisions = _decide(questions, stopping)
     decisions.attrs = {**stopping.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}
     return decisions

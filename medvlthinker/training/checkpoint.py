@@ -11,22 +11,29 @@ import contextlib, os, platform, re, shutil, sys
 from pathlib import Path
 
 from ..core.commands import run_logged
-from medvlthinker.core.files import (
-    UserError, file_hash, is_alive, require_package, sanitize, stale_reason, write_error,
-    write_record)
+from ..core.files import (
+    UserError, file_hash, is_alive, read_json, require_package, sanitize, stale_reason,
+    write_error, write_record)
 from ..generation.model import (
     check_weights, download_model, model_fingerprint, unloadable_error)
 from .recipe import (
     Recipe, model_folder, starting_point, step_folders, training_folder)
+from .sft import WHOLE
 
 # %% ../../nbs/training/46_checkpoint.ipynb #9121ff9c
+def _by_step(folder: Path) -> dict[int, Path]:
+    "The checkpoints of a run by their step, which TRL's folders say inside."
+    return {read_json(path / WHOLE).get("step", number): path
+            for number, path in step_folders(folder).items()}
+
+
 def checkpoint_at(
     training: str | Path,  # the folder in which a recipe's runs keep their checkpoints
     step: int = 0,  # 0 for the last one
 ) -> Path:
     "The folder of a run's checkpoint; `UserError` where there is none."
     folder = Path(training)
-    runs = [found for found in map(step_folders, (folder, *folder.glob("*"))) if found]
+    runs = [found for found in map(_by_step, (folder, *folder.glob("*"))) if found]
     runs.sort(key=lambda run: max(path.stat().st_mtime for path in run.values()))
     found = {n: path for run in runs for n, path in run.items()}
     if not found:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'rewards', 'grpo_chat', 'vllm_settings', 'grpo_settings', 'prefill_once', 'shared_rows', 'read_once',
-           'skip_empty_images', 'shard_reference', 'log_probabilities', 'frozen_weights', 'single_marks', 'mend_trl',
-           'take_pixels', 'train_grpo']
+           'skip_empty_images', 'shard_reference', 'log_probabilities', 'frozen_weights', 'single_marks', 'take_pixels',
+           'train_grpo']
 
 # %% ../../nbs/training/43_grpo.ipynb #d986403b
 import functools
@@ -24,7 +24,11 @@ from .sft import (
     on_one_gpu, open_model, run_trainer, shared_settings, token_losses, whole_callback)
 
 if TYPE_CHECKING:
-    import torch
+    import datasets, torch
+    from trl import GRPOTrainer as _Trainer
+    from trl.generation.vllm_generation import VLLMGeneration as _Generation
+else:  # TRL takes seconds to load: what is changed in its classes is mixed into them below
+    _Trainer = _Generation = object
 
 # %% ../../nbs/training/43_grpo.ipynb #071fc03d
 def rewards(
@@ -46,9 +50,6 @@ def grpo_chat(sample: Sample) -> dict:
             "extra_info": info, "images": sample.pictures()}
 
 # %% ../../nbs/training/43_grpo.ipynb #03aa337d
-_NEVER_DRAWN = ("<|image_pad|>", "<|video_pad|>")
-
-
 def vllm_settings(
     recipe: Recipe, settings: TrainingSettings,
     never: list[int],  # tokens that are never drawn
@@ -80,7 +81,7 @@ def grpo_settings(
     "The recipe in the words of `trl.GRPOConfig`."
     how, updates = run.recipe.how, run.updates  # in one step
     shared = shared_settings(run, how.save_every * updates)
-    never = processor.tokenizer.convert_tokens_to_ids(list(_NEVER_DRAWN))
+    never = [processor.image_token_id, processor.video_token_id]
     steps = {"max_steps": run.steps * updates, "logging_steps": updates,
              "dataloader_num_workers": 0,  # it gives places only; see `train_grpo`
              "steps_per_generation": shared["gradient_accumulation_steps"] * updates,
@@ -164,6 +165,28 @@ def skip_empty_images(
 
     return call
 
+# %% ../../nbs/training/43_grpo.ipynb #d5a4f347
+class _SharedPrompts(_Trainer):
+    "TRL's trainer, which prepares and reads a question once for all of its answers."
+
+    @property
+    def same(self) -> int:  # prompts that follow each other and are one question
+        return (self.args.generation_kwargs or {}).get("num_return_sequences", 1)
+
+    def _tokenize_prompts(self, prompts):
+        ids, images, fields = super()._tokenize_prompts(prompts[::self.same])
+        repeat = lambda rows: rows and [row or [] for row in rows for _ in range(self.same)]
+        return repeat(ids), repeat(images), fields  # of the questions
+
+    def _generate_single_turn(self, prompts, images, *more):
+        images = images and [each or None for each in images[::self.same]]  # so vLLM wants it
+        return super()._generate_single_turn(prompts[::self.same], images, *more)
+
+    def _get_per_token_logps_and_entropies(self, model, *given, **named):
+        shared = self.same > 1 and not self.args.gradient_checkpointing
+        call = skip_empty_images(read_once(model) if shared else model)
+        return super()._get_per_token_logps_and_entropies(call, *given, **named)
+
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20b8
 def shard_reference(
     model,  # transformers', its weights read by the first process alone
@@ -210,32 +233,35 @@ def single_marks(
 AT_ONCE = 512  # answers that vLLM works on
 
 
-def mend_trl() -> None:
+class _Answers(_Generation):
+    "TRL's vLLM, given so many answers at once, a mark for an image, and weights that stay."
+
+    def __init__(self, *given, max_num_seqs: int, **named):
+        super().__init__(*given, max_num_seqs=min(max_num_seqs, AT_ONCE), **named)
+        self.start: dict = {}
+
+    def generate(self, prompts, *given, **named):
+        mark = self.processing_class.image_token_id
+        prompts = [single_marks(prompt, mark) for prompt in prompts]
+        return super().generate(prompts, *given, **named)
+
+    def sync_weights(self):
+        frozen = frozen_weights(self.model)
+        self.start = self.start or {name: frozen[name].to("cpu", copy=True) for name in frozen}
+        super().sync_weights()
+        for name, weight in frozen_weights(self.model).items():
+            weight.copy_(self.start[name])
+
+# %% ../../nbs/training/43_grpo.ipynb #6ff8b002
+def _mend_trl() -> None:
     "Let TRL's trainer read and share out the reference, score answers and start vLLM our ways."
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.trainer import grpo_trainer
     from trl.trainer.utils import create_model_from_path
 
     set_vllm_variables()
-
-    class Answers(VLLMGeneration):
-        def __init__(self, *given, max_num_seqs: int, **named):
-            super().__init__(*given, max_num_seqs=min(max_num_seqs, AT_ONCE), **named)
-            self.start: dict = {}
-
-        def generate(self, prompts, *given, **named):
-            mark = self.processing_class.image_token_id
-            prompts = [single_marks(prompt, mark) for prompt in prompts]
-            return super().generate(prompts, *given, **named)
-
-        def sync_weights(self):
-            frozen = frozen_weights(self.model)
-            self.start = self.start or {name: frozen[name].to("cpu", copy=True) for name in frozen}
-            super().sync_weights()
-            for name, weight in frozen_weights(self.model).items():
-                weight.copy_(self.start[name])
-
-    grpo_trainer.prepare_fsdp, grpo_trainer.VLLMGeneration = shard_reference, Answers
+    grpo_trainer.VLLMGeneration = type("Answers", (_Answers, VLLMGeneration), {})
+    grpo_trainer.prepare_fsdp = shard_reference
     grpo_trainer.selective_log_softmax = log_probabilities
     grpo_trainer.create_model_from_path = functools.partial(create_model_from_path, device_map=None)
 
@@ -250,6 +276,30 @@ def take_pixels(
 
     tower.register_forward_pre_hook(move)
 
+# %% ../../nbs/training/43_grpo.ipynb #ae8f0c90
+class _LateRows(_Trainer):
+    "TRL's trainer, which reads a question when it is answered, and keeps pixels on the host."
+    rows: "datasets.Dataset"  # what `grpo_chat` made; the trainer's own data are places in it
+    passes = 0  # over the rows that are behind a run which goes on
+
+    def _generate_and_score_completions(self, inputs):
+        places = [each["place"] for each in inputs]
+        found = {place: self.rows[place] for place in dict.fromkeys(places)}
+        return super()._generate_and_score_completions([found[place] for place in places])
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self.passes):  # each pass draws its order from the one before; after a
+            next(iter(sampler))  # kill TRL would begin with the first again
+        return sampler
+
+    def _prepare_input(self, data):
+        if not (self.use_vllm and isinstance(data, Mapping) and "pixel_values" in data):
+            return super()._prepare_input(data)
+        pixels = data["pixel_values"].bfloat16() if self.args.bf16 else data["pixel_values"]
+        rest = {name: part for name, part in data.items() if name != "pixel_values"}
+        return super()._prepare_input(rest) | {"pixel_values": pixels}
+
 # %% ../../nbs/training/43_grpo.ipynb #a63f50a7
 def train_grpo(run: Run) -> Path:
     "Train, or go on after a kill; returns the checkpoint that becomes the model."
@@ -257,63 +307,25 @@ def train_grpo(run: Run) -> Path:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    mend_trl()
-    step = last_whole(run.folder) // run.updates
-    passes = step // steps_per_epoch(run.recipe, len(run.rows))
+    class Trainer(_SharedPrompts, _LateRows, GRPOTrainer):
+        pass
 
-    class Trainer(GRPOTrainer):
-        @property
-        def same(self) -> int:  # prompts that follow each other and are one question
-            return (self.args.generation_kwargs or {}).get("num_return_sequences", 1)
-
-        def _generate_and_score_completions(self, inputs):
-            places = [each["place"] for each in inputs]
-            found = {place: rows[place] for place in dict.fromkeys(places)}
-            return super()._generate_and_score_completions([found[place] for place in places])
-
-        def _get_train_sampler(self, dataset=None):
-            sampler = super()._get_train_sampler(dataset)
-            for _ in range(passes):  # each pass draws its order from the one before; after a kill
-                next(iter(sampler))  # TRL would begin with the first again
-            return sampler
-
-        def _tokenize_prompts(self, prompts):
-            ids, images, fields = super()._tokenize_prompts(prompts[::self.same])
-            repeat = lambda rows: rows and [row or [] for row in rows for _ in range(self.same)]
-            return repeat(ids), repeat(images), fields  # of the questions
-
-        def _generate_single_turn(self, prompts, images, *more):
-            same = self.same
-            images = images and [each or None for each in images[::same]]  # so vLLM wants it
-            return super()._generate_single_turn(prompts[::same], images, *more)
-
-        def _prepare_input(self, data):
-            if not (self.use_vllm and isinstance(data, Mapping) and "pixel_values" in data):
-                return super()._prepare_input(data)
-            pixels = data["pixel_values"].bfloat16() if self.args.bf16 else data["pixel_values"]
-            rest = {name: part for name, part in data.items() if name != "pixel_values"}
-            return super()._prepare_input(rest) | {"pixel_values": pixels}
-
-        def _get_per_token_logps_and_entropies(self, model, *given, **named):
-            shared = self.same > 1 and not self.args.gradient_checkpointing
-            call = skip_empty_images(read_once(model) if shared else model)
-            return super()._get_per_token_logps_and_entropies(call, *given, **named)
-
-    if not run.has_ended:
-        model, processor, lora = open_model(run)
-        rows = chats(run, grpo_chat)
-        settings = on_one_gpu(GRPOConfig(**grpo_settings(run, processor)))
-        if "num_return_sequences" in (settings.generation_kwargs or {}):
-            prefill_once(model)
-        trainer = Trainer(
-            model=model, args=settings,
-            train_dataset=Dataset.from_dict({"place": range(len(rows))}),
-            processing_class=processor, peft_config=lora,
-            reward_funcs=rewards(run.recipe.how.rule),
-            callbacks=[curve_callback(run), whole_callback(run)])
-        for net in filter(None, (model, trainer.ref_model)):
-            take_pixels(net.model.visual)
-        if trainer.ref_model and keeps_image_features(run):
-            cache_image_features(trainer.ref_model.model)
-        run_trainer(run, trainer)
+    if run.has_ended:
+        return run.checkpoint(run.takes)
+    _mend_trl()
+    model, processor, lora = open_model(run)
+    settings = on_one_gpu(GRPOConfig(**grpo_settings(run, processor)))
+    rows, step = chats(run, grpo_chat), last_whole(run.folder) // run.updates
+    trainer = Trainer(
+        model=model, args=settings, train_dataset=Dataset.from_dict({"place": range(len(rows))}),
+        processing_class=processor, peft_config=lora, reward_funcs=rewards(run.recipe.how.rule),
+        callbacks=[curve_callback(run), whole_callback(run)])
+    trainer.rows, trainer.passes = rows, step // steps_per_epoch(run.recipe, len(rows))
+    if trainer.same > 1:
+        prefill_once(model)
+    for net in filter(None, (model, trainer.ref_model)):
+        take_pixels(net.model.visual)
+    if trainer.ref_model and keeps_image_features(run):
+        cache_image_features(trainer.ref_model.model)
+    run_trainer(run, trainer)
     return run.checkpoint(run.takes)

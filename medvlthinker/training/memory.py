@@ -30,15 +30,14 @@ def model_config(model: str):  # `3B`, `7B`, `32B`, `tiny`, or a folder
 
     if model == "tiny":
         return tiny_config(tiny_tokenizer())
-    if model in SIZES:
-        *text, inner = SIZES[model]
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "vocab_size")
-        tower = {"hidden_size": 1280, "intermediate_size": inner, "out_hidden_size": text[0]}
-        tied = {"tie_word_embeddings": model == "3B"}
-        return Qwen2_5_VLConfig(
-            text_config=dict(zip(names, text)) | tied, vision_config=tower, **tied)
-    return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    if model not in SIZES:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    *text, inner = SIZES[model]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "vocab_size")
+    tower = {"hidden_size": 1280, "intermediate_size": inner, "out_hidden_size": text[0]}
+    tied = {"tie_word_embeddings": model == "3B"}
+    return Qwen2_5_VLConfig(text_config=dict(zip(names, text)) | tied, vision_config=tower, **tied)
 
 # %% ../../nbs/training/41_memory.ipynb #da2063c2
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -70,7 +69,7 @@ class Parameters(NamedTuple):
     rest: int  # in no layer: embedding, head, and the two ends of the vision tower
     config: Any
 
-
+# %% ../../nbs/training/41_memory.ipynb #9b5b571e
 @functools.cache
 def count_parameters(model: str, lora_rank: int = 0, freeze_vision: bool = False) -> Parameters:
     "The parameters of `meta_model`."
@@ -88,7 +87,7 @@ class Row(NamedTuple):
     image: int
     answer: int
 
-
+# %% ../../nbs/training/41_memory.ipynb #0a6a76de
 def longest_row(recipe: Recipe) -> Row:
     "The longest row of a recipe; for SFT on a corpus of one's own that of m23k."
     how, image = recipe.how, 0 if recipe.corpus == "m23k" else 850
@@ -122,13 +121,15 @@ class Plan(NamedTuple):
     verl: bool  # else TRL
     c: int  # bytes of a number in the computation
 
-
+# %% ../../nbs/training/41_memory.ipynb #f690a242
 def plan_of(
-    recipe: Recipe, settings: TrainingSettings, memory: float,
+    recipe: Recipe, settings: TrainingSettings,
+    memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
     row: Row | None = None,  # None for `longest_row`
     model: str = "",  # a folder; empty or a hub's id for the size that the recipe names
 ) -> Plan:
     "A plan with the recipe's micro batch and checkpointing where the settings leave them open."
+    memory = seen_memory(settings) if memory is None else memory
     verl, row = uses_verl(recipe, settings), row or longest_row(recipe)
     decided = replace(settings, micro_batch=rows_at_once(recipe, settings),
                       gradient_checkpointing=str(recomputes(recipe, settings)).lower())
@@ -221,14 +222,17 @@ def worst_moment(plan: Plan) -> dict[str, float]:  # what, and GiB
     return {what: size / 2**30 for what, size in worst.items() if size}
 
 # %% ../../nbs/training/41_memory.ipynb #e8d496fa
-def estimate(
-    recipe: Recipe, settings: TrainingSettings,
-    memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
-    row: Row | None = None, model: str = "",  # see `plan_of`
-) -> float:
+def _needed(plan: Plan) -> float:
     "GiB that the worst moment of a step needs on each GPU."
-    memory = seen_memory(settings) if memory is None else memory
-    return sum(worst_moment(plan_of(recipe, settings, memory, row, model)).values())
+    return sum(worst_moment(plan).values())
+
+
+def estimate(
+    recipe: Recipe, settings: TrainingSettings, memory: float | None = None,
+    row: Row | None = None, model: str = "",
+) -> float:
+    "GiB that a run needs on each GPU; the arguments are those of `plan_of`."
+    return _needed(plan_of(recipe, settings, memory, row, model))
 
 # %% ../../nbs/training/41_memory.ipynb #f0b2d49d
 def host_memory(
@@ -253,38 +257,42 @@ def refuse_small_host(recipe: Recipe, settings: TrainingSettings, model: str = "
                         f"fewer GPUs of each machine (gpus){adapters}.")
 
 # %% ../../nbs/training/41_memory.ipynb #9080a9e3
+def _alternatives(plan: Plan, given: TrainingSettings) -> list[Plan]:
+    "The plan, and those that may take its place where it does not fit; what was given stays."
+    own, rows = plan.settings, rows_of_update(plan.recipe, given)
+    again = "true" if given.gradient_checkpointing == "auto" else own.gradient_checkpointing
+    least = own.micro_batch if given.micro_batch else 1
+    others = [replace(own, micro_batch=size, gradient_checkpointing=again)
+              for size in range(own.micro_batch, least - 1, -1) if rows % size == 0]
+    return [plan, *(plan._replace(settings=each) for each in others)]
+
+
+def _words(plan: Plan) -> str:
+    return (f"micro_batch={plan.settings.micro_batch} "
+            f"gradient_checkpointing={plan.settings.gradient_checkpointing}")
+
+# %% ../../nbs/training/41_memory.ipynb #aa4b5a44
 def settings_that_fit(
     recipe: Recipe, settings: TrainingSettings,
-    memory: float | None = None,  # GiB of a GPU; None for `seen_memory`
-    row: Row | None = None, model: str = "",  # see `plan_of`
+    memory: float | None = None, row: Row | None = None, model: str = "",  # see `plan_of`
     show=print,  # takes a sentence on what is not as in the recipe
 ) -> TrainingSettings:  # micro batch, checkpointing and vLLM's share decided
     "Settings with which a run fits; `UserError` where there are none."
-    memory = seen_memory(settings) if memory is None else memory
-    plan = plan_of(recipe, settings, memory, row, model)
-    own, rows = plan.settings, rows_of_update(recipe, settings)
-    least = own.micro_batch if settings.micro_batch else 1
-    sizes = [size for size in range(own.micro_batch, least - 1, -1) if rows % size == 0]
-    again = "true" if settings.gradient_checkpointing == "auto" else own.gradient_checkpointing
-    tried = [own, *(replace(own, micro_batch=size, gradient_checkpointing=again)
-                    for size in sizes)]
-    need = lambda each: sum(worst_moment(plan._replace(settings=each)).values())
-    fits = next((each for each in tried if need(each) <= 0.95 * memory), None)
-    words = lambda each: (f"micro_batch={each.micro_batch} "
-                          f"gradient_checkpointing={each.gradient_checkpointing}")
-    case = own if fits else tried[-1]
-    text = (f"{recipe.name} needs {need(case):,.1f} GiB with {words(case)}, at the longest row of "
-            f"{sum(plan.row):,} tokens; 95 % of a GPU's {memory:.1f} GiB can be used.")
+    own, *others = _alternatives(plan_of(recipe, settings, memory, row, model), settings)
+    fits = next((each for each in (own, *others) if _needed(each) <= 0.95 * own.memory), None)
+    first = own if fits else others[-1]
+    text = (f"{recipe.name} needs {_needed(first):,.1f} GiB with {_words(first)}, at the longest "
+            f"row of {sum(own.row):,} tokens; 95 % of a GPU's {own.memory:.1f} GiB can be used.")
     if fits is None:
         adapters = "" if settings.lora_rank else " TRL's adapters (lora_rank=32)"
         raise UserError(f"{text} Leave micro_batch, gradient_checkpointing and "
                         "gpu_memory_utilization to us, take more GPUs (gpus, nodes),"
                         f"{adapters} or a smaller model.")
-    share, said = vllm_share(plan), words(fits)
-    if share > (0.6 if plan.verl else 0.3):
-        fits = replace(fits, gpu_memory_utilization=share)
+    decided, said, share = fits.settings, _words(fits), vllm_share(fits)
+    if share > (0.6 if own.verl else 0.3):
+        decided = replace(decided, gpu_memory_utilization=share)
         said += f" gpu_memory_utilization={share}"
-    if fits != own:
-        show(f"{text} It runs with {said} and {need(fits):.1f} GiB. An update keeps all of its "
+    if decided != own.settings:
+        show(f"{text} It runs with {said} and {_needed(fits):.1f} GiB. An update keeps all of its "
              "rows, so results are equal up to rounding.")
-    return fits
+    return decided

@@ -87,19 +87,19 @@ class TrainingSettings(Hardware):
     extend: str = ""  # a Python file of your own, run first: it adds sets, models or recipes
 
 # %% ../../nbs/training/40_recipe.ipynb #8766116d
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingSettings)}
+
+
 def training_words(settings: TrainingSettings) -> list[str]:
     "The settings that are not the defaults, as key=value; what only chooses recipes is left out."
-    given = [(field.name, getattr(settings, field.name), field.default)
-             for field in dataclasses.fields(TrainingSettings)]
-    return [f"{key}={value}" for key, value, default in given
-            if value != default and key != "recipes"]
+    values = {key: getattr(settings, key) for key in _DEFAULTS if key != "recipes"}
+    return [f"{key}={value}" for key, value in values.items() if value != _DEFAULTS[key]]
 
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
 def read_training(given: dict[str, str]) -> TrainingSettings:
     "The settings of these words; `UserError` for an unknown key and a wrong value."
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingSettings)}
-    check_keys(given, defaults)
-    return TrainingSettings(**{key: read_value(key, defaults[key], value, CHOICES.get(key, ()))
+    check_keys(given, _DEFAULTS)
+    return TrainingSettings(**{key: read_value(key, _DEFAULTS[key], value, CHOICES.get(key, ()))
                                for key, value in given.items()})
 
 # %% ../../nbs/training/40_recipe.ipynb #f1e07a9d
@@ -290,11 +290,8 @@ def total_steps(
     return min(steps, max_steps) if max_steps else steps
 
 # %% ../../nbs/training/40_recipe.ipynb #bea5b073
-def steps_to_train(
-    recipe: Recipe, rows: int,
-    max_steps: int = 0,  # 0 for as many as the epochs have
-) -> tuple[int, int]:  # steps that are trained, and the step whose checkpoint becomes the model
-    "How far a run goes, and which of its checkpoints is the model."
+def steps_to_train(recipe: Recipe, rows: int, max_steps: int = 0) -> tuple[int, int]:
+    "The steps that are trained, and the step whose checkpoint becomes the model."
     steps = total_steps(recipe, rows, max_steps)
     if isinstance(recipe.how, Grpo):
         return (min(steps, recipe.published_step or steps),) * 2
@@ -313,10 +310,12 @@ def wanted(
 ) -> list[Recipe]:
     "The recipes of these names and all before them; each stands behind the one it starts from."
     published = [recipe for recipe in RECIPES.values() if recipe.published_step]
-    groups = {size: [each.name for each in published if each.size == size] for size in BASES}
-    groups["published"] = [recipe.name for recipe in published]
-    given = [each for name in names for each in groups.get(name) or [name]]
-    return list({step.name: step for name in given for step in chain(find(name))}.values())
+    found: dict[str, Recipe] = {}
+    for name in names:
+        group = [each.name for each in published if name in ("published", each.size)]
+        for recipe in map(find, group or [name]):
+            found |= {step.name: step for step in chain(recipe)}
+    return list(found.values())
 
 # %% ../../nbs/training/40_recipe.ipynb #79b404a3
 def check_recipe(

@@ -232,6 +232,13 @@ def whole_checkpoints(folder: Path) -> dict[int, Path]:
     found = step_folders(folder).items()
     return {update: path for update, path in found if (path / WHOLE).is_file()}
 
+
+def _newest_weights(run: Run, base: Path) -> Path:
+    "The newest whole checkpoint that holds a model in one piece; else the model of the start."
+    found = whole_checkpoints(run.folder)
+    pieces = [step for step in found if any(found[step].glob("model*.safetensors"))]
+    return found[max(pieces)] if pieces else base
+
 # %% ../../nbs/training/42_sft.ipynb #d1f77d43
 def cache_image_features(
     model,  # transformers' `Qwen2_5_VLModel`, its vision tower frozen
@@ -261,6 +268,18 @@ def keeps_image_features(run: Run) -> bool:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return run.images and run.recipe.how.freeze_vision and not run.settings.gpus and alone
 
+
+def _prepare_tower(
+    model,  # transformers' `Qwen2_5_VLModel`
+    run: Run,
+) -> None:
+    "Freeze the vision tower of a run that does not train it."
+    if run.settings.lora_rank or run.recipe.how.freeze_vision or not run.images:
+        model.visual.requires_grad_(False)
+        model.visual._input_embed_layer = ""  # where no gradient is to begin
+    if keeps_image_features(run):
+        cache_image_features(model)
+
 # %% ../../nbs/training/42_sft.ipynb #0630bca4
 def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration (None without LoRA)
     "The model that a run starts from, ready to be trained; `UserError` where it does not load."
@@ -272,12 +291,10 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would tell that the finished model's settings are the base's
-    settings, rank = run.settings, run.settings.lora_rank
+    settings, rank, base = run.settings, run.settings.lora_rank, download_model(run.start)
     if not settings.gpus:
         torch.set_num_threads(1)
-    base, found = download_model(run.start), whole_checkpoints(run.folder)
-    pieces = [step for step in found if any(found[step].glob("model*.safetensors"))]
-    check_weights(weights := found[max(pieces)] if pieces else base)  # the newest in one piece
+    check_weights(weights := _newest_weights(run, base))
     side = "left" if run.recipe.method == "RL" else "right"
     try:
         processor = AutoProcessor.from_pretrained(
@@ -289,11 +306,7 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
     except (OSError, ValueError) as error:
         raise unloadable_error(run.start, error) from None
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
-    if rank or run.recipe.how.freeze_vision or not run.images:
-        model.model.visual.requires_grad_(False)
-        model.model.visual._input_embed_layer = ""  # where no gradient is to begin
-    if keeps_image_features(run):
-        cache_image_features(model.model)
+    _prepare_tower(model.model, run)
     torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS) if rank else None
     return model, processor, lora

@@ -7,7 +7,7 @@ __all__ = ['LAYERS', 'SHOWN', 'trl_command', 'read_recipe', 'read_words', 'print
            'accelerate_config', 'finish', 'train_here', 'train', 'curves', 'curve_figure', 'main']
 
 # %% ../../nbs/training/47_train.ipynb #21740662
-import dataclasses, datetime, json, os, shlex, signal, sys
+import dataclasses, datetime, json, os, shlex, shutil, signal, sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,6 +136,7 @@ def finish(
             lora_rank=run.settings.lora_rank, data=run.data.name,
             merge=merge_inputs(taken, run.start))
         write_model(taken, download_model(run.start), part, run.logs / "merge.log")
+    shutil.rmtree(run.folder / "arrow", ignore_errors=True)  # the questions, as they were mapped
     return final
 
 # %% ../../nbs/training/47_train.ipynb #0bed9bf0
@@ -170,7 +171,7 @@ def _train_verl(run: Run, show) -> Path:
         return verl.train_verl(run, show=show)
     return verl.train_verl(run, verl_cpu.cpu_overrides(), verl_cpu.cpu_environment(), show)
 
-
+# %% ../../nbs/training/47_train.ipynb #c81cbb9c
 def train_here(
     recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
     show=print,  # takes each line of what is said

@@ -13,6 +13,7 @@ import importlib, json, math, os, re
 import shlex, shutil, subprocess, sys, time, zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.commands import run_logged
 from medvlthinker.core.files import (
@@ -28,6 +29,9 @@ from medvlthinker.training.recipe import (
     ROWS, Grpo, Recipe, TrainingSettings, nodes_of, processes, rows_at_once, step_folders,
     total_steps, uses_verl)
 from .sft import REWARD, Run, read_metrics
+
+if TYPE_CHECKING:
+    import datasets
 
 # %% ../../nbs/training/44_verl.ipynb #f5dd8372
 def verl_row(
@@ -51,22 +55,28 @@ def training_file(data: Path, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
     return data.parent / "verl" / f"{data.stem}-{recipe.how.max_prompt_length}.parquet"
 
+# %% ../../nbs/training/44_verl.ipynb #2a231582
+def _columns() -> "datasets.Features":
+    "The columns of verl's file, as `datasets` calls them."
+    from datasets import Features, Image, List, Value
+
+    text, number = Value("string"), Value("int64")
+    words = ("split", "question", "options", "answer_label", "answer", "dataset_name")
+    extra = dict.fromkeys(words, text) | dict.fromkeys(("index", "dataset_index"), number)
+    return Features({"data_source": text, "prompt": List({"role": text, "content": text}),
+                     "images": List(Image()), "ability": text, "extra_info": extra,
+                     "reward_model": {"style": text, "ground_truth": text}})
+
 # %% ../../nbs/training/44_verl.ipynb #ede828e0
 def verl_parquet(run: Run) -> Path:
     "verl's parquet of a run's rows, made where it is missing or stale."
-    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
+    from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     path, samples = training_file(run.data, run.recipe), SampleFile(run.data)
     inputs = {"samples": run.inputs["data"], "rows": fingerprint(run.rows)}
     if most := run.settings.max_pixels:
         inputs["max_pixels"] = most
-    text, number = Value("string"), Value("int64")
-    words = ("split", "question", "options", "answer_label", "answer", "dataset_name")
-    extra = dict.fromkeys(words, text) | dict.fromkeys(("index", "dataset_index"), number)
-    features = Features({"data_source": text, "prompt": List({"role": text, "content": text}),
-                         "images": List(Image()), "ability": text, "extra_info": extra,
-                         "reward_model": {"style": text, "ground_truth": text}})
 
     def rows():
         kept = set(run.rows)
@@ -79,7 +89,7 @@ def verl_parquet(run: Run) -> Path:
             spare = path.with_name(f".{path.stem}.arrow")
             shutil.rmtree(spare, ignore_errors=True)  # of a process that was killed
             with write_record(path, inputs), atomic_write(path, "wb") as file:
-                made = Dataset.from_generator(rows, features=features, cache_dir=str(spare),
+                made = Dataset.from_generator(rows, features=_columns(), cache_dir=str(spare),
                                               fingerprint=fingerprint(inputs))
                 (made if run.images else made.remove_columns("images")).to_parquet(file)
             shutil.rmtree(spare)
@@ -167,12 +177,17 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
         "log_prob_micro_batch_size_per_gpu": micro}
 
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
+def _kept(recipe: Recipe, settings: TrainingSettings) -> int:
+    "How many checkpoints stay; 0 for all."
+    wanted = settings.keep_checkpoints
+    return max(2, recipe.how.keep, wanted) if wanted else 0
+
+
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
-    how, stop = recipe.how, settings.max_steps
-    if not stop and recipe.published_step:  # one run of the paper was stopped by hand
-        paper_steps = total_steps(recipe, ROWS["RL", recipe.corpus][0])
-        stop = recipe.published_step if recipe.published_step < paper_steps else 0
+    how, rows = recipe.how, ROWS.get(("RL", recipe.corpus))
+    whole = total_steps(recipe, rows[0]) if rows else math.inf  # of one's own corpus nobody knows
+    stop = settings.max_steps or (recipe.published_step if recipe.published_step < whole else 0)
     return {"project_name": "medvlthinker", "experiment_name": recipe.name,
             "logger": ["console", "file", *filter(None, [settings.report_to])], "device": "cuda",
             "n_gpus_per_node": max(1, settings.gpus), "nnodes": nodes_of(recipe, settings),
@@ -180,7 +195,8 @@ def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
             "critic_warmup": 0, "balance_batch": True, "resume_mode": "auto",
             "save_freq": settings.save_every or how.save_every,
             "test_freq": -1, "val_before_train": False,
-            "max_actor_ckpt_to_keep": max(2, how.keep), "default_local_dir": str(folder)}
+            "max_actor_ckpt_to_keep": _kept(recipe, settings) or None,
+            "default_local_dir": str(folder)}
 
 # %% ../../nbs/training/44_verl.ipynb #092f0fea
 def verl_settings(
@@ -213,12 +229,9 @@ def _written(value) -> str:
 
 
 def verl_overrides(
-    recipe: Recipe, settings: TrainingSettings,
-    model: str,  # folder or hub id of what it starts from
-    data,  # verl's parquet of the questions
-    folder,  # of the checkpoints on the way
+    recipe: Recipe, settings: TrainingSettings, model: str, data, folder,
 ) -> list[str]:
-    "Every setting of a run of verl as words of its command line."
+    "Every setting of `verl_settings` as a word of verl's command line."
     values = verl_settings(recipe, settings, model, data, folder)
     return [f"{key}={_written(value)}" for key, value in values.items()]
 
@@ -366,7 +379,7 @@ def _is_complete(folder: Path) -> bool:
 # %% ../../nbs/training/44_verl.ipynb #142abc9f
 def set_resume_point(
     folder: Path,
-    keep: int = 1,  # complete ones that stay
+    keep: int = 1,  # complete ones that stay; 0 for all
 ) -> int:  # the step that verl will go on from; 0 for a start from nothing
     "Point verl to the last complete checkpoint, or to none; remove torn and older ones."
     tracker, kept = folder / "latest_checkpointed_iteration.txt", complete_checkpoints(folder)
@@ -399,6 +412,35 @@ _COUNTS = re.compile(r"pending: \d+, running: \d+, finished: \d+, failure: \d+")
 _PATIENCE = 3600  # seconds until one more is finished
 
 
+class _Watch:
+    "What verl says and writes during one start: says what is lost, and collects the steps."
+
+    def __init__(self, curves: Path, show: Callable):
+        self.curves, self.show = curves, show
+        self.counts, self.since = "", time.monotonic()  # of questions; since when
+        self.size = self.shown = 0  # of the file of steps: bytes, and steps
+
+    def is_lost(self, line: str) -> bool:
+        "Has verl lost an answer or a worker, or has none been finished for an hour?"
+        found = _COUNTS.search(line)
+        if found and found[0] != self.counts:
+            self.counts, self.since = found[0], time.monotonic()
+        stands_still = found and time.monotonic() - self.since > _PATIENCE
+        return bool(stands_still) or any(words in line for words in LOST)
+
+    def show_steps(self) -> None:
+        "Collect and show the steps that are new."
+        size = self.curves.stat().st_size if self.curves.exists() else 0
+        if size == self.size:  # most lines of a log are no step, and the file grows long
+            return
+        self.size, self.counts = size, ""
+        if len(rows := read_steps(self.curves)) > self.shown:
+            merge_curves(self.curves.parent)
+        for row in rows[self.shown:]:
+            self.show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        self.shown = len(rows)
+
+# %% ../../nbs/training/44_verl.ipynb #f03d9851
 def run_verl(
     words: list[str],  # what `command` returned
     variables: dict[str, str],  # what `environment` returned
@@ -406,36 +448,24 @@ def run_verl(
     job: str = "",  # its id, where the run is one of Ray's
 ) -> None:
     "Run a command of verl to its end; its failure is a `UserError` with the reason in its log."
-    curves, shown, size = Path(variables["VERL_FILE_LOGGER_PATH"]), 0, 0
-    log, counts, since = curves.with_suffix(".log"), "", time.monotonic()
+    curves = Path(variables["VERL_FILE_LOGGER_PATH"])
+    log, watch = curves.with_suffix(".log"), _Watch(curves, show)
     if not (script := curves.with_suffix(".sh")).exists():  # following a job is no new start
         with atomic_write(script) as file:
             file.write(command_text(words, variables) + "\n")
 
-    def follow(line: str = "") -> None:  # whatever verl says, there may be a new step
-        nonlocal shown, size, counts, since
-        if (found := _COUNTS.search(line)) and found[0] != counts:
-            counts, since = found[0], time.monotonic()
-        stands_still = found and time.monotonic() - since > _PATIENCE
-        if stands_still or any(words in line for words in LOST):
+    def follow(line: str) -> None:
+        if watch.is_lost(line):
             if job:
                 subprocess.run([*_ray_job("stop"), job], check=False, capture_output=True)
             raise UserError("verl lost an answer or a worker, and would learn from the others or "
                             f"wait for ever; why, {log} says. The run is ended; the same command "
                             "goes on from its last checkpoint.")
-        now = curves.stat().st_size if curves.exists() else 0
-        if now == size:  # most lines of a log are no step, and the file of steps grows long
-            return
-        size, counts = now, ""
-        if len(rows := read_steps(curves)) > shown:
-            merge_curves(curves.parent)
-        for row in rows[shown:]:
-            show(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        shown = len(rows)
+        watch.show_steps()  # whatever verl says, there may be a new step
 
     programs = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     run_logged(words, log, follow, {"PATH": programs, **variables})
-    follow()
+    watch.show_steps()
 
 # %% ../../nbs/training/44_verl.ipynb #ec24c358
 def is_at_work(job: str) -> bool:
@@ -448,6 +478,31 @@ def is_at_work(job: str) -> bool:
     return not done.returncode and re.search(r"\b(PENDING|RUNNING)\b", said) is not None
 
 # %% ../../nbs/training/44_verl.ipynb #e870196d
+def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable) -> None:
+    "Start verl from the last checkpoint, or follow what is still at work."
+    nodes, logs, name = nodes_of(run.recipe, run.settings), run.logs, run.recipe.name
+    starts = len(list(logs.glob("verl-*.sh")))
+    if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
+        show(f"Ray is still at work on {name} (job {job}); following it.")
+        given = environment(logs, starts, nodes)
+    else:
+        refuse_second_run(run.folder)
+        done = set_resume_point(run.folder, max(0, _kept(run.recipe, run.settings) - 1))
+        if done >= run.steps:
+            return
+        last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
+        if done and (size := read_json(last / "actor" / "fsdp_config.json")["world_size"]) != gpus:
+            raise UserError(f"{last} was written by {size} GPUs, and only as many go on from it; "
+                            f"this run has {gpus}. Set gpus and nodes as they were, or remove "
+                            f"{run.folder} to begin again.")
+        show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
+        given = {**environment(logs, starts + 1, nodes), **variables}
+        job = job_id(run.folder, starts + 1) if nodes > 1 else ""
+        run_verl(command(words, given, nodes, job=job), given, show, job)
+    while job and is_at_work(job):
+        run_verl([*_ray_job("logs"), "--follow", job], given, show, job)
+
+# %% ../../nbs/training/44_verl.ipynb #dc657622
 def train_verl(
     run: Run,
     more: Iterable[str] = (),  # settings behind those of the recipe, such as cpu_overrides()
@@ -467,33 +522,8 @@ def train_verl(
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
         merge_curves(logs, run.folder.name)
-        done = set_resume_point(run.folder, max(2, recipe.how.keep))
+        done = set_resume_point(run.folder, _kept(recipe, settings))
         if done < run.steps:
             raise UserError(f"verl ended at step {done} of {run.steps} without an error; its log "
                             f"is in {logs}.")
     return run.folder / f"global_step_{done}" / "actor"
-
-
-def _start(run: Run, words: list[str], variables: dict[str, str], show: Callable) -> None:
-    "Start verl from the last checkpoint, or follow what is still at work."
-    nodes, logs, name = nodes_of(run.recipe, run.settings), run.logs, run.recipe.name
-    starts = len(list(logs.glob("verl-*.sh")))
-    if nodes > 1 and starts and is_at_work(job := job_id(run.folder, starts)):
-        show(f"Ray is still at work on {name} (job {job}); following it.")
-        given = environment(logs, starts, nodes)
-    else:
-        refuse_second_run(run.folder)
-        done = set_resume_point(run.folder, max(1, run.recipe.how.keep - 1))
-        if done >= run.steps:
-            return
-        last, gpus = run.folder / f"global_step_{done}", processes(run.recipe, run.settings)
-        if done and (size := read_json(last / "actor" / "fsdp_config.json")["world_size"]) != gpus:
-            raise UserError(f"{last} was written by {size} GPUs, and only as many go on from it; "
-                            f"this run has {gpus}. Set gpus and nodes as they were, or remove "
-                            f"{run.folder} to begin again.")
-        show(f"{name}: step {done} of {run.steps}; verl's own words are in {logs}.")
-        given = {**environment(logs, starts + 1, nodes), **variables}
-        job = job_id(run.folder, starts + 1) if nodes > 1 else ""
-        run_verl(command(words, given, nodes, job=job), given, show, job)
-    while job and is_at_work(job):
-        run_verl([*_ray_job("logs"), "--follow", job], given, show, job)

@@ -1,5 +1,6 @@
 """Pass counts at the places a notebook cannot show: the order of `datasets`, kills, memory, and rounds that are asked again."""
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -221,3 +222,43 @@ def test_live_sampling_until_decided(tmp_path):
     assert go().equals(decisions) and first.read_bytes() == whole
     path = curate(tmp_path / "pmc.parquet", decisions, tmp_path / "curated", by="tiny")
     assert pd.read_parquet(path).pass_of.tolist() == easy_to_hard(decisions).n.tolist()
+
+
+def test_curation_holds_no_corpus_in_memory(tmp_path):
+    "Two hundred megabytes of images are kept; of PMC-VQA it would be seven gigabytes."
+    import pyarrow
+
+    samples = drawn(8000)[0]
+    write_samples((replace(sample, images=(bytes(25_000),)) for sample in samples), tmp_path / "toy.parquet")
+    usual, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        path = curate(tmp_path / "toy.parquet", keep_band(counted(samples, np.full(8000, 3))), tmp_path / "out", by="tiny")
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert path.stat().st_size > 200e6 > 4 * pool.max_memory(), pool.max_memory()
+
+
+def test_a_round_is_read_while_it_is_asked(tmp_path):
+    "A round of 3,000 questions; a window of the file is in memory, and not the round."
+    write_samples((replace(sample, dataset_index=i) for i, sample in enumerate(drawn(3000)[0])), tmp_path / "toy.parquet")
+    alive = lambda: sum(isinstance(each, Sample) for each in gc.get_objects())
+    plain, seen, before = answers(np.full(3000, .5)).function, [], alive()
+
+    def counting(request):
+        if len(seen) < 3 and request.sampling.n < 16:
+            seen.append(alive() - before)
+        return plain(request)
+
+    generate_until_decided(SampleFile(tmp_path / "toy.parquet"), FunctionEngine(counting), FULL, tmp_path / "rounds", per_round=8, pilot=1, show=QUIET)
+    assert seen and max(seen) < 1500, seen
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no disk that is always full")
+def test_a_full_disk_is_no_fault_of_the_samples(tmp_path, monkeypatch):
+    "The sentence names the file that is written, and nobody is told to delete questions."
+    samples, decisions = drawn(400, 1000)
+    write_samples(samples, tmp_path / "toy.parquet")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b"))
+    with pytest.raises(UserError, match=r"toy-a-easy_to_hard.parquet cannot be written \(No space left on device\)"):
+        curate(tmp_path / "toy.parquet", decisions, tmp_path / "out", by="a")
