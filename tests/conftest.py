@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,7 @@ def small_run(warm_tiny) -> Path:
             copy_project(folder / "project")
             shutil.copytree(warm_tiny, folder / "home" / "smoke" / "checkpoints" / "tiny")
             done = python("-m", "medvlthinker.app.cli", "run", *SMALL, cwd=folder / "project", **in_copy(folder))
-            assert done.returncode == 0, done.stdout + done.stderr
-            (folder / "out").write_text(done.stdout)
+            (folder / "out").write_text(succeeded(done).stdout)
     return folder
 
 
@@ -117,6 +117,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    "Does a server of this machine take a call?"
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def until(so: Callable, process: subprocess.Popen | None = None, log: Path | None = None, seconds: float = 120):
+    "Wait until it is so, and return what was found; no longer than a process lives, and never for ever."
+    end = time.monotonic() + seconds
+    while not (found := so()):
+        said = log.read_text(errors="replace")[-3000:] if log else ""
+        assert process is None or process.poll() is None, f"it has ended before that: {said}"
+        assert time.monotonic() < end, f"not so after {seconds} seconds: {said}"
+        time.sleep(0.05)
+    return found
+
+
 @pytest.fixture(scope="session")
 def vllm_server(warm_tiny, tmp_path_factory):
     "`vllm serve` on the CPU; the model's generation_config has what nobody should take over."
@@ -139,11 +157,7 @@ def vllm_server(warm_tiny, tmp_path_factory):
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                    env={**os.environ, **environment}, start_new_session=True)
     try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.5)
+        until(lambda: answers(port), process, folder / "log", seconds=300)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -171,7 +185,7 @@ def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     "Run the environment's Python with these words; a module of ours, or papermill, in a process that finds the libraries loaded, where what they read while they load is as it was."
     if words[0] == "-m" and words[1].startswith(("medvlthinker.", "papermill")) and while_loading({**os.environ, **environment}) == AT_START:
         return warm.run(*words, cwd=cwd, **environment)
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
                           env={**os.environ, **{key: str(value) for key, value in environment.items()}})
 
 
@@ -181,6 +195,12 @@ def while_loading(environment: dict) -> dict:
 
 
 AT_START = while_loading(os.environ)
+
+
+def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    "The command, which ended well."
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 def says(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -129,7 +129,8 @@ def serve(listener: socket.socket) -> None:
                     become(*json.loads(request), files)
                 for file in files:
                     os.close(file)
-                line.sendall(f"{pid}\n".encode())
+                with contextlib.suppress(OSError):  # whoever asked is gone: its end of the line says so below
+                    line.sendall(f"{pid}\n".encode())
                 selector.register(line, selectors.EVENT_READ, pid)
                 lines[pid] = line
             elif key.fileobj is not wake and key.data in lines:  # nobody is at its other end any more

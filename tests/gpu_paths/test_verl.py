@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from conftest import ROOT, at_work, encoded
+from conftest import ROOT, at_work, encoded, python, until
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.model import pixel_limits
@@ -66,8 +66,8 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
     checkpoints, logs = warm_home / "smoke" / "checkpoints", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
     first, begun = begin(tmp_path / "first.log", "tiny-RL_PMC", data), 1
     try:
-        until = time.monotonic() + 1800
-        while not read_metrics(logs / "metrics.jsonl") and time.monotonic() < until and (first.poll() is None or slow(tmp_path / "first.log") and begun < 4):
+        end = time.monotonic() + 1800
+        while not read_metrics(logs / "metrics.jsonl") and time.monotonic() < end and (first.poll() is None or slow(tmp_path / "first.log") and begun < 4):
             if first.poll() is not None:
                 first, begun = begin(tmp_path / "first.log", "tiny-RL_PMC", data), begun + 1
             time.sleep(0.2)
@@ -77,10 +77,7 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
         if first.poll() is None:  # where Ray never started it is gone
             os.killpg(first.pid, signal.SIGKILL)
         first.wait()
-    until = time.monotonic() + 60
-    while at_work(warm_home) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert not at_work(warm_home)  # Ray's processes ended with the one that started them
+    until(lambda: not at_work(warm_home), seconds=60)  # Ray's processes end with the one that started them
     folder, = (checkpoints / "tiny-RL_PMC.training").glob("*/global_step_1/..")
     assert list(complete_checkpoints(folder)) == [1] and [row["step"] for row in read_metrics(logs / "metrics.jsonl")] == [1]
     torn = folder / "global_step_2" / "actor"  # as if the kill had come a second later: a folder begun, a number emptied
@@ -324,5 +321,5 @@ print(all(each.grad is not None and each.grad.isfinite().all() for each in model
 def test_verl_reads_questions_without_a_picture(blank_tiny):
     "With the module that our settings name every parameter has a gradient; verl 0.9.1 alone ends in its first forward pass."
     named, = (word.split("=")[1] for word in words("3B-RL_m23k") if "model.external_lib=" in word)
-    done = subprocess.run([sys.executable, "-c", TEXT, str(blank_tiny), named], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = python("-c", TEXT, blank_tiny, named)
     assert done.stdout.splitlines()[-1:] == ["True"], done.stderr[-2000:]

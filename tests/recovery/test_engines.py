@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import python
+from conftest import python, succeeded
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import engine as engines
@@ -130,8 +130,7 @@ for process in psutil.Process().children(recursive=True):
 def test_a_cluster_that_we_start_listens_here_only():
     "Every process of Ray; the address of another cluster is left alone."
     pytest.importorskip("ray")
-    done = python("-c", LISTENING, RAY_ADDRESS="127.0.0.1:1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeeded(python("-c", LISTENING, RAY_ADDRESS="127.0.0.1:1"))
     names, addresses = zip(*(line.rsplit(" ", 1) for line in done.stdout.splitlines()))
     assert {"gcs_server", "raylet"} <= {*names}
     assert all(each.startswith("127.") or each == "::1" for each in addresses), done.stdout

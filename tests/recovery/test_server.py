@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
@@ -472,8 +472,7 @@ def test_interrupt(faulty, words):
     "Ctrl-C while the server hangs: over at once, one line."
     faulty.plan, faulty.forever = {number: ["hang"] for number in range(100)}, True
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(faulty.asked) < 2:
-        time.sleep(0.05)
+    until(lambda: len(faulty.asked) >= 2, process)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=15)[1]  # the server would hang for 30 s
     assert process.returncode == 130
