@@ -72,6 +72,15 @@ def warm_tiny(tmp_path_factory) -> Path:
         return make_tiny_model(folder / "tiny")
 
 
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory) -> Path:
+    "The embedded model with random weights."
+    pytest.importorskip("torch")
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("blank") / "tiny", steps=0, show=lambda line: None)
+
+
 SMALL = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
 STEPS = ["1_data", "2_difficulty", "3_train-tiny-RL_PMC", "4_evaluate-tiny", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"]  # of such a run
 
@@ -167,6 +176,29 @@ def vllm_server(warm_tiny, tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def stand_in(folder: Path, **programs: str) -> Path:
+    "A folder with programs in place of other people's: the lines of a shell script for each name."
+    folder.mkdir(exist_ok=True)
+    for name, lines in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    "A file system of its own in a folder."
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root): neither a full disk nor one "
+                    "that is read-only is tested")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     "An empty MEDVLTHINKER_HOME."
@@ -234,6 +266,21 @@ def chromium():
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def new_page(chromium):
+    "Opens pages; in the end nothing has failed in any of them."
+    opened = []
+
+    def new_page(**given):
+        opened.append(watched(chromium, **given))
+        return opened[-1][0]
+
+    yield new_page
+    for page, wrong, _ in opened:
+        page.close()
+        assert wrong == []
 
 
 def watched(browser, **given):

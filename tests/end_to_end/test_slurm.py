@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python, until
+from conftest import ROOT, python, stand_in, until
 
 PROGRAMS = {
     "sbatch": """printf '%s ' "$@" >> {folder}/asked
@@ -35,12 +35,8 @@ exec "$@\"""",
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
     "The folder in which the made-up scheduler keeps scripts and states."
-    folder, programs = tmp_path / "jobs", tmp_path / "bin"
-    folder.mkdir()
-    programs.mkdir()
-    for name, text in PROGRAMS.items():
-        (programs / name).write_text("#!/usr/bin/env bash\n" + text.replace("{folder}", str(folder)) + "\n")
-        (programs / name).chmod(0o755)
+    (folder := tmp_path / "jobs").mkdir()
+    programs = stand_in(tmp_path / "bin", **{name: text.replace("{folder}", str(folder)) for name, text in PROGRAMS.items()})
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("USER", "somebody")
     return folder

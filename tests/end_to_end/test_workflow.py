@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says, succeeded, until
+from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says, small_disk, succeeded, until
 from medvlthinker.core.files import UserError
 from medvlthinker.app import cli
 from medvlthinker.app.profile import load_profile, steps
@@ -219,15 +219,10 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
 
 def test_full_disk(tmp_path):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
-    (tmp_path / "disk").mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root); the full disk is not tested")
-    try:
-        says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
-        for path in (tmp_path / "disk").rglob("*.parquet"):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=disk), "No space left on device", "what was finished before is kept")
+        for path in disk.rglob("*.parquet"):
             assert list(SampleFile(path)), "what is there is whole"
-    finally:
-        subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 def test_real_radiographs(real_data, warm_home, tmp_path):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, python, succeeded, until
+from conftest import ROOT, python, stand_in, succeeded, until
 from medvlthinker.core.files import UserError, record_path
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
@@ -79,14 +79,6 @@ for name in ("actor", "ref"):
                    "apart": (padded - alone).abs().max().item(), "turns": turns}
 print("FOUND", json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory) -> Path:
-    pytest.importorskip("torch")
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
 @no_verl
@@ -198,8 +190,7 @@ with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
         print(line, file=file, flush=True)
         time.sleep(1)
 """
-RAY = """#!/usr/bin/env bash
-echo "$*" >> $STATE/calls
+RAY = """echo "$*" >> $STATE/calls
 wait_for() { while [ ! -e $STATE/$1.code ]; do sleep 0.1; done; cat $STATE/$1.log; }
 case $2 in
     submit)
@@ -213,8 +204,7 @@ case $2 in
         [ -e $STATE/$5.log ] || { echo "RuntimeError: Job $5 does not exist"; exit 1; }
         [ -e $STATE/$5.code ] && echo "Job '$5' SUCCEEDED" || echo "Status for job '$5': RUNNING" ;;
     logs) wait_for $6 ;;
-esac
-"""
+esac"""
 QUOTED = ["a='7'", "c=[console,file]", "d='it\\'s $HOME'"]
 
 
@@ -230,12 +220,9 @@ def write_stand_in(folder: Path) -> Path:
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     "An environment whose `ray` keeps jobs in files, and runs a stand-in for verl."
-    programs = {"ray": RAY, "python": f"#!/usr/bin/env bash\nexec {sys.executable} \"$@\"\n"}
-    for folder in ("bin", "state", "logs", "run"):
+    stand_in(tmp_path / "bin", ray=RAY, python=f'exec {sys.executable} "$@"')
+    for folder in ("state", "logs", "run"):
         (tmp_path / folder).mkdir()
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("PYTHONPATH", str(write_stand_in(tmp_path / "stand-in")))
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
@@ -496,11 +483,8 @@ esac""",
 @pytest.fixture
 def slurm(tmp_path):
     "An allocation of four nodes: programs that record their calls and run them."
-    (programs := tmp_path / "bin").mkdir()
+    programs = stand_in(tmp_path / "bin", **FAKES)
     (tmp_path / "state").mkdir()
-    for name, text in FAKES.items():
-        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (programs / name).chmod(0o755)
     variables = {"PATH": f"{programs}:/usr/bin:/bin", "CLUSTER_PYTHON": str(programs / "python"),
                  "CALLS": str(tmp_path / "calls"), "STATE": str(tmp_path / "state"),
                  "MEDVLTHINKER_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "70123",

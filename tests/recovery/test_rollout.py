@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import small_disk
 from medvlthinker.core.files import UserError
 from medvlthinker.data import prompt, synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
@@ -18,7 +19,7 @@ from medvlthinker.generation.request import Completion, EngineSettings, Hardware
 from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
 from medvlthinker.generation.tiny_model import make_tiny_model
-from rollout_files import contents, small_disk, whole_lines
+from rollout_files import contents, whole_lines
 
 GREEDY, SAMPLED = Sampling(max_tokens=16), Sampling(n=2, temperature=1.0, max_tokens=16, seed=5)
 JOBS = {"pmc_vqa": GREEDY, "slake_closed": SAMPLED}  # of one run
@@ -53,20 +54,17 @@ def computed(log: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(blank):
     "Starts `act` in a process that has torch and the model's classes imported already."
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
     context = multiprocessing.get_context("forkserver")
     qwen, auto = "transformers.models.qwen2_5_vl", "transformers.models.auto"
     context.set_forkserver_preload([
         "torch", f"{qwen}.modeling_qwen2_5_vl", f"{qwen}.processing_qwen2_5_vl",
         f"{auto}.modeling_auto", f"{auto}.processing_auto", "medvlthinker.generation.rollout"])
-    model = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
 
     def start(folder, names=(*JOBS,), log="log"):
         folder.mkdir(exist_ok=True)
-        given = (model, folder, list(names), folder / log)
+        given = (str(blank), folder, list(names), folder / log)
         process = context.Process(target=act, args=given)
         process.start()
         return process
@@ -269,12 +267,9 @@ OTHERWISE = {"gpus", "nodes", "tensor_parallel", "data_parallel", "gpu_memory_ut
              "ray_address"}  # where and how fast, not what
 
 
-def test_what_an_engine_is_told_is_in_the_config(tmp_path):
+def test_what_an_engine_is_told_is_in_the_config(blank):
     "Each setting either makes another rollout, or is known to decide nothing."
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    model = str(make_tiny_model(tmp_path / "tiny", steps=0))
-    plain = EngineSettings(model=model)
+    plain = EngineSettings(model=str(blank))
     samples = sets(2)["pmc_vqa"]
     config = rollout_config(samples, open_engine(plain), GREEDY)
     for key, value in SETTINGS.items():

@@ -180,6 +180,7 @@ import sys
 from pathlib import Path
 from medvlthinker.core.files import UserError
 from medvlthinker.training.recipe import TrainingSettings, find
+sys.executable = {str(Path(os.environ[warm.PLACE]) / "python")!r}  # by which it starts the process that trains
 from medvlthinker.training.train import train
 try:
     train(find("tiny-RL_PMC"), TrainingSettings(), Path({str(data)!r}), Path({str(checkpoints)!r}), Path({str(logs)!r}))

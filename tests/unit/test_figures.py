@@ -174,8 +174,8 @@ def wrong_texts(seen):
 
 
 @pytest.mark.heavy
-def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, chromium):
-    page, wrong = chromium.new_page(), []
+def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, new_page):
+    page, wrong = new_page(), []
     for name, width in itertools.product(ALL, (400, 1200)):
         page.set_viewport_size({"width": width, "height": 900})
         page.goto(plots.write_figure(name, figure_of(name), tmp_path).as_uri())
@@ -186,5 +186,4 @@ def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, chromium
         assert len(seen["texts"]) >= 8 and seen["width"] == width, name
         assert min(text["size"] for text in seen["texts"]) >= 10, name
         wrong += [f"{name} at {width}: {each}" for each in wrong_texts(seen)]
-    page.close()
     assert wrong == []

@@ -22,7 +22,7 @@ from medvlthinker.generation.rollout import generate
 from medvlthinker.app.runs import data_file
 from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES
-from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.data.sample import PARQUET_OPTIONS, Sample, SampleFile, write_samples
 
 QUIET = lambda line: None
 
@@ -68,10 +68,11 @@ def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     assert list(read["pass_count"]) == sorted(read["pass_count"], reverse=True) and set(read["pass_of"]) == {16}
 
 
-def test_a_corpus_holds_more_images_than_pyarrow_reads_at_once(tmp_path):
-    "Two gigabytes; PMC-VQA holds several times as many."
+def test_a_corpus_holds_more_images_than_pyarrow_reads_at_once(tmp_path, monkeypatch):
+    "Two gigabytes; PMC-VQA holds several times as many. They are compressed, for this test's disk."
+    monkeypatch.setitem(PARQUET_OPTIONS, "compression", "zstd")
     _, decisions = drawn(2200)
-    images = (bytes(1_000_000),)  # which compress to nothing
+    images = (bytes(1_000_000),)
     write_samples((Sample("?", {"A": "Yes", "B": "No"}, "A", "Yes", images=images, dataset_name="toy", dataset_index=index) for index in decisions.dataset_index), tmp_path / "toy.parquet")
     path = curate(tmp_path / "toy.parquet", decisions[-300:], tmp_path, by="tiny")
     assert [sample.images == images for sample in SampleFile(path)] == [True] * (decisions[-300:].decision == "keep").sum()
