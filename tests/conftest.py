@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from hypothesis import HealthCheck, settings
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import InvalidRow, Sample
 from PIL import Image
@@ -35,6 +36,9 @@ def pytest_configure(config):
     "The files keep the order in which they are collected; pytest-xdist would begin with those of many tests, and end with one of minutes."
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    settings.register_profile("busy machine", deadline=None, suppress_health_check=slow)
+    settings.load_profile("busy machine")
     if warm.PLACE not in os.environ:  # else this is a worker of pytest-xdist, or a test that runs tests
         warm.prepare()
 
@@ -51,6 +55,14 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data (../shared/data) is not on this machine; everything else is tested without it")
     return folder
+
+
+def shared_cases(name: str) -> list[dict]:
+    "Cases that others have met, from ../shared/cases."
+    path = ROOT.parent / "shared" / "cases" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip("the collected cases (../shared/cases) are not on this machine; their kinds are tested without them")
+    return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 
 def by_hand(reply, model="by hand"):

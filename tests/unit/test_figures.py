@@ -4,11 +4,11 @@ import functools
 import itertools
 import json
 import re
-from pathlib import Path
 
+import pandas as pd
 import pytest
+from conftest import ROOT
 
-pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly", reason="figures need plotly")
 
 from medvlthinker.core import plots
@@ -17,7 +17,6 @@ from medvlthinker.results import figures as drawing
 from medvlthinker.results.published import COLUMNS, MEASURES, published, read_published
 from medvlthinker.results.tables import SYNTHETIC_NOTE, results_table
 
-ROOT = Path(__file__).resolve().parents[2]
 PAPER = published()
 MODELS = ("tiny", *(f"tiny-{recipe}" for recipe in ("SFT_m23k", "SFT_PMC", "SFT_m23k-RL_PMC", "RL_m23k", "RL_PMC",
                                                     "RL_m23k-RL_PMC")))
