@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import warm
-from hypothesis import HealthCheck, settings
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data.sample import InvalidRow, Sample
 from PIL import Image
@@ -34,6 +33,8 @@ LONG = ("test_verl", "test_workflow", "test_notebooks", "test_faults", "test_col
 
 def pytest_configure(config):
     "The files keep the order in which they are collected; pytest-xdist would begin with those of many tests, and end with one of minutes."
+    from hypothesis import HealthCheck, settings
+
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -145,11 +146,11 @@ def answers(port: int) -> bool:
     return False
 
 
-def until(so: Callable, process: subprocess.Popen | None = None, log: Path | None = None, seconds: float = 120):
+def until(so: Callable, process: subprocess.Popen | None = None, log: Path | None = None, seconds: float = 300):
     "Wait until it is so, and return what was found; no longer than a process lives, and never for ever."
     end = time.monotonic() + seconds
     while not (found := so()):
-        said = log.read_text(errors="replace")[-3000:] if log else ""
+        said = log.read_text(errors="replace")[-3000:] if log and log.exists() else ""
         assert process is None or process.poll() is None, f"it has ended before that: {said}"
         assert time.monotonic() < end, f"not so after {seconds} seconds: {said}"
         time.sleep(0.05)
@@ -197,18 +198,21 @@ def stand_in(folder: Path, **programs: str) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    "A file system of its own in a folder."
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root): neither a full disk nor one "
-                    "that is read-only is tested")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+@pytest.fixture
+def small_disk(tmp_path):
+    "Makes a file system of this size, in a folder of its own."
+    @contextlib.contextmanager
+    def small_disk(size: str):
+        (folder := tmp_path / "disk").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("a small file system cannot be mounted here (needs root): a full disk is not tested")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+    return small_disk
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says, small_disk, succeeded, until
+from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says, succeeded, until
 from medvlthinker.core.files import UserError
 from medvlthinker.app import cli
 from medvlthinker.app.profile import load_profile, steps
@@ -217,9 +217,9 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(small_disk):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
-    with small_disk(tmp_path / "disk", "1m") as disk:
+    with small_disk("1m") as disk:
         says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=disk), "No space left on device", "what was finished before is kept")
         for path in disk.rglob("*.parquet"):
             assert list(SampleFile(path)), "what is there is whole"

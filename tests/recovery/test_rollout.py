@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import small_disk
 from medvlthinker.core.files import UserError
 from medvlthinker.data import prompt, synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
@@ -218,16 +217,16 @@ def test_a_damaged_record_costs_no_answers(answered, text):
 # ---- a full disk ----
 
 
-def test_a_tiny_model_for_which_there_is_no_room_is_a_sentence(tmp_path):
-    with small_disk(tmp_path / "disk", "1500k") as disk, pytest.raises(UserError, match="No space"):
+def test_a_tiny_model_for_which_there_is_no_room_is_a_sentence(small_disk):
+    with small_disk("1500k") as disk, pytest.raises(UserError, match="No space"):
         make_tiny_model(disk / "tiny", steps=0, show=quiet)
 
 
 @pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])
-def test_a_full_disk_keeps_what_was_finished(tmp_path, room):
+def test_a_full_disk_keeps_what_was_finished(small_disk, tmp_path, room):
     "One sentence; whole lines stay, and with room again only the others are asked."
     samples, asked = synthetic.benchmark("pmc_vqa", 200), []
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk("300k") as disk:
         (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
         with pytest.raises(UserError, match=f"^{disk / 'run'}.* cannot be written .No space left on "
                                             "device.; what was finished before is kept"):

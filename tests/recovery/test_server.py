@@ -204,7 +204,7 @@ def test_at_most_so_many_at_once(faulty):
     "The bound holds and is reached, requests are taken when they are wanted, and nobody waits for a slow question."
     def pause(number: int) -> float:
         if number == 3:  # it is answered when sixty others have been asked
-            until(lambda: len(faulty.asked) > 60)
+            until(lambda: len(faulty.asked) > 60, seconds=15)
         return 0.02
 
     faulty.pause, taken = pause, iter(requests(80))
