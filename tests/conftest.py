@@ -62,7 +62,8 @@ def shared_cases(name: str) -> list[dict]:
     "Cases that others have met, from ../shared/cases."
     path = ROOT.parent / "shared" / "cases" / f"{name}.json"
     if not path.is_file():
-        pytest.skip("the collected cases (../shared/cases) are not on this machine; their kinds are tested without them")
+        pytest.skip("the collected cases (../shared/cases) are not on this machine; their kinds "
+                    "are tested without them")
     return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 
@@ -91,7 +92,8 @@ def blank(tmp_path_factory) -> Path:
     pytest.importorskip("torch")
     from medvlthinker.generation.tiny_model import make_tiny_model
 
-    return make_tiny_model(tmp_path_factory.mktemp("blank") / "tiny", steps=0, show=lambda line: None)
+    folder = tmp_path_factory.mktemp("blank") / "tiny"
+    return make_tiny_model(folder, steps=0, show=lambda line: None)
 
 
 SMALL = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
@@ -146,8 +148,13 @@ def answers(port: int) -> bool:
     return False
 
 
-def until(so: Callable, process: subprocess.Popen | None = None, log: Path | None = None, seconds: float = 300):
-    "Wait until it is so, and return what was found; no longer than a process lives, and never for ever."
+def until(
+    so: Callable,
+    process: subprocess.Popen | None = None,  # whose end is the end of waiting
+    log: Path | None = None,  # what it says
+    seconds: float = 300,
+):
+    "Wait until it is so, and return what was found; not for ever."
     end = time.monotonic() + seconds
     while not (found := so()):
         said = log.read_text(errors="replace")[-3000:] if log and log.exists() else ""
@@ -206,7 +213,8 @@ def small_disk(tmp_path):
         (folder := tmp_path / "disk").mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
         if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-            pytest.skip("a small file system cannot be mounted here (needs root): a full disk is not tested")
+            pytest.skip("a small file system cannot be mounted here (needs root): a full disk is "
+                        "not tested")
         try:
             yield folder
         finally:

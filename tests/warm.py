@@ -35,7 +35,7 @@ class Process:
 
     def __init__(self, words: list[str], cwd: str, environment: dict[str, str], files: list[int]):
         self.line, self.exitcode = connect(), None
-        self.line.settimeout(300)  # a server that stands still fails a test, and does not keep it for ever
+        self.line.settimeout(300)  # a server that stands still fails a test
         request = json.dumps([words, cwd, environment]).encode()
         self.line.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
         self.line.sendall(request)
@@ -67,7 +67,8 @@ def connect() -> socket.socket:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(address)
                 listener.listen(64)
-                alone = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # who forks should have no second thread
+                # who forks should have no second thread, such as one of Arrow's memory
+                alone = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
                 subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()], start_new_session=True,
                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
     line.connect(address)
@@ -132,7 +133,7 @@ def serve(listener: socket.socket) -> None:
                     become(*json.loads(request), files)
                 for file in files:
                     os.close(file)
-                with contextlib.suppress(OSError):  # whoever asked is gone: its end of the line says so below
+                with contextlib.suppress(OSError):  # whoever asked is gone, as the line says below
                     line.sendall(f"{pid}\n".encode())
                 selector.register(line, selectors.EVENT_READ, pid)
                 lines[pid] = line

@@ -65,7 +65,8 @@ def lab(project, home):
     words = ["bash", "reproduce.sh", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with open(project.parent / "server.log", "w") as log, subprocess.Popen(words, cwd=project, env=environment, stdout=log, stderr=log) as server:
         until(lambda: answers(port), server, project.parent / "server.log")
-        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", pid=server.pid, nbs=project / "nbs")
+        address = f"http://127.0.0.1:{port}"
+        yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs")
         server.terminate()
 
 

@@ -137,7 +137,8 @@ def test_both_renderers_get_one_list_of_pages(tmp_path):
 
 
 def test_quarto_renders_the_same_folder_where_it_is_installed(tmp_path, monkeypatch, capsys):
-    root, quarto = write_project(tmp_path), 'mkdir "$2/_docs"\nls "$2" > "$2/_docs/index.html"\necho "$1 $3" >> "$2/_docs/index.html"'
+    root = write_project(tmp_path)
+    quarto = 'mkdir "$2/_docs"\n(ls "$2"; echo "$1 $3") > "$2/_docs/index.html"'
     monkeypatch.chdir(root)
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(root / "_runs"))
     monkeypatch.setenv("PATH", str(stand_in(tmp_path / "bin", quarto=quarto)), prepend=":")

@@ -28,7 +28,8 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("nbs", "tests", "locks"):  # what must stay outside
         (tree / name).symlink_to(ROOT / name)
-    succeeded(python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tree / "dist", tree))
+    succeeded(python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
+                     "--quiet", "--wheel-dir", tree / "dist", tree))
     return next((tree / "dist").glob("*.whl"))
 
 

@@ -36,7 +36,8 @@ exec "$@\"""",
 def slurm(tmp_path, monkeypatch) -> Path:
     "The folder in which the made-up scheduler keeps scripts and states."
     (folder := tmp_path / "jobs").mkdir()
-    programs = stand_in(tmp_path / "bin", **{name: text.replace("{folder}", str(folder)) for name, text in PROGRAMS.items()})
+    scripts = {name: text.replace("{folder}", str(folder)) for name, text in PROGRAMS.items()}
+    programs = stand_in(tmp_path / "bin", **scripts)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("USER", "somebody")
     return folder

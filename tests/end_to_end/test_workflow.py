@@ -133,7 +133,8 @@ register_benchmark("chest", "chest", DatasetLayout("test.csv", "", lambda row, w
 
 def test_killed_interrupted_and_called_again(own_run):
     "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call goes on, and the results are those of a run without either."
-    folder, before, error = own_run, own_run / "home" / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json", own_run / "error"
+    folder, before = own_run, own_run / "home" / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json"
+    error = own_run / "error"
     counts = json.loads(before.read_text())["counts"]
     shutil.move(folder / "home" / "smoke" / "checkpoints" / "tiny", folder / "tiny")
     shutil.rmtree(folder / "home")
@@ -142,15 +143,18 @@ def test_killed_interrupted_and_called_again(own_run):
     def begin(word: str) -> subprocess.Popen:
         "Start a run, and wait for the first process with this word in its command line."
         words = [sys.executable, "-m", "medvlthinker.app.cli", "run", *SMALL]
+        environment = os.environ | {key: str(value) for key, value in in_copy(folder).items()}
         with error.open("w") as file:
-            process = subprocess.Popen(words, cwd=folder / "project", env={**os.environ, **{key: str(value) for key, value in in_copy(folder).items()}},
+            process = subprocess.Popen(words, cwd=folder / "project", env=environment,
                                        stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
-        until(lambda: any(word in each for each in at_work(folder / "home").values()), process, error)
+        lines = lambda: at_work(folder / "home").values()
+        until(lambda: any(word in line for line in lines()), process, error)
         return process
 
     process = begin("ipykernel")
     unfinished = folder / "home" / "smoke" / "notebooks" / "1_data.running.ipynb"
-    until(lambda: unfinished.exists() and '"status": "running"' in unfinished.read_text(), process, error)  # papermill writes when it begins a cell
+    running = lambda: unfinished.exists() and '"status": "running"' in unfinished.read_text()
+    until(running, process, error)  # papermill writes when it begins a cell
     assert status(folder, at_work=True)[0]["1_data"] == "unfinished"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -160,7 +164,8 @@ def test_killed_interrupted_and_called_again(own_run):
 
     process = begin("medvlthinker.app.cli rollout")
     os.killpg(process.pid, signal.SIGINT)
-    assert (process.wait(120), error.read_text()) == (130, "medvlthinker: interrupted; the same command goes on where this one stopped.\n")
+    code, said = process.wait(120), "interrupted; the same command goes on where this one stopped."
+    assert (code, error.read_text()) == (130, f"medvlthinker: {said}\n")
     assert at_work(folder / "home") == {}, "neither a kernel nor what it had started is left"
     assert "unfinished" in status(folder)[0].values()
     assert "4_evaluate-tiny" in run(folder, *EVALUATE)[0] and json.loads(before.read_text())["counts"] == counts

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +50,7 @@ def killed_at(command: list[str], logs: Path, step: int) -> None:
     "Start a run, and end it with SIGKILL once its curves have come to a step."
     process = warm.start(*command, cwd=ROOT)
     try:
-        while process.is_alive() and len(curves(logs)) < step:
-            time.sleep(0.02)
+        until(lambda: len(curves(logs)) >= step or not process.is_alive())
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
@@ -83,7 +81,8 @@ def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
     assert [path.name for path in left] == [f"checkpoint-{steps}"], "only what is needed stays on the disk"
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
-    assert "step" not in succeeded(warm.run(*later, cwd=ROOT)).stdout, "a run that has ended is not run again"
+    again = succeeded(warm.run(*later, cwd=ROOT))
+    assert "step" not in again.stdout, "a run that has ended is not run again"
 
 
 STARTS = """
@@ -106,7 +105,8 @@ def test_kill_ends_what_a_training_has_started(tmp_path, ends):
     "SIGTERM to the one process that was started by hand: neither the trainer nor what it started is left."
     said, error = tmp_path / "log.2", tmp_path / "error"
     with error.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-c", STARTS + ends, str(tmp_path / "log")], cwd=ROOT, stderr=file)
+        words = [sys.executable, "-c", STARTS + ends, str(tmp_path / "log")]
+        process = subprocess.Popen(words, cwd=ROOT, stderr=file)
     until(lambda: said.exists() and said.read_text().endswith("\n"), process, error)
     family = psutil.Process(process.pid).children(recursive=True)
     assert int(said.read_text()) in [each.pid for each in family] and len(family) == 2

@@ -155,7 +155,8 @@ def test_six_kills(tmp_path):
     decisions.to_pickle(tmp_path / "decisions.pickle")
 
     def run(target, kill_at=0):
-        process = multiprocessing.get_context("fork").Process(target=act, args=(tmp_path, target, kill_at), daemon=True)
+        given = {"target": act, "args": (tmp_path, target, kill_at)}
+        process = multiprocessing.get_context("fork").Process(**given, daemon=True)
         process.start()
         process.join(120)
         assert process.exitcode is not None, "it stands still"
