@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,13 @@ LONG = ("test_verl", "test_workflow", "test_notebooks", "test_faults", "test_col
 
 def pytest_configure(config):
     "The files keep the order in which they are collected; pytest-xdist would begin with those of many tests, and end with one of minutes."
+    from hypothesis import HealthCheck, settings
+
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    settings.register_profile("busy machine", deadline=None, suppress_health_check=slow)
+    settings.load_profile("busy machine")
     if warm.PLACE not in os.environ:  # else this is a worker of pytest-xdist, or a test that runs tests
         warm.prepare()
 
@@ -50,6 +56,15 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data (../shared/data) is not on this machine; everything else is tested without it")
     return folder
+
+
+def shared_cases(name: str) -> list[dict]:
+    "Cases that others have met, from ../shared/cases."
+    path = ROOT.parent / "shared" / "cases" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip("the collected cases (../shared/cases) are not on this machine; their kinds "
+                    "are tested without them")
+    return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 
 def by_hand(reply, model="by hand"):
@@ -71,6 +86,16 @@ def warm_tiny(tmp_path_factory) -> Path:
         return make_tiny_model(folder / "tiny")
 
 
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory) -> Path:
+    "The embedded model with random weights."
+    pytest.importorskip("torch")
+    from medvlthinker.generation.tiny_model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("blank") / "tiny"
+    return make_tiny_model(folder, steps=0, show=lambda line: None)
+
+
 SMALL = ("smoke", "limit=3", "benchmark=pmc_vqa,vqa_rad", "corpus=pmc_vqa", "train_limit=40", "recipes=tiny-RL_PMC", "max_steps=2", "rollouts=4", "max_tokens=64", "repeats=0", "repeats_others=0")
 STEPS = ["1_data", "2_difficulty", "3_train-tiny-RL_PMC", "4_evaluate-tiny", "4_evaluate-tiny-RL_PMC", "5_results", "6_audit"]  # of such a run
 
@@ -86,8 +111,7 @@ def small_run(warm_tiny) -> Path:
             copy_project(folder / "project")
             shutil.copytree(warm_tiny, folder / "home" / "smoke" / "checkpoints" / "tiny")
             done = python("-m", "medvlthinker.app.cli", "run", *SMALL, cwd=folder / "project", **in_copy(folder))
-            assert done.returncode == 0, done.stdout + done.stderr
-            (folder / "out").write_text(done.stdout)
+            (folder / "out").write_text(succeeded(done).stdout)
     return folder
 
 
@@ -117,6 +141,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    "Does a server of this machine take a call?"
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def until(
+    so: Callable,
+    process: subprocess.Popen | None = None,  # whose end is the end of waiting
+    log: Path | None = None,  # what it says
+    seconds: float = 300,
+):
+    "Wait until it is so, and return what was found; not for ever."
+    end = time.monotonic() + seconds
+    while not (found := so()):
+        said = log.read_text(errors="replace")[-3000:] if log and log.exists() else ""
+        assert process is None or process.poll() is None, f"it has ended before that: {said}"
+        assert time.monotonic() < end, f"not so after {seconds} seconds: {said}"
+        time.sleep(0.05)
+    return found
+
+
 @pytest.fixture(scope="session")
 def vllm_server(warm_tiny, tmp_path_factory):
     "`vllm serve` on the CPU; the model's generation_config has what nobody should take over."
@@ -139,11 +186,7 @@ def vllm_server(warm_tiny, tmp_path_factory):
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                    env={**os.environ, **environment}, start_new_session=True)
     try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.5)
+        until(lambda: answers(port), process, folder / "log", seconds=300)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -151,6 +194,33 @@ def vllm_server(warm_tiny, tmp_path_factory):
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def stand_in(folder: Path, **programs: str) -> Path:
+    "A folder with programs in place of other people's: the lines of a shell script for each name."
+    folder.mkdir(exist_ok=True)
+    for name, lines in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "Makes a file system of this size, in a folder of its own."
+    @contextlib.contextmanager
+    def small_disk(size: str):
+        (folder := tmp_path / "disk").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("a small file system cannot be mounted here (needs root): a full disk is "
+                        "not tested")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+    return small_disk
 
 
 @pytest.fixture
@@ -171,7 +241,7 @@ def python(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     "Run the environment's Python with these words; a module of ours, or papermill, in a process that finds the libraries loaded, where what they read while they load is as it was."
     if words[0] == "-m" and words[1].startswith(("medvlthinker.", "papermill")) and while_loading({**os.environ, **environment}) == AT_START:
         return warm.run(*words, cwd=cwd, **environment)
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
                           env={**os.environ, **{key: str(value) for key, value in environment.items()}})
 
 
@@ -181,6 +251,12 @@ def while_loading(environment: dict) -> dict:
 
 
 AT_START = while_loading(os.environ)
+
+
+def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    "The command, which ended well."
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 def says(done: subprocess.CompletedProcess, *parts: str) -> None:
@@ -214,6 +290,21 @@ def chromium():
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def new_page(chromium):
+    "Opens pages; in the end nothing has failed in any of them."
+    opened = []
+
+    def new_page(**given):
+        opened.append(watched(chromium, **given))
+        return opened[-1][0]
+
+    yield new_page
+    for page, wrong, _ in opened:
+        page.close()
+        assert wrong == []
 
 
 def watched(browser, **given):

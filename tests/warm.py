@@ -35,11 +35,13 @@ class Process:
 
     def __init__(self, words: list[str], cwd: str, environment: dict[str, str], files: list[int]):
         self.line, self.exitcode = connect(), None
+        self.line.settimeout(300)  # a server that stands still fails a test
         request = json.dumps([words, cwd, environment]).encode()
         self.line.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
         self.line.sendall(request)
         self.said = self.line.makefile("rb")
         self.pid = int(self.said.readline())
+        self.line.settimeout(None)
 
     def join(self, timeout: float | None = None) -> None:
         "Wait until it has ended, or so many seconds."
@@ -65,8 +67,10 @@ def connect() -> socket.socket:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(address)
                 listener.listen(64)
+                # who forks should have no second thread, such as one of Arrow's memory
+                alone = {**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
                 subprocess.Popen([sys.executable, __file__, str(listener.fileno())], pass_fds=[listener.fileno()], start_new_session=True,
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
     line.connect(address)
     return line
 
@@ -129,7 +133,8 @@ def serve(listener: socket.socket) -> None:
                     become(*json.loads(request), files)
                 for file in files:
                     os.close(file)
-                line.sendall(f"{pid}\n".encode())
+                with contextlib.suppress(OSError):  # whoever asked is gone, as the line says below
+                    line.sendall(f"{pid}\n".encode())
                 selector.register(line, selectors.EVENT_READ, pid)
                 lines[pid] = line
             elif key.fileobj is not wake and key.data in lines:  # nobody is at its other end any more

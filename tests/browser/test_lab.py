@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import ROOT, free_port, python, watched
+from conftest import ROOT, answers, free_port, python, succeeded, until, watched
 
 pytestmark = pytest.mark.heavy
 TOKEN = "of-these-tests"
@@ -47,9 +46,8 @@ def home(project, warm_tiny) -> Path:
     "What 5_results reads, as 4_evaluate leaves it."
     home = project.parent / "runs"
     shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
-    done = python("-m", "papermill", "nbs/paper/4_evaluate.ipynb", home / "4_evaluate.ipynb", "-k", "python3", "--cwd", "nbs/paper", "--no-progress-bar",
-                  "-p", "limit", "12", "-p", "repeats", "2", cwd=project, MEDVLTHINKER_HOME=home, BROWSER_PATH="none")
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded(python("-m", "papermill", "nbs/paper/4_evaluate.ipynb", home / "4_evaluate.ipynb", "-k", "python3", "--cwd", "nbs/paper", "--no-progress-bar",
+                     "-p", "limit", "12", "-p", "repeats", "2", cwd=project, MEDVLTHINKER_HOME=home, BROWSER_PATH="none"))
     return home
 
 
@@ -66,14 +64,8 @@ def lab(project, home):
                           "MEDVLTHINKER_HOME": str(home), "BROWSER_PATH": "none"}  # pictures have their own tests
     words = ["bash", "reproduce.sh", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}"]
     with open(project.parent / "server.log", "w") as log, subprocess.Popen(words, cwd=project, env=environment, stdout=log, stderr=log) as server:
+        until(lambda: answers(port), server, project.parent / "server.log")
         address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/api", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, (project.parent / "server.log").read_text()[-3000:]
-                time.sleep(0.25)
         yield SimpleNamespace(address=address, pid=server.pid, nbs=project / "nbs")
         server.terminate()
 

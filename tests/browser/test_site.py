@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("nbdev", reason="the site needs the extra `notebooks`")
 import yaml
 from bs4 import BeautifulSoup
-from conftest import FLOORS, ROOT, copy_project, watched
+from conftest import FLOORS, ROOT, copy_project, stand_in, watched
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 
 from medvlthinker.app import site
@@ -137,19 +137,17 @@ def test_both_renderers_get_one_list_of_pages(tmp_path):
 
 
 def test_quarto_renders_the_same_folder_where_it_is_installed(tmp_path, monkeypatch, capsys):
-    root, stand_in = write_project(tmp_path), tmp_path / "bin" / "quarto"
-    stand_in.parent.mkdir()
-    stand_in.write_text('#!/bin/sh\nmkdir "$2/_docs"\nls "$2" > "$2/_docs/index.html"\necho "$1 $3" >> "$2/_docs/index.html"\n')
-    stand_in.chmod(0o755)
+    root = write_project(tmp_path)
+    quarto = 'mkdir "$2/_docs"\n(ls "$2"; echo "$1 $3") > "$2/_docs/index.html"'
     monkeypatch.chdir(root)
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(root / "_runs"))
-    monkeypatch.setenv("PATH", str(stand_in.parent), prepend=":")
+    monkeypatch.setenv("PATH", str(stand_in(tmp_path / "bin", quarto=quarto)), prepend=":")
     first = site.build()
     assert {"_quarto.yml", "index.md", "paper", "assets", "render --no-execute"} < set(first.read_text().splitlines())
     assert "1 pages, rendered by Quarto" in capsys.readouterr().out
     for script, problem in (("echo 'ERROR: no such theme' >&2\nexit 1", "no such theme"),
                             ('mkdir "$2/_docs"\necho \'<script src="https://cdn.example/require.js">\' > "$2/_docs/a.html"', "a.html loads https://cdn.example")):
-        stand_in.write_text(f"#!/bin/sh\n{script}\n")
+        stand_in(tmp_path / "bin", quarto=script)
         with pytest.raises(UserError, match=problem):
             site.build()
         assert first.is_file(), "the old site is kept"
@@ -260,8 +258,8 @@ CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
 
 
 @pytest.mark.heavy
-def test_a_question_in_plain_words_finds_its_section(chromium, built):
-    page = chromium.new_page()  # a double click on a page, without a server
+def test_a_question_in_plain_words_finds_its_section(new_page, built):
+    page = new_page()  # a double click on a page, without a server
     page.goto(f"file://{built}/core/stats.html")
     page.fill("#search", "how can I evaluate my own model")
     page.wait_for_selector("#found a")
@@ -270,7 +268,6 @@ def test_a_question_in_plain_words_finds_its_section(chromium, built):
     page.wait_for_selector("text=No page has one of these words")
     page.keyboard.press("Escape")
     assert not page.is_visible("#found")
-    page.close()
 
 
 @pytest.mark.heavy
@@ -307,10 +304,9 @@ def test_in_a_browser(chromium, real):
 
 
 @pytest.mark.heavy
-def test_figures_follow_the_colours_of_the_page(chromium, built):
-    page = chromium.new_page(color_scheme="dark")
+def test_figures_follow_the_colours_of_the_page(new_page, built):
+    page = new_page(color_scheme="dark")
     page.goto(f"file://{built}/paper/results.html")
     page.wait_for_selector("[data-drawn=dark] .main-svg")
     page.click("#theme")
     page.wait_for_selector("[data-drawn=light] .main-svg")
-    page.close()

@@ -159,16 +159,6 @@ def test_medxpertqa_reads_its_images_from_the_zip(tmp_path):
     assert str(missing) == "test.jsonl line 2, images: MM-1-a.jpeg is not in images.zip"
 
 
-def test_a_corrected_letter_is_read_though_the_file_keeps_its_size(tmp_path, monkeypatch):
-    monkeypatch.setitem(b.LOCAL, "own", [])
-    file, found = tmp_path / "own" / "test.parquet", []
-    b.register_benchmark("own", tmp_path / "own", DatasetLayout("test.parquet", "", lambda row, where: {"options": {"A": "Yes", "B": "No"}, **row}))
-    for label in "AB":
-        put(file, [{"question": "Is it?", "answer_label": label}])
-        found.append((file.stat().st_size, b.load_benchmark("own", folder=tmp_path / "samples")[0].answer_label))
-    assert found[0][0] == found[1][0] and [label for _, label in found] == ["A", "B"]
-
-
 def test_a_converter_typed_into_a_notebook_is_known_by_its_text(tmp_path, monkeypatch):
     monkeypatch.setitem(b.LOCAL, "own", [])
     (tmp_path / "test.json").write_text('[{"question": "Is it?"}]')

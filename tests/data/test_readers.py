@@ -4,7 +4,7 @@ import re
 import zipfile
 
 import pytest
-from conftest import ROOT, encoded, key_opens
+from conftest import encoded, key_opens, shared_cases
 from medvlthinker.data import converters
 from medvlthinker.data.readers import image_reader, read_rows, samples_from
 from medvlthinker.data.sample import InvalidRow
@@ -45,10 +45,7 @@ def test_what_stands_in_place_of_an_image_is_said_in_plain_words(tmp_path, name)
 
 
 def test_the_odd_image_fields_that_others_met(tmp_path):
-    path = ROOT.parent / "shared" / "cases" / "image-field-odd.json"
-    if not path.is_file():
-        pytest.skip("the collected cases (../shared/cases) are not on this machine; the kinds are tested without them")
-    for case in json.loads(path.read_text())["cases"]:
+    for case in shared_cases("image-field-odd"):
         (tmp_path / "rows.jsonl").write_text(json.dumps(case["row"]))
         for images in (image_reader(tmp_path), None):
             item, = samples_from(lambda: read_rows(tmp_path / "rows.jsonl"), converters.unified, "odd", images)

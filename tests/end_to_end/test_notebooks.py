@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import FLOORS, ROOT
+from conftest import FLOORS, ROOT, succeeded
 
 LIBRARY = ["index.ipynb", *sorted(path.relative_to(ROOT / "nbs").as_posix() for floor in FLOORS for path in (ROOT / "nbs" / floor).glob("*.ipynb"))]
 PAPER = sorted((ROOT / "nbs" / "paper").glob("*.ipynb"))
@@ -17,8 +17,7 @@ MODULES = sorted(".".join(path.relative_to(ROOT / "medvlthinker").with_suffix(""
 @pytest.mark.parametrize("name", LIBRARY)
 def test_runs(name):
     nbdev_test = Path(sys.executable).with_name("nbdev-test")
-    done = warm.run(nbdev_test, f"nbs/{name}", "--n-workers", "0", cwd=ROOT)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    succeeded(warm.run(nbdev_test, f"nbs/{name}", "--n-workers", "0", cwd=ROOT))
 
 
 def order(name: str) -> tuple[int, int]:

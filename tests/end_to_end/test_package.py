@@ -11,7 +11,7 @@ from pathlib import Path
 
 import medvlthinker
 import pytest
-from conftest import ROOT, says
+from conftest import ROOT, python, says, succeeded
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,8 +28,8 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("nbs", "tests", "locks"):  # what must stay outside
         (tree / name).symlink_to(ROOT / name)
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tree / "dist", tree], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeded(python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
+                     "--quiet", "--wheel-dir", tree / "dist", tree))
     return next((tree / "dist").glob("*.whl"))
 
 
@@ -99,8 +99,7 @@ import medvlthinker
 names = [each.name for each in pkgutil.walk_packages(medvlthinker.__path__, "medvlthinker.")]
 for name in names: importlib.import_module(name)
 print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.modules))]))"""
-    done = alone(bare, tmp_path, "-c", code)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(alone(bare, tmp_path, "-c", code))
     where, names, loaded = json.loads(done.stdout)
     assert Path(where).is_relative_to(bare.parent.parent) and {f"medvlthinker.{name}" for name in ("core.grade", "generation.engine", "app.workflow", "training.verl_cpu")} <= set(names)
     assert not loaded
@@ -154,8 +153,7 @@ for call in json.loads(sys.argv[1]):
     except Exception as error:
         print("" if isinstance(error, UserError) else f"{type(error).__name__}:", *str(error).splitlines()[:1])
 """
-    done = alone(bare, tmp_path, "-c", code, json.dumps(list(ABSENT)))
-    assert done.returncode == 0, done.stderr
+    done = succeeded(alone(bare, tmp_path, "-c", code, json.dumps(list(ABSENT))))
     for (call, extra), sentence in zip(ABSENT.items(), done.stdout.splitlines(), strict=True):
         assert re.search(r" (is|are) not installed; ", sentence) and f"pip install 'medvlthinker[{extra}]'" in sentence, f"{call}: {sentence}"
     says(alone(bare, tmp_path, "-m", "medvlthinker.app.cli", "rollout", "smoke", "model=tiny"), "torch", "pip install 'medvlthinker[torch]'")

@@ -3,11 +3,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, stand_in, until
 
 PROGRAMS = {
     "sbatch": """printf '%s ' "$@" >> {folder}/asked
@@ -36,12 +35,9 @@ exec "$@\"""",
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
     "The folder in which the made-up scheduler keeps scripts and states."
-    folder, programs = tmp_path / "jobs", tmp_path / "bin"
-    folder.mkdir()
-    programs.mkdir()
-    for name, text in PROGRAMS.items():
-        (programs / name).write_text("#!/usr/bin/env bash\n" + text.replace("{folder}", str(folder)) + "\n")
-        (programs / name).chmod(0o755)
+    (folder := tmp_path / "jobs").mkdir()
+    scripts = {name: text.replace("{folder}", str(folder)) for name, text in PROGRAMS.items()}
+    programs = stand_in(tmp_path / "bin", **scripts)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("USER", "somebody")
     return folder
@@ -78,14 +74,11 @@ def test_an_interrupted_run_cancels_its_jobs(slurm, warm_home):
     run = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
                             "notebooks/1_data.ipynb"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = warm_home / "smoke" / "logs" / "snakemake.log"
-    while not (log.exists() and "submitted with SLURM jobid 101" in log.read_text()):
-        assert run.poll() is None
-        time.sleep(0.1)
+    until(lambda: log.exists() and "submitted with SLURM jobid 101" in log.read_text(), run, log)
     run.send_signal(signal.SIGINT)
     assert "The jobs of this run are cancelled." in run.communicate(timeout=120)[0] and run.returncode == 130
     assert "101" in (slurm / "cancelled").read_text().split()
-    while not (slurm / "101").exists():  # the made-up scheduler only notes who is to be cancelled
-        time.sleep(0.1)
+    until((slurm / "101").exists)  # the made-up scheduler only notes who is to be cancelled
 
 
 @pytest.mark.heavy

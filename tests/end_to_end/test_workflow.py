@@ -7,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says
+from conftest import ROOT, SMALL, STEPS, at_work, in_copy, python, says, succeeded, until
 from medvlthinker.core.files import UserError
 from medvlthinker.app import cli
 from medvlthinker.app.profile import load_profile, steps
@@ -32,8 +31,7 @@ def call(folder: Path, verb: str, *words, **environment) -> subprocess.Completed
 
 def run(folder: Path, *words) -> tuple[list[str], str]:
     "Run it again: the steps that ran, and all that was printed."
-    done = call(folder, "run", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeded(call(folder, "run", *words))
     return re.findall(r"^step \d+ of \d+  (\S+): done in", done.stdout, re.M), done.stdout
 
 
@@ -42,8 +40,7 @@ def status(folder: Path, *words, at_work: bool = False) -> tuple[dict[str, str],
     home = folder / "home"
     stamps = lambda: {path: path.stat().st_mtime_ns for path in home.rglob("*") if ".snakemake" not in path.parts}
     before = stamps()
-    done = call(folder, "status", *words)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(call(folder, "status", *words))
     assert at_work or stamps() == before, "asking writes nothing, but for notes of Snakemake's own"
     lines = done.stdout.splitlines()
     assert "\033" not in done.stdout
@@ -137,36 +134,38 @@ register_benchmark("chest", "chest", DatasetLayout("test.csv", "", lambda row, w
 def test_killed_interrupted_and_called_again(own_run):
     "SIGKILL, and then Ctrl-C, to the whole process group while it runs; the next call goes on, and the results are those of a run without either."
     folder, before = own_run, own_run / "home" / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json"
+    error = own_run / "error"
     counts = json.loads(before.read_text())["counts"]
     shutil.move(folder / "home" / "smoke" / "checkpoints" / "tiny", folder / "tiny")
     shutil.rmtree(folder / "home")
     shutil.move(folder / "tiny", folder / "home" / "smoke" / "checkpoints" / "tiny")
 
-    def begin(until: str) -> subprocess.Popen:
+    def begin(word: str) -> subprocess.Popen:
+        "Start a run, and wait for the first process with this word in its command line."
         words = [sys.executable, "-m", "medvlthinker.app.cli", "run", *SMALL]
-        process = subprocess.Popen(words, cwd=folder / "project", env={**os.environ, **{key: str(value) for key, value in in_copy(folder).items()}},
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while not any(until in each for each in at_work(folder / "home").values()):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        environment = os.environ | {key: str(value) for key, value in in_copy(folder).items()}
+        with error.open("w") as file:
+            process = subprocess.Popen(words, cwd=folder / "project", env=environment,
+                                       stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+        lines = lambda: at_work(folder / "home").values()
+        until(lambda: any(word in line for line in lines()), process, error)
         return process
 
     process = begin("ipykernel")
     unfinished = folder / "home" / "smoke" / "notebooks" / "1_data.running.ipynb"
-    while not (unfinished.exists() and '"status": "running"' in unfinished.read_text()):  # papermill writes when it begins a cell
-        time.sleep(0.1)
+    running = lambda: unfinished.exists() and '"status": "running"' in unfinished.read_text()
+    until(running, process, error)  # papermill writes when it begins a cell
     assert status(folder, at_work=True)[0]["1_data"] == "unfinished"
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    while at_work(folder / "home"):  # a kernel looks after its parent once a second
-        time.sleep(0.1)
+    process.wait()
+    until(lambda: not at_work(folder / "home"))  # a kernel looks after its parent once a second
     states, out = status(folder)
     assert states["1_data"] == "unfinished" and "1_data.running.ipynb" in out and "first 1_data" in out, out
 
     process = begin("medvlthinker.app.cli rollout")
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130 and said == "medvlthinker: interrupted; the same command goes on where this one stopped.\n", said
+    code, said = process.wait(120), "interrupted; the same command goes on where this one stopped."
+    assert (code, error.read_text()) == (130, f"medvlthinker: {said}\n")
     assert at_work(folder / "home") == {}, "neither a kernel nor what it had started is left"
     assert "unfinished" in status(folder)[0].values()
     assert "4_evaluate-tiny" in run(folder, *EVALUATE)[0] and json.loads(before.read_text())["counts"] == counts
@@ -223,24 +222,19 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(small_disk):
     "The whole pipeline on a file system of one megabyte: one sentence, exit code 2."
-    (tmp_path / "disk").mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root); the full disk is not tested")
-    try:
-        says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=tmp_path / "disk"), "No space left on device", "what was finished before is kept")
-        for path in (tmp_path / "disk").rglob("*.parquet"):
+    with small_disk("1m") as disk:
+        says(python("-m", "medvlthinker.app.cli", "run", "smoke", MEDVLTHINKER_HOME=disk), "No space left on device", "what was finished before is kept")
+        for path in disk.rglob("*.parquet"):
             assert list(SampleFile(path)), "what is there is whole"
-    finally:
-        subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 def test_real_radiographs(real_data, warm_home, tmp_path):
     "The README's command for real images: papermill on the evaluation notebook, VQA-RAD from a local folder, every usable closed question; each is asked once."
     out = tmp_path / "out.ipynb"
     done = python("-m", "papermill", "nbs/paper/4_evaluate.ipynb", out, "-k", "python3", "-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data, "-p", "repeats", 0, MEDVLTHINKER_HOME=warm_home)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded(done)
     record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
     (right, n), = record["counts"].values()
     assert record["source"] == "local" and n == 338, "every usable closed question of the 60 images: see 15_benchmarks"

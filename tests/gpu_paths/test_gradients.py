@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import ROOT
+from conftest import ROOT, succeeded
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
@@ -55,8 +55,7 @@ def run(places: Path, name: str, cases: dict, processes: int) -> None:
         path = places / f"{name}.accelerate.json"
         path.write_text(json.dumps(config))
         words = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0", *words]
-    done = warm.run(*words, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    succeeded(warm.run(*words, cwd=ROOT))
 
 
 def case(places: Path, group: str, name: str, gpus: int, more: dict | None = None, **keys) -> dict:

@@ -7,9 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-if str(Path(__file__).parent.parent) not in sys.path:  # where this file is run by itself, to be measured
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 import warm
 from conftest import ROOT
 from medvlthinker.core.files import UserError

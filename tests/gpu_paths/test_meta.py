@@ -3,13 +3,10 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
-
-if str(Path(__file__).parent.parent) not in sys.path:  # where this file is run by itself
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-from conftest import python
+import warm
+from conftest import ROOT, succeeded
 from medvlthinker.training.memory import SIZES, count_parameters, meta_model, model_config
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.train import accelerate_config
@@ -77,8 +74,7 @@ def load_into_vllm(size: str, folder: str) -> None:
 def test_every_weight_finds_its_place_in_vllm_and_no_place_stays_empty(size, tmp_path):
     if not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is not installed; ./reproduce.sh setup full installs it")
-    done = python(__file__, size, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = succeeded(warm.run(__file__, size, tmp_path, cwd=ROOT))
     places, filled, parameters = json.loads(done.stdout.splitlines()[-1])
     assert places == filled and parameters == PUBLISHED[size]
 

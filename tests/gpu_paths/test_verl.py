@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from conftest import ROOT, at_work, encoded
+from conftest import ROOT, at_work, encoded, python, until
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.model import pixel_limits
@@ -66,8 +66,8 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
     checkpoints, logs = warm_home / "smoke" / "checkpoints", warm_home / "smoke" / "logs" / "tiny-RL_PMC"
     first, begun = begin(tmp_path / "first.log", "tiny-RL_PMC", data), 1
     try:
-        until = time.monotonic() + 1800
-        while not read_metrics(logs / "metrics.jsonl") and time.monotonic() < until and (first.poll() is None or slow(tmp_path / "first.log") and begun < 4):
+        end = time.monotonic() + 1800
+        while not read_metrics(logs / "metrics.jsonl") and time.monotonic() < end and (first.poll() is None or slow(tmp_path / "first.log") and begun < 4):
             if first.poll() is not None:
                 first, begun = begin(tmp_path / "first.log", "tiny-RL_PMC", data), begun + 1
             time.sleep(0.2)
@@ -77,10 +77,7 @@ def test_two_steps_with_a_kill_between_them(warm_home, tmp_path):
         if first.poll() is None:  # where Ray never started it is gone
             os.killpg(first.pid, signal.SIGKILL)
         first.wait()
-    until = time.monotonic() + 60
-    while at_work(warm_home) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert not at_work(warm_home)  # Ray's processes ended with the one that started them
+    until(lambda: not at_work(warm_home))  # Ray's processes end with the one that started them
     folder, = (checkpoints / "tiny-RL_PMC.training").glob("*/global_step_1/..")
     assert list(complete_checkpoints(folder)) == [1] and [row["step"] for row in read_metrics(logs / "metrics.jsonl")] == [1]
     torn = folder / "global_step_2" / "actor"  # as if the kill had come a second later: a folder begun, a number emptied
@@ -254,13 +251,6 @@ def verl_dataset(path, model: Path, most: int, filtered: bool = False, pixels: d
     return RLHFDataset(str(path), processor.tokenizer, config, processor)
 
 
-@pytest.fixture(scope="module")
-def blank_tiny(tmp_path_factory) -> Path:
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
-
-
 def written(samples, folder: Path, model: Path, most: int = 512, max_pixels: int = 0) -> Path:
     "verl's file of samples, as a run with this limit makes it."
     recipe = find("tiny-RL_PMC")
@@ -270,11 +260,11 @@ def written(samples, folder: Path, model: Path, most: int = 512, max_pixels: int
     return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))
 
 
-def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
+def test_verl_reads_our_rows(tmp_path, own_cache, blank):
     "Order, prompt, pictures and what the reward needs arrive; for texts too, and for a question with two pictures."
     samples = synthetic.corpus("pmc_vqa", 150, 0)
     samples.insert(1, next(sample for sample in synthetic.benchmark("MedXpertQA-MM", 60, 0) if len(sample.images) > 1))
-    read = verl_dataset(written(samples, tmp_path, blank_tiny), blank_tiny, 512)
+    read = verl_dataset(written(samples, tmp_path, blank), blank, 512)
     assert len(read) == 151
     for place in (0, 1, 64, 150):
         sample, row = samples[place], read[place]
@@ -284,25 +274,25 @@ def test_verl_reads_our_rows(tmp_path, own_cache, blank_tiny):
         assert row["reward_model"]["ground_truth"] == sample.answer == row["extra_info"]["answer"] and row["index"] == place
         assert json.loads(row["extra_info"]["options"]) == sample.options
     texts = synthetic.corpus("m23k", 10, 0)
-    read = verl_dataset(written(texts, tmp_path, blank_tiny), blank_tiny, 512)
+    read = verl_dataset(written(texts, tmp_path, blank), blank, 512)
     assert [row["raw_prompt"][0]["content"] for row in read] == [verl_row(s, 0)["prompt"][0]["content"] for s in texts]
     assert "images" not in read.dataframe.column_names
 
 
 @pytest.mark.parametrize("corpus, max_pixels", [("pmc_vqa", 0), ("pmc_vqa", 40_000), ("m23k", 0)])
-def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank_tiny, corpus, max_pixels):
+def test_verl_counts_tokens_as_we_do(tmp_path, own_cache, blank, corpus, max_pixels):
     "At a limit that cuts through the corpus, verl's own filter keeps what ours kept, and drops as many of the whole as ours did."
     from medvlthinker.difficulty.preflight import lengths, open_processor
 
     samples = synthetic.corpus(corpus, 60, 1)
     if max_pixels:  # verl sizes an image twice, and the second time with the limit
         samples = [replace(sample, images=(encoded(200 + 7 * place, 431 - 3 * place),)) for place, sample in enumerate(samples)]
-    pixels = pixel_limits(blank_tiny, max_pixels)
-    most = int(sorted(lengths(samples, open_processor(str(blank_tiny), max_pixels)[0]).prompt_tokens)[30])
-    ours, whole = (written(samples, tmp_path, blank_tiny, limit, max_pixels) for limit in (most, 512))
-    kept = len(verl_dataset(ours, blank_tiny, 512, pixels=pixels))
+    pixels = pixel_limits(blank, max_pixels)
+    most = int(sorted(lengths(samples, open_processor(str(blank), max_pixels)[0]).prompt_tokens)[30])
+    ours, whole = (written(samples, tmp_path, blank, limit, max_pixels) for limit in (most, 512))
+    kept = len(verl_dataset(ours, blank, 512, pixels=pixels))
     assert 0 < kept < 60
-    assert len(verl_dataset(ours, blank_tiny, most, True, pixels)) == kept == len(verl_dataset(whole, blank_tiny, most, True, pixels))
+    assert len(verl_dataset(ours, blank, most, True, pixels)) == kept == len(verl_dataset(whole, blank, most, True, pixels))
 
 
 TEXT = """
@@ -321,8 +311,8 @@ print(all(each.grad is not None and each.grad.isfinite().all() for each in model
 """
 
 
-def test_verl_reads_questions_without_a_picture(blank_tiny):
+def test_verl_reads_questions_without_a_picture(blank):
     "With the module that our settings name every parameter has a gradient; verl 0.9.1 alone ends in its first forward pass."
     named, = (word.split("=")[1] for word in words("3B-RL_m23k") if "model.external_lib=" in word)
-    done = subprocess.run([sys.executable, "-c", TEXT, str(blank_tiny), named], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = python("-c", TEXT, blank, named)
     assert done.stdout.splitlines()[-1:] == ["True"], done.stderr[-2000:]

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from conftest import ROOT, python, stand_in, succeeded, until
 from medvlthinker.core.files import UserError, record_path
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
@@ -27,7 +28,6 @@ from medvlthinker.training.sft import plan
 from medvlthinker.training.train import finish, train_here
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
 
-ROOT = Path(__file__).parents[2]
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
 TEXT, LARGE = find("3B-RL_m23k"), find("32B-RL_m23k")
 no_verl = pytest.mark.skipif(not importlib.util.find_spec("verl"),
@@ -81,25 +81,12 @@ print("FOUND", json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory) -> Path:
-    pytest.importorskip("torch")
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
-
-
-def build(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", BUILD, json.dumps(words)], cwd=ROOT, check=False,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
 @no_verl
 @pytest.mark.heavy
 def test_actor_and_reference_are_built_and_see_text(blank):
     "With what the lock installs; a row gives the same scores beside a longer one as alone, and both turn their positions by the same frequencies."
-    done = build(verl.verl_overrides(TEXT, NODE, str(blank), "data.parquet", "folder"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = verl.verl_overrides(TEXT, NODE, str(blank), "data.parquet", "folder")
+    done = succeeded(python("-c", BUILD, json.dumps(words)))
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
     kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "turns": found["actor"]["turns"]}
     assert found == {"awake": False, "sleeps": True, "actor": kind, "ref": kind} and kind["turns"]
@@ -203,23 +190,21 @@ with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as file:
         print(line, file=file, flush=True)
         time.sleep(1)
 """
-RAY = """#!/usr/bin/env bash
-echo "$*" >> $STATE/calls
+RAY = """echo "$*" >> $STATE/calls
 wait_for() { while [ ! -e $STATE/$1.code ]; do sleep 0.1; done; cat $STATE/$1.log; }
 case $2 in
     submit)
         while [[ $1 != -- ]]; do [[ $1 != --submission-id ]] || id=$2; shift; done; shift
         [ ! -e $STATE/$id.log ] || { echo "Job $id already exists"; exit 1; }
-        : > $STATE/$id.log
         setsid bash -c '"$@" > $0.log 2>&1; echo $? > $0.code' $STATE/$id "$@" &
+        until [ -e $STATE/$id.log ]; do sleep 0.01; done  # a kill of this client comes too late now
         [ -z "${LOSES_SIGHT:-}" ] || exit 0
         wait_for $id; exit $(cat $STATE/$id.code) ;;
     status)
         [ -e $STATE/$5.log ] || { echo "RuntimeError: Job $5 does not exist"; exit 1; }
         [ -e $STATE/$5.code ] && echo "Job '$5' SUCCEEDED" || echo "Status for job '$5': RUNNING" ;;
     logs) wait_for $6 ;;
-esac
-"""
+esac"""
 QUOTED = ["a='7'", "c=[console,file]", "d='it\\'s $HOME'"]
 
 
@@ -235,12 +220,9 @@ def write_stand_in(folder: Path) -> Path:
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     "An environment whose `ray` keeps jobs in files, and runs a stand-in for verl."
-    programs = {"ray": RAY, "python": f"#!/usr/bin/env bash\nexec {sys.executable} \"$@\"\n"}
-    for folder in ("bin", "state", "logs", "run"):
+    stand_in(tmp_path / "bin", ray=RAY, python=f'exec {sys.executable} "$@"')
+    for folder in ("state", "logs", "run"):
         (tmp_path / folder).mkdir()
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("PYTHONPATH", str(write_stand_in(tmp_path / "stand-in")))
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
@@ -286,8 +268,7 @@ def test_the_job_of_a_killed_client_is_found_and_followed(cluster):
     words = verl.command([f"trainer.default_local_dir={cluster / 'run'}"], given, 4, job=job)
     (cluster / "logs" / "verl-001.sh").write_text(verl.command_text(words))
     client = subprocess.Popen(words, env={**os.environ, **given})
-    while not verl.is_at_work(job):
-        time.sleep(0.1)
+    until(lambda: verl.is_at_work(job), client)
     client.kill()
     client.wait()
     (cluster / "run" / "global_step_50" / "actor").mkdir(parents=True)
@@ -355,14 +336,13 @@ def test_two_runs_on_a_machine_have_sockets_of_their_own():
     names = []
     for _ in range(2):
         for _ in range(3):  # Ray gives its own processes 30 s, whatever else the machine does
-            done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, check=False, text=True,
-                                  env=os.environ | cpu_environment(), capture_output=True)
+            done = python("-c", ENDS, **cpu_environment())
             if "timed out during startup" not in done.stderr:
                 break
         else:
             pytest.skip("Ray's own processes did not start; this machine is too busy")
-        assert done.returncode == 0, done.stderr[-2000:]
-        names += [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ENDS")]
+        lines = succeeded(done).stdout.splitlines()
+        names += [line.split()[1:] for line in lines if line.startswith("ENDS")]
     (sender, receiver), (other, _) = names
     assert sender == receiver != other
     assert all("rl-colocate-zmq-01000000-" in name for name in (sender, other))
@@ -374,6 +354,13 @@ def stop(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(20)
+
+
+def nodes_at(address: str, gpus: int) -> int:
+    "How many nodes with so many GPUs a head of Ray has; 0 while it does not answer."
+    with contextlib.suppress(UserError):
+        return verl._count_nodes(address, gpus)
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -393,18 +380,13 @@ def real_ray(request):
             return subprocess.Popen(words, env=variables, stdout=log, stderr=log,
                                     start_new_session=True)
 
-    def answers() -> bool:
-        with contextlib.suppress(UserError):
-            return verl._count_nodes(address, 8) > 0
-        return False
-
-    address, process, begun, until = "http://127.0.0.1:24680", start(), 1, time.monotonic() + 300
+    address, process, begun, end = "http://127.0.0.1:24680", start(), 1, time.monotonic() + 300
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", address)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         try:
-            while not answers():
-                assert time.monotonic() < until, (folder / "log").read_text()[-2000:]
+            while not nodes_at(address, 8):
+                assert time.monotonic() < end, (folder / "log").read_text()[-2000:]
                 if process.poll() is not None:  # it gives its own processes 15 s, whatever else runs
                     assert begun < 4, (folder / "log").read_text()[-2000:]
                     stop(process)
@@ -425,8 +407,8 @@ def test_a_real_head_counts_its_nodes_and_keeps_a_job(real_ray, tmp_path, monkey
     job, given = verl.job_id(tmp_path, 1), verl.environment(logs, 1, 4)
     assert not verl.is_at_work(job)
     words = verl.command(QUOTED, given, 4, job=job)
-    client, until = subprocess.Popen(words), time.monotonic() + 300
-    while client.poll() != 0 and not verl.is_at_work(job) and time.monotonic() < until:
+    client, end = subprocess.Popen(words), time.monotonic() + 300
+    while client.poll() != 0 and not verl.is_at_work(job) and time.monotonic() < end:
         if client.poll():  # the head is there, and on a busy machine its agent not yet
             client = subprocess.Popen(words)
         time.sleep(0.5)
@@ -456,13 +438,7 @@ def test_two_nodes_of_ray_train_two_steps(tmp_path, warm_tiny, monkeypatch):
         with open(folder / "log", "a") as log:
             processes.append(subprocess.Popen([Path(sys.executable).with_name("ray"), *words], stdout=log,
                                               stderr=log, start_new_session=True))
-        until = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(UserError):
-                if verl._count_nodes(address, 1) == len(processes):
-                    return
-            assert time.monotonic() < until and processes[-1].poll() is None, (folder / "log").read_text()[-2000:]
-            time.sleep(1)
+        until(lambda: nodes_at(address, 1) == len(processes), processes[-1], folder / "log")
 
     try:
         start("--head", "--port=25679", "--dashboard-port=25680", "--dashboard-agent-listen-port=25681",
@@ -508,11 +484,8 @@ esac""",
 @pytest.fixture
 def slurm(tmp_path):
     "An allocation of four nodes: programs that record their calls and run them."
-    (programs := tmp_path / "bin").mkdir()
+    programs = stand_in(tmp_path / "bin", **FAKES)
     (tmp_path / "state").mkdir()
-    for name, text in FAKES.items():
-        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (programs / name).chmod(0o755)
     variables = {"PATH": f"{programs}:/usr/bin:/bin", "CLUSTER_PYTHON": str(programs / "python"),
                  "CALLS": str(tmp_path / "calls"), "STATE": str(tmp_path / "state"),
                  "MEDVLTHINKER_HOME": str(tmp_path / "home"), "SLURM_JOB_ID": "70123",
@@ -550,7 +523,8 @@ def test_ray_has_a_folder_of_its_own_the_keys_of_the_project_and_no_proxy(slurm)
     (slurm.folder / "locks").symlink_to(ROOT / "locks")
     (slurm.folder / ".env").write_text("WANDB_API_KEY=from-the-file\nHTTP_PROXY=http://file\n")
     run = slurm.begin("true", HTTP_PROXY="http://proxy:3128", NO_PROXY="localhost", TMPDIR="/a/long/path")
-    assert run.wait(60) == 0, run.stderr.read()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
     head, = [call for call in slurm.calls.read_text().splitlines() if call.startswith("ray ") and "--head" in call]
     assert "--temp-dir=/tmp/ray-70123 " in head
     for node in ("n1", "n4"):
@@ -561,8 +535,7 @@ def test_ray_has_a_folder_of_its_own_the_keys_of_the_project_and_no_proxy(slurm)
 def test_a_signal_to_the_job_ends_everything(slurm):
     waits = "trap 'echo ended; kill $!; exit' TERM; sleep 60 & echo begun; wait"
     run = slurm.begin("bash", "-c", waits)
-    while "begun" not in run.stdout.readline():
-        assert run.poll() is None
+    until(lambda: "begun" in run.stdout.readline(), run)
     run.send_signal(signal.SIGTERM)
     told, _ = run.communicate(timeout=30)
     assert run.returncode == 143 and "ended" in told and left_over(slurm) == []

@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, encoded, python
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.core.grade import RULES, grade
 from medvlthinker.data import converters
@@ -434,7 +434,7 @@ def is_formula(cell: str) -> bool:
 
 
 @seed(SEED)
-@settings(max_examples=40 * FUZZ, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40 * FUZZ, database=None)
 @given(st.lists(st.tuples(CELLS, NUMBERS), min_size=1, max_size=24), CELLS)
 def test_no_cell_of_a_table_is_a_formula(tmp_path, rows, name):
     "Texts that begin like a formula are marked, numbers stay numbers."

@@ -318,12 +318,12 @@ def test_keys_in_a_file_are_read_and_not_run(tmp_path, encoding, line_end):
 # --- the reward ---
 
 
-def test_the_hash_of_the_reward_decides(home, tmp_path, monkeypatch):
+def test_the_hash_of_the_reward_decides(blank, home, tmp_path, monkeypatch):
     "It stands among the inputs of a run, and one more byte makes another run, in a folder of its own."
     file, recipe = ROOT / "medvlthinker" / "core" / "grade.py", find("tiny-RL_PMC")
     write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "pmc_vqa.parquet")
     places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
-    small = TrainingSettings(base=str(make_tiny_model(tmp_path / "start", steps=0)))
+    small = TrainingSettings(base=str(blank))
     run = sft.plan(recipe, small, *places)
     assert run.inputs["reward"] == file_hash(file)
     (tmp_path / "grade.py").write_bytes(file.read_bytes() + b"\n")

@@ -1,12 +1,8 @@
-"What the tests of this folder read of a rollout's files and of the processes that write them; a small disk."
-import contextlib
-import os
-import subprocess
+"What the tests of this folder read of a rollout's files and of the processes that write them."
 import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from medvlthinker.generation.rollout import from_line
 
 
@@ -45,17 +41,3 @@ def still_there(pids: list[int], seconds: float = 30) -> dict[int, str]:
             break
         time.sleep(0.1)
     return left
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    "A file system of its own in a folder."
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root): neither a full disk nor one "
-                    "that is read-only is tested")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)

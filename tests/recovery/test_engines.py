@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import python
+from conftest import python, succeeded
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import engine as engines
@@ -62,11 +62,16 @@ def ask(home: Path, *words: str) -> None:
     rollout(["smoke", *words])
 
 
-def ended(process, folder: Path) -> tuple[int, str]:
-    "Start a process, wait for it, and return its exit code and log."
+def begin(processes, folder: Path, main, *given):
+    process = processes.Process(target=act, args=(folder, main, *given))
     process.start()
-    process.join()
-    return process.exitcode, (folder / "log").read_text(errors="replace")
+    return process
+
+
+def ended(*given) -> tuple[int, str]:
+    "Begin a process and wait for it: its exit code, and its log."
+    (process := begin(*given)).join()
+    return process.exitcode, (given[1] / "log").read_text(errors="replace")
 
 
 # ---- the same rows, whoever answers ----
@@ -89,7 +94,7 @@ def answered(processes, warm_tiny, vllm_server, tmp_path_factory) -> dict[str, P
         shutil.copytree(warm_tiny, home / "smoke" / "checkpoints" / "tiny")
         words = ["model=tiny", "limit=20", *words]
         words += [f"base_url={vllm_server}"] if name == "vllm, served" else []
-        code, log = ended(processes.Process(target=act, args=(home, ask, *words)), home)
+        code, log = ended(processes, home, ask, *words)
         assert code == 0, (name, log[-3000:])
         assert log.count("20 questions, 20 completions") == 6
     return homes
@@ -130,8 +135,7 @@ for process in psutil.Process().children(recursive=True):
 def test_a_cluster_that_we_start_listens_here_only():
     "Every process of Ray; the address of another cluster is left alone."
     pytest.importorskip("ray")
-    done = python("-c", LISTENING, RAY_ADDRESS="127.0.0.1:1")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeeded(python("-c", LISTENING, RAY_ADDRESS="127.0.0.1:1"))
     names, addresses = zip(*(line.rsplit(" ", 1) for line in done.stdout.splitlines()))
     assert {"gcs_server", "raylet"} <= {*names}
     assert all(each.startswith("127.") or each == "::1" for each in addresses), done.stdout
@@ -227,8 +231,7 @@ def test_served_greedy_with_n(vllm_server):
 def undisturbed(processes, warm_tiny, tmp_path_factory):
     "A rollout by vLLM that nobody killed."
     folder = tmp_path_factory.mktemp("undisturbed")
-    given = (folder, roll, str(warm_tiny), {"engine": "vllm"})
-    code, log = ended(processes.Process(target=act, args=given), folder)
+    code, log = ended(processes, folder, roll, str(warm_tiny), {"engine": "vllm"})
     assert code == 0, log[-3000:]
     return folder
 
@@ -275,21 +278,15 @@ def test_killed_at_random_moments(processes, undisturbed, warm_tiny, tmp_path, v
     if MOMENTS < 2 and victim not in ("the driver of a rollout by vLLM", "a worker of Ray"):
         pytest.skip("CI is short of time; with MEDVLTHINKER_KILLS=2 or more all four are killed")
     keys, named = VICTIMS[victim]
-
-    def start(folder):
-        process = processes.Process(target=act, args=(folder, roll, str(warm_tiny), keys))
-        process.start()
-        return process
-
     if keys.get("tensor_parallel"):
-        (process := start(tmp_path / "whole")).join()
-        assert process.exitcode == 0, (tmp_path / "whole" / "log").read_text()[-3000:]
+        code, log = ended(processes, tmp_path / "whole", roll, str(warm_tiny), keys)
+        assert code == 0, log[-3000:]
     whole = tmp_path / "whole" if keys.get("tensor_parallel") else undisturbed
     every, expected = whole_lines(whole), contents(whole)
-    rng, kills, runs, agents = random.Random(7), 0, 0, []
+    rng, kills, runs, agents, process = random.Random(7), 0, 0, [], None
     while kills < MOMENTS or process.exitcode != 0:
         folder = tmp_path / f"{runs}"
-        process = start(folder)
+        process = begin(processes, folder, roll, str(warm_tiny), keys)
         while kills < MOMENTS and process.is_alive():
             wait_for_the_moment(process, folder, rng, kills)
             found, family = prey(process, named), descendants(process.pid)
@@ -339,8 +336,8 @@ def test_mistakes_are_sentences(processes, warm_tiny, tmp_path):
     )
     for words, part in mistakes:
         (home / "log").unlink(missing_ok=True)
-        given = (home, ask, "limit=4", *([] if "model=" in words[0] else ["model=tiny"]), *words)
-        code, log = ended(processes.Process(target=act, args=given), home)
+        model = [] if "model=" in words[0] else ["model=tiny"]
+        code, log = ended(processes, home, ask, "limit=4", *model, *words)
         ours = [line for line in log.splitlines() if line.startswith("medvlthinker: ")]
         assert code == 2 and len(ours) == 1 and part in ours[0], (words, log[-3000:])
 
@@ -348,9 +345,7 @@ def test_mistakes_are_sentences(processes, warm_tiny, tmp_path):
 def test_an_engine_answers_on_after_a_mistake(processes, warm_tiny, tmp_path):
     "A question that is too long ends one stream, and the next one is answered."
     for keys in ({"engine": "vllm"}, {"engine": "ray"}):
-        folder = tmp_path / keys["engine"]
-        process = processes.Process(target=act, args=(folder, twice, warm_tiny, keys))
-        code, log = ended(process, folder)
+        code, log = ended(processes, tmp_path / keys["engine"], twice, warm_tiny, keys)
         assert code == 0 and "refused, then 5 answered" in log, log[-3000:]
 
 
@@ -382,9 +377,7 @@ def test_vllm_takes_no_sampling_from_a_model(processes, undisturbed, warm_tiny, 
     shutil.copytree(warm_tiny, model := tmp_path / "model")
     known = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(known | given))
-    folder, keys = tmp_path / "odd", {"engine": "vllm"}
-    process = processes.Process(target=act, args=(folder, roll, str(model), keys))
-    code, log = ended(process, folder)
+    code, log = ended(processes, folder := tmp_path / "odd", roll, str(model), {"engine": "vllm"})
     assert code == 0 and log.count("not applied") == 1, log[-3000:]
     assert "not applied" not in (undisturbed / "log").read_text()
     assert whole_lines(folder) == whole_lines(undisturbed)

@@ -18,7 +18,7 @@ from medvlthinker.generation.request import Completion, EngineSettings, Hardware
 from medvlthinker.generation.rollout import (
     Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
 from medvlthinker.generation.tiny_model import make_tiny_model
-from rollout_files import contents, small_disk, whole_lines
+from rollout_files import contents, whole_lines
 
 GREEDY, SAMPLED = Sampling(max_tokens=16), Sampling(n=2, temperature=1.0, max_tokens=16, seed=5)
 JOBS = {"pmc_vqa": GREEDY, "slake_closed": SAMPLED}  # of one run
@@ -53,20 +53,17 @@ def computed(log: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(blank):
     "Starts `act` in a process that has torch and the model's classes imported already."
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
     context = multiprocessing.get_context("forkserver")
     qwen, auto = "transformers.models.qwen2_5_vl", "transformers.models.auto"
     context.set_forkserver_preload([
         "torch", f"{qwen}.modeling_qwen2_5_vl", f"{qwen}.processing_qwen2_5_vl",
         f"{auto}.modeling_auto", f"{auto}.processing_auto", "medvlthinker.generation.rollout"])
-    model = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0, steps=0))
 
     def start(folder, names=(*JOBS,), log="log"):
         folder.mkdir(exist_ok=True)
-        given = (model, folder, list(names), folder / log)
+        given = (str(blank), folder, list(names), folder / log)
         process = context.Process(target=act, args=given)
         process.start()
         return process
@@ -220,16 +217,16 @@ def test_a_damaged_record_costs_no_answers(answered, text):
 # ---- a full disk ----
 
 
-def test_a_tiny_model_for_which_there_is_no_room_is_a_sentence(tmp_path):
-    with small_disk(tmp_path / "disk", "1500k") as disk, pytest.raises(UserError, match="No space"):
+def test_a_tiny_model_for_which_there_is_no_room_is_a_sentence(small_disk):
+    with small_disk("1500k") as disk, pytest.raises(UserError, match="No space"):
         make_tiny_model(disk / "tiny", steps=0, show=quiet)
 
 
 @pytest.mark.parametrize("room", [24_000, 40_000], ids=["for some lines", "for all lines, once"])
-def test_a_full_disk_keeps_what_was_finished(tmp_path, room):
+def test_a_full_disk_keeps_what_was_finished(small_disk, tmp_path, room):
     "One sentence; whole lines stay, and with room again only the others are asked."
     samples, asked = synthetic.benchmark("pmc_vqa", 200), []
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk("300k") as disk:
         (ballast := disk / "ballast").write_bytes(b"x" * (300_000 - room))
         with pytest.raises(UserError, match=f"^{disk / 'run'}.* cannot be written .No space left on "
                                             "device.; what was finished before is kept"):
@@ -269,12 +266,9 @@ OTHERWISE = {"gpus", "nodes", "tensor_parallel", "data_parallel", "gpu_memory_ut
              "ray_address"}  # where and how fast, not what
 
 
-def test_what_an_engine_is_told_is_in_the_config(tmp_path):
+def test_what_an_engine_is_told_is_in_the_config(blank):
     "Each setting either makes another rollout, or is known to decide nothing."
-    from medvlthinker.generation.tiny_model import make_tiny_model
-
-    model = str(make_tiny_model(tmp_path / "tiny", steps=0))
-    plain = EngineSettings(model=model)
+    plain = EngineSettings(model=str(blank))
     samples = sets(2)["pmc_vqa"]
     config = rollout_config(samples, open_engine(plain), GREEDY)
     for key, value in SETTINGS.items():

@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, shared_cases, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvlthinker.core.files import UserError
@@ -202,8 +202,12 @@ def test_what_stays_is_marked_and_asked_again_alone(faulty):
 
 def test_at_most_so_many_at_once(faulty):
     "The bound holds and is reached, requests are taken when they are wanted, and nobody waits for a slow question."
-    faulty.pause = lambda number: 1.5 if number == 3 else 0.02
-    taken = iter(requests(80))
+    def pause(number: int) -> float:
+        if number == 3:  # it is answered when sixty others have been asked
+            until(lambda: len(faulty.asked) > 60, seconds=15)
+        return 0.02
+
+    faulty.pause, taken = pause, iter(requests(80))
     order = [request.index for request, _ in engine(faulty.url, concurrency=6).answer(taken)]
     assert faulty.most == 6
     assert sorted(order) == list(range(80)) and order.index(3) > 40
@@ -267,13 +271,6 @@ def test_tokens_that_nobody_counts_have_no_limit(faulty):
 # ---- other servers' habits ----
 
 
-def cases(name: str) -> list[dict]:
-    path = ROOT.parent / "shared" / "cases" / f"server-{name}.json"
-    if not path.is_file():
-        pytest.skip("../shared/cases is not on this machine; variants of its cases are tested here")
-    return json.loads(path.read_text(encoding="utf-8"))["cases"]
-
-
 CONDITIONS = {  # when the server of a case answers so
     "always": lambda body: True, "top_p is 1.0": lambda body: body.get("top_p") == 1,
     "temperature and top_p are both in the request": lambda body: {"temperature", "top_p"} <= {*body}}
@@ -289,20 +286,20 @@ def asked_three(faulty, given: dict, **sampling) -> tuple[dict, str, ServerEngin
 
 
 def test_case_content_as_a_list_of_parts(faulty):
-    for case in cases("content-parts"):
+    for case in shared_cases("server-content-parts"):
         found, reason, _ = asked_three(faulty, case)
         assert reason == "" and len(faulty.asked) == 3
         assert [found[i][0] for i in range(3)] == 3 * [Completion("<answer>B</answer>", "stop", 4)]
 
 
 def test_case_an_error_inside_200(faulty):
-    for case in cases("error-in-200"):
+    for case in shared_cases("server-error-in-200"):
         found, reason, _ = asked_three(faulty, case)
         assert "No credits left." in reason and len(faulty.asked) == 1 and not found
 
 
 def test_case_refused_parameters(faulty):
-    for case in cases("parameter-names"):
+    for case in shared_cases("server-parameter-names"):
         found, reason, server = asked_three(faulty, case, temperature=0.7)
         assert reason == "" and server.dropped == {"top_p"}
         right(requests(3), found)
@@ -413,7 +410,7 @@ def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty):
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
         ["choices", "message", "content", "usage", "completion_tokens", "index", "refusal",
          "error", "code", "type", "text", "reasoning", "finish_reason"]), inner), max_leaves=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_json_is_an_answer_or_is_not(body):
     if (status := actual_status(200, body)) == 200:
         assert all(isinstance(each, Completion) and isinstance(each.text, str) for each in read_answer(body))
@@ -472,8 +469,7 @@ def test_interrupt(faulty, words):
     "Ctrl-C while the server hangs: over at once, one line."
     faulty.plan, faulty.forever = {number: ["hang"] for number in range(100)}, True
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(faulty.asked) < 2:
-        time.sleep(0.05)
+    until(lambda: len(faulty.asked) >= 2, process)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=15)[1]  # the server would hang for 30 s
     assert process.returncode == 130

@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import warm
-from conftest import ROOT, python
+from conftest import ROOT, python, succeeded, until
 from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
@@ -51,8 +50,7 @@ def killed_at(command: list[str], logs: Path, step: int) -> None:
     "Start a run, and end it with SIGKILL once its curves have come to a step."
     process = warm.start(*command, cwd=ROOT)
     try:
-        while process.is_alive() and len(curves(logs)) < step:
-            time.sleep(0.02)
+        until(lambda: len(curves(logs)) >= step or not process.is_alive())
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
@@ -65,14 +63,12 @@ def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
     whole, mine, theirs = tmp_path / "whole", words(recipe, steps, ready) + often, words(recipe, steps, tmp_path / "whole")
     later = words(recipe, steps, ready) + ["save_every=1", "keep_checkpoints=3"]
     shutil.copytree(ready, whole)
-    done = python(*theirs)  # with a hash seed of its own
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded(python(*theirs))  # with a hash seed of its own
     killed_at(mine, ready / "logs", at)
     torn = next((ready / "smoke" / "checkpoints" / f"{recipe}.training").glob("*/checkpoint-*")).with_name("checkpoint-7777")
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    done = warm.run(*later, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeeded(warm.run(*later, cwd=ROOT))
     assert "going on from a checkpoint" in done.stdout and not torn.exists(), done.stdout
     seen, expected = curves(ready / "logs"), curves(whole / "logs")
     assert seen.tokens.is_monotonic_increasing
@@ -85,8 +81,8 @@ def test_killed_and_called_again(ready, tmp_path, recipe, steps, at, often):
     assert [path.name for path in left] == [f"checkpoint-{steps}"], "only what is needed stays on the disk"
     start = load_file(ready / "smoke" / "checkpoints" / "tiny" / "model.safetensors")
     assert not same(weights(ready, recipe, steps), start), "and they have moved"
-    again = warm.run(*later, cwd=ROOT)
-    assert again.returncode == 0 and "step" not in again.stdout, "a run that has ended is not run again"
+    again = succeeded(warm.run(*later, cwd=ROOT))
+    assert "step" not in again.stdout, "a run that has ended is not run again"
 
 
 STARTS = """
@@ -107,15 +103,15 @@ commands._read_recipe = long
 @pytest.mark.parametrize("ends", ["run_main(train.main)", "sys.argv[1:] = ['train', sys.argv[1]]; cli.console()"])
 def test_kill_ends_what_a_training_has_started(tmp_path, ends):
     "SIGTERM to the one process that was started by hand: neither the trainer nor what it started is left."
-    process = subprocess.Popen([sys.executable, "-c", STARTS + ends, str(tmp_path / "log")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    said = tmp_path / "log.2"
-    while not (said.exists() and said.read_text().endswith("\n")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    said, error = tmp_path / "log.2", tmp_path / "error"
+    with error.open("w") as file:
+        words = [sys.executable, "-c", STARTS + ends, str(tmp_path / "log")]
+        process = subprocess.Popen(words, cwd=ROOT, stderr=file)
+    until(lambda: said.exists() and said.read_text().endswith("\n"), process, error)
     family = psutil.Process(process.pid).children(recursive=True)
     assert int(said.read_text()) in [each.pid for each in family] and len(family) == 2
     process.terminate()
-    assert "interrupted; the same command goes on" in process.communicate()[1] and process.returncode == 130
+    assert process.wait(60) == 130 and "interrupted; the same command goes on" in error.read_text()
     assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -123,8 +119,7 @@ def test_two_processes_share_a_run(ready):
     "The same rows, the same number of steps, one set of curves: two processes over gloo, started as accelerate starts GPUs."
     config = {**accelerate_config(find("tiny-SFT_PMC"), TrainingSettings()), "num_processes": 2}
     (path := ready / "accelerate.json").write_text(json.dumps(config))
-    done = warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeeded(warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT))
     assert list(curves(ready / "logs").index) == [1, 2, 3, 4]
     assert done.stdout.count("rows of pmc_vqa.parquet, 4 steps") == 1, "one of them speaks"
     folder, = (ready / "smoke" / "checkpoints" / "tiny-SFT_PMC.training").iterdir()
@@ -145,8 +140,7 @@ def test_a_checkpoint_of_several_gpus_is_not_for_one(ready, recipe):
 def test_answers_at_once_do_not_change_what_is_rewarded(ready):
     "GRPO: the same answers, rewards and losses, up to rounding, from all answers of an update at once and from eight."
     for size in (64, 8):
-        done = warm.run(*words("tiny-RL_PMC", 1, ready), f"logs={ready / f'logs{size}'}", f"micro_batch={size}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
+        succeeded(warm.run(*words("tiny-RL_PMC", 1, ready), f"logs={ready / f'logs{size}'}", f"micro_batch={size}", cwd=ROOT))
         shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC.training")
         shutil.rmtree(ready / "smoke" / "checkpoints" / "tiny-RL_PMC")
     whole, parts = (curves(ready / f"logs{size}").iloc[0] for size in (64, 8))
@@ -156,8 +150,7 @@ def test_answers_at_once_do_not_change_what_is_rewarded(ready):
 
 def test_adapters_become_a_model(ready):
     "LoRA through the whole of `train`: what the adapters add stands in the model, and nothing else has moved."
-    done = warm.run(*words("tiny-SFT_PMC", 4, ready), "lora_rank=4", cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    succeeded(warm.run(*words("tiny-SFT_PMC", 4, ready), "lora_rank=4", cwd=ROOT))
     home = ready / "smoke" / "checkpoints"
     model, start = load_file(home / "tiny-SFT_PMC" / "model.safetensors"), load_file(home / "tiny" / "model.safetensors")
     assert model.keys() == start.keys()
@@ -187,6 +180,7 @@ import sys
 from pathlib import Path
 from medvlthinker.core.files import UserError
 from medvlthinker.training.recipe import TrainingSettings, find
+sys.executable = {str(Path(os.environ[warm.PLACE]) / "python")!r}  # by which it starts the process that trains
 from medvlthinker.training.train import train
 try:
     train(find("tiny-RL_PMC"), TrainingSettings(), Path({str(data)!r}), Path({str(checkpoints)!r}), Path({str(logs)!r}))

@@ -1,9 +1,8 @@
 "What each call of the command line, and each step of a run, takes before its work begins."
-import resource
 import subprocess
 import sys
 
-from measuring import ROOT, Bound, report
+from measuring import ROOT, Bound, cpu_seconds
 
 HELP = ["-m", "medvlthinker.app.cli", "--help"]
 STEP = ["-c", "from medvlthinker.core.plots import skip_uri_grammar; skip_uri_grammar()\n"
@@ -12,19 +11,13 @@ BOUNDS = (Bound("medvlthinker --help over a bare interpreter", "CPU s", 0.3),
           Bound("a step up to its kernel over a bare interpreter", "CPU s", 1.0))
 
 
-def cpu_seconds(words: list[str]) -> float:
-    "User and system time of a process that Python starts with these words."
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *words], check=False, cwd=ROOT, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def start(words: list[str]) -> float:
+    "CPU seconds of a process that Python starts with these words."
+    return cpu_seconds(lambda: subprocess.run([sys.executable, *words], check=False, cwd=ROOT,
+                                              capture_output=True))
 
 
 def command_start():
     "Processes of each kind and bare ones in turns, 7 each; CPU time, for machines are shared."
     for words in (HELP, STEP):
-        yield [cpu_seconds(words) - cpu_seconds(["-c", "pass"]) for _ in range(7)]
-
-
-if __name__ == "__main__":
-    report(command_start, BOUNDS)
+        yield [start(words) - start(["-c", "pass"]) for _ in range(7)]

@@ -1,16 +1,13 @@
 "How fast PMC-VQA becomes stored samples."
 import io
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from measuring import ROOT, Bound, report
+from measuring import Bound, last_line
 from medvlthinker.data.corpora import load_corpus
 from medvlthinker.data.readers import DataSettings
 from PIL import Image
@@ -92,17 +89,11 @@ def conversion():
     for rows in (small, 10 * small):
         with tempfile.TemporaryDirectory() as folder:
             source = make_copy(Path(folder) / "data", rows, pictures)
-            done = subprocess.run(
-                [sys.executable, "-c", CONVERT, str(source)], cwd=ROOT, check=True, text=True,
-                stdout=subprocess.PIPE, env={**os.environ, "MEDVLTHINKER_HOME": f"{folder}/home"})
-            count, time, memory = json.loads(done.stdout.splitlines()[-1])
+            count, spent, memory = last_line(
+                "-c", CONVERT, source, MEDVLTHINKER_HOME=f"{folder}/home")
             assert count == rows
-            taken.append(time)
+            taken.append(spent)
     yield 10 * small / taken[1]
     yield memory
     yield taken[1] / taken[0]
     yield from resized()
-
-
-if __name__ == "__main__":
-    report(conversion, BOUNDS)

@@ -3,7 +3,7 @@ import time
 from dataclasses import replace
 
 import stored
-from measuring import Bound, report
+from measuring import Bound
 from medvlthinker.difficulty.pass_counts import keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import grade_rollout
 
@@ -36,7 +36,3 @@ def counting():
     kept = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))))
     assert len(kept) == 200_000
     yield time.process_time() - began
-
-
-if __name__ == "__main__":
-    report(counting, BOUNDS)

@@ -2,11 +2,10 @@
 import contextlib
 import io
 import os
-import resource
 import tempfile
 from pathlib import Path
 
-from measuring import Bound, quiet, report
+from measuring import Bound, cpu_seconds, quiet
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
@@ -34,15 +33,6 @@ def train_plainly(run) -> None:
                 train_dataset=chats(run, grpo_chat), processing_class=processor).train()
 
 
-def cpu_seconds(act) -> float:
-    "Of this process and of those that it has started and seen end."
-    began = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    act()
-    ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
-               for begin, end in zip(began, ended))
-
-
 def cpu_training(turns: int = 3):
     "64 drawn questions; GRPO in turns with its rival, after a turn that warms up."
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,7 +53,3 @@ def cpu_training(turns: int = 3):
         for name in ("tiny-RL_PMC", "tiny-SFT_PMC"):
             places = (data, folder / "models", folder / f"logs-{name}")
             yield cpu_seconds(lambda: train(find(name), settings, *places, quiet))
-
-
-if __name__ == "__main__":
-    report(cpu_training, BOUNDS)

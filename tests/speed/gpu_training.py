@@ -3,13 +3,12 @@
 Each part runs in a process of its own, for what a trainer and vLLM hold of a GPU they give back when
 they end. `python tests/speed/gpu_training.py PART [SIZE GPUS]` runs one: `tiny 0` tries it on a CPU."""
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from measuring import Bound, NotHere, report, seconds
+from measuring import Bound, NotHere, last_line, seconds
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.engine import open_engine
@@ -122,16 +121,11 @@ def gpu_training():
     weights = shape.num_hidden_layers * count_parameters("3B").layer
     peak = next((value for key, value in PEAKS.items() if key in name), float("nan"))
     for part, work in PARTS.items():
-        words = [sys.executable, __file__, part]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-        rate, *more = json.loads(done.stdout.splitlines()[-1])
+        rate, *more = last_line(__file__, part)
         print(f"    {100 * work * weights * rate / peak:.1f} % of the arithmetic of a {name}")
         yield rate
         yield from more
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        run_part(*sys.argv[1:])
-    else:
-        report(gpu_training, BOUNDS)
+    run_part(*sys.argv[1:])

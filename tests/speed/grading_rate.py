@@ -2,7 +2,7 @@
 import time
 
 import stored
-from measuring import Bound, report
+from measuring import Bound
 from medvlthinker.core.grade import RULES, grade
 
 BOUNDS = (
@@ -32,7 +32,3 @@ def grading_rate():
     long = [(stored.completion(options).text, options) for options in questions for _ in range(64)]
     for cases, rules in ((short, ("lenient",)), (short, RULES), (long, ("lenient",))):
         yield [rate(cases, rules) for _ in range(3)]
-
-
-if __name__ == "__main__":
-    report(grading_rate, BOUNDS)

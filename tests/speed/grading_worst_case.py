@@ -1,7 +1,7 @@
 "The slowest of many hostile inputs of one megabyte, and how the time grows with the text."
 import time
 
-from measuring import Bound, report
+from measuring import Bound
 from medvlthinker.core.grade import RULES, grade
 
 BOUNDS = (
@@ -41,7 +41,3 @@ def grading_worst_case():
     print(f"    slowest: {worst[0]} on 1 MB of {worst[1]!r}")
     yield 1000 * least(worst)
     yield max(least(case) / least(case, 125_000) for case in slow)
-
-
-if __name__ == "__main__":
-    report(grading_worst_case, BOUNDS)

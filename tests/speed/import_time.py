@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 
-from measuring import ROOT, Bound, alternate, report
+from measuring import ROOT, Bound, alternate
 
 BOUNDS = (Bound("import of medvlthinker.core.grade over a bare interpreter", "ms", 50),)
 
@@ -17,7 +17,3 @@ def import_time():
 
     turns = alternate(lambda: start("import medvlthinker.core.grade"), lambda: start("pass"), 15)
     yield [1000 * (ours - bare) for ours, bare in turns]
-
-
-if __name__ == "__main__":
-    report(import_time, BOUNDS)

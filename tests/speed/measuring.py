@@ -1,6 +1,10 @@
-"What the scripts of this folder share; each measures one thing, alone or through bench.py."
+"What the scripts of this folder share; each measures one thing, and bench.py runs it."
+import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -31,6 +35,22 @@ def seconds(act, times: int = 1) -> float:
         act()
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)
+
+
+def cpu_seconds(act) -> float:
+    "Processor time of a call: of this process, and of those that it has started and seen end."
+    began = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    act()
+    ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+               for begin, end in zip(began, ended))
+
+
+def last_line(*words, **environment: str):
+    "What a process that Python starts with these words prints last, read as JSON."
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, text=True,
+                          stdout=subprocess.PIPE, env={**os.environ, **environment})
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def alternate(ours, rival, turns: int = 5, before=lambda: None) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@ import os
 import tempfile
 
 import nbformat
-from measuring import ROOT, Bound, report, seconds
+from measuring import ROOT, Bound, seconds
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -30,7 +30,3 @@ def notebooks():
     print(f"    {len(taken)} notebooks in {sum(taken.values()):.0f} s; the slowest is {slowest}")
     yield len(failed)
     yield taken[slowest]
-
-
-if __name__ == "__main__":
-    report(notebooks, BOUNDS)

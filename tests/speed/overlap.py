@@ -1,10 +1,9 @@
 "How long it takes to look for test items in a corpus of PMC-VQA's size."
 import io
 import random
-import time
 
 import numpy as np
-from measuring import Bound, report, seconds
+from measuring import Bound, cpu_seconds, seconds
 from medvlthinker.data import overlap as module
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import Sample
@@ -47,12 +46,6 @@ def item(name: str, number: int, data: bytes) -> Sample:
                   dataset_index=number)
 
 
-def cpu_seconds(act) -> float:
-    began = time.process_time()
-    act()
-    return time.process_time() - began
-
-
 def overlap():
     "Drawn scans; then questions of 15 words, each with an image: from bytes to pairs, two threads."
     corpora = {name: synthetic.corpus(name, 200) for name in synthetic.CORPORA}
@@ -78,7 +71,3 @@ def overlap():
     hits = len(found & {(1999 * number, number) for number in range(100)})
     print(f"    other pairs at an image level: {len(found) - hits}")
     yield hits
-
-
-if __name__ == "__main__":
-    report(overlap, BOUNDS)

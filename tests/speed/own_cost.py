@@ -3,12 +3,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import Bound, quiet, report
+from measuring import Bound
 from medvlthinker.data import synthetic
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Sampling
-from medvlthinker.generation.rollout import generate
-from stored import completion, write_questions
+from stored import ask_all, completion, write_questions
 
 BOUNDS = (
     Bound("our own cost a sample, 100,000 text questions, n=1", "ms", 1),
@@ -25,10 +24,9 @@ def cost(samples, n: int) -> float:
         request.chat()
         return ready
 
-    with tempfile.TemporaryDirectory() as folder:
-        began, wall = time.process_time(), time.perf_counter()
-        generate(samples, FunctionEngine(answer), Sampling(n=n), folder, quiet)
-        spent, wall = time.process_time() - began, time.perf_counter() - wall
+    began, wall = time.process_time(), time.perf_counter()
+    ask_all(samples, FunctionEngine(answer), Sampling(n=n))
+    spent, wall = time.process_time() - began, time.perf_counter() - wall
     print(f"    {len(samples):,} questions, n={n}: {wall:.1f} s on the clock", flush=True)
     return 1000 * spent / len(samples)
 
@@ -41,7 +39,3 @@ def own_cost():
         yield cost(samples, 4)
     images = synthetic.benchmark("pmc_vqa", 2000)
     yield [cost(images, 4) for _ in range(3)]
-
-
-if __name__ == "__main__":
-    report(own_cost, BOUNDS)

@@ -1,12 +1,9 @@
 "What it costs to grade 526,080 stored completions under all five rules."
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from measuring import ROOT, Bound, report
+from measuring import Bound, last_line
 from stored import write_questions, write_rollout
 
 BOUNDS = (
@@ -30,14 +27,6 @@ def regrading():
     with tempfile.TemporaryDirectory() as folder:
         samples = write_questions(Path(folder), 8220, os.urandom(50_000))
         rollout = write_rollout(samples, 64, Path(folder))
-        (script := Path(folder) / "regrade.py").write_text(REGRADE)
-        done = subprocess.run(
-            [sys.executable, str(script), str(samples.path), str(rollout.folder)], check=True,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    lines, *values = json.loads(done.stdout.splitlines()[-1])
+        lines, *values = last_line("-c", REGRADE, samples.path, rollout.folder)
     assert lines == 8220 * 5
     yield from values
-
-
-if __name__ == "__main__":
-    report(regrading, BOUNDS)

@@ -3,7 +3,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from measuring import Bound, quiet, report, seconds
+from measuring import Bound, quiet, seconds
 from medvlthinker.generation.engine import FunctionEngine
 from medvlthinker.generation.request import Sampling
 from medvlthinker.generation.rollout import generate, samples_fingerprint
@@ -37,7 +37,3 @@ def resume():
         rollout.path.write_bytes(b"".join(lines[100:]))  # in an order of its own, too
         yield seconds(again)
         assert asked == [*range(100)] and json.loads(record.read_text())["finished"]
-
-
-if __name__ == "__main__":
-    report(resume, BOUNDS)

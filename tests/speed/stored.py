@@ -1,11 +1,13 @@
-"Questions and completions as they are stored, in any number."
+"Questions and completions as they are stored, in any number, and rollouts of them."
 import random
+import tempfile
 from pathlib import Path
 
 from measuring import quiet
+from medvlthinker.app.profile import Workspace
 from medvlthinker.data.sample import Sample, SampleFile, write_samples
-from medvlthinker.generation.engine import FunctionEngine
-from medvlthinker.generation.request import Completion, Sampling
+from medvlthinker.generation.engine import FunctionEngine, open_engine
+from medvlthinker.generation.request import Completion, EngineSettings, Sampling
 from medvlthinker.generation.rollout import Rollout, generate
 
 SENTENCES = (
@@ -56,6 +58,18 @@ def write_questions(folder: Path, number: int, image: bytes = b"") -> SampleFile
     path = folder / "samples.parquet"
     write_samples([question(place, image) for place in range(number)], path)
     return SampleFile(path)
+
+
+def tiny_engine(**settings):
+    "The embedded model of the profile smoke."
+    checkpoints = str(Workspace("smoke").checkpoints)
+    return open_engine(EngineSettings(model="tiny", checkpoints=checkpoints, **settings))
+
+
+def ask_all(samples, engine, sampling: Sampling) -> None:
+    "A rollout, written to the end and removed."
+    with tempfile.TemporaryDirectory() as folder:
+        generate(samples, engine, sampling, folder, quiet)
 
 
 def write_rollout(samples: SampleFile, n: int, folder: Path) -> Rollout:

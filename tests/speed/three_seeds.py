@@ -5,7 +5,7 @@ import sys
 import tempfile
 
 import numpy as np
-from measuring import ROOT, Bound, quiet, report
+from measuring import ROOT, Bound, quiet
 from medvlthinker.app.profile import Workspace, load_profile, overrides
 from medvlthinker.app.runs import rollouts
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
@@ -58,7 +58,3 @@ def three_seeds():
     for name in RECIPES:
         changes, errors = zip(*(each[name] for each in seeds))
         yield np.mean(changes) / (sum(error**2 for error in errors) ** 0.5 / len(errors))
-
-
-if __name__ == "__main__":
-    report(three_seeds, BOUNDS)

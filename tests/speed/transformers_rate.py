@@ -1,14 +1,9 @@
 "What a rollout by transformers costs over bare generate, and eight answers over one."
-import sys
-import tempfile
-import time
-
-from measuring import Bound, quiet, report
-from medvlthinker.app.profile import Workspace
+from measuring import Bound, cpu_seconds
 from medvlthinker.data import synthetic
-from medvlthinker.generation.engine import batches, model_inputs, open_engine
-from medvlthinker.generation.request import EngineSettings, Request, Sampling
-from medvlthinker.generation.rollout import generate
+from medvlthinker.generation.engine import batches, model_inputs
+from medvlthinker.generation.request import Request, Sampling
+from stored import ask_all, tiny_engine
 
 BOUNDS = (
     Bound("rollout over bare generate, n=1, greedy (tiny model, inputs prepared beforehand)", "x",
@@ -18,20 +13,12 @@ BOUNDS = (
     Bound("eight sampled answers to a question over one", "x", 5.5))
 
 
-def cpu_seconds(act) -> float:
-    "Processor time of a call."
-    began = time.process_time()
-    act()
-    return time.process_time() - began
-
-
-def transformers_rate(model: str = "tiny"):
+def transformers_rate():
     "200 image questions, at most 64 tokens, five turns of all in one process; processor time."
     import torch
 
     torch.set_num_threads(1)
-    engine = open_engine(
-        EngineSettings(model=model, checkpoints=str(Workspace("smoke").checkpoints)))
+    engine = tiny_engine()
     samples, greedy = synthetic.benchmark("pmc_vqa", 200), Sampling(max_tokens=64)
     asked = [Request(sample, i, greedy) for i, sample in enumerate(samples)]
     list(engine.answer(asked[:1]))  # loads
@@ -46,13 +33,10 @@ def transformers_rate(model: str = "tiny"):
             for batch in inputs:
                 loaded.model.generate(**batch, max_new_tokens=64, do_sample=False)
 
-    def ours(sampling: Sampling):
-        with tempfile.TemporaryDirectory() as folder:
-            generate(samples, engine, sampling, folder, quiet)
-
     sampled = [Sampling(n=n, temperature=1.0, max_tokens=64) for n in (1, 8)]
     prepared = list(inputs())
-    acts = [lambda: bare(prepared), lambda: bare(inputs()), *(lambda each=each: ours(each) for each in (greedy, *sampled))]
+    acts = [lambda: bare(prepared), lambda: bare(inputs()),
+            *(lambda each=each: ask_all(samples, engine, each) for each in (greedy, *sampled))]
     turns = []
     for turn in range(6):  # what runs later finds a warmer machine; the first turn warms up
         found = {act: cpu_seconds(act) for act in (acts if turn % 2 else acts[::-1])}
@@ -63,7 +47,3 @@ def transformers_rate(model: str = "tiny"):
     yield [ours / whole for _, whole, ours, _, _ in turns[1:]]
     yield [1000 * (ours - alone) / len(samples) for alone, _, ours, _, _ in turns[1:]]
     yield [eight / one for *_, one, eight in turns[1:]]
-
-
-if __name__ == "__main__":
-    report(lambda: transformers_rate(*sys.argv[1:2]), BOUNDS)

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from measuring import Bound, alternate, report
+from measuring import Bound, alternate
 from medvlthinker.app.verify import check_run
 from medvlthinker.core.files import write_record
 
@@ -28,7 +28,3 @@ def verify():
                 path.write_bytes(number.to_bytes(8, "big") + block)
         assert {finding.state for finding in check_run(root)} == {"unchanged"}
         yield [ours / alone for ours, alone in alternate(lambda: check_run(root), bare, 3)]
-
-
-if __name__ == "__main__":
-    report(verify, BOUNDS)

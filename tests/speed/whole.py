@@ -7,7 +7,7 @@ import threading
 import time
 
 import psutil
-from measuring import ROOT, Bound, report
+from measuring import ROOT, Bound
 from medvlthinker.core.files import UserError
 
 BOUNDS = (
@@ -59,7 +59,3 @@ def whole():
         yield [run(home, "smoke")[0] for _ in range(3)]
         yield run(home, "results", "smoke")[0]
         yield run(home, "test")[0]
-
-
-if __name__ == "__main__":
-    report(whole, BOUNDS)

@@ -3,7 +3,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, succeeded
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
 from medvlthinker.generation import tiny_model
@@ -129,7 +129,7 @@ def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path, monkeypatch
 
 def test_quickstart_runs_from_top_to_bottom(warm_home, tmp_path):
     done = python("-m", "papermill", "nbs/quickstart.ipynb", tmp_path / "out.ipynb", "-k", "python3", "--no-progress-bar", cwd=ROOT, MEDVLTHINKER_HOME=warm_home)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeeded(done)
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     assert len(cells) == 1 + 10, "a title and ten cells"
     shown = ["".join(output["data"]["text/plain"]) for cell in cells for output in cell.get("outputs", []) if "data" in output]

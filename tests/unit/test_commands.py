@@ -96,11 +96,6 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     assert f"{copy} was evaluated with other weights than {copy} holds by now; ./reproduce.sh evaluate smoke model={copy} " in said
 
 
-def test_a_model_is_not_compared_with_itself_under_another_ones_name(answered):
-    "`tiny` and the folder ./tiny have one folder of results."
-    refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
-
-
 def test_questions_of_ones_own_are_no_drawn_scans(home, call):
     (folder := home / "smoke" / "results" / "synthetic" / "tiny").mkdir(parents=True)
     for name, drawn in (("chest", False), ("pmc_vqa", True)):

@@ -83,7 +83,7 @@ TEXTS_OF_ANSWERS = st.lists(st.sampled_from([
 ORGAN = Sample("Which organ?", {"A": "Lung", "B": "Liver", "C": "Spleen"}, "B", "Liver")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS_OF_ANSWERS, st.sampled_from(RULES), st.sampled_from(RULES))
 def test_without_the_cause_two_rules_agree(text, old, new):
     "On an option that one of them had read."

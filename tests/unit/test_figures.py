@@ -4,11 +4,11 @@ import functools
 import itertools
 import json
 import re
-from pathlib import Path
 
+import pandas as pd
 import pytest
+from conftest import ROOT
 
-pd = pytest.importorskip("pandas")
 pytest.importorskip("plotly", reason="figures need plotly")
 
 from medvlthinker.core import plots
@@ -17,7 +17,6 @@ from medvlthinker.results import figures as drawing
 from medvlthinker.results.published import COLUMNS, MEASURES, published, read_published
 from medvlthinker.results.tables import SYNTHETIC_NOTE, results_table
 
-ROOT = Path(__file__).resolve().parents[2]
 PAPER = published()
 MODELS = ("tiny", *(f"tiny-{recipe}" for recipe in ("SFT_m23k", "SFT_PMC", "SFT_m23k-RL_PMC", "RL_m23k", "RL_PMC",
                                                     "RL_m23k-RL_PMC")))
@@ -174,8 +173,8 @@ def wrong_texts(seen):
 
 
 @pytest.mark.heavy
-def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, chromium):
-    page, wrong = chromium.new_page(), []
+def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, new_page):
+    page, wrong = new_page(), []
     for name, width in itertools.product(ALL, (400, 1200)):
         page.set_viewport_size({"width": width, "height": 900})
         page.goto(plots.write_figure(name, figure_of(name), tmp_path).as_uri())
@@ -186,5 +185,4 @@ def test_no_text_overlaps_or_is_cut_on_a_phone_or_a_wide_page(tmp_path, chromium
         assert len(seen["texts"]) >= 8 and seen["width"] == width, name
         assert min(text["size"] for text in seen["texts"]) >= 10, name
         wrong += [f"{name} at {width}: {each}" for each in wrong_texts(seen)]
-    page.close()
     assert wrong == []

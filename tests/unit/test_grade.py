@@ -3,19 +3,15 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import medvlthinker.core.grade as module
 import pytest
-from hypothesis import HealthCheck, example, given, seed, settings
+from conftest import ROOT, python
+from hypothesis import example, given, seed, settings
 from hypothesis import strategies as st
 from medvlthinker.core.grade import RULES, Grade, compute_score, grade
 from medvlthinker.data.converters import alternatives
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
 FUZZ = int(os.environ.get("MEDVLTHINKER_FUZZ", "1"))  # multiplies the examples of the two laws
 
 # ------------------------------------------------------------------------------------------------
@@ -95,7 +91,7 @@ questions = st.sampled_from(OPTIONS).flatmap(
 YES_NO = OPTIONS[0], "B"
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(texts, questions, st.sampled_from(sorted(PLAIN)))
 @example("<answer>" * 3 + "</answer>", YES_NO, "strict")
 @example("<think></think><answer></answer>", YES_NO, "reward")
@@ -122,7 +118,7 @@ def test_of_several_wrong_options_the_first_is_noted_and_of_right_ones_the_right
 # What holds for every rule and every text.
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(texts, questions, st.sampled_from(RULES))
 def test_every_text_gets_a_verdict_that_is_consistent(text, question, rule):
     options, label = question
@@ -135,7 +131,7 @@ def test_every_text_gets_a_verdict_that_is_consistent(text, question, rule):
     assert verdict == grade(text, dict(reversed(options.items())), label, rule)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(texts, st.sampled_from([options for options in OPTIONS if "slow" not in options.values()]))
 @example("A#B", {"A": "B", "B": "A"})
 def test_lenient_does_not_know_the_right_answer(text, options):
@@ -173,7 +169,7 @@ def test_a_letter_tells_apart_what_a_text_cannot(text):
 def shared_cases() -> list:
     "Every case and control of ../shared/cases; one skipped entry where they are absent."
     found = []
-    for path in sorted((SHARED / "cases").glob("grade-*.json")):
+    for path in sorted((ROOT.parent / "shared" / "cases").glob("grade-*.json")):
         content = json.loads(path.read_text())
         for key in ("cases", "controls_that_pass_and_must_stay"):
             found += [pytest.param(case, id=f"{path.stem}-{key[:4]}-{number}")
@@ -373,8 +369,7 @@ def write(pieces: list, letters: str, option_texts: tuple) -> str:
 
 def law(function):
     "400 examples, the same each time; MEDVLTHINKER_FUZZ=50 makes them 20,000."
-    return seed(20261128)(settings(max_examples=400 * FUZZ, deadline=None, database=None,
-                                   suppress_health_check=list(HealthCheck))(function))
+    return seed(20261128)(settings(max_examples=400 * FUZZ, database=None)(function))
 
 
 @law
@@ -433,13 +428,10 @@ fa0e9a96 fd4a455e
 OURS_WRONG = {*"0ef8a434 6fa84fd4 7da79ad6 b47c43bc c11f7589 d0b07e48 f16fcd7a".split()}
 
 
-def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
+def test_the_disagreements_on_real_outputs_are_those_that_were_judged(real_data):
     "And without the rows whose verdict is wrong at least 97 % agree, in every set and both halves."
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip("The real outputs (../shared/data) are not on this machine.")
     seen, counts = set(), {}
-    for path in sorted(folder.glob("raw_*/dev.jsonl")):
+    for path in sorted(real_data.glob("raw_*/dev.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
             peer, options = row.get("peer"), row.get("options", dict.fromkeys("ABCDE", ""))
             ours = grade(row["output_text"], options, row.get("gold_label", "A"))
@@ -455,7 +447,7 @@ def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
     assert all(agreed >= 0.97 * rows for rows, agreed in counts.values()), counts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(soup, soup)
 def test_lenient_reads_a_long_text_at_its_ends(start, end):
     start, end = start.ljust(module._REACH, "~"), end.rjust(module._REACH, "~")
@@ -483,8 +475,7 @@ assert not any(name.startswith("medvlthinker") for name in sys.modules)
 @pytest.mark.parametrize("registered", ["registered", "alone"])
 def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
     "In a bare interpreter (-I -S: no site packages, no current folder): the file stands alone."
-    command = [sys.executable, "-I", "-S", "-c", BY_PATH, module.__file__, registered]
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    done = python("-I", "-S", "-c", BY_PATH, module.__file__, registered, cwd=tmp_path)
     assert (done.stdout.strip(), done.returncode) == ("1.0", 0), done.stderr
 
 
@@ -492,7 +483,7 @@ def test_verl_can_load_the_file_by_its_path(registered, tmp_path):
 # compute_score meets whatever verl hands over.
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts, st.sampled_from(RULES), st.booleans())
 def test_the_reward_is_the_verdict(text, rule, as_json):
     options = {"A": "Yes", "B": "No"}

@@ -5,7 +5,6 @@ import pytest
 import torch
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
-from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.grpo import grpo_chat, read_once, skip_empty_images, train_grpo
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import plan, read_metrics
@@ -19,10 +18,9 @@ def samples(corpus):
 
 
 @pytest.mark.parametrize("corpus", ["pmc_vqa", "m23k", "mixed"])
-def test_gradients_of_shared_prompts(tmp_path, corpus):
+def test_gradients_of_shared_prompts(blank, corpus):
     "Prompts of unequal lengths, answers of unequal lengths, in mixed order; one has two pictures."
-    base = make_tiny_model(tmp_path / "base", steps=0, show=lambda line: None)
-    model, processor = AutoModelForImageTextToText.from_pretrained(base, dtype="float32"), AutoProcessor.from_pretrained(base, padding_side="left")
+    model, processor = AutoModelForImageTextToText.from_pretrained(blank, dtype="float32"), AutoProcessor.from_pretrained(blank, padding_side="left")
     rows = [grpo_chat(sample) for sample in samples(corpus)]
     texts = ["<|vision_start|><|image_pad|><|vision_end|>" * len(row["images"]) + row["prompt"][0]["content"] for row in rows]
     images = [row["images"] for row in rows] if corpus != "m23k" else []
@@ -43,10 +41,9 @@ def test_gradients_of_shared_prompts(tmp_path, corpus):
         torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
 
 
-def test_gradients_of_a_mixed_batch(tmp_path):
+def test_gradients_of_a_mixed_batch(blank):
     "Rows with and without images at once: what each gives alone, where a text comes with 0 rows of pixels, as TRL splits a step."
-    base = make_tiny_model(tmp_path / "base", steps=0, show=lambda line: None)
-    model, processor = AutoModelForImageTextToText.from_pretrained(base, dtype="float32"), AutoProcessor.from_pretrained(base, padding_side="left")
+    model, processor = AutoModelForImageTextToText.from_pretrained(blank, dtype="float32"), AutoProcessor.from_pretrained(blank, padding_side="left")
     rows = [grpo_chat(sample) for sample in samples("mixed")]
     texts = ["<|vision_start|><|image_pad|><|vision_end|>" * len(row["images"]) + row["prompt"][0]["content"] for row in rows]
     given = dict(processor(text=texts, images=[row["images"] for row in rows], padding=True, return_tensors="pt", return_mm_token_type_ids=True))
@@ -69,15 +66,14 @@ def test_gradients_of_a_mixed_batch(tmp_path):
 
 @pytest.mark.parametrize("again", ["true", "false"])  # the second reads a question once for all its answers
 @pytest.mark.parametrize("first", ["text", "image"])
-def test_a_corpus_with_and_without_images(tmp_path, monkeypatch, first, again):
+def test_a_corpus_with_and_without_images(blank, tmp_path, monkeypatch, first, again):
     "Whichever question a step begins with, each image is seen where it is answered and where it is learnt."
     images, texts = synthetic.corpus("pmc_vqa", 4), synthetic.corpus("m23k", 8)
     mixed = images[:2] + texts + images[2:] if first == "image" else texts[:2] + images + texts[2:]
     write_samples(mixed, tmp_path / "mixed.parquet")
-    base = make_tiny_model(tmp_path / "base", steps=0, show=lambda line: None)
     recipe = find("tiny-RL_PMC")
     recipe = replace(recipe, how=replace(recipe.how, shuffle=False, batch=4, mini_batch=2, micro_batch=2))
-    settings = TrainingSettings(base=str(base), max_steps=3, gradient_checkpointing=again)
+    settings = TrainingSettings(base=str(blank), max_steps=3, gradient_checkpointing=again)
     asked, learnt, forward = [], [], Qwen2_5_VLModel.forward
 
     def record(self, *given, **named):
@@ -93,7 +89,7 @@ def test_a_corpus_with_and_without_images(tmp_path, monkeypatch, first, again):
     run = plan(recipe, settings, tmp_path / "mixed.parquet", tmp_path, tmp_path / "logs")
     train_grpo(run)
     assert len(read_metrics(run.metrics)) == 3
-    processor = AutoProcessor.from_pretrained(base).image_processor
+    processor = AutoProcessor.from_pretrained(blank).image_processor
     patches = len(processor([grpo_chat(sample)["images"][0] for sample in images], return_tensors="pt")["pixel_values"])
     assert 0 in learnt and sum(learnt) == 8 * patches if again == "true" else patches <= sum(learnt) <= 8 * patches
     assert sum(asked) >= 2 * patches, "for an answer, and by the start"

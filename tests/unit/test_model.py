@@ -6,21 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import python
+from conftest import python, stand_in, succeeded
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
-from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.generation.model import (
     check_weights, model_fingerprint, pixel_limits, tensor_parallel_size, unloadable_error,
     weight_bytes)
 from medvlthinker.generation.request import EngineSettings
 from servers import Hub, serving
-
-
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory) -> Path:
-    "The tiny model with random weights."
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", steps=0)
 
 
 def copied(blank: Path, place: Path, rename=lambda name: name, **config) -> Path:
@@ -210,8 +203,7 @@ def test_a_hub_model_has_one_identity_before_and_after_its_download(hub, blank, 
         "What a new process says of acme/tiny, always with the same cache."
         done = python("-c", IDENTITY, *words, HF_HUB_OFFLINE="0", HF_HOME=tmp_path / "hf",
                       HF_ENDPOINT=address)
-        assert done.returncode == 0, done.stderr
-        return {line[0]: line[1:] for line in map(json.loads, done.stdout.splitlines())}
+        return {line[0]: line[1:] for line in map(json.loads, succeeded(done).stdout.splitlines())}
 
     (blank / "pytorch_model.bin").write_bytes(b"a program")
     try:
@@ -302,10 +294,8 @@ def test_gpus_that_cannot_share_or_hold_a_model_are_a_sentence(published):
 
 def test_a_small_gpu_that_is_not_ours_makes_no_model_too_large(published, tmp_path, monkeypatch):
     "As in a workstation: two large GPUs, and one for the screen; ours are those that are shown to us."
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\ncase "$*" in *--id=0,1*) ;; *) echo 12288 ;; esac\necho 81920\necho 81920\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    smi = 'case "$*" in *--id=0,1*) ;; *) echo 12288 ;; esac\necho 81920\necho 81920'
+    monkeypatch.setenv("PATH", str(stand_in(tmp_path, **{"nvidia-smi": smi})), prepend=":")
     for shown, gpus in (("0,1", 1), ("", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         assert tensor_parallel_size(published["7B"], replace(H100, gpus=2)) == gpus

@@ -23,7 +23,7 @@ from medvlthinker.generation.rollout import generate
 from medvlthinker.app.runs import data_file
 from medvlthinker.app.profile import load_profile
 from medvlthinker.training.recipe import RECIPES
-from medvlthinker.data.sample import Sample, SampleFile, write_samples
+from medvlthinker.data.sample import PARQUET_OPTIONS, Sample, SampleFile, write_samples
 
 QUIET = lambda line: None
 
@@ -69,10 +69,11 @@ def test_the_curated_file_is_a_dataset_with_images(tmp_path):
     assert list(read["pass_count"]) == sorted(read["pass_count"], reverse=True) and set(read["pass_of"]) == {16}
 
 
-def test_a_corpus_holds_more_images_than_pyarrow_reads_at_once(tmp_path):
-    "Two gigabytes; PMC-VQA holds several times as many."
+def test_a_corpus_holds_more_images_than_pyarrow_reads_at_once(tmp_path, monkeypatch):
+    "Two gigabytes; PMC-VQA holds several times as many. They are compressed, for this test's disk."
+    monkeypatch.setitem(PARQUET_OPTIONS, "compression", "zstd")
     _, decisions = drawn(2200)
-    images = (bytes(1_000_000),)  # which compress to nothing
+    images = (bytes(1_000_000),)
     write_samples((Sample("?", {"A": "Yes", "B": "No"}, "A", "Yes", images=images, dataset_name="toy", dataset_index=index) for index in decisions.dataset_index), tmp_path / "toy.parquet")
     path = curate(tmp_path / "toy.parquet", decisions[-300:], tmp_path, by="tiny")
     assert [sample.images == images for sample in SampleFile(path)] == [True] * (decisions[-300:].decision == "keep").sum()
@@ -155,9 +156,11 @@ def test_six_kills(tmp_path):
     decisions.to_pickle(tmp_path / "decisions.pickle")
 
     def run(target, kill_at=0):
-        process = multiprocessing.get_context("fork").Process(target=act, args=(tmp_path, target, kill_at))
+        given = {"target": act, "args": (tmp_path, target, kill_at)}
+        process = multiprocessing.get_context("fork").Process(**given, daemon=True)
         process.start()
-        process.join()
+        process.join(120)
+        assert process.exitcode is not None, "it stands still"
         return process.exitcode
 
     def files(target):

@@ -16,6 +16,7 @@ from medvlthinker.core.files import UserError
 from medvlthinker.results import claims
 from medvlthinker.results.published import COLUMNS, published
 from medvlthinker.results.tables import markdown_table, results_table, to_latex
+from test_evaluate import graded
 
 PAPER = published()
 
@@ -148,9 +149,7 @@ def test_the_tables_are_compared_under_their_own_rule_and_prompt():
 def evaluated(folder, right):
     "What paper/4_evaluate leaves of a model's grades, written by hand."
     folder.mkdir(parents=True)
-    lines = [{"dataset_name": name, "dataset_index": i, "image": f"{name}/{i}", "gold": "A", "regrade_correct": bool(hit)}
-             for name, hits in right.items() for i, hit in enumerate(hits)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    graded(right).to_json(folder / "questions.jsonl", orient="records", lines=True)
 
 
 def test_models_that_were_asked_other_questions_are_left_open(tmp_path):

@@ -5,16 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, stand_in
 
-PYTHON = """#!/usr/bin/env bash
-[ "$1" = - ] && exec {real} "$@"
+PYTHON = """[ "$1" = - ] && exec {real} "$@"
 printf '%s\\n' "$*" >> {log}
 case "$*" in
     *"torch.cuda.is_available())"*) exit {blind} ;;
     *Python.h*) exit 0 ;;
-esac
-"""
+esac"""
 
 
 class Clone:
@@ -22,7 +20,6 @@ class Clone:
 
     def __init__(self, folder: Path):
         self.folder, self.bin, self.log = folder, folder.parent / "bin", folder.parent / "calls"
-        self.bin.mkdir()
         self.log.touch()
         for name in ("reproduce.sh", "pyproject.toml", "locks", "README.md"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -32,15 +29,11 @@ class Clone:
         self.program("cc", "exit 0")
 
     def make_python(self, blind: int = 0) -> None:
-        (self.folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
-        self.write(self.folder / ".venv" / "bin" / "python", PYTHON.format(real=sys.executable, log=self.log, blind=blind))
-
-    def write(self, path: Path, text: str) -> None:
-        path.write_text(text)
-        path.chmod(0o755)
+        (self.folder / ".venv").mkdir(exist_ok=True)
+        stand_in(self.folder / ".venv" / "bin", python=PYTHON.format(real=sys.executable, log=self.log, blind=blind))
 
     def program(self, name: str, text: str) -> None:
-        self.write(self.bin / name, f"#!/usr/bin/env bash\n{text}\n")
+        stand_in(self.bin, **{name: text})
 
     def gpu(self, driver: str = "580.95.05") -> None:
         self.program("nvidia-smi", f'case "$*" in *driver_version*) echo {driver} ;; *) echo "GPU 0: NVIDIA H100" ;; esac')
@@ -115,7 +108,7 @@ def test_a_moved_clone_is_refused_and_mended(clone, tmp_path):
     clone.call("setup")
     old = clone.folder
     script = f"#!{old}/.venv/bin/python\nprint('works')\n"
-    clone.write(old / ".venv" / "bin" / "nbdev-test", script)
+    (old / ".venv" / "bin" / "nbdev-test").write_text(script)
     kernel = old / ".venv" / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     kernel.write_text(f'{{"argv": ["{old}/.venv/bin/python", "-m", "ipykernel_launcher"]}}')
