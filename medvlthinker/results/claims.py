@@ -343,10 +343,16 @@ def calculation_table(verdicts: dict[str, Verdict]):  # a pandas DataFrame
 
 # %% ../../nbs/results/63_claims.ipynb #a18cdbe5
 def measured_models(models: Iterable[str]) -> dict[str, str]:
-    "By recipe or base model, as the claims name them: the name under which each was evaluated."
-    rows = {model: row_of(model) for model in models}  # none for a model that the paper has not
-    return {row.recipe or row.hub_id or row.model if row else model: model
-            for model, row in rows.items()}
+    """By recipe or base model, as the claims name them: the name under which each was evaluated.
+
+    Weights that were trained here go before the published ones of the same recipe."""
+    found: dict[str, str] = {}
+    for model in models:
+        row = row_of(model)  # none for a model that the paper has not
+        name = row.recipe or row.hub_id or row.model if row else model
+        if found.get(name) != name:
+            found[name] = model
+    return found
 
 # %% ../../nbs/results/63_claims.ipynb #7960c9fb
 def base_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
@@ -430,22 +436,25 @@ def _all_numbers(paper: Paper, records: list[dict], repeats: list[dict]):
     sampled = sampled.assign(measure=sampled["measure"] + ", " + sampled["rule"])
     numbers = pd.concat([pd.DataFrame(printed), ours, sampled])
     labels = {name: row.label for name in numbers["model"].unique() if (row := row_of(name))}
-    return numbers.assign(model=numbers["model"].map(labels))
+    return numbers.assign(evaluated=numbers["model"], model=numbers["model"].map(labels))
 
 # %% ../../nbs/results/63_claims.ipynb #219f9b78
 def compare_to_paper(
     paper: Paper,
     records: Iterable[dict],  # evaluation.json of the models, from `read_records`
     repeats: Iterable[dict] = (),  # repeats.json
-):  # a pandas DataFrame: measure, model, benchmark, printed, ours, low, high, n, difference, status
-    "Each published number beside what a run measured; the difference is ours - printed."
+):  # a pandas DataFrame
+    """Each published number beside what a run measured; the difference is ours - printed.
+
+    A row: measure, model, benchmark, printed, evaluated, ours, low, high, n, difference, status.
+    Published weights and those that were trained here by the same recipe have a row each."""
     real = [[record for record in kind if record["source"] != "synthetic"
              and record.get("instruction", "trained") == prompt_format(record["model"])[0]]
             for kind in (records, repeats)]
     numbers, key = _all_numbers(paper, *real), ["measure", "model", "dataset_name"]
     printed = numbers[numbers["origin"] == "paper"].rename(columns={"percent": "printed"})
     ours = numbers[numbers["origin"] == "ours"].rename(columns={"percent": "ours"})
-    ours = ours.drop_duplicates(key, keep="last")[[*key, "ours", "low", "high", "n"]]
+    ours = ours[[*key, "evaluated", "ours", "low", "high", "n"]]
     table = printed[[*key, "printed"]].merge(ours, how="left", on=key)
     difference = table["ours"] - table["printed"]
     status = np.select(
@@ -461,6 +470,10 @@ def comparison_lines(
     table,  # from `compare_to_paper`
 ) -> list[str]:
     "The comparison as text: a line a measured number, and the totals."
+    number = ["measure", "model", "benchmark"]
+    several = table.duplicated(number, keep=False)
+    names = table.model.mask(several, table.model + " (" + table.evaluated + ")")
+    total, table = len(table.drop_duplicates(number)), table.assign(model=names)
     lines = [f"{line.status:8} {line.model:24} {line.measure:22} {line.benchmark:14} printed "
              f"{line.printed:6.2f}  ours {line.ours:6.2f} [{line.low:.2f}, {line.high:.2f}] "
              f"({number_text(line.difference, 2, True)}), n={line.n:.0f}"
@@ -468,7 +481,7 @@ def comparison_lines(
     counts = table.status.value_counts()
     totals = [f"{counts.get(status, 0)} {status}"
               for status in ("match", "inside", "outside", "not run")]
-    return [*lines, f"{', '.join(totals)}, of {len(table)} published numbers."]
+    return [*lines, f"{', '.join(totals)}, of {total} published numbers."]
 
 # %% ../../nbs/results/63_claims.ipynb #bbc13cf5
 def agreement_table(paper: Paper):  # a pandas DataFrame
