@@ -11,7 +11,7 @@ import ast, collections, contextlib, functools, hashlib, importlib.util, json, l
 import signal, subprocess, sys, tempfile, textwrap, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import medvlthinker
 from .profile import (
@@ -380,6 +380,15 @@ def _end_group(process: subprocess.Popen, elsewhere: bool = False) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _cancel_submitted(log: IO[str]) -> None:
+    "Cancel what Slurm has under the run's name: of a job in hand Snakemake has no number yet."
+    log.seek(0)
+    for name in re.findall(r"SLURM run ID: (\S+)", log.read()):
+        words = ["scancel", f"--name={name}", "--clusters=all"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(words, check=False, capture_output=True, timeout=60)
+
+
 def _failure(lines: list[str], step: str, profile: Profile) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
@@ -420,6 +429,7 @@ def snakemake(
             process.wait()
         except BaseException:
             _end_group(process, _elsewhere(options))
+            _cancel_submitted(log)
             raise
         finally:
             if not dry:
