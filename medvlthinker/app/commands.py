@@ -249,7 +249,7 @@ def verify(words: Words = None) -> None:
     profile, cell = read_command(words, cell="")
     root = Workspace(profile.name).root
     if cell:
-        for line in trace(root, cell):
+        for line in trace(root, cell, profile.source):
             print(line)
     elif bad := show_findings(root):
         raise UserError(f"{root} is not what was recorded: {bad} files, named above.")
