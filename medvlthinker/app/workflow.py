@@ -491,9 +491,7 @@ def _refuse(names: list[str], profile: Profile) -> None:
     refuse_small_disk(recipes, profile)
 
 # %% ../../nbs/app/75_workflow.ipynb #60b53ac2
-def status(
-    profile: Profile,
-) -> Iterator[str]:
+def status(profile: Profile) -> Iterator[str]:
     "How far a run has come, line by line, and what the next one would do; nothing is written."
     paper_notebook("1_data")  # else this is no checkout
     due, names = reasons(profile), [step.name for step in steps(profile)]
