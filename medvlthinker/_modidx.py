@@ -201,7 +201,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._as_text': ( 'app/workflow.html#_as_text',
                                                                                    'medvlthinker/app/workflow.py'),
-                                           'medvlthinker.app.workflow._begin': ('app/workflow.html#_begin', 'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._cancel_submitted': ( 'app/workflow.html#_cancel_submitted',
                                                                                             'medvlthinker/app/workflow.py'),
                                            'medvlthinker.app.workflow._death': ('app/workflow.html#_death', 'medvlthinker/app/workflow.py'),

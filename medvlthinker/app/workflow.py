@@ -9,7 +9,7 @@ __all__ = ['paper_notebook', 'notebook_code', 'imported_files', 'question_files'
 # %% ../../nbs/app/75_workflow.ipynb #7f1299c0
 import ast, collections, contextlib, functools, hashlib, importlib.util, json, logging, os, re
 import signal, subprocess, sys, tempfile, textwrap, time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,7 +87,7 @@ def question_files(profile: Profile) -> list[Path]:
                 found += data.found() if data else []
     return found
 
-# %% ../../nbs/app/75_workflow.ipynb #45421c47
+# %% ../../nbs/app/75_workflow.ipynb #0d8d5278
 _SHARED = ("seed", "max_rejected", "extend")  # keys of training that others read too
 _TRAINING = {*TrainingSettings.__annotations__} - {*_SHARED}
 _UNREAD = {"1_data": _TRAINING, "2_difficulty": _TRAINING, "3_train": {"recipes"},
@@ -99,6 +99,13 @@ def _keys_of(notebook: str) -> list[str]:
     return [key for key in KEYS if key not in _UNREAD.get(notebook, ())]
 
 
+def _as_text(value) -> str:
+    "A value as it was written on a command line; Snakemake reads --config as YAML."
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+# %% ../../nbs/app/75_workflow.ipynb #97f66dcf
 class Graph:
     "What the rules of the Snakefile ask: inputs and parameters of a notebook, under a profile."
 
@@ -141,13 +148,6 @@ class Graph:
         values = [f"{key}={_as_text(getattr(self.profile, key))}" for key in _keys_of(notebook)]
         return [*values, f"code={hashlib.sha256(code).hexdigest()[:12]}"]
 
-
-def _as_text(value) -> str:
-    "A value as it was written on a command line; Snakemake reads --config as YAML."
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
 # %% ../../nbs/app/75_workflow.ipynb #d1a653a2
 def error_line(
     name: str,  # of the exception
@@ -159,7 +159,7 @@ def error_line(
         return value.removesuffix(".")
     return f"{name}: {last}" if last else name
 
-# %% ../../nbs/app/75_workflow.ipynb #e2742271
+# %% ../../nbs/app/75_workflow.ipynb #a9ad9d75
 class _Echo:
     "Shows the log lines of a running notebook, which begin with a bar, so that one can watch it."
 
@@ -175,13 +175,14 @@ class _Echo:
 
     def flush(self): ...
 
-
+# %% ../../nbs/app/75_workflow.ipynb #3a86bc86
 def _papermill(source: Path, partial: Path, given: dict, name: str):
     "Execute a notebook; its error is a `UserError` that names the partial notebook."
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import LocalHandler, papermill_io
+    from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
     class Redacting(LocalHandler):
         def write(self, buf, path):
@@ -190,12 +191,14 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     papermill_io.register(str(partial.parent), Redacting())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of keys of the profile
     step = partial.name.removesuffix(".running.ipynb")
-    run = functools.partial(
-        papermill.execute_notebook, source, partial, given, kernel_name="python3",
-        cwd=project_root(), progress_bar=False, log_output=False, coalesce_streams=True,
-        stdout_file=_Echo(name), extra_arguments=["--log-level=CRITICAL"])
+    execute = Retrying(  # its kernel died before it answered: another process had taken its port
+        retry=retry_if_exception_message(match=".*before replying"), stop=stop_after_attempt(3),
+        reraise=True)
     try:
-        return _begin(run)
+        return execute(
+            papermill.execute_notebook, source, partial, given, kernel_name="python3",
+            cwd=project_root(), progress_bar=False, log_output=False, coalesce_streams=True,
+            stdout_file=_Echo(name), extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as error:
         raise UserError(f"{error_line(error.ename, error.evalue)}. ({step} stopped there; the "
                         f"notebook as far as it came: {partial})") from None
@@ -204,17 +207,7 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     except OSError as error:
         raise write_error(error, partial) from None
 
-
-def _begin(run: Callable, tries: int = 3):
-    "Run, again where the kernel died before it answered: another process had taken its port."
-    for left in reversed(range(tries)):
-        try:
-            return run()
-        except RuntimeError as error:
-            if not left or "before replying" not in str(error):
-                raise
-
-
+# %% ../../nbs/app/75_workflow.ipynb #52a444cc
 def _death(step: str) -> UserError:
     "The sentence for a step whose process left none."
     return UserError(f"The process of {step} has died (killed, out of memory, a full disk, or by "
@@ -330,16 +323,10 @@ class Narrator(logging.Handler):
             ended = "done in" if event == "job_finished" else "failed after"
             print(f"{words}: {ended} {time.monotonic() - began:.0f} s", flush=True)
 
-# %% ../../nbs/app/75_workflow.ipynb #bc345058
-def _elsewhere(options: Sequence[str]) -> bool:
-    "Do the steps run as jobs of a scheduler?"
-    named = any(word == "-e" or word.startswith("--executor") for word in options)
-    return named and "local" not in options
-
-
+# %% ../../nbs/app/75_workflow.ipynb #ee58f8fb
 def _made_otherwise(profile: Profile) -> list[str]:
     "The notebooks that were executed by themselves, of which Snakemake knows nothing, for others."
-    keys, found = json.loads(json.dumps(overrides(profile))), []
+    keys, found = overrides(profile), []
     for step in steps(profile):
         record = read_json(record_path(notebook_file(step.name, profile)))
         differ = (record.get("inputs", {}).get(key) != keys.get(key)
@@ -347,6 +334,12 @@ def _made_otherwise(profile: Profile) -> list[str]:
         if record.get("by_run") is False and any(differ):
             found.append(f"notebooks/{step.name}.ipynb")
     return found
+
+# %% ../../nbs/app/75_workflow.ipynb #9a7a928d
+def _elsewhere(options: Sequence[str]) -> bool:
+    "Do the steps run as jobs of a scheduler?"
+    named = re.search(r"(?:^| )(?:-e|--executor)[ =]?(\S+)", " ".join(options))
+    return bool(named and named[1] != "local")
 
 
 def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
@@ -366,7 +359,7 @@ def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:
     name, *keys = command_words(profile)
     return [*words, "--config", f"profile={name}", *keys]
 
-
+# %% ../../nbs/app/75_workflow.ipynb #9733cbee
 def _end_group(process: subprocess.Popen, elsewhere: bool = False) -> None:
     "End Snakemake and its steps, or the jobs of a scheduler, and wait until they are gone."
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -388,7 +381,7 @@ def _cancel_submitted(log: IO[str]) -> None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(words, check=False, capture_output=True, timeout=60)
 
-
+# %% ../../nbs/app/75_workflow.ipynb #66f48916
 def _failure(lines: list[str], step: str, profile: Profile) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
     if sentences := [line for line in lines if line.startswith("medvlthinker: ")]:
