@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .profile import Profile, Step, Workspace, command_line, steps
+from .profile import (
+    Profile, Step, Workspace, command_line, notebook_file, steps)
 from .runs import evaluation_samplings, named_sets, training_places
 from ..core.files import UserError
 from ..generation.engine import check_nodes
@@ -286,6 +287,7 @@ def dry_run(
     "What a run would do, as text, a step at a time."
     check_nodes(profile)
     for step in steps(profile):
-        parts = {"state": reasons.get(step.name) or "done", **step_plan(step, profile)}
+        kept = "done" if notebook_file(step.name, profile).is_file() else "not asked for"
+        parts = {"state": reasons.get(step.name) or kept, **step_plan(step, profile)}
         lines = [f"  {part:9} {text}" for part, text in parts.items()]
         yield "\n".join([step.name, *(line.replace("\n", "\n" + " " * 12) for line in lines), ""])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'CHOICES', 'Profile', 'choices', 'profile_names', 'load_profile', 'overrides', 'command_words', 'parse_words',
-           'command_line', 'read_command', 'notebook_profile', 'Workspace', 'Step', 'steps']
+           'command_line', 'read_command', 'notebook_profile', 'Workspace', 'Step', 'steps', 'notebook_file']
 
 # %% ../../nbs/app/70_profile.ipynb #098ac56e
 import configparser, dataclasses, os, re, sys
@@ -222,3 +222,13 @@ def steps(profile: Profile) -> list[Step]:
             *(Step("3_train", "recipe", name) for name in names),
             *(Step("4_evaluate", "model", name) for name in (*profile.models, *names)),
             Step("5_results"), Step("6_audit")]
+
+# %% ../../nbs/app/70_profile.ipynb #46dc19b8
+def notebook_file(
+    name: str,  # of a step
+    profile: Profile,
+    running: bool = False,  # while it runs, and where it stays when it stops
+) -> Path:
+    "Where the executed notebook of a step lies."
+    folder = Workspace(profile.name).root / "notebooks"
+    return folder / f"{name}{'.running' if running else ''}.ipynb"
