@@ -81,8 +81,8 @@ class Cost:
 
     def gpu_hours(self, rate: str = "likely") -> float:  # or low or high
         "Hours of one H100 at this rate."
-        percents = {work: getattr(RATES[work], rate) for work in self.operations}
-        return sum(number / PEAK / 36 / percents[work] for work, number in self.operations.items())
+        used = {work: PEAK * getattr(RATES[work], rate) / 100 for work in self.operations}
+        return sum(number / used[work] for work, number in self.operations.items()) / 3600
 
 # %% ../../nbs/app/72_cost.ipynb #c6900021
 def asking_cost(
