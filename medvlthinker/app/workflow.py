@@ -454,7 +454,7 @@ def run_workflow(
     check_nodes(profile)
     every = steps(profile)  # a mistake in the profile is said before anything runs
     if profile.gpus:  # and what cannot end well, not after days
-        due = reasons(profile)
+        due = reasons(profile, *options)
         _refuse([step.value for step in every if step.parameter == "recipe" and step.name in due],
                 profile)
     ran = 0
