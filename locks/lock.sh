@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes the three lock files anew (needs uv). No index, host or path gets into them; torch stays out, it is installed apart.
 # The CUDA set is the most constrained, so it is solved first and its versions bind the others: one environment can grow into another.
+# All are solved for Python 3.11 and serve 3.12 too: what vLLM asks for there alone is in pyproject.toml, and a test reads it (tests/unit/test_setup.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

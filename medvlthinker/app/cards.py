@@ -7,6 +7,8 @@ __all__ = ['results_rows', 'model_metadata', 'model_card', 'write_card']
 
 # %% ../../nbs/app/73_cards.ipynb #0ca7bffd
 import dataclasses, re
+from importlib.resources import files
+from string import Template
 
 from .profile import Profile, Workspace
 from ..core.files import atomic_write, read_json, record_path
@@ -62,49 +64,6 @@ _SYNTHETIC = ("**This tests machinery and means nothing medical.** The pictures 
 _CLINICAL = ("**Not for clinical use.** Not for diagnosis, treatment or triage of anybody, and no "
              "medical device. Answers can be wrong and sound right; medical errors in the data, "
              "bias, and whether a person can be recognised were not examined.")
-_CARD = '''\
----
-{metadata}
----
-
-# {name}
-
-{warning}
-
-A vision-language model that reasons about a multiple-choice question, with or without images, and
-then names an option. Training follows MedVLThinker (arXiv:2508.02669).
-
-## How it was made
-
-{stages}
-
-{facts}
-
-## Results
-
-{results}
-
-## Limits
-
-English multiple-choice questions only; that is no clinical work. A right option can be chosen for a
-wrong reason, and the reasoning that is shown need not be the cause of the answer. Errors by
-modality, organ or person were not measured. Test questions may be in the base model's pretraining
-data. The licences of the data hold beside the model's.
-
-## Use
-
-```python
-from PIL import Image
-from transformers import pipeline
-
-ask = pipeline("image-text-to-text", ".", dtype="auto")  # this folder, or a name on the hub
-image = Image.new("RGB", (112, 112))  # Image.open("scan.png").convert("RGB")
-prompt = {prompt!r}
-turn = [{{"type": "image", "image": image}}, {{"type": "text", "text": prompt}}]
-chat = [{{"role": "user", "content": turn}}]
-print(ask(text=chat, max_new_tokens=200, return_full_text=False)[0]["generated_text"])
-```
-'''
 _FACTS = ("started", "version", "commit", "data", "rows", "steps", "takes", "trainer", "seed",
           "lora_rank")  # of the record of a training
 
@@ -123,9 +82,10 @@ def model_card(
     head = ("benchmark", "accuracy, %", "right", "n", "95 % interval", "source", "rule", "seed",
             "date")
     prompt = user_text(Sample("Which modality is this?", {"A": "CT", "B": "MRI"}, "A", "CT"))
-    return _CARD.format(
+    template = files("medvlthinker.app").joinpath("card.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
         metadata=model_metadata(recipe).to_yaml(), name=recipe.name, stages="\n".join(stages),
-        prompt=prompt,
+        prompt=repr(prompt),
         warning=_SYNTHETIC if recipe.size == "tiny" else _CLINICAL,
         facts=markdown_table(("this copy", ""), facts),
         results=markdown_table(head, rows) if rows else "Not measured.")

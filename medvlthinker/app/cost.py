@@ -8,13 +8,14 @@ __all__ = ['PARAMETERS', 'PEAK', 'RATES', 'CORPORA', 'TEST_ANSWER', 'KEPT', 'par
            'step_cost', 'cost_summary', 'step_plan', 'dry_run']
 
 # %% ../../nbs/app/72_cost.ipynb #c6900004
-import re, shlex, shutil, sys
+import re, shlex, shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .profile import Profile, Step, Workspace, command_words, steps
+from .profile import (
+    Profile, Step, Workspace, command_line, notebook_file, steps)
 from .runs import evaluation_samplings, named_sets, training_places
 from ..core.files import UserError
 from ..generation.engine import check_nodes
@@ -80,8 +81,8 @@ class Cost:
 
     def gpu_hours(self, rate: str = "likely") -> float:  # or low or high
         "Hours of one H100 at this rate."
-        percents = {work: getattr(RATES[work], rate) for work in self.operations}
-        return sum(number / PEAK / 36 / percents[work] for work, number in self.operations.items())
+        used = {work: PEAK * getattr(RATES[work], rate) / 100 for work in self.operations}
+        return sum(number / used[work] for work, number in self.operations.items()) / 3600
 
 # %% ../../nbs/app/72_cost.ipynb #c6900021
 def asking_cost(
@@ -249,8 +250,11 @@ def _sentences(profile: Profile, costs: Sequence[Cost], fetched: float) -> list[
             "What a GPU machine needs beside GPUs stands in README.md."]
 
 # %% ../../nbs/app/72_cost.ipynb #p21e0002
-def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
-    "Memory of a recipe, and the trainer's own call."
+def _training_plan(recipe: Recipe, profile: Profile) -> dict[str, str]:
+    "Hardware, commands and memory of a recipe, and the trainer's own call."
+    start, _, merged = recipe.init.partition("@")  # no run makes a model of that step
+    merge = command_line(profile, "merge", recipe=start, step=merged)
+    commands = [*[merge] * bool(merged), command_line(profile, "train", recipe=recipe.name)]
     notes: list[str] = []
     fitting: TrainingSettings = profile
     try:
@@ -258,27 +262,22 @@ def _training(recipe: Recipe, profile: Profile) -> dict[str, str]:
         need = f"{estimate(recipe, fitting):.1f} GiB at the longest row and answer"
     except UserError as error:  # the run would say so, and stop
         need = f"does not fit: {error}"
-    call = printed_command(recipe, fitting, *training_places(recipe, profile))
-    return {"memory": "; ".join([need, *notes]), "call": call}
+    return {"hardware": _hardware(profile, nodes_of(recipe, profile)),
+            "command": "\n".join(map(shlex.join, commands)), "memory": "; ".join([need, *notes]),
+            "call": printed_command(recipe, fitting, *training_places(recipe, profile))}
+
+
+def _hardware(profile: Profile, nodes: int) -> str:
+    return f"nodes {nodes}, GPUs a node {profile.gpus}" if profile.gpus else "CPU"
 
 # %% ../../nbs/app/72_cost.ipynb #c7200009
 def step_plan(step: Step, profile: Profile) -> dict[str, str]:
     "Hardware and commands of a step, by name."
-    recipe = RECIPES.get(step.value) if step.notebook == "3_train" else None
-    nodes = nodes_of(recipe, profile) if recipe else _nodes(profile)
-    has_gpus = profile.gpus and step.notebook in ("2_difficulty", "3_train", "4_evaluate")
-    def call(*verb, **own):
-        keys = (f"{key}={value}" for key, value in own.items())
-        program = [sys.executable, "-m", "medvlthinker.app.cli", *verb]
-        return shlex.join([*program, *command_words(profile), *keys])
-
-    commands = [] if recipe else [call("step", step.name)]
-    if recipe:
-        start, _, merged = recipe.init.partition("@")  # no run makes a model of that step
-        commands += [call("merge", recipe=start, step=merged)] * bool(merged)
-        commands.append(call("train", recipe=recipe.name))
-    return {"hardware": f"nodes {nodes}, GPUs a node {profile.gpus}" if has_gpus else "CPU",
-            "command": "\n".join(commands), **(_training(recipe, profile) if recipe else {})}
+    if step.notebook == "3_train":
+        return _training_plan(RECIPES[step.value], profile)
+    asks = step.notebook in ("2_difficulty", "4_evaluate")
+    return {"hardware": _hardware(profile, _nodes(profile)) if asks else "CPU",
+            "command": shlex.join(command_line(profile, "step", step.name))}
 
 # %% ../../nbs/app/72_cost.ipynb #c7200011
 def dry_run(
@@ -288,6 +287,7 @@ def dry_run(
     "What a run would do, as text, a step at a time."
     check_nodes(profile)
     for step in steps(profile):
-        parts = {"state": reasons.get(step.name) or "done", **step_plan(step, profile)}
+        kept = "done" if notebook_file(step.name, profile).is_file() else "not asked for"
+        parts = {"state": reasons.get(step.name) or kept, **step_plan(step, profile)}
         lines = [f"  {part:9} {text}" for part, text in parts.items()]
         yield "\n".join([step.name, *(line.replace("\n", "\n" + " " * 12) for line in lines), ""])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'CHOICES', 'Profile', 'choices', 'profile_names', 'load_profile', 'overrides', 'command_words', 'parse_words',
-           'read_command', 'notebook_profile', 'Workspace', 'Step', 'steps']
+           'command_line', 'read_command', 'notebook_profile', 'Workspace', 'Step', 'steps', 'notebook_file']
 
 # %% ../../nbs/app/70_profile.ipynb #098ac56e
-import configparser, dataclasses, os, re
+import configparser, dataclasses, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,16 @@ def parse_words(words: list[str]) -> tuple[str, dict[str, str]]:
         raise UserError(f"One profile at a time; these are {len(names)}: {', '.join(names)}.")
     return (names or ["smoke"])[0], dict(word.split("=", 1) for word in words if "=" in word)
 
+# %% ../../nbs/app/70_profile.ipynb #3ffe6810
+def command_line(
+    profile: Profile,
+    *verb: str,  # such as "step", "1_data"
+    **own,  # keys of the verb itself
+) -> list[str]:
+    "A verb of the command line under this profile, as a program and its words."
+    keys = (f"{key}={value}" for key, value in own.items())
+    return [sys.executable, "-m", "medvlthinker.app.cli", *verb, *command_words(profile), *keys]
+
 # %% ../../nbs/app/70_profile.ipynb #p21a0002
 def read_command(
     words: list[str] | None,  # as for `parse_words`
@@ -197,9 +207,7 @@ class Step:
         return f"{self.notebook}-{folder_name(self.value)}" if self.value else self.notebook
 
 # %% ../../nbs/app/70_profile.ipynb #7a9b0004
-def steps(
-    profile: Profile,
-) -> list[Step]:
+def steps(profile: Profile) -> list[Step]:
     "The steps of a profile, each behind those that it waits for."
     if not (trains := profile.source != "local"):  # a folder of test sets alone is enough
         from medvlthinker.data.corpora import has_corpora
@@ -214,3 +222,13 @@ def steps(
             *(Step("3_train", "recipe", name) for name in names),
             *(Step("4_evaluate", "model", name) for name in (*profile.models, *names)),
             Step("5_results"), Step("6_audit")]
+
+# %% ../../nbs/app/70_profile.ipynb #46dc19b8
+def notebook_file(
+    name: str,  # of a step
+    profile: Profile,
+    running: bool = False,  # while it runs, and where it stays when it stops
+) -> Path:
+    "Where the executed notebook of a step lies."
+    folder = Workspace(profile.name).root / "notebooks"
+    return folder / f"{name}{'.running' if running else ''}.ipynb"

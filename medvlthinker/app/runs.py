@@ -6,10 +6,10 @@
 __all__ = ['SETS', 'question_sets', 'measuring_processor', 'engine_settings', 'rollouts_folder', 'ask_model', 'rollouts',
            'evaluation_samplings', 'launch_rollout', 'data_file', 'training_data', 'training_places',
            'evaluate_command', 'other_weights', 'tell_other_weights', 'stored_records', 'require_records',
-           'questions_of', 'named_sets', 'stored_rollouts', 'stored_viewer']
+           'questions_of', 'named_sets', 'stored_rollouts', 'stored_answers', 'stored_viewer']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
-import contextlib, dataclasses, glob, shlex, sys
+import contextlib, dataclasses, glob, shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..data.benchmarks import (
 from ..data.corpora import (
     TRAINING_SETS, load_corpus, load_reasoning, reasoning_file)
 from ..data.sample import Sample, SampleFile
-from .profile import Profile, Workspace, command_words
+from .profile import Profile, Workspace, command_line, command_words
 from ..evaluation.evaluate import read_records
 from ..generation.engine import open_engine
 from ..generation.model import (
@@ -139,18 +139,14 @@ def launch_rollout(
     kind: str = "benchmark",  # or `corpus`
 ) -> None:
     "Ask in a separate process, showing its log."
-    words = [*command_words(profile), f"model={model}", f"kind={kind}"]
+    own = {"model": model, "kind": kind}
     for key in ("n", "temperature", "top_p") if samplings else ():
-        values = ",".join(str(getattr(sampling, key)) for sampling in samplings)
-        words.append(f"{key}={values}")
+        own[key] = ",".join(str(getattr(sampling, key)) for sampling in samplings)
     log = Workspace(profile.name).logs / f"rollout-{folder_name(model)}-{kind}.log"
-    run_logged([sys.executable, "-m", "medvlthinker.app.cli", "rollout", *words], log)
+    run_logged(command_line(profile, "rollout", **own), log)
 
 # %% ../../nbs/app/71_runs.ipynb #142f36d0
-def data_file(
-    recipe: Recipe,
-    profile: Profile,
-) -> Path:
+def data_file(recipe: Recipe, profile: Profile) -> Path:
     "Where the file lies, or will lie, that a run reads."
     workspace = Workspace(profile.name)
     if recipe.method == "SFT":
@@ -160,10 +156,7 @@ def data_file(
     return workspace.curated / profile.source / name
 
 # %% ../../nbs/app/71_runs.ipynb #2a65c172
-def training_data(
-    recipe: Recipe,
-    profile: Profile,
-) -> Path:
+def training_data(recipe: Recipe, profile: Profile) -> Path:
     "The same file, made if it can be; `UserError` where it is not there."
     check_recipe(recipe, Workspace(profile.name).checkpoints, profile.base)
     if recipe.method == "SFT":
@@ -174,14 +167,10 @@ def training_data(
     return path
 
 # %% ../../nbs/app/71_runs.ipynb #8aae17de
-def training_places(
-    recipe: Recipe,
-    profile: Profile,
-) -> tuple[Path, Path, Path]:
+def training_places(recipe: Recipe, profile: Profile) -> tuple[Path, Path, Path]:
     "What a run reads (there or not), the folder of models, and the folder of its logs."
     workspace = Workspace(profile.name)
-    logs = workspace.logs / recipe.name
-    return data_file(recipe, profile), workspace.checkpoints, logs
+    return data_file(recipe, profile), workspace.checkpoints, workspace.logs / recipe.name
 
 # %% ../../nbs/app/71_runs.ipynb #5f01bb02
 def evaluate_command(
@@ -246,9 +235,7 @@ def _refuse_mixed(records: list[dict], root: Path) -> None:
                     "other, such as limit=N, and from the same files.")
 
 # %% ../../nbs/app/71_runs.ipynb #64b00008
-def require_records(
-    profile: Profile,
-) -> list[dict]:
+def require_records(profile: Profile) -> list[dict]:
     "The evaluations of `stored_records`; `UserError` where there are none."
     if records := stored_records(profile):
         return records
@@ -294,10 +281,32 @@ def stored_rollouts(
                 if not names or name in names}
     return {name: (questions_of(rollout, root), rollout) for name, rollout in rollouts.items()}
 
+# %% ../../nbs/app/71_runs.ipynb #246f88b0
+def stored_answers(
+    profile: Profile,  # its `benchmark` may narrow the sets down
+    model: str,
+    kind: str = "greedy",  # or repeats: several answers to each question
+    tell: bool = True,  # where the model has other weights by now
+) -> dict[str, tuple[SampleFile, Rollout]]:
+    "What a model has answered, by its record; `UserError` where there is none."
+    name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
+    workspace, found = Workspace(profile.name), dict[str, tuple[SampleFile, Rollout]]()
+    for record in read_records(workspace.results / profile.source, [model], name):
+        if tell:
+            tell_other_weights(record, profile)
+        found = stored_rollouts(workspace.root, record, named_sets(profile))
+    if not found:
+        raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "
+                        f"the sets that are asked for; {evaluate_command(profile, model)} makes "
+                        "them.")
+    if others := [f"{len(samples)} of {each}" for each, (samples, _) in found.items()
+                  if samples.path != sample_file(TEST_SETS, each, profile, workspace.samples)]:
+        print(f"{model} was evaluated last on other questions than limit={profile.limit} draws, "
+              f"and these are taken: {', '.join(others)}.")
+    return found
+
 # %% ../../nbs/app/71_runs.ipynb #64b00011
-def stored_viewer(
-    profile: Profile,
-) -> Viewer:
+def stored_viewer(profile: Profile) -> Viewer:
     "The questions that a profile's models were evaluated on, with their greedy answers."
     sets, about = dict[Path, tuple[SampleFile, dict]](), {}
     made = "n={n}, temperature {temperature}, seed {seed}, {engine} {dtype}"

@@ -203,7 +203,8 @@ def stage_page(
     parts = [f"---\n{json.dumps(front, ensure_ascii=False)}\n---"]
     if is_paper:
         parts.append(f"::: {{.callout-note}}\n{provenance(nb, profile)}\n:::")
-    parts.append(page_markdown(nb, folded=is_paper and shown != source))
+    has_results = any(cell.get("outputs") for cell in nb.cells)
+    parts.append(page_markdown(nb, folded=is_paper and has_results))
     if 'class="live-figure"' in parts[-1]:
         place = "../" * name.count("/") + "assets"
         parts.append(fenced("".join(f'<script defer src="{place}/{script}.js"></script>'

@@ -107,7 +107,7 @@ def show_findings(root: Path) -> int:  # files that are not what was recorded
     return states["changed"] + states["missing"]
 
 # %% ../../nbs/app/74_verify.ipynb #7884933c
-TABLES = ("comparison.csv", "recipes.csv")  # in the order in which a cell is looked for
+TABLES = ("comparison.csv", "recipes.csv", "own_sets.csv")  # in the order of the search
 
 
 def find_cell(
@@ -116,19 +116,22 @@ def find_cell(
 ) -> tuple[Path, str, dict[str, str]]:  # the table, its heading, and the row under all headings
     "Where a cell is; `UserError` says what there is."
     row, _, name = cell.rpartition("/")
-    column, rows = HEADINGS.get(name, name), dict[str, None]()
+    column, columns = HEADINGS.get(name, name), [*HEADINGS.values()]
+    rows = dict[str, None]()
     for path in [root / "results" / name for name in TABLES]:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in csv.DictReader(io.StringIO(text)):
             rows[line["model"]] = None
-            if line["model"] == row and column in HEADINGS.values() and line.get(column):
+            if own := line.get("benchmark"):  # a line of own_sets.csv holds one number
+                line[own] = line["accuracy"]
+                columns += [own] * (own not in columns)
+            if line["model"] == row and column in columns and line.get(column):
                 return path, column, line
     if not rows:
         raise UserError(f"There is no table of accuracies in {root / 'results'}; run "
                         f"./reproduce.sh {root.name} first.")
     raise UserError(f"No number in row {row!r}, column {name!r}; a cell is ROW/COLUMN, rows are "
-                    f"{', '.join(rows)}; columns are {', '.join(HEADINGS.values())} (sets of your "
-                    "own stand in results/own_sets.csv and are not followed).")
+                    f"{', '.join(rows)}; columns are {', '.join(columns)}.")
 
 # %% ../../nbs/app/74_verify.ipynb #1ed02327
 def evaluations(
@@ -154,17 +157,19 @@ _SETTINGS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed
 def trace(
     root: Path,  # of a run
     cell: str,  # as for `find_cell`
+    source: str = "synthetic",  # of sets of one's own, whose table does not name it
 ) -> Iterator[str]:
     "Where a cell comes from, in lines; `UserError` at the end where it does not come out again."
     (path, column, line), known, problems = find_cell(root, cell), recorded(root), list[str]()
     yield f"{cell}: {line[column]} in {path} ({check_file(path, root, known).state})"
-    if line["origin"] == "paper":
+    if line.get("origin") == "paper":
         yield "  a published number; its source is in medvlthinker.results.published"
         return
     names = [name for name, heading in HEADINGS.items()
              if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
-    means = []
-    for evaluation in evaluations(root / "results" / line["source"], line["model"]):
+    names, means = names or [column], []
+    folder = root / "results" / line.get("source", source)
+    for evaluation in evaluations(folder, line["model"]):
         shares = []
         for samples, rollout in stored_rollouts(root, evaluation, names).values():
             for file in (rollout.folder / "rollout.json", rollout.path):

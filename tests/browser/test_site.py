@@ -199,6 +199,14 @@ def test_hidden_cells_stay_hidden_code_can_be_folded_and_numbers_have_a_source(b
     assert "Executed on 2026-11-22 in 12 seconds, profile = smoke." in paper and "From published numbers alone" in read(built, "paper/evaluate.html")
 
 
+def test_a_notebook_that_is_stored_with_its_results_folds_its_code(tmp_path):
+    "As 5_results and 6_audit are: a visitor reads what came out, before any run."
+    root = write_project(tmp_path)
+    (root / "_runs" / "smoke" / "notebooks" / "5_results.ipynb").replace(root / "nbs" / "paper" / "5_results.ipynb")
+    staged = site.stage(root, root / "_runs" / "smoke" / "notebooks")
+    assert "<summary>Code</summary>" in read(staged, "paper/results.md") and "<summary>" not in read(staged, "paper/evaluate.md")
+
+
 def test_text_is_shown_as_it_was_written(built):
     words = read(built, "core/words.html")
     assert "<math" in words and "pass@k" in words and "\\boxed{n}" in words and "<li>" in words

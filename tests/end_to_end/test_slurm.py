@@ -20,6 +20,7 @@ while [ $# -gt 0 ]; do
 done
 number=$(($(cat {folder}/last 2> /dev/null || echo 100) + 1)); echo $number > {folder}/last
 printf '%s\\n' "$script" > {folder}/$number.script
+[ -z "${SLOW:-}" ] || sleep 300
 (SLURM_JOB_ID=$number bash -c "$script" > "${log/\\%j/$number}" 2>&1 && echo COMPLETED > {folder}/$number || echo FAILED > {folder}/$number) < /dev/null &
 echo $number""",
     "sacct": """case "$*" in *Account*) echo nobody; exit ;; esac
@@ -79,6 +80,20 @@ def test_an_interrupted_run_cancels_its_jobs(slurm, warm_home):
     assert "The jobs of this run are cancelled." in run.communicate(timeout=120)[0] and run.returncode == 130
     assert "101" in (slurm / "cancelled").read_text().split()
     until((slurm / "101").exists)  # the made-up scheduler only notes who is to be cancelled
+
+
+@pytest.mark.heavy
+def test_a_job_that_is_being_submitted_is_cancelled_too(slurm, warm_home):
+    "Snakemake has no number of it yet, and cancels by number; it bears the name of the run."
+    run = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
+                            "--slurm-init-seconds-before-status-checks", "5", "notebooks/1_data.ipynb"], cwd=ROOT, env={**os.environ, "SLOW": "1"}, stdout=subprocess.PIPE, text=True)
+    while not (slurm / "101.script").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert "The jobs of this run are cancelled." in run.communicate(timeout=120)[0] and run.returncode == 130
+    asked = (slurm / "asked").read_text().split()
+    assert f"--name={asked[asked.index('--job-name') + 1]}" in (slurm / "cancelled").read_text().split()
 
 
 @pytest.mark.heavy

@@ -186,6 +186,7 @@ def test_a_failed_notebook_leaves_its_partial_copy_and_a_sentence(own_run):
 
 @pytest.mark.parametrize("words, part", [
     ("smoke benchmark=vqa_red", "vqa_rad"), ("smoke recipes=3B-RL", "3B-RL_m23k"), ("smoke --dryrum", "unrecognized arguments: --dryrum"),
+    ("smoke -j 1 limit=5", "limit=5 stands behind an option"), ("smoke -n -j 1 limit=5", "limit=5 stands behind an option"), ("smoke -n -j 1 notebooks/7_none.ipynb", "No rule to produce notebooks/7_none.ipynb"),
     ("smoke data_dir=no/such/folder", "no/such/folder"), ("paper --dry-run nodes=4", "nodes=4 needs engine=ray")])
 def test_bad_words(words, part, home):
     with pytest.raises(UserError) as said:

@@ -171,6 +171,19 @@ def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
         workflow.run_workflow(load_profile("paper"))
 
 
+def test_what_is_not_asked_for_is_not_refused(home, monkeypatch):
+    "On a login node the data of the whole paper is fetched without the nodes of the 32B."
+    pytest.importorskip("papermill")
+    from medvlthinker.app import workflow
+    from medvlthinker.app.profile import load_profile
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    begun, really = [], workflow.snakemake
+    monkeypatch.setattr(workflow, "snakemake", lambda *given, dry=False: really(*given, dry=True) if dry else begun.append(given) or [])
+    workflow.run_workflow(load_profile("paper"), "-j", "1", "notebooks/1_data.ipynb")
+    assert [given[1:] for given in begun] == [("-j", "1", "notebooks/1_data.ipynb")]
+
+
 def test_programs_of_a_job_have_whole_paths(tmp_path):
     given = verl.environment(tmp_path, nodes=4)
     words = verl.command(["a=1"], given, 4, "http://head:8265", verl.job_id(tmp_path, 1))

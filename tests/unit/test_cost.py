@@ -46,6 +46,11 @@ def test_a_model_is_fetched_once(home):
     assert lines["2_difficulty"] == "7.5" and lines["3_train-3B-SFT_m23k"] == "-" and lines["4_evaluate-Qwen--Qwen2.5-VL-3B-Instruct"] == "-"
 
 
+def test_a_step_that_a_run_is_not_asked_for_is_not_called_done(home):
+    first, *_, last = dry_run(load_profile("smoke", recipes=""), {"1_data": "it has not run yet"})
+    assert "state     it has not run yet" in first and "state     not asked for" in last
+
+
 def disk_of(free: int):
     return lambda path: SimpleNamespace(total=10**13, used=10**13 - free, free=free)
 

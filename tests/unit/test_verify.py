@@ -13,12 +13,13 @@ from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.runs import rollouts
 from medvlthinker.app.verify import check_run, recorded, run_files, trace
 from medvlthinker.core.files import UserError, file_hash, write_record
+from medvlthinker.data.readers import write_csv
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.generation.request import Sampling
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.results.claims import paired_differences
-from medvlthinker.results.tables import results_table, write_table
+from medvlthinker.results.tables import own_sets, results_table, write_table
 
 MODELS = ("raw", "llama:8b")
 
@@ -116,6 +117,31 @@ def test_every_row_of_every_table_is_followed(finished):
     text = lines(finished, f"{' - '.join(MODELS)}/SLAKE")
     assert len(re.findall(r"rollouts/\S+/synthetic/slake_closed/\w{16}/rollout.jsonl: \d of 3 right", text)) == 2
     assert text.count("on samples/synthetic/slake_closed-3.parquet") == 2
+
+
+def test_a_set_of_ones_own_is_followed(finished, tmp_path, monkeypatch, capsys):
+    "Its table is results/own_sets.csv, and no other table names the set."
+    root = Path(shutil.copytree(finished, tmp_path / "smoke"))
+    monkeypatch.setenv("MEDVLTHINKER_HOME", str(tmp_path))
+    (tmp_path / "chest").mkdir()
+    (tmp_path / "chest" / "test.csv").write_text("question,answer_label\nIs it?,A\nIs it not?,B\n")
+    (own := tmp_path / "mine.py").write_text(f"""from medvlthinker.data.benchmarks import register_benchmark
+from medvlthinker.data.readers import DatasetLayout
+register_benchmark("chest", {str(tmp_path / "chest")!r}, DatasetLayout("test.csv", "", lambda row, where: {{"options": {{"A": "Yes", "B": "No"}}, **row}}))
+""")
+    keys = {"extend": str(own), "benchmark": "chest", "max_tokens": 6}
+    evaluate(rollouts(load_profile("smoke", **keys), "raw"), root / "results" / "synthetic")
+    write_csv(own_sets(read_records(root / "results" / "synthetic", ["raw"])), root / "results" / "own_sets.csv")
+    capsys.readouterr()
+    assert cli.main(["verify", "smoke", *(f"{key}={value}" for key, value in keys.items()), "cell=raw/chest"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rollouts/raw/\S*chest/\w{16}/rollout.jsonl: \d of 2 right by regrade\n", said) and "counted again" in said, said
+    with pytest.raises(UserError, match="columns are .*Avg., chest.$"):
+        lines(root, "raw/ches")
+    table = root / "results" / "own_sets.csv"
+    table.write_text(re.sub(r"2,[\d.]+,", "2,99.0,", table.read_text()))
+    with pytest.raises(UserError, match="raw/chest does not come out again: .*the table says 99.0"):
+        lines(root, "raw/chest")
 
 
 def test_a_model_that_was_trained_again_is_not_the_one_that_was_asked(finished, tmp_path):
