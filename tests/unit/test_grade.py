@@ -189,6 +189,7 @@ def test_every_shared_case_and_control_gets_its_value(case):
 
 
 SALTS = dict(zip("ABCD", ("Hypocalcemia", "Hypomagnesemia", "Hyponatremia", "Hypokalemia")))
+ALL_SALTS = "".join(f"{label}) {text}\n" for label, text in SALTS.items())
 TISSUE = dict(zip("ABC", ("Fetal steroids", "Vascular dementia", "Smooth muscle")))
 FINDINGS = dict(zip("ABC", ("a bicuspid valve", "a lung mass", "a rib fracture")))
 DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
@@ -224,10 +225,13 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "**A.** no\n**B.** no\n**C", "Option A: no.\nOption B: maybe.\nOption C",
         "1) A. no\n2) B. no\n3) C. Hyponatremia", "A: low\nB: normal\nC: ",
         "A) Hypocalcemia\nLow.\nB) Hypomagnesemia\nPlausible.\nC) Hyponatremia",
-        "C) Hyponatremia: no.\nA) Hypocalcemia: no.\nB) Hypomagnesemia"]),
+        "C) Hyponatremia: no.\nA) Hypocalcemia: no.\nB) Hypomagnesemia",
+        *(f"{ALL_SALTS}Option A suggests a spasm.\nOption B suggests a fit.\n{last}" for last in ("Option C", "C"))]),
     ("a list with an answer", SALTS, "B", [
         "B. Hypomagnesemia", "B\n\nA: no.\nC: no.", "A: no.\nB: yes.\nC: no.\nD: no.\n\nB",
-        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes.\n\nThe answer is B."]),
+        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes.\n\nThe answer is B.",
+        *(f"{ALL_SALTS}{ALL_SALTS}{last}" for last in ("Option B", "B")), f"{ALL_SALTS}So:\nOption B",
+        f"{ALL_SALTS}C) is wrong.\nOption B"]),
     ("an article that was cut off", FINDINGS, None, [
         "The answer is a", "It must be a", "I would choose a", "So I think it is a",
         "The answer is an", "Final answer: a lung"]),
@@ -453,6 +457,14 @@ def test_the_disagreements_on_real_outputs_are_those_that_were_judged():
                 counts[part] = rows + (key not in PEER_WRONG), agreed + same
     assert seen == PEER_WRONG | OURS_WRONG
     assert all(agreed >= 0.97 * rows for rows, agreed in counts.values()), counts
+
+
+@pytest.mark.parametrize("start, end", [("The answer is B", "lveolitis."), ("pneumoni", "b.\nWe go on."), ("B", "é")])
+def test_a_word_that_the_cut_of_a_long_text_tears_is_no_answer(start, end):
+    head, tail = start.rjust(module._REACH), end.ljust(module._REACH)
+    gap = "x" * 99
+    assert grade(head + gap + tail, {"A": "Yes", "B": "No"}, "B") == Grade(None, None, False)
+    assert grade(f"{head[1:]} {gap} {tail[:-1]}", {"A": "Yes", "B": "No"}, "B").label == "B"
 
 
 @settings(max_examples=50, deadline=None)
