@@ -139,7 +139,7 @@ def _follow(process: subprocess.Popen, lines: Iterable[str], show: Callable) -> 
         time.sleep(0 if ended else 0.1)
     return problem or last
 
-
+# %% ../../nbs/core/03_commands.ipynb #ec6c5193
 def run_logged(
     words: list[str],  # the command, such as [sys.executable, "-m", "medvlthinker.app.site", ...]
     log,  # the file that takes its output

@@ -243,9 +243,6 @@ _REASON = re.compile(   # doubt, but not of the answer: since it is not dense th
 _UNREAL = re.compile(   # if there were fluid, the answer would ...
     r"\b(?:if(?! (?:i|we|forced|pressed)\b)|had(?! to)|otherwise|in (?:an? )?(?:child|infant"
     r"|pregnan))[^.;!?\n]*(?: would|'d)(?: \w+){0,3}\W*\Z", re.I)
-_PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])|\n(?=```|#|\W{0,4}(?i:reason|explan|rational))")
-_RESTATED = re.compile(   # B, and then a list of the options, B among them
-    r"(\(?([A-Z])\b\W{0,4})\n(?=(?:.*\n)?\W{0,4}\2[).:] ?\w)", re.S)
 
 def _is_doubted(before: str, cue: str) -> bool:
     "Whether a cue stands in a clause of doubt, or tells of another case."
@@ -253,6 +250,11 @@ def _is_doubted(before: str, cue: str) -> bool:
     if _DOUBT.search(clause) and not _REASON.match(clause): return True
     would = "would" in before + cue or "'d" in cue
     return would and _UNREAL.search(before + cue) is not None
+
+# %% ../../nbs/core/02_grade.ipynb #ea95677c
+_PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])|\n(?=```|#|\W{0,4}(?i:reason|explan|rational))")
+_RESTATED = re.compile(   # B, and then a list of the options, B among them
+    r"(\(?([A-Z])\b\W{0,4})\n(?=(?:.*\n)?\W{0,4}\2[).:] ?\w)", re.S)
 
 def _ends(items: list, most: int) -> list:
     "The first and the last of very many."
@@ -276,11 +278,6 @@ def _after(
     return statements
 
 # %% ../../nbs/core/02_grade.ipynb #a180cedf
-_NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[*_ \[]{0,4}"
-                   r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
-                   r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
-                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
-
 def _declarations(region: str) -> Iterable[list[str]]:
     "Groups of declarations: those of the end, the last on the last line first; then all."
     cues = _DECLARED if region.isascii() else _DECLARED + _CHINESE
@@ -290,6 +287,12 @@ def _declarations(region: str) -> Iterable[list[str]]:
         on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
         yield on_last[-1:]
     yield [text for _, text in declared]
+
+# %% ../../nbs/core/02_grade.ipynb #bee53a43
+_NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[*_ \[]{0,4}"
+                   r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
+                   r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
+                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
 
 def _statements(text: str) -> Iterable[tuple[list[str], str]]:
     "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."
@@ -515,6 +518,7 @@ _BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[ⓐ-ⓩ])")
 _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
                       r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
 
+# %% ../../nbs/core/02_grade.ipynb #944df71b
 def _opening(marked: str, names: _Names) -> set | None:
     "What a statement means that begins with its answer; the empty set if it contradicts itself."
     if not _SIGN.search(marked): return None
@@ -563,6 +567,7 @@ def _items(lines: list[str], names: _Names) -> list[bool]:
     if bare and _goes_on([head for head in heads[:-1] if head], bare[1].lower()): items[-1] = True
     return items
 
+# %% ../../nbs/core/02_grade.ipynb #88965eae
 def _kept(lines: list[str], names: _Names) -> list[str]:
     "The marked lines without denials; blank for an item, a heading, a name denied elsewhere."
     rest, judged = zip(*map(_without_denied, lines))
