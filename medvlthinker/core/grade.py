@@ -422,7 +422,8 @@ def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     return places
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
-_ARTICLE_MARK = re.compile("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])")
+_BESIDE = re.compile(   # a letter that is the article of a text, a full stop that is its own
+    rf"[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])|(?<=[ⓐ-ⓩ])\.(?= (?:{_VERB}|cannot)\b)")
 
 def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
     "The text with something else from each start to its end."
@@ -435,7 +436,7 @@ def _mark(text: str, names: _Names) -> str:
     text = _replace(text, _texts(text, names))
     letters = [(at, at + 1, names.marks[text[at].lower()])
                for at in _letter_places(text, names.marks)]
-    return _ARTICLE_MARK.sub("", _replace(text, letters))
+    return _BESIDE.sub("", _replace(text, letters))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
@@ -514,7 +515,7 @@ _PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(?:and|or|
                     rf"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|{_TRUE}"
                     r"|the (?:best|correct|right|most|only)\b(?! \w+ is\b))")
 _OPEN = re.compile(r"[Ⓐ-ⓩ][^\wⒶ-ⓩ]*\b(?:or|and|vs|versus)[^\wⒶ-ⓩ]*\Z")   # cut off: "B or"
-_BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[ⓐ-ⓩ])")
+_BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[Ⓐ-ⓩ])")
 _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
                       r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
 

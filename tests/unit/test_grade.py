@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -196,6 +197,7 @@ DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
 CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
 PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
 CAUSES = dict(zip("ABCD", ("Hyperparathyroidism", "Sarcoidosis", "Thiazides", "Hypothyroidism")))
+TRAITS = dict(zip("ABC", ("Dominant.", "Recessive.", "Codominant.")))
 HOURS = dict(zip("ABC", ("24 hours", "12-24 hours", "48 hours")))
 BLEED = dict(zip("ABC", ("Acute", "Subacute", "Chronic")))
 SCANS = dict(zip("ABCD", ("CT", "MRI", "X-ray", "Ultrasound")))
@@ -308,7 +310,12 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "The answer is D because D is not a cause of hypercalcemia.",
         "Answer: D (hypothyroidism does not cause hypercalcemia)",
         "<answer>D. Hypothyroidism is not a cause of hypercalcemia</answer>",
-        "Hypothyroidism does not cause hypercalcemia.\n\nD"]),
+        "The answer is D. D is not a cause of hypercalcemia.", "Hypothyroidism does not cause hypercalcemia.\n\nD"]),
+    ("a denied text that ends in a full stop", TRAITS, None, [
+        "Recessive. is unlikely.", "B. Recessive. is not the right answer.", "**B. Recessive.** can be ruled out."]),
+    ("a denied text with a full stop beside the answer", TRAITS, "C", [
+        "Recessive. is unlikely. The answer is C.", "The answer is (C).\nB. Recessive. is not the right answer.", "C. Codominant.",
+        "Recessive. is unlikely.\nC"]),
     ("a doubt of something else", SALTS, "B", [
         "If forced to choose I would pick B.", "I can't see the strip clearly but the most likely answer is B.",
         "Because the reflexes are not brisk the correct answer is B.",
@@ -421,6 +428,23 @@ def test_adding_a_denial_of_an_option_never_turns_a_wrong_answer_into_it(
     longer = denial + between + text if before else text + between + denial
     if not grade(text, options, label).correct:
         assert not grade(longer, options, label).correct, (longer, options, label)
+
+
+def test_a_denial_beside_a_real_output_is_never_the_answer(real_data):
+    "The second law, on what models wrote and with options as exams have them."
+    rng, tried = random.Random(1), 0
+    for path in sorted(real_data.glob("raw_*/dev.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            options, text = row.get("options", {}), row["output_text"]
+            wrong = [label for label in options if not grade(text, options, label).correct]
+            if len({*options.values()}) < len(options):
+                continue  # two options of one text
+            for label in wrong:
+                denial = rng.choice(DENIALS).format(L=label, T=options[label])
+                for longer in (f"{denial}\n{text}", f"{text}\n\n{denial}"):
+                    assert not grade(longer, options, label).correct, (longer, options, label)
+                tried += 1
+    assert tried > 4_000
 
 
 # ------------------------------------------------------------------------------------------------
