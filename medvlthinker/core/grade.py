@@ -354,7 +354,8 @@ def _end(words: tuple[str, ...], text: str, folded: str, start: int) -> int:
     if not _BEGINS.match(text, start): return -1
     at = start + len(words[0])
     for before, word in zip(words, words[1:]):
-        least = at + (before[-1].isdigit() == word[0].isdigit())   # 10mg is 10 mg
+        same = before[-1].isdigit() == word[0].isdigit()   # 10mg is 10 mg, Na+ is Na +
+        least = at + (same and (before[-1] + word[0]).isalnum())
         gaps = range(next(_BETWEEN.finditer(folded, at)).end(), least - 1, -1)
         at = next((gap + len(word) for gap in gaps if folded.startswith(word, gap)), -1)
         if at < 0: return -1

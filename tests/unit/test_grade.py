@@ -197,6 +197,7 @@ DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
 CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
 PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
 CAUSES = dict(zip("ABCD", ("Hyperparathyroidism", "Sarcoidosis", "Thiazides", "Hypothyroidism")))
+IONS = dict(zip("ABCD", ("Na+ efflux", "Na+ influx", "K+ efflux", "K+ influx")))
 TRAITS = dict(zip("ABC", ("Dominant.", "Recessive.", "Codominant.")))
 HOURS = dict(zip("ABC", ("24 hours", "12-24 hours", "48 hours")))
 BLEED = dict(zip("ABC", ("Acute", "Subacute", "Chronic")))
@@ -326,6 +327,10 @@ SIBLINGS = [  # kind, options, what it must read, completions
     ("more forms in Chinese", CHEST, "B", [
         "因此，正确答案是选项 **B**。", "因此B是正确答案。", "最佳答案是B选项。", "最可能的是B。",
         "答案为B（气胸），而不是A（肺炎）。", "有人认为答案是A，其实应为B。"]),
+    ("signs within a text", IONS, "B", [
+        "The answer is Na+ influx, because it depolarises.", "It is caused by Na+ influx.", "Na + influx"]),
+    ("a sign that is missing", IONS, None, ["The answer is Na influx.", "Na- influx"]),
+    ("a denied text with a sign", IONS, None, ["B. Na+ influx is not the right answer.", "Na+ influx is unlikely."]),
     ("formulas", POWERS, "B", [r"\boxed{5 \times 10^{6}}", "5×10⁶"]),
     ("capitals in a sentence", SCANS, "A", ["The image is a CT."]),
 ]
@@ -441,8 +446,8 @@ def test_a_denial_beside_a_real_output_is_never_the_answer(real_data):
                 continue  # two options of one text
             for label in wrong:
                 denial = rng.choice(DENIALS).format(L=label, T=options[label])
-                for longer in (f"{denial}\n{text}", f"{text}\n\n{denial}"):
-                    assert not grade(longer, options, label).correct, (longer, options, label)
+                longer = rng.choice((f"{denial}\n{text}", f"{text}\n\n{denial}"))
+                assert not grade(longer, options, label).correct, (longer, options, label)
                 tried += 1
     assert tried > 4_000
 
