@@ -338,7 +338,7 @@ def _words(text: str) -> tuple[str, ...]:
     article = _ARTICLE.match(folded)
     return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
-_BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[-\s,.;:'()[\]{}/&|]{0,4}")
+_BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[^\w<>=%+≤≥±]{0,4}")
 _BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])(?<![A-Za-z]{2}-)")   # sub-acute is not acute
 _ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w)|(?<=\d)/\d)")
 

@@ -198,6 +198,7 @@ CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
 PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
 CAUSES = dict(zip("ABCD", ("Hyperparathyroidism", "Sarcoidosis", "Thiazides", "Hypothyroidism")))
 IONS = dict(zip("ABCD", ("Na+ efflux", "Na+ influx", "K+ efflux", "K+ influx")))
+BONDS = dict(zip("ABC", ("C=C bond, heated above 700°C", "C≡C bond, heated above 700°C", "C-C bond")))
 TRAITS = dict(zip("ABC", ("Dominant.", "Recessive.", "Codominant.")))
 HOURS = dict(zip("ABC", ("24 hours", "12-24 hours", "48 hours")))
 BLEED = dict(zip("ABC", ("Acute", "Subacute", "Chronic")))
@@ -331,6 +332,8 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "The answer is Na+ influx, because it depolarises.", "It is caused by Na+ influx.", "Na + influx"]),
     ("a sign that is missing", IONS, None, ["The answer is Na influx.", "Na- influx"]),
     ("a denied text with a sign", IONS, None, ["B. Na+ influx is not the right answer.", "Na+ influx is unlikely."]),
+    ("signs that are not words", BONDS, "B", [
+        "The answer is a C≡C bond, heated above 700°C, as it is short.", "B. C≡C bond, heated above 700 °C is right"]),
     ("formulas", POWERS, "B", [r"\boxed{5 \times 10^{6}}", "5×10⁶"]),
     ("capitals in a sentence", SCANS, "A", ["The image is a CT."]),
 ]
@@ -575,8 +578,13 @@ def real_options(folder):
         yield dict(zip("ABCD", alternatives(row["question"])))
 
 
+SENTENCES = ["The answer is {}, because it fits.", "Therefore, the most likely answer is {}.", "I would choose {}."]
+
+
 def test_every_key_of_the_real_questions_is_read(real_data):
     found = [options for options in real_options(real_data) if options and len({text.strip().lower() for text in options.values()}) == len(options)]
     assert len(found) > 600
     for options in found:
         own_texts_are_read(options, WAYS[1:3])
+        if not {text.strip().lower() for text in options.values()} & set("abcdefghij"):  # a letter is that option
+            own_texts_are_read(options, SENTENCES)
