@@ -127,6 +127,19 @@ _SENTENCE = "medvlthinker: "
 _CAUSE = re.compile(_SENTENCE + r"|(?!\S*\.ChildFailedError)[\w.]*(Error|Exception)\b")
 
 
+def _follow(process: subprocess.Popen, lines: Iterable[str], show: Callable) -> str:
+    "What a process says of its problem, or else says last; each line is shown as it comes."
+    last, problem, ended = "no output", "", False
+    while not ended:
+        ended = process.poll() is not None  # first, so that the last lines are not missed
+        for line in lines:
+            last = _NOISE.sub("", line).strip() or last
+            problem = last if _CAUSE.match(last) else problem
+            show(line.rstrip("\n"))
+        time.sleep(0 if ended else 0.1)
+    return problem or last
+
+# %% ../../nbs/core/03_commands.ipynb #ec6c5193
 def run_logged(
     words: list[str],  # the command, such as [sys.executable, "-m", "medvlthinker.app.site", ...]
     log,  # the file that takes its output
@@ -135,20 +148,13 @@ def run_logged(
 ) -> None:
     "Run a command and follow its log; its failure is a `UserError` with what the log says last."
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    last, problem, ended = "no output", "", False
     with open(log, "wb") as out, open(log, encoding="utf-8", errors="replace") as lines:
         process = subprocess.Popen(
             words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
             preexec_fn=end_with_parent() if "MEDVLTHINKER_BATCH" in os.environ else None)  # noqa: PLW1509
         try:
-            while not ended:
-                ended = process.poll() is not None  # first, so that the last lines are not missed
-                for line in lines:
-                    last = _NOISE.sub("", line).strip() or last
-                    problem = last if _CAUSE.match(last) else problem
-                    show(line.rstrip("\n"))
-                time.sleep(0 if ended else 0.1)
+            said = _follow(process, lines, show)
         except BaseException:
             if process.poll() is None:
                 end_family(process.pid)
@@ -158,10 +164,10 @@ def run_logged(
             redact_file(log)
     if not process.returncode:
         return
-    if problem.startswith(_SENTENCE):
-        raise UserError(f"{redact(problem.removeprefix(_SENTENCE))} (log: {log})")
+    if said.startswith(_SENTENCE):
+        raise UserError(f"{redact(said.removeprefix(_SENTENCE))} (log: {log})")
     raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: "
-                    f"{redact(problem or last)[:300]} (log: {log})")
+                    f"{redact(said)[:300]} (log: {log})")
 
 # %% ../../nbs/core/03_commands.ipynb #a9a420dd
 def settings_file() -> Path:

@@ -102,13 +102,15 @@ _WIDE = ({code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
          | dict.fromkeys(map(ord, "’‘ʼ´"), "'"))
 _SEAM = re.compile("(?<=[\u4e00-\u9fff])(?=[A-Z])|(?<=[A-Z])(?=[\u4e00-\u9fff])")
 
-def _ends(items, most: int, between):
-    "The first and the last of very many: a list or a text."
-    return items if len(items) <= 2 * most else items[:most] + between + items[-most:]
+def _beginning(text: str) -> str:
+    "As much of a long text as is read, but for a word that is torn there."
+    end, torn = _REACH, text[_REACH - 1:_REACH + 1].isalnum()
+    while torn and text[end - 1:end].isalnum(): end -= 1
+    return text[:end]
 
 def _normal(text: str) -> str:
     "The ends of a text, with plain letters for wide ones, and blanks beside Chinese."
-    text = _ends(text, _REACH, "\n")
+    if len(text) > 2 * _REACH: text = _beginning(text) + "\n" + _beginning(text[::-1])[::-1]
     return text if text.isascii() else _SEAM.sub(" ", text.translate(_WIDE))
 
 # %% ../../nbs/core/02_grade.ipynb #bda5a3a5
@@ -177,6 +179,7 @@ def _cues(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, re.Pattern]]:
     return [(re.compile(word), re.compile(pattern, re.I | re.M)) for word, pattern in pairs]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0020
+_SIGNS = r"[^\w\n]{0,8}"   # stars, hashes and brackets before a word
 _ADJ = (r"(?:(?:the|my|our|your) )?(?:(?:final|correct|best|right|single|most (?:likely|appropriate"
         r"|suitable|probable)|appropriate|likely|chosen|selected|predicted) ){0,2}")
 _KIND = r"(?: choice| option| letter)?"
@@ -186,40 +189,46 @@ _SURELY = (r"(?: (?:most likely|most probably|likely|probably|clearly|definitely
            r"|indeed|simply|actually|then|to be)){0,3}")
 _WHOLE = r"(?! ?(?-i:[a-z])[ \t]*(?:\n|\Z))"   # no article of a sentence that was cut off
 _NAME = r"(?:option )?[*(]{0,3}(?-i:[A-Z])\b[*).]{0,4}(?:\n|\Z)"
-_TRUE = r"选?项?是?(?:正确|对\b|最(?!不))"
 _DECLARED = _cues(
-    # Answer: ...   anywhere; Selected option: ...   where a sentence begins
-    ("[:=]",
-     r"\b(?<!each )(?<!every )(?<!possible )"   # "each answer choice:" is a heading
-     rf"(?:answer|(?:correct|best|right|final) (?:choice|option)){_KIND}(?: is)?"
-    r"[ \t*_\"')\]]{0,4}[:=]"),
-    ("[:=]",
-     rf"(?:^|[.!?;)][ \n])[^\w\n]{{0,8}}{_ADJ}(?:choice|option|selection|selected|prediction|guess"
-    rf"|predicted|conclusion|decision|response|verdict|diagnosis|pick)(?: is| answer|{_KIND})"
-    r"[ \t*_]{0,4}[:=]"),
+    # Answer: B. But "each answer choice:" is a heading
+    ("[:=]", r"\b(?<!each )(?<!every )(?<!possible )(?:answer|(?:correct|best|right|final) "
+             rf"(?:choice|option)){_KIND}(?: is)?[ \t*_\"')\]]{{0,4}}[:=]"),
+    # Selected option: B. Where a sentence begins
+    ("[:=]", rf"(?:^|[.!?;)][ \n]){_SIGNS}{_ADJ}(?:choice|option|selection|selected|prediction"
+             r"|guess|predicted|conclusion|decision|response|verdict|diagnosis|pick)"
+             rf"(?: is| answer|{_KIND})[ \t*_]{{0,4}}[:=]"),
+    # Final answer. As a line, before the line of the answer
     ("answer|choice|option|答案",
-     rf"^[^\w\n]{{0,8}}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$"),
-    # ... the answer to this question is most likely ...
+     rf"^{_SIGNS}{_ADJ}(?:answer|choice|option|答案){_KIND}[ \t*_]{{0,4}}$"),
+    # The answer to this question is most likely B
     ("answer|option|choice|selection|pick|guess|prediction",
      r"\b(?:answer|(?:correct|best|right|appropriate|final|my|our) (?:option|choice|selection|pick"
-    rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?(?:'s|{_IS}){_SURELY}"
+     rf"|guess|prediction)){_KIND}(?: to (?:this|the) question)?(?:'s|{_IS}){_SURELY}"
      rf"[ \t]*:?{_WHOLE}"),
-    # I would choose ...; and as a whole line: choose B, solution: B
+    # I would choose B. And as a whole line: Choose B, Solution: B
     ("choose|chose|select|pick|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean|say"
      "|solution|correction",
-     r"(?:\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? |^[^\w\n]{0,8}"
+     rf"(?:\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? |^{_SIGNS}"
      rf"(?=\w+:?[*_]{{0,2}} {_NAME}))(?:say(?= {_NAME})|choose|chose|select(?:ed)?|pick(?:ed)?"
      r"|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean(?:ing)? towards?"
      rf"|(?:solution|correction):)(?!\w){_WHOLE}"),
-    # so option ... is the best
+    # So option B is the best
     (r"\b[a-z]\)? (?:is|would be) ",
      r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
-    r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"))
-_CHINESE = _cues(   # Qwen falls into it: 最佳选项是 B, 因此 B 是正确答案, 答案不是 A,而是 B
+     r"(?:is|would be) (?:the )?(?:correct|right|best|answer|most (?:likely|appropriate))\b)"))
+
+# %% ../../nbs/core/02_grade.ipynb #5e1f0c72
+_TRUE = r"选?项?是?(?:正确|对\b|最(?!不))"
+_CHINESE = _cues(   # Qwen falls into it
+    # 答案: B; 答案应该是 B
     ("答案", r"答案(?:\]|[ \t*_]{0,4}(?:应该?|应当)?(?:[是为择:=]|选(?!项))+)"),
+    # 最佳选项是 B; 正确的是 B
     ("正确|最", r"(?:正确|最(?:佳|可能|合适|符合))(?:的|的?选项)?应?[是为]"),
+    # 故选 B; 应选择 B
     ("选", r"选(?<![不未非]选)择?[ :]*(?:选项 ?)?(?=[*_(\[]{0,4}(?-i:[A-Z])\b)"),
+    # 因此 B 是正确答案; 选项 B 正确
     ("正确|对|最", rf"(?:^|选项|因此|所以|故|(?<![A-Z])[,;.]) ?(?=(?-i:[A-Z]) ?{_TRUE})"),
+    # 答案不是 A,而是 B
     ("[是为]", r"(?<=[,而])(?: ?其实)? ?(?:是|应为) ?(?=(?-i:[A-Z])\b)"))
 
 # %% ../../nbs/core/02_grade.ipynb #d5d796b5
@@ -234,9 +243,22 @@ _REASON = re.compile(   # doubt, but not of the answer: since it is not dense th
 _UNREAL = re.compile(   # if there were fluid, the answer would ...
     r"\b(?:if(?! (?:i|we|forced|pressed)\b)|had(?! to)|otherwise|in (?:an? )?(?:child|infant"
     r"|pregnan))[^.;!?\n]*(?: would|'d)(?: \w+){0,3}\W*\Z", re.I)
+
+def _is_doubted(before: str, cue: str) -> bool:
+    "Whether a cue stands in a clause of doubt, or tells of another case."
+    clause = _CLAUSE.split(before)[-1] + cue
+    if _DOUBT.search(clause) and not _REASON.match(clause): return True
+    would = "would" in before + cue or "'d" in cue
+    return would and _UNREAL.search(before + cue) is not None
+
+# %% ../../nbs/core/02_grade.ipynb #ea95677c
 _PARAGRAPH = re.compile(r"\n\n(?!\(?[A-Z][).:])|\n(?=```|#|\W{0,4}(?i:reason|explan|rational))")
 _RESTATED = re.compile(   # B, and then a list of the options, B among them
     r"(\(?([A-Z])\b\W{0,4})\n(?=(?:.*\n)?\W{0,4}\2[).:] ?\w)", re.S)
+
+def _ends(items: list, most: int) -> list:
+    "The first and the last of very many."
+    return items if len(items) <= 2 * most else items[:most] + items[-most:]
 
 def _after(
     text: str,
@@ -246,19 +268,27 @@ def _after(
     "The statements that follow the cues, each up to the next cue or the end of its paragraph."
     folded = _fold(text)
     found = sorted(match.span() for word, pattern in cues if word.search(folded, begin)
-                   for match in _ends([*pattern.finditer(text, begin)], 32, []))
+                   for match in _ends([*pattern.finditer(text, begin)], 32))
     stops, statements = [start for start, _ in found[1:]] + [len(text)], []
     for (start, end), stop in zip(found, stops):
-        before, cue = text[max(0, start - 200):start], text[start:end]
-        clause = _CLAUSE.split(before)[-1] + cue
-        if _DOUBT.search(clause) and not _REASON.match(clause): continue
-        if ("would" in before + cue or "'d" in cue) and _UNREAL.search(before + cue): continue
+        if _is_doubted(text[max(0, start - 200):start], text[start:end]): continue
         statement = text[end:min(max(stop, end), end + 2000)].strip(" \t\n\r*_")
         if restated := _RESTATED.match(statement): statement = restated[1]
         statements.append((end, _PARAGRAPH.split(statement, 1)[0]))
     return statements
 
 # %% ../../nbs/core/02_grade.ipynb #a180cedf
+def _declarations(region: str) -> Iterable[list[str]]:
+    "Groups of declarations: those of the end, the last on the last line first; then all."
+    cues = _DECLARED if region.isascii() else _DECLARED + _CHINESE
+    last, tail = region.rfind("\n") + 1, max(0, len(region) - 200)
+    for begin in (tail, 0) if tail else (0,):
+        declared = _after(region, cues, begin)
+        on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
+        yield on_last[-1:]
+    yield [text for _, text in declared]
+
+# %% ../../nbs/core/02_grade.ipynb #bee53a43
 _NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[*_ \[]{0,4}"
                    r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
                    r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
@@ -277,13 +307,7 @@ def _statements(text: str) -> Iterable[tuple[list[str], str]]:
             if values and not values[-1].strip(): return
             yield values, "start"
         region = _without_tags(region).strip()
-        cues = _DECLARED if region.isascii() else _DECLARED + _CHINESE
-        last, tail = region.rfind("\n") + 1, max(0, len(region) - 200)
-        for begin in (tail, 0) if tail else (0,):
-            declared = _after(region, cues, begin)
-            on_last = [text for end, text in declared if not region[end:last].strip(" \t\n*_")]
-            yield on_last[-1:], "start"
-        yield [text for _, text in declared], "start"
+        for declared in _declarations(region): yield declared, "start"
         how = "thought" if "<think>" in speech else "tag" if tags else "lines"
         yield region.split("\n"), how
         if tags: return
@@ -314,7 +338,7 @@ def _words(text: str) -> tuple[str, ...]:
     article = _ARTICLE.match(folded)
     return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
-_BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[-\s,.;:'()[\]{}/&|]{0,4}")
+_BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[^\w<>=%+≤≥±]{0,4}")
 _BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])(?<![A-Za-z]{2}-)")   # sub-acute is not acute
 _ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w)|(?<=\d)/\d)")
 
@@ -330,7 +354,8 @@ def _end(words: tuple[str, ...], text: str, folded: str, start: int) -> int:
     if not _BEGINS.match(text, start): return -1
     at = start + len(words[0])
     for before, word in zip(words, words[1:]):
-        least = at + (before[-1].isdigit() == word[0].isdigit())   # 10mg is 10 mg
+        same = before[-1].isdigit() == word[0].isdigit()   # 10mg is 10 mg, Na+ is Na +
+        least = at + (same and (before[-1] + word[0]).isalnum())
         gaps = range(next(_BETWEEN.finditer(folded, at)).end(), least - 1, -1)
         at = next((gap + len(word) for gap in gaps if folded.startswith(word, gap)), -1)
         if at < 0: return -1
@@ -398,7 +423,8 @@ def _texts(text: str, names: _Names) -> list[tuple[int, int, str]]:
     return places
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0036
-_ARTICLE_MARK = re.compile("[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])")
+_BESIDE = re.compile(   # a letter that is the article of a text, a full stop that is its own
+    rf"[Ⓐ-Ⓩ] (?=[ⓐ-ⓩ])|(?<=[ⓐ-ⓩ])\.(?= (?:{_VERB}|cannot)\b)")
 
 def _replace(text: str, places: list[tuple[int, int, str]]) -> str:
     "The text with something else from each start to its end."
@@ -411,7 +437,7 @@ def _mark(text: str, names: _Names) -> str:
     text = _replace(text, _texts(text, names))
     letters = [(at, at + 1, names.marks[text[at].lower()])
                for at in _letter_places(text, names.marks)]
-    return _ARTICLE_MARK.sub("", _replace(text, letters))
+    return _BESIDE.sub("", _replace(text, letters))
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
@@ -445,14 +471,12 @@ _FACT = re.compile(   # behind a denial that is no verdict: B does not | cause f
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> tuple[str, str]:  # all that is denied; what is judged wrong
     "A marked text, with commas in place of denied names and the words that deny them."
-    left = judged = marked
-    if not _SIGN.search(marked): return left, judged
+    if not _SIGN.search(marked): return marked, marked
     folded = _fold(marked)
-    matches = [*_BEHIND.finditer(folded), *_BEFORE.finditer(folded)]
-    for start, end in (match.span() for match in matches):
-        left = left[:start] + "," * (end - start) + left[end:]
-        if not _FACT.match(folded, end): judged = judged[:start] + left[start:end] + judged[end:]
-    return left, judged
+    denials = [(match.start(), match.end(), "," * len(match[0]))
+               for form in (_BEHIND, _BEFORE) for match in form.finditer(folded)]
+    verdicts = [denial for denial in denials if not _FACT.match(folded, denial[1])]
+    return _replace(marked, denials), _replace(marked, verdicts)
 
 def _denied(marked: str, left: str) -> set[str]:
     "The small marks of the options that denial took out of a marked text, of which this is left."
@@ -475,7 +499,7 @@ _EMPTY = re.compile(rf"{_GAP}*(?:{_LEAD}\b{_GAP}*)*", re.I)
 def _common(readings) -> set | None:
     "The letters that all readings allow, but for those that name no option; None if none does."
     named = [labels for labels in readings if labels is not None]
-    return set.intersection(*named) if len(named) > 1 else named[0] if named else None
+    return set.intersection(*named) if named else None
 
 def _alone(piece: str, names: _Names) -> set | None:
     "What a marked piece means that holds names alone; None if more is said."
@@ -492,10 +516,11 @@ _PIECE = re.compile(r"[,:()\[\]{}/&|]|(?<=\s)-(?=\s)|\+(?=[A-Za-z])|\b(?:and|or|
                     rf"|(?<=[Ⓐ-Ⓩ])\s+(?=(?:is|are|was)\b|{_TRUE}"
                     r"|the (?:best|correct|right|most|only)\b(?! \w+ is\b))")
 _OPEN = re.compile(r"[Ⓐ-ⓩ][^\wⒶ-ⓩ]*\b(?:or|and|vs|versus)[^\wⒶ-ⓩ]*\Z")   # cut off: "B or"
-_BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[ⓐ-ⓩ])")
+_BOTH = re.compile(rf"{_GAP}*[Ⓐ-Ⓩ]{_GAP}+(?=[Ⓐ-ⓩ])")
 _REFUSAL = re.compile(r"\b(?:can ?not|can't|unable|impossible|none of|insufficient|sorry"
                       r"|not (?:possible|in|among|listed|provided|enough))\b", re.I)
 
+# %% ../../nbs/core/02_grade.ipynb #944df71b
 def _opening(marked: str, names: _Names) -> set | None:
     "What a statement means that begins with its answer; the empty set if it contradicts itself."
     if not _SIGN.search(marked): return None
@@ -523,6 +548,12 @@ _HEAD = re.compile(r"[^\wⒶ-ⓩ]{0,8}(?:\d+[.)]\s*)?(?:(?:option|choice) )?\(?(
                    r"|(?-i:(?<=[ⓐ-ⓩ]))(?: ?\([Ⓐ-Ⓩ]\)|[\w '-]{0,40}\([^()\n]{1,40}\):))", re.I)
 _BARE = re.compile(rf"{_GAP}*(?:(?:option|choice) )?([Ⓐ-ⓩ]){_GAP}*", re.I)
 
+def _goes_on(heads: list[str], last: str) -> bool:
+    "Whether a last name is the next item of a list: it is new, or follows the same one again."
+    if not heads or last not in heads: return bool(heads)
+    first = heads.index(last)
+    return first > 0 and heads[first - 1] == heads[-1]
+
 def _items(lines: list[str], names: _Names) -> list[bool]:
     "Which marked lines are items of a list of options; the last one may be cut off."
     heads = [match and str(names.marks.get(match[1].lower(), match[1])).lower()
@@ -535,9 +566,10 @@ def _items(lines: list[str], names: _Names) -> list[bool]:
         head = heads[whole[0]] or ""
         if seen.count(head) > 1 or seen[0] == head and len(listed) > 2: items[whole[0]] = False
     bare = _BARE.fullmatch(lines[-1])
-    if bare and listed - {bare[1].lower()} and bare[1].lower() not in heads[:-1]: items[-1] = True
+    if bare and _goes_on([head for head in heads[:-1] if head], bare[1].lower()): items[-1] = True
     return items
 
+# %% ../../nbs/core/02_grade.ipynb #88965eae
 def _kept(lines: list[str], names: _Names) -> list[str]:
     "The marked lines without denials; blank for an item, a heading, a name denied elsewhere."
     rest, judged = zip(*map(_without_denied, lines))
@@ -589,26 +621,21 @@ def _sentence(text: str, names: _Names) -> set | None:
 # %% ../../nbs/core/02_grade.ipynb #9a4e004c
 _BRACKETED = re.compile(r"\((?:option |choice )?([Ⓐ-Ⓩ])\)")
 
-_Named = list[tuple[str, set]]   # what was said, and the letters that it may mean
+_Readings = list[tuple[str, set | None]]   # what was said, and the letters that it may mean
 
-def _named(statements: list[str], readings: list[set | None]) -> _Named:
-    "The statements that name an option."
-    return [(said, read) for said, read in zip(statements, readings) if read is not None]
-
-def _lines(statements: list[str], how: str, names: _Names) -> _Named:
-    "What lines without a declaration answer."
+def _lines(statements: list[str], how: str, names: _Names) -> Iterable[_Readings]:
+    "What lines without a declaration may answer, firmest first."
     texts = [_clean(statement[:2000]) for statement in statements]
     lines = [_mark(text, names) for text in texts]
     kept = _kept(lines, names)
     whole = kept[:1] if how == "tag" else kept
-    if named := _named(statements, [_alone(line, names) for line in whole]): return named
+    yield [(said, _alone(line, names)) for said, line in zip(statements, whole)]
     first = next((i for i, (line, left) in enumerate(zip(lines, kept)) if left == line), 0)
-    if named := _named(statements[first:], [_opening(kept[first], names)]): return named
-    if named := _named(statements, [_conclusion(line, names) for line in kept]): return named
-    inside = _common(names.meaning[mark] for mark in _BRACKETED.findall(kept[-1]))
-    last = None if inside is None or _REFUSAL.search(kept[-1]) else inside
-    if last is None and len(texts) == 1 and how != "thought": last = _sentence(texts[0], names)
-    return _named(statements[-1:], [last])
+    yield [(statements[first], _opening(kept[first], names))]
+    yield [(said, _conclusion(line, names)) for said, line in zip(statements, kept)]
+    bracketed = () if _REFUSAL.search(kept[-1]) else _BRACKETED.findall(kept[-1])
+    yield [(statements[-1], names.meaning[mark]) for mark in bracketed]
+    if len(texts) == 1 and how != "thought": yield [(statements[0], _sentence(texts[0], names))]
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e004f
 @lru_cache(maxsize=1024)   # the answers to a question are few
@@ -617,17 +644,19 @@ def _start(statement: str, options: tuple[tuple[str, str], ...]) -> set | None:
     names = _names(options)
     return _opening(_mark(_clean(statement[:2000]), names), names)
 
+def _readings(completion: str, options: tuple[tuple[str, str], ...]) -> Iterable[_Readings]:
+    "What a completion may answer, firmest first: each statement of a group, as it is read."
+    for group, how in _statements(completion):
+        statements = _ends([*dict.fromkeys(filter(None, map(str.strip, group)))], 16)
+        if how == "start": yield [(said, _start(said, options)) for said in statements]
+        elif statements: yield from _lines(statements, how, _names(options))
+
 def _lenient(completion: str | None, options: dict) -> tuple[str | None, set]:
     "The answer of the firmest group that names an option, and the letters it may mean."
-    key = tuple(options.items())
-    for said, how in _statements(completion or ""):
-        statements = _ends([*dict.fromkeys(filter(None, map(str.strip, said)))], 16, [])
-        if not statements: continue
-        if how == "start": named = _named(statements, [_start(said, key) for said in statements])
-        else: named = _lines(statements, how, _names(key))
-        if not named: continue
-        labels = set.intersection(*(read for _, read in named))
-        return (named[0][0], labels) if labels else (None, set())   # they say different things
+    for readings in _readings(completion or "", tuple(options.items())):
+        if named := [(said, labels) for said, labels in readings if labels is not None]:
+            labels = set.intersection(*(labels for _, labels in named))
+            return (named[0][0], labels) if labels else (None, set())   # they differ
     return None, set()
 
 # %% ../../nbs/core/02_grade.ipynb #47b6eddc

@@ -26,8 +26,11 @@ def require_text(row: dict, column: str, where: str, blank: bool = False) -> str
 
 # %% ../../nbs/data/14_converters.ipynb #9a18b04b
 def letter_options(texts: Iterable) -> dict[str, str]:
-    "Options by letter, from A on."
-    return dict(zip(string.ascii_uppercase, (str(text) for text in texts)))
+    "Options by letter, from A on; ValueError for more than there are letters."
+    texts = [str(text) for text in texts]
+    if len(texts) > 26:
+        raise ValueError(f"{len(texts)} options, and there are 26 letters")
+    return dict(zip(string.ascii_uppercase, texts))
 
 # %% ../../nbs/data/14_converters.ipynb #d0143608
 def right_letter(options, label, where: str, column: str) -> str:
@@ -44,23 +47,22 @@ def _misc(row: dict, *columns: str) -> dict:
     return {column: row.get(column) for column in columns}
 
 # %% ../../nbs/data/14_converters.ipynb #d70b85c8
-_CHOICES = ("Choice A", "Choice B", "Choice C", "Choice D")
 _PMC_EDGES = string.whitespace + "'\"\u00a0\u200a"
 
 
-def _pmc_choice(row: dict, column: str, where: str) -> str:
+def _pmc_choice(row: dict, letter: str, where: str) -> str:
     "The text of a choice without its letter."
+    column = f"Choice {letter}"
     given = require_text(row, column, where, blank=True)
-    letter, colon, text = given.strip(_PMC_EDGES).partition(":")
-    if not colon or letter.strip(_PMC_EDGES) != column[-1]:
-        reason = f"{given.strip()[:40]!r} does not begin with {column[-1]}:"
-        raise _Filtered(where, column, reason)
+    before, colon, text = given.strip(_PMC_EDGES).partition(":")
+    if not colon or before.strip(_PMC_EDGES) != letter:
+        raise _Filtered(where, column, f"{given.strip()[:40]!r} does not begin with {letter}:")
     return text.strip(_PMC_EDGES)
 
 # %% ../../nbs/data/14_converters.ipynb #ad72c9e3
 def pmc_vqa(row: dict, where: str) -> dict:
     "A row of train.csv or test_clean.csv, which are the first version of the set."
-    options = {column[-1]: _pmc_choice(row, column, where) for column in _CHOICES}
+    options = {letter: _pmc_choice(row, letter, where) for letter in "ABCD"}
     label, answer = (require_text(row, name, where, blank=True).strip(_PMC_EDGES)
                      for name in ("Answer_label", "Answer"))
     if label not in options:
@@ -234,8 +236,8 @@ MMMU_SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine",
 def _mmmu_options(listed: str, where: str) -> dict[str, str]:
     "The lettered options of a list's text."
     try:
-        if len(listed) <= 100_000:
-            return letter_options(ast.literal_eval(listed))
+        if len(listed) <= 100_000 and isinstance(texts := ast.literal_eval(listed), list):
+            return letter_options(texts)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     raise InvalidRow(where, "options", f"no list of choices: {listed[:40]!r}")

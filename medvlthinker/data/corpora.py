@@ -103,26 +103,31 @@ def register_corpus(name: str, folder, layout: DatasetLayout) -> None:
 PUBLISHED_REASONING = {"pmc_vqa": _published("pmc_vqa-gpt_4o_reasoning-tokenized")}
 
 
+def _reasoning_layout(name: str, settings) -> DatasetLayout | None:
+    "Where reasoning was published as a set of its own; None where it was not, or is not read."
+    return PUBLISHED_REASONING.get(name) if settings.source == "hub" else None
+
+
 def reasoning_file(name: str, settings=DataSettings(), folder=None) -> Path:
     "Where the corpus with reasoning to imitate lies, or will lie."
     name = set_name(TRAINING_SETS, name)
-    published = settings.source == "hub" and name in PUBLISHED_REASONING
-    path = sample_file(TRAINING_SETS, name, settings, folder, "-reasoning" if published else "")
+    suffix = "-reasoning" if _reasoning_layout(name, settings) else ""
+    path = sample_file(TRAINING_SETS, name, settings, folder, suffix)
     own = path.with_name(f"{name}-distilled.parquet")
     return own if own.is_file() else path
 
 # %% ../../nbs/data/16_corpora.ipynb #16a0c019
 def load_reasoning(name: str, settings=DataSettings(), folder=None) -> SampleFile:
     "One's own distilled file, the published reasoning, or the corpus; some rows may have none."
+    name = set_name(TRAINING_SETS, name)
     path = reasoning_file(name, settings, folder)
-    if path.stem.endswith("-distilled"):
+    own = path.with_name(f"{name}-distilled.parquet")
+    if path == own:
         return SampleFile(path)
-    if path.stem.startswith(f"{name}-reasoning"):
-        data = PUBLISHED_REASONING[name]
+    if data := _reasoning_layout(name, settings):
         return store_source(path, name, data, settings, settings.train_limit, training_size)
     samples = load_corpus(name, settings, folder)
     if not any(sample.reasoning for sample in samples[:1000]):
-        own = path.with_name(f"{name}-distilled.parquet")
         source = TRAINING_SETS.source(name, settings)
         raise UserError(f"{name} from {source} has no reasoning to imitate; make it with a teacher "
                         f"(31_distill) as {own}, or take data=hub.")

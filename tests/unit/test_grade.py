@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 
 import medvlthinker.core.grade as module
@@ -185,12 +186,16 @@ def test_every_shared_case_and_control_gets_its_value(case):
 
 
 SALTS = dict(zip("ABCD", ("Hypocalcemia", "Hypomagnesemia", "Hyponatremia", "Hypokalemia")))
+ALL_SALTS = "".join(f"{label}) {text}\n" for label, text in SALTS.items())
 TISSUE = dict(zip("ABC", ("Fetal steroids", "Vascular dementia", "Smooth muscle")))
 FINDINGS = dict(zip("ABC", ("a bicuspid valve", "a lung mass", "a rib fracture")))
 DOSES = dict(zip("ABC", ("5 mg", "10 mg", "20 mg")))
 CHEST = dict(zip("ABCD", ("肺炎", "气胸", "胸腔积液", "正常")))
 PICTURES = dict(zip("ABC", ("<image 1>", "<image 2>", "<image 3>")))
 CAUSES = dict(zip("ABCD", ("Hyperparathyroidism", "Sarcoidosis", "Thiazides", "Hypothyroidism")))
+IONS = dict(zip("ABCD", ("Na+ efflux", "Na+ influx", "K+ efflux", "K+ influx")))
+BONDS = dict(zip("ABC", ("C=C bond, heated above 700°C", "C≡C bond, heated above 700°C", "C-C bond")))
+TRAITS = dict(zip("ABC", ("Dominant.", "Recessive.", "Codominant.")))
 HOURS = dict(zip("ABC", ("24 hours", "12-24 hours", "48 hours")))
 BLEED = dict(zip("ABC", ("Acute", "Subacute", "Chronic")))
 SCANS = dict(zip("ABCD", ("CT", "MRI", "X-ray", "Ultrasound")))
@@ -220,10 +225,13 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "**A.** no\n**B.** no\n**C", "Option A: no.\nOption B: maybe.\nOption C",
         "1) A. no\n2) B. no\n3) C. Hyponatremia", "A: low\nB: normal\nC: ",
         "A) Hypocalcemia\nLow.\nB) Hypomagnesemia\nPlausible.\nC) Hyponatremia",
-        "C) Hyponatremia: no.\nA) Hypocalcemia: no.\nB) Hypomagnesemia"]),
+        "C) Hyponatremia: no.\nA) Hypocalcemia: no.\nB) Hypomagnesemia",
+        *(f"{ALL_SALTS}Option A suggests a spasm.\nOption B suggests a fit.\n{last}" for last in ("Option C", "C"))]),
     ("a list with an answer", SALTS, "B", [
         "B. Hypomagnesemia", "B\n\nA: no.\nC: no.", "A: no.\nB: yes.\nC: no.\nD: no.\n\nB",
-        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes.\n\nThe answer is B."]),
+        "A) Hypocalcemia: no.\nB) Hypomagnesemia: yes.\n\nThe answer is B.",
+        *(f"{ALL_SALTS}{ALL_SALTS}{last}" for last in ("Option B", "B")), f"{ALL_SALTS}So:\nOption B",
+        f"{ALL_SALTS}C) is wrong.\nOption B"]),
     ("an article that was cut off", FINDINGS, None, [
         "The answer is a", "It must be a", "I would choose a", "So I think it is a",
         "The answer is an", "Final answer: a lung"]),
@@ -300,7 +308,12 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "The answer is D because D is not a cause of hypercalcemia.",
         "Answer: D (hypothyroidism does not cause hypercalcemia)",
         "<answer>D. Hypothyroidism is not a cause of hypercalcemia</answer>",
-        "Hypothyroidism does not cause hypercalcemia.\n\nD"]),
+        "The answer is D. D is not a cause of hypercalcemia.", "Hypothyroidism does not cause hypercalcemia.\n\nD"]),
+    ("a denied text that ends in a full stop", TRAITS, None, [
+        "Recessive. is unlikely.", "B. Recessive. is not the right answer.", "**B. Recessive.** can be ruled out."]),
+    ("a denied text with a full stop beside the answer", TRAITS, "C", [
+        "Recessive. is unlikely. The answer is C.", "The answer is (C).\nB. Recessive. is not the right answer.", "C. Codominant.",
+        "Recessive. is unlikely.\nC"]),
     ("a doubt of something else", SALTS, "B", [
         "If forced to choose I would pick B.", "I can't see the strip clearly but the most likely answer is B.",
         "Because the reflexes are not brisk the correct answer is B.",
@@ -311,6 +324,12 @@ SIBLINGS = [  # kind, options, what it must read, completions
     ("more forms in Chinese", CHEST, "B", [
         "因此，正确答案是选项 **B**。", "因此B是正确答案。", "最佳答案是B选项。", "最可能的是B。",
         "答案为B（气胸），而不是A（肺炎）。", "有人认为答案是A，其实应为B。"]),
+    ("signs within a text", IONS, "B", [
+        "The answer is Na+ influx, because it depolarises.", "It is caused by Na+ influx.", "Na + influx"]),
+    ("a sign that is missing", IONS, None, ["The answer is Na influx.", "Na- influx"]),
+    ("a denied text with a sign", IONS, None, ["B. Na+ influx is not the right answer.", "Na+ influx is unlikely."]),
+    ("signs that are not words", BONDS, "B", [
+        "The answer is a C≡C bond, heated above 700°C, as it is short.", "B. C≡C bond, heated above 700 °C is right"]),
     ("formulas", POWERS, "B", [r"\boxed{5 \times 10^{6}}", "5×10⁶"]),
     ("capitals in a sentence", SCANS, "A", ["The image is a CT."]),
 ]
@@ -414,6 +433,23 @@ def test_adding_a_denial_of_an_option_never_turns_a_wrong_answer_into_it(
         assert not grade(longer, options, label).correct, (longer, options, label)
 
 
+def test_a_denial_beside_a_real_output_is_never_the_answer(real_data):
+    "The second law, on what models wrote and with options as exams have them."
+    rng, tried = random.Random(1), 0
+    for path in sorted(real_data.glob("raw_*/dev.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            options, text = row.get("options", {}), row["output_text"]
+            wrong = [label for label in options if not grade(text, options, label).correct]
+            if len({*options.values()}) < len(options):
+                continue  # two options of one text
+            for label in wrong:
+                denial = rng.choice(DENIALS).format(L=label, T=options[label])
+                longer = rng.choice((f"{denial}\n{text}", f"{text}\n\n{denial}"))
+                assert not grade(longer, options, label).correct, (longer, options, label)
+                tried += 1
+    assert tried > 4_000
+
+
 # ------------------------------------------------------------------------------------------------
 # Real outputs. The rows on which the peer's verdict is another than ours, as judged by a reader, each
 # by the SHA-256 of its id: first those where the peer is wrong, then those where we are.
@@ -445,6 +481,14 @@ def test_the_disagreements_on_real_outputs_are_those_that_were_judged(real_data)
                 counts[part] = rows + (key not in PEER_WRONG), agreed + same
     assert seen == PEER_WRONG | OURS_WRONG
     assert all(agreed >= 0.97 * rows for rows, agreed in counts.values()), counts
+
+
+@pytest.mark.parametrize("start, end", [("The answer is B", "lveolitis."), ("pneumoni", "b.\nWe go on."), ("B", "é")])
+def test_a_word_that_the_cut_of_a_long_text_tears_is_no_answer(start, end):
+    head, tail = start.rjust(module._REACH), end.ljust(module._REACH)
+    gap = "x" * 99
+    assert grade(head + gap + tail, {"A": "Yes", "B": "No"}, "B") == Grade(None, None, False)
+    assert grade(f"{head[1:]} {gap} {tail[:-1]}", {"A": "Yes", "B": "No"}, "B").label == "B"
 
 
 @settings(max_examples=50)
@@ -525,8 +569,13 @@ def real_options(folder):
         yield dict(zip("ABCD", alternatives(row["question"])))
 
 
+SENTENCES = ["The answer is {}, because it fits.", "Therefore, the most likely answer is {}.", "I would choose {}."]
+
+
 def test_every_key_of_the_real_questions_is_read(real_data):
     found = [options for options in real_options(real_data) if options and len({text.strip().lower() for text in options.values()}) == len(options)]
     assert len(found) > 600
     for options in found:
         own_texts_are_read(options, WAYS[1:3])
+        if not {text.strip().lower() for text in options.values()} & set("abcdefghij"):  # a letter is that option
+            own_texts_are_read(options, SENTENCES)
