@@ -275,6 +275,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.find_path': ( 'core/commands.html#find_path',
                                                                                       'medvlthinker/core/commands.py'),
+                                            'medvlthinker.core.commands.follow_lines': ( 'core/commands.html#follow_lines',
+                                                                                         'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.load_plugin': ( 'core/commands.html#load_plugin',
                                                                                         'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.project_root': ( 'core/commands.html#project_root',

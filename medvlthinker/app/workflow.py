@@ -17,7 +17,7 @@ import medvlthinker
 from .profile import (
     KEYS, Profile, Step, Workspace, command_words, load_profile, notebook_file, overrides, steps)
 from ..core.commands import (
-    end_family, end_with_parent, find_path, project_root, redact, redact_file)
+    end_family, end_with_parent, find_path, follow_lines, project_root, redact, redact_file)
 from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
@@ -404,12 +404,13 @@ def snakemake(
         log = tempfile.TemporaryFile("w+", errors="replace")
     else:
         log = open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
-    with log, subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, text=True,
-            env=environment, start_new_session=True,
-            preexec_fn=end_with_parent(signal.SIGKILL)) as process:  # noqa: PLW1509
+    with (log, tempfile.NamedTemporaryFile() as out, open(out.name, errors="replace") as written,
+          subprocess.Popen(
+              words, stdout=out, stderr=log, stdin=subprocess.DEVNULL,
+              env=environment, start_new_session=True,
+              preexec_fn=end_with_parent(signal.SIGKILL)) as process):  # noqa: PLW1509
         try:
-            for line in process.stdout or ():
+            for line in follow_lines(process, written):
                 if ": failed after " in line and not failed:
                     failed = line.partition(": failed after ")[0].partition("  ")[2]
                 shown += [line] * dry

@@ -87,9 +87,7 @@ def test_a_job_that_is_being_submitted_is_cancelled_too(slurm, warm_home):
     "Snakemake has no number of it yet, and cancels by number; it bears the name of the run."
     run = subprocess.Popen([sys.executable, "-m", "medvlthinker.app.cli", "run", "smoke", "limit=2", "train_limit=6", "recipes=", "--executor", "slurm", "-j", "1",
                             "--slurm-init-seconds-before-status-checks", "5", "notebooks/1_data.ipynb"], cwd=ROOT, env={**os.environ, "SLOW": "1"}, stdout=subprocess.PIPE, text=True)
-    while not (slurm / "101.script").exists():
-        assert run.poll() is None
-        time.sleep(0.1)
+    until((slurm / "101.script").exists, run)
     run.send_signal(signal.SIGINT)
     assert "The jobs of this run are cancelled." in run.communicate(timeout=120)[0] and run.returncode == 130
     asked = (slurm / "asked").read_text().split()

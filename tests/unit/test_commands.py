@@ -89,6 +89,7 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     assert first == f"{copy} - tiny, percentage points, rule regrade"
     assert [line.split()[0] for line in lines[-3:]] == ["slake_closed", "vqa_rad_closed", "macro"]
     assert all(re.fullmatch(r"[01]\.\d{3}|<0\.001", text) for line in lines[-3:-1] for text in line.split()[7:9]), "p and holm"
+    refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
     refuses(["compare", "smoke", *ASKED, "model=tiny", "with=nobody"], "nobody has no stored greedy answers", "./reproduce.sh evaluate smoke model=nobody 'benchmark=vqa_rad, slake' limit=8 makes them")
     with open(copy / "generation_config.json", "a") as file:
         file.write("\n")  # as after another training
