@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['server_address', 'api_key', 'fit_size', 'shrink', 'image_uri', 'request_body', 'drop_refused_parameter', 'part_text',
            'read_choice', 'count_tokens', 'read_answer', 'actual_status', 'error_text', 'Budget', 'served_models',
-           'served_checkpoint', 'ServerEngine']
+           'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
-import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
+import asyncio, base64, concurrent.futures, contextlib, io, json, math, os, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -237,18 +237,9 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
         return []  # a question will say what is wrong, if anything is
 
-# %% ../../nbs/generation/23_server.ipynb #8c744b97
-def served_checkpoint(address: str, model: str) -> str:
-    "The folder or hub id that vLLM serves under a name; empty for a server that does not say."
-    with contextlib.suppress(UserError):
-        listed = {each["id"]: each["root"] for each in served_models(address, api_key(address), 5)}
-        return listed.get(model, "")
-    return ""
-
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
     "Completions from a server that speaks OpenAI's protocol, by the official client."
-    batch_size = 1
 
     def __init__(self, settings: EngineSettings):
         self.settings, self.address = settings, server_address(settings.base_url)
@@ -257,11 +248,19 @@ class ServerEngine:
         self.budget = Budget(settings.max_requests, settings.max_total_tokens)
         self.refused: frozenset[str] = frozenset()
         self.answered = self.failed = 0  # questions; and questions in a row
+        self._served: list[dict[str, str]] | None = None
 
-    @functools.cached_property
-    def served(self) -> list[dict[str, str]]:
-        "The models that the server lists."
-        return served_models(self.address, self.key, min(self.seconds or 30, 30))
+    def served(self, patience: float = 30) -> list[dict[str, str]]:  # seconds
+        "The models that the server lists; once it has answered, it is not asked again."
+        if self._served is None:
+            seconds = min(self.seconds or patience, patience)
+            self._served = served_models(self.address, self.key, seconds)
+        return self._served
+
+    def checkpoint(self) -> str:
+        "The folder or hub id that vLLM serves under the model's name; empty where none is told."
+        roots = {each["id"]: each["root"] for each in self.served(patience=5)}
+        return roots.get(self.settings.model, "")
 
     @property
     def dropped(self) -> set[str]:
@@ -272,8 +271,8 @@ class ServerEngine:
         "Each request as soon as it is answered; before a `UserError` all that was answered."
         from anyio.from_thread import start_blocking_portal
 
-        _, client = self.served, _client(self)
-        waiting, more, reason = {}, iter(requests), None
+        self.served()  # `UserError` where nobody answers
+        client, waiting, more, reason = _client(self), {}, iter(requests), None
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
             try:
                 while True:
@@ -330,7 +329,7 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
     import anyio, openai
 
     refused, create = engine.refused, client.chat.completions.with_raw_response.create
-    makers = {model["owned_by"] for model in engine.served[:1]}
+    makers = {model["owned_by"] for model in engine.served()[:1]}
     extra = _NEUTRAL if makers & {"vllm", "sglang"} else {}
     while True:
         body = request_body(engine.settings.model, messages, request, found, refused)
@@ -385,7 +384,7 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
     address, model = engine.address, engine.settings.model
-    served = [each["id"] for each in engine.served]
+    served = [each["id"] for each in engine.served()]
     others = f"it has {', '.join(served[:12])}." if served else "most addresses end in /v1."
     final = {401: (f"{address} refuses the key ({reason}); set the environment variable "
                    f"OPENAI_API_KEY to one that may use {model}."),
