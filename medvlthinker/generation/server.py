@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ..core.commands import redact
 from ..core.files import UserError, sanitize
 from ..data.prompt import messages
-from ..data.sample import to_rgb
+from ..data.sample import image_bytes, to_rgb
 from .request import Completion, EngineSettings, Request
 
 # %% ../../nbs/generation/23_server.ipynb #d2df1de4
@@ -68,8 +68,7 @@ def shrink(
             return data
     picture = to_rgb(data)  # which may turn it
     size = fit_size(picture.width, picture.height, max_pixels)
-    picture.resize(size, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
+    return image_bytes(picture.resize(size, Image.Resampling.BICUBIC))
 
 # %% ../../nbs/generation/23_server.ipynb #3bbec8d9
 def image_uri(data: bytes, max_pixels: int = 0) -> str:
@@ -80,8 +79,7 @@ def image_uri(data: bytes, max_pixels: int = 0) -> str:
     with Image.open(io.BytesIO(data)) as image:
         kind = image.format or ""
     if kind not in ("PNG", "JPEG", "WEBP", "GIF"):
-        to_rgb(data).save(file := io.BytesIO(), kind := "PNG")
-        data = file.getvalue()
+        data, kind = image_bytes(to_rgb(data)), "PNG"
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 # %% ../../nbs/generation/23_server.ipynb #eba676d3
