@@ -8,8 +8,7 @@ __all__ = ['VLLM_VARIABLES', 'ENGINES', 'ignored_settings', 'load_transformers',
            'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import contextlib, copy, functools, importlib.metadata, itertools, json, os, queue, re, socket
-import threading
+import copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -25,7 +24,7 @@ from medvlthinker.generation.model import (
     unloadable_error)
 from .request import (
     DTYPES, Completion, EngineSettings, Hardware, Request)
-from .server import ServerEngine, server_address
+from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #7e01d820
 _STRUCTURE = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
@@ -498,8 +497,8 @@ def check_nodes(settings: Hardware) -> None:
 
 # %% ../../nbs/generation/24_engine.ipynb #9c479884
 def engine_version(name: str) -> str:
-    "Name and installed version, such as `transformers 5.10.4`; a server has no version of ours."
-    for distribution in () if name == "openai" else (name, f"{name}-cpu"):
+    "Name and installed version, such as `transformers 5.10.4`."
+    for distribution in (name, f"{name}-cpu"):
         try:
             return f"{name} {importlib.metadata.version(distribution)}"
         except importlib.metadata.PackageNotFoundError:
@@ -522,22 +521,18 @@ def _check_gpus(settings: Hardware) -> None:
 
 
 class Engine:
-    "A model that answers; it is loaded when it is first asked."
+    "A model that answers here; it is loaded when it is first asked."
+    server: dict[str, str] = {}  # that answers
+    dropped: tuple[str, ...] = ()  # parameters of the sampling that a server refused
 
     def __init__(self, settings: EngineSettings, dialect: str = ""):
-        for name, known in ((settings.engine, (*ENGINES, "ray", "openai")),
-                            (settings.dtype, DTYPES)):
-            if name not in known:
-                raise UserError(f"There is no {name!r} among {', '.join(known)}.")
         settings = replace(settings, batch_size=max(1, settings.batch_size))
-        if served := settings.engine == "openai":
-            settings = replace(settings, dtype="")  # nobody knows that of a server's weights
         self.settings = settings
-        self.model = resolve_model(settings.model, Path(settings.checkpoints), served)
-        self.revision = "" if served else resolve_revision(self.model)
-        self.weights = "" if served else model_fingerprint(self.model, self.revision)
-        self.instruction, own = prompt_format(settings.model, settings.instruction)
-        self.dialect = dialect or own
+        self.model = resolve_model(settings.model, Path(settings.checkpoints))
+        self.revision = resolve_revision(self.model)
+        self.weights = model_fingerprint(self.model, self.revision)
+        self.instruction, self.dialect = prompt_format(
+            settings.model, settings.instruction, dialect)
         self.version = engine_version(settings.engine_name)
         self.batch_size = settings.batch_size if settings.engine == "transformers" else 1
         self._loaded: Any = None
@@ -547,29 +542,11 @@ class Engine:
         self._loaded = self._loaded or self._load()
         yield from self._loaded.answer(requests)
 
-    @functools.cached_property
-    def server(self) -> dict[str, str]:
-        "Where a served model is asked, and what the server says that it is; empty for others."
-        if self.settings.engine != "openai":
-            return {}
-        found = {"address": server_address(self.settings.base_url), "checkpoint": ""}
-        with contextlib.suppress(UserError):  # a question will say what is wrong
-            self._loaded = self._loaded or self._load()
-            found["checkpoint"] = self._loaded.checkpoint()
-        return found
-
-    @property
-    def dropped(self) -> list[str]:
-        "What of the sampling a server refused, and was left out."
-        return sorted(getattr(self._loaded, "dropped", ()))
-
     def _load(self):
-        settings = self.settings
-        if settings.engine == "openai":
-            return ServerEngine(replace(settings, model=self.model))
         require_package("torch", "torchvision")
         from transformers import AutoProcessor
 
+        settings = self.settings
         check_nodes(settings)
         _check_gpus(settings)
         folder = download_model(self.model, self.revision)
@@ -592,16 +569,18 @@ class Engine:
 def open_engine(
     settings: EngineSettings,
     dialect: str = "",  # in which the model will be asked, of prompt.DIALECTS; empty for its own
-) -> Engine:
+) -> Engine | ServerEngine:
     "An engine for one model; `UserError` for a model or an engine that there is not."
-    return Engine(settings, dialect)
+    for name, known in ((settings.engine, (*ENGINES, "ray", "openai")), (settings.dtype, DTYPES)):
+        if name not in known:
+            raise UserError(f"There is no {name!r} among {', '.join(known)}.")
+    return (ServerEngine if settings.engine == "openai" else Engine)(settings, dialect)
 
 # %% ../../nbs/generation/24_engine.ipynb #d1a4bb43
 class FunctionEngine:
     "An engine whose answers come from a function."
     weights, revision, instruction, dialect, batch_size = "", "", "trained", "chat", 1
-    dropped: tuple[str, ...] = ()
-    server: dict[str, str] = {}
+    server, dropped = dict[str, str](), ()
 
     def __init__(
         self,

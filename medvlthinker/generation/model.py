@@ -49,11 +49,12 @@ BASELINES = {
 def prompt_format(
     model: str,  # as for `resolve_model`
     instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for the model's own
+    dialect: str = "",  # one of prompt.DIALECTS; empty for the model's own
 ) -> tuple[str, str]:
     "Instruction and dialect in which a model is asked."
     rows = {row.model: row for row in BASELINES.values()} | BASELINES
     row = rows.get(model, Baseline(model))
-    return instruction or row.instruction, row.dialect
+    return instruction or row.instruction, dialect or row.dialect
 
 # %% ../../nbs/generation/22_model.ipynb #e5139821
 def folder_name(model: str) -> str:

@@ -8,14 +8,16 @@ __all__ = ['server_address', 'api_key', 'fit_size', 'shrink', 'image_uri', 'requ
            'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
-import asyncio, base64, concurrent.futures, contextlib, io, json, math, os, re
+import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..core.commands import redact
 from ..core.files import UserError, sanitize
 from ..data.prompt import messages
 from ..data.sample import image_bytes, to_rgb
+from .model import prompt_format, resolve_model
 from .request import Completion, EngineSettings, Request
 
 # %% ../../nbs/generation/23_server.ipynb #d2df1de4
@@ -238,10 +240,15 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
     "Completions from a server that speaks OpenAI's protocol, by the official client."
+    weights, revision, version, batch_size = "", "", "openai", 1  # no version of ours
 
-    def __init__(self, settings: EngineSettings):
-        self.settings, self.address = settings, server_address(settings.base_url)
-        self.key, self.concurrency = api_key(self.address), max(1, settings.concurrency)
+    def __init__(self, settings: EngineSettings, dialect: str = ""):
+        self.settings = replace(settings, dtype="")  # nobody knows that of a server's weights
+        self.model = resolve_model(settings.model, Path(settings.checkpoints), served=True)
+        self.instruction, self.dialect = prompt_format(
+            settings.model, settings.instruction, dialect)
+        self.address = server_address(settings.base_url)
+        self.concurrency = max(1, settings.concurrency)
         self.seconds = settings.request_timeout or None
         self.budget = Budget(settings.max_requests, settings.max_total_tokens)
         self.refused: frozenset[str] = frozenset()
@@ -252,13 +259,16 @@ class ServerEngine:
         "The models that the server lists; once it has answered, it is not asked again."
         if self._served is None:
             seconds = min(self.seconds or patience, patience)
-            self._served = served_models(self.address, self.key, seconds)
+            self._served = served_models(self.address, api_key(self.address), seconds)
         return self._served
 
-    def checkpoint(self) -> str:
-        "The folder or hub id that vLLM serves under the model's name; empty where none is told."
-        roots = {each["id"]: each["root"] for each in self.served(patience=5)}
-        return roots.get(self.settings.model, "")
+    @functools.cached_property
+    def server(self) -> dict[str, str]:
+        "Where the model is asked, and the checkpoint that vLLM says it is; else an empty text."
+        roots = {}
+        with contextlib.suppress(UserError):  # a question will say what is wrong
+            roots = {each["id"]: each["root"] for each in self.served(patience=5)}
+        return {"address": self.address, "checkpoint": roots.get(self.model, "")}
 
     @property
     def dropped(self) -> set[str]:
@@ -316,7 +326,7 @@ def _client(engine: ServerEngine):
 
     hooks = {"request": [check_budget], "response": [check_answer]}
     return openai.AsyncOpenAI(
-        base_url=engine.address, api_key=engine.key or "none", timeout=engine.seconds,
+        base_url=engine.address, api_key=api_key(engine.address) or "none", timeout=engine.seconds,
         max_retries=5, http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks))
 
 # %% ../../nbs/generation/23_server.ipynb #d46a0b97
@@ -330,7 +340,7 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
     makers = {model["owned_by"] for model in engine.served()[:1]}
     extra = _NEUTRAL if makers & {"vllm", "sglang"} else {}
     while True:
-        body = request_body(engine.settings.model, messages, request, found, refused)
+        body = request_body(engine.model, messages, request, found, refused)
         try:
             with anyio.fail_after(engine.seconds and 3 * engine.seconds):
                 raw = await create(**body, extra_body=extra)
@@ -381,7 +391,7 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     reason, status = error_text(error), getattr(error, "status_code", 0)
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
-    address, model = engine.address, engine.settings.model
+    address, model = engine.address, engine.model
     served = [each["id"] for each in engine.served()]
     others = f"it has {', '.join(served[:12])}." if served else "most addresses end in /v1."
     final = {401: (f"{address} refuses the key ({reason}); set the environment variable "
