@@ -8,7 +8,7 @@ __all__ = ['VLLM_VARIABLES', 'ENGINES', 'ignored_settings', 'load_transformers',
            'copies', 'check_nodes', 'engine_version', 'Engine', 'open_engine', 'FunctionEngine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
-import copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
+import contextlib, copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -486,10 +486,12 @@ def copies(
 
 # %% ../../nbs/generation/24_engine.ipynb #47275c37
 def check_nodes(settings: Hardware) -> None:
-    "`UserError` where an engine cannot use so many machines; says which GPUs it would not use."
-    if settings.engine == "transformers" and settings.gpus > 1:
-        print(f"The engine transformers answers on one GPU of the {settings.gpus} that gpus names; "
-              "engine=vllm answers on all of them.")
+    "`UserError` where an engine cannot use so many machines; prints what else it cannot use."
+    counts = {key: getattr(settings, key) for key in ("gpus", "tensor_parallel", "data_parallel")}
+    unused = " and ".join(f"{key}={count}" for key, count in counts.items() if count > 1)
+    if settings.engine == "transformers" and unused:
+        print("The engine transformers answers by one copy of the model, on one GPU at most; "
+              f"{unused} would be of use to engine=vllm.")
     if settings.engine in ("transformers", "vllm") and settings.nodes > 1:
         raise UserError(f"The engine {settings.engine} works on one machine; "
                         f"nodes={settings.nodes} needs engine=ray (with ray_address=auto on a "
@@ -499,10 +501,8 @@ def check_nodes(settings: Hardware) -> None:
 def engine_version(name: str) -> str:
     "Name and installed version, such as `transformers 5.10.4`."
     for distribution in (name, f"{name}-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name} {importlib.metadata.version(distribution)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return name
 
 # %% ../../nbs/generation/24_engine.ipynb #121e4e88

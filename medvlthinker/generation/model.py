@@ -231,7 +231,7 @@ _ADVICE = {  # what a library says -> what to do
 
 def unloadable_error(model: str | Path, error: Exception) -> UserError:
     "The sentence for a model that its library does not load: damaged, too large, no GPU for it."
-    words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    words = shorten(str(error), 300, placeholder=" ...")
     said = f"{type(error).__name__}: {words}"
     way = next(way for part, way in _ADVICE.items() if re.search(part, said))
     return UserError(f"The model {model} cannot be loaded ({said}); {way}.")

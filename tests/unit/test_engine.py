@@ -209,9 +209,10 @@ def test_a_driver_that_is_too_old_is_a_sentence_and_no_reason_to_use_the_cpu(war
 
 def test_gpus_that_transformers_leaves_idle_are_said_before_anything_runs(capsys):
     "They are not refused: a training with the same keys may use them."
-    for settings in (EngineSettings(gpus=8), EngineSettings(gpus=1), EngineSettings(gpus=8, engine="vllm")):
-        check_nodes(settings)
-    assert capsys.readouterr().out.count("answers on one GPU of the 8 that gpus names") == 1
+    for keys in ({"gpus": 8, "data_parallel": 2}, {"gpus": 1}, {"gpus": 8, "engine": "vllm"}):
+        check_nodes(EngineSettings(**keys))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "gpus=8 and data_parallel=2 would be of use" in said
 
 
 # ---- vLLM's queue ----
