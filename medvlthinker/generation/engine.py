@@ -41,8 +41,8 @@ def ignored_settings(folder) -> dict:
 def _generation_config(folder) -> dict:
     file = Path(folder) / "generation_config.json"
     try:  # one that was cut off is not one that says nothing
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        return {**json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    except (ValueError, TypeError) as error:
         raise unloadable_error(folder, error) from None
 
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7

@@ -66,7 +66,8 @@ class Sampling:
     seed: int = 0  # of all questions together; see `Request.seed`
 
     def __post_init__(self):
-        if min(self.n, self.max_tokens) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        is_number = 0 <= self.temperature < float("inf")  # and so no NaN
+        if min(self.n, self.max_tokens) < 1 or not is_number or not 0 < self.top_p <= 1:
             raise UserError("n and max_tokens are 1 or more, a temperature is 0 or more, and top_p "
                             f"is above 0 and at most 1; this is {self}.")
 

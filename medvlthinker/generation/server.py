@@ -12,6 +12,7 @@ import asyncio, base64, concurrent.futures, contextlib, functools, io, json, mat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..core.commands import redact
 from ..core.files import UserError, sanitize
@@ -28,10 +29,14 @@ def server_address(base_url: str) -> str:
         raise UserError("base_url takes no password and no query; a key belongs in the environment "
                         "variable OPENAI_API_KEY, and Azure needs no api-version at "
                         "https://NAME.openai.azure.com/openai/v1.")
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/.*)?", address, re.I):
-        raise UserError("base_url must be an address such as http://127.0.0.1:8000/v1, not "
-                        f"{base_url!r}.")
-    return address
+    pattern = r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/.*)?"
+    with contextlib.suppress(ValueError):  # for a host or a port that cannot be
+        parts = urlsplit(address)
+        if parts.port != 0 and (parts.hostname or "").encode("idna") and (
+                re.fullmatch(pattern, address, re.I)):
+            return address
+    raise UserError("base_url must be an address such as http://127.0.0.1:8000/v1, not "
+                    f"{base_url!r}.")
 
 # %% ../../nbs/generation/23_server.ipynb #3fd0c7be
 def api_key(address: str) -> str:
