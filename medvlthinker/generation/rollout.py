@@ -219,8 +219,7 @@ class _Writer:
     def _read(self) -> None:
         "Find the whole lines; what follows a torn one stands on a line of its own."
         at, line = 0, b"\n"
-        with open(self.file.fileno(), "rb", closefd=False) as file:
-            file.seek(0)
+        with open(self.path, "rb") as file:
             for line in file:
                 if (row := from_line(line)) and 0 <= row["index"] < len(self.job.samples):
                     self.places[row["index"]] = at, len(line)
