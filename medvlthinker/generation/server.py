@@ -226,11 +226,11 @@ class Budget:
         return ""
 
 # %% ../../nbs/generation/23_server.ipynb #8c744b95
-def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict[str, str]]:
+def served_models(address: str, timeout: float = 30) -> list[dict[str, str]]:
     "The models that a server lists: id, owned_by, root; `UserError` where nobody answers."
     import openai
 
-    options = {"api_key": key or "none", "timeout": timeout, "max_retries": 1}
+    options = {"api_key": api_key(address) or "none", "timeout": timeout, "max_retries": 1}
     try:
         with openai.OpenAI(base_url=address, **options) as client:
             listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
@@ -263,8 +263,7 @@ class ServerEngine:
     def served(self, patience: float = 30) -> list[dict[str, str]]:  # seconds
         "The models that the server lists; once it has answered, it is not asked again."
         if self._served is None:
-            seconds = min(self.seconds or patience, patience)
-            self._served = served_models(self.address, api_key(self.address), seconds)
+            self._served = served_models(self.address, min(self.seconds or patience, patience))
         return self._served
 
     @functools.cached_property
