@@ -314,7 +314,7 @@ def stored_viewer(profile: Profile) -> Viewer:
         found = stored_rollouts(Workspace(profile.name).root, record, named_sets(profile))
         for samples, rollout in found.values():
             sets.setdefault(samples.path, (samples, {}))[1][record["model"]] = rollout
-            about[record["model"]] = made.format_map(rollout.record)
+            about[record["model"]] = made.format_map(rollout.record).strip()
     entries = [entry for each in sets.values() for entry in read_entries(*each)]
     drawn = any((entry.sample.misc or {}).get("synthetic") for entry in entries)
     source = profile.source if drawn or profile.source != "synthetic" else "own"

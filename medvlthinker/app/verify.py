@@ -179,7 +179,8 @@ def trace(
             right = grade_rollout(samples, rollout)[f"{rule}_correct"]
             yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
             yield f"    {record['model']} {record['weights']} on {_inside(samples.path, root)}"
-            yield "    " + ", ".join(f"{key} {record[key]}" for key in _SETTINGS)
+            said = [f"{key} {record[key]}" for key in _SETTINGS if record[key] != ""]
+            yield f"    {', '.join(said)}"
             shares.append(100 * right.mean())
         means.append(sum(shares) / len(shares))
         if model := other_weights(evaluation, root):

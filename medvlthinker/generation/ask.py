@@ -130,11 +130,10 @@ def ask(
         request.chat()  # what cannot be asked is refused before a model is made
     engine = model
     if isinstance(model, str):
-        engine = open_engine(EngineSettings(model=model, **settings))
+        dialect = request.dialect if style == "free" else ""
+        engine = open_engine(EngineSettings(model=model, **settings), dialect)
     if style != "free":
         request = replace(request, instruction=engine.instruction, dialect=engine.dialect)
-    elif isinstance(model, str):
-        engine.dialect = "chat"  # so its template is looked at before it answers
     [(_, [completion])] = engine.answer([request])
     return _read_answer(engine.settings.model, request, completion)
 

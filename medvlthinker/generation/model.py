@@ -49,11 +49,12 @@ BASELINES = {
 def prompt_format(
     model: str,  # as for `resolve_model`
     instruction: str = "",  # a name in prompt.INSTRUCTIONS; empty for the model's own
+    dialect: str = "",  # one of prompt.DIALECTS; empty for the model's own
 ) -> tuple[str, str]:
     "Instruction and dialect in which a model is asked."
     rows = {row.model: row for row in BASELINES.values()} | BASELINES
     row = rows.get(model, Baseline(model))
-    return instruction or row.instruction, row.dialect
+    return instruction or row.instruction, dialect or row.dialect
 
 # %% ../../nbs/generation/22_model.ipynb #e5139821
 def folder_name(model: str) -> str:
@@ -74,28 +75,31 @@ def resolve_model(
     served: bool = False,  # a server's model, which may have any name
 ) -> str:
     "A folder, a hub id or a served name; `UserError` for what is none of them."
-    if name == "tiny" and not served:
-        from medvlthinker.generation.tiny_model import make_tiny_model
+    if not served:
+        if name == "tiny":
+            from medvlthinker.generation.tiny_model import make_tiny_model
 
-        return str(make_tiny_model(checkpoints / "tiny"))
-    if not served and (ours := trained_model(name, checkpoints)):
-        return str(ours)
+            return str(make_tiny_model(checkpoints / "tiny"))
+        if ours := trained_model(name, checkpoints):
+            return str(ours)
     if row := BASELINES.get(name):
         if (row.engine == "openai") != served:
             raise UserError(f"The model {name} is asked through engine={row.engine}.")
         return row.model
     if re.fullmatch(r"\d+B-(SFT|RL)_\w+(-RL_\w+)?", name):
         return f"UCSC-VLAA/MedVLThinker-{name}"
-    if Path(name).is_dir() and not served:
+    if served:
+        return name
+    if Path(name).is_dir():
         if not Path(name, "config.json").is_file():
             raise UserError(f"The folder {name} holds no config.json, so no model; name a folder "
                             "written by save_pretrained.")
         return name
-    if not served and "@" in name:
+    if "@" in name:
         raise UserError(f"A model is named without a revision, and this is {name}; download that "
                         "revision (hf download owner/name --revision R --local-dir FOLDER) and "
                         "name the folder.")
-    if not served and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(
             f"No model {name!r}: it is no folder, no recipe that was trained here or published "
             "(such as 3B-RL_m23k), no row of the paper's comparison, no hub id (owner/name), and "
@@ -227,7 +231,7 @@ _ADVICE = {  # what a library says -> what to do
 
 def unloadable_error(model: str | Path, error: Exception) -> UserError:
     "The sentence for a model that its library does not load: damaged, too large, no GPU for it."
-    words = shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+    words = shorten(str(error), 300, placeholder=" ...")
     said = f"{type(error).__name__}: {words}"
     way = next(way for part, way in _ADVICE.items() if re.search(part, said))
     return UserError(f"The model {model} cannot be loaded ({said}); {way}.")
@@ -305,25 +309,26 @@ def check_chat_template(processor, model: str | Path) -> None:
                         "cannot be asked in messages; copy the template of the model that it was "
                         "trained from, or give it a dialect in model.BASELINES (README).")
     try:
-        content = [{"type": "text", "text": "?"}]
-        processor.apply_chat_template([{"role": "user", "content": content}])
+        content = [{"type": "text", "text": "What?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}])
+        if "What?" not in text:
+            raise ValueError("its chat template leaves out what is asked")
     except Exception as error:  # Jinja's for one that was cut off, or what a template raises itself
         raise unloadable_error(model, error) from None
 
 # %% ../../nbs/generation/22_model.ipynb #58d6b99b
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
 def weight_bytes(
     folder: str | Path,
-    dtype: str,  # in which the model will run: `float32`, `bfloat16` or `float16`
+    dtype: str,  # in which the model will run, of request.DTYPES
 ) -> int:
     "The size of a model's weights in memory; of what transformers cannot build, that of its files."
     folder = Path(folder)
     quantized = "quantization_config" in read_json(folder / "config.json")
     if quantized or (net := empty_model(folder)) is None:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return _WIDTH[dtype] * sum(weight.numel() for weight in net.parameters())
+    import torch
+
+    return net.num_parameters() * getattr(torch, dtype).itemsize
 
 # %% ../../nbs/generation/22_model.ipynb #4b6c8c6a
 def _gpu_bytes() -> int:

@@ -10,7 +10,7 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
 import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..core.files import (
@@ -18,7 +18,7 @@ from ..core.files import (
     record_text, write_error)
 from ..data.prompt import own_instruction
 from ..data.sample import Sample, to_row
-from .request import Completion, Request, Sampling
+from .request import DTYPES, Completion, Request, Sampling
 
 # %% ../../nbs/generation/25_rollout.ipynb #ab046e47
 def samples_fingerprint(samples: Sequence[Sample]) -> str:
@@ -52,7 +52,7 @@ class RolloutConfig:
     dialect: str  # one of prompt.DIALECTS
     engine: str  # `transformers`, `vllm` or `openai`
     engine_version: str  # such as `transformers 5.10.4`, how it draws, an own instruction
-    dtype: str
+    dtype: str  # empty for a server, of whose weights nobody knows it
     n: int
     temperature: float
     top_p: float
@@ -204,8 +204,8 @@ def _is_finished(folder: Path) -> bool:
 class _Writer:
     "A rollout that is being made; its folder is locked."
 
-    def __init__(self, job: "Job", config: RolloutConfig, folder: Path, server: dict):
-        self.job, self.config, self.folder, self.server = job, config, folder, server
+    def __init__(self, job: "Job", config: RolloutConfig, folder: Path, engine):
+        self.job, self.config, self.folder, self.engine = job, config, folder, engine
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
         self.before = read_json(folder / "rollout.json")
         self.dropped = {*self.before.get("dropped_parameters", ())}  # also by an earlier try
@@ -219,8 +219,7 @@ class _Writer:
     def _read(self) -> None:
         "Find the whole lines; what follows a torn one stands on a line of its own."
         at, line = 0, b"\n"
-        with open(self.file.fileno(), "rb", closefd=False) as file:
-            file.seek(0)
+        with open(self.path, "rb") as file:
             for line in file:
                 if (row := from_line(line)) and 0 <= row["index"] < len(self.job.samples):
                     self.places[row["index"]] = at, len(line)
@@ -230,9 +229,9 @@ class _Writer:
         if not line.endswith(b"\n"):
             self._append(b"\n")
 
-    def requests(self, number: int, engine) -> Iterator[Request]:
+    def requests(self, number: int) -> Iterator[Request]:
         "What is to be asked; questions that are computed together are asked together."
-        self.clock = time.monotonic()
+        self.clock, engine = time.monotonic(), self.engine
         unit = engine.batch_size
         window = unit * max(1, 128 // unit)  # read from the samples' file at once
         units = {index // unit for index in self.owed}
@@ -251,6 +250,9 @@ class _Writer:
         line = to_line(request.index, request.sample, completions)
         self.places[request.index] = self._append(line), len(line)
         self.owed.remove(request.index)
+        if not self.dropped.issuperset(dropped := self.engine.dropped):
+            self.dropped.update(dropped)
+            self._record()  # at once, as a kill may come
         return True
 
     def _append(self, data: bytes) -> int:
@@ -258,12 +260,6 @@ class _Writer:
         if (written := self.file.write(data)) < len(data):  # a disk that is nearly full
             self.file.write(data[written:])
         return self.file.tell() - len(data)
-
-    def note_dropped(self, dropped: Iterable[str]) -> None:
-        "Write down at once what of the sampling a server refused."
-        if not self.dropped.issuperset(dropped):
-            self.dropped.update(dropped)
-            self._record()
 
     def finish(self) -> str:
         "Put the lines in order, write the record, and say how the completions ended."
@@ -288,7 +284,7 @@ class _Writer:
 
     def _record(self, facts: dict | None = None) -> None:
         started = self.before.get("started") or _now()
-        asked = {"server": self.server, "dropped_parameters": sorted(self.dropped)}
+        asked = {"server": self.engine.server, "dropped_parameters": sorted(self.dropped)}
         record = {**asdict(self.config), **asked, **environment_info(), "started": started,
                   **(facts or {"seconds": self.before.get("seconds", 0.0)})}
         with atomic_write(self.folder / "rollout.json") as file:
@@ -347,16 +343,24 @@ def _ask(writers: list[_Writer], engine, show: Callable) -> None:
         return  # and no model is loaded
     progress = _Progress(writers, show)
     requests = (request for number, writer in enumerate(writers)
-                for request in writer.requests(number, engine))
+                for request in writer.requests(number))
     for request, completions in engine.answer(requests):
         writer = writers[request.rollout]
         if writer.add(request, completions):
-            writer.note_dropped(engine.dropped)
             progress.add(completions)
             if not writer.owed:
                 show(writer.finish())
 
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade1
+def _place(job: Job, config: RolloutConfig) -> Path:
+    "The folder of a rollout; the name of a server's was once made with a dtype of ours."
+    names = [config.fingerprint]
+    if config.engine == "openai":
+        names += [replace(config, dtype=dtype).fingerprint for dtype in DTYPES]
+    folders = [Path(job.folder) / name for name in names]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
 def _check_server(folder: Path, engine, show: Callable) -> None:
     "`UserError` where a server has another checkpoint than the one that answered before."
     if not (before := read_json(folder / "rollout.json").get("server")):
@@ -382,7 +386,7 @@ def generate_all(
     if not all(len(job.samples) for job in jobs):
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
-    folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
+    folders = [_place(job, config) for job, config in zip(jobs, configs)]
     for folder in folders:
         _check_server(folder, engine, show)
     todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
@@ -391,7 +395,7 @@ def generate_all(
         with contextlib.ExitStack() as held:
             for folder in sorted(todo):  # in one order, so that no two wait for each other
                 held.enter_context(file_lock(folder, show))
-            writers = [_Writer(job, config, folder, engine.server)
+            writers = [_Writer(job, config, folder, engine)
                        for folder, (job, config) in todo.items()
                        if not _is_finished(folder)]  # by another process, in the meantime
             for writer in writers:

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['server_address', 'api_key', 'fit_size', 'shrink', 'image_uri', 'request_body', 'drop_refused_parameter', 'part_text',
            'read_choice', 'count_tokens', 'read_answer', 'actual_status', 'error_text', 'Budget', 'served_models',
-           'served_checkpoint', 'ServerEngine']
+           'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
 import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..core.commands import redact
 from ..core.files import UserError, sanitize
 from ..data.prompt import messages
-from ..data.sample import to_rgb
+from ..data.sample import image_bytes, to_rgb
+from .model import prompt_format, resolve_model
 from .request import Completion, EngineSettings, Request
 
 # %% ../../nbs/generation/23_server.ipynb #d2df1de4
@@ -26,10 +29,14 @@ def server_address(base_url: str) -> str:
         raise UserError("base_url takes no password and no query; a key belongs in the environment "
                         "variable OPENAI_API_KEY, and Azure needs no api-version at "
                         "https://NAME.openai.azure.com/openai/v1.")
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/.*)?", address, re.I):
-        raise UserError("base_url must be an address such as http://127.0.0.1:8000/v1, not "
-                        f"{base_url!r}.")
-    return address
+    pattern = r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/.*)?"
+    with contextlib.suppress(ValueError):  # for a host or a port that cannot be
+        parts = urlsplit(address)
+        if parts.port != 0 and (parts.hostname or "").encode("idna") and (
+                re.fullmatch(pattern, address, re.I)):
+            return address
+    raise UserError("base_url must be an address such as http://127.0.0.1:8000/v1, not "
+                    f"{base_url!r}.")
 
 # %% ../../nbs/generation/23_server.ipynb #3fd0c7be
 def api_key(address: str) -> str:
@@ -68,8 +75,7 @@ def shrink(
             return data
     picture = to_rgb(data)  # which may turn it
     size = fit_size(picture.width, picture.height, max_pixels)
-    picture.resize(size, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
+    return image_bytes(picture.resize(size, Image.Resampling.BICUBIC))
 
 # %% ../../nbs/generation/23_server.ipynb #3bbec8d9
 def image_uri(data: bytes, max_pixels: int = 0) -> str:
@@ -80,8 +86,7 @@ def image_uri(data: bytes, max_pixels: int = 0) -> str:
     with Image.open(io.BytesIO(data)) as image:
         kind = image.format or ""
     if kind not in ("PNG", "JPEG", "WEBP", "GIF"):
-        to_rgb(data).save(file := io.BytesIO(), kind := "PNG")
-        data = file.getvalue()
+        data, kind = image_bytes(to_rgb(data)), "PNG"
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 # %% ../../nbs/generation/23_server.ipynb #eba676d3
@@ -221,11 +226,11 @@ class Budget:
         return ""
 
 # %% ../../nbs/generation/23_server.ipynb #8c744b95
-def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict[str, str]]:
+def served_models(address: str, timeout: float = 30) -> list[dict[str, str]]:
     "The models that a server lists: id, owned_by, root; `UserError` where nobody answers."
     import openai
 
-    options = {"api_key": key or "none", "timeout": timeout, "max_retries": 1}
+    options = {"api_key": api_key(address) or "none", "timeout": timeout, "max_retries": 1}
     try:
         with openai.OpenAI(base_url=address, **options) as client:
             listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
@@ -237,31 +242,37 @@ def served_models(address: str, key: str = "", timeout: float = 30) -> list[dict
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
         return []  # a question will say what is wrong, if anything is
 
-# %% ../../nbs/generation/23_server.ipynb #8c744b97
-def served_checkpoint(address: str, model: str) -> str:
-    "The folder or hub id that vLLM serves under a name; empty for a server that does not say."
-    with contextlib.suppress(UserError):
-        listed = {each["id"]: each["root"] for each in served_models(address, api_key(address), 5)}
-        return listed.get(model, "")
-    return ""
-
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
     "Completions from a server that speaks OpenAI's protocol, by the official client."
-    batch_size = 1
+    weights, revision, version, batch_size = "", "", "openai", 1  # no version of ours
 
-    def __init__(self, settings: EngineSettings):
-        self.settings, self.address = settings, server_address(settings.base_url)
-        self.key, self.concurrency = api_key(self.address), max(1, settings.concurrency)
+    def __init__(self, settings: EngineSettings, dialect: str = ""):
+        self.settings = replace(settings, dtype="")  # nobody knows that of a server's weights
+        self.model = resolve_model(settings.model, Path(settings.checkpoints), served=True)
+        self.instruction, self.dialect = prompt_format(
+            settings.model, settings.instruction, dialect)
+        self.address = server_address(settings.base_url)
+        self.concurrency = max(1, settings.concurrency)
         self.seconds = settings.request_timeout or None
         self.budget = Budget(settings.max_requests, settings.max_total_tokens)
         self.refused: frozenset[str] = frozenset()
         self.answered = self.failed = 0  # questions; and questions in a row
+        self._served: list[dict[str, str]] | None = None
+
+    def served(self, patience: float = 30) -> list[dict[str, str]]:  # seconds
+        "The models that the server lists; once it has answered, it is not asked again."
+        if self._served is None:
+            self._served = served_models(self.address, min(self.seconds or patience, patience))
+        return self._served
 
     @functools.cached_property
-    def served(self) -> list[dict[str, str]]:
-        "The models that the server lists."
-        return served_models(self.address, self.key, min(self.seconds or 30, 30))
+    def server(self) -> dict[str, str]:
+        "Where the model is asked, and the checkpoint that vLLM says it is; else an empty text."
+        roots = {}
+        with contextlib.suppress(UserError):  # a question will say what is wrong
+            roots = {each["id"]: each["root"] for each in self.served(patience=5)}
+        return {"address": self.address, "checkpoint": roots.get(self.model, "")}
 
     @property
     def dropped(self) -> set[str]:
@@ -272,8 +283,8 @@ class ServerEngine:
         "Each request as soon as it is answered; before a `UserError` all that was answered."
         from anyio.from_thread import start_blocking_portal
 
-        _, client = self.served, _client(self)
-        waiting, more, reason = {}, iter(requests), None
+        self.served()  # `UserError` where nobody answers
+        client, waiting, more, reason = _client(self), {}, iter(requests), None
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
             try:
                 while True:
@@ -319,7 +330,7 @@ def _client(engine: ServerEngine):
 
     hooks = {"request": [check_budget], "response": [check_answer]}
     return openai.AsyncOpenAI(
-        base_url=engine.address, api_key=engine.key or "none", timeout=engine.seconds,
+        base_url=engine.address, api_key=api_key(engine.address) or "none", timeout=engine.seconds,
         max_retries=5, http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks))
 
 # %% ../../nbs/generation/23_server.ipynb #d46a0b97
@@ -330,10 +341,10 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
     import anyio, openai
 
     refused, create = engine.refused, client.chat.completions.with_raw_response.create
-    makers = {model["owned_by"] for model in engine.served[:1]}
+    makers = {model["owned_by"] for model in engine.served()[:1]}
     extra = _NEUTRAL if makers & {"vllm", "sglang"} else {}
     while True:
-        body = request_body(engine.settings.model, messages, request, found, refused)
+        body = request_body(engine.model, messages, request, found, refused)
         try:
             with anyio.fail_after(engine.seconds and 3 * engine.seconds):
                 raw = await create(**body, extra_body=extra)
@@ -384,8 +395,8 @@ def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool)
     reason, status = error_text(error), getattr(error, "status_code", 0)
     if isinstance(error, TimeoutError) and engine.seconds:
         reason = f"no whole answer within {3 * engine.seconds:g} s, retries included"
-    address, model = engine.address, engine.settings.model
-    served = [each["id"] for each in engine.served]
+    address, model = engine.address, engine.model
+    served = [each["id"] for each in engine.served()]
     others = f"it has {', '.join(served[:12])}." if served else "most addresses end in /v1."
     final = {401: (f"{address} refuses the key ({reason}); set the environment variable "
                    f"OPENAI_API_KEY to one that may use {model}."),

@@ -208,15 +208,19 @@ def _muon_step(matrices: list, momenta: list, rate: float) -> None:
 
 
 def _train(
-    matrices: list,  # parameters that follow Muon
-    others: list,  # parameters that follow AdamW
+    part,  # a module whose parameters are trained
     next_loss: Callable,  # () -> the loss of the next batch
     steps: int,
     warmup: int,  # steps until the highest learning rate
+    heads: tuple = (),  # parameters beside those of the module
 ) -> Iterator[float]:
-    "Train, and yield the loss of each step."
+    "Train, and yield the loss of each step; matrices follow Muon, all else AdamW."
     import torch
 
+    matrices, others = [], [*heads]
+    for name, weight in part.named_parameters():
+        is_matrix = weight.ndim == 2 and "embed" not in name
+        (matrices if is_matrix else others).append(weight)
     adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
     momenta = [torch.zeros_like(matrix) for matrix in matrices]
     for step in range(1, steps + 1):
@@ -258,10 +262,7 @@ def pretrain_vision(model, seed: int = 0, steps: int = 220) -> Iterator[float]:
                    for fact, words in FACTS.items())
         return sum(map(cross_entropy, scores, targets))
 
-    tower = list(model.model.visual.parameters())
-    matrices = [weight for weight in tower if weight.ndim == 2]
-    others = [heads, *(weight for weight in tower if weight.ndim != 2)]
-    return _train(matrices, others, next_loss, steps, warmup=15)
+    return _train(model.model.visual, next_loss, steps, warmup=15, heads=(heads,))
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #5e5631f7
 def _tokenize(processor, sample: Sample, images: int) -> tuple[list[int], list[int]]:
@@ -323,15 +324,11 @@ def packed_loss(model, processor, examples: list[tuple]):
 def pretrain_language(model, processor, seed: int = 0, steps: int = 220) -> Iterator[float]:
     "Teach the language model to answer, from four examples a step; yields losses."
     rng = random.Random(f"{seed}/language")
-    model.model.visual.requires_grad_(False)
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    matrices = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name]
-    others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name]
 
     def next_loss():
         return packed_loss(model, processor, [make_example(rng) for _ in range(4)])
 
-    return _train(matrices, others, next_loss, steps, warmup=20)
+    return _train(model.model.language_model, next_loss, steps, warmup=20)
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #19de6bc0
 CARD = "tiny.json"
@@ -368,10 +365,10 @@ def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
     logging.disable_progress_bar()  # in a log each step of a bar is a line
     processor = tiny_processor()
     model = initialize_model(processor.tokenizer, seed)
-    halves = {"vision": lambda: pretrain_vision(model, seed, steps),
-              "language": lambda: pretrain_language(model, processor, seed, steps)}
-    for half, train in halves.items():
-        for step, loss in enumerate(train(), 1):
+    halves = {"vision": pretrain_vision(model, seed, steps),
+              "language": pretrain_language(model, processor, seed, steps)}
+    for half, losses in halves.items():
+        for step, loss in enumerate(losses, 1):
             if step % max(1, steps // 10) == 0:
                 show(f"tiny model, {half}: step {step} of {steps}, loss {loss:.2f}")
     model.save_pretrained(part)

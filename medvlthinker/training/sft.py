@@ -21,9 +21,9 @@ from ..core.files import (
 from ..data.prompt import sft_target, user_text
 from ..data.sample import Sample, SampleFile, from_row
 from ..difficulty.preflight import lengths, open_processor
-from medvlthinker.generation.model import (
-    check_weights, download_model, model_fingerprint, pixel_limits, unloadable_error,
-    weight_files)
+from ..generation.model import (
+    check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
+    unloadable_error, weight_files)
 from .memory import LORA_TARGETS, Row
 from .recipe import (
     Grpo, Recipe, TrainingSettings, nodes_of, processes, recomputes, rows_at_once, rows_of_update,
@@ -305,6 +305,7 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
             trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unloadable_error(run.start, error) from None
+    check_chat_template(processor, run.start)
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
     _prepare_tower(model.model, run)
     torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed

@@ -62,6 +62,7 @@ class Faulty(Handler):
     attempt, or `server.rule` gives a status and a body for the request."""
 
     def do_GET(self):
+        self.server.listed.append(self.path)
         owner = {"owned_by": self.server.owner, "root": self.server.root}
         self.reply(200, {"data": [{"id": "tiny", **owner}, {"id": "other", **owner}]})
 
@@ -122,7 +123,7 @@ class Faulty(Handler):
 
 @pytest.fixture
 def faulty():
-    facts = {"asked": [], "plan": {}, "now": 0, "most": 0, "owner": "us", "root": "", "forever": False,
+    facts = {"asked": [], "listed": [], "plan": {}, "now": 0, "most": 0, "owner": "us", "root": "", "forever": False,
              "pause": lambda number: 0.01, "rule": lambda body: None, "stopping": threading.Event()}
     with serving(Faulty, **facts) as server:
         server.url += "/v1"
@@ -373,6 +374,30 @@ def test_another_checkpoint_under_the_same_name_takes_no_answers_over(faulty, tm
     other = replace(served, base_url=faulty.url.replace("127.0.0.1", "localhost"))
     assert generate(samples, open_engine(other), ONE, tmp_path) == first
     assert len(faulty.asked) == asked and "came from http://127.0.0.1" in capsys.readouterr().out
+
+
+def test_a_server_is_asked_once_what_it_serves(faulty, tmp_path):
+    served = EngineSettings(engine="openai", base_url=faulty.url, model="tiny")
+    generate([request.sample for request in requests(3)], open_engine(served), ONE, tmp_path)
+    assert faulty.listed == ["/v1/models"]
+
+
+def test_nobody_knows_the_dtype_of_a_server_and_a_rollout_with_one_of_ours_goes_on(
+        faulty, tmp_path):
+    "A former version recorded the key's default, and named the folder with it."
+    samples, sets = [request.sample for request in requests(3)], {}
+    for dtype in ("float32", "bfloat16"):
+        served = EngineSettings(engine="openai", base_url=faulty.url, model="tiny", dtype=dtype)
+        sets[dtype] = generate(samples, open_engine(served), ONE, tmp_path)
+    rollout = sets["bfloat16"]
+    assert rollout.record["dtype"] == "" and len(faulty.asked) == 3
+    former = replace(rollout.config, dtype="bfloat16")
+    record = rollout.record | {"dtype": "bfloat16"}
+    rollout.folder.rename(place := tmp_path / former.fingerprint)
+    del record["finished"]
+    (place / "rollout.json").write_text(json.dumps(record))
+    again = generate(samples, open_engine(served), ONE, tmp_path)
+    assert (again.folder, again.record["dtype"], len(faulty.asked)) == (place, "", 3)
 
 
 def test_what_was_refused_stays_in_the_record_when_failed_questions_are_asked_again(

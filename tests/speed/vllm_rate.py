@@ -22,7 +22,7 @@ def vllm_rate():
     asked = [Request(sample, i, sampling) for i, sample in enumerate(samples)]
     list(engine.answer(asked[:8]))  # loads
     llm = engine._loaded.llm
-    chats = [_vllm_prompt(request.chat()) for request in asked]
+    chats = [_vllm_prompt(request) for request in asked]
     params = [SamplingParams(n=4, temperature=1.0, max_tokens=40, seed=each.seed,
                              logit_bias=engine._loaded.bias) for each in asked]
 

@@ -14,7 +14,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.sample import image_bytes
 from medvlthinker.generation import engine as engine_module
 from medvlthinker.generation.engine import (
-    batches, draw_answers, load_transformers, model_inputs, open_engine)
+    batches, check_nodes, draw_answers, load_transformers, model_inputs, open_engine)
 from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from transformers import GenerationConfig
 
@@ -205,6 +205,14 @@ def test_a_driver_that_is_too_old_is_a_sentence_and_no_reason_to_use_the_cpu(war
     monkeypatch.setattr(torch.nn.Module, "to", refuse)
     with pytest.raises(UserError, match="driver on your system is too old.*about the machine"):
         answers(open_engine(EngineSettings(model=str(warm_tiny), gpus=1)), GREEDY)
+
+
+def test_gpus_that_transformers_leaves_idle_are_said_before_anything_runs(capsys):
+    "They are not refused: a training with the same keys may use them."
+    for keys in ({"gpus": 8, "data_parallel": 2}, {"gpus": 1}, {"gpus": 8, "engine": "vllm"}):
+        check_nodes(EngineSettings(**keys))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "gpus=8 and data_parallel=2 would be of use" in said
 
 
 # ---- vLLM's queue ----

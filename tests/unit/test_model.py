@@ -238,6 +238,19 @@ def test_a_few_changed_matrices_in_a_large_file_are_another_model(tmp_path):
     assert model_fingerprint(tmp_path) != before
 
 
+def test_a_torn_chat_template_is_one_sentence_in_training(blank, tmp_path, corpus):
+    from medvlthinker.training import sft
+    from medvlthinker.training.recipe import TrainingSettings, find
+
+    folder = copied(blank, tmp_path)
+    run = sft.plan(find("tiny-SFT_PMC"), TrainingSettings(base=str(folder)), *corpus)
+    template = (folder / "chat_template.jinja").read_text()
+    for length, said in ((42, "leaves out what is asked"), (300, "TemplateSyntaxError")):
+        (folder / "chat_template.jinja").write_text(template[:length])
+        with pytest.raises(UserError, match=f"copy cannot be loaded .*{said}"):
+            sft.open_model(run)
+
+
 def test_a_missing_chat_template_is_one_sentence_in_preflight(blank, tmp_path):
     from medvlthinker.difficulty.preflight import open_processor
 
