@@ -472,8 +472,8 @@ def comparison_lines(
     "The comparison as text: a line a measured number, and the totals."
     number = ["measure", "model", "benchmark"]
     several = table.duplicated(number, keep=False)
-    names = table.model.mask(several, table.model + " (" + table.evaluated + ")")
-    total, table = len(table.drop_duplicates(number)), table.assign(model=names)
+    names = (" (" + table.evaluated.astype(str) + ")").where(several, "")  # whose number it is
+    total, table = len(table.drop_duplicates(number)), table.assign(model=table.model + names)
     lines = [f"{line.status:8} {line.model:24} {line.measure:22} {line.benchmark:14} printed "
              f"{line.printed:6.2f}  ours {line.ours:6.2f} [{line.low:.2f}, {line.high:.2f}] "
              f"({number_text(line.difference, 2, True)}), n={line.n:.0f}"
