@@ -82,7 +82,7 @@ def model_card(
     head = ("benchmark", "accuracy, %", "right", "n", "95 % interval", "source", "rule", "seed",
             "date")
     prompt = user_text(Sample("Which modality is this?", {"A": "CT", "B": "MRI"}, "A", "CT"))
-    template = files("medvlthinker.app").joinpath("card.md").read_text(encoding="utf-8")
+    template = files("medvlthinker.app").joinpath("card.txt").read_text(encoding="utf-8")
     return Template(template).substitute(
         metadata=model_metadata(recipe).to_yaml(), name=recipe.name, stages="\n".join(stages),
         prompt=repr(prompt),
