@@ -72,7 +72,8 @@ def compare_settings(
     import pandas as pd
     from transformers import AutoTokenizer
     from medvlthinker.app.runs import launch_rollout, rollouts
-    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement, split_words
+    from medvlthinker.evaluation.compare import (
+        compare_rollouts, engine_agreement, explain_flips, split_words)
     from medvlthinker.generation.model import resolve_model
 
     middle = words.index("--")
@@ -101,6 +102,7 @@ def compare_settings(
         print(f"{name:15} {engine_agreement(tables[-1]).sentence}")
     table, places = pd.concat(tables), [_origin(profile, side) for side in sides]
     _store(table, path, sides=places, rule=rule)
+    explain_flips(table, ("before the --", "behind it"), examples=2)
     print(engine_agreement(table).sentence)
 
 # %% ../../nbs/app/77_commands.ipynb #c78a21
@@ -233,7 +235,7 @@ def compare_models(
     "How much more often one model is right than another, on the same questions."
     import pandas as pd
     from medvlthinker.app.runs import stored_answers
-    from medvlthinker.evaluation.compare import compare_rollouts, paired_changes
+    from medvlthinker.evaluation.compare import compare_rollouts, explain_flips, paired_changes
 
     own = {"with": "", "rule": "regrade"}  # `with` is a word of Python's
     profile, first, second, rule = read_model(words, **own)
@@ -245,8 +247,10 @@ def compare_models(
     if not tables:
         raise UserError(f"{first} and {second} were asked no common test set in the profile "
                         f"{profile.name}.")
+    table = pd.concat(tables)
+    explain_flips(table, (first, second), examples=2)
     print(f"{second} - {first}, percentage points, rule {rule}")
-    print(_changes_text(paired_changes(pd.concat(tables))))
+    print(_changes_text(paired_changes(table)))
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0004
 def compare(words: Words = None) -> None:
@@ -279,6 +283,7 @@ def evaluate(words: Words = None) -> None:
     """
     from medvlthinker.app.cards import write_card
     from medvlthinker.app.runs import ask_model, evaluate_command, evaluation_samplings
+    from medvlthinker.data.benchmarks import TEST_SETS
     from medvlthinker.evaluation import evaluate as evaluation
     from medvlthinker.training.recipe import RECIPES
 
@@ -291,9 +296,12 @@ def evaluate(words: Words = None) -> None:
     write_card(RECIPES.get(model), profile)
     table = evaluation.accuracy(grades, rule).round(1).to_string()
     print(f"{model}, rule {rule}", table, sep="\n")
-    if gone := ", ".join(before.keys() - sets.keys()):
-        print(f"In the tables {model} has these sets from now on, and no more {gone}; "
-              f"{evaluate_command(profile, model, before | sets)} brings all back.")
+    if gone := before.keys() - sets.keys():
+        unknown = ", ".join(sorted(gone - TEST_SETS.local.keys()))
+        how = f", with the extend= that adds {unknown}," if unknown else ""
+        print(f"In the tables {model} has these sets from now on, and no more "
+              f"{', '.join(sorted(gone))}; "
+              f"{evaluate_command(profile, model, before | sets)}{how} brings all back.")
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0009
 def rollout(words: Words = None) -> None:

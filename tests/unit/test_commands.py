@@ -78,6 +78,10 @@ def test_sets_that_leave_the_tables_are_named(warm_home, call):
     assert "has these sets from now on, and no more slake_closed;" in said
     assert "./reproduce.sh evaluate smoke model=tiny limit=2 seed=43 benchmark=slake_closed,vqa_rad_closed brings all back" in said
     assert "from now on" not in call(*words, "benchmark=vqa_rad")
+    record = warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json"
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps(found | {"counts": found["counts"] | {"chest": [1, 2]}}))
+    assert "benchmark=vqa_rad_closed,chest, with the extend= that adds chest, brings all back" in call(*words, "benchmark=vqa_rad")
 
 
 def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
@@ -86,7 +90,9 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     shutil.copytree(warm_tiny, copy)
     assert "macro average" in call("evaluate", "smoke", *ASKED, f"model={copy}")
     first, *lines = call("compare", "smoke", *ASKED, "model=tiny", f"with={copy}").splitlines()
-    assert first == f"{copy} - tiny, percentage points, rule regrade"
+    assert re.fullmatch(rf"tiny -> {copy}: [1-9]\d* of \d+ verdicts flipped", first)
+    assert re.match(r"  (another option|no option read): \d+ \((right -> wrong|wrong -> right|other answer) ", lines[0]), "and why"
+    assert f"{copy} - tiny, percentage points, rule regrade" in lines
     assert [line.split()[0] for line in lines[-3:]] == ["slake_closed", "vqa_rad_closed", "macro"]
     assert all(re.fullmatch(r"[01]\.\d{3}|<0\.001", text) for line in lines[-3:-1] for text in line.split()[7:9]), "p and holm"
     refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
