@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'medvlthinker.app.cost._hardware': ('app/cost.html#_hardware', 'medvlthinker/app/cost.py'),
                                        'medvlthinker.app.cost._kept': ('app/cost.html#_kept', 'medvlthinker/app/cost.py'),
                                        'medvlthinker.app.cost._nodes': ('app/cost.html#_nodes', 'medvlthinker/app/cost.py'),
+                                       'medvlthinker.app.cost._rows': ('app/cost.html#_rows', 'medvlthinker/app/cost.py'),
                                        'medvlthinker.app.cost._sentences': ('app/cost.html#_sentences', 'medvlthinker/app/cost.py'),
                                        'medvlthinker.app.cost._training_plan': ('app/cost.html#_training_plan', 'medvlthinker/app/cost.py'),
                                        'medvlthinker.app.cost._updates': ('app/cost.html#_updates', 'medvlthinker/app/cost.py'),

@@ -23,7 +23,7 @@ from ..generation.request import Sampling
 from ..results.published import SIZES
 from ..training.memory import estimate, settings_that_fit
 from ..training.recipe import (
-    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, steps_to_train)
+    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, steps_per_epoch, steps_to_train)
 from ..training.train import printed_command
 
 # %% ../../nbs/app/72_cost.ipynb #c6900007
@@ -112,22 +112,29 @@ def _nodes(profile: Profile) -> int:
     return profile.nodes if profile.engine == "ray" and profile.nodes else 1
 
 # %% ../../nbs/app/72_cost.ipynb #c69000a5
-def _updates(recipe: Recipe, profile: Profile) -> int:
-    "Steps that a run trains, 0 where its questions are not known or too few."
+def _rows(recipe: Recipe, profile: Profile) -> int:
+    "Questions that a run trains on, 0 where they are not known or too few for a step."
     if (recipe.method, recipe.corpus) not in ROWS:
         return 0
     rows, pool = ROWS[recipe.method, recipe.corpus][0], CORPORA[recipe.corpus].count
     rows = round(rows * min(1, profile.train_limit / pool)) if profile.train_limit else rows
-    return 0 if rows < recipe.how.batch else steps_to_train(recipe, rows, profile.max_steps)[0]
+    return 0 if rows < recipe.how.batch else rows
+
+
+def _updates(recipe: Recipe, profile: Profile) -> int:
+    "Steps that a run trains, 0 where its questions are not known or too few."
+    rows = _rows(recipe, profile)
+    return steps_to_train(recipe, rows, profile.max_steps)[0] if rows else 0
 
 
 def _kept(recipe: Recipe, profile: Profile) -> int:
     "How many checkpoints of a run stay, at the most."
     if profile.keep_checkpoints:
         return profile.keep_checkpoints + 1
-    steps = _updates(recipe, profile)
-    once = recipe.how.save_every if isinstance(recipe.how, Grpo) else steps // recipe.how.epochs
-    return max(2, math.ceil(steps / (profile.save_every or once or 1)))
+    if not (rows := _rows(recipe, profile)):
+        return 2
+    own = recipe.how.save_every if isinstance(recipe.how, Grpo) else steps_per_epoch(recipe, rows)
+    return max(2, math.ceil(_updates(recipe, profile) / (profile.save_every or own)))
 
 # %% ../../nbs/app/72_cost.ipynb #c6900026
 def checkpoint_bytes(recipe: Recipe, profile: Profile) -> float:

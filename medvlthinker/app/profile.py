@@ -15,9 +15,6 @@ from typing import Any
 from ..core.commands import (
     check_keys, find_path, load_plugin, read_value, settings_file)
 from ..core.files import UserError
-from ..data.benchmarks import TEST_SETS, set_names
-from ..data.corpora import TRAINING_SETS
-from ..data.prompt import own_instruction
 from ..data.readers import DataSettings
 from ..generation.model import folder_name
 from ..training import recipe as training
@@ -67,6 +64,10 @@ def profile_names() -> list[str]:
 # %% ../../nbs/app/70_profile.ipynb #2ddd0aa9
 def _check_values(profile: Profile) -> None:
     "`UserError` for an unknown name, no model, two of one folder, or more GPUs than there are."
+    from medvlthinker.data.benchmarks import TEST_SETS, set_names
+    from medvlthinker.data.corpora import TRAINING_SETS
+    from medvlthinker.data.prompt import own_instruction
+
     for sets in (TEST_SETS, TRAINING_SETS):
         set_names(sets, getattr(profile, sets.kind))
     if profile.instruction:
