@@ -35,7 +35,7 @@ install() {  # uv where it is present, pip otherwise; both obey the registry tha
             links+=(--find-links "$place")
         done
         export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1  # the same by its new and its old name: trust the certificates that this machine trusts
-        set -- uv pip install --python "$VENV/bin/python" "${links[@]}" "$@"
+        set -- uv pip install --python "$VENV/bin/python" ${links[@]+"${links[@]}"} "$@"  # a Mac's bash, 3.2, takes an empty list for an error
     else
         set -- "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$@"
     fi
@@ -56,7 +56,7 @@ wanted_set() {
 }
 
 lock_of() { if [ "$1" = default ]; then echo locks/requirements.lock; else echo "locks/requirements-$1.lock"; fi; }
-state_of() { { cat "$(lock_of "$1")" pyproject.toml locks/compat/*/*.{toml,py,pth}; echo "$TORCH"; } | sha256sum | cut -c1-16; }
+state_of() { { cat "$(lock_of "$1")" pyproject.toml locks/compat/*/*.{toml,py,pth}; echo "$TORCH"; } | cksum | tr ' ' -; }
 
 DRIVER=580  # the oldest driver with CUDA 13, for which the torch of the registry is built
 
@@ -67,6 +67,13 @@ check_driver() {  # an old driver would end in a torch that sees no GPU; TORCH_I
     [[ $driver =~ ^[0-9]+ ]] || return 0
     [ "${BASH_REMATCH[0]}" -ge "$DRIVER" ] ||
         stop "the NVIDIA driver of this machine is $driver, and torch is built for CUDA 13, which needs $DRIVER or newer: it would see no GPU; update the driver, name a torch for an older CUDA (TORCH_INDEX), or call ./reproduce.sh setup cpu"
+}
+
+check_platform() {  # llguidance, which vLLM needs, is the wheel that asks for the newest glibc
+    local libc
+    libc=$(getconf GNU_LIBC_VERSION 2> /dev/null) || true
+    [ "$(uname -sm)" = "Linux x86_64" ] && [[ $libc =~ ^glibc\ 2\.([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -ge 31 ] ||
+        stop "vLLM and verl are built for Linux on x86_64 with glibc 2.31 or newer (RHEL 9, Ubuntu 20.04), and this is $(uname -sm)${libc:+ with $libc}; use a container (Dockerfile), or call ./reproduce.sh setup cpu, which needs neither"
 }
 
 check_compiler() {  # Triton compiles its kernels on the machine where they run
@@ -95,6 +102,7 @@ setup() {
     hash=$(state_of "$set")
     read -r _ _ place 2> /dev/null < "$VENV/.set-up" || place=$PWD
     [ "$(cat "$VENV/.set-up" 2> /dev/null)" = "$set $hash $PWD" ] && return
+    [ "$set" = default ] || check_platform
     [ "$set" = full-gpu ] && has_gpu && check_driver
 
     say "Setting up $VENV ($set, from $lock). The first time this takes a few minutes and about 3 GB (full: 5 GB; with a GPU: 10 GB, 4.3 GB of it downloaded)."
@@ -107,7 +115,7 @@ setup() {
     local local_packages=()
     [ "$set" != full-gpu ] && local_packages+=(./locks/compat/torchvision-cpu-shim)
     [ "$set" = full-cpu ] && local_packages+=(./locks/compat/vllm-metadata)
-    install --no-deps --no-build-isolation "${local_packages[@]}" --editable .
+    install --no-deps --no-build-isolation ${local_packages[@]+"${local_packages[@]}"} --editable .
     "$VENV/bin/python" -c 'import torch, transformers
 print(f"torch {torch.__version__} on", "CUDA" if torch.cuda.is_available() else "CPU", f"· transformers {transformers.__version__}")'
     printf '%s\n' "$set $hash $PWD" > "$VENV/.set-up"

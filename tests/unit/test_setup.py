@@ -137,6 +137,27 @@ def test_an_old_driver_is_a_sentence_before_anything_is_fetched(clone, driver, e
         assert clone.call("setup", "cpu").returncode == 0 and clone.state[0] == "default", "or without the GPU, if it is said"
 
 
+@pytest.mark.parametrize("system, libc, there", [
+    ("Linux x86_64", "glibc 2.31", True), ("Linux x86_64", "glibc 2.28", False), ("Linux aarch64", "glibc 2.39", False),
+    ("Darwin arm64", "", False), ("Linux x86_64", "", False)])
+def test_where_vllm_has_no_wheels_is_a_sentence(clone, system, libc, there):
+    clone.program("uname", f"echo {system}")
+    clone.program("getconf", f"[ -n '{libc}' ] && echo '{libc}'")
+    done = clone.call("setup", "full")
+    assert (done.returncode == 0) == there, done.stderr
+    if not there:
+        assert f"this is {system}" in done.stderr and libc in done.stderr and done.stderr.count("\n") == 1 and not clone.installed
+    assert clone.call("setup", "cpu").returncode == 0 and clone.state[0] == "default", "the small set is built for all of them"
+
+
+def test_the_bash_of_a_mac_takes_every_list_that_may_be_empty():
+    "Under `set -u` bash 3.2 calls an empty list unbound; `${list[@]+...}` is how it is asked."
+    for script in (ROOT / "reproduce.sh", *(ROOT / "locks").glob("*.sh")):
+        text = script.read_text()
+        bare = re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', text)
+        assert not [name for name in bare if re.search(rf"\b{name}=\(\)", text)], script
+
+
 def test_a_torch_that_sees_no_gpu_is_no_silent_success(clone):
     clone.gpu()
     clone.make_python(blind=1)
