@@ -73,7 +73,7 @@ check_platform() {  # llguidance, which vLLM needs, is the wheel that asks for t
     local libc
     libc=$(getconf GNU_LIBC_VERSION 2> /dev/null) || true
     [ "$(uname -sm)" = "Linux x86_64" ] && [[ $libc =~ ^glibc\ 2\.([0-9]+) ]] && [ "${BASH_REMATCH[1]}" -ge 31 ] ||
-        stop "vLLM and verl are built for Linux on x86_64 with glibc 2.31 or newer (RHEL 9, Ubuntu 20.04), and this is $(uname -sm)${libc:+ with $libc}; use a container (Dockerfile), or call ./reproduce.sh setup cpu, which needs neither"
+        stop "vLLM and verl are built for Linux on x86_64 with glibc 2.31 or newer (RHEL 9, Ubuntu 20.04), and this is $(uname -sm)${libc:+ with $libc}; ./reproduce.sh setup cpu needs neither, and a container (Dockerfile) brings a newer glibc"
 }
 
 check_compiler() {  # Triton compiles its kernels on the machine where they run
