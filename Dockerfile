@@ -27,5 +27,6 @@ RUN ./reproduce.sh setup ${SETUP}
 COPY --chown=companion . .
 
 ENV MEDVLTHINKER_HOME=/runs HF_HOME=/runs/hub NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ENTRYPOINT ["./reproduce.sh"]
+# by its whole path: Apptainer starts in the folder of the caller
+ENTRYPOINT ["/app/reproduce.sh"]
 CMD ["--help"]

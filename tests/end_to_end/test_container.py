@@ -46,7 +46,7 @@ def test_the_first_copies_hold_what_the_environment_is_made_from():
     first = [index for index, (word, rest) in enumerate(STEPS) if word == "RUN" and "./reproduce.sh setup ${SETUP}" in rest][0]
     copies = {source for word, rest in STEPS[:first] if word == "COPY" for source in copied(rest)[0]}
     assert {"reproduce.sh", "pyproject.toml", "locks", "medvlthinker", "README.md", "settings.ini"} <= copies
-    assert dict(STEPS)["ENTRYPOINT"] == '["./reproduce.sh"]' and dict(STEPS)["USER"] != "root"
+    assert dict(STEPS)["ENTRYPOINT"] == '["/app/reproduce.sh"]' and dict(STEPS)["USER"] != "root"
 
 
 # --- executed ---
