@@ -195,7 +195,7 @@ _DECLARED = _cues(
              rf"(?:choice|option)){_KIND}(?: is)?[ \t*_\"')\]]{{0,4}}[:=]"),
     # Selected option: B. Where a sentence begins
     ("[:=]", rf"(?:^|[.!?;)][ \n]){_SIGNS}{_ADJ}(?:choice|option|selection|selected|prediction"
-             r"|guess|predicted|conclusion|decision|response|verdict|diagnosis|pick)"
+             r"|guess|predicted|conclusion|decision|response|verdict|diagnosis|pick|correction)"
              rf"(?: is| answer|{_KIND})[ \t*_]{{0,4}}[:=]"),
     # Final answer. As a line, before the line of the answer
     ("answer|choice|option|答案",
@@ -207,11 +207,11 @@ _DECLARED = _cues(
      rf"[ \t]*:?{_WHOLE}"),
     # I would choose B. And as a whole line: Choose B, Solution: B
     ("choose|chose|select|pick|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean|say"
-     "|solution|correction",
+     "|solution",
      rf"(?:\b(?:i|we|let's)(?:'d|'ll|'m| would| will| am| must| should)? |^{_SIGNS}"
      rf"(?=\w+:?[*_]{{0,2}} {_NAME}))(?:say(?= {_NAME})|choose|chose|select(?:ed)?|pick(?:ed)?"
      r"|go(?:ing)? (?:with|for)|opt for|vote for|settle on|lean(?:ing)? towards?"
-     rf"|(?:solution|correction):)(?!\w){_WHOLE}"),
+     rf"|solution:)(?!\w){_WHOLE}"),
     # So option B is the best
     (r"\b[a-z]\)? (?:is|would be) ",
      r"(?:^|[.,;:]\s|\b(?:option|choice|answer|so|thus|therefore|hence|that) )(?=\(?(?-i:[A-Z])\)? "
