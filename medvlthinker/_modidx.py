@@ -263,6 +263,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands.RedactedStream.writelines': ( 'core/commands.html#redactedstream.writelines',
                                                                                                       'medvlthinker/core/commands.py'),
+                                            'medvlthinker.core.commands._failure': ( 'core/commands.html#_failure',
+                                                                                     'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands._follow': ( 'core/commands.html#_follow',
                                                                                     'medvlthinker/core/commands.py'),
                                             'medvlthinker.core.commands._run_file': ( 'core/commands.html#_run_file',

@@ -154,6 +154,13 @@ def _follow(process: subprocess.Popen, written: Iterable[str], show: Callable) -
         show(line.rstrip("\n"))
     return problem or last
 
+# %% ../../nbs/core/03_commands.ipynb #0b6cc2fc
+def _failure(words: list[str], code: int, said: str) -> str:
+    "What a command's caller reads of its failure, without keys."
+    if said.startswith(_SENTENCE):
+        return redact(said.removeprefix(_SENTENCE))
+    return f"{' '.join(words[1:4])} ended with exit code {code}: {redact(said)[:300]}"
+
 # %% ../../nbs/core/03_commands.ipynb #ec6c5193
 def run_logged(
     words: list[str],  # the command, such as [sys.executable, "-m", "medvlthinker.app.site", ...]
@@ -163,11 +170,12 @@ def run_logged(
 ) -> None:
     "Run a command and follow its log; its failure is a `UserError` with what the log says last."
     Path(log).parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
+    bind = end_with_parent() if "MEDVLTHINKER_BATCH" in os.environ else None
     with open(log, "wb") as out, open(log, encoding="utf-8", errors="replace") as lines:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: PLW1509
             words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
-            preexec_fn=end_with_parent() if "MEDVLTHINKER_BATCH" in os.environ else None)  # noqa: PLW1509
+            env=environment, preexec_fn=bind)
         try:
             said = _follow(process, lines, show)
         except BaseException:
@@ -177,12 +185,8 @@ def run_logged(
             raise
         finally:
             redact_file(log)
-    if not process.returncode:
-        return
-    if said.startswith(_SENTENCE):
-        raise UserError(f"{redact(said.removeprefix(_SENTENCE))} (log: {log})")
-    raise UserError(f"{' '.join(words[1:4])} ended with exit code {process.returncode}: "
-                    f"{redact(said)[:300]} (log: {log})")
+    if process.returncode:
+        raise UserError(f"{_failure(words, process.returncode, said)} (log: {log})")
 
 # %% ../../nbs/core/03_commands.ipynb #a9a420dd
 def settings_file() -> Path:
@@ -212,7 +216,7 @@ def find_path(
     places = [place for place in (path, settings_file().parent / path) if os.path.exists(place)]
     return places[0].resolve() if places else path
 
-# %% ../../nbs/core/03_commands.ipynb #45fa7d9a
+# %% ../../nbs/core/03_commands.ipynb #bc7b7f1a
 @functools.cache
 def _run_file(
     file: Path,
@@ -235,7 +239,7 @@ def _run_file(
                         f"{' '.join(str(error).split())}; mend it first.") from None
     return module
 
-
+# %% ../../nbs/core/03_commands.ipynb #45fa7d9a
 def load_plugin(
     extend: str,  # a Python file, from the working folder or from the project's root
 ) -> types.ModuleType:

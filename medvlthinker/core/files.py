@@ -100,14 +100,14 @@ def is_alive(pid: int | str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
 
-# %% ../../nbs/core/00_files.ipynb #0ada4ca1
+# %% ../../nbs/core/00_files.ipynb #f1a629d3
 def _is_left_over(part: Path, name: str) -> bool:
     "Did its writer die? That of another machine, or container, is not seen, but for its silence."
     if part.name.startswith(f".{name}.{platform.node()}."):
         return not is_alive(part.name.split(".")[-2])
     return time.time() - part.stat().st_mtime > 86_400
 
-
+# %% ../../nbs/core/00_files.ipynb #0ada4ca1
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "w"):  # or "wb" for bytes
     "A file to write, which gets its name when the block ends well; a full disk is a `UserError`."

@@ -178,7 +178,7 @@ def _cues(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, re.Pattern]]:
     "Expressions, each behind a word that every match holds and that is found fast."
     return [(re.compile(word), re.compile(pattern, re.I | re.M)) for word, pattern in pairs]
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e0020
+# %% ../../nbs/core/02_grade.ipynb #39164307
 _SIGNS = r"[^\w\n]{0,8}"   # stars, hashes and brackets before a word
 _ADJ = (r"(?:(?:the|my|our|your) )?(?:(?:final|correct|best|right|single|most (?:likely|appropriate"
         r"|suitable|probable)|appropriate|likely|chosen|selected|predicted) ){0,2}")
@@ -189,6 +189,8 @@ _SURELY = (r"(?: (?:most likely|most probably|likely|probably|clearly|definitely
            r"|indeed|simply|actually|then|to be)){0,3}")
 _WHOLE = r"(?! ?(?-i:[a-z])[ \t]*(?:\n|\Z))"   # no article of a sentence that was cut off
 _NAME = r"(?:option )?[*(]{0,3}(?-i:[A-Z])\b[*).]{0,4}(?:\n|\Z)"
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0020
 _DECLARED = _cues(
     # Answer: B. But "each answer choice:" is a heading
     ("[:=]", r"\b(?<!each )(?<!every )(?<!possible )(?:answer|(?:correct|best|right|final) "
@@ -326,7 +328,7 @@ def _clean(text: str) -> str:
     if "\\times" in text: text = text.replace("\\times", "x")
     return _WRAP.sub("", _PICTURE.sub(r"\1", text) if "<" in text else text)
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e002d
+# %% ../../nbs/core/02_grade.ipynb #d199d35d
 _TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\d+|[\u4e00-\u9fff]+"
                     r"|[^\W\d\u4e00-\u9fff]+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
 
@@ -338,11 +340,10 @@ def _words(text: str) -> tuple[str, ...]:
     article = _ARTICLE.match(folded)
     return tuple(_TOKEN.findall(folded[article.end():] if article else folded)) or (text.strip(),)
 
+# %% ../../nbs/core/02_grade.ipynb #9a4e002d
 _BETWEEN = re.compile(r"(?<=\d) ?%? to (?=\d)|[^\w<>=%+≤≥±]{0,4}")
 _BEGINS = re.compile(r"(?<![A-Za-z0-9_])(?<!\d[.,])(?<![A-Za-z]{2}-)")   # sub-acute is not acute
 _ENDS = re.compile(r"(?![A-Za-z0-9_]|\.\d|[-+](?!\w)|(?<=\d)/\d)")
-
-# a number that is a part of more: -20, 10 to 20, 140/90, at least 20, 20 mg/kg
 _BOUND = re.compile(r"(?:[-+]|\d/|(?:[<>≤≥±]|\d ?%? to|\bbetween \S+ and|\bx|half of"
                     r"|\b(?:over|under|above|than|at least|at most|minus|times)) ?)\Z")
 _PER = re.compile(r"(?: ?/ ?| per )(?:kg|m2)\b")
@@ -439,7 +440,7 @@ def _mark(text: str, names: _Names) -> str:
                for at in _letter_places(text, names.marks)]
     return _BESIDE.sub("", _replace(text, letters))
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e0039
+# %% ../../nbs/core/02_grade.ipynb #250ca19d
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
 _MANY = (r"(?P<one>[ⓐ-ⓩ])(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
@@ -451,6 +452,8 @@ _NO = (r"(?:not|never|wrong|incorrect\w*|inaccurate|inappropriate|inadequate|fal
        r"|eliminated|rejected|dismissed|discarded|discounted|out|contraindicated|inconsistent"
        r"|incompatible|unsupported|unrelated|irrelevant|invalid|absent|no longer|a distract[eo]r"
        r"|a trap)\b")
+
+# %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
     rf"{_MANY}(?:,[^,.;\nⒶ-ⓩ]{{1,40}},)?"
     r"(?: *(?:\w+n't|cannot|fails?|failed|lacks?|contradicts?|conflicts?)\b"
