@@ -649,6 +649,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers._make_sample': ( 'data/readers.html#_make_sample',
                                                                                        'medvlthinker/data/readers.py'),
+                                           'medvlthinker.data.readers._numbered': ( 'data/readers.html#_numbered',
+                                                                                    'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers._parquet_rows': ( 'data/readers.html#_parquet_rows',
                                                                                         'medvlthinker/data/readers.py'),
                                            'medvlthinker.data.readers.code_fingerprint': ( 'data/readers.html#code_fingerprint',

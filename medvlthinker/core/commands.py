@@ -173,9 +173,9 @@ def run_logged(
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
     bind = end_with_parent() if "MEDVLTHINKER_BATCH" in os.environ else None
     with open(log, "wb") as out, open(log, encoding="utf-8", errors="replace") as lines:
-        process = subprocess.Popen(  # noqa: PLW1509
+        process = subprocess.Popen(
             words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=environment, preexec_fn=bind)
+            env=environment, preexec_fn=bind)  # noqa: PLW1509
         try:
             said = _follow(process, lines, show)
         except BaseException:

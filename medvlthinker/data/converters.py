@@ -228,11 +228,7 @@ def remove_image_marks(question: str) -> str:
     question = re.sub(mark + r"(?=\s*[.,;:?!)])", "", question)
     return re.sub(mark + r"\s*", " ", question).strip()
 
-# %% ../../nbs/data/14_converters.ipynb #a5d49047
-MMMU_SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine",
-                 "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health")
-
-
+# %% ../../nbs/data/14_converters.ipynb #28d55e9d
 def _mmmu_options(listed: str, where: str) -> dict[str, str]:
     "The lettered options of a list's text."
     try:
@@ -241,6 +237,10 @@ def _mmmu_options(listed: str, where: str) -> dict[str, str]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     raise InvalidRow(where, "options", f"no list of choices: {listed[:40]!r}")
+
+# %% ../../nbs/data/14_converters.ipynb #a5d49047
+MMMU_SUBJECTS = ("Basic_Medical_Science", "Clinical_Medicine",
+                 "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health")
 
 
 def mmmu(row: dict, where: str) -> dict:

@@ -311,6 +311,18 @@ def _convert_row(row, convert: Callable, where: str) -> dict | InvalidRow:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         return InvalidRow(where, "row", f"not what its source promises ({words})")
 
+# %% ../../nbs/data/13_readers.ipynb #b1ea6e69
+def _numbered(rows: Iterable, convert: Callable, dataset_name: str, kept_count: bool) -> Iterator:
+    "Number, place and columns of each row; the index counts all rows, or those that are kept."
+    kept = 0
+    for number, (where, row) in enumerate(rows):
+        item = _convert_row(row, convert, where)
+        if isinstance(item, dict):
+            index = kept if kept_count else number
+            item = {"dataset_index": index, "dataset_name": dataset_name, **item}
+            kept += 1
+        yield number, where, item
+
 # %% ../../nbs/data/13_readers.ipynb #06722e04
 def _make_sample(where: str, item, read, fit: Callable | None) -> Sample | InvalidRow:
     "The sample of a converted row, with its images read and checked."
@@ -340,22 +352,13 @@ def samples_from(
     kept_count: bool = False,  # `dataset_index` counts the converted rows, and not all rows
 ) -> Iterator[Sample | InvalidRow]:
     "The samples of a source in its order, and an `InvalidRow` for each row that became none."
-    def convert_rows():
-        kept = 0
-        for number, (where, row) in enumerate(rows()):
-            item = _convert_row(row, convert, where)
-            if isinstance(item, dict):
-                index = kept if kept_count else number
-                item = {"dataset_index": index, "dataset_name": dataset_name, **item}
-                kept += 1
-            yield number, where, item
-
+    numbered = lambda: _numbered(rows(), convert, dataset_name, kept_count)
     drawn: set | None = None  # numbers of rows
     if limit:
-        order = [number for number, _, item in convert_rows() if isinstance(item, dict)]
+        order = [number for number, _, item in numbered() if isinstance(item, dict)]
         random.Random(seed).shuffle(order)
         drawn = {*order[:limit]}
-    items = ((where, item, images, fit) for number, where, item in convert_rows()
+    items = ((where, item, images, fit) for number, where, item in numbered()
              if drawn is None or number in drawn or isinstance(item, InvalidRow))
     yield from parallel_map(lambda item: _make_sample(*item), items)
 
