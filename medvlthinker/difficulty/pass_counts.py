@@ -223,18 +223,17 @@ def curate(
     seed: int = 42,  # of the shuffle
 ) -> Path:
     "Write the kept questions, easy to hard; beside the file lie its record and `.dropped.jsonl`."
-    samples, without = Path(samples), sorted(set(without))
+    samples, without, band = Path(samples), sorted(set(without)), decisions.attrs
     path = Path(folder) / f"{samples.stem}-{folder_name(by)}-easy_to_hard.parquet"
     questions = _all_questions(samples, decisions, without)
     counted = questions[["dataset_index", "n", "correct", "decision", "level"]].to_numpy()
     inputs = {"samples": file_hash(samples), "counts": fingerprint(counted.tolist()), "by": by,
-              "band": decisions.attrs, "order": "easy_to_hard", "seed": seed, "overlap": overlap,
+              "band": band, "order": "easy_to_hard", "seed": seed, "overlap": overlap,
               "without": fingerprint(without)}
     with file_lock(path.parent):
         if stale_reason(path, inputs):
-            stored = (read_json(record_path(path)).get("inputs") or {}).get("band")
-            words = "{low} to {high} of {n}".format
-            old, new = words(**(stored or decisions.attrs)), words(**decisions.attrs)
+            stored = (read_json(record_path(path)).get("inputs") or {}).get("band") or band
+            old, new = ("{low} to {high} of {n}".format(**each) for each in (stored, band))
             if old != new:  # a run shows lines with a bar
                 print(f"| {path.name} held questions with {old} answers right; now {new}.")
             with write_record(path, inputs, [path.with_suffix(".dropped.jsonl")]) as facts:
@@ -287,6 +286,22 @@ def split_half(
     first, second = (keep_band(pass_counts(part, rule), 1, half - 1) for part in parts)
     return first, second
 
+# %% ../../nbs/difficulty/30_pass_counts.ipynb #30258119
+def _posteriors(histogram, low: int, high: int, per_round: int) -> tuple:
+    """Asked and correct of each state, its probabilities of the three decisions, and its level.
+
+    Shapes: states, states, 3 x states, states."""
+    from scipy.stats import hypergeom
+
+    n = len(histogram) - 1
+    rounds, correct, final = np.ogrid[:n + 1:per_round, :n + 1, :n + 1]
+    joint = (np.asarray(histogram) + 1) * hypergeom.pmf(correct, n, final, rounds)
+    sides = np.stack([part.sum(2) for part in np.split(joint, [low, high + 1], axis=2)])
+    places = np.nonzero(sides.sum(0))  # no more can be right than were asked
+    shares = (sides / sides.sum(0).clip(1e-300))[:, *places]
+    level = (joint @ np.arange(n + 1) / joint.sum(2).clip(1e-300))[places]
+    return places[0] * per_round, places[1], shares, level
+
 # %% ../../nbs/difficulty/30_pass_counts.ipynb #7fb5a3d8
 def stopping_rule(
     histogram,  # how many questions of a pilot have 0, 1, ... n right answers
@@ -300,20 +315,14 @@ def stopping_rule(
     A row a state. Columns: asked, correct, action (`go on` or one of `DECISIONS`), right (the
     probability of the likeliest decision), level (right answers of n expected)."""
     import pandas as pd
-    from scipy.stats import hypergeom
 
     check_band(n := len(histogram) - 1, low, high)
     if not 0 < confidence <= 1 or per_round < 1 or n % per_round:
         raise UserError(f"A stopping rule wants 0 < confidence <= 1 and rounds that divide {n}; "
                         f"these are confidence={confidence}, per_round={per_round}.")
-    rounds, correct, final = np.ogrid[:n + 1:per_round, :n + 1, :n + 1]
-    joint = (np.asarray(histogram) + 1) * hypergeom.pmf(correct, n, final, rounds)
-    sides = np.stack([part.sum(2) for part in np.split(joint, [low, high + 1], axis=2)])
-    places = np.nonzero(sides.sum(0))  # no more can be right than were asked
-    shares = (sides / sides.sum(0).clip(1e-300))[:, *places]
-    level = (joint @ np.arange(n + 1) / joint.sum(2).clip(1e-300))[places]
-    rule = pd.DataFrame({"asked": places[0] * per_round, "correct": places[1],
-                         "right": shares.max(0), "level": level})
+    asked, correct, shares, level = _posteriors(histogram, low, high, per_round)
+    rule = pd.DataFrame(
+        {"asked": asked, "correct": correct, "right": shares.max(0), "level": level})
     stops = (rule.asked > 0) & ((rule.right > confidence - 1e-9) | (rule.asked == n))
     rule["action"] = np.where(stops, np.array(DECISIONS)[shares.argmax(0)], "go on")
     rule.attrs = {"low": int(low), "high": int(high), "n": n, "confidence": confidence,
@@ -381,9 +390,8 @@ def generate_until_decided(
         stopping_rule, low=low, high=high, confidence=confidence, per_round=per_round)
     make_rule(np.zeros(n + 1))  # refuses what cannot be, before anything is asked
 
-    keys = [(sample.dataset_name, sample.dataset_index) for sample in samples]
-    questions = pd.DataFrame(keys, columns=["dataset_name", "dataset_index"])
-    questions = questions.assign(n=0, correct=0)
+    rows = [(sample.dataset_name, sample.dataset_index, 0, 0) for sample in samples]
+    questions = pd.DataFrame(rows, columns=["dataset_name", "dataset_index", "n", "correct"])
 
     def ask(places: np.ndarray, number: int, more: int) -> None:
         "So many new completions of each of the questions at these places, counted."
@@ -393,14 +401,14 @@ def generate_until_decided(
         questions.loc[places, "n"] += more
         questions.loc[places, "correct"] += right
 
-    chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(keys))[:max(1, pilot)])
+    chosen = np.sort(np.random.default_rng(sampling.seed).permutation(len(rows))[:max(1, pilot)])
     ask(chosen, 0, n)
     histogram = np.bincount(questions.correct[chosen], minlength=n + 1)
     stopping = make_rule(histogram)
     for number in range(1, n // per_round + 1):
         undecided = np.flatnonzero(_decide(questions, stopping).decision == "go on")
         if len(undecided):
-            show(f"Round {number}: {len(undecided)} of {len(keys)} questions are not decided.")
+            show(f"Round {number}: {len(undecided)} of {len(rows)} questions are not decided.")
             ask(undecided, number, per_round)
     decisions = _decide(questions, stopping)
     decisions.attrs = {**stopping.attrs, "pilot": len(chosen), "histogram": histogram.tolist()}

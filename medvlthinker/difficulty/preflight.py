@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'picture_size', 'visual_tokens', 'prompt_ids', 'lengths', 
 
 # %% ../../nbs/difficulty/32_preflight.ipynb #8a683d63
 import functools, io, itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..core.files import UserError, require_package
 from ..core.plots import COLOURS, DASHES
@@ -44,11 +44,29 @@ def prompt_ids(
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return processor.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
 
-# %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
+# %% ../../nbs/difficulty/32_preflight.ipynb #7c63e978
 COLUMNS = ("dataset_name", "dataset_index", "images", "image_tokens", "text_tokens",
            "prompt_tokens", "most_pixels", "problem")
 
 
+def _measure(
+    sample: Sample,
+    tokens: int,  # of its prompt, one placeholder for each image
+    marks: int,  # placeholders among them
+    visual: Callable[[int, int], int],  # tokens of an image of this width and height
+) -> tuple:
+    "A row of `COLUMNS`."
+    sizes, image_tokens, text = [picture_size(data) for data in sample.images], 0, tokens - marks
+    problem = "" if marks == len(sizes) else "image placeholder in the text"
+    try:
+        image_tokens = sum(visual(*size) for size in sizes)
+    except ValueError:
+        problem = "aspect ratio over 200"
+    pixels = max((width * height for width, height in sizes), default=None)
+    return (sample.dataset_name, sample.dataset_index, len(sizes), image_tokens, text,
+            text + image_tokens, pixels, problem)
+
+# %% ../../nbs/difficulty/32_preflight.ipynb #3269254c
 def lengths(
     samples: Iterable[Sample],  # may be a stream
     processor,  # of the model
@@ -59,20 +77,12 @@ def lengths(
     Tokens of its prompt, pixels of its images, and the problem that makes it impossible, if any."""
     import pandas as pd
 
-    lines, rest, mark = [], iter(samples), processor.image_token_id
+    lines, rest = [], iter(samples)
     visual = functools.cache(functools.partial(visual_tokens, processor))
     while batch := list(itertools.islice(rest, 256)):
-        for sample, ids in zip(batch, prompt_ids(batch, processor, instruction)):
-            sizes, tokens, text = [picture_size(data) for data in sample.images], 0, len(ids)
-            text -= (marks := ids.count(mark))
-            problem = "" if marks == len(sizes) else "image placeholder in the text"
-            try:
-                tokens = sum(visual(*size) for size in sizes)
-            except ValueError:
-                problem = "aspect ratio over 200"
-            pixels = max((width * height for width, height in sizes), default=None)
-            lines.append((sample.dataset_name, sample.dataset_index, len(sizes), tokens, text,
-                          text + tokens, pixels, problem))
+        prompts = prompt_ids(batch, processor, instruction)
+        lines += [_measure(sample, len(ids), ids.count(processor.image_token_id), visual)
+                  for sample, ids in zip(batch, prompts)]
     whole = dict.fromkeys(COLUMNS[1:-1], "Int64")  # a text has no pixels
     return pd.DataFrame(lines, columns=COLUMNS).astype(whole)
 

@@ -196,7 +196,7 @@ def orthogonalize(matrix):
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     return x.T if is_tall else x
 
-# %% ../../nbs/generation/20_tiny_model.ipynb #007bb619
+# %% ../../nbs/generation/20_tiny_model.ipynb #a253b1fe
 def _muon_step(matrices: list, momenta: list, rate: float) -> None:
     "One step with Nesterov momentum; a tall matrix moves further, as in Muon."
     for matrix, momentum in zip(matrices, momenta):
@@ -206,7 +206,7 @@ def _muon_step(matrices: list, momenta: list, rate: float) -> None:
         matrix.mul_(1 - 0.01 * rate).sub_(update, alpha=rate * stretch)
         matrix.grad = None
 
-
+# %% ../../nbs/generation/20_tiny_model.ipynb #007bb619
 def _train(
     part,  # a module whose parameters are trained
     next_loss: Callable,  # () -> the loss of the next batch
@@ -264,7 +264,7 @@ def pretrain_vision(model, seed: int = 0, steps: int = 220) -> Iterator[float]:
 
     return _train(model.model.visual, next_loss, steps, warmup=15, heads=(heads,))
 
-# %% ../../nbs/generation/20_tiny_model.ipynb #5e5631f7
+# %% ../../nbs/generation/20_tiny_model.ipynb #62fca6ad
 def _tokenize(processor, sample: Sample, images: int) -> tuple[list[int], list[int]]:
     "A prompt, with a placeholder for each token of each image, and its answer."
     content = [{"type": "image"}] * images + [{"type": "text", "text": user_text(sample)}]
@@ -274,7 +274,7 @@ def _tokenize(processor, sample: Sample, images: int) -> tuple[list[int], list[i
     answer = sft_target(sample.answer_label, sample.reasoning or "") + "<|im_end|>"
     return tuple(processor.tokenizer(text)["input_ids"] for text in (prompt, answer))
 
-
+# %% ../../nbs/generation/20_tiny_model.ipynb #5e5631f7
 def pack_example(model, processor, scans: list, samples: list[Sample]) -> tuple:
     "Ids, labels, question numbers (0: common to all), n each, and positions (3 x n) of an example."
     import torch
@@ -358,10 +358,11 @@ def _deterministic():
         torch.set_num_threads(threads)
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #e969260c
-def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
+def _train_into(part: Path, card: dict, show: Callable) -> None:
     "Initialize a model, train it and save it; about ten losses of each half are shown."
     from transformers.utils import logging
 
+    seed, steps = card["seed"], card["steps"]
     logging.disable_progress_bar()  # in a log each step of a bar is a line
     processor = tiny_processor()
     model = initialize_model(processor.tokenizer, seed)
@@ -374,6 +375,7 @@ def _train_into(part: Path, seed: int, steps: int, show: Callable) -> None:
     model.save_pretrained(part)
     (part / "model.safetensors").chmod(part.stat().st_mode & 0o666)  # safetensors has 0600
     processor.save_pretrained(part)
+    (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 # %% ../../nbs/generation/20_tiny_model.ipynb #8cf0e5dd
 def make_tiny_model(
@@ -398,8 +400,7 @@ def make_tiny_model(
                                 "folder, or empty this one.")
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             with write_record(folder, card):
-                _train_into(part, seed, steps, show)
-                (part / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+                _train_into(part, card, show)
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
     except (OSError, SafetensorError) as error:  # either for a full disk
