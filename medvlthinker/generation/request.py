@@ -35,6 +35,11 @@ class Hardware:
     max_total_tokens: int = 0  # of prompts and answers from a server, in one run; 0 for any number
     ray_address: str = ""  # of a cluster, such as ray://host:10001; empty starts one here
 
+    def __post_init__(self):
+        if not 0 <= self.gpu_memory_utilization <= 1:
+            raise UserError("gpu_memory_utilization is a share of a GPU's memory, from 0 to 1, and "
+                            f"not {self.gpu_memory_utilization}.")
+
     @property
     def engine_name(self) -> str:
         "The engine that answers: on a cluster of Ray it is vLLM."
