@@ -40,7 +40,7 @@ def samples_fingerprint(samples: Sequence[Sample]) -> str:
             json.dump({"file": state, "samples": found}, file)
     return found
 
-# %% ../../nbs/generation/25_rollout.ipynb #9d83689f
+# %% ../../nbs/generation/25_rollout.ipynb #3a004c16
 @dataclass(frozen=True)
 class RolloutConfig:
     "Everything that decides what a rollout holds."
@@ -67,7 +67,7 @@ class RolloutConfig:
         "Sixteen hexadecimal digits that name the rollout."
         return fingerprint(asdict(self))
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #9d83689f
 def rollout_config(
     samples: Sequence[Sample],
     engine,  # from `open_engine`
@@ -76,9 +76,9 @@ def rollout_config(
     "What a rollout of these samples by this engine is."
     settings = engine.settings
     batched = settings.engine_name == "transformers"
-    # before, each answer had a batch's row to its end, and the same seed drew other tokens
+    # before, an answer kept its row of the batch to the end: the same seed drew other tokens
     shared = " with shared prompts" if batched and sampling.draws > 1 else ""
-    own = own_instruction(engine.instruction)  # its name alone would hide that its text was edited
+    own = own_instruction(engine.instruction)
     version = engine.version + shared + (f" with instruction {own}" if own else "")
     return RolloutConfig(
         model=settings.model, weights=engine.weights, revision=engine.revision,
@@ -200,6 +200,34 @@ def _is_finished(folder: Path) -> bool:
         return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
     return False
 
+# %% ../../nbs/generation/25_rollout.ipynb #690bf276
+def _endings(completions: list[dict]) -> dict[str, int]:
+    "How many completions there are, and how many were cut, said nothing, or failed."
+    reasons = Counter(each["finish_reason"] for each in completions)
+    blank = sum(not each["text"].strip() for each in completions)
+    return {"completions": len(completions), "length": reasons["length"],
+            "empty": blank - reasons["failed"], "failed": reasons["failed"]}
+
+
+def _summary(questions: int, total: dict[str, int]) -> str:
+    "The sentence for a rollout that is finished."
+    again = " (these count as wrong; the same command asks them again)" if total["failed"] else ""
+    return (f"{questions} questions, {total['completions']} completions; {total['length']} cut at "
+            f"max_tokens, {total['empty']} empty, {total['failed']} failed{again}.")
+
+# %% ../../nbs/generation/25_rollout.ipynb #b17a34b5
+def _scan(path: Path, questions: int) -> tuple[dict[int, tuple[int, int]], set[int], bool]:
+    "Start and length of each question's line, the questions that failed, and is the end torn?"
+    places, failed, at, line = {}, set(), 0, b"\n"
+    with open(path, "rb") as file:
+        for line in file:
+            if (row := from_line(line)) and 0 <= row["index"] < questions:
+                places[row["index"]] = at, len(line)
+                is_failed = _endings(row["completions"])["failed"] > 0
+                (failed.add if is_failed else failed.discard)(row["index"])
+            at += len(line)
+    return places, failed, not line.endswith(b"\n")
+
 # %% ../../nbs/generation/25_rollout.ipynb #02efab17
 class _Writer:
     "A rollout that is being made; its folder is locked."
@@ -209,25 +237,12 @@ class _Writer:
         self.path, self.clock = folder / "rollout.jsonl", time.monotonic()
         self.before = read_json(folder / "rollout.json")
         self.dropped = {*self.before.get("dropped_parameters", ())}  # also by an earlier try
-        self.places: dict[int, tuple[int, int]] = {}  # a question's line: start, length
-        self.failed: set[int] = set()
         self.file = open(self.path, "ab+", buffering=0)
-        self._read()
+        self.places, self.failed, is_torn = _scan(self.path, len(job.samples))
+        if is_torn:  # what follows stands on a line of its own
+            self._append(b"\n")
         self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
         self._record()
-
-    def _read(self) -> None:
-        "Find the whole lines; what follows a torn one stands on a line of its own."
-        at, line = 0, b"\n"
-        with open(self.path, "rb") as file:
-            for line in file:
-                if (row := from_line(line)) and 0 <= row["index"] < len(self.job.samples):
-                    self.places[row["index"]] = at, len(line)
-                    is_failed = _endings(row["completions"])["failed"] > 0
-                    (self.failed.add if is_failed else self.failed.discard)(row["index"])
-                at += len(line)
-        if not line.endswith(b"\n"):
-            self._append(b"\n")
 
     def requests(self, number: int) -> Iterator[Request]:
         "What is to be asked; questions that are computed together are asked together."
@@ -277,10 +292,7 @@ class _Writer:
         self._record({
             "rows": len(self.places), **total, "seconds": round(seconds, 3), "bytes": size,
             "sha256": digest.hexdigest(), "finished": _now()})
-        again = " (these count as wrong; the same command asks them again)"
-        return (f"{self.folder.parent.name}: {len(self.places)} questions, {total['completions']} "
-                f"completions; {total['length']} cut at max_tokens, {total['empty']} empty, "
-                f"{total['failed']} failed{again if total['failed'] else ''}.")
+        return f"{self.folder.parent.name}: {_summary(len(self.places), total)}"
 
     def _record(self, facts: dict | None = None) -> None:
         started = self.before.get("started") or _now()
@@ -289,14 +301,6 @@ class _Writer:
                   **(facts or {"seconds": self.before.get("seconds", 0.0)})}
         with atomic_write(self.folder / "rollout.json") as file:
             file.write(record_text(record))
-
-
-def _endings(completions: list[dict]) -> dict[str, int]:
-    "How many completions there are, and how many were cut, said nothing, or failed."
-    reasons = Counter(each["finish_reason"] for each in completions)
-    blank = sum(not each["text"].strip() for each in completions)
-    return {"completions": len(completions), "length": reasons["length"],
-            "empty": blank - reasons["failed"], "failed": reasons["failed"]}
 
 
 def _now() -> str:
@@ -312,7 +316,7 @@ class Job:
 
 # %% ../../nbs/generation/25_rollout.ipynb #0bab5867
 class _Progress:
-    "A line of text every few seconds, for a log wants lines and no bar that moves."
+    "A line of text every few seconds; a log has no place for a bar that moves."
 
     def __init__(self, writers: list[_Writer], show: Callable):
         self.total, self.show = sum(len(writer.job.samples) for writer in writers), show
@@ -333,7 +337,7 @@ class _Progress:
                 done, self.total, seconds, ncols=80, unit=" questions", initial=self.there,
                 postfix=f"{self.tokens / max(1e-9, seconds):,.0f} tokens/s"))
 
-
+# %% ../../nbs/generation/25_rollout.ipynb #a074cc4d
 def _ask(writers: list[_Writer], engine, show: Callable) -> None:
     "Ask what is owed, one rollout after the other; its last answer finishes a rollout."
     for writer in writers:
@@ -393,7 +397,7 @@ def generate_all(
             if not _is_finished(folder)}
     try:
         with contextlib.ExitStack() as held:
-            for folder in sorted(todo):  # in one order, so that no two wait for each other
+            for folder in sorted(todo):
                 held.enter_context(file_lock(folder, show))
             writers = [_Writer(job, config, folder, engine)
                        for folder, (job, config) in todo.items()
