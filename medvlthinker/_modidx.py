@@ -1261,6 +1261,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'medvlthinker/generation/server.py'),
                                                 'medvlthinker.generation.server._messages': ( 'generation/server.html#_messages',
                                                                                               'medvlthinker/generation/server.py'),
+                                                'medvlthinker.generation.server._several_at_once': ( 'generation/server.html#_several_at_once',
+                                                                                                     'medvlthinker/generation/server.py'),
                                                 'medvlthinker.generation.server.actual_status': ( 'generation/server.html#actual_status',
                                                                                                   'medvlthinker/generation/server.py'),
                                                 'medvlthinker.generation.server.api_key': ( 'generation/server.html#api_key',

@@ -108,6 +108,22 @@ def prompt_text(chat: list[dict] | dict) -> str:
         turns.append(f"[{turn['role']}]\n{''.join(parts)}")
     return "\n\n".join(turns)
 
+# %% ../../nbs/generation/26_ask.ipynb #6cb56e73
+def _read_answer(model: str, request: Request, completion: Completion) -> Answer:
+    if completion.finish_reason == "failed":
+        raise UserError(f"{model} gave no answer: {completion.error}.")
+    notes = ["The completion was cut at max_tokens."] * (completion.finish_reason == "length")
+    if misc := request.sample.misc:
+        notes.append(f"The image as it was read: {misc['mended'][0]}.")
+    if model.startswith("tiny"):
+        notes.append("A tiny model that knows drawn scans only: this tests the machinery and means "
+                     "nothing medical.")
+    text, options = completion.text, request.sample.options
+    found = grade(text, options, "", "regrade")
+    return Answer(model, prompt_text(request.chat()), text, extract_reasoning(text),
+                  found.answer or "", found.label, options.get(found.label or ""),
+                  " ".join(notes), request.sample.images[0])
+
 # %% ../../nbs/generation/26_ask.ipynb #00d096d9
 def ask(
     image,  # as for `read_image`
@@ -136,19 +152,3 @@ def ask(
         request = replace(request, instruction=engine.instruction, dialect=engine.dialect)
     [(_, [completion])] = engine.answer([request])
     return _read_answer(engine.settings.model, request, completion)
-
-
-def _read_answer(model: str, request: Request, completion: Completion) -> Answer:
-    if completion.finish_reason == "failed":
-        raise UserError(f"{model} gave no answer: {completion.error}.")
-    notes = ["The completion was cut at max_tokens."] * (completion.finish_reason == "length")
-    if misc := request.sample.misc:
-        notes.append(f"The image as it was read: {misc['mended'][0]}.")
-    if model.startswith("tiny"):
-        notes.append("A tiny model that knows drawn scans only: this tests the machinery and means "
-                     "nothing medical.")
-    text, options = completion.text, request.sample.options
-    found = grade(text, options, "", "regrade")
-    return Answer(model, prompt_text(request.chat()), text, extract_reasoning(text),
-                  found.answer or "", found.label, options.get(found.label or ""),
-                  " ".join(notes), request.sample.images[0])

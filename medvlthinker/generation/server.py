@@ -242,6 +242,28 @@ def served_models(address: str, timeout: float = 30) -> list[dict[str, str]]:
     except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
         return []  # a question will say what is wrong, if anything is
 
+# %% ../../nbs/generation/23_server.ipynb #7f5eba90
+def _several_at_once(start, requests: Iterable, most: int) -> Iterator[tuple]:
+    "Each request with its result, `most` awaited at once; before a `UserError` all that came."
+    waiting, more, reason = {}, iter(requests), None
+    try:
+        while True:
+            while not reason and len(waiting) < most and (request := next(more, None)):
+                waiting[start(request)] = request
+            if not waiting:
+                break
+            for future in concurrent.futures.wait(waiting, None, "FIRST_COMPLETED").done:
+                request = waiting.pop(future)
+                if isinstance(error := future.exception(), UserError):
+                    reason = reason or error
+                else:
+                    yield request, future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+    if reason:
+        raise reason
+
 # %% ../../nbs/generation/23_server.ipynb #f3f95621
 class ServerEngine:
     "Completions from a server that speaks OpenAI's protocol, by the official client."
@@ -284,26 +306,10 @@ class ServerEngine:
         from anyio.from_thread import start_blocking_portal
 
         self.served()  # `UserError` where nobody answers
-        client, waiting, more, reason = _client(self), {}, iter(requests), None
+        client = _client(self)
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
-            try:
-                while True:
-                    while not reason and len(waiting) < self.concurrency and (
-                            request := next(more, None)):
-                        waiting[portal.start_task_soon(_ask, self, client, request)] = request
-                    if not waiting:
-                        break
-                    for future in concurrent.futures.wait(waiting, None, "FIRST_COMPLETED").done:
-                        request = waiting.pop(future)
-                        if isinstance(error := future.exception(), UserError):
-                            reason = reason or error
-                        else:
-                            yield request, future.result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-        if reason:
-            raise reason
+            start = functools.partial(portal.start_task_soon, _ask, self, client)
+            yield from _several_at_once(start, requests, self.concurrency)
 
 # %% ../../nbs/generation/23_server.ipynb #1ea4da90
 def _client(engine: ServerEngine):
