@@ -291,7 +291,8 @@ SIBLINGS = [  # kind, options, what it must read, completions
     ("an answer that is taken back", SALTS, None, [
         "Answer: B. Actually, C.", "Answer: B... no, C.", "The answer is A. Hmm, actually it's C.",
         "Answer: A. Sorry, I meant C.", "B\n\nWait. On second thought, C."]),
-    ("an answer that is corrected", SALTS, "B", ["Answer: C\n\nCorrection: B"]),
+    ("an answer that is corrected", SALTS, "B", [
+        "Answer: C\n\nCorrection: B", "Answer: C. Correction: B."]),
     ("a number of something else", HOURS, None, [
         "Answer: between 5 and 24 hours", "Answer: over 24 hours", "The answer is <24 hours.",
         "1.5 times 24 hours"]),
