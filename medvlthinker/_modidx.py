@@ -1699,6 +1699,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe._embedded': ( 'training/recipe.html#_embedded',
                                                                                           'medvlthinker/training/recipe.py'),
+                                              'medvlthinker.training.recipe._how_error': ( 'training/recipe.html#_how_error',
+                                                                                           'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe._large': ( 'training/recipe.html#_large',
                                                                                        'medvlthinker/training/recipe.py'),
                                               'medvlthinker.training.recipe._reinforced': ( 'training/recipe.html#_reinforced',

@@ -96,9 +96,12 @@ def load_profile(
 ) -> Profile:
     "A profile from settings.ini, with overrides; `UserError` for unknown keys and wrong values."
     ini = _read_settings()
-    if not ini.has_section(name) or not re.fullmatch(r"\w[\w.-]*", name):
+    if not ini.has_section(name):
         known = ", ".join(ini.sections())
         raise UserError(f"No profile {name!r} in {settings_file().name}; known are {known}.")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{name!r} cannot be the name of a profile, which is that of its folder: "
+                        "letters, digits and . _ - can.")
     given: dict = dict(ini[name])
     if overrides.get("data_dir"):  # whoever names a folder means all of it
         given |= {"limit": 0, "train_limit": 0}

@@ -162,8 +162,9 @@ def training_data(recipe: Recipe, profile: Profile) -> Path:
     if recipe.method == "SFT":
         return load_reasoning(recipe.corpus, profile, Workspace(profile.name).samples).path
     if not (path := data_file(recipe, profile)).is_file():
+        words = shlex.join(["./reproduce.sh", "curate", *command_words(profile)])
         raise UserError(f"{recipe.name} reads {recipe.corpus} as curated by {profile.models[0]}, "
-                        f"and {path} is not there; run paper/2_difficulty first.")
+                        f"and {path} is not there; {words} makes it (paper/2_difficulty).")
     return path
 
 # %% ../../nbs/app/71_runs.ipynb #8aae17de

@@ -250,6 +250,11 @@ def register_set(sets: Collection, name: str, folder, layout: DatasetLayout) -> 
         raise UserError(f"The name {name} is taken by a set of this package; use another one.")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} cannot be the name of a set: letters, digits and . _ - can.")
+    if not isinstance(layout, DatasetLayout) or not callable(layout.convert) or not all(
+            isinstance(text, str) and not text.startswith("/") for text in layout[:2]):
+        raise UserError(f"The layout of {name} is DatasetLayout(files, images, convert): patterns "
+                        'as one text each, as seen from its folder ("" for no images), and a '
+                        f"function; not {layout!r:.200}.")
     place = str(Path(folder).expanduser().absolute())
     sets.local[name] = [layout._replace(place=place)]
 

@@ -609,6 +609,8 @@ def open_engine(
     dialect: str = "",  # in which the model will be asked, of prompt.DIALECTS; empty for its own
 ) -> Engine | ServerEngine:
     "An engine for one model; `UserError` for a model or an engine that there is not."
+    if not isinstance(settings, EngineSettings):
+        raise UserError(f"open_engine takes EngineSettings(model=...), not {settings!r:.60}.")
     for name, known in ((settings.engine, (*ENGINES, "ray", "openai")), (settings.dtype, DTYPES)):
         if name not in known:
             raise UserError(f"There is no {name!r} among {', '.join(known)}.")

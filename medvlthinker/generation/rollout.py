@@ -387,6 +387,8 @@ def generate_all(
 ) -> list[Rollout]:
     "The rollouts of all jobs; asks what is missing."
     jobs = list(jobs)
+    if not hasattr(engine, "settings"):
+        raise UserError(f"An engine comes from open_engine; this is {engine!r:.60}.")
     if not all(len(job.samples) for job in jobs):
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]

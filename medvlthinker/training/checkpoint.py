@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..core.commands import run_logged
 from ..core.files import (
-    UserError, file_hash, is_alive, read_json, require_package, sanitize, stale_reason,
-    write_error, write_record)
+    UserError, file_hash, is_alive, read_json, record_path, require_package, sanitize,
+    stale_reason, write_error, write_record)
 from ..generation.model import (
     check_weights, download_model, model_fingerprint, unloadable_error)
 from .recipe import (
@@ -264,7 +264,8 @@ def merge(
     layout_of(checkpoint)  # says first whether there is anything to merge
     refuse_pickles(checkpoint, own)
     inputs = merge_inputs(checkpoint, base)
-    if stale_reason(folder, inputs):
+    trained = folder.is_dir() and read_json(record_path(folder)).get("merge") == inputs
+    if not trained and stale_reason(folder, inputs):  # the record of a training says more
         with write_record(folder, inputs) as facts, atomic_folder(folder) as part:
             facts["weights"] = write_model(checkpoint, download_model(base), part, log)
     return folder

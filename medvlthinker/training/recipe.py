@@ -62,6 +62,22 @@ class Grpo:
     keep: int = 0  # checkpoints that the paper kept; 0 for all. Here those stay that are needed
     freeze_vision: bool = False
 
+# %% ../../nbs/training/40_recipe.ipynb #a1c0de02
+_SIZES = ("epochs", "batch", "mini_batch", "micro_batch", "max_length", "max_prompt_length",
+          "max_response_length", "tensor_parallel")
+
+
+def _how_error(how) -> str:
+    "Why nothing can be trained so; empty where it can."
+    if not isinstance(how, (Sft, Grpo)):
+        return f"its how is recipe.Sft(...) or recipe.Grpo(...), not {how!r:.60}"
+    for key in _SIZES:
+        if not isinstance(value := getattr(how, key, 1), int) or value < 1:
+            return f"{key}={value!r} is no whole number of 1 or more"
+    if isinstance(how, Grpo) and how.batch % how.mini_batch:
+        return f"batch={how.batch} is no multiple of mini_batch={how.mini_batch}"
+    return "rollouts is 2 or more" if isinstance(how, Grpo) and how.rollouts < 2 else ""
+
 # %% ../../nbs/training/40_recipe.ipynb #455c8263
 CHOICES = {"engine": ("transformers", "vllm", "openai", "ray"),
            "dtype": ("float32", "bfloat16", "float16"),
@@ -116,10 +132,12 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self):
-        if (size := self.name.split("-")[0]) not in BASES or size == self.name:
-            raise UserError("The name of a recipe begins with the size of its model and a hyphen, "
-                            f"such as 7B-RL_mine; {self.name!r} does not. Known are "
-                            f"{', '.join(BASES)} (recipe.BASES).")
+        if self.size not in BASES or not re.fullmatch(r"\w+-[\w.-]+", self.name):
+            raise UserError("The name of a recipe is the size of its model, a hyphen, and letters, "
+                            f"digits and . _ -, such as 7B-RL_mine; {self.name!r} is not. Sizes "
+                            f"are {', '.join(BASES)} (recipe.BASES).")
+        if wrong := _how_error(self.how):
+            raise UserError(f"The recipe {self.name} cannot be trained: {wrong}.")
         if self.init.split("@")[0] == self.name:
             raise UserError(f"The recipe {self.name} starts from itself; name what it starts from.")
 
