@@ -22,8 +22,9 @@ from ..generation.engine import check_nodes
 from ..generation.request import Sampling
 from ..results.published import SIZES
 from ..training.memory import estimate, settings_that_fit
-from ..training.recipe import (
-    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, steps_per_epoch, steps_to_train)
+from medvlthinker.training.recipe import (
+    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, steps_per_epoch,
+    steps_to_train)
 from ..training.train import printed_command
 
 # %% ../../nbs/app/72_cost.ipynb #c6900007
@@ -129,8 +130,8 @@ def _updates(recipe: Recipe, profile: Profile) -> int:
 
 def _kept(recipe: Recipe, profile: Profile) -> int:
     "How many checkpoints of a run stay, at the most."
-    if profile.keep_checkpoints:
-        return profile.keep_checkpoints + 1
+    if most := max_checkpoints(recipe, profile):
+        return most
     if not (rows := _rows(recipe, profile)):
         return 2
     own = recipe.how.save_every if isinstance(recipe.how, Grpo) else steps_per_epoch(recipe, rows)
