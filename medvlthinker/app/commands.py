@@ -144,7 +144,7 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     origin = {record["model"]: record["rollouts"] for record in require_records(profile)}
     answers, models = [], []
     for model in origin:
-        for samples, rollout in stored_answers(profile, model, tell=False).values():
+        for samples, rollout in stored_answers(profile, model).values():
             answers.append((samples, rollout))
             models += [model] * len(rollout)
     table = rescore(answers, old, new).assign(model=models)

@@ -13,7 +13,7 @@ import contextlib, dataclasses, glob, shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..core.commands import run_logged
+from ..core.commands import print_once, run_logged
 from ..core.files import UserError, read_json
 from ..data.benchmarks import (
     TEST_SETS, available_sets, load_benchmark, sample_file, set_names)
@@ -199,26 +199,13 @@ def other_weights(
 
 # %% ../../nbs/app/71_runs.ipynb #5f01bb16
 def tell_other_weights(record: dict, profile: Profile) -> None:
-    "Print a line where a model has other weights by now than those that answered."
+    "Print once where a model has other weights by now than those that answered."
     if folder := other_weights(record, Workspace(profile.name).root):
-        print(f"{record['model']} was evaluated with other weights than {folder} holds by now; "
-              f"{evaluate_command(profile, record['model'], record['rollouts'])} asks these.")
+        asked = evaluate_command(profile, record["model"], record["rollouts"])
+        print_once(f"{record['model']} was evaluated with other weights than {folder} holds by "
+                   f"now; {asked} asks these.")
 
-# %% ../../nbs/app/71_runs.ipynb #cc987a84
-def stored_records(
-    profile: Profile,
-    name: str = "evaluation.json",  # or repeats.json, of several answers a question
-) -> list[dict]:
-    "The records of a profile's models and recipes; `UserError` where they are of other questions."
-    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
-    workspace = Workspace(profile.name)
-    records = read_records(workspace.results / profile.source, models, name)
-    _refuse_mixed(records, workspace.root)
-    for record in records:
-        tell_other_weights(record, profile)
-    return records
-
-
+# %% ../../nbs/app/71_runs.ipynb #ea748a89
 def _refuse_mixed(records: list[dict], root: Path) -> None:
     "`UserError` where two models have answered different questions of one set."
     seen: dict[str, tuple[str, dict]] = {}
@@ -233,6 +220,20 @@ def _refuse_mixed(records: list[dict], root: Path) -> None:
                     f"({other.get('rows')} and {answers.get('rows')}), and one table cannot hold "
                     "both; evaluate one of them again (evaluate model=NAME), with the keys of the "
                     "other, such as limit=N, and from the same files.")
+
+# %% ../../nbs/app/71_runs.ipynb #cc987a84
+def stored_records(
+    profile: Profile,
+    name: str = "evaluation.json",  # or repeats.json, of several answers a question
+) -> list[dict]:
+    "The records of a profile's models and recipes; `UserError` where they are of other questions."
+    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
+    workspace = Workspace(profile.name)
+    records = read_records(workspace.results / profile.source, models, name)
+    _refuse_mixed(records, workspace.root)
+    for record in records:
+        tell_other_weights(record, profile)
+    return records
 
 # %% ../../nbs/app/71_runs.ipynb #64b00008
 def require_records(profile: Profile) -> list[dict]:
@@ -286,14 +287,12 @@ def stored_answers(
     profile: Profile,  # its `benchmark` may narrow the sets down
     model: str,
     kind: str = "greedy",  # or repeats: several answers to each question
-    tell: bool = True,  # where the model has other weights by now
 ) -> dict[str, tuple[SampleFile, Rollout]]:
     "What a model has answered, by its record; `UserError` where there is none."
     name = {"greedy": "evaluation.json", "repeats": "repeats.json"}[kind]
     workspace, found = Workspace(profile.name), dict[str, tuple[SampleFile, Rollout]]()
     for record in read_records(workspace.results / profile.source, [model], name):
-        if tell:
-            tell_other_weights(record, profile)
+        tell_other_weights(record, profile)
         found = stored_rollouts(workspace.root, record, named_sets(profile))
     if not found:
         raise UserError(f"{model} has no stored {kind} answers in the profile {profile.name} to "

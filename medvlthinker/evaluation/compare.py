@@ -23,22 +23,27 @@ from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
 
-# %% ../../nbs/evaluation/51_compare.ipynb #22c284ee
+# %% ../../nbs/evaluation/51_compare.ipynb #b380c0cb
 _TAG = re.compile(r"<[\s/]*answer\s*>", re.I)
 
 
+def _mended_tags(text: str) -> Iterator[str]:
+    "The text with well-formed answer tags, and with the missing one of a pair."
+    plain = _TAG.sub(lambda tag: "</answer>" if "/" in tag[0] else "<answer>", text)
+    before, closing, after = plain.rpartition("</answer>")
+    yield plain
+    if "<answer>" in after:
+        yield f"{plain}</answer>"
+    elif closing and "<answer>" not in before:
+        thought, newline, line = before.rstrip().rpartition("\n")
+        yield f"{thought}{newline}<answer>{line}</answer>{after}"
+
+# %% ../../nbs/evaluation/51_compare.ipynb #22c284ee
 def _edits(text: str, letter: str) -> Iterator[tuple[str, str]]:
     "Each feature of the text that may divide two rules, with the text without it."
     if not _TAG.search(text):
         yield "no answer tag", f"<think>{text}</think>\n<answer>{letter}</answer>"
-    plain = _TAG.sub(lambda tag: "</answer>" if "/" in tag[0] else "<answer>", text)
-    before, closing, after = plain.rpartition("</answer>")
-    yield "malformed answer tag", plain
-    if "<answer>" in after:
-        yield "malformed answer tag", f"{plain}</answer>"
-    elif closing and "<answer>" not in before:
-        thought, newline, line = before.rstrip().rpartition("\n")
-        yield "malformed answer tag", f"{thought}{newline}<answer>{line}</answer>{after}"
+    yield from (("malformed answer tag", mended) for mended in _mended_tags(text))
     before, _, after = text.rpartition("</answer>")
     before, opening, answer = before.rpartition("<answer>")
     if "<answer>" in before:
@@ -74,10 +79,7 @@ def flip_cause(
                 return cause
     return "other"
 
-# %% ../../nbs/evaluation/51_compare.ipynb #cb06
-split_words = re.compile(r"\s*\S+|\s+").findall  # nothing of a text is lost
-
-
+# %% ../../nbs/evaluation/51_compare.ipynb #a0fb0d1f
 def _flip(one: Grade, two: Grade) -> str:
     "How a verdict flips; empty where it does not."
     if (one.label, one.correct) == (two.label, two.correct):
@@ -91,6 +93,9 @@ def _difference_cause(completions: tuple[dict, dict], one: Grade, two: Grade) ->
     if "length" in [completion["finish_reason"] for completion in completions]:
         return "cut at max_tokens"
     return "no option read" if None in (one.label, two.label) else "another option"
+
+# %% ../../nbs/evaluation/51_compare.ipynb #cb06
+split_words = re.compile(r"\s*\S+|\s+").findall  # nothing of a text is lost
 
 
 def _compare(
@@ -262,7 +267,7 @@ class Agreement:
                 f"{100 * self.equal_texts:.1f} % of the texts are equal{parts}; "
                 f"{self.n} questions.")
 
-# %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
+# %% ../../nbs/evaluation/51_compare.ipynb #ad5c35c4
 def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, float]:
     "A share with an interval that is not empty where nothing, or everything, was seen."
     clusters = {"": [*images, "one more"]}
@@ -270,7 +275,7 @@ def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, f
     _, _, high = paired_bootstrap({"": [*flags, True]}, clusters)
     return sum(flags) / len(flags), max(0.0, low), high
 
-
+# %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
 def engine_agreement(
     table: "pd.DataFrame",  # of `compare_rollouts`, one greedy answer a question
 ) -> Agreement:

@@ -234,6 +234,18 @@ def question_scores(
     scores.insert(4, "rule", rule)
     return scores
 
+# %% ../../nbs/evaluation/50_evaluate.ipynb #e8f984a9
+def _measures(scores: "pd.DataFrame", n: int) -> dict[tuple[str, int], "pd.Series"]:
+    "By name and k of a measure of n answers: its value for each question."
+    import pandas as pd
+
+    found = {("average", 1): scores["right"] / scores["n"],
+             (f"majority of {min(n, VOTERS)}", 0): scores["majority"]}
+    for k in [k for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]:
+        shares = [pass_at_k(*pair, k) for pair in zip(scores["right"], scores["n"])]
+        found[f"pass@{k}", k] = pd.Series(shares, scores.index)
+    return found
+
 # %% ../../nbs/evaluation/50_evaluate.ipynb #b8039d64
 def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
     """Average, majority and pass@k of several answers, each with its 95 % interval in percent.
@@ -244,27 +256,21 @@ def repeated_accuracy(scores: "pd.DataFrame") -> "pd.DataFrame":
 
     if scores.empty:
         raise UserError("There is no question to make a table of; generate answers first.")
-    scores, n, rows = scores.reset_index(drop=True), int(scores["n"].min()), []
+    scores, rows = scores.reset_index(drop=True), []
     parts = dict(list(scores.groupby("dataset_name", observed=True, sort=False)))
     sizes = {name: len(part) for name, part in parts.items()}
-    measures = {("average", 1): scores["right"] / scores["n"],
-                (f"majority of {min(n, VOTERS)}", 0): scores["majority"]}
-    for k in [k for k in (1, 2, 4, 5, 8, 16, 32, 64) if k <= n]:
-        counts = zip(scores["right"], scores["n"])
-        measures[f"pass@{k}", k] = pd.Series([pass_at_k(*pair, k) for pair in counts])
-    for (measure, k), values in measures.items():
+    total, n = sum(sizes.get(name, 0) for name in BENCHMARKS), int(scores["n"].min())
+    for (measure, k), values in _measures(scores, n).items():
         means = {name: (float(values[part.index].mean()),
                         effective_size(values[part.index], part["image"]))
                  for name, part in parts.items()}
         found = {name: (mean[0], *wilson_of_mean(*mean)) for name, mean in means.items()}
         if means.keys() >= set(BENCHMARKS):
             six = {name: means[name] for name in BENCHMARKS}
-            total = sum(sizes[name] for name in six)
             found |= {"average": weighted_sum(six, dict.fromkeys(six, 1 / len(six))),
                       "all": weighted_sum(six, {name: sizes[name] / total for name in six})}
-        for name, (mean, low, high) in found.items():
-            count = sizes.get(name) or sum(sizes[each] for each in BENCHMARKS)
-            rows.append((name, measure, k, 100 * mean, 100 * low, 100 * high, count, n))
+        rows += [(name, measure, k, 100 * mean, 100 * low, 100 * high, sizes.get(name, total), n)
+                 for name, (mean, low, high) in found.items()]
     columns = ["dataset_name", "measure", "k", "percent", "low", "high", "n", "answers"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -129,10 +129,7 @@ def write_eval_results(
                     "num_correct": sum(output["is_correct"] for output in outputs)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/evaluation/53_export.ipynb #17015000
-_LINE = "a line of eval_results.jsonl: dataset_name, dataset_index, parsed_outputs with output_text"
-
-
+# %% ../../nbs/evaluation/53_export.ipynb #cf91ae08
 def _is_published(line) -> TypeGuard[dict]:
     "Has a line's value what is read of it, in the types of the published files?"
     fields = {"dataset_index": int, "dataset_name": str, "parsed_outputs": list}
@@ -140,6 +137,9 @@ def _is_published(line) -> TypeGuard[dict]:
         isinstance(line.get(name), kind) for name, kind in fields.items()) and all(
         isinstance(output, dict) and isinstance(output.get("output_text", 0), str | None)
         for output in line["parsed_outputs"])
+
+# %% ../../nbs/evaluation/53_export.ipynb #17015000
+_LINE = "a line of eval_results.jsonl: dataset_name, dataset_index, parsed_outputs with output_text"
 
 
 def read_eval_results(

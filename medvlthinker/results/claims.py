@@ -7,8 +7,8 @@ __all__ = ['Finding', 'PAIRS', 'CHANCE', 'QUESTIONS', 'interval_verdict', 'diffe
            'recipe_pairs', 'compare_recipes', 'best_open_7b', 'tops_all_open', 'new_records', 'on_par_with_gpt4o',
            'three_runs', 'averages_recompute', 'cells_are_possible', 'above_chance', 'gain_is_not_format',
            'bars_show_their_label', 'audit_claims', 'rows_markdown', 'verdicts_markdown', 'calculations_markdown',
-           'calculation_table', 'measured_models', 'base_pairs', 'paired_differences', 'run_differences', 'audit_runs',
-           'compare_to_paper', 'comparison_lines', 'agreement_table']
+           'calculation_table', 'measured_models', 'base_pairs', 'measured_grades', 'paired_differences',
+           'run_differences', 'audit_runs', 'compare_to_paper', 'comparison_lines', 'agreement_table']
 
 # %% ../../nbs/results/63_claims.ipynb #8aae9f8d
 import functools, itertools, math, re
@@ -355,42 +355,43 @@ def measured_models(models: Iterable[str]) -> dict[str, str]:
     return found
 
 # %% ../../nbs/results/63_claims.ipynb #7960c9fb
-def base_pairs(models: Iterable[str]) -> list[tuple[str, str]]:
-    "Every recipe among the models with the base model that it starts from, if both are there."
-    known = measured_models(models)
+def base_pairs(known: Iterable[str]) -> list[tuple[str, str]]:  # as for `recipe_pairs`
+    "Every recipe among the known models with the base model that it starts from, if that is too."
+    known = {*known}
     pairs = [(name, BASES[recipe.size]) for name, recipe in RECIPES.items()]
-    return [pair for pair in pairs if {*pair} <= {*known}]
+    return [pair for pair in pairs if {*pair} <= known]
+
+# %% ../../nbs/results/63_claims.ipynb #1614d124
+def measured_grades(
+    folder,  # results/<source> of a run
+    models: Iterable[str],  # the names under which they were evaluated
+) -> dict:  # a pandas DataFrame by each name that `measured_models` gives
+    "The grades of each model on the paper's six sets, read once; `UserError` for one without any."
+    tables = {name: read_grades(folder, model) for name, model in measured_models(models).items()}
+    return {name: table[table["dataset_name"].isin(COLUMNS)] for name, table in tables.items()}
 
 # %% ../../nbs/results/63_claims.ipynb #e77f6749
 def paired_differences(
-    folder,  # results/<source> of a run
-    models: Iterable[str],  # the names under which models were evaluated
-    pairs: Iterable[tuple[str, str]],
+    grades: dict,  # of `measured_grades`
+    pairs: Iterable[tuple[str, str]],  # of its names
     rule: str = "regrade",  # one of grade.RULES
 ) -> Iterator[tuple]:  # first, second, and the table of `paired_difference`
-    "Each pair that answered the same questions; a model that was not evaluated is an error."
-    known = measured_models(models)
-
-    @functools.cache
-    def grades(model):
-        table = read_grades(folder, known.get(model, model))
-        return table[table["dataset_name"].isin(COLUMNS)]
-
+    "Each pair that answered the same questions."
     for first, second in pairs:
-        one, two = grades(first), grades(second)
+        one, two = grades[first], grades[second]
         if {*zip(one["dataset_name"], one["dataset_index"])} == {
                 *zip(two["dataset_name"], two["dataset_index"])}:
             yield first, second, paired_difference(one, two, rule)
 
 # %% ../../nbs/results/63_claims.ipynb #1b46ed7c
 def run_differences(
-    folder, models: Iterable[str], pairs: Iterable[tuple[str, str]], rule: str = "regrade",
+    grades: dict, pairs: Iterable[tuple[str, str]], rule: str = "regrade",
 ) -> list[dict]:
     """A line a pair: the difference of macro averages, and the benchmarks that differ after Holm.
 
     `over` names the benchmarks where they are not all six."""
     lines: list[dict] = []
-    for first, second, table in paired_differences(folder, models, pairs, rule):
+    for first, second, table in paired_differences(grades, pairs, rule):
         macro, differ = table.loc["macro average"], table[table["holm"] < 0.05]["difference"]
         apart = [f"{COLUMNS.get(name, name)} {number_text(value, signed=True)}"
                  for name, value in differ.items()]
@@ -404,15 +405,13 @@ def run_differences(
 
 # %% ../../nbs/results/63_claims.ipynb #144d0a91
 def audit_runs(
-    folder,  # results/<source> of a run
-    models: Iterable[str],
+    grades: dict,  # of `measured_grades`
     rule: str = "regrade",
 ) -> dict[str, Verdict]:
     "The claims that compare recipes, on the evaluated models; a claim without a pair is open."
-    models, verdicts = [*models], dict[str, Verdict]()
+    verdicts = dict[str, Verdict]()
     for claim in (claim for claim in published().claims if claim.key in PAIRS):
-        pairs = recipe_pairs(claim.key, measured_models(models))
-        lines = run_differences(folder, models, pairs, rule)
+        lines = run_differences(grades, recipe_pairs(claim.key, grades), rule)
         verdict = combine_verdicts(line["verdict"] for line in lines)
         because = _differences_text(lines) or "No such pair of models answered the same questions."
         verdicts[claim.key] = Verdict(claim, verdict, because, lines)

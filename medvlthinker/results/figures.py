@@ -7,11 +7,12 @@ __all__ = ['RADARS', 'figure_notes', 'model_names', 'draw_marks', 'sampled_frame
            'pass_at_k_figure', 'radar_figure', 'forest_figure', 'accuracy_figure', 'write_figure_files']
 
 # %% ../../nbs/results/62_figures.ipynb #f21a5b10
-import functools, re
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..core.commands import print_once
 from ..core.files import UserError, atomic_write
 from ..core.plots import (
     COLOURS, DASHES, SYMBOLS, draw_panels, lay_out, picture, wrap_label, write_figure)
@@ -43,13 +44,11 @@ def model_names(frame) -> list[str]:
     return [f"{names[model]} (ours)" if own else model for model, own in zip(frame["model"], ours)]
 
 # %% ../../nbs/results/62_figures.ipynb #da6a88a6
-def draw_marks(
-    frame,  # columns panel, lane, series, source, n, `value`, low and high; NaN for no interval
-    value: str,  # percent or difference
-    title: str,  # of the x axis
-    notes: list[str],
-):  # a plotly figure
-    "Panels of lanes of marks."
+def draw_marks(frame, value: str, title: str, notes: list[str]):  # a plotly figure
+    """Panels of lanes of marks over an x axis of this title.
+
+    The frame has columns panel, lane, series, source, n, low and high (NaN for no interval), and
+    one that is called as `value` says: percent or difference."""
     import plotly.express as px
 
     frame = frame.assign(lane=[wrap_label(lane, 30) for lane in frame["lane"]],
@@ -210,11 +209,6 @@ def accuracy_figure(
     return draw_marks(by_benchmark(drawn), "percent", "Accuracy (%)", notes)
 
 # %% ../../nbs/results/62_figures.ipynb #528c20c0
-@functools.cache
-def _print_once(sentence: str) -> None:
-    print(sentence)
-
-
 def write_figure_files(
     name: str,  # the files' name without ending
     frame,  # what is drawn
@@ -227,7 +221,7 @@ def write_figure_files(
     try:
         data = picture(figure)
     except (UserError, RuntimeError, OSError) as error:
-        _print_once(f"No png of the figures: {str(error).splitlines()[0]}")
+        print_once(f"No png of the figures: {str(error).splitlines()[0]}")
         return paths
     paths.append(Path(folder) / f"{name}.png")
     with atomic_write(paths[2], "wb") as file:

@@ -269,6 +269,24 @@ def _answer(viewer: Viewer, view: dict) -> str:
     body = "".join(entry_html(viewer.entries[place], models) for place in hits[at - 1:at])
     return f'<span role="status">{words}</span><br><code>{address}</code>{body}'
 
+# %% ../../nbs/results/64_viewer.ipynb #419bd7b3
+def _controls(viewer: Viewer, view: dict) -> list:
+    "A widget for each part of a view, in the order of its keys; the last is the position."
+    import ipywidgets as widgets
+
+    given = {"style": {"description_width": "14em"}, "layout": widgets.Layout(width="28em")}
+    controls: list = []
+    for column, choices in viewer.choices.items():
+        options = [("all", "")] if column != "model" else []
+        options += [(escape_invisible(choice), choice) for choice in choices]
+        controls.append(widgets.Dropdown(
+            options=options, value=view[column], description=FILTERS[column], **given))
+    return [*controls,
+            widgets.Text(view["text"], description=FILTERS["text"], continuous_update=False,
+                         **given),
+            widgets.BoundedIntText(view["at"], min=1, max=len(viewer.entries),
+                                   description="Question", **given)]
+
 # %% ../../nbs/results/64_viewer.ipynb #978696dc
 def browse(
     viewer: Viewer,
@@ -278,17 +296,10 @@ def browse(
     import ipywidgets as widgets
 
     view, body = viewer.parse(at), widgets.HTML()
-    given = {"style": {"description_width": "14em"}, "layout": widgets.Layout(width="28em")}
-    controls = {}
-    for column, choices in viewer.choices.items():
-        options = [("all", "")] if column != "model" else []
-        options += [(escape_invisible(choice), choice) for choice in choices]
-        controls[column] = widgets.Dropdown(options=options, value=view[column], **given)
-    controls["text"] = widgets.Text(view["text"], continuous_update=False, **given)
-    place = widgets.BoundedIntText(view["at"], min=1, max=len(viewer.entries), **given)
+    *controls, place = _controls(viewer, view)
 
     def show(change=None):
-        chosen = {column: control.value for column, control in controls.items()}
+        chosen = {name: control.value for name, control in zip(view, controls)}
         body.value = _answer(viewer, {**chosen, "at": place.value})
 
     def restart(change):
@@ -296,15 +307,12 @@ def browse(
         show()
 
     show()
-    place.description = "Question"
     place.observe(show, "value")
-    for column, control in controls.items():
-        control.description = FILTERS[column]
+    for control in controls:
         control.observe(restart, "value")
     note = widgets.HTML(DRAWN_NOTE if viewer.source == "synthetic" else "")
-    filters = widgets.HBox([*controls.values(), place],
-                           layout=widgets.Layout(flex_flow="row wrap", max_width="78em"))
-    return widgets.VBox([note, filters, body])
+    layout = widgets.Layout(flex_flow="row wrap", max_width="78em")
+    return widgets.VBox([note, widgets.HBox([*controls, place], layout=layout), body])
 
 # %% ../../nbs/results/64_viewer.ipynb #612ed251
 def spaced_places(
