@@ -48,6 +48,37 @@ def output_html(output: dict) -> str:
     text = output.get("text") or data.get("text/plain") or output.get("evalue", "")
     return f'<pre class="{output.get("name", "result")}">{html.escape(text.rstrip())}</pre>'
 
+# %% ../../nbs/app/76_site.ipynb #5858f562
+def _visible(cells: list) -> list:
+    "The cells that a page shows."
+    return [cell for cell in cells if cell.source.strip() and cell.cell_type in ("code", "markdown")
+            and "hide" not in cell.directives
+            and "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+def _merged(cells: list) -> list:
+    "The cells; neighbours of code are one up to the first output, so that they fold into one line."
+    result: list = []
+    for cell in cells:
+        last = result[-1] if result else cell
+        if cell.cell_type == last.cell_type == "code" and last is not cell and not last.outputs:
+            cell.source = f"{result.pop().source}\n\n{cell.source}"
+        result.append(cell)
+    return result
+
+# %% ../../nbs/app/76_site.ipynb #73964345
+def _code(source: str, module: str, given: dict, folded: bool) -> list[str]:
+    "The code of a cell, open or folded as its directives say, under the names that it defines."
+    code, is_exported = fenced(source, "python"), bool(given.keys() & {"export", "exports"})
+    if not is_exported and not folded:
+        return [code]
+    names = re.findall(r"^(?:def |class )?(\w+)(?= ?[=(:])", source, re.M) if is_exported else []
+    names = [name for name in names if name[0] != "_"] or names
+    label = html.escape(", ".join(dict.fromkeys(names)) or ("Imports" if is_exported else "Code"))
+    mark = f' id="{module}.{names[0]}" open' if "exports" in given and names else ""
+    opening = fenced(f'<details class="code"{mark}><summary>{label}</summary>', "{=html}")
+    return [opening, code, fenced("</details>", "{=html}")]
+
 # %% ../../nbs/app/76_site.ipynb #48bfe356
 def page_markdown(
     nb,  # as fastcore reads it
@@ -71,37 +102,6 @@ def page_markdown(
             else:
                 parts.append(fenced(f'<div class="output">{output_html(output)}</div>', "{=html}"))
     return "\n\n".join(part for part in parts if part)
-
-
-def _visible(cells: list) -> list:
-    "The cells that a page shows."
-    return [cell for cell in cells if cell.source.strip() and cell.cell_type in ("code", "markdown")
-            and "hide" not in cell.directives
-            and "injected-parameters" not in cell.metadata.get("tags", [])]
-
-
-def _merged(cells: list) -> list:
-    "The cells; neighbours of code are one up to the first output, so that they fold into one line."
-    result: list = []
-    for cell in cells:
-        last = result[-1] if result else cell
-        if cell.cell_type == last.cell_type == "code" and last is not cell and not last.outputs:
-            cell.source = f"{result.pop().source}\n\n{cell.source}"
-        result.append(cell)
-    return result
-
-
-def _code(source: str, module: str, given: dict, folded: bool) -> list[str]:
-    "The code of a cell, open or folded as its directives say, under the names that it defines."
-    code, is_exported = fenced(source, "python"), bool(given.keys() & {"export", "exports"})
-    if not is_exported and not folded:
-        return [code]
-    names = re.findall(r"^(?:def |class )?(\w+)(?= ?[=(:])", source, re.M) if is_exported else []
-    names = [name for name in names if name[0] != "_"] or names
-    label = html.escape(", ".join(dict.fromkeys(names)) or ("Imports" if is_exported else "Code"))
-    mark = f' id="{module}.{names[0]}" open' if "exports" in given and names else ""
-    opening = fenced(f'<details class="code"{mark}><summary>{label}</summary>', "{=html}")
-    return [opening, code, fenced("</details>", "{=html}")]
 
 # %% ../../nbs/app/76_site.ipynb #2875dd7f
 def relink(
@@ -180,6 +180,18 @@ def provenance(nb, profile: str) -> str:
     given = "".join(f", {key} = {value}" for key, value in run["parameters"].items())
     return f"Executed on {run['end_time'][:10]} in {run['duration']:.0f} seconds{given}."
 
+# %% ../../nbs/app/76_site.ipynb #ec0f27a4
+def _moved(link: str, source: Path, staged: Path) -> str:
+    "The target on the site of a link of the notebook `source`."
+    nbs, target = staged.parent / "nbs", Path(os.path.normpath(source.parent / unquote(link)))
+    if target.suffix == ".ipynb":
+        return posixpath.join(posixpath.dirname(link), re.sub(r"^\d+_", "", target.stem) + ".html")
+    if target.is_relative_to(nbs) or not target.is_file():
+        return link
+    (staged / "files").mkdir(exist_ok=True)
+    shutil.copy(target, staged / "files" / f"{target.name}.txt")
+    return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
+
 # %% ../../nbs/app/76_site.ipynb #2072ef80
 def stage_page(
     name: str,  # of the page
@@ -214,22 +226,24 @@ def stage_page(
     number = "".join(re.findall(r"^\d+", source.stem))
     return {"text": variant or f"{number} {title}".strip(), "href": name}
 
-
-def _moved(link: str, source: Path, staged: Path) -> str:
-    "The target on the site of a link of the notebook `source`."
-    nbs, target = staged.parent / "nbs", Path(os.path.normpath(source.parent / unquote(link)))
-    if target.suffix == ".ipynb":
-        return posixpath.join(posixpath.dirname(link), re.sub(r"^\d+_", "", target.stem) + ".html")
-    if target.is_relative_to(nbs) or not target.is_file():
-        return link
-    (staged / "files").mkdir(exist_ok=True)
-    shutil.copy(target, staged / "files" / f"{target.name}.txt")
-    return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
-
-# %% ../../nbs/app/76_site.ipynb #201caec4
+# %% ../../nbs/app/76_site.ipynb #95c59780
 VIEWER = "paper/viewer.html"  # the page that paper/5_results makes
 
 
+def _copy_assets(root: Path, executed: Path, staged: Path) -> None:
+    "What pages load, and the viewer of a run."
+    import plotly
+
+    shutil.copytree(root / "nbs", staged, ignore=shutil.ignore_patterns(".*", "_*", "*.ipynb"))
+    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", staged / "assets")
+    dark = json.dumps(plotly.io.templates["plotly_dark"].to_plotly_json())
+    script = staged / "assets" / "figures.js"
+    text = script.read_text(encoding="utf-8")
+    script.write_text(f"const darkTemplate = {dark};\n{text}", encoding="utf-8")
+    for page in (executed.parent / "results").glob("viewer.html"):
+        shutil.copy(page, staged / VIEWER)
+
+# %% ../../nbs/app/76_site.ipynb #201caec4
 def stage(
     root: Path,
     executed: Path,  # the folder of a run's notebooks
@@ -257,20 +271,6 @@ def stage(
     (staged / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return staged
 
-
-def _copy_assets(root: Path, executed: Path, staged: Path) -> None:
-    "What pages load, and the viewer of a run."
-    import plotly
-
-    shutil.copytree(root / "nbs", staged, ignore=shutil.ignore_patterns(".*", "_*", "*.ipynb"))
-    shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", staged / "assets")
-    dark = json.dumps(plotly.io.templates["plotly_dark"].to_plotly_json())
-    script = staged / "assets" / "figures.js"
-    text = script.read_text(encoding="utf-8")
-    script.write_text(f"const darkTemplate = {dark};\n{text}", encoding="utf-8")
-    for page in (executed.parent / "results").glob("viewer.html"):
-        shutil.copy(page, staged / VIEWER)
-
 # %% ../../nbs/app/76_site.ipynb #1c8c3d92
 def menu_html(
     entries: list[dict],  # from `sidebar_entries`
@@ -290,6 +290,17 @@ def menu_html(
             line = f"<details{is_open}><summary>{line}</summary>\n{inner}\n</details>"
         lines.append(line)
     return "\n".join(lines)
+
+# %% ../../nbs/app/76_site.ipynb #b195eb4c
+def _around(name: str, website: dict) -> dict[str, str]:
+    "What the template says around a page."
+    up = "../" * name.count("/")
+    menu = menu_html(website["sidebar"]["contents"], name, up)
+    links = re.findall("<a .*?</a>", menu)
+    at = next((number for number, link in enumerate(links) if "aria-current" in link), len(links))
+    return {"site": website["title"], "footer": website["page-footer"], "up": up, "menu": menu,
+            "navbar": menu_html(website["navbar"]["left"], name, up),
+            "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
 
 # %% ../../nbs/app/76_site.ipynb #59579445
 def render_by_pandoc(staged: Path) -> Path:
@@ -315,17 +326,6 @@ def render_by_pandoc(staged: Path) -> Path:
             (site / name).with_suffix(".html").write_text(page, encoding="utf-8")
     write_search_index(site, [f"{name[:-3]}.html" for name in names])
     return site
-
-
-def _around(name: str, website: dict) -> dict[str, str]:
-    "What the template says around a page."
-    up = "../" * name.count("/")
-    menu = menu_html(website["sidebar"]["contents"], name, up)
-    links = re.findall("<a .*?</a>", menu)
-    at = next((number for number, link in enumerate(links) if "aria-current" in link), len(links))
-    return {"site": website["title"], "footer": website["page-footer"], "up": up, "menu": menu,
-            "navbar": menu_html(website["navbar"]["left"], name, up),
-            "before": "".join(links[:at][-1:]), "after": "".join(links[at + 1:at + 2])}
 
 # %% ../../nbs/app/76_site.ipynb #1e04e6c9
 def write_search_index(site: Path, names: list[str]) -> None:

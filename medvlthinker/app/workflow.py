@@ -175,6 +175,14 @@ class _Echo:
 
     def flush(self): ...
 
+# %% ../../nbs/app/75_workflow.ipynb #41e618f7
+def _retry_kernel():  # tenacity's Retrying
+    "Calls a function again where its kernel died before it answered."
+    from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
+
+    return Retrying(retry=retry_if_exception_message(match=".*before replying"),
+                    stop=stop_after_attempt(3), reraise=True)
+
 # %% ../../nbs/app/75_workflow.ipynb #3a86bc86
 def _papermill(source: Path, partial: Path, given: dict, name: str):
     "Execute a notebook; its error is a `UserError` that names the partial notebook."
@@ -182,7 +190,6 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import LocalHandler, papermill_io
-    from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
     class Redacting(LocalHandler):
         def write(self, buf, path):
@@ -191,11 +198,8 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     papermill_io.register(str(partial.parent), Redacting())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of keys of the profile
     step = partial.name.removesuffix(".running.ipynb")
-    execute = Retrying(  # its kernel died before it answered: another process had taken its port
-        retry=retry_if_exception_message(match=".*before replying"), stop=stop_after_attempt(3),
-        reraise=True)
     try:
-        return execute(
+        return _retry_kernel()(
             papermill.execute_notebook, source, partial, given, kernel_name="python3",
             cwd=project_root(), progress_bar=False, log_output=False, coalesce_streams=True,
             stdout_file=_Echo(name), extra_arguments=["--log-level=CRITICAL"])
@@ -230,7 +234,7 @@ def _own_family() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
+# %% ../../nbs/app/75_workflow.ipynb #d07bff20
 def _stamps(workspace: Workspace) -> dict[Path, tuple]:
     "What tells whether a table or figure was written: a whole file has a new inode."
     found = {}
@@ -239,6 +243,15 @@ def _stamps(workspace: Workspace) -> dict[Path, tuple]:
             if path.is_file() and not path.name.startswith("."):
                 found[path] = path.stat().st_ino, path.stat().st_ctime_ns
     return found
+
+# %% ../../nbs/app/75_workflow.ipynb #691aa4de
+def _find_step(name: str, profile: Profile) -> Step:
+    "The step of this name; `UserError` lists the known ones."
+    known = {step.name: step for step in [Step("2_difficulty"), *steps(profile)]}  # for `curate`
+    if name not in known:
+        raise UserError(f"No step {name!r} in the profile {profile.name}; "
+                        f"there are {', '.join(known)}.")
+    return known[name]
 
 # %% ../../nbs/app/75_workflow.ipynb #664accd1
 def execute(
@@ -249,21 +262,16 @@ def execute(
     skip_uri_grammar()
     import nbformat
 
-    known = {step.name: step for step in [Step("2_difficulty"), *steps(profile)]}  # for `curate`
-    if name not in known:
-        raise UserError(f"No step {name!r} in the profile {profile.name}; "
-                        f"there are {', '.join(known)}.")
-    step, workspace = known[name], Workspace(profile.name)
+    step, workspace = _find_step(name, profile), Workspace(profile.name)
     before = _stamps(workspace)
     target, partial = notebook_file(name, profile), notebook_file(name, profile, running=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     own = {step.parameter: step.value} if step.value else {}
     given = {"profile": profile.name, **own, **overrides(profile)}
-    os.environ["MEDVLTHINKER_BATCH"] = "1"
-    if not profile.gpus:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    inputs, source = {"notebook": step.notebook, **given}, paper_notebook(step.notebook)
-    with _own_family(), write_record(target, inputs) as facts:
+    threads = {} if profile.gpus else {"OMP_NUM_THREADS": "1"}
+    os.environ |= {"MEDVLTHINKER_BATCH": "1", **threads}
+    with _own_family(), write_record(target, {"notebook": step.notebook, **given}) as facts:
+        source = paper_notebook(step.notebook)
         done = _papermill(source, partial, given, step.value or step.notebook)
         with atomic_write(target) as file:
             file.write(nbformat.writes(done) + "\n")
@@ -274,7 +282,7 @@ def execute(
                             for path in sorted(made)}
     return target
 
-# %% ../../nbs/app/75_workflow.ipynb #e112150e
+# %% ../../nbs/app/75_workflow.ipynb #5b4f8b43
 def _plain_reason(reason: str) -> str:
     "Snakemake's reason, with the keys that have changed by name; `code` is the notebook's."
     if reason == "Forced execution":  # by `_made_otherwise`
@@ -285,7 +293,7 @@ def _plain_reason(reason: str) -> str:
     said = sorted("the notebook's code" if key == "code" else key for key in keys)
     return f"{head}{', '.join(said)} changed"
 
-
+# %% ../../nbs/app/75_workflow.ipynb #e112150e
 class Narrator(logging.Handler):
     "Prints which step begins, why, and how long it took, from the events of Snakemake's log."
 
@@ -371,6 +379,40 @@ def _cancel_submitted(log: IO[str]) -> None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(words, check=False, capture_output=True, timeout=60)
 
+# %% ../../nbs/app/75_workflow.ipynb #fc34ee63
+@contextlib.contextmanager
+def _log(profile: Profile, dry: bool) -> Iterator[IO[str]]:
+    "The log of Snakemake, out of which keys are taken in the end; a dry run leaves none."
+    if dry:
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            yield log
+        return
+    path = Workspace(profile.name).logs / "snakemake.log"
+    try:
+        with open(path, "w+", errors="replace") as log:
+            yield log
+    finally:
+        redact_file(path)  # kernels write into it too
+
+# %% ../../nbs/app/75_workflow.ipynb #9d0e618e
+@contextlib.contextmanager
+def _child(
+    words: list[str], log: IO[str], elsewhere: bool,
+) -> Iterator[tuple[subprocess.Popen, IO[str]]]:
+    "Snakemake as a child, and what it prints; nothing is left of one that is interrupted."
+    with (tempfile.NamedTemporaryFile() as out, open(out.name, errors="replace") as written,
+          subprocess.Popen(
+              words, stdout=out, stderr=log, stdin=subprocess.DEVNULL,
+              env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+              preexec_fn=end_with_parent(signal.SIGKILL)) as process):  # noqa: PLW1509
+        try:
+            yield process, written
+            process.wait()
+        except BaseException:
+            _end_group(process, elsewhere)
+            _cancel_submitted(log)
+            raise
+
 # %% ../../nbs/app/75_workflow.ipynb #66f48916
 def _failure(lines: list[str], step: str, profile: Profile) -> UserError:
     "Why a run stopped, from the lines of its log and the step that failed first."
@@ -397,32 +439,15 @@ def snakemake(
     for name in {step.notebook for step in steps(profile)}:  # and one in a notebook
         notebook_code(paper_notebook(name))
     words = [sys.executable, "-m", "snakemake", *_snakemake_words(profile, options)]
-    environment, failed = {**os.environ, "PYTHONUNBUFFERED": "1"}, ""
-    shown: list[str] = []  # of a dry run, whose errors are among its lines
-    if dry:  # which leaves no log
-        words.append("--dry-run")
-        log = tempfile.TemporaryFile("w+", errors="replace")
-    else:
-        log = open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
-    with (log, tempfile.NamedTemporaryFile() as out, open(out.name, errors="replace") as written,
-          subprocess.Popen(
-              words, stdout=out, stderr=log, stdin=subprocess.DEVNULL,
-              env=environment, start_new_session=True,
-              preexec_fn=end_with_parent(signal.SIGKILL)) as process):  # noqa: PLW1509
-        try:
+    words += ["--dry-run"] * dry
+    failed, shown = "", list[str]()  # the step; the lines of a dry run, whose errors are among them
+    with _log(profile, dry) as log:
+        with _child(words, log, _elsewhere(options)) as (process, written):
             for line in follow_lines(process, written):
                 if ": failed after " in line and not failed:
                     failed = line.partition(": failed after ")[0].partition("  ")[2]
                 shown += [line] * dry
                 yield line.rstrip("\n")
-            process.wait()
-        except BaseException:
-            _end_group(process, _elsewhere(options))
-            _cancel_submitted(log)
-            raise
-        finally:
-            if not dry:
-                redact_file(log.name)  # kernels write into it too
         if process.returncode:
             log.seek(0)
             said = [redact(line.strip()) for line in (*shown, *log) if line.strip()]
@@ -442,6 +467,21 @@ def reasons(
     lines = snakemake(profile, *options, dry=True)
     said = [re.match(r"step \d+ of \d+  (.+?): (.*)", line) for line in lines]  # of `Narrator`
     return {found[1]: found[2] for found in said if found}
+
+# %% ../../nbs/app/75_workflow.ipynb #a459962d
+def _refuse(names: list[str], profile: Profile) -> None:
+    "`UserError` where recipes that are due lack nodes or room on the disk."
+    from medvlthinker.app.cost import refuse_small_disk
+    from medvlthinker.training.train import refuse_alone
+    from medvlthinker.training.verl import refuse_missing_nodes
+
+    made = Workspace(profile.name).checkpoints
+    recipes = [RECIPES[name] for name in names if not (made / name).is_dir()]
+    for recipe in recipes:
+        rows_at_once(recipe, profile)  # the GPUs can share an update
+        refuse_alone(recipe, profile)
+    refuse_missing_nodes(recipes, profile)
+    refuse_small_disk(recipes, profile)
 
 # %% ../../nbs/app/75_workflow.ipynb #a67bfc64
 def run_workflow(
@@ -465,20 +505,19 @@ def run_workflow(
             print(line, flush=True)
     return ran
 
-
-def _refuse(names: list[str], profile: Profile) -> None:
-    "`UserError` where recipes that are due lack nodes or room on the disk."
-    from medvlthinker.app.cost import refuse_small_disk
-    from medvlthinker.training.train import refuse_alone
-    from medvlthinker.training.verl import refuse_missing_nodes
-
-    made = Workspace(profile.name).checkpoints
-    recipes = [RECIPES[name] for name in names if not (made / name).is_dir()]
-    for recipe in recipes:
-        rows_at_once(recipe, profile)  # the GPUs can share an update
-        refuse_alone(recipe, profile)
-    refuse_missing_nodes(recipes, profile)
-    refuse_small_disk(recipes, profile)
+# %% ../../nbs/app/75_workflow.ipynb #841df2d7
+def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
+    "How a step stands that would run for this reason, and why, or the partial notebook."
+    partial = notebook_file(name, profile, running=True)
+    if not reason:
+        return "done", ""
+    if not partial.is_file():
+        return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
+    text = partial.read_text(encoding="utf-8", errors="replace")  # a kill may tear a character
+    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', text)
+    if not error:
+        return "unfinished", str(partial)
+    return "failed", f"{error_line(*map(json.loads, error.groups()))} ({partial})"
 
 # %% ../../nbs/app/75_workflow.ipynb #60b53ac2
 def status(profile: Profile) -> Iterator[str]:
@@ -497,17 +536,3 @@ def status(profile: Profile) -> Iterator[str]:
     coming = [name for name in names if name in due]
     yield (f"The next run does {len(coming)}, first {coming[0]}." if coming
            else "The next run has nothing to do.")
-
-
-def _state(name: str, profile: Profile, reason: str) -> tuple[str, str]:
-    "How a step stands that would run for this reason, and why, or the partial notebook."
-    partial = notebook_file(name, profile, running=True)
-    if not reason:
-        return "done", ""
-    if not partial.is_file():
-        return ("stale", reason) if notebook_file(name, profile).is_file() else ("missing", "")
-    text = partial.read_text(encoding="utf-8", errors="replace")  # a kill may tear a character
-    error = re.search(r'"ename": (".*"),\s*"evalue": (".*")', text)
-    if not error:
-        return "unfinished", str(partial)
-    return "failed", f"{error_line(*map(json.loads, error.groups()))} ({partial})"
