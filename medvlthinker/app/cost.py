@@ -31,10 +31,8 @@ from ..training.train import printed_command
 PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
 
 
-def parameters_of(
-    model: str,  # a recipe's name or a hub id, in which the size stands
-) -> int:
-    "How many numbers a model has; 0 for the embedded one and for those of unknown size."
+def parameters_of(model: str) -> int:
+    "How many numbers the model of a recipe or hub id has; 0 if tiny or of unknown size."
     found = re.search(r"(?:^|-)(\d+B)(?:-|$)", model)
     return PARAMETERS.get(found[1], 0) if found else 0
 
@@ -170,10 +168,8 @@ def data_cost(profile: Profile) -> Cost:
     return Cost(downloads={"test sets and corpora": size}, disk=size)
 
 # %% ../../nbs/app/72_cost.ipynb #c6900038
-def free_bytes(
-    folder: Path,  # which need not be there yet
-) -> int:
-    "Room on the disk of a folder."
+def free_bytes(folder: Path) -> int:
+    "Room on the disk of a folder, which need not be there yet."
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     return shutil.disk_usage(there).free
 

@@ -192,31 +192,34 @@ def _moved(link: str, source: Path, staged: Path) -> str:
     shutil.copy(target, staged / "files" / f"{target.name}.txt")
     return os.path.relpath(nbs / "files" / f"{target.name}.txt", source.parent)
 
+
+def _take_title(nb, variant: str) -> tuple[str, str]:
+    "Take out the first cell; its title, and the head of a page."
+    title, _, rest = nb.cells.pop(0).source.partition("\n")
+    title = title.lstrip("# ")
+    front = {"title": f"{title} · {variant}" if variant else title,
+             "description": rest.strip().lstrip("> ")}
+    return title, f"---\n{json.dumps(front, ensure_ascii=False)}\n---"
+
 # %% ../../nbs/app/76_site.ipynb #2072ef80
 def stage_page(
     name: str,  # of the page
     shown: Path,  # the notebook that it shows
     source: Path,  # that notebook in nbs/
-    staged: Path,
-    profile: str,
+    staged: Path, profile: str,
 ) -> dict[str, str]:
     "Write one page; its entry in the sidebar."
     from fastcore.nbio import read_nb
 
     nb, is_paper = read_nb(shown), name.startswith("paper/")
     variant = shown.stem.removeprefix(source.stem).lstrip("-")
-    title, _, rest = nb.cells.pop(0).source.partition("\n")
-    title = title.lstrip("# ")
-    front = {"title": f"{title} · {variant}" if variant else title,
-             "description": rest.strip().lstrip("> ")}
+    title, head = _take_title(nb, variant)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, lambda link: _moved(link, source, staged))
-    parts = [f"---\n{json.dumps(front, ensure_ascii=False)}\n---"]
-    if is_paper:
-        parts.append(f"::: {{.callout-note}}\n{provenance(nb, profile)}\n:::")
-    has_results = any(cell.get("outputs") for cell in nb.cells)
-    parts.append(page_markdown(nb, folded=is_paper and has_results))
+    note = [f"::: {{.callout-note}}\n{provenance(nb, profile)}\n:::"] * is_paper
+    folded = is_paper and any(cell.get("outputs") for cell in nb.cells)
+    parts = [head, *note, page_markdown(nb, folded)]
     if 'class="live-figure"' in parts[-1]:
         place = "../" * name.count("/") + "assets"
         parts.append(fenced("".join(f'<script defer src="{place}/{script}.js"></script>'
@@ -376,10 +379,8 @@ def _loads(page: str) -> Iterator[str]:
         yield tag.get_text() if tag.name == "style" else ""
 
 # %% ../../nbs/app/76_site.ipynb #558a204f
-def build(
-    profile: str = "smoke",  # whose results the paper's pages show
-) -> Path:
-    "Make the site; its first page. `UserError` where a page loads from another host."
+def build(profile: str = "smoke") -> Path:
+    "Make the site with a profile's results; its first page. `UserError` for a load from elsewhere."
     root, quarto = project_root(), shutil.which("quarto")
     staged = stage(root, Workspace(load_profile(profile).name).root / "notebooks", profile)
     if quarto:

@@ -9,7 +9,7 @@ __all__ = ['TABLES', 'run_files', 'recorded', 'Finding', 'check_file', 'check_ru
 # %% ../../nbs/app/74_verify.ipynb #a40ea918
 import csv, io, os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -150,10 +150,28 @@ def evaluations(
     raise UserError(f"{folder} holds no evaluation of {row}; it was removed, or the table is of "
                     "another run.")
 
-# %% ../../nbs/app/74_verify.ipynb #ddf2c572
+# %% ../../nbs/app/74_verify.ipynb #9cbbd7d1
 _SETTINGS = ("engine", "dtype", "n", "temperature", "top_p", "max_tokens", "seed", "max_pixels")
 
 
+def _recount(
+    root: Path, evaluation: dict, names: list[str], known: dict, problems: list[str],
+) -> Generator[str, None, float]:  # returns the accuracy, in percent
+    "Lines on the answers of an evaluation to some sets; a file that has changed is a problem."
+    shares = []
+    for samples, rollout in stored_rollouts(root, evaluation, names).values():
+        for file in (rollout.folder / "rollout.json", rollout.path):
+            found = check_file(file, root, known)
+            problems += [f"{found.path}: {found.why}"] if found.why else []
+        record, rule = rollout.record, evaluation["rule"]
+        right = grade_rollout(samples, rollout)[f"{rule}_correct"]
+        yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
+        yield f"    {record['model']} {record['weights']} on {_inside(samples.path, root)}"
+        yield f"    {', '.join(f'{key} {record[key]}' for key in _SETTINGS if record[key] != '')}"
+        shares.append(100 * right.mean())
+    return sum(shares) / len(shares)
+
+# %% ../../nbs/app/74_verify.ipynb #ddf2c572
 def trace(
     root: Path,  # of a run
     cell: str,  # as for `find_cell`
@@ -168,21 +186,8 @@ def trace(
     names = [name for name, heading in HEADINGS.items()
              if name != AVERAGE and column in (heading, HEADINGS[AVERAGE])]
     names, means = names or [column], []
-    folder = root / "results" / line.get("source", source)
-    for evaluation in evaluations(folder, line["model"]):
-        shares = []
-        for samples, rollout in stored_rollouts(root, evaluation, names).values():
-            for file in (rollout.folder / "rollout.json", rollout.path):
-                found = check_file(file, root, known)
-                problems += [f"{found.path}: {found.why}"] if found.why else []
-            record, rule = rollout.record, evaluation["rule"]
-            right = grade_rollout(samples, rollout)[f"{rule}_correct"]
-            yield f"  {_inside(rollout.path, root)}: {right.sum()} of {len(right)} right by {rule}"
-            yield f"    {record['model']} {record['weights']} on {_inside(samples.path, root)}"
-            said = [f"{key} {record[key]}" for key in _SETTINGS if record[key] != ""]
-            yield f"    {', '.join(said)}"
-            shares.append(100 * right.mean())
-        means.append(sum(shares) / len(shares))
+    for evaluation in evaluations(root / "results" / line.get("source", source), line["model"]):
+        means.append((yield from _recount(root, evaluation, names, known, problems)))
         if model := other_weights(evaluation, root):
             problems.append(f"{_inside(model, root)} holds other weights by now; ./reproduce.sh "
                             f"evaluate {root.name} model={evaluation['model']} asks them")

@@ -24,16 +24,12 @@ from ..core.plots import skip_uri_grammar
 from ..training.recipe import RECIPES, TrainingSettings, rows_at_once
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
-def paper_notebook(
-    name: str,  # such as 1_data
-) -> Path:
-    "Where a paper notebook lies; `UserError` outside of a checkout."
+def paper_notebook(name: str) -> Path:
+    "Where a paper notebook, such as 1_data, lies; `UserError` outside of a checkout."
     return project_root() / "nbs" / "paper" / f"{name}.ipynb"
 
 # %% ../../nbs/app/75_workflow.ipynb #90bd9516
-def notebook_code(
-    path: Path,  # an .ipynb file
-) -> str:
+def notebook_code(path: Path) -> str:
     "The code cells of a notebook as one text, without lines for IPython; `UserError` for no code."
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -61,10 +57,8 @@ def _imports(code: str, package: str = "medvlthinker") -> set[Path]:
     return {file for place in places if (file := root / f"{place}.py").is_file()}
 
 # %% ../../nbs/app/75_workflow.ipynb #8d384ef8
-def imported_files(
-    code: str,  # of a notebook
-) -> set[Path]:
-    "The modules of this package that the code imports, and all that those import."
+def imported_files(code: str) -> set[Path]:
+    "The modules of this package that a notebook's code imports, and all that those import."
     found, todo = set[Path](), _imports(code)
     while todo:
         found |= todo
@@ -234,16 +228,6 @@ def _own_family() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/app/75_workflow.ipynb #d07bff20
-def _stamps(workspace: Workspace) -> dict[Path, tuple]:
-    "What tells whether a table or figure was written: a whole file has a new inode."
-    found = {}
-    for path in (*workspace.results.rglob("*"), *workspace.figures.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):  # another step may be at work
-            if path.is_file() and not path.name.startswith("."):
-                found[path] = path.stat().st_ino, path.stat().st_ctime_ns
-    return found
-
 # %% ../../nbs/app/75_workflow.ipynb #691aa4de
 def _find_step(name: str, profile: Profile) -> Step:
     "The step of this name; `UserError` lists the known ones."
@@ -252,6 +236,16 @@ def _find_step(name: str, profile: Profile) -> Step:
         raise UserError(f"No step {name!r} in the profile {profile.name}; "
                         f"there are {', '.join(known)}.")
     return known[name]
+
+
+def _stamps(workspace: Workspace) -> dict[Path, tuple]:
+    "What tells whether a table or figure was written: a whole file has a new inode."
+    found = {}
+    for path in (*workspace.results.rglob("*"), *workspace.figures.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # another step may be at work
+            if path.is_file() and not path.name.startswith("."):
+                found[path] = path.stat().st_ino, path.stat().st_ctime_ns
+    return found
 
 # %% ../../nbs/app/75_workflow.ipynb #664accd1
 def execute(
@@ -268,8 +262,7 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     own = {step.parameter: step.value} if step.value else {}
     given = {"profile": profile.name, **own, **overrides(profile)}
-    threads = {} if profile.gpus else {"OMP_NUM_THREADS": "1"}
-    os.environ |= {"MEDVLTHINKER_BATCH": "1", **threads}
+    os.environ |= {"MEDVLTHINKER_BATCH": "1"} | ({} if profile.gpus else {"OMP_NUM_THREADS": "1"})
     with _own_family(), write_record(target, {"notebook": step.notebook, **given}) as facts:
         source = paper_notebook(step.notebook)
         done = _papermill(source, partial, given, step.value or step.notebook)

@@ -276,10 +276,8 @@ def _rate(flags: Sequence[bool], images: Sequence[str]) -> tuple[float, float, f
     return sum(flags) / len(flags), max(0.0, low), high
 
 # %% ../../nbs/evaluation/51_compare.ipynb #da6d3c02
-def engine_agreement(
-    table: "pd.DataFrame",  # of `compare_rollouts`, one greedy answer a question
-) -> Agreement:
-    "How far the answers of two engines or settings agree, and whether their numbers compare."
+def engine_agreement(table: "pd.DataFrame") -> Agreement:
+    "How far two sides of `compare_rollouts` agree, one greedy answer a question each."
     if len(several := table[table.completion > 0]):
         row = several.iloc[0]
         raise UserError("One greedy answer a question is compared; question "

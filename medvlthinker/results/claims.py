@@ -465,10 +465,8 @@ def compare_to_paper(
     return table.rename(columns={"dataset_name": "benchmark"})
 
 # %% ../../nbs/results/63_claims.ipynb #3ad79cee
-def comparison_lines(
-    table,  # from `compare_to_paper`
-) -> list[str]:
-    "The comparison as text: a line a measured number, and the totals."
+def comparison_lines(table) -> list[str]:
+    "The table of `compare_to_paper` as text: a line a measured number, and the totals."
     number = ["measure", "model", "benchmark"]
     several = table.duplicated(number, keep=False)
     names = (" (" + table.evaluated.astype(str) + ")").where(several, "")  # whose number it is

@@ -109,10 +109,8 @@ def by_benchmark(frame):
     return ordered.assign(panel=ordered["dataset_name"].map(titles))
 
 # %% ../../nbs/results/62_figures.ipynb #e34d88ba
-def repeated_figure(
-    frame,  # from `sampled_frame`
-):  # a plotly figure
-    "A panel a benchmark, a lane a model: average, majority and pass@5, under the table's rule."
+def repeated_figure(frame):  # a plotly figure
+    "`sampled_frame` by benchmark and model: average, majority and pass@5 by the table's rule."
     frame = frame[frame["rule"] == "regrade"]
     other = frame[frame["label"] != frame["model"]][["model", "label"]].drop_duplicates()
     notes = [f"The paper's picture calls {model} by another name: {label}."
@@ -123,10 +121,8 @@ def repeated_figure(
     return draw_marks(drawn, "percent", "Right (%)", figure_notes(frame, *notes))
 
 # %% ../../nbs/results/62_figures.ipynb #47af5937
-def pass_at_k_figure(
-    frame,  # from `sampled_frame`
-):  # a plotly figure
-    "pass@k over k under the strict rule, a panel a benchmark."
+def pass_at_k_figure(frame):  # a plotly figure
+    "`sampled_frame` as pass@k over k under the strict rule, a panel a benchmark."
     import plotly.express as px
 
     frame = frame[frame["rule"] == "strict"]
@@ -150,10 +146,8 @@ RADARS = {"7B": ("GPT-4o-mini", "HuatuoGPT-Vision-7B", "MedGemma 4B", "7B-RL_m23
           "32B": ("GPT-4o", "HuatuoGPT-Vision-34B", "MedGemma 27B", "32B-RL_m23k")}
 
 
-def radar_figure(
-    table,  # from `results_table`, with the models to compare
-):  # a plotly figure
-    "Each model as a polygon, every axis in percent of the best."
+def radar_figure(table):  # a plotly figure
+    "Each model of a `results_table` as a polygon, every axis in percent of the best."
     import plotly.express as px
 
     frame = table[table["column"] != AVERAGE]
@@ -197,10 +191,8 @@ def _lane(cell) -> str:
     return "two stages (paper)" if len(stages) > 1 else f"{(stages or ['base'])[0]} (paper)"
 
 
-def accuracy_figure(
-    table,  # from `results_table`
-):  # a plotly figure
-    "Accuracy by benchmark: published models as marks, ours with 95 % intervals."
+def accuracy_figure(table):  # a plotly figure
+    "`results_table` by benchmark: published models as marks, ours with 95 % intervals."
     cells = table[table["origin"].isin(["paper", "ours"])]
     ours = cells["origin"] == "ours"
     drawn = cells.assign(lane=[_lane(cell) for cell in cells.itertuples()],

@@ -92,10 +92,8 @@ def _rows_by_name() -> dict[str, Published]:
     return known
 
 
-def row_of(
-    name: str,  # a model, recipe, label or hub id, in any capitals and punctuation
-) -> Published | None:
-    "The published row of a model, if there is one."
+def row_of(name: str) -> Published | None:
+    "The row of a model, recipe, label or hub id, in any capitals and punctuation, if there is one."
     return _rows_by_name().get(_plain(name))
 
 # %% ../../nbs/results/60_published.ipynb #2c1f5f1e

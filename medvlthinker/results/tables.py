@@ -114,10 +114,8 @@ def results_table(
     return frame.assign(best=best & (frame["origin"] != "difference"))
 
 # %% ../../nbs/results/61_tables.ipynb #b05aff19
-def notes(
-    table,  # from `results_table`
-) -> list[str]:
-    "The sentences that belong under the table or figure, the most important first."
+def notes(table) -> list[str]:
+    "The sentences under a `results_table` or its figure, the most important first."
     ours, origins = table[table["origin"] == "ours"], set(table["origin"])
     lines = [SYNTHETIC_NOTE] if (ours["source"] == "synthetic").any() else []
     sizes = ", ".join(f"{COLUMNS[name]} {n:,}" for name, n in SIZES.items())
@@ -269,10 +267,8 @@ def _lines(
 _USES = r"% needs \usepackage[T1]{fontenc} and the packages array, booktabs and longtable" + "\n"
 
 
-def to_latex(
-    table,  # from `results_table`
-) -> str:
-    "The table as a LaTeX longtable of at most 345 points' width, and its notes."
+def to_latex(table) -> str:
+    "A `results_table` as a LaTeX longtable of at most 345 points' width, and its notes."
     def name(block, model):
         title = rf"\midrule \makebox[0pt][l]{{\emph{{{escape_latex(block)}}}}}"
         return escape_latex(model) or title
@@ -294,10 +290,8 @@ def to_latex(
     return f"{_USES}{size}\n{text}\\scriptsize\\noindent {said}\\par}}\n"
 
 # %% ../../nbs/results/61_tables.ipynb #96ab052e
-def to_csv(
-    table,  # from `results_table`
-) -> str:
-    "The table with one line a model: percentages, bounds, counts, and the note on drawn scans."
+def to_csv(table) -> str:
+    "A `results_table`, a line a model: percentages, bounds, counts, the note on drawn scans."
     facts = ["block", "model", "origin", "source", "about"]
     fields = {"percent": "{:.2f}", "low": "{:.2f}", "high": "{:.2f}",
               "correct": "{:.0f}", "n": "{:.0f}"}

@@ -200,10 +200,8 @@ class Viewer:
         return self.table.loc[passes, "question"].tolist()
 
 # %% ../../nbs/results/64_viewer.ipynb #a0eda4ee
-def data_uri(
-    data: bytes,  # an encoded image
-) -> str | None:  # None where the bytes are no image
-    "An image as an address that holds it."
+def data_uri(data: bytes) -> str | None:  # None where the bytes are no image
+    "An encoded image as an address that holds it."
     copy = io.BytesIO()
     try:
         image = to_rgb(data)

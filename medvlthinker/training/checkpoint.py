@@ -165,9 +165,7 @@ def _beside(folder: Path, word: str) -> Path:
 
 # %% ../../nbs/training/46_checkpoint.ipynb #e92c830c
 @contextlib.contextmanager
-def atomic_folder(
-    folder: Path,  # of a model, or empty, or not there yet
-):
+def atomic_folder(folder: Path):
     "A folder to fill, which takes its name when the block ends well; only a model is replaced."
     from safetensors import SafetensorError
 

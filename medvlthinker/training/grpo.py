@@ -30,10 +30,8 @@ else:  # TRL takes seconds to load: what is changed in its classes is mixed into
     _Trainer = _Generation = object
 
 # %% ../../nbs/training/43_grpo.ipynb #071fc03d
-def rewards(
-    rule: str = "reward",  # one of grade.RULES
-):
-    "The reward as TRL calls it: many completions at once, and the columns of their rows."
+def rewards(rule: str = "reward"):
+    "A rule of grade.RULES as TRL calls it: many completions and the columns of their rows."
     def reward(completions, answer, extra_info, **_):
         texts = [turns[0]["content"] for turns in completions]
         return [compute_score("", text, truth, info, rule)
@@ -94,9 +92,7 @@ def grpo_settings(
             **vllm_settings(run.recipe, run.settings, never)}
 
 # %% ../../nbs/training/43_grpo.ipynb #a7713c0f
-def prefill_once(
-    model,  # transformers'
-) -> None:
+def prefill_once(model) -> None:
     "Let `generate` read a prompt once, whatever `num_return_sequences` is."
     expand, prefill, given = model._expand_inputs_for_generation, model._prefill, {}
 
@@ -114,10 +110,8 @@ def prefill_once(
     model._expand_inputs_for_generation, model._prefill = expand_and_keep, prefill_prompts
 
 # %% ../../nbs/training/43_grpo.ipynb #d0766e05
-def shared_rows(
-    rows: list[tuple],  # tensors on a CPU that make up each row
-) -> tuple[list[int], list[int]]:
-    "The place of the first of each kind of equal rows, and for each row its kind."
+def shared_rows(rows: list[tuple]) -> tuple[list[int], list[int]]:
+    "The first of each kind of equal rows of tensors by its place, and each row's kind."
     keys = [tuple(part.numpy().tobytes() for part in row) for row in rows]
     kinds = {key: kind for kind, key in enumerate(dict.fromkeys(keys))}
     return [keys.index(key) for key in kinds], [kinds[key] for key in keys]
@@ -153,9 +147,7 @@ def read_once(model) -> Callable:
     return call
 
 # %% ../../nbs/training/43_grpo.ipynb #b0655552
-def skip_empty_images(
-    model: Callable,  # transformers', or what `read_once` made of one
-) -> Callable:
+def skip_empty_images(model: Callable) -> Callable:
     "The model as TRL calls it; questions without an image come with no pixels, not with 0 rows."
     def call(pixel_values=None, image_grid_thw=None, **given):
         if pixel_values is not None and len(pixel_values):
@@ -210,9 +202,7 @@ def log_probabilities(
     return -token_losses(logits, chosen)
 
 # %% ../../nbs/training/43_grpo.ipynb #dfdb1dfd
-def frozen_weights(
-    model,  # a module, with peft's adapters or without
-) -> "dict[str, torch.Tensor]":
+def frozen_weights(model) -> "dict[str, torch.Tensor]":
     "The weights that adapters are added to, by name; of a shard, this process's part."
     found = {name: weight.detach() for name, weight in model.named_parameters()
              if ".base_layer." in name}
@@ -265,9 +255,7 @@ def _mend_trl() -> None:
     grpo_trainer.create_model_from_path = functools.partial(create_model_from_path, device_map=None)
 
 # %% ../../nbs/training/43_grpo.ipynb #5f1c20bd
-def take_pixels(
-    tower,  # transformers' vision tower
-) -> None:
+def take_pixels(tower) -> None:
     "Let a vision tower move pixels to where its weights are."
     def move(tower, given):
         pixels, *more = given

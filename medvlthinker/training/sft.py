@@ -218,10 +218,8 @@ def chats(
     return data.select(run.rows).with_transform(converted)
 
 # %% ../../nbs/training/42_sft.ipynb #ecd06a4c
-def sft_chat(
-    sample: Sample,  # with reasoning
-) -> dict:
-    "One row for `SFTTrainer`: the pictures, the user's turn, and the turn to be learnt."
+def sft_chat(sample: Sample) -> dict:
+    "One row for `SFTTrainer`: pictures, the user's turn, and the turn with reasoning to learn."
     target = sft_target(sample.answer_label, sample.reasoning or "")
     return {"images": sample.pictures(),
             "prompt": [{"role": "user", "content": user_text(sample)}],
@@ -263,10 +261,8 @@ def _prepare_tower(model, run: Run) -> None:
         cache_image_features(model)
 
 # %% ../../nbs/training/42_sft.ipynb #d1f77d43
-def cache_image_features(
-    model,  # transformers' `Qwen2_5_VLModel`, its vision tower frozen
-) -> None:
-    "Let a model compute the features of each image once and keep them."
+def cache_image_features(model) -> None:
+    "Let a `Qwen2_5_VLModel` with a frozen tower compute the features of each image once."
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -478,10 +474,8 @@ def sft_settings(run: Run) -> dict:
     return {**shared_settings(run, steps_per_epoch(run.recipe, len(run.rows))), **steps, **loss}
 
 # %% ../../nbs/training/42_sft.ipynb #0d968b97
-def on_one_gpu(
-    settings,  # of a TRL trainer
-):  # the same
-    "Let a process train on one GPU, however many its machine has."
+def on_one_gpu(settings):  # the same
+    "TRL's settings, which let a process train on one GPU, however many its machine has."
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
 
