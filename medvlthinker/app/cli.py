@@ -264,10 +264,8 @@ def _with_verb(words: list[str]) -> list[str]:
     raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(VERBS)}.")
 
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
-def main(
-    words: list[str],  # VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run
-) -> int:  # the exit code
-    "The command line; `UserError` for a mistake."
+def main(words: list[str]) -> int:  # the exit code
+    "The command line: VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run."
     if home := os.environ.get("MEDVLTHINKER_HOME"):  # the steps of a run work in other folders
         os.environ["MEDVLTHINKER_HOME"] = str(Path(home).expanduser().absolute())
     if words[:1] == ["--version"]:

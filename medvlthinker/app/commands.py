@@ -114,9 +114,7 @@ def rollout(words: Words = None) -> None:
     ask_model(profile, model, samplings, kind)
 
 # %% ../../nbs/app/77_commands.ipynb #c78e0002
-def compare_models(
-    words: list[str],  # [profile] model=NAME with=NAME [rule=...] [key=value ...]
-) -> None:
+def compare_models(words: list[str]) -> None:  # [profile] model=NAME with=NAME [rule=...]
     "How much more often one model is right than another, on the same questions."
     import pandas as pd
     from medvlthinker.app.runs import stored_answers
@@ -197,14 +195,11 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
 
 # %% ../../nbs/app/77_commands.ipynb #c78b18
-def compare_settings(
-    words: list[str],  # [profile] model=NAME [rule=...] [key=value ...] -- [key=value ...]
-) -> None:
+def compare_settings(words: list[str]) -> None:  # [profile] model=NAME ... -- [KEY=VALUE ...]
     "Whether the numbers of two engines or settings may be compared."
     import pandas as pd
     from medvlthinker.app.runs import launch_rollout, rollouts
-    from medvlthinker.evaluation.compare import (
-        compare_rollouts, engine_agreement, explain_flips)
+    from medvlthinker.evaluation.compare import compare_rollouts, engine_agreement, explain_flips
 
     model, rule, profiles = _read_sides(words)
     profile, path = profiles[0], _results(profiles[0], model) / "engine_agreement.csv"

@@ -113,10 +113,8 @@ def relink(
     return link.sub(lambda found: found[0] if found[1] else found[2] + change(found[3]), text)
 
 # %% ../../nbs/app/76_site.ipynb #25ec3792
-def readme(
-    root: Path | None = None,  # the folder of the project; nbs/index.ipynb in it is read
-) -> Path:
-    "Write README.md, made from nbs/index.ipynb without its hidden cells."
+def readme(root: Path | None = None) -> Path:
+    "Write README.md in the project (its folder), made from nbs/index.ipynb without hidden cells."
     from fastcore.nbio import read_nb
 
     root = root or project_root()

@@ -173,8 +173,7 @@ def _recount(
 
 # %% ../../nbs/app/74_verify.ipynb #ddf2c572
 def trace(
-    root: Path,  # of a run
-    cell: str,  # as for `find_cell`
+    root: Path, cell: str,  # as for `find_cell`
     source: str = "synthetic",  # of sets of one's own, whose table does not name it
 ) -> Iterator[str]:
     "Where a cell comes from, in lines; `UserError` at the end where it does not come out again."

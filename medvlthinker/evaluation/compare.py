@@ -194,10 +194,8 @@ def rescore(
     return _compare_all(rolled, (old, new))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #8ab21118
-def paired_changes(
-    table: "pd.DataFrame",  # of `rescore` or `compare_rollouts`, with one answer a question
-) -> "pd.DataFrame":
-    """Both accuracies in percent and their difference, second - first, in points.
+def paired_changes(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Accuracies of `rescore` or `compare_rollouts` in percent; second - first in points.
 
     A row for each benchmark and one for the macro average, with the columns of
     `paired_difference`; `UserError` where questions have several answers."""

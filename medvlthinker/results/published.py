@@ -69,10 +69,8 @@ def _row(lines: list[dict[str, str]]) -> Published:
                      int(line["runs"]), sizes, "; ".join(each["source"] for each in lines))
 
 
-def published_rows(
-    table: str | None = None,  # "recipes", "comparison", or None for every model once
-) -> list[Published]:
-    "The published rows, in the paper's order."
+def published_rows(table: str | None = None) -> list[Published]:
+    "The rows of a table (recipes, comparison) in the paper's order; of None every model once."
     lines = read_published("tables")
     models = dict.fromkeys(line["model"] for line in lines if table in (None, line["table"]))
     return [_row([line for line in lines if line["model"] == model]) for model in models]
