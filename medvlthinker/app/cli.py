@@ -20,6 +20,22 @@ from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
     check_keys, end_with_parent, project_root, read_value, run_main)
 from ..core.files import UserError, environment_info
+from ..generation.request import EngineSettings
+
+# %% ../../nbs/app/78_cli.ipynb #83249f03
+def _options(words: list[str]) -> tuple[list[str], list[str]]:
+    "The words of a profile, and those for Snakemake: everything from the first option on."
+    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first], words[first:]
+
+
+def _show_results(profile: Profile) -> None:
+    "Print the table of a run, and where the rest is."
+    workspace = Workspace(profile.name)
+    if (table := workspace.results / "table.txt").is_file():
+        print(f"\n{table.read_text(encoding='utf-8')}")
+    for name in ("results", "figures", "notebooks"):
+        print(f"{name.capitalize():10} {getattr(workspace, name)}")
 
 # %% ../../nbs/app/78_cli.ipynb #3bd6e6cb
 def run(
@@ -48,21 +64,6 @@ def run(
     _show_results(profile)
     print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
           else "Everything was done already; nothing ran.")
-
-
-def _options(words: list[str]) -> tuple[list[str], list[str]]:
-    "The words of a profile, and those for Snakemake: everything from the first option on."
-    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    return words[:first], words[first:]
-
-
-def _show_results(profile: Profile) -> None:
-    "Print the table of a run, and where the rest is."
-    workspace = Workspace(profile.name)
-    if (table := workspace.results / "table.txt").is_file():
-        print(f"\n{table.read_text(encoding='utf-8')}")
-    for name in ("results", "figures", "notebooks"):
-        print(f"{name.capitalize():10} {getattr(workspace, name)}")
 
 # %% ../../nbs/app/78_cli.ipynb #f04f8e36
 def status(words: Words = None) -> None:
@@ -104,6 +105,17 @@ def results(words: Words = None) -> None:
         execute(name, profile)
     _show_results(profile)
 
+# %% ../../nbs/app/78_cli.ipynb #19c55436
+def _engine_keys(words: list[str]) -> dict[str, Any]:
+    "The settings of an engine that KEY=VALUE words name."
+    if stray := [word for word in words if "=" not in word]:
+        raise UserError(f"What is {stray[0]!r}? An option is given by --option, a key of the "
+                        "engine as KEY=VALUE.")
+    given = dict(word.split("=", 1) for word in words)
+    known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
+    check_keys(given, known, "key of an engine")
+    return {key: read_value(key, known[key], value) for key, value in given.items()}
+
 # %% ../../nbs/app/78_cli.ipynb #12ed8a8d
 def ask(
     image: Annotated[str, typer.Argument(
@@ -125,24 +137,16 @@ def ask(
     """
     from medvlthinker.data.synthetic import benchmark
     from medvlthinker.generation.ask import ask as ask_model
-    from medvlthinker.generation.request import EngineSettings
 
-    if stray := [word for word in keys or [] if "=" not in word]:
-        raise UserError(f"What is {stray[0]!r}? An option is given by --option, a key of the "
-                        "engine as KEY=VALUE.")
-    given = dict(word.split("=", 1) for word in keys or [])
-    known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
-    check_keys(given, known, "key of an engine")
-    settings: dict[str, Any] = {"checkpoints": str(Workspace("smoke").checkpoints)}
-    settings |= {key: read_value(key, known[key], value) for key, value in given.items()}
-    options: list[str] = option or []
+    settings = {"checkpoints": str(Workspace("smoke").checkpoints), **_engine_keys(keys or [])}
     picture: Any = image
     if not image:
         drawn = benchmark("pmc_vqa", 1)[0]
         picture, question = drawn.images[0], question or drawn.question
-        options = options or ([] if free else list(drawn.options.values()))
+        option = option or ([] if free else list(drawn.options.values()))
         print("A drawn scan: it tests the machinery and means nothing medical.\n")
-    print(ask_model(picture, question, options, model, "free" if free else "trained", **settings))
+    print(ask_model(picture, question, option or [], model, "free" if free else "trained",
+                    **settings))
 
 # %% ../../nbs/app/78_cli.ipynb #d1a98886
 def curate(words: Words = None) -> None:
@@ -234,7 +238,7 @@ def bench(
     done = subprocess.run([sys.executable, runner, *(words or [])], env=environment, check=False)
     raise typer.Exit(done.returncode)
 
-# %% ../../nbs/app/78_cli.ipynb #ca965c0f
+# %% ../../nbs/app/78_cli.ipynb #521abad8
 VERBS: dict[str, Callable] = {function.__name__.replace("_", "-"): function for function in (
     run, status, ask, commands.evaluate, commands.compare, commands.ablate, commands.rollout,
     curate, commands.train, commands.merge, results, viewer, commands.check_paper,
@@ -248,25 +252,27 @@ app = typer.Typer(
 for verb, function in VERBS.items():
     app.command(verb, context_settings={"ignore_unknown_options": verb in _PASS_ON})(function)
 
+# %% ../../nbs/app/78_cli.ipynb #816f48dd
+def _with_verb(words: list[str]) -> list[str]:
+    "The words behind their verb, which is run for a profile alone; `UserError` for no verb."
+    if not words or words[0].startswith("-") or words[0] in VERBS:
+        return words
+    if words[0] in profile_names() or "=" in words[0]:
+        return ["run", *words]
+    near = difflib.get_close_matches(words[0], [*VERBS, *profile_names()], 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(VERBS)}.")
 
-def main(
-    words: list[str],  # VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run
-) -> int:  # the exit code
-    "The command line; `UserError` for a mistake."
+# %% ../../nbs/app/78_cli.ipynb #ca965c0f
+def main(words: list[str]) -> int:  # the exit code
+    "The command line: VERB [PROFILE] [KEY=VALUE]..., or a profile alone, which means run."
     if home := os.environ.get("MEDVLTHINKER_HOME"):  # the steps of a run work in other folders
         os.environ["MEDVLTHINKER_HOME"] = str(Path(home).expanduser().absolute())
     if words[:1] == ["--version"]:
         about = environment_info()
         print(f"medvlthinker {about['version']}, commit {about['commit'] or 'unknown'}")
         return 0
-    if words and not words[0].startswith("-") and words[0] not in VERBS:
-        if words[0] in profile_names() or "=" in words[0]:
-            words = ["run", *words]
-        else:
-            near = difflib.get_close_matches(words[0], [*VERBS, *profile_names()], 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise UserError(f"No verb or profile {words[0]!r}{hint} "
-                            f"Verbs are {', '.join(VERBS)}.")
+    words = _with_verb(words)
     if words[:1] == ["compare"] and "--" in words:  # or Typer would take it for the end of options
         words = ["compare", "--", *words[1:]]
     try:
@@ -280,12 +286,12 @@ def main(
         raise KeyboardInterrupt
     return code
 
-
+# %% ../../nbs/app/78_cli.ipynb #995ed44a
 def console() -> None:
     "What the installed program `medvlthinker` calls."
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends what was started, too
     run_main(main)
 
-# %% ../../nbs/app/78_cli.ipynb #1da6c08d
+
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
     console()

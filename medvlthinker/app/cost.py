@@ -22,18 +22,17 @@ from ..generation.engine import check_nodes
 from ..generation.request import Sampling
 from ..results.published import SIZES
 from ..training.memory import estimate, settings_that_fit
-from ..training.recipe import (
-    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, nodes_of, steps_per_epoch, steps_to_train)
+from medvlthinker.training.recipe import (
+    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, steps_per_epoch,
+    steps_to_train)
 from ..training.train import printed_command
 
 # %% ../../nbs/app/72_cost.ipynb #c6900007
 PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336}
 
 
-def parameters_of(
-    model: str,  # a recipe's name or a hub id, in which the size stands
-) -> int:
-    "How many numbers a model has; 0 for the embedded one and for those of unknown size."
+def parameters_of(model: str) -> int:
+    "How many numbers the model of a recipe or hub id has; 0 if tiny or of unknown size."
     found = re.search(r"(?:^|-)(\d+B)(?:-|$)", model)
     return PARAMETERS.get(found[1], 0) if found else 0
 
@@ -129,8 +128,8 @@ def _updates(recipe: Recipe, profile: Profile) -> int:
 
 def _kept(recipe: Recipe, profile: Profile) -> int:
     "How many checkpoints of a run stay, at the most."
-    if profile.keep_checkpoints:
-        return profile.keep_checkpoints + 1
+    if most := max_checkpoints(recipe, profile):
+        return most
     if not (rows := _rows(recipe, profile)):
         return 2
     own = recipe.how.save_every if isinstance(recipe.how, Grpo) else steps_per_epoch(recipe, rows)
@@ -169,10 +168,8 @@ def data_cost(profile: Profile) -> Cost:
     return Cost(downloads={"test sets and corpora": size}, disk=size)
 
 # %% ../../nbs/app/72_cost.ipynb #c6900038
-def free_bytes(
-    folder: Path,  # which need not be there yet
-) -> int:
-    "Room on the disk of a folder."
+def free_bytes(folder: Path) -> int:
+    "Room on the disk of a folder, which need not be there yet."
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     return shutil.disk_usage(there).free
 
@@ -211,6 +208,38 @@ def step_cost(
         return asking_cost(step.value, profile, evaluation_samplings(profile, step.value))
     return Cost()
 
+# %% ../../nbs/app/72_cost.ipynb #283ed704
+def _amounts(costs: Sequence[Cost], downloads: Mapping[str, float]) -> dict[str, str]:
+    "What is said of steps that run one behind the other, by name."
+    size = lambda amount: f"{amount / 1e9:,.1f}" if amount else "-"
+    hours = [sum(cost.gpu_hours(rate) / max(1, cost.gpus) for cost in costs)
+             for rate in ("high", "likely", "low")]
+    least, likely, most = (f"{each:,.1f}" if each < 10 else f"{each:,.0f}" for each in hours)
+    gpus = max((cost.gpus for cost in costs), default=0)
+    gpu_hours = sum(cost.gpu_hours() for cost in costs)
+    unknown = ["unknown"] * any(cost.gpus and not cost.gpu_hours() for cost in costs)
+    known = lambda text: " + ".join([text] * bool(gpus and gpu_hours) + unknown) or "-"
+    return {"GPUs": str(gpus or "CPU"),
+            "hours": known(f"{likely} ({least} to {most})"),
+            "GPU hours": known(f"{gpu_hours:,.0f}"),
+            "GB to fetch": size(sum(downloads.values())),
+            "GB kept": size(sum(cost.disk for cost in costs))}
+
+# %% ../../nbs/app/72_cost.ipynb #9ca2c62e
+def _sentences(profile: Profile, costs: Sequence[Cost], fetched: float) -> list[str]:
+    "What stands under the summary: is the disk large enough, and where the numbers come from."
+    root, kept = Workspace(profile.name).root, sum(cost.disk for cost in costs)
+    free, needed = free_bytes(root), kept + fetched
+    small = "; that is too little: the run would be refused" if kept > free else ""
+    lines = [f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are needed{small}."]
+    if not any(cost.gpu_hours() for cost in costs):
+        return lines
+    return [*lines, "Hours are estimates for H100s: operations counted, by a share of the GPU's "
+            "peak. Starting engines is not counted; an A100 takes about three times as long.",
+            *(f"  {work:8} {rate.low:g} to {rate.high:g} % of the peak: {rate.source}"
+              for work, rate in RATES.items()),
+            "What a GPU machine needs beside GPUs stands in README.md."]
+
 # %% ../../nbs/app/72_cost.ipynb #c7200005
 def cost_summary(
     profile: Profile,
@@ -229,38 +258,6 @@ def cost_summary(
     return "\n".join([f"{profile.name}: {len(costs)} of {len(every)} steps to run",
                       *(line.rstrip() for line in table.splitlines()),
                       *_sentences(profile, [*costs.values()], sum(downloads.values()))])
-
-
-def _amounts(costs: Sequence[Cost], downloads: Mapping[str, float]) -> dict[str, str]:
-    "What is said of steps that run one behind the other, by name."
-    size = lambda amount: f"{amount / 1e9:,.1f}" if amount else "-"
-    hours = [sum(cost.gpu_hours(rate) / max(1, cost.gpus) for cost in costs)
-             for rate in ("high", "likely", "low")]
-    least, likely, most = (f"{each:,.1f}" if each < 10 else f"{each:,.0f}" for each in hours)
-    gpus = max((cost.gpus for cost in costs), default=0)
-    gpu_hours = sum(cost.gpu_hours() for cost in costs)
-    unknown = ["unknown"] * any(cost.gpus and not cost.gpu_hours() for cost in costs)
-    known = lambda text: " + ".join([text] * bool(gpus and gpu_hours) + unknown) or "-"
-    return {"GPUs": str(gpus or "CPU"),
-            "hours": known(f"{likely} ({least} to {most})"),
-            "GPU hours": known(f"{gpu_hours:,.0f}"),
-            "GB to fetch": size(sum(downloads.values())),
-            "GB kept": size(sum(cost.disk for cost in costs))}
-
-
-def _sentences(profile: Profile, costs: Sequence[Cost], fetched: float) -> list[str]:
-    "What stands under the summary: is the disk large enough, and where the numbers come from."
-    root, kept = Workspace(profile.name).root, sum(cost.disk for cost in costs)
-    free, needed = free_bytes(root), kept + fetched
-    small = "; that is too little: the run would be refused" if kept > free else ""
-    lines = [f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are needed{small}."]
-    if not any(cost.gpu_hours() for cost in costs):
-        return lines
-    return [*lines, "Hours are estimates for H100s: operations counted, by a share of the GPU's "
-            "peak. Starting engines is not counted; an A100 takes about three times as long.",
-            *(f"  {work:8} {rate.low:g} to {rate.high:g} % of the peak: {rate.source}"
-              for work, rate in RATES.items()),
-            "What a GPU machine needs beside GPUs stands in README.md."]
 
 # %% ../../nbs/app/72_cost.ipynb #p21e0002
 def _training_plan(recipe: Recipe, profile: Profile) -> dict[str, str]:

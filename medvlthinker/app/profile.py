@@ -134,7 +134,7 @@ def command_words(profile: Profile) -> list[str]:  # such as ["smoke", "limit=20
     "A profile's name and its overrides."
     return [profile.name, *(f"{key}={value}" for key, value in overrides(profile).items())]
 
-
+# %% ../../nbs/app/70_profile.ipynb #65bb493f
 def parse_words(words: list[str]) -> tuple[str, dict[str, str]]:
     "The other way round: the name (`smoke` if none is given) and the overrides."
     names = [word for word in words if "=" not in word]

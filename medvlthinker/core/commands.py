@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['redact', 'redact_file', 'RedactedStream', 'run_main', 'end_with_parent', 'end_family', 'follow_lines', 'run_logged',
-           'settings_file', 'project_root', 'find_path', 'load_plugin', 'read_value', 'check_keys']
+           'settings_file', 'project_root', 'find_path', 'load_plugin', 'print_once', 'read_value', 'check_keys']
 
 # %% ../../nbs/core/03_commands.ipynb #935d0212
 import base64, contextlib, ctypes, difflib, functools, importlib.machinery, json, math, os, re
@@ -248,6 +248,12 @@ def load_plugin(
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"No Python file {extend} (extend), seen from {Path.cwd()} or the project.")
     return _run_file(file, file.stat().st_mtime_ns)
+
+# %% ../../nbs/core/03_commands.ipynb #8fc779ac
+@functools.cache
+def print_once(sentence: str) -> None:
+    "Print a sentence, the first time that this process comes to it."
+    print(sentence)
 
 # %% ../../nbs/core/03_commands.ipynb #c305fa58
 _TYPES = {int: "a whole number", float: "a number", tuple: "names, comma-separated", str: "a text"}

@@ -105,7 +105,7 @@ def test_names_from_outside_stay_text():
 def test_without_a_browser_the_rest_is_written_and_one_sentence_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BROWSER_PATH", "/bin/false")
     plots.find_browser.cache_clear()
-    drawing._print_once.cache_clear()
+    drawing.print_once.cache_clear()
     for name in ("claims", "again"):
         paths = drawing.write_figure_files(name, CLAIMS, figure_of("claims"), tmp_path / "figures")
         assert [path.name for path in paths if path.stat().st_size] == [f"{name}.html", f"{name}.csv"]

@@ -156,19 +156,19 @@ def test_models_that_were_asked_other_questions_are_left_open(tmp_path):
     evaluated(tmp_path / "tiny", {name: [1, 0] for name in COLUMNS})
     evaluated(tmp_path / "tiny-RL_m23k", {name: [1, 1, 0] for name in COLUMNS})
     models = ["tiny", "tiny-RL_m23k"]
-    assert claims.audit_runs(tmp_path, models)["text_beats_base"].verdict == "open"
-    assert [*claims.paired_differences(tmp_path, models, claims.base_pairs(models))] == []
+    assert claims.audit_runs(claims.measured_grades(tmp_path, models))["text_beats_base"].verdict == "open"
+    assert [*claims.paired_differences(grades := claims.measured_grades(tmp_path, models), claims.base_pairs(grades))] == []
 
 
 def test_published_weights_are_known_by_their_hub_id(tmp_path):
     dice, models = np.random.default_rng(0), ["Qwen/Qwen2.5-VL-3B-Instruct", "UCSC-VLAA/MedVLThinker-3B-RL_m23k"]
     for model, share in zip(models, (.4, .7)):
         evaluated(tmp_path / model.replace("/", "--"), {name: (dice.random(200) < share).tolist() for name in COLUMNS})
-    verdict = claims.audit_runs(tmp_path, models)["text_beats_base"]
+    verdict = claims.audit_runs(claims.measured_grades(tmp_path, models))["text_beats_base"]
     assert verdict.verdict == "holds" and verdict.numbers[0]["n"] == 1200
     with pytest.raises(UserError, match="No rule 'foo'"):
-        claims.audit_runs(tmp_path, models, "foo")
-    (first, second, table), = claims.paired_differences(tmp_path, models, claims.base_pairs(models))
+        claims.audit_runs(claims.measured_grades(tmp_path, models), "foo")
+    (first, second, table), = claims.paired_differences(grades := claims.measured_grades(tmp_path, models), claims.base_pairs(grades))
     assert (first, second) == ("3B-RL_m23k", "Qwen/Qwen2.5-VL-3B-Instruct")
     assert table.loc["macro average", "difference"] == pytest.approx(30, abs=5)
 
@@ -178,7 +178,7 @@ def test_a_verdict_on_some_of_the_sets_names_them(tmp_path):
     for sets, part in ((["vqa_rad_closed", "pmc_vqa"], " (over PMC, VQA-Rad only)"), (COLUMNS, "]")):
         for model, share in zip(models, (.4, .7)):
             evaluated(tmp_path / str(len(sets)) / model, {name: (dice.random(100) < share).tolist() for name in sets})
-        assert claims.audit_runs(tmp_path / str(len(sets)), models)["text_beats_base"].because.endswith(part)
+        assert claims.audit_runs(claims.measured_grades(tmp_path / str(len(sets)), models))["text_beats_base"].because.endswith(part)
 
 
 def test_one_table_holds_no_answers_to_different_questions(home):

@@ -18,7 +18,7 @@ from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
 from medvlthinker.generation.request import Sampling
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.results.claims import paired_differences
+from medvlthinker.results.claims import measured_grades, paired_differences
 from medvlthinker.results.tables import own_sets, results_table, write_table
 
 MODELS = ("raw", "llama:8b")
@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> Path:
         counts = keep_band(pass_counts(grade_rollout(samples, rows, ("strict",))), 0, 1)
         curate(samples.path, counts, run.curated / "synthetic", by="raw")
         records = read_records(results / "synthetic", MODELS)
-        pair, = paired_differences(results / "synthetic", MODELS, [MODELS])
+        pair, = paired_differences(measured_grades(results / "synthetic", MODELS), [MODELS])
         row = " - ".join(MODELS), "synthetic", pair[2]
         only = ("GPT-4o", "Qwen2.5-VL-3B-Instruct")
         table = results_table(records, "recipes", only=only, differences=[row])
