@@ -214,11 +214,14 @@ def explain_flips(
     examples: int = 5,  # of each cause
 ) -> None:
     "Print what flipped and why."
+    def kinds(part):
+        return ", ".join(f"{kind} {n:,}" for kind, n in part.flip.value_counts().items()) or "none"
+
     flips = table[table.flip != ""]
-    print(f"{names[0]} -> {names[1]}: {len(flips):,} of {len(table):,} verdicts flipped")
+    print(f"{names[0]} -> {names[1]}: {len(flips):,} of {len(table):,} verdicts flipped "
+          f"({kinds(flips)})")
     for cause, part in sorted(flips.groupby("cause"), key=lambda pair: -len(pair[1])):
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in part.flip.value_counts().items())
-        print(f"  {cause}: {len(part):,} ({kinds})")
+        print(f"  {cause}: {len(part):,} ({kinds(part)})")
         for row in part.head(examples).itertuples():
             model = f"{row.model}, " if hasattr(row, "model") else ""
             place = f"{model}{row.dataset_name} {row.dataset_index}, answer {row.completion}"

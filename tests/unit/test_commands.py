@@ -90,7 +90,7 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     shutil.copytree(warm_tiny, copy)
     assert "macro average" in call("evaluate", "smoke", *ASKED, f"model={copy}")
     first, *lines = call("compare", "smoke", *ASKED, "model=tiny", f"with={copy}").splitlines()
-    assert re.fullmatch(rf"tiny -> {copy}: [1-9]\d* of \d+ verdicts flipped", first)
+    assert re.fullmatch(rf"tiny -> {copy}: [1-9]\d* of \d+ verdicts flipped \((right -> wrong|wrong -> right|other answer) .+\)", first)
     assert re.match(r"  (another option|no option read): \d+ \((right -> wrong|wrong -> right|other answer) ", lines[0]), "and why"
     assert f"{copy} - tiny, percentage points, rule regrade" in lines
     assert [line.split()[0] for line in lines[-3:]] == ["slake_closed", "vqa_rad_closed", "macro"]
