@@ -74,7 +74,7 @@ def compare_settings(
     from medvlthinker.app.runs import launch_rollout, rollouts
     from medvlthinker.evaluation.compare import (
         compare_rollouts, engine_agreement, explain_flips, split_words)
-    from medvlthinker.generation.model import resolve_model
+    from medvlthinker.generation.model import download_model, resolve_model
 
     middle = words.index("--")
     profile, model, rule = read_model(words[:middle], rule="regrade")
@@ -84,14 +84,14 @@ def compare_settings(
                         "the answers are computed; two models are compared by model=NAME "
                         "with=NAME.")
     path = _results(profile, model) / "engine_agreement.csv"
-    if profile.engine == "openai":  # only the server has the tokenizer
-        split = split_words
-    else:
-        place = resolve_model(model, Workspace(profile.name).checkpoints)
-        split = AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
     profiles = profile, load_profile(profile.name, **overrides(profile) | changes)
     for each in profiles:
         launch_rollout(each, model)
+    if profile.engine == "openai":  # only the server has the tokenizer
+        split = split_words
+    else:
+        place = download_model(resolve_model(model, Workspace(profile.name).checkpoints))
+        split = AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
     first, second = sides = [rollouts(each, model) for each in profiles]
     if _origin(profile, first) == _origin(profile, second):
         raise UserError("Both sides are one and the same rollout; change what is to be compared "
