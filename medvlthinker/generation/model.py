@@ -75,6 +75,8 @@ def resolve_model(
     served: bool = False,  # a server's model, which may have any name
 ) -> str:
     "A folder, a hub id or a served name; `UserError` for what is none of them."
+    if not folder_name(name):  # answers and results lie in a folder of the model's name
+        raise UserError(f"The model {name!r} has no name; name the folder by its path.")
     if not served:
         if name == "tiny":
             from medvlthinker.generation.tiny_model import make_tiny_model
@@ -194,7 +196,11 @@ def download_model(
 
 # %% ../../nbs/generation/22_model.ipynb #d14a2f62
 def weight_files(folder: str | Path) -> list[Path]:
-    "The files that hold a model's weights; `UserError` where there are none."
+    "The files that hold a model's weights; `UserError` for none, and for an adapter."
+    if Path(folder, "adapter_config.json").exists():  # transformers would add it, vLLM would not
+        raise UserError(f"{folder} holds an adapter (adapter_config.json), so its weights are not "
+                        "the whole model; merge it into the model that it was trained on "
+                        "(peft's merge_and_unload), or take it out.")
     if files := sorted(Path(folder).glob("*.safetensors")):
         return files
     raise UserError(f"{folder} holds no weights (*.safetensors; a pickle such as pytorch_model.bin "
