@@ -187,11 +187,11 @@ def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
     "What cuts texts into the model's tokens, or into words where only a server has its tokenizer."
     from transformers import AutoTokenizer
     from medvlthinker.evaluation.compare import split_words
-    from medvlthinker.generation.model import resolve_model
+    from medvlthinker.generation.model import download_model, resolve_model
 
     if profile.engine == "openai":
         return split_words
-    place = resolve_model(model, Workspace(profile.name).checkpoints)
+    place = download_model(resolve_model(model, Workspace(profile.name).checkpoints))
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False).tokenize
 
 # %% ../../nbs/app/77_commands.ipynb #c78b18
@@ -203,9 +203,9 @@ def compare_settings(words: list[str]) -> None:  # [profile] model=NAME ... -- [
 
     model, rule, profiles = _read_sides(words)
     profile, path = profiles[0], _results(profiles[0], model) / "engine_agreement.csv"
-    split = _splitter(profile, model)
     for each in profiles:
         launch_rollout(each, model)
+    split = _splitter(profile, model)  # the engine has found the model, or has said why not
     first, second = sides = [rollouts(each, model) for each in profiles]
     if _origin(profile, first) == _origin(profile, second):
         raise UserError("Both sides are one and the same rollout; change what is to be compared "

@@ -67,11 +67,14 @@ def _check_values(profile: Profile) -> None:
     from medvlthinker.data.benchmarks import TEST_SETS, set_names
     from medvlthinker.data.corpora import TRAINING_SETS
     from medvlthinker.data.prompt import own_instruction
+    from medvlthinker.generation.server import server_address
 
     for sets in (TEST_SETS, TRAINING_SETS):
         set_names(sets, getattr(profile, sets.kind))
     if profile.instruction:
         own_instruction(profile.instruction)
+    if profile.base_url:  # before a notebook notes it, as it may hold a password
+        server_address(profile.base_url)
     if not profile.models:
         raise UserError("models= names no model; a run needs one, such as models=tiny.")
     folders: dict[str, str] = {}  # where a model's answers and numbers lie

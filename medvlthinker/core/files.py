@@ -61,7 +61,7 @@ def require_package(*modules: str, instead: str = "") -> None:
         raise missing_package_error(*missing, instead=instead)
 
 # %% ../../nbs/core/00_files.ipynb #0a8c5d94
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -74,13 +74,16 @@ def write_error(
     if number == errno.ENOLCK:
         return UserError(f"{what} lies on a disk that keeps no locks ({reason}); set "
                          "MEDVLTHINKER_HOME to a folder on one that does.")
+    if number == errno.ENAMETOOLONG:
+        return UserError(f"{what} cannot be written ({reason}); use a shorter name of the model, "
+                         "or a shorter folder in MEDVLTHINKER_HOME.")
     if number in _IN_THE_WAY:
         return UserError(f"{what} cannot be written ({reason}): a file stands where a folder "
                          "belongs, or a folder where a file does; move it away, or set "
                          "MEDVLTHINKER_HOME.")
     if number not in _NO_ROOM:
         raise error
-    if number == errno.EACCES:  # perhaps somebody else's model or table, which is only read
+    if number in (errno.EACCES, errno.EPERM):  # perhaps somebody else's, which is only read
         return UserError(f"{what} cannot be read or written ({reason}); change the rights of it or "
                          "of its folder, or name another one (MEDVLTHINKER_HOME takes what a run "
                          "writes).")

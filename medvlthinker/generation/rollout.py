@@ -187,17 +187,16 @@ def load_rollout(folder) -> Rollout:
                         "folder with rollout.json and rollout.jsonl.")
     if "finished" not in record:
         raise UserError(f"{folder} is not finished; run the rollout again, which asks the rest.")
-    if not path.is_file() or path.stat().st_size != record["bytes"]:
-        raise UserError(f"{path} is missing or damaged; run the rollout again, which asks what "
-                        "is missing.")
+    if not path.is_file() or file_hash(path) != record.get("sha256"):
+        problem = "is damaged, or another's" if path.is_file() else "is missing"
+        raise UserError(f"{path} {problem}; run the rollout again, which asks what is missing.")
     return Rollout(folder, record)
 
 
 def _is_finished(folder: Path) -> bool:
     "Is nothing of this rollout owed, and its file whole?"
     with contextlib.suppress(UserError):
-        rollout = load_rollout(folder)
-        return not rollout.record["failed"] and file_hash(rollout.path) == rollout.record["sha256"]
+        return not load_rollout(folder).record["failed"]
     return False
 
 # %% ../../nbs/generation/25_rollout.ipynb #690bf276

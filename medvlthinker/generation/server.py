@@ -8,7 +8,7 @@ __all__ = ['server_address', 'api_key', 'fit_size', 'shrink', 'image_uri', 'requ
            'ServerEngine']
 
 # %% ../../nbs/generation/23_server.ipynb #9ec27996
-import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re
+import asyncio, base64, concurrent.futures, contextlib, functools, io, json, math, os, re, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +160,8 @@ def count_tokens(body) -> tuple[int, int]:
     usage = body.get("usage") if isinstance(body, dict) else None
     usage = usage if isinstance(usage, dict) else {}
     counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion", "total")]
-    prompt, answers, total = (count if isinstance(count, int) else 0 for count in counts)
+    prompt, answers, total = (
+        count if isinstance(count, int) and 0 <= count < 1 << 31 else 0 for count in counts)
     return answers, max(total, prompt + answers)
 
 # %% ../../nbs/generation/23_server.ipynb #e8b91d53
@@ -225,21 +226,49 @@ class Budget:
                         "was answered is kept, and the same command goes on with a higher limit.")
         return ""
 
+# %% ../../nbs/generation/23_server.ipynb #h2a00002
+_MAX_BODY = 1 << 25  # bytes; 64 answers of 4,096 tokens take less
+
+
+def _add(body: bytearray, part: bytes) -> None:
+    "Add a part of a server's answer; `ValueError` for an answer without end."
+    body += part
+    if len(body) > _MAX_BODY:
+        raise ValueError(f"the answer is longer than {_MAX_BODY >> 20} MB")
+
+
+def _list_client(timeout: float):
+    "What asks for a list: it follows no redirect, and gives up on a list that does not end."
+    import openai
+
+    def read_whole(response):
+        end, body = time.monotonic() + timeout, bytearray()
+        for part in response.iter_bytes():
+            _add(body, part)
+            if time.monotonic() > end:
+                raise ValueError("the list does not end")
+        response._content = bytes(body)  # as `read` leaves it
+
+    hooks = {"response": [read_whole]}
+    return openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
+
 # %% ../../nbs/generation/23_server.ipynb #8c744b95
 def served_models(address: str, timeout: float = 30) -> list[dict[str, str]]:
     "The models that a server lists: id, owned_by, root; `UserError` where nobody answers."
     import openai
 
     options = {"api_key": api_key(address) or "none", "timeout": timeout, "max_retries": 1}
+    http = _list_client(timeout)
     try:
-        with openai.OpenAI(base_url=address, **options) as client:
+        with openai.OpenAI(base_url=address, http_client=http, **options) as client:
             listed = json.loads(redact(client.models.with_raw_response.list().text))["data"]
         return [{name: str(model.get(name) or "") for name in ("id", "owned_by", "root")}
                 for model in listed]
     except openai.APIConnectionError as error:
         raise UserError(f"No server answers at {address}: {error_text(error)}; start it, or set "
                         "base_url.") from None
-    except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError):
+    except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError):
         return []  # a question will say what is wrong, if anything is
 
 # %% ../../nbs/generation/23_server.ipynb #7f5eba90
@@ -324,7 +353,14 @@ def _client(engine: ServerEngine):
         budget.requests += 1
 
     async def check_answer(response):
-        await response.aread()
+        if response.has_redirect_location:  # images and questions would go to somebody else
+            raise openai.OpenAIError(
+                f"{engine.address} sends requests on to {response.headers['location']}; if you "
+                "trust that address, name it by base_url.")
+        whole = bytearray()
+        async for part in response.aiter_bytes():
+            _add(whole, part)
+        response._content = bytes(whole)  # as `aread` leaves it
         body = redact(response.text)  # a server may repeat the key
         with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(body)
@@ -337,7 +373,8 @@ def _client(engine: ServerEngine):
     hooks = {"request": [check_budget], "response": [check_answer]}
     return openai.AsyncOpenAI(
         base_url=engine.address, api_key=api_key(engine.address) or "none", timeout=engine.seconds,
-        max_retries=5, http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks))
+        max_retries=5, http_client=openai.DefaultAsyncHttpxClient(
+            follow_redirects=False, event_hooks=hooks))
 
 # %% ../../nbs/generation/23_server.ipynb #d46a0b97
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -16,7 +16,7 @@ from medvlthinker.data import prompt, synthetic
 from medvlthinker.generation.engine import FunctionEngine, TransformersEngine, open_engine
 from medvlthinker.generation.request import Completion, EngineSettings, Hardware, Sampling
 from medvlthinker.generation.rollout import (
-    Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config)
+    Job, RolloutConfig, from_line, generate, generate_all, load_rollout, rollout_config, to_line)
 from medvlthinker.generation.tiny_model import make_tiny_model
 from rollout_files import contents, whole_lines
 
@@ -203,6 +203,19 @@ def reads_wrong(folder: Path) -> bool:
     with contextlib.suppress(UserError):
         return not list(load_rollout(folder))
     return True
+
+
+def test_answers_of_another_rollout_are_no_answers(answered):
+    "Sound lines, as many and as long as those that were recorded: a number of theirs is never shown."
+    rollout, _, _ = answered
+    others = []
+    for row, sample in zip(rollout, sets(8)["pmc_vqa"], strict=True):
+        text = row["completions"][0]["text"].replace(" B ", " A ")
+        others.append(to_line(row["index"], sample, [Completion(text, "stop", 9)]))
+    assert len(data := b"".join(others)) == rollout.record["bytes"]
+    rollout.path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged, or another's"):
+        load_rollout(rollout.folder)
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1}'])

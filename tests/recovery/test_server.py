@@ -1,6 +1,7 @@
 """A server that fails in every way: each question ends answered or marked as failed, none twice,
 and nothing that was paid for is lost."""
 import contextlib
+import gzip
 import itertools
 import json
 import logging
@@ -419,6 +420,36 @@ def test_a_key_that_is_refused_by_403_is_shown_where_few_questions_are_asked(fau
     found, reason = gather(engine(faulty.url).answer(requests(5)))
     assert reason == "" and len(found) == 5
     assert capsys.readouterr().out.count("not answered: 403: Your project may not use") == 1
+
+
+class Endless(Handler):
+    "Lists models without end, and answers every question with `server.says`."
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client has gone
+            while not self.server.stopping.wait(0.05):
+                self.wfile.write(b" ")
+
+    def do_POST(self):
+        self.body()
+        status, body, headers = self.server.says
+        self.reply(status, body, **headers)
+
+
+def test_what_does_not_end_and_what_leads_elsewhere():
+    "A list, an answer that unfolds to 40 MB, and a redirect: each is left, and nobody else is asked."
+    stopping, bomb = threading.Event(), gzip.compress(bytes(40 << 20))
+    with serving(Endless, stopping=stopping, says=(200, bomb, {"Content_Encoding": "gzip"})) as server:
+        begun, ask = time.monotonic(), engine(f"{server.url}/v1", request_timeout=2, concurrency=2)
+        found, reason = gather(ask.answer(requests(2)))
+        assert [each.error for [each] in found.values()] == ["the answer is longer than 32 MB"] * 2
+        assert reason == "" and time.monotonic() - begun < 10
+        server.says = 307, {}, {"Location": "http://127.0.0.1:9/v1/chat/completions"}
+        found, reason = gather(ask.answer(requests(2)))
+        assert not found and "sends requests on to http://127.0.0.1:9/v1/chat" in reason
+        stopping.set()
 
 
 def test_a_question_that_a_moderator_stops_does_not_stop_the_others(faulty):

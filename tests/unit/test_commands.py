@@ -111,6 +111,12 @@ def test_questions_of_ones_own_are_no_drawn_scans(home, call):
         assert ("Drawn scans" in call("check-paper", "smoke")) == drawn
 
 
+def test_parity_of_a_model_that_cannot_be_had_is_a_sentence(home):
+    "What the engine says of it, and not what transformers says of its tokenizer."
+    keys = ("model=someone/nothing", "benchmark=pmc_vqa", "limit=2")
+    refuses(["compare", "smoke", *keys, "--", "batch_size=5"], "No model someone/nothing")
+
+
 def test_parity_on_the_command_line(warm_home, call, monkeypatch):
     "Each side is asked in a process of its own; here in this one, which has torch loaded."
     words, launched = ["compare", "smoke", "model=tiny", "benchmark=pmc_vqa", "limit=12", "batch_size=12"], []

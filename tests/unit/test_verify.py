@@ -165,3 +165,14 @@ def test_a_number_that_does_not_come_out_again_is_a_sentence(finished, tmp_path,
         answers.write_bytes(answers.read_bytes().replace(b'"length"', b'"lenght"'))
     with pytest.raises(UserError, match="is damaged"):
         lines(root, "raw/SLAKE")
+
+
+def test_an_edited_table_is_not_shown_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEDVLTHINKER_HOME", str(tmp_path))
+    with write_record(table := Workspace("smoke").results / "table.txt", {}):
+        table.write_text("tiny 50.0")
+    cli._show_results(load_profile("smoke"))
+    assert "tiny 50.0" in capsys.readouterr().out
+    table.write_text("tiny 90.0")
+    with pytest.raises(UserError, match="table.txt was changed after it was made"):
+        cli._show_results(load_profile("smoke"))
