@@ -13,6 +13,7 @@ from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.runs import rollouts
 from medvlthinker.app.verify import check_run, recorded, run_files, trace
 from medvlthinker.core.files import UserError, file_hash, write_record
+from medvlthinker.data.benchmarks import LOCAL
 from medvlthinker.data.readers import write_csv
 from medvlthinker.difficulty.pass_counts import curate, keep_band, pass_counts
 from medvlthinker.evaluation.evaluate import evaluate, grade_rollout, read_records
@@ -123,6 +124,7 @@ def test_a_set_of_ones_own_is_followed(finished, tmp_path, monkeypatch, capsys):
     "Its table is results/own_sets.csv, and no other table names the set."
     root = Path(shutil.copytree(finished, tmp_path / "smoke"))
     monkeypatch.setenv("MEDVLTHINKER_HOME", str(tmp_path))
+    monkeypatch.setitem(LOCAL, "chest", [])  # other tests of this process know no such set
     (tmp_path / "chest").mkdir()
     (tmp_path / "chest" / "test.csv").write_text("question,answer_label\nIs it?,A\nIs it not?,B\n")
     (own := tmp_path / "mine.py").write_text(f"""from medvlthinker.data.benchmarks import register_benchmark
