@@ -402,6 +402,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'medvlthinker/core/grade.py'),
                                          'medvlthinker.core.grade.grade': ('core/grade.html#grade', 'medvlthinker/core/grade.py')},
             'medvlthinker.core.plots': { 'medvlthinker.core.plots._still': ('core/plots.html#_still', 'medvlthinker/core/plots.py'),
+                                         'medvlthinker.core.plots._without_places': ( 'core/plots.html#_without_places',
+                                                                                      'medvlthinker/core/plots.py'),
                                          'medvlthinker.core.plots.draw_panels': ( 'core/plots.html#draw_panels',
                                                                                   'medvlthinker/core/plots.py'),
                                          'medvlthinker.core.plots.find_browser': ( 'core/plots.html#find_browser',

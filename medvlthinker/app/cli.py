@@ -170,8 +170,9 @@ def docs(
     profile: Annotated[str, typer.Argument(help="Whose results the pages show.")] = "smoke",
     readme: Annotated[bool, typer.Option(
         "--readme", help="Only make README.md from nbs/index.ipynb.")] = False,
-    outputs: Annotated[bool, typer.Option(
-        "--outputs", help="Only store 5_results and 6_audit with the published numbers.")] = False,
+    outputs: Annotated[list[Path] | None, typer.Option(
+        exists=True, metavar="NOTEBOOK",
+        help="Only run this notebook and store what its cells show.")] = None,
 ) -> None:
     """Build the site of the chapters and of a run in _docs/.
 
@@ -185,8 +186,7 @@ def docs(
     elif outputs:
         import nbformat
 
-        for name in ("5_results.ipynb", "6_audit.ipynb"):
-            path = project_root() / "nbs" / "paper" / name
+        for path in outputs:
             nbformat.write(with_outputs(path), path)
     else:
         site.build(profile)

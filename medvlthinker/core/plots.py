@@ -7,9 +7,10 @@ __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'wrap_label', 'lay_out', 'draw_panels
            'find_browser', 'picture', 'with_outputs']
 
 # %% ../../nbs/core/04_plots.ipynb #72897856
-import base64, functools, html, io, os, shutil, subprocess, sys, tempfile, textwrap
+import base64, functools, html, io, os, re, shutil, subprocess, sys, tempfile, textwrap
 from pathlib import Path
 
+from .commands import project_root
 from .files import UserError, atomic_write, fingerprint, require_package
 
 # %% ../../nbs/core/04_plots.ipynb #7ff1fd4c
@@ -119,6 +120,7 @@ def picture(figure) -> bytes:  # of a png
 
 # %% ../../nbs/core/04_plots.ipynb #19cc63c2
 _FIGURE = "application/vnd.plotly.v1+json"
+_WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without its kernel
 
 
 def _still(
@@ -136,6 +138,14 @@ def _still(
     if data := draw(go.Figure(figure)):
         Image.open(io.BytesIO(data)).convert("RGB").quantize(64).save(small, "png", optimize=True)
         output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
+
+# %% ../../nbs/core/04_plots.ipynb #9d1c0e02
+def _without_places(text: str) -> str:
+    "Text in which project, Python and temporary folders have short names, and objects none."
+    for place, name in ((sys.prefix, ".venv"), (str(project_root()), ".")):
+        text = text.replace(place, name)
+    temporary = os.path.join(tempfile.gettempdir(), tempfile.gettempprefix())
+    return re.sub(r" at 0x\w+", "", re.sub(re.escape(temporary) + r"\w+", "TEMPORARY", text))
 
 # %% ../../nbs/core/04_plots.ipynb #2faa136f
 def with_outputs(
@@ -157,7 +167,9 @@ def with_outputs(
     nb.metadata = metadata
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
         cell.execution_count = None
+        cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"
+                        and _WIDGET not in each.get("data", {})]
         for output in cell.outputs:
             output.update({key: None for key in output if key == "execution_count"})
             _still(output, draw)
-    return nb
+    return nbformat.reads(_without_places(nbformat.writes(nb)), 4)

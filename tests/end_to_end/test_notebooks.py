@@ -45,6 +45,16 @@ def test_imports_point_downwards():
     assert uses["core.grade"] == set() and "core.stats" in uses["results.tables"], "the walk finds what it looks for"
 
 
+@pytest.mark.parametrize("name", ["quickstart.ipynb", *filter(lambda name: "/" in name, LIBRARY)])
+def test_chapters_show_what_their_cells_gave(name):
+    "As `docs --outputs` stored it: small, without warnings, and without a word on the machine."
+    text = (ROOT / "nbs" / name).read_text(encoding="utf-8")
+    shown = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
+    assert shown and len(text) < 500_000, "store it anew: ./reproduce.sh docs --outputs NOTEBOOK"
+    assert not [output for output in shown if output.get("name") == "stderr" or output["output_type"] == "error"]
+    assert not re.search(r"/(tmp|root|home|Users)/\w|site-packages|Warning:|plotly\.js v", json.dumps(shown)) and str(ROOT) not in text
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_paper_notebooks_are_clean(path):
     "Sources of paper notebooks hold no outputs (but for two, see test_figures), no definitions, and one cell of parameters."

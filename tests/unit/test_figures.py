@@ -142,7 +142,7 @@ def test_stored_outputs_are_small_and_belong_to_the_code_as_it_is(path):
     pictures = [len(picture) for picture in re.findall(r'"image/png": "(.*)"', text)]
     assert pictures and max(pictures) < 200_000  # base64 of 150 kB
     stored, now = outputs(nbformat.read(path, 4)), outputs(plots.with_outputs(path, draw=lambda figure: b""))
-    assert stored == now, "store it anew: python -m medvlthinker.app.cli docs --outputs"
+    assert stored == now, "store it anew: ./reproduce.sh docs --outputs NOTEBOOK"
 
 
 # What a reader sees
