@@ -25,7 +25,7 @@ from medvlthinker.data.sample import write_samples
 from medvlthinker.training import checkpoint, verl
 from medvlthinker.training.recipe import TrainingSettings, find
 from medvlthinker.training.sft import plan
-from medvlthinker.training.train import finish, train_here
+from medvlthinker.training.train import _finish, train_here
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
 
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
@@ -471,7 +471,7 @@ def test_two_nodes_of_ray_train_two_steps(tmp_path, warm_tiny, monkeypatch):
     assert taken == run.folder / "global_step_2" / "actor"
     assert json.loads((taken / "fsdp_config.json").read_text())["world_size"] == 2
     assert [line["step"] for line in verl.merge_curves(run.logs)] == [1, 2]
-    model = finish(run, taken, tmp_path / "checkpoints")
+    model = _finish(run, taken, tmp_path / "checkpoints")
     assert (model / "model.safetensors").is_file()
 
 
