@@ -262,7 +262,9 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     own = {step.parameter: step.value} if step.value else {}
     given = {"profile": profile.name, **own, **overrides(profile)}
-    os.environ |= {"MEDVLTHINKER_BATCH": "1"} | ({} if profile.gpus else {"OMP_NUM_THREADS": "1"})
+    os.environ["MEDVLTHINKER_BATCH"] = "1"
+    if not profile.gpus:
+        os.environ["OMP_NUM_THREADS"] = "1"
     with _own_family(), write_record(target, {"notebook": step.notebook, **given}) as facts:
         source = paper_notebook(step.notebook)
         done = _papermill(source, partial, given, step.value or step.notebook)

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'wrap_label', 'lay_out', 'draw_panels
            'find_browser', 'picture', 'with_outputs']
 
 # %% ../../nbs/core/04_plots.ipynb #72897856
-import base64, functools, html, io, os, re, shutil, subprocess, sys, tempfile, textwrap
+import base64, functools, html, io, json, os, re, shutil, subprocess, sys, tempfile, textwrap
 from pathlib import Path
 
 from .commands import project_root
@@ -167,9 +167,11 @@ def with_outputs(
     nb.metadata = metadata
     for cell in (cell for cell in nb.cells if cell.cell_type == "code"):
         cell.execution_count = None
-        cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"
-                        and _WIDGET not in each.get("data", {})]
+        cell.outputs = [
+            nbformat.from_dict(json.loads(_without_places(json.dumps(each))))
+            for each in cell.outputs
+            if each.get("name") != "stderr" and _WIDGET not in each.get("data", {})]
         for output in cell.outputs:
             output.update({key: None for key in output if key == "execution_count"})
             _still(output, draw)
-    return nbformat.reads(_without_places(nbformat.writes(nb)), 4)
+    return nb

@@ -193,11 +193,12 @@ def load_rollout(folder) -> Rollout:
     return Rollout(folder, record)
 
 
-def _is_finished(folder: Path) -> bool:
-    "Is nothing of this rollout owed, and its file whole?"
+def _finished(folder: Path) -> Rollout | None:
+    "The rollout, if nothing of it is owed and its file is whole."
     with contextlib.suppress(UserError):
-        return not load_rollout(folder).record["failed"]
-    return False
+        rollout = load_rollout(folder)
+        return None if rollout.record["failed"] else rollout
+    return None
 
 # %% ../../nbs/generation/25_rollout.ipynb #690bf276
 def _endings(completions: list[dict]) -> dict[str, int]:
@@ -394,21 +395,23 @@ def generate_all(
     folders = [_place(job, config) for job, config in zip(jobs, configs)]
     for folder in folders:
         _check_server(folder, engine, show)
+    done = {folder: found for folder in folders if (found := _finished(folder))}
     todo = {folder: (job, config) for folder, job, config in zip(folders, jobs, configs)
-            if not _is_finished(folder)}
+            if folder not in done}
     try:
         with contextlib.ExitStack() as held:
             for folder in sorted(todo):
                 held.enter_context(file_lock(folder, show))
             writers = [_Writer(job, config, folder, engine)
                        for folder, (job, config) in todo.items()
-                       if not _is_finished(folder)]  # by another process, in the meantime
+                       if not _finished(folder)]  # by another process, in the meantime
             for writer in writers:
                 held.callback(writer.file.close)
             _ask(writers, engine, show)
     except OSError as error:
         raise write_error(error, error.filename or os.path.commonpath(todo)) from None
-    return [load_rollout(folder) for folder in folders]
+    done |= {folder: load_rollout(folder) for folder in todo}
+    return [done[folder] for folder in folders]
 
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade2
 def generate(

@@ -268,22 +268,22 @@ def _answer(viewer: Viewer, view: dict) -> str:
     return f'<span role="status">{words}</span><br><code>{address}</code>{body}'
 
 # %% ../../nbs/results/64_viewer.ipynb #419bd7b3
-def _controls(viewer: Viewer, view: dict) -> list:
-    "A widget for each part of a view, in the order of its keys; the last is the position."
+def _controls(viewer: Viewer, view: dict) -> dict:
+    "By the key of each part of a view its widget; the last one, `at`, is the position."
     import ipywidgets as widgets
 
     given = {"style": {"description_width": "14em"}, "layout": widgets.Layout(width="28em")}
-    controls: list = []
+    controls: dict = {}
     for column, choices in viewer.choices.items():
         options = [("all", "")] if column != "model" else []
         options += [(escape_invisible(choice), choice) for choice in choices]
-        controls.append(widgets.Dropdown(
-            options=options, value=view[column], description=FILTERS[column], **given))
-    return [*controls,
-            widgets.Text(view["text"], description=FILTERS["text"], continuous_update=False,
-                         **given),
-            widgets.BoundedIntText(view["at"], min=1, max=len(viewer.entries),
-                                   description="Question", **given)]
+        controls[column] = widgets.Dropdown(
+            options=options, value=view[column], description=FILTERS[column], **given)
+    controls["text"] = widgets.Text(
+        view["text"], description=FILTERS["text"], continuous_update=False, **given)
+    controls["at"] = widgets.BoundedIntText(
+        view["at"], min=1, max=len(viewer.entries), description="Question", **given)
+    return controls
 
 # %% ../../nbs/results/64_viewer.ipynb #978696dc
 def browse(
@@ -293,24 +293,21 @@ def browse(
     "The viewer as ipywidgets."
     import ipywidgets as widgets
 
-    view, body = viewer.parse(at), widgets.HTML()
-    *controls, place = _controls(viewer, view)
+    controls, body = _controls(viewer, viewer.parse(at)), widgets.HTML()
 
     def show(change=None):
-        chosen = {name: control.value for name, control in zip(view, controls)}
-        body.value = _answer(viewer, {**chosen, "at": place.value})
+        body.value = _answer(viewer, {key: control.value for key, control in controls.items()})
 
     def restart(change):
-        place.value = 1
+        controls["at"].value = 1
         show()
 
     show()
-    place.observe(show, "value")
-    for control in controls:
-        control.observe(restart, "value")
+    for key, control in controls.items():
+        control.observe(show if key == "at" else restart, "value")
     note = widgets.HTML(DRAWN_NOTE if viewer.source == "synthetic" else "")
     layout = widgets.Layout(flex_flow="row wrap", max_width="78em")
-    return widgets.VBox([note, widgets.HBox([*controls, place], layout=layout), body])
+    return widgets.VBox([note, widgets.HBox([*controls.values()], layout=layout), body])
 
 # %% ../../nbs/results/64_viewer.ipynb #612ed251
 def spaced_places(

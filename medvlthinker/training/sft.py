@@ -25,10 +25,9 @@ from ..generation.model import (
     check_chat_template, check_weights, download_model, model_fingerprint, pixel_limits,
     unloadable_error, weight_files)
 from .memory import LORA_TARGETS, Row
-from medvlthinker.training.recipe import (
-    Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, processes, recomputes, rows_at_once,
-    rows_of_update, starting_point, step_folders, steps_per_epoch, steps_to_train, training_folder,
-    uses_verl)
+from .recipe import (
+    Grpo, Recipe, TrainingSettings, nodes_of, processes, recomputes, rows_at_once, rows_of_update,
+    starting_point, step_folders, steps_per_epoch, steps_to_train, training_folder, uses_verl)
 
 if TYPE_CHECKING:  # these take seconds to load
     import datasets, torch
@@ -374,8 +373,8 @@ def last_whole(folder: Path) -> int:  # its update; 0 where there is none
 def remove_old_checkpoints(run: Run) -> None:
     "Leave the newest whole checkpoints, and the one that becomes the model."
     found = whole_checkpoints(run.folder)
-    newest = (max_checkpoints(run.recipe, run.settings) or 1 + len(found)) - 1
-    stay = {*sorted(found)[-newest:], run.takes * run.updates}
+    keep = run.settings.keep_checkpoints or len(found)
+    stay = {*sorted(found)[-keep:], run.takes * run.updates}
     for update in found.keys() - stay:
         (found[update] / WHOLE).unlink()  # first: what a kill leaves of the rest is torn
         shutil.rmtree(found[update], ignore_errors=True)
