@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .core.grade import grade as grade
     from .data.benchmarks import load_benchmark as load_benchmark
+    from .data.benchmarks import register_benchmark as register_benchmark
+    from .data.corpora import register_corpus as register_corpus
+    from .data.readers import DatasetLayout as DatasetLayout
     from .data.readers import DataSettings as DataSettings
     from .data.sample import Sample as Sample
     from .evaluation.evaluate import accuracy as accuracy
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 NOUNS = {"grade": "core.grade", "load_benchmark": "data.benchmarks", "DataSettings": "data.readers", "Sample": "data.sample",
+         "DatasetLayout": "data.readers", "register_benchmark": "data.benchmarks", "register_corpus": "data.corpora",
          "accuracy": "evaluation.evaluate", "evaluate": "evaluation.evaluate", "grade_rollout": "evaluation.evaluate",
          "ask": "generation.ask", "open_engine": "generation.engine", "EngineSettings": "generation.request",
          "Sampling": "generation.request", "generate": "generation.rollout"}

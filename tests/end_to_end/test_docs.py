@@ -44,7 +44,6 @@ ELSEWHERE = {  # what runs it in its place: how it begins -> a file, and what st
     "./reproduce.sh docs --outputs nbs/core/01_stats.ipynb": ("tests/unit/test_figures.py", "plots.with_outputs(path"),
     "./reproduce.sh docs": ("tests/browser/test_site.py", "site.build("),
     "./reproduce.sh evaluate mini model=MODEL benchmark=vqa_rad": ("tests/end_to_end/test_workflow.py", '"-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
-    "./reproduce.sh compare smoke model=tiny with=": ("tests/unit/test_commands.py", '"model=tiny", f"with='),
     "locks/lock.sh": ("tests/../locks/lock.sh", "uv")}  # solves three environments for minutes, from the registry
 
 
