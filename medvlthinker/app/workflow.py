@@ -17,7 +17,7 @@ import medvlthinker
 from .profile import (
     KEYS, Profile, Step, Workspace, command_words, load_profile, notebook_file, overrides, steps)
 from ..core.commands import (
-    end_family, end_with_parent, find_path, follow_lines, project_root, redact, redact_file)
+    end_family, end_with_parent, find_path, follow_lines, project_root)
 from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
@@ -163,9 +163,8 @@ class _Echo:
     def write(self, text):
         for line in text.splitlines():
             if line.startswith("| "):
-                words = redact(line[2:])
-                name = "" if self.name in words else f"{self.name}: "
-                print(f"    {name}{words}", flush=True)
+                name = "" if self.name in line else f"{self.name}: "
+                print(f"    {name}{line[2:]}", flush=True)
 
     def flush(self): ...
 
@@ -183,13 +182,7 @@ def _papermill(source: Path, partial: Path, given: dict, name: str):
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    from papermill.iorw import LocalHandler, papermill_io
 
-    class Redacting(LocalHandler):
-        def write(self, buf, path):
-            super().write(redact(buf), path)
-
-    papermill_io.register(str(partial.parent), Redacting())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of keys of the profile
     step = partial.name.removesuffix(".running.ipynb")
     try:
@@ -375,19 +368,11 @@ def _cancel_submitted(log: IO[str]) -> None:
             subprocess.run(words, check=False, capture_output=True, timeout=60)
 
 # %% ../../nbs/app/75_workflow.ipynb #fc34ee63
-@contextlib.contextmanager
-def _log(profile: Profile, dry: bool) -> Iterator[IO[str]]:
-    "The log of Snakemake, out of which keys are taken in the end; a dry run leaves none."
+def _log(profile: Profile, dry: bool) -> IO[str]:
+    "The log of Snakemake, to write and read; a dry run leaves none."
     if dry:
-        with tempfile.TemporaryFile("w+", errors="replace") as log:
-            yield log
-        return
-    path = Workspace(profile.name).logs / "snakemake.log"
-    try:
-        with open(path, "w+", errors="replace") as log:
-            yield log
-    finally:
-        redact_file(path)  # kernels write into it too
+        return tempfile.TemporaryFile("w+", errors="replace")
+    return open(Workspace(profile.name).logs / "snakemake.log", "w+", errors="replace")
 
 # %% ../../nbs/app/75_workflow.ipynb #9d0e618e
 @contextlib.contextmanager
@@ -445,7 +430,7 @@ def snakemake(
                 yield line.rstrip("\n")
         if process.returncode:
             log.seek(0)
-            said = [redact(line.strip()) for line in (*shown, *log) if line.strip()]
+            said = [line.strip() for line in (*shown, *log) if line.strip()]
             raise _failure(said, failed, profile)
 
 # %% ../../nbs/app/75_workflow.ipynb #2006bf22
