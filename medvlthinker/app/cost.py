@@ -18,9 +18,10 @@ from .profile import (
     Profile, Step, Workspace, command_line, notebook_file, steps)
 from .runs import evaluation_samplings, named_sets, training_places
 from ..core.files import UserError
+from ..data import corpora
+from ..data.benchmarks import BENCHMARKS
 from ..generation.engine import check_nodes
 from ..generation.request import Sampling
-from ..results.published import SIZES
 from ..training.memory import estimate, settings_that_fit
 from medvlthinker.training.recipe import (
     RECIPES, ROWS, Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, steps_per_epoch,
@@ -66,7 +67,8 @@ class Rows:
     images: int = 1  # a question
 
 
-CORPORA = {"m23k": Rows(23_460, 170, 1_383, 600, images=0), "pmc_vqa": Rows(176_917, 549, 200, 300)}
+CORPORA = {"m23k": Rows(corpora.CORPORA["m23k"], 170, 1_383, 600, images=0),
+           "pmc_vqa": Rows(corpora.CORPORA["pmc_vqa"], 549, 200, 300)}
 TEST_ANSWER = 400  # to a question of the test sets
 
 # %% ../../nbs/app/72_cost.ipynb #c6900018
@@ -97,8 +99,8 @@ def asking_cost(
     if kind == "corpus":
         limit, sets = profile.train_limit, [(rows.count, rows.answer) for rows in CORPORA.values()]
     else:
-        limit, names = profile.limit, named_sets(profile) or SIZES
-        sets = [(SIZES.get(name, 0), TEST_ANSWER) for name in names]
+        limit, names = profile.limit, named_sets(profile) or BENCHMARKS
+        sets = [(BENCHMARKS.get(name, 0), TEST_ANSWER) for name in names]
     answers = sum(sampling.n for sampling in samplings)
     tokens = sum(min(count, limit or count) * answers * min(length, profile.max_tokens)
                  for count, length in sets)
@@ -163,7 +165,7 @@ def data_cost(profile: Profile) -> Cost:
     "What it takes to fetch the test sets and corpora."
     if profile.source != "hub":
         return Cost()
-    images = sum(SIZES.values()) + sum(rows.count * rows.images for rows in CORPORA.values())
+    images = sum(BENCHMARKS.values()) + sum(rows.count * rows.images for rows in CORPORA.values())
     size = 1e5 * images + 1e4 * CORPORA["m23k"].count
     return Cost(downloads={"test sets and corpora": size}, disk=size)
 

@@ -11,7 +11,7 @@ __all__ = ['IMAGE_LEVELS', 'LEVELS', 'COLUMNS', 'SAME_QUESTION', 'SPECIFIC_WORDS
            'side_by_side']
 
 # %% ../../nbs/data/17_overlap.ipynb #663a54b7
-import base64, hashlib, html, io, itertools, re, unicodedata, zlib
+import hashlib, html, itertools, re, unicodedata, zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.files import (
     fingerprint, read_json, record_path, stale_reason, write_record)
-from .sample import Sample, SampleFile, to_rgb
+from .sample import Sample, SampleFile, thumbnail_uri, to_rgb
 from .benchmarks import TEST_SETS, sample_file, set_names
 from .corpora import TRAINING_SETS
 from .readers import DataSettings, parallel_map, write_csv
@@ -323,10 +323,8 @@ def accuracy_by_overlap(grades, pairs):  # a test item a row: dataset, index, im
 def _cell(sample: Sample, title: str) -> str:
     "A sample as a table cell: its first two pictures, small, as data URIs, then the question."
     cell = f"<td><small>{html.escape(title)}</small><br>"
-    for small in filter(None, [thumbnail(data, side=120) for data in sample.images[:2]]):
-        small.save(file := io.BytesIO(), "JPEG", quality=70)
-        encoded = base64.b64encode(file.getvalue()).decode()
-        cell += f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    for uri in filter(None, [thumbnail_uri(data, 120) for data in sample.images[:2]]):
+        cell += f'<img alt="" src="{uri}">'
     return f"{cell}<br>{html.escape(sample.question[:400])}</td>"
 
 

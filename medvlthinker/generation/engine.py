@@ -23,7 +23,7 @@ from medvlthinker.generation.model import (
     prompt_format, refuse_too_large, resolve_model, resolve_revision, tensor_parallel_size,
     unloadable_error)
 from .request import (
-    DTYPES, Completion, EngineSettings, Hardware, Request)
+    CHOICES, Completion, EngineSettings, Hardware, Request)
 from .server import ServerEngine
 
 # %% ../../nbs/generation/24_engine.ipynb #d1a4bb43
@@ -611,7 +611,7 @@ def open_engine(
     "An engine for one model; `UserError` for a model or an engine that there is not."
     if not isinstance(settings, EngineSettings):
         raise UserError(f"open_engine takes EngineSettings(model=...), not {settings!r:.60}.")
-    for name, known in ((settings.engine, (*ENGINES, "ray", "openai")), (settings.dtype, DTYPES)):
-        if name not in known:
+    for key, known in CHOICES.items():
+        if (name := getattr(settings, key)) not in known:
             raise UserError(f"There is no {name!r} among {', '.join(known)}.")
     return (ServerEngine if settings.engine == "openai" else Engine)(settings, dialect)

@@ -341,7 +341,7 @@ def check_chat_template(processor, model: str | Path) -> None:
 # %% ../../nbs/generation/22_model.ipynb #58d6b99b
 def weight_bytes(
     folder: str | Path,
-    dtype: str,  # in which the model will run, of request.DTYPES
+    dtype: str,  # in which the model will run, of request.CHOICES
 ) -> int:
     "The size of a model's weights in memory; of what transformers cannot build, that of its files."
     folder = Path(folder)

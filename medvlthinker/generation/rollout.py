@@ -10,7 +10,7 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
 import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core.files import (
@@ -18,7 +18,7 @@ from ..core.files import (
     record_text, write_error)
 from ..data.prompt import own_instruction
 from ..data.sample import Sample, to_row
-from .request import DTYPES, Completion, Request, Sampling
+from .request import Completion, Request, Sampling
 
 # %% ../../nbs/generation/25_rollout.ipynb #ab046e47
 def samples_fingerprint(samples: Sequence[Sample]) -> str:
@@ -356,15 +356,6 @@ def _ask(writers: list[_Writer], engine, show: Callable) -> None:
                 show(writer.finish())
 
 # %% ../../nbs/generation/25_rollout.ipynb #5c65ade1
-def _place(job: Job, config: RolloutConfig) -> Path:
-    "The folder of a rollout; the name of a server's was once made with a dtype of ours."
-    names = [config.fingerprint]
-    if config.engine == "openai":
-        names += [replace(config, dtype=dtype).fingerprint for dtype in DTYPES]
-    folders = [Path(job.folder) / name for name in names]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
 def _check_server(folder: Path, engine, show: Callable) -> None:
     "`UserError` where a server has another checkpoint than the one that answered before."
     if not (before := read_json(folder / "rollout.json").get("server")):
@@ -392,7 +383,7 @@ def generate_all(
     if not all(len(job.samples) for job in jobs):
         raise UserError("There is no question to ask: a list of samples is empty.")
     configs = [rollout_config(job.samples, engine, job.sampling) for job in jobs]
-    folders = [_place(job, config) for job, config in zip(jobs, configs)]
+    folders = [Path(job.folder) / config.fingerprint for job, config in zip(jobs, configs)]
     for folder in folders:
         _check_server(folder, engine, show)
     done = {folder: found for folder in folders if (found := _finished(folder))}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from ..core.files import atomic_write
 from ..core.stats import macro_average, wilson
-from ..evaluation.evaluate import recorded_sizes
+from ..data.benchmarks import BENCHMARKS
 from ..data.readers import escape_formula
+from ..evaluation.evaluate import recorded_sizes
 from .published import (
-    COLUMNS, SIZES, SOURCE, TABLES, Published, find_row, published_rows)
+    COLUMNS, SOURCE, TABLES, Published, find_row, published_rows)
 
 # %% ../../nbs/results/61_tables.ipynb #295493b2
 SYNTHETIC_NOTE = (
@@ -118,7 +119,7 @@ def notes(table) -> list[str]:
     "The sentences under a `results_table` or its figure, the most important first."
     ours, origins = table[table["origin"] == "ours"], set(table["origin"])
     lines = [SYNTHETIC_NOTE] if (ours["source"] == "synthetic").any() else []
-    sizes = ", ".join(f"{COLUMNS[name]} {n:,}" for name, n in SIZES.items())
+    sizes = ", ".join(f"{heading} {BENCHMARKS[name]:,}" for name, heading in COLUMNS.items())
     lines.append(
         f"Published rows: accuracy in percent as printed in the {SOURCE}; mean of three greedy "
         "runs (GPT-4o, GPT-4o-mini and HuatuoGPT-Vision: one), no intervals given; questions: "

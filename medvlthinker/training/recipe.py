@@ -18,6 +18,7 @@ from typing import Any
 from ..core.commands import check_keys, read_value
 from ..core.files import UserError
 from ..generation.model import resolve_model
+from ..generation import request
 from ..generation.request import Hardware
 
 # %% ../../nbs/training/40_recipe.ipynb #7b1c9fd6
@@ -79,9 +80,8 @@ def _how_error(how) -> str:
     return "rollouts is 2 or more" if isinstance(how, Grpo) and how.rollouts < 2 else ""
 
 # %% ../../nbs/training/40_recipe.ipynb #455c8263
-CHOICES = {"engine": ("transformers", "vllm", "openai", "ray"),
-           "dtype": ("float32", "bfloat16", "float16"),
-           "trainer": ("trl", "verl"), "gradient_checkpointing": ("auto", "true", "false")}
+CHOICES = {**request.CHOICES, "trainer": ("trl", "verl"),
+           "gradient_checkpointing": ("auto", "true", "false")}
 
 
 @dataclass(frozen=True)
