@@ -20,16 +20,11 @@ unset PYTHONDONTWRITEBYTECODE  # many containers set it; every process would the
 say()  { printf '%s\n' "$*"; }
 stop() { printf 'reproduce.sh: %s\n' "$*" >&2; exit 2; }
 . locks/setup.sh
-
 read_env
 
 full() {
-    case "$(cut -d' ' -f1 "$VENV/.set-up" 2> /dev/null)" in
-        full-*) ;;
-        *) stop "these tests need vLLM, verl and Ray; ./reproduce.sh setup full installs them" ;;
-    esac
+    [[ $(cat "$VENV/.set-up" 2> /dev/null) = full-* ]] || stop "these tests need vLLM, verl and Ray; ./reproduce.sh setup full installs them"
 }
-
 run_tests() {  # two workers, one thread each: more threads than cores make everything slower
     local run=("$VENV/bin/python" -m pytest -n 2 --dist loadfile)
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

@@ -117,6 +117,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'medvlthinker/app/profile.py'),
                                           'medvlthinker.app.profile.steps': ('app/profile.html#steps', 'medvlthinker/app/profile.py')},
             'medvlthinker.app.runs': { 'medvlthinker.app.runs._refuse_mixed': ('app/runs.html#_refuse_mixed', 'medvlthinker/app/runs.py'),
+                                       'medvlthinker.app.runs._tell_left_out': ('app/runs.html#_tell_left_out', 'medvlthinker/app/runs.py'),
                                        'medvlthinker.app.runs.ask_model': ('app/runs.html#ask_model', 'medvlthinker/app/runs.py'),
                                        'medvlthinker.app.runs.data_file': ('app/runs.html#data_file', 'medvlthinker/app/runs.py'),
                                        'medvlthinker.app.runs.engine_settings': ( 'app/runs.html#engine_settings',

@@ -67,8 +67,9 @@ def run(
         return print(f"{summary}\n", *steps_in_words(profile, due), *sums, sep="\n")
     ran = run_workflow(profile, *options)
     _show_results(profile)
-    print(f"{ran} steps ran in {time.monotonic() - began:.0f} s." if ran
-          else "Everything was done already; nothing ran.")
+    if not ran:  # an option, such as --summary, may ask for no step
+        return print("No step ran." if options else "Everything was done already; nothing ran.")
+    print(f"{ran} steps ran in {time.monotonic() - began:.0f} s.")
 
 # %% ../../nbs/app/78_cli.ipynb #f04f8e36
 def status(words: Words = None) -> None:
@@ -210,7 +211,8 @@ def lab(
 ) -> None:
     """Open the notebooks in JupyterLab, on this machine only.
 
-    It asks nobody for news, updates or extensions.
+    It asks nobody for news, updates or extensions. It saves into a notebook what its cells show;
+    `git restore nbs` brings back all notebooks as they were committed.
 
     Example: medvlthinker lab --no-browser
     """

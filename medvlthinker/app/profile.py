@@ -23,7 +23,7 @@ from ..training.recipe import TrainingSettings, check_recipe, wanted
 # %% ../../nbs/app/70_profile.ipynb #a56f1203
 @dataclass(frozen=True)
 class Profile(TrainingSettings, DataSettings):
-    "How much to run, and on what hardware: the settings of all floors, and what is asked."
+    "How much to run, and on what hardware: the settings of all folders, and what is asked."
     models: tuple[str, ...] = ("tiny",)  # each a recipe name, a hub id, a folder, or `tiny`
     rollouts: int = 16  # completions per question where difficulty is measured
     repeats: int = 0  # answers to each test question, at 0.5, by the models of the pass@k curves

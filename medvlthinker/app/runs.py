@@ -9,12 +9,12 @@ __all__ = ['SETS', 'question_sets', 'measuring_processor', 'engine_settings', 'r
            'questions_of', 'named_sets', 'stored_rollouts', 'stored_answers', 'stored_viewer']
 
 # %% ../../nbs/app/71_runs.ipynb #9fc216db
-import contextlib, dataclasses, glob, shlex
+import collections, contextlib, dataclasses, glob, json, shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..core.commands import print_once, run_logged
-from ..core.files import UserError, read_json
+from ..core.files import UserError, read_json, sanitize
 from ..data.benchmarks import (
     TEST_SETS, available_sets, load_benchmark, sample_file, set_names)
 from ..data.corpora import (
@@ -36,6 +36,16 @@ from ..training.recipe import (
 SETS = {sets.kind: sets for sets in (TEST_SETS, TRAINING_SETS)}
 
 
+def _tell_left_out(path: Path) -> None:  # of the samples of a set
+    "Say how many rows of its source are left out, and why most of them."
+    if (rejected := path.with_suffix(".rejected.jsonl")).is_file():
+        with open(rejected, encoding="utf-8") as rows:
+            reasons = collections.Counter(json.loads(row)["reason"] for row in rows)
+        for reason, n in reasons.most_common(1):
+            print_once(f"{path.stem}: {reasons.total():,} rows of its source are left out, {n:,} "
+                       f"of them: {sanitize(reason, 100)} (all: {rejected})")
+
+
 def question_sets(
     profile: Profile,
     kind: str = "benchmark",  # or `corpus`
@@ -43,7 +53,13 @@ def question_sets(
     "Name and samples of each test set, or of each training corpus, that the profile asks for."
     samples = Workspace(profile.name).samples
     load: Callable = load_benchmark if kind == "benchmark" else load_corpus
-    return ((name, load(name, profile, samples)) for name in available_sets(SETS[kind], profile))
+
+    def loaded(name):
+        found = load(name, profile, samples)
+        _tell_left_out(sample_file(SETS[kind], name, profile, samples))
+        return name, found
+
+    return map(loaded, available_sets(SETS[kind], profile))
 
 # %% ../../nbs/app/71_runs.ipynb #78ad2760
 def measuring_processor(profile: Profile, model: str) -> tuple:

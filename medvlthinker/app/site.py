@@ -375,6 +375,8 @@ def _loads(page: str) -> Iterator[str]:
             yield f"url({tag.get(name, '')})"
         yield str(tag.get("style", ""))
         yield tag.get_text() if tag.name == "style" else ""
+        if tag.name == "script" and tag.get("type") != "application/json":  # a module's imports
+            yield re.sub(r"\bimport\b[\w\s{},*$]*\(?(?=[\"'])", "@import ", tag.get_text())
 
 # %% ../../nbs/app/76_site.ipynb #558a204f
 def build(profile: str = "smoke") -> Path:

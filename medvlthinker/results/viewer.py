@@ -248,10 +248,10 @@ DRAWN_NOTE = ("These questions show drawn scans: they test the software, and say
 
 
 def _answer(viewer: Viewer, view: dict) -> str:
-    "How many questions pass a view; the view to copy; the entry."
+    "How many questions match a view; the view to copy; the entry."
     hits = viewer.hits(write_view(view))
     at = max(1, min(view["at"], len(hits)))
-    words = f"{len(hits)} of {(viewer.table['model'] == view['model']).sum()} questions pass"
+    words = f"{len(hits)} of {(viewer.table['model'] == view['model']).sum()} questions match"
     words += f"; this is number {at}." if hits else ". Set one of the filters back to all."
     address = html.escape(write_view({**view, "at": at if at > 1 else ""}))
     models = [view["model"], view.get("models_disagree")]

@@ -43,7 +43,7 @@ function show() {
   for (const section of article?.querySelectorAll(".model") ?? [])
     section.open = opened.includes(section.dataset.model);
   const total = rows.filter(row => row.model === model.value).length;
-  $("count").textContent = `${hits.length} of ${total} questions pass`
+  $("count").textContent = `${hits.length} of ${total} questions match`
     + (at ? `; this is number ${at}.` : ". Set one of the filters back to all.")
     + (unknown.length ? ` Not here: ${unknown.join(", ").slice(0, 200)}.` : "");
   [$("previous").disabled, $("next").disabled] = [at <= 1, at >= hits.length];

@@ -143,6 +143,7 @@ def test_results_are_drawn(lab, page, home):
     page.locator(".js-plotly-plot").last.scroll_into_view_if_needed(timeout=30_000)
     page.locator(".js-plotly-plot").last.locator(".main-svg").first.wait_for(timeout=30_000)
     assert page.locator(".js-plotly-plot:has(.main-svg)").count() == figures > 4
+    assert page.locator("a[href*='viewer.html']").count() == 0, "JupyterLab serves no page of a run; the widget shows the questions"
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
 
 
@@ -158,14 +159,14 @@ def test_the_viewer_answers_and_nothing_that_a_model_wrote_comes_alive(chromium,
     assert printed(cells[0]).split() == [str(project / ".venv")], "the kernel is the project's environment"
     shown = page.locator(".jp-NotebookPanel:visible .jp-OutputArea", has=page.locator("[role=status]")).last
     count = shown.locator("[role=status]")
-    expect(count).to_have_text("13 of 13 questions pass; this is number 12.", timeout=90_000)
+    expect(count).to_have_text("13 of 13 questions match; this is number 12.", timeout=90_000)
     for attack in ATTACKS:
         assert escape_invisible(attack) in shown.inner_text(), attack
     alive = ".widget-html-content :is(script, svg, math, iframe, a), mjx-container"
     assert page.locator(alive).count() == 0 and page.evaluate("window.pwned === undefined")
     hits = len(hostile().hits("benchmark=vqa_rad_closed"))
     shown.locator("label:has-text('Questions of') + select").select_option("vqa_rad_closed")
-    expect(count).to_have_text(f"{hits} of 13 questions pass; this is number 1.", timeout=30_000)
+    expect(count).to_have_text(f"{hits} of 13 questions match; this is number 1.", timeout=30_000)
     shown.locator("label:has-text('Question') + input[type=number]").focus()
     page.keyboard.press("ArrowUp")
     expect(count).to_contain_text("this is number 2.", timeout=30_000)

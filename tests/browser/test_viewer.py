@@ -222,7 +222,7 @@ def test_the_page_filters_as_python_does(new_page, tmp_path):
 def test_keys_filters_and_links(new_page, tmp_path):
     viewer, page = toy(), new_page()
     page.goto(write_page(viewer, tmp_path / "paper" / "viewer.html").as_uri())
-    assert page.inner_text("#count") == "12 of 12 questions pass; this is number 1."
+    assert page.inner_text("#count") == "12 of 12 questions match; this is number 1."
     assert page.inner_text("#site") == "← Results← Home"
     keys = ("ArrowRight", 2), ("j", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", 1), ("j", 2)
     for key, place in keys:
@@ -246,7 +246,7 @@ def test_keys_filters_and_links(new_page, tmp_path):
     assert page.input_value("[name=regrade]") == "" and page.input_value("[name=model]") == "b/x"
     page.goto(page.url.split("#")[0] + "#benchmark=mmmu&at=3")
     page.reload()
-    assert page.inner_text("#count") == "4 of 12 questions pass; this is number 3."
+    assert page.inner_text("#count") == "4 of 12 questions match; this is number 3."
     assert "MMMU-medical, question 2" in page.inner_text("main")
 
 

@@ -1,4 +1,4 @@
-"""Every command and code block of README and CONTRIBUTING is executed, or a table says what runs it elsewhere; what the chapters name exists."""
+"""Every command and code block of README and CONTRIBUTING, and every command of the quickstart, is executed, or a table says what runs it elsewhere; what the chapters name exists."""
 import ast
 import contextlib
 import importlib
@@ -78,11 +78,11 @@ def commands(block: Block) -> list[str]:
 
 def inline(path: Path) -> list[str]:
     "Commands inside sentences."
-    text = re.sub(r"^```.*?^```|<!--.*?-->", "", *prose(path), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```|<!--.*?-->", "", "\n".join(prose(path)), flags=re.M | re.S)
     return re.findall(r"`((?:\./reproduce\.sh|\.venv/bin/|locks/)[^`\n]*)`", text)
 
 
-SHELL = dict.fromkeys([command for block in BLOCKS if block.language == "sh" for command in commands(block)] + [command for path in PAGES[:2] for command in inline(path)])
+SHELL = dict.fromkeys([command for block in BLOCKS if block.language == "sh" for command in commands(block)] + [command for path in (*PAGES[:2], ROOT / "nbs" / "quickstart.ipynb") for command in inline(path)])
 
 
 def first_of(table: dict, command: str):

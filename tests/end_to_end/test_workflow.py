@@ -74,6 +74,7 @@ def test_what_makes_it_run_again(own_run):
     notebook.write_text(notebook.read_text().replace("Two corpora, six benchmarks, one format", "Another sentence"))
     ran, out = run(own_run)
     assert ran == [] and "nothing ran" in out, "a touched file is the same file, and a sentence is no code"
+    assert "No step ran." in run(own_run, "--summary")[1], "which says nothing of what is done"
     states, out = status(own_run)
     assert set(states.values()) == {"done"} and "7 steps: 7 done" in out and "The next run has nothing to do." in out
     assert re.search(r"3_train-tiny-RL_PMC +done +\d+ s", out), out
@@ -239,6 +240,7 @@ def test_real_radiographs(real_data, warm_home, tmp_path):
     record = json.loads(next(warm_home.rglob("evaluation.json")).read_text())
     (right, n), = record["counts"].values()
     assert record["source"] == "local" and n == 338, "every usable closed question of the 60 images: see 15_benchmarks"
+    assert "256 rows of its source are left out" in out.read_text(), "and the notebook says where the others are"
     shown = "".join("".join(o.get("data", {}).get("text/plain", "")) for c in json.loads(out.read_text())["cells"] for o in c.get("outputs", []))
     row = next(line.split() for line in shown.splitlines() if line.startswith("vqa_rad_closed"))
     assert [float(cell) for cell in row[1:4]] == [right, n, round(100 * right / n, 2)] and float(row[4]) < float(row[3]) < float(row[5])
