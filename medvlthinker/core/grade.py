@@ -374,7 +374,7 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
 # a letter that begins a text; a capital that stands alone and is neither an article nor a pronoun
 _FIRST = re.compile(r"[^\w]{0,9}([A-Za-z])(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))")
 _CAPITAL = re.compile(r"[A-Z](?<![\w'+-].)(?<!\w\..)(?![\w'+]|-\w"
-                      r"|\.\s?(?!(?:the|an|a(?= )|it|this|because)\b)[a-z]"
+                      r"|\.\s?(?!(?:the|an|[a-z](?= )|it|this|because)\b)[a-z]"
                       rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be))\b)")
 _CALLED = re.compile(r"(?<=(?:[Oo]ption|[Cc]hoice|[Ll]etter) )[A-Za-z](?!\w| [ⓐ-ⓩ])")
 
@@ -474,8 +474,8 @@ _BEFORE = re.compile(   # not B, rules out A and C, rather than B
     rf"{_FEW})[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[ⓐ-ⓩ][,和及或 ()]{0,3})+")
 _FACT = re.compile(   # behind a denial that is no verdict: B does not | cause fever
-    r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an?|my|our|most|very) )*(?:correct|right"
-    r"|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
+    r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an|[a-z]|my|our|most|very) )*(?:correct"
+    r"|right|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
     r"|account|apply|consistent|compatible|support\w*)\b|[^\w\n]*(?:\n|\Z))")
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a

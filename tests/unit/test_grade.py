@@ -254,6 +254,8 @@ SIBLINGS = [  # kind, options, what it must read, completions
     ("a letter on a line, a text on the next", SALTS, None, [
         "Answer: A\nHypomagnesemia", "Answer: C\nHypomagnesemia"]),
     ("two letters and a full stop", SALTS, None, ["B.a", "B.c"]),
+    ("small letters behind not", {"A": "No", "B": "Yes"}, None, [
+        ": no. seems to be  not b the correct option is A"]),
     ("usual forms", SALTS, "B", [
         "Ans: B", '{"answer_idx": "B"}', '{"answers": ["B"]}',
         "I believe the answer is B.", "I'd go with B.", "My answer is B", "Selected answer: B",
