@@ -296,7 +296,8 @@ _NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[
                    r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
                    r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
                    r"|[*_ \[]{0,4}(?:case|example|exercise)[ #]{1,2}\d{1,3}[*_ ]{0,4}[:.)\]]"
-                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
+                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])"
+                   r"|<\|(?:endoftext|im_end|eot_id)\|>|<(?:/s|eos|end_of_turn)>", re.I)
 
 def _statements(text: str) -> Iterable[tuple[list[str], str]]:
     "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."

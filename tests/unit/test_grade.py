@@ -272,6 +272,7 @@ SIBLINGS = [  # kind, options, what it must read, completions
     ("pictures", PICTURES, "B", ["Answer: image 2", "The answer is <image 2>", "B. <image 2>"]),
     ("next questions and loops", SALTS, "B", [
         "Answer: B\n\nProblem: Which?\nAnswer: C", "Answer: B\n\nCase 2: Which?\nAnswer: C",
+        "Answer: B<|endoftext|>Question: Which?\nAnswer: C", "Answer: B</s>Human: And?\nAnswer: C",
         "Answer: B\n\n**Next question**: Which?\nAnswer: C",
         "B<|im_end|>\n<|im_start|>user\nWhich?\nAnswer: C", "答案：B\n\n问题：哪个？\n答案：C",
         "Answer: B\n\n[Question 2]\nAnswer: C", "Answer: B\n\nUser: Which?\nAssistant: C",
