@@ -158,8 +158,9 @@ def _tags(text: str) -> list[str]:
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e001d
 _OWN = r"(?:(?:final|correct|right|best|selected|chosen|predicted|my|the|model)[_ -]?)*"
-_KEY = (r"(?:answer|ans|choice|option|letter|label|prediction|pred|selection|response|result|output"
-        r"|decision|verdict|diagnosis)(?:[_ -]?(?:choice|letter|label|option|text|id|value|key))?")
+_KEY = (r"(?:answers?|ans|choice|option|letter|label|prediction|pred|selection|response|result"
+        r"|output|decision|verdict|diagnosis)"
+        r"(?:[_ -]?(?:choice|letter|label|option|text|index|idx|id|value|key))?")
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*)")
 _FIELD = re.compile(rf"""["']{_OWN}{_KEY}["']\s*:\s*(?:\{{\s*["'][^"'{{}}]{{1,40}}["']\s*:\s*)?"""
                     r"""(?:"((?:[^"\\]|\\.)*)|'([^']*)|\[([^\[\]]{0,300})"""
@@ -193,7 +194,7 @@ _NAME = r"(?:option )?[*(]{0,3}(?-i:[A-Z])\b[*).]{0,4}(?:\n|\Z)"
 # %% ../../nbs/core/02_grade.ipynb #9a4e0020
 _DECLARED = _cues(
     # Answer: B. But "each answer choice:" is a heading
-    ("[:=]", r"\b(?<!each )(?<!every )(?<!possible )(?:answer|(?:correct|best|right|final) "
+    ("[:=]", r"\b(?<!each )(?<!every )(?<!possible )(?:ans(?:wer)?|(?:correct|best|right|final) "
              rf"(?:choice|option)){_KIND}(?: is)?[ \t*_\"')\]]{{0,4}}[:=]"),
     # Selected option: B. Where a sentence begins
     ("[:=]", rf"(?:^|[.!?;)][ \n]){_SIGNS}{_ADJ}(?:choice|option|selection|selected|prediction"
@@ -294,7 +295,9 @@ def _declarations(region: str) -> Iterable[list[str]]:
 _NEXT = re.compile(r"\n[ \t]*(?:#+[^\n]{0,40}\b(?:question|problem|exercise)\b|[*_ \[]{0,4}"
                    r"(?:(?:next|new|another|medical) )?(?:question|problem|human|user|q)"
                    r"[ .#]{0,2}\d{0,3}[*_ ]{0,4}[:.)\]]|(?:问题|题目) ?\d* ?:"
-                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])", re.I)
+                   r"|[*_ \[]{0,4}(?:case|example|exercise)[ #]{1,2}\d{1,3}[*_ ]{0,4}[:.)\]]"
+                   r"|<\|im_start\|>user|<start_of_turn>user|\[INST\])"
+                   r"|<\|(?:endoftext|im_end|eot_id)\|>|<(?:/s|eos|end_of_turn)>", re.I)
 
 def _statements(text: str) -> Iterable[tuple[list[str], str]]:
     "Groups of statements, firmest first, each with how it is read: start, lines, tag or thought."
@@ -332,7 +335,7 @@ def _clean(text: str) -> str:
 _TOKEN = re.compile(r"(?<!\w)[-+](?=\.?\d)|\d*\.\d+|\d+|[\u4e00-\u9fff]+"
                     r"|[^\W\d\u4e00-\u9fff]+|[<>=%+≤≥±]|(?<=\w)-(?!\w)")
 
-_ARTICLE = re.compile(r"\s*(?:an?|the)\s+(?=\w)")
+_ARTICLE = re.compile(r" *(?:an?|the) +(?=\w)")
 
 def _words(text: str) -> tuple[str, ...]:
     "The words, numbers and signs of an option's text, but for an article before them."
@@ -372,8 +375,8 @@ _AFTER_LETTER = (rf"(?:{_VERB}|\w+n't|cannot|fail(?:s|ed)|lacks?|conflicts?|cont
 # a letter that begins a text; a capital that stands alone and is neither an article nor a pronoun
 _FIRST = re.compile(r"[^\w]{0,9}([A-Za-z])(?=[^\wⒶ-ⓩ]*(?:\Z|\n)|[.)\]:](?!\s?[a-z]))")
 _CAPITAL = re.compile(r"[A-Z](?<![\w'+-].)(?<!\w\..)(?![\w'+]|-\w"
-                      r"|\.\s?(?!(?:the|an?|it|this|because)\b)[a-z]"
-                      rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be\b)))")
+                      r"|\.\s?(?!(?:the|an|[a-z](?= )|it|this|because)\b)[a-z]"
+                      rf"| (?!{_AFTER_LETTER})[a-z]| (?:do|have|can(?:not)? (?!be))\b)")
 _CALLED = re.compile(r"(?<=(?:[Oo]ption|[Cc]hoice|[Ll]etter) )[A-Za-z](?!\w| [ⓐ-ⓩ])")
 
 def _letter_places(text: str, letters: Container[str]) -> list[int]:
@@ -443,7 +446,7 @@ def _mark(text: str, names: _Names) -> str:
 # %% ../../nbs/core/02_grade.ipynb #250ca19d
 _SIGN, _SMALL_SIGN = re.compile("[Ⓐ-ⓩ]"), re.compile("[ⓐ-ⓩ]")
 _AND = r"(?:, ?(?:(?:and|or|nor) )?|[/&] ?|(?:and|or|nor) )[(\[]?(?:(?:option|choice) )?"
-_MANY = (r"(?P<one>[ⓐ-ⓩ])(?:[ ().:*-]{0,4}(?:(?:an?|the) )?(?P=one)"
+_MANY = (r"(?P<one>[ⓐ-ⓩ])(?:[ ().:*-]{0,4}(?:(?:an|the|[a-z]) )?(?P=one)"
          rf"|(?:[)\]]? ?{_AND}[ⓐ-ⓩ]){{1,9}})?[)\]*\"']{{0,3}}")
 _FEW = (r"(?: +(?!(?:and|but|so|because|since|as|while|whereas|which|that|leaving|making|then"
         r"|therefore|correct|right|best)\b)[\w'-]+){0,5}?")
@@ -451,7 +454,9 @@ _NO = (r"(?:not|never|wrong|incorrect\w*|inaccurate|inappropriate|inadequate|fal
        r"|improbable|implausible|impossible|(?:less|least) \w+|(?:ruled|left|crossed) out|excluded"
        r"|eliminated|rejected|dismissed|discarded|discounted|out|contraindicated|inconsistent"
        r"|incompatible|unsupported|unrelated|irrelevant|invalid|absent|no longer|a distract[eo]r"
-       r"|a trap)\b")
+       r"|a trap|mistaken(?! for)|a mistake|erroneous|refuted|disproven|untenable|contradicted"
+       r"|tempting|(?:hardly|scarcely|far from|anything but) (?:likely|correct|right|plausible)"
+       r"|(?:poor|bad) (?:choice|option|answer|fit)|misconception)\b")
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e0039
 _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
@@ -459,16 +464,19 @@ _BEHIND = re.compile(   # (B) is not ..., B can be ruled out, B: wrong
     r"(?: *(?:\w+n't|cannot|fails?|failed|lacks?|contradicts?|conflicts?)\b"
     rf"| *{_VERB}(?:n't\b|{_FEW} +{_NO})"
     rf"| *(?:[:=?–—-] *| )(?:no(?= *(?:[.,;\n(Ⓐ-ⓩ]|\Z))|{_NO})"
-    r"| *(?:不|错|有误|(?:可以?|应)?排除|是?错误))")
+    r"| *[(.,] *(?:which is )?(?:wrong|incorrect|unlikely|ruled out|excluded|eliminated"
+    r"|no(?=\))|not (?:correct|right|likely)) *(?=[).,;\n]|\Z)"
+    r"|[ :(–—-]*(?:[✗✘❌]|有误|是?错)| *(?:不|(?:可以?|应)?排除))")
 _BEFORE = re.compile(   # not B, rules out A and C, rather than B
-    r"(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out|exclud\w+|eliminat(?!ion)\w+"
+    r"(?:(?:^|[.\n])[ *-]{0,4}[✗✘❌]|(?:\b(?:not|never|neither|nor|(?:rul\w+|cross\w*) out"
+    r"|exclud\w+|eliminat(?!ion)\w+|worst (?:option|choice|answer)"
     r"|reject\w*|dismiss\w*|discard\w*|rather than|instead of|than|against|unlike|unlikely|cannot"
     r"|without(?! (?:a )?doubt)|no(?! doubt)|wrong|incorrect|false|absence of|negative for)|n't)\b"
-    rf"{_FEW}[ :(*\[\"']{{1,4}}{_MANY}"
+    rf"{_FEW})[ :(*\[\"']{{1,4}}{_MANY}"
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[ⓐ-ⓩ][,和及或 ()]{0,3})+")
 _FACT = re.compile(   # behind a denial that is no verdict: B does not | cause fever
-    r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an?|my|our|most|very) )*(?:correct|right"
-    r"|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
+    r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an|[a-z]|my|our|most|very) )*(?:correct"
+    r"|right|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
     r"|account|apply|consistent|compatible|support\w*)\b|[^\w\n]*(?:\n|\Z))")
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a
@@ -495,7 +503,7 @@ _LEAD = (r"(?:the|an|[a-z](?=\s(?-i:[ⓐ-ⓩ]))|my|final|correct|best|right|is|i
          r"|no|wait|oh|hmm+|actually|sorry|i meant?|on second thought|选项)")
 _ALONE = re.compile(
     rf"(?!{_GAP}*(?:is|are|was) (?:it|this|that)\b){_GAP}*(?:{_LEAD}\b{_GAP}*)*"
-    rf"([Ⓐ-ⓩ](?:{_GAP}*(?:(?:option|choice|letter) )?[Ⓐ-ⓩ])*)(?:{_GAP}|选项)*", re.I)
+    rf"([Ⓐ-ⓩ](?:{_GAP}*(?:(?:option|choice|letter) )?[Ⓐ-ⓩ])*)(?:{_GAP}|选?项)*", re.I)
 
 _EMPTY = re.compile(rf"{_GAP}*(?:{_LEAD}\b{_GAP}*)*", re.I)
 

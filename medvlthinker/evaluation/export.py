@@ -121,7 +121,7 @@ def write_eval_results(
             for completion in row["completions"]:
                 verdict = grade(completion["text"], sample.options, sample.answer_label, "strict")
                 outputs.append({"output_text": completion["text"], "is_correct": verdict.correct,
-                                "pred_letter": verdict.label or verdict.answer or ""})
+                                "pred_letter": verdict.answer})
             line = {"dp_index": place, "prompts": user_text(sample),
                     "dataset_name": sample.dataset_name, "dataset_index": sample.dataset_index,
                     "answer_label": sample.answer_label, "answer": sample.answer,

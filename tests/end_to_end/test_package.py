@@ -98,7 +98,8 @@ import importlib, json, pkgutil, sys
 import medvlthinker
 names = [each.name for each in pkgutil.walk_packages(medvlthinker.__path__, "medvlthinker.")]
 for name in names: importlib.import_module(name)
-print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.modules))]))"""
+print(json.dumps([medvlthinker.__file__, names, sorted(set({HEAVY}) & set(sys.modules))]))
+from medvlthinker import *  # each of the main nouns"""
     done = succeeded(alone(bare, tmp_path, "-c", code))
     where, names, loaded = json.loads(done.stdout)
     assert Path(where).is_relative_to(bare.parent.parent) and {f"medvlthinker.{name}" for name in ("core.grade", "generation.engine", "app.workflow", "training.verl_cpu")} <= set(names)

@@ -209,16 +209,20 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "The answer isn't B.", "Answer: not B", "<answer>not B</answer>", "B is a distractor.",
         r"\boxed{\text{not B}}", '{"answer": "not B"}', "Option B would be wrong.", "B: no",
         "I don't think the answer is B.", "The wrong answer is B.", "Incorrect answer: B",
-        "B\n\nB is wrong.", "A. It is B\n\nOption (B) is not correct."]),
+        "B\n\nB is wrong.", "A. It is B\n\nOption (B) is not correct.", "B (incorrect)", "B (no)",
+        "B. Hypomagnesemia (wrong)", "B. Incorrect.", "B, which is wrong.", "B ❌", "B: ✗", "❌ B",
+        "B is hardly likely.", "B is tempting but wrong.", "B is a poor choice.", "B is mistaken.",
+        "B is anything but correct.", "The worst option is B.", "B does not fit. It is low (B)"]),
     ("a text that is denied", TISSUE, None, [
         "There is no vascular dementia.", "Vascular dementia is ruled out.", "Is it smooth muscle?",
         "This patient does not have vascular dementia.", "It may be vascular dementia.",
         "Image shows vascular dementia and smooth muscle."]),
-    ("a denial in Chinese", CHEST, None, ["B不正确。", "答案不是B", "不选B", "选项B是错误的"]),
+    ("a denial in Chinese", CHEST, None, ["B不正确。", "答案不是B", "不选B", "选项B是错误的", "B（错误）", "B：错误"]),
     ("a denial beside the answer", SALTS, "C", [
         "The answer cannot be B, so it must be C.", "The answer is C rather than B.",
         "The answer is C, since B is wrong.", "It's not A, it's not B. The answer is C.",
-        "Answer: C (B is wrong)", "C is correct and not B", "The answer is C instead of D."]),
+        "Answer: C (B is wrong)", "C is correct and not B", "The answer is C instead of D.",
+        "Answer: A ✗ C ✓", "❌ A\n✅ C", "C. Incorrect: A, B, D.", "C, commonly mistaken for B"]),
     ("a list that was cut off", SALTS, None, [
         "a) Hypocalcemia: no.\nb) Hypomagnesemia: no.\nc) Hyponatremia", "A) no B) no C",
         "- Hypocalcemia: no\n- Hypomagnesemia: plausible\n- Hyponatremia",
@@ -247,21 +251,28 @@ SIBLINGS = [  # kind, options, what it must read, completions
         "(A) (B) (C)\nAnswer: B", "The answer is A.\nWait.\nThe answer is B.",
         r"x = \boxed{4}. So the answer is (B).", "low after that. **Answer: B**",
         "so the final answer: B", "Answer: B\nConfidence: 90%", "A\n\nThe answer is B."]),
+    ("a letter on a line, a text on the next", SALTS, None, [
+        "Answer: A\nHypomagnesemia", "Answer: C\nHypomagnesemia"]),
+    ("two letters and a full stop", SALTS, None, ["B.a", "B.c"]),
+    ("small letters behind not", {"A": "No", "B": "Yes"}, None, [
+        ": no. seems to be  not b the correct option is A"]),
     ("usual forms", SALTS, "B", [
+        "Ans: B", '{"answer_idx": "B"}', '{"answers": ["B"]}',
         "I believe the answer is B.", "I'd go with B.", "My answer is B", "Selected answer: B",
         "Selected option: (B)", "Prediction: Hypomagnesemia", "This points to (B).", "Answer (B)",
         "The findings are consistent with option B.", '{"result": {"answer": "B"}}', "{answer: B}",
         '{"selectedOption": "B"}', '{"answer": {"id": "B"}}', r"\fbox{\text{B}}",
         '{"answer": {"option": "B"}, "options": {"A": "x", "B": "y"}}']),
     ("usual forms in Chinese", CHEST, "B", [
-        "故选：B。", "【答案】 B【解析】气体", "因此，正确选项是B", "本题答案为B。", "我选择B",
+        "故选：B。", "答案为B项", "【答案】 B【解析】气体", "因此，正确选项是B", "本题答案为B。", "我选择B",
         "答案应该是B", "应选择 B。", "答案：气胸", "最终答案是：B"]),
     ("numbers with units", DOSES, "B", [
         "10mg", "The answer is 10 mg.", "The dose is 10mg.", r"\boxed{10\,\text{mg}}", "10-mg"]),
     ("other numbers", DOSES, None, ["100 mg", "1 0 mg", "10 g", "110 mg"]),
     ("pictures", PICTURES, "B", ["Answer: image 2", "The answer is <image 2>", "B. <image 2>"]),
     ("next questions and loops", SALTS, "B", [
-        "Answer: B\n\nProblem: Which?\nAnswer: C",
+        "Answer: B\n\nProblem: Which?\nAnswer: C", "Answer: B\n\nCase 2: Which?\nAnswer: C",
+        "Answer: B<|endoftext|>Question: Which?\nAnswer: C", "Answer: B</s>Human: And?\nAnswer: C",
         "Answer: B\n\n**Next question**: Which?\nAnswer: C",
         "B<|im_end|>\n<|im_start|>user\nWhich?\nAnswer: C", "答案：B\n\n问题：哪个？\n答案：C",
         "Answer: B\n\n[Question 2]\nAnswer: C", "Answer: B\n\nUser: Which?\nAssistant: C",
