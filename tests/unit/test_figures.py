@@ -1,6 +1,7 @@
 """The figures: tables against the paper's data, drawings against the tables, no text on other text or cut off, and the stored outputs."""
 
 import functools
+import base64
 import itertools
 import json
 import re
@@ -143,6 +144,11 @@ def test_stored_outputs_are_small_and_belong_to_the_code_as_it_is(path):
     assert pictures and max(pictures) < 200_000  # base64 of 150 kB
     stored, now = outputs(nbformat.read(path, 4)), outputs(plots.with_outputs(path, draw=lambda figure: b""))
     assert stored == now, "store it anew: ./reproduce.sh docs --outputs NOTEBOOK"
+
+
+def test_the_picture_on_the_first_page_is_that_of_the_audit():
+    text, picture = STORED[1].read_text(encoding="utf-8"), ROOT / "nbs" / "images" / "differences.png"
+    assert base64.b64decode(re.search(r'"image/png": "(.*?)"', text)[1]) == picture.read_bytes()
 
 
 # What a reader sees
