@@ -118,20 +118,24 @@ def compare_models(words: list[str]) -> None:  # [profile] model=NAME with=NAME 
     "How much more often one model is right than another, on the same questions."
     import pandas as pd
     from medvlthinker.app.runs import stored_answers
-    from medvlthinker.evaluation.compare import compare_rollouts, explain_flips, paired_changes
+    from medvlthinker.evaluation.compare import (
+        compare_rollouts, config_difference, explain_flips, paired_changes)
 
     own = {"with": "", "rule": "regrade"}  # `with` is a word of Python's
     profile, first, second, rule = read_model(words, **own)
     if first == second:
         raise UserError(f"{first} is compared with itself; name another model by with=NAME.")
     sides = [stored_answers(profile, each) for each in (first, second)]
-    tables = [compare_rollouts(samples, old, sides[1][each][1], rule, same_model=False)
-              for each, (samples, old) in sides[0].items() if each in sides[1]]
-    if not tables:
+    pairs = [(samples, old, sides[1][each][1])
+             for each, (samples, old) in sides[0].items() if each in sides[1]]
+    if not pairs:
         raise UserError(f"{first} and {second} were asked no common test set in the profile "
                         f"{profile.name}.")
-    table = pd.concat(tables)
+    table = pd.concat(compare_rollouts(*pair, rule, same_model=False) for pair in pairs)
     explain_flips(table, (first, second), examples=2)
+    how = config_difference(*pairs[0][1:], same_model=False)
+    print(f"They were asked in different ways, {how}: the difference is not of the models alone."
+          if how else "Both were asked in the same way, so the numbers may be compared.")
     print(f"{second} - {first}, percentage points, rule {rule}")
     print(_changes_text(paired_changes(table)))
 

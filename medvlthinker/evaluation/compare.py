@@ -18,7 +18,7 @@ from ..core.grade import Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
 from .evaluate import check_rules, match_rows, paired_difference
-from ..generation.rollout import Rollout, RolloutConfig, samples_fingerprint
+from ..generation.rollout import Rollout, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
     import pandas as pd
@@ -128,12 +128,19 @@ _MUST_AGREE = ("samples", "weights", "instruction", "dialect", "n", "temperature
                "max_tokens", "max_pixels")
 
 
-def config_difference(first: RolloutConfig, second: RolloutConfig) -> str:
-    "What keeps two rollouts of one model from being compared, in words; empty where nothing does."
-    served = "openai" in (first.engine, second.engine)  # a server does not tell its weights
-    keys = [key for key in _MUST_AGREE if not (served and key == "weights")]
-    pairs = [(key, getattr(first, key), getattr(second, key)) for key in keys]
-    return ", ".join(f"{key} ({one} and {two})" for key, one, two in pairs if one != two)
+def config_difference(
+    first: Rollout, second: Rollout, *,
+    same_model: bool = True,  # False: their weights may differ
+) -> str:
+    "What keeps two rollouts from being compared, in words; empty where nothing does."
+    told = []
+    for rollout in (first, second):
+        refused = {"temperature"}.intersection(rollout.record.get("dropped_parameters", ()))
+        told.append(vars(rollout.config) | dict.fromkeys(refused, "the server's own"))
+    served = "openai" in (side["engine"] for side in told)  # a server does not tell its weights
+    keys = [key for key in _MUST_AGREE if key != "weights" or (same_model and not served)]
+    return ", ".join(f"{key} ({one} and {two})" for key in keys
+                     if (one := told[0][key]) != (two := told[1][key]))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb13
 def check_questions(
@@ -178,8 +185,8 @@ def compare_rollouts(
     same_model: bool = True,  # False: two models, or two prompts, on the same questions
 ) -> "pd.DataFrame":
     "A row for each pair of answers: both verdicts, and where the texts part."
-    configs = [rollout.config for rollout in (first, second) if isinstance(rollout, Rollout)]
-    if same_model and len(configs) == 2 and (words := config_difference(*configs)):
+    stored = [rollout for rollout in (first, second) if isinstance(rollout, Rollout)]
+    if same_model and len(stored) == 2 and (words := config_difference(*stored)):
         raise UserError("These two rollouts cannot be compared, they differ in more than how the "
                         f"answers were computed: {words}.")
     return _compare_all([(samples, first, second)], (rule, rule), split)

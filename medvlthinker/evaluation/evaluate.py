@@ -317,6 +317,9 @@ def _grade_run(rolled: dict, folder: Path) -> tuple["pd.DataFrame", Path, dict, 
     keys = ("instruction", "dialect", "seed", "engine", "dtype")
     about = {"model": config.model, "source": folder.name, "rollouts": origin}
     about |= {key: getattr(config, key) for key in keys}
+    refused = {name for _, rollout in rolled.values()  # by a server, which took its own
+               for name in rollout.record.get("dropped_parameters", ())}
+    about |= {"refused": ", ".join(sorted(refused))} if refused else {}
     if config.engine == "openai":  # nobody told in which type a server holds its weights
         del about["dtype"]
     samples, rollouts = map(itertools.chain.from_iterable, zip(*rolled.values()))
@@ -384,6 +387,8 @@ def evaluate_repeats(
     grades, place, about, inputs = _grade_run(rolled, Path(folder))
     scores = {rule: question_scores(grades, rule) for rule in RULES}
     tables = {rule: repeated_accuracy(each) for rule, each in scores.items()}
+    if (cut := (grades["finish_reason"] == "length").mean()) > 0.05:
+        print(f"{cut:.0%} of these answers were CUT at max_tokens.")
     config = next(iter(rolled.values()))[1].config
     record = {**about, "answers": config.n, "temperature": config.temperature,
               "top_p": config.top_p,

@@ -66,7 +66,9 @@ def _result(grades: "pd.DataFrame", rule: str) -> dict:
 def _head(samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame") -> dict:
     "An EvalLog without its samples."
     config, name, run = rollout.config, samples[0].dataset_name, rollout.config.fingerprint
-    sampling = {key: getattr(config, key) for key in ("temperature", "top_p", "max_tokens", "seed")}
+    told = {"temperature", "top_p", "max_tokens", "seed"}.difference(
+        rollout.record.get("dropped_parameters", ()))  # a server took its own
+    sampling = {key: getattr(config, key) for key in sorted(told)}
     started, finished = (rollout.record[key] for key in ("started", "finished"))
     metrics = [{"name": f"inspect_ai/{each}", "options": {}} for each in ("accuracy", "stderr")]
     spec = {"eval_id": run, "run_id": run, "task_id": run, "task": name, "created": started,

@@ -42,7 +42,8 @@ def _paper_cells(
             for name, percent in percents.items()]
 
 # %% ../../nbs/results/61_tables.ipynb #bb7401f4
-_ABOUT = ("rule", "instruction", "engine", "dtype", "seed", "date", "machine")  # of a record's run
+# what a record says of its run
+_ABOUT = ("rule", "instruction", "engine", "refused", "dtype", "seed", "date", "machine")
 
 
 def our_cells(record: dict) -> list[dict]:

@@ -229,12 +229,15 @@ def write_model(
     log: str | Path = os.devnull,  # takes the output of verl's merger
 ) -> int:  # how many numbers
     "Fill a folder with the model of a checkpoint and the base model's other files."
+    from transformers import GenerationConfig
+
     (spare := part / ".spare").mkdir()
     net = _merged_model(checkpoint, base, spare, Path(log))
     weights = net.state_dict()
     if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise UserError(f"{len(bad)} of {len(weights)} weights hold values that are no numbers, "
                         f"{bad[0]} first: the run has diverged; take an earlier checkpoint.")
+    net.generation_config = GenerationConfig.from_model_config(net.config)  # the base's follows
     net.save_pretrained(part, max_shard_size="5GB")
     shutil.rmtree(spare)
     for name in FROM_BASE:

@@ -285,7 +285,7 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
     "The model that a run starts from, ready to be trained; `UserError` where it does not load."
     require_package("torch", "peft")
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would tell that the finished model's settings are the base's
@@ -303,6 +303,8 @@ def open_model(run: Run) -> tuple:  # model, processor, and peft's configuration
     except (OSError, ValueError) as error:
         raise unloadable_error(run.start, error) from None
     check_chat_template(processor, run.start)
+    # what a base recommends would change GRPO's answers, or stop the saving of a checkpoint
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     model.config._name_or_path = str(base)  # from where GRPO takes its reference
     _prepare_tower(model.model, run)
     torch.manual_seed(settings.seed)  # TRL draws the adapters before it sets the seed

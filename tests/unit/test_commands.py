@@ -95,6 +95,9 @@ def test_two_models_on_the_command_line(answered, warm_tiny, tmp_path, call):
     assert f"{copy} - tiny, percentage points, rule regrade" in lines
     assert [line.split()[0] for line in lines[-3:]] == ["slake_closed", "vqa_rad_closed", "macro"]
     assert all(re.fullmatch(r"[01]\.\d{3}|<0\.001", text) for line in lines[-3:-1] for text in line.split()[7:9]), "p and holm"
+    assert "They were asked in different ways, max_tokens (4096 and 40): the difference is not of the models alone." in lines
+    call("evaluate", "smoke", *ASKED, f"model={copy}", "max_tokens=4096")
+    assert "Both were asked in the same way, so the numbers may be compared.\n" in call("compare", "smoke", *ASKED, "model=tiny", f"with={copy}")
     refuses(["compare", "smoke", *ASKED, "model=tiny", "with=./tiny"], "holds the results of tiny, and those of ./tiny would lie there too")
     refuses(["compare", "smoke", *ASKED, "model=tiny", "with=nobody"], "nobody has no stored greedy answers", "./reproduce.sh evaluate smoke model=nobody 'benchmark=vqa_rad, slake' limit=8 makes them")
     with open(copy / "generation_config.json", "a") as file:

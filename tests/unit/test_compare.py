@@ -12,7 +12,7 @@ from medvlthinker.evaluation.compare import (
     SAFE, TOO_FEW, UNSAFE, _edits, compare_rollouts, config_difference, engine_agreement, explain_flips, flip_cause, paired_changes, rescore)
 from medvlthinker.evaluation.evaluate import count_right, grade_rollout, paired_difference
 from medvlthinker.generation.request import Completion, Sampling
-from medvlthinker.generation.rollout import generate
+from medvlthinker.generation.rollout import Rollout, generate
 
 ODD = ("\0", "\u2028", "\u202e", "\U0001fac0", "é", "e\u0301", '"', "\\", "\r\n", "\ufeff", "<|im_end|>", "\x7f", "\U0010ffff", "\ud800")
 SHAPES = ("<think> {odd} </think>\n<answer> {x} </answer>", "<answer>{odd}\n{x}\n</answer>", "{odd} The answer is ({x}).", "<answer> A </answer> no <answer> {x} </answer>", "<answer> {x}{odd}", "{odd}",
@@ -66,8 +66,8 @@ def test_the_changes_are_the_paired_difference(finished):
 
 def test_two_rollouts_of_different_models(finished, tmp_path):
     samples, rollout = finished
-    one, two = (replace(rollout.config, weights=weights, engine="vllm") for weights in ("c3de", "77aa"))
-    assert config_difference(one, replace(two, engine="openai")) == "", "a server does not tell its weights"
+    one, two = (Rollout(tmp_path, vars(replace(rollout.config, weights=weights, engine=engine))) for weights, engine in (("c3de", "vllm"), ("77aa", "openai")))
+    assert config_difference(one, two) == "", "a server does not tell its weights"
     other = by_hand(lambda sample, k: reply(sample, k + 1), "another")
     another = generate(samples, other, Sampling(n=4, temperature=0.5), tmp_path, lambda line: None)
     table = compare_rollouts(samples, rollout, another, same_model=False)

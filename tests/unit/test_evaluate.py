@@ -65,11 +65,16 @@ def test_a_record_says_how_the_model_was_asked_and_not_how_others_are(samples, t
     assert record["counts"] == record["rules"]["strict"] == count_right(grades, "strict") and record["truncated"] == 0
     manifest = json.loads((folder / "llava--med" / "evaluation.json.manifest.json").read_text())
     assert manifest["inputs"] == {"rollouts": {"pmc_vqa": "rollouts/ab"}, "answers": {"pmc_vqa": "ab"}, "rule": "strict"}
+    assert "refused" not in record
+    rolled["pmc_vqa"][1].record["dropped_parameters"] = ["temperature"]  # by a server
+    evaluate(rolled, folder)
+    assert read_records(folder, ["llava/med"])[0]["refused"] == "temperature"
 
 
-def test_several_answers_are_stored_under_every_rule(samples, tmp_path):
+def test_several_answers_are_stored_under_every_rule(samples, tmp_path, capsys):
     rolled = {"pmc_vqa": (samples, Stored(rows(samples, 4), tmp_path / "a" / "ab", n=4, temperature=0.5, top_p=0.95))}
     tables = evaluate_repeats(rolled, tmp_path / "results" / "hub")
+    assert capsys.readouterr().out == "25% of these answers were CUT at max_tokens.\n"
     (record,) = read_records(tmp_path / "results" / "hub", ["llava/med"], "repeats.json")
     assert (record["answers"], record["temperature"], record["top_p"], list(record["rules"])) == (4, 0.5, 0.95, list(RULES))
     assert record["rules"]["regrade"] == tables["regrade"].to_dict("records")

@@ -37,6 +37,8 @@ def test_a_log_for_inspect_holds_every_answer_and_score(finished, tmp_path):
         assert log["results"]["scores"][RULES.index(rule)]["metrics"]["accuracy"]["value"] == pytest.approx((question_scores(grades, rule).right / 4).mean())
     assert log["results"]["completed_samples"] == 239 and log["samples"][-1]["error"]["message"] == "HTTP 500"
     assert write_inspect_log(*finished, tmp_path / "again").read_bytes() == path.read_bytes()
+    rollout.record["dropped_parameters"] = ["temperature"]  # by a server, which took its own
+    assert "temperature" not in json.loads(write_inspect_log(*finished, tmp_path).read_text())["eval"]["model_generate_config"]
 
 
 READ = """

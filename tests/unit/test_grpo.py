@@ -1,5 +1,8 @@
 "A prompt that is read once for all its answers: the log-probabilities and gradients of rows that are each read whole; and steps with and without images."
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +96,17 @@ def test_a_corpus_with_and_without_images(blank, tmp_path, monkeypatch, first, a
     patches = len(processor([grpo_chat(sample)["images"][0] for sample in images], return_tensors="pt")["pixel_values"])
     assert 0 in learnt and sum(learnt) == 8 * patches if again == "true" else patches <= sum(learnt) <= 8 * patches
     assert sum(asked) >= 2 * patches, "for an answer, and by the start"
+
+
+def test_what_a_base_recommends_changes_no_answer_and_stops_no_saving(blank, tmp_path):
+    write_samples(synthetic.corpus("pmc_vqa", 4), tmp_path / "data.parquet")
+    recipe, curves = find("tiny-RL_PMC"), []
+    recipe = replace(recipe, how=replace(recipe.how, batch=4, mini_batch=4, micro_batch=4))
+    for name, given in (("plain", {}), ("odd", {"no_repeat_ngram_size": 1, "num_beams": 3, "min_p": 0.9})):
+        base = Path(shutil.copytree(blank, tmp_path / name))
+        known = json.loads((base / "generation_config.json").read_text())
+        (base / "generation_config.json").write_text(json.dumps(known | given))
+        run = plan(recipe, TrainingSettings(base=str(base), max_steps=1), tmp_path / "data.parquet", tmp_path / f"{name} made", tmp_path / f"{name} logs")
+        train_grpo(run)
+        curves.append([(line["length"], line["entropy"], line["grad_norm"]) for line in read_metrics(run.metrics)])
+    assert curves[0] == curves[1] and len(curves[0]) == 1

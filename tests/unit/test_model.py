@@ -9,10 +9,11 @@ import pytest
 from conftest import python, stand_in, succeeded
 from medvlthinker.core.files import UserError
 from medvlthinker.data import synthetic
+from medvlthinker.generation.engine import open_engine
 from medvlthinker.generation.model import (
     check_weights, model_fingerprint, pixel_limits, tensor_parallel_size, unloadable_error,
     weight_bytes)
-from medvlthinker.generation.request import EngineSettings
+from medvlthinker.generation.request import EngineSettings, Request, Sampling
 from servers import Hub, serving
 
 
@@ -152,11 +153,14 @@ def corpus(tmp_path) -> tuple[Path, Path, Path]:
     return tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
 
 
-def test_training_refuses_a_model_that_is_not_whole(blank, home, tmp_path, corpus):
+def test_answering_and_training_refuse_a_model_that_is_not_whole(blank, home, tmp_path, corpus):
     from medvlthinker.training import sft
     from medvlthinker.training.recipe import TrainingSettings, find
 
     torn = copied(blank, tmp_path, dropped(r"\.layers\.1\."))
+    asked = [Request(sample, 0, Sampling()) for sample in synthetic.benchmark("pmc_vqa", 1)]
+    with pytest.raises(UserError, match="12 missing"):
+        next(open_engine(EngineSettings(model=str(torn))).answer(asked))
     for name in ("tiny-SFT_PMC", "tiny-RL_PMC"):
         with pytest.raises(UserError, match="12 missing"):
             sft.plan(find(name), TrainingSettings(base=str(torn)), *corpus)
