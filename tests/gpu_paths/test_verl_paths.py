@@ -171,6 +171,26 @@ def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
         workflow.run_workflow(load_profile("paper"))
 
 
+def test_a_whole_run_on_one_node_is_told_first_that_the_32b_does_not_fit(home, monkeypatch):
+    "Whatever its rows; not when its step comes. A login node without GPUs says nothing of those that train."
+    pytest.importorskip("papermill")
+    from medvlthinker.app import workflow
+    from medvlthinker.app.profile import load_profile
+
+    monkeypatch.setattr(workflow, "snakemake", lambda *given: pytest.fail("it began"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**14))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: SimpleNamespace(total_memory=79.6 * 2**30))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2e12))
+    with pytest.raises(UserError, match="32B-RL_m23k needs 96.0 GiB with micro_batch=1 .* row of 6,144 tokens"):
+        workflow.run_workflow(load_profile("paper", nodes=1))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=256e9))
+    with pytest.raises(UserError, match="7B-SFT_m23k on 8 GPUs .* 265 GB in all; this machine has 256 GB"):
+        workflow.run_workflow(load_profile("paper", recipes="7B"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    workflow._refuse(["32B-RL_m23k", "7B-SFT_m23k"], load_profile("paper", nodes=1))
+
+
 def test_what_is_not_asked_for_is_not_refused(home, monkeypatch):
     "On a login node the data of the whole paper is fetched without the nodes of the 32B."
     pytest.importorskip("papermill")
