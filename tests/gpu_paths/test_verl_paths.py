@@ -75,7 +75,7 @@ for name in ("actor", "ref"):
         alone = module(input_ids=rows[1][None], attention_mask=mask[1:, :4],
                        position_ids=places[:, 1:, :4]).logits[0]
     found[name] = {"attention": module.config._attn_implementation,
-                   "dtype": part.engine.model_dtype, "padding removed": engine.use_remove_padding,
+                   "dtype": part.engine.model_dtype, "computed in": part.engine.mixed_precision["param_dtype"], "padding removed": engine.use_remove_padding,
                    "apart": (padded - alone).abs().max().item(), "turns": turns}
 print("FOUND", json.dumps(found))
 """
@@ -88,7 +88,7 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     words = verl.verl_overrides(TEXT, NODE, str(blank), "data.parquet", "folder")
     done = succeeded(python("-c", BUILD, json.dumps(words)))
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
-    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "turns": found["actor"]["turns"]}
+    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "computed in": "bf16", "turns": found["actor"]["turns"]}
     assert found == {"awake": False, "sleeps": True, "actor": kind, "ref": kind} and kind["turns"]
 
 
