@@ -8,7 +8,7 @@ __all__ = ['PARAMETERS', 'PEAK', 'RATES', 'CORPORA', 'TEST_ANSWER', 'parameters_
            'cost_summary', 'step_plan', 'dry_run']
 
 # %% ../../nbs/app/72_cost.ipynb #c6900004
-import math, re, shlex, shutil
+import math, os, re, shlex, shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,12 +228,22 @@ def _amounts(costs: Sequence[Cost], downloads: Mapping[str, float]) -> dict[str,
             "GB kept": size(sum(cost.disk for cost in costs))}
 
 # %% ../../nbs/app/72_cost.ipynb #9ca2c62e
-def _sentences(profile: Profile, costs: Sequence[Cost], fetched: float) -> list[str]:
+def _room(profile: Profile, recipes: list[Recipe], needed: float) -> str:
+    "Is the disk large enough for so many bytes, and would the run be refused for it?"
+    root = Workspace(profile.name).root
+    free = free_bytes(root)
+    text = f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are needed"
+    try:
+        refuse_small_disk(recipes, profile)
+    except UserError:
+        return f"{text}; that is too little: the run would be refused."
+    less = "; that is too little, unless some is there or the hub's cache lies elsewhere"
+    return text + less * (needed > free) + "."
+
+
+def _sentences(room: str, costs: Sequence[Cost]) -> list[str]:
     "What stands under the summary: is the disk large enough, and where the numbers come from."
-    root, kept = Workspace(profile.name).root, sum(cost.disk for cost in costs)
-    free, needed = free_bytes(root), kept + fetched
-    small = "; that is too little: the run would be refused" if kept > free else ""
-    lines = [f"{free / 1e9:,.0f} GB are free in {root}, {needed / 1e9:,.0f} GB are needed{small}."]
+    lines = [room]
     if not any(cost.gpu_hours() for cost in costs):
         return lines
     return [*lines, "Hours are estimates for H100s: operations counted, by a share of the GPU's "
@@ -256,17 +266,27 @@ def cost_summary(
         new = {what: size for what, size in cost.downloads.items() if what not in downloads}
         rows[name], downloads = _amounts([cost], new), downloads | new
     total = {"all together": _amounts([*costs.values()], downloads)}
+    needed = sum(downloads.values()) + sum(cost.disk for cost in costs.values())
+    recipes = [RECIPES[step.value] for step in every
+               if step.notebook == "3_train" and step.name in reasons]
     table = pd.DataFrame.from_dict(total | rows, orient="index").to_string()
     return "\n".join([f"{profile.name}: {len(costs)} of {len(every)} steps to run",
                       *(line.rstrip() for line in table.splitlines()),
-                      *_sentences(profile, [*costs.values()], sum(downloads.values()))])
+                      *_sentences(_room(profile, recipes, needed), [*costs.values()])])
+
+# %% ../../nbs/app/72_cost.ipynb #p21e0001
+def _command(profile: Profile, *verb: str, **own) -> str:
+    "The words of `command_line` for any shell: where runs were told to land is told again."
+    home = f"MEDVLTHINKER_HOME={Workspace(profile.name).home.absolute()}"
+    named = ["/usr/bin/env", home] * ("MEDVLTHINKER_HOME" in os.environ)
+    return shlex.join([*named, *command_line(profile, *verb, **own)])
 
 # %% ../../nbs/app/72_cost.ipynb #p21e0002
 def _training_plan(recipe: Recipe, profile: Profile) -> dict[str, str]:
     "Hardware, commands and memory of a recipe, and the trainer's own call."
     start, _, merged = recipe.init.partition("@")  # no run makes a model of that step
-    merge = command_line(profile, "merge", recipe=start, step=merged)
-    commands = [*[merge] * bool(merged), command_line(profile, "train", recipe=recipe.name)]
+    merge = _command(profile, "merge", recipe=start, step=merged)
+    commands = [*[merge] * bool(merged), _command(profile, "train", recipe=recipe.name)]
     notes: list[str] = []
     fitting: TrainingSettings = profile
     try:
@@ -275,7 +295,7 @@ def _training_plan(recipe: Recipe, profile: Profile) -> dict[str, str]:
     except UserError as error:  # the run would say so, and stop
         need = f"does not fit: {error}"
     return {"hardware": _hardware(profile, nodes_of(recipe, profile)),
-            "command": "\n".join(map(shlex.join, commands)), "memory": "; ".join([need, *notes]),
+            "command": "\n".join(commands), "memory": "; ".join([need, *notes]),
             "call": printed_command(recipe, fitting, *training_places(recipe, profile))}
 
 
@@ -289,7 +309,7 @@ def step_plan(step: Step, profile: Profile) -> dict[str, str]:
         return _training_plan(RECIPES[step.value], profile)
     asks = step.notebook in ("2_difficulty", "4_evaluate")
     return {"hardware": _hardware(profile, _nodes(profile)) if asks else "CPU",
-            "command": shlex.join(command_line(profile, "step", step.name))}
+            "command": _command(profile, "step", step.name)}
 
 # %% ../../nbs/app/72_cost.ipynb #c7200011
 def dry_run(

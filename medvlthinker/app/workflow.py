@@ -21,7 +21,8 @@ from ..core.commands import (
 from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
-from ..training.recipe import RECIPES, TrainingSettings, rows_at_once
+from ..training.recipe import (
+    RECIPES, Recipe, TrainingSettings, processes, rows_at_once, uses_verl)
 
 # %% ../../nbs/app/75_workflow.ipynb #b9846b42
 def paper_notebook(name: str) -> Path:
@@ -448,9 +449,26 @@ def reasons(
     said = [re.match(r"step \d+ of \d+  (.+?): (.*)", line) for line in lines]  # of `Narrator`
     return {found[1]: found[2] for found in said if found}
 
+# %% ../../nbs/app/75_workflow.ipynb #a459962c
+def _refuse_small_machine(recipes: list[Recipe], profile: Profile) -> None:
+    "`UserError` where a recipe cannot fit into this machine, or GPUs as set, whatever its rows."
+    from torch import cuda
+    from medvlthinker.training.memory import Row, refuse_small_host, settings_that_fit
+
+    here = cuda.device_count()  # none on a login node, which knows nothing of those that train
+    for recipe in recipes if here or profile.gpu_memory else ():
+        fit = functools.partial(settings_that_fit, recipe, profile, model=profile.base,
+                                show=lambda text: None)
+        try:
+            fit(row=Row(1, 0, 1))
+        except UserError:
+            fit()  # says it for the longest row
+        if here and processes(recipe, profile) > 1 and not uses_verl(recipe, profile):
+            refuse_small_host(recipe, profile, profile.base)
+
 # %% ../../nbs/app/75_workflow.ipynb #a459962d
 def _refuse(names: list[str], profile: Profile) -> None:
-    "`UserError` where recipes that are due lack nodes or room on the disk."
+    "`UserError` where recipes that are due lack nodes, memory or room on the disk."
     from medvlthinker.app.cost import refuse_small_disk
     from medvlthinker.training.train import refuse_alone
     from medvlthinker.training.verl import refuse_missing_nodes
@@ -461,6 +479,7 @@ def _refuse(names: list[str], profile: Profile) -> None:
         rows_at_once(recipe, profile)  # the GPUs can share an update
         refuse_alone(recipe, profile)
     refuse_missing_nodes(recipes, profile)
+    _refuse_small_machine(recipes, profile)
     refuse_small_disk(recipes, profile)
 
 # %% ../../nbs/app/75_workflow.ipynb #a67bfc64

@@ -512,7 +512,7 @@ def train_verl(
              f"hydra.run.dir={_written(str(logs / 'hydra'))}", *more]
     if settings.gpus and not has_flash_attention():
         show("flash-attn is not here: torch's attention (sdpa), and padded places are computed "
-             "too; slower, the same gradient.")
+             "too; more memory for an answer, so fewer at once, and slower; the same gradient.")
     with file_lock(run.folder, show):
         _start(run, words, variables or {}, show)
         merge_curves(logs, run.folder.name)

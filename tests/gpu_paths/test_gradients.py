@@ -23,6 +23,7 @@ CASES = {  # name: model, data, settings
     "untied": ("untied", "images", {}),
     "text": ("untied", "text", {}),
     "LoRA": ("tied", "images", {"lora_rank": 4}),
+    "LoRA, both halves": ("tied", "images", {"lora_rank": 4}),
 }
 
 
@@ -61,7 +62,7 @@ def run(places: Path, name: str, cases: dict, processes: int) -> None:
 def case(places: Path, group: str, name: str, gpus: int, more: dict | None = None, **keys) -> dict:
     model, data, settings = CASES[name]
     return {"model": str(places / model), "data": str(places / f"{data}.parquet"), "folder": str(places / group / name.replace(" ", "_")),
-            "settings": {"gpus": gpus, **settings, **(more or {})}, **keys}
+            "settings": {"gpus": gpus, **settings, **(more or {})}, "drawn": "halves" in name, **keys}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,11 @@ def trained(places) -> dict[str, dict]:
 
 
 def distances(one: dict, other: dict) -> dict[str, float]:
-    "How far two gradients of each weight are apart, as a share of the second."
+    "How far two gradients of each weight are apart, as a share of the second where that is not 0 (half of each new adapter)."
     assert one["gradients"].keys() == other["gradients"].keys()
-    return {name: float((one["gradients"][name] - grad).norm() / grad.norm()) for name, grad in other["gradients"].items()}
+    found = {name: float((one["gradients"][name] - grad).norm() / (grad.norm() or 1)) for name, grad in other["gradients"].items()}
+    assert all(distance == distance for distance in found.values()), "one that is no number is near to nothing"
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +97,7 @@ def test_every_gradient_is_that_of_one_process(trained, name):
     far = {weight: distance for weight, distance in distances(shared, alone).items() if distance > 1e-5}
     assert not far
     assert any(float(grad.norm()) > 1e-3 for grad in alone["gradients"].values()), "and there is something to compare"
+    assert "halves" not in name or all(grad.any() for grad in alone["gradients"].values()), "in both halves of each adapter"
 
 
 @pytest.mark.parametrize("name", ["untied", "LoRA"])

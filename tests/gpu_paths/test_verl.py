@@ -151,6 +151,7 @@ SHARED = {  # the same in all of the paper's runs: first what its scripts set, t
     "trainer.balance_batch": True, "trainer.resume_mode": "auto", "reward.reward_manager.name": "naive", "reward.reward_model.enable": False,
     "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"], "actor_rollout_ref.model.lora_rank": 0, "trainer.device": "cuda",
     "trainer.v1.trainer_mode": "sync",
+    **{f"actor_rollout_ref.{who}.fsdp_config.mixed_precision.{kind}_dtype": dtype for who in ("actor", "ref") for kind, dtype in (("param", "bf16"), ("reduce", "fp32"), ("buffer", "fp32"))},
 }
 
 
@@ -158,7 +159,8 @@ SHARED = {  # the same in all of the paper's runs: first what its scripts set, t
 SEED = load_profile("paper").seed
 OTHERWISE = {"actor_rollout_ref.rollout.free_cache_engine": True, "actor_rollout_ref.rollout.enable_chunked_prefill": True, "data.seed": SEED,
              "actor_rollout_ref.rollout.seed": SEED, "data.val_files": "/data/train.parquet",
-             "data.val_max_samples": 1, "trainer.test_freq": -1, "trainer.val_before_train": False}
+             "data.val_max_samples": 1, "trainer.test_freq": -1, "trainer.val_before_train": False,
+             "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32"}
 UNPADDED = {"actor_rollout_ref.model.use_remove_padding": True,
             "actor_rollout_ref.model.override_config.attn_implementation": "flash_attention_2"}
 PADDED = {"actor_rollout_ref.model.use_remove_padding": False,

@@ -75,7 +75,7 @@ for name in ("actor", "ref"):
         alone = module(input_ids=rows[1][None], attention_mask=mask[1:, :4],
                        position_ids=places[:, 1:, :4]).logits[0]
     found[name] = {"attention": module.config._attn_implementation,
-                   "dtype": part.engine.model_dtype, "padding removed": engine.use_remove_padding,
+                   "dtype": part.engine.model_dtype, "computed in": part.engine.mixed_precision["param_dtype"], "padding removed": engine.use_remove_padding,
                    "apart": (padded - alone).abs().max().item(), "turns": turns}
 print("FOUND", json.dumps(found))
 """
@@ -88,7 +88,7 @@ def test_actor_and_reference_are_built_and_see_text(blank):
     words = verl.verl_overrides(TEXT, NODE, str(blank), "data.parquet", "folder")
     done = succeeded(python("-c", BUILD, json.dumps(words)))
     found = json.loads(done.stdout.rpartition("FOUND ")[2])
-    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "turns": found["actor"]["turns"]}
+    kind = {"attention": "sdpa", "padding removed": False, "apart": pytest.approx(0, abs=1e-5), "dtype": "fp32", "computed in": "bf16", "turns": found["actor"]["turns"]}
     assert found == {"awake": False, "sleeps": True, "actor": kind, "ref": kind} and kind["turns"]
 
 
@@ -169,6 +169,26 @@ def test_the_whole_run_asks_for_its_nodes_first(home, monkeypatch):
     monkeypatch.setattr(workflow, "snakemake", lambda *given: pytest.fail("it began"))
     with pytest.raises(UserError, match="32B-RL_m23k wants 4 nodes"):
         workflow.run_workflow(load_profile("paper"))
+
+
+def test_a_whole_run_on_one_node_is_told_first_that_the_32b_does_not_fit(home, monkeypatch):
+    "Whatever its rows; not when its step comes. A login node without GPUs says nothing of those that train."
+    pytest.importorskip("papermill")
+    from medvlthinker.app import workflow
+    from medvlthinker.app.profile import load_profile
+
+    monkeypatch.setattr(workflow, "snakemake", lambda *given: pytest.fail("it began"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**14))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: SimpleNamespace(total_memory=79.6 * 2**30))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2e12))
+    with pytest.raises(UserError, match="32B-RL_m23k needs 96.0 GiB with micro_batch=1 .* row of 6,144 tokens"):
+        workflow.run_workflow(load_profile("paper", nodes=1))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=256e9))
+    with pytest.raises(UserError, match="7B-SFT_m23k on 8 GPUs .* 265 GB in all; this machine has 256 GB"):
+        workflow.run_workflow(load_profile("paper", recipes="7B"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    workflow._refuse(["32B-RL_m23k", "7B-SFT_m23k"], load_profile("paper", nodes=1))
 
 
 def test_what_is_not_asked_for_is_not_refused(home, monkeypatch):

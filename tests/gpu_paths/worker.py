@@ -31,6 +31,7 @@ class Case:
     sharded: bool = True  # FSDP; else every process holds the whole model (DDP, or one process)
     again: bool = False  # take the last checkpoint away, and go on from the one before
     steps: int = 1
+    drawn: bool = False  # adapters begin without a half that is 0, beside which the other has no gradient
 
 
 def shard_on_cpu() -> None:
@@ -80,6 +81,7 @@ def train(case: Case) -> None:
     with state.main_process_first():
         run = sft.plan(recipe, settings, Path(case.data), folder, folder / "logs", lambda *_: None)
     sft.curve_callback = lambda run: Gradients(folder / "gradients.pt") if case.steps == 1 else curves(run)
+    sft._adapters = lambda rank: replace(adapters(rank), init_lora_weights=not case.drawn)
     sft.train_sft(run)
     if case.again:
         state.wait_for_everyone()
@@ -95,7 +97,7 @@ if __name__ == "__main__":
     shard_on_cpu()
     torch.set_num_threads(1)
     sft.check_machine = lambda recipe, settings: None  # it asks for GPUs
-    plain, curves = sft.sft_settings, sft.curve_callback
+    plain, curves, adapters = sft.sft_settings, sft.curve_callback, sft._adapters
     here = {"use_cpu": True, "dataloader_num_workers": 0, "save_steps": 1, "max_grad_norm": 1e9}
     sft.sft_settings = lambda run: plain(run) | here
     for given in json.loads(Path(sys.argv[1]).read_text()):

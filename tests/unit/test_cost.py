@@ -63,6 +63,11 @@ def test_a_disk_that_is_too_small_is_said_at_the_start(home, monkeypatch):
         run_workflow(profile)
     assert "\n" not in str(said.value) and not list(home.rglob("*.ipynb"))
     assert "the run would be refused" in cost_summary(profile, reasons(profile))
+    mini = load_profile("mini")  # 19 GB of models: what may lie elsewhere, or is there, refuses no run
+    for free, said in ((10**10, "too little: the run would be refused"), (3 * 10**10, "too little, unless"), (10**11, "GB are needed.")):
+        monkeypatch.setattr(shutil, "disk_usage", disk_of(free))
+        assert said in cost_summary(mini, reasons(mini))
+    monkeypatch.setattr(shutil, "disk_usage", disk_of(10**12))
     monkeypatch.setattr(shutil, "disk_usage", disk_of(int(cost.checkpoint_bytes(recipe, profile)) - 10**6))
     with pytest.raises(UserError, match="GB are free"):
         cost.refuse_small_disk([recipe], profile)
@@ -77,8 +82,9 @@ def test_the_merge_of_a_checkpoint_on_the_way_comes_first_and_runs_in_any_folder
     "7B-SFT_m23k-RL_PMC-sft_epoch_5 starts from step 7335 of another run, which only this call merges."
     steps = dict(part.split("\n", 1) for part in dry_run(load_profile("paper", recipes="7B-SFT_m23k-RL_PMC-sft_epoch_5", nodes=1), {}))
     merge, train = (line.strip() for line in steps["3_train-7B-SFT_m23k-RL_PMC-sft_epoch_5"].split("  command   ")[1].splitlines()[:2])
-    assert {"merge", "paper", "nodes=1", "recipe=7B-SFT_m23k", "step=7335"} <= {*shlex.split(merge)} and shlex.split(train)[2:4] == ["medvlthinker.app.cli", "train"]
-    program, *words = shlex.split(merge)
-    assert program == sys.executable
+    assert {"merge", "paper", "nodes=1", "recipe=7B-SFT_m23k", "step=7335"} <= {*shlex.split(merge)} and shlex.split(train)[4:6] == ["medvlthinker.app.cli", "train"]
+    *env, program, _, _, verb = shlex.split(merge)[:6]
+    assert env == ["/usr/bin/env", f"MEDVLTHINKER_HOME={home}"] and (program, verb) == (sys.executable, "merge"), "whoever pastes it elsewhere has no MEDVLTHINKER_HOME"
+    words = shlex.split(merge)[3:]
     says(python(*words, cwd=tmp_path), "No checkpoint in")
     assert not list(home.rglob("*.safetensors")), "the model to start from is not made for nothing"
