@@ -11,7 +11,7 @@ import base64, functools, html, io, json, os, re, shutil, subprocess, sys, tempf
 from pathlib import Path
 
 from .commands import project_root
-from .files import UserError, atomic_write, fingerprint, require_package
+from .files import UserError, atomic_write, require_package
 
 # %% ../../nbs/core/04_plots.ipynb #7ff1fd4c
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -127,14 +127,13 @@ def _still(
     output,  # of a code cell; changed in place
     draw,  # a plotly figure -> bytes of a png
 ) -> None:
-    "A figure becomes a picture in 64 colours, and a name that changes with what it shows."
+    "A figure gets a picture in 64 colours beside it."
     import plotly.graph_objects as go
     from PIL import Image
 
-    if _FIGURE not in output.get("data", {}):
+    if not (figure := output.get("data", {}).get(_FIGURE)):
         return
-    figure = output["data"][_FIGURE]
-    output["data"], small = {"text/plain": f"figure {fingerprint(figure)}"}, io.BytesIO()
+    output["data"], small = {"text/plain": "a figure", _FIGURE: figure}, io.BytesIO()
     if data := draw(go.Figure(figure)):
         Image.open(io.BytesIO(data)).convert("RGB").quantize(64).save(small, "png", optimize=True)
         output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
@@ -152,7 +151,7 @@ def with_outputs(
     notebook,  # an .ipynb file
     draw=picture,  # a plotly figure -> bytes of a png; empty bytes draw nothing
 ):  # as nbformat reads it
-    "The notebook executed where nothing was run, its figures as still pictures."
+    "The notebook executed where nothing was run, a still picture beside each figure."
     require_package("nbconvert")
     import nbformat
     from nbclient import NotebookClient
