@@ -7,7 +7,7 @@ __all__ = ['VERBS', 'app', 'run', 'status', 'step', 'results', 'ask', 'curate', 
            'console']
 
 # %% ../../nbs/app/78_cli.ipynb #3a91c79e
-import dataclasses, difflib, json, os, signal, subprocess, sys, time
+import dataclasses, json, os, signal, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from . import commands
 from .commands import Words
 from .profile import Profile, Workspace, profile_names, read_command
 from ..core.commands import (
-    check_keys, end_with_parent, project_root, read_value, run_main)
+    check_names, end_with_parent, project_root, read_value, run_main)
 from ..core.files import UserError, environment_info
 from ..generation.request import EngineSettings
 
@@ -119,7 +119,7 @@ def _engine_keys(words: list[str]) -> dict[str, Any]:
                         "engine as KEY=VALUE.")
     given = dict(word.split("=", 1) for word in words)
     known = {field.name: field.default for field in dataclasses.fields(EngineSettings)}
-    check_keys(given, known, "key of an engine")
+    check_names(given, known, "key of an engine")
     return {key: read_value(key, known[key], value) for key, value in given.items()}
 
 # %% ../../nbs/app/78_cli.ipynb #12ed8a8d
@@ -266,9 +266,8 @@ def _with_verb(words: list[str]) -> list[str]:
         return words
     if words[0] in profile_names() or "=" in words[0]:
         return ["run", *words]
-    near = difflib.get_close_matches(words[0], [*VERBS, *profile_names()], 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise UserError(f"No verb or profile {words[0]!r}{hint} Verbs are {', '.join(VERBS)}.")
+    check_names([words[0]], [*VERBS, *profile_names()], "verb or profile")
+    return words
 
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
 def main(words: list[str]) -> int:  # the exit code

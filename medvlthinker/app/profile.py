@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.commands import (
-    check_keys, find_path, load_plugin, read_value, settings_file)
+    check_names, find_path, load_plugin, read_value, settings_file)
 from ..core.files import UserError
 from ..data.readers import DataSettings
 from ..generation.model import folder_name
@@ -99,9 +99,7 @@ def load_profile(
 ) -> Profile:
     "A profile from settings.ini, with overrides; `UserError` for unknown keys and wrong values."
     ini = _read_settings()
-    if not ini.has_section(name):
-        known = ", ".join(ini.sections())
-        raise UserError(f"No profile {name!r} in {settings_file().name}; known are {known}.")
+    check_names([name], ini.sections(), "profile")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} cannot be the name of a profile, which is that of its folder: "
                         "letters, digits and . _ - can.")
@@ -109,7 +107,7 @@ def load_profile(
     if overrides.get("data_dir"):  # whoever names a folder means all of it
         given |= {"limit": 0, "train_limit": 0}
     given |= overrides
-    check_keys(given, KEYS, "profile key")
+    check_names(given, KEYS, "profile key")
     values = {key: read_value(key, getattr(Profile, key), value, choices(key))
               for key, value in given.items()}
     for key in ("data_dir", "extend", "base"):
@@ -162,7 +160,7 @@ def read_command(
 ) -> tuple[Any, ...]:
     "The profile that the words name, and the values of the command's own keys."
     name, given = parse_words(words or [])
-    check_keys(given, [*own, *KEYS], "profile key")
+    check_names(given, [*own, *KEYS], "profile key")
     values = [read_value(key, default, given.pop(key, default), choices(key))
               for key, default in own.items()]
     return load_profile(name, **given), *values
@@ -176,7 +174,7 @@ def notebook_profile(
     plain = (str, int, float, list, tuple, dict)
     names = [name for name in namespace if name[0] != "_" and name not in ("In", "Out")]
     given = {name: namespace[name] for name in names if isinstance(namespace[name], plain)}
-    check_keys(given, ["profile", *own, *KEYS], "parameter")
+    check_names(given, ["profile", *own, *KEYS], "parameter")
     keys = {key: value for key, value in given.items() if key not in ("profile", *own)}
     return load_profile(str(given.get("profile", "smoke")), **keys)
 
@@ -232,6 +230,9 @@ def steps(profile: Profile) -> list[Step]:
         check_recipe(recipe, Workspace(profile.name).root / "checkpoints", profile.base)
     names = [recipe.name for recipe in recipes]
     counts = any(recipe.method == "RL" for recipe in recipes)  # nothing else reads pass counts
+    if counts and profile.rollouts < 2:
+        raise UserError("RL trains on questions of middle difficulty, and one answer to each tells "
+                        f"none; set rollouts to 2 or more, not {profile.rollouts}.")
     return [Step("1_data"), *[Step("2_difficulty")] * counts,
             *(Step("3_train", "recipe", name) for name in names),
             *(Step("4_evaluate", "model", name) for name in (*profile.models, *names)),

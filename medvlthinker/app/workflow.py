@@ -17,7 +17,7 @@ import medvlthinker
 from .profile import (
     KEYS, Profile, Step, Workspace, command_words, load_profile, notebook_file, overrides, steps)
 from ..core.commands import (
-    end_family, end_with_parent, find_path, follow_lines, project_root)
+    check_names, end_family, end_with_parent, find_path, follow_lines, project_root)
 from ..core.files import (
     UserError, atomic_write, file_hash, read_json, record_path, write_error, write_record)
 from ..core.plots import skip_uri_grammar
@@ -226,9 +226,7 @@ def _own_family() -> Iterator[None]:
 def _find_step(name: str, profile: Profile) -> Step:
     "The step of this name; `UserError` lists the known ones."
     known = {step.name: step for step in [Step("2_difficulty"), *steps(profile)]}  # for `curate`
-    if name not in known:
-        raise UserError(f"No step {name!r} in the profile {profile.name}; "
-                        f"there are {', '.join(known)}.")
+    check_names([name], known, f"step of the profile {profile.name}:")
     return known[name]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_main', 'end_with_parent', 'end_family', 'follow_lines', 'run_logged', 'settings_file', 'project_root',
-           'find_path', 'load_plugin', 'print_once', 'read_value', 'check_keys']
+           'find_path', 'load_plugin', 'print_once', 'read_value', 'check_names']
 
 # %% ../../nbs/core/03_commands.ipynb #935d0212
 import contextlib, ctypes, difflib, functools, importlib.machinery, math, os, re, signal
@@ -238,14 +238,14 @@ def read_value(
     return value
 
 # %% ../../nbs/core/03_commands.ipynb #2e116f8e
-def check_keys(
-    keys: Iterable[str],  # as they were given
+def check_names(
+    names: Iterable[str],  # as they were given
     known: Iterable[str],
     what: str = "key",  # what they are called in the sentence
 ) -> None:
-    "`UserError` for what is no key, with the nearest one."
+    "`UserError` for a name that is not known, with the nearest one."
     known = list(known)
-    if unknown := [key for key in keys if key not in known]:
+    if unknown := [name for name in names if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]}? Known" if near else "known"
         raise UserError(f"Unknown {what} {', '.join(unknown)}; {hint} are {', '.join(known)}.")

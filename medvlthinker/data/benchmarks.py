@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import converters, synthetic
-from ..core.commands import check_keys
+from ..core.commands import check_names
 from ..core.files import UserError, read_json, record_path, stale_reason
 from .sample import Sample, SampleFile, store_samples
 from .readers import (
@@ -92,7 +92,7 @@ class Collection(NamedTuple):
 
     def source(self, name: str, settings) -> str:
         "`synthetic`, `hub`, `source` or `local`; `own` for a set that was registered."
-        check_keys([settings.data], ("synthetic", "hub", "source"), "data")
+        check_names([settings.data], ("synthetic", "hub", "source"), "data")
         return settings.source if name in self.counts else "own"
 
     def limit(self, settings) -> int:
@@ -112,7 +112,7 @@ def set_names(sets: Collection, names: str = "") -> list[str]:
     "The sets of a comma-separated list, each once, in order, or all; `UserError` for another name."
     known = {**{_plain(name): name for name in sets.local}, **sets.short}
     words = [_plain(word) for word in names.split(",") if word.strip()]
-    check_keys(words, known, sets.kind)
+    check_names(words, known, sets.kind)
     chosen = {known[word] for word in words} or {*sets.local}
     return [name for name in sets.local if name in chosen]
 

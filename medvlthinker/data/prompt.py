@@ -10,6 +10,7 @@ __all__ = ['INSTRUCTION', 'INSTRUCTIONS', 'DIALECTS', 'own_instruction', 'user_t
 import re
 from collections.abc import Iterable
 
+from ..core.commands import check_names
 from ..core.files import UserError, fingerprint
 from .sample import Sample
 
@@ -38,8 +39,7 @@ def own_instruction(name: str) -> str:
 
 
 def _instruction_text(name: str) -> str:
-    if name not in INSTRUCTIONS:
-        raise UserError(f"No instruction {name!r}; known are {', '.join(INSTRUCTIONS)}.")
+    check_names([name], INSTRUCTIONS, "instruction")
     return INSTRUCTIONS[name]
 
 # %% ../../nbs/data/11_prompt.ipynb #12bee566

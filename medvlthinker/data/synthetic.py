@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.commands import check_keys
+from ..core.commands import check_names
 from .sample import Sample
 
 # %% ../../nbs/data/12_synthetic.ipynb #fa77c96d
@@ -243,7 +243,7 @@ def make_sample(name: str, part: str, questions: tuple, index: int, seed: int) -
 # %% ../../nbs/data/12_synthetic.ipynb #04fd743c
 def benchmark(name: str, n: int, seed: int = 0) -> list[Sample]:
     "The first n samples of one of the `BENCHMARKS`; another seed draws other scans."
-    check_keys([name], BENCHMARKS, "synthetic set")
+    check_names([name], BENCHMARKS, "synthetic set")
     samples = [make_sample(name, "test", QUESTIONS[name], i, seed) for i in range(n)]
     return [dataclasses.replace(sample, reasoning=None) for sample in samples]
 
@@ -267,6 +267,6 @@ def _as_text(sample: Sample) -> Sample:
 
 def corpus(name: str, n: int, seed: int = 0) -> list[Sample]:
     "The first n samples of one of the `CORPORA`; another seed draws other scans."
-    check_keys([name], CORPORA, "synthetic set")
+    check_names([name], CORPORA, "synthetic set")
     samples = [make_sample(name, "train", FOUR_OPTIONS, i, seed) for i in range(n)]
     return [_as_text(sample) for sample in samples] if name == "m23k" else samples

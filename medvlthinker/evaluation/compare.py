@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.commands import check_names
 from ..core.files import UserError, sanitize
-from ..core.grade import Grade, grade
+from ..core.grade import RULES, Grade, grade
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample
-from .evaluate import check_rules, match_rows, paired_difference
+from .evaluate import match_rows, paired_difference
 from ..generation.rollout import Rollout, samples_fingerprint
 
 if TYPE_CHECKING:  # it takes long to load, so it is loaded where it is used
@@ -162,7 +163,7 @@ def _compare_all(
     "A row for each pair of answers to all questions."
     import pandas as pd
 
-    check_rules(*rules)
+    check_names(rules, RULES, "rule")
     found = []
     for samples, *rollouts in rolled:
         for rollout in rollouts:

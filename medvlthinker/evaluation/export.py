@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
+from ..core.commands import check_names
 from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..core.stats import clustered_mean
@@ -175,8 +176,7 @@ def export_logs(
     folder: Path | str,
 ) -> list[Path]:
     "Write the rollouts of a model in another tool's form; the paths of the files."
-    if form not in FORMS:
-        raise UserError(f"No form {form!r}; known are {', '.join(FORMS)}.")
+    check_names([form], FORMS, "form")
     paths = []
     for name, (samples, rollout) in rolled.items():
         if form == "inspect":

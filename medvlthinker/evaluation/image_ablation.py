@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..core.commands import check_names
 from ..core.files import UserError
 from ..core.stats import paired_bootstrap
 from ..data.sample import Sample, to_rgb
@@ -186,8 +187,7 @@ def ask_conditions(
     show=print,  # takes progress as text
 ) -> dict[str, dict]:  # condition -> dataset_name -> samples and their rollout
     "Ask what was not asked before; `UserError` where no question has an image."
-    if unknown := [name for name in conditions if name not in CONDITIONS]:
-        raise UserError(f"No condition {', '.join(unknown)}; known are {', '.join(CONDITIONS)}.")
+    check_names(conditions, CONDITIONS, "condition")
     kept = {name: samples for name, samples in sets.items() if any(each.images for each in samples)}
     if not kept:
         raise UserError(f"No question of {', '.join(sets)} has an image; name a set with images.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from ..core.commands import check_keys
+from ..core.commands import check_names
 from ..core.files import UserError, sanitize
 from ..core.grade import grade
 from ..data.converters import letter_options
@@ -136,9 +136,8 @@ def ask(
 ) -> Answer:
     "A model's answer to one question about one image; `UserError` where it cannot be asked."
     sample = own_sample(image, question, options)
-    if style not in STYLES:
-        raise UserError(f"No style {style!r}; known are {', '.join(STYLES)}.")
-    check_keys(settings, [each.name for each in fields(EngineSettings)], "setting")
+    check_names([style], STYLES, "style")
+    check_names(settings, [each.name for each in fields(EngineSettings)], "setting")
     if settings and not isinstance(model, str):
         raise UserError(f"An open engine has its settings; leave out {', '.join(settings)}.")
     request = Request(sample, 0, sampling or STYLES[style], "free", "chat")  # always a chat

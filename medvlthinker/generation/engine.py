@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.commands import check_names
 from ..core.files import UserError, require_package
 from ..data.readers import parallel_map
 from medvlthinker.generation.model import (
@@ -612,6 +613,5 @@ def open_engine(
     if not isinstance(settings, EngineSettings):
         raise UserError(f"open_engine takes EngineSettings(model=...), not {settings!r:.60}.")
     for key, known in CHOICES.items():
-        if (name := getattr(settings, key)) not in known:
-            raise UserError(f"There is no {name!r} among {', '.join(known)}.")
+        check_names([getattr(settings, key)], known, key)
     return (ServerEngine if settings.engine == "openai" else Engine)(settings, dialect)

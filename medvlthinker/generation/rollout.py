@@ -106,12 +106,14 @@ def to_line(
 _TAIL = len(', "crc32": "00000000"}\n')
 
 
+def _is_whole(line: bytes) -> bool:
+    "Is a line neither torn nor damaged?"
+    return line[-_TAIL:] == b', "crc32": "%08x"}\n' % zlib.crc32(line[:-_TAIL])
+
+
 def from_line(line: bytes) -> dict | None:
     "The row of a line; None for one that is torn or damaged."
-    body, tail = line[:-_TAIL], line[-_TAIL:]
-    if tail != b', "crc32": "%08x"}\n' % zlib.crc32(body):
-        return None
-    return json.loads(body + b"}")
+    return json.loads(line[:-_TAIL] + b"}") if _is_whole(line) else None
 
 # %% ../../nbs/generation/25_rollout.ipynb #46b8ae3e
 @contextlib.contextmanager
@@ -216,17 +218,15 @@ def _summary(questions: int, total: dict[str, int]) -> str:
             f"max_tokens, {total['empty']} empty, {total['failed']} failed{again}.")
 
 # %% ../../nbs/generation/25_rollout.ipynb #b17a34b5
-def _scan(path: Path, questions: int) -> tuple[dict[int, tuple[int, int]], set[int], bool]:
-    "Start and length of each question's line, the questions that failed, and is the end torn?"
-    places, failed, at, line = {}, set(), 0, b"\n"
+def _scan(path: Path, questions: int) -> tuple[dict[int, tuple[int, int, dict]], bool]:
+    "Start, length and endings of each question's line, and is the end of the file torn?"
+    places, at, line = {}, 0, b"\n"
     with open(path, "rb") as file:
         for line in file:
             if (row := from_line(line)) and 0 <= row["index"] < questions:
-                places[row["index"]] = at, len(line)
-                is_failed = _endings(row["completions"])["failed"] > 0
-                (failed.add if is_failed else failed.discard)(row["index"])
+                places[row["index"]] = at, len(line), _endings(row["completions"])
             at += len(line)
-    return places, failed, not line.endswith(b"\n")
+    return places, not line.endswith(b"\n")
 
 # %% ../../nbs/generation/25_rollout.ipynb #02efab17
 class _Writer:
@@ -238,7 +238,8 @@ class _Writer:
         self.before = read_json(folder / "rollout.json")
         self.dropped = {*self.before.get("dropped_parameters", ())}  # also by an earlier try
         self.file = open(self.path, "ab+", buffering=0)
-        self.places, self.failed, is_torn = _scan(self.path, len(job.samples))
+        self.places, is_torn = _scan(self.path, len(job.samples))
+        self.failed = {index for index, (*_, ends) in self.places.items() if ends["failed"]}
         if is_torn:  # what follows stands on a line of its own
             self._append(b"\n")
         self.owed = set(range(len(job.samples))) - (self.places.keys() - self.failed)
@@ -263,7 +264,8 @@ class _Writer:
         if request.index not in self.owed:
             return False
         line = to_line(request.index, request.sample, completions)
-        self.places[request.index] = self._append(line), len(line)
+        ends = _endings([vars(each) for each in completions])
+        self.places[request.index] = self._append(line), len(line), ends
         self.owed.remove(request.index)
         if not self.dropped.issuperset(dropped := self.engine.dropped):
             self.dropped.update(dropped)
@@ -281,11 +283,11 @@ class _Writer:
         total, digest, size = Counter(), hashlib.sha256(), 0
         with atomic_write(self.path, "wb") as new:
             for index in range(len(self.job.samples)):
-                start, length = self.places[index]
+                start, length, ends = self.places[index]
                 line = os.pread(self.file.fileno(), length, start)
-                if not (row := from_line(line)):
+                if not _is_whole(line):
                     raise UserError(f"{self.path} was changed while it was written; run again.")
-                total.update(_endings(row["completions"]))
+                total.update(ends)
                 digest.update(line)
                 size += new.write(line)
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlencode
 
+from ..core.commands import check_names
 from ..core.files import UserError, atomic_write
 from ..core.grade import RULES, grade
 from ..data.benchmarks import SHORT
@@ -181,8 +182,7 @@ class Viewer:
         chosen = dict.fromkeys([*self.choices, "text"], "")
         chosen |= {"model": self.choices["model"][0], "at": "1"}
         for key, value in parse_qsl(view.strip().removeprefix("#")):
-            if key not in chosen:
-                raise UserError(f"A view has no {key!r}; it has {', '.join(chosen)}.")
+            check_names([key], chosen, "part of a view")
             chosen[key] = self.short.get(_plain(value), value) if key == "benchmark" else value
             if chosen[key] not in (known := self.choices.get(key, [chosen[key]])):
                 raise UserError(f"No {key} {value!r} is here; there are {', '.join(known)}.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.commands import check_keys, read_value
+from ..core.commands import check_names, read_value
 from ..core.files import UserError
 from ..generation.model import resolve_model
 from ..generation import request
@@ -114,7 +114,7 @@ def training_words(settings: TrainingSettings) -> list[str]:
 # %% ../../nbs/training/40_recipe.ipynb #394f9cef
 def read_training(given: dict[str, str]) -> TrainingSettings:
     "The settings of these words; `UserError` for an unknown key and a wrong value."
-    check_keys(given, _DEFAULTS)
+    check_names(given, _DEFAULTS)
     return TrainingSettings(**{key: read_value(key, _DEFAULTS[key], value, CHOICES.get(key, ()))
                                for key, value in given.items()})
 
@@ -230,8 +230,7 @@ RECIPES = {recipe.name: recipe for recipe in [
 # %% ../../nbs/training/40_recipe.ipynb #db883aaa
 def find(name: str) -> Recipe:
     "The recipe of this name; `UserError` lists the known ones."
-    if name not in RECIPES:
-        raise UserError(f"No recipe {name!r}; known are {', '.join(RECIPES)}.")
+    check_names([name], RECIPES, "recipe")
     if (own := RECIPES[name].name) != name:
         raise UserError(f"RECIPES[{name!r}] calls itself {own!r}; give the recipe one name.")
     return RECIPES[name]
@@ -350,9 +349,9 @@ def check_recipe(
     from medvlthinker.core.grade import RULES
     from medvlthinker.data.corpora import TRAINING_SETS
 
-    check_keys([recipe.corpus], TRAINING_SETS.local, f"corpus in {recipe.name}:")
+    check_names([recipe.corpus], TRAINING_SETS.local, f"corpus in {recipe.name}:")
     if isinstance(recipe.how, Grpo):
-        check_keys([recipe.how.rule], RULES, f"rule in {recipe.name}:")
+        check_names([recipe.how.rule], RULES, f"rule in {recipe.name}:")
     if (start := recipe.init.partition("@")[0]) in RECIPES:
         return
     if (start := base or start) == "tiny":
@@ -362,7 +361,7 @@ def check_recipe(
     except UserError as error:
         raise UserError(f"{recipe.name} starts from {start}. {error}") from None
     if place.endswith(f"/MedVLThinker-{start}"):  # by its name, and published are recipes alone
-        check_keys([start], RECIPES, f"model to start from in {recipe.name}:")
+        check_names([start], RECIPES, f"model to start from in {recipe.name}:")
 
 # %% ../../nbs/training/40_recipe.ipynb #0245851e
 def training_folder(recipe: Recipe, checkpoints: Path) -> Path:

@@ -114,7 +114,7 @@ def test_what_a_model_writes_stays_text(said):
     ((Image.new("CMYK", (30, 30)), "What?"), {}, "The image cannot be read (cannot write mode CMYK as PNG)"),
     ((SCAN, " "), {}, "There is no question"),
     ((SCAN, "Left?", "Yes"), {}, "options is one text"),
-    ((SCAN, "Left?", YES_NO), {"style": "polite"}, "No style 'polite'; known are trained, free"),
+    ((SCAN, "Left?", YES_NO), {"style": "polite"}, "Unknown style polite; known are trained, free"),
     ((SCAN, "Left?", YES_NO), {"model": "no such model"}, "No model 'no such model'"),
 ])
 def test_a_mistake_is_one_sentence(words, given, sentence, tmp_path, monkeypatch):

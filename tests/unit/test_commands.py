@@ -65,8 +65,14 @@ def test_stored_answers_to_other_questions_than_the_limit_draws_are_named(answer
     assert "other questions than limit=3 draws, and these are taken: 8 of slake_closed, 8 of vqa_rad_closed." in call("export", *words, "limit=3")
 
 
-def test_a_rule_changes_what_evaluate_prints_and_not_the_tables(warm_home, call):
-    said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake", "repeats=0", "repeats_others=0", "rule=strict")
+def test_one_start_answers_all_sets_and_the_repeats(warm_home, call, monkeypatch):
+    "And the rule that is named changes what is printed, not the tables."
+    from medvlthinker.generation.engine import Engine
+
+    starts, load = [], Engine._load
+    monkeypatch.setattr(Engine, "_load", lambda engine: starts.append(engine.model) or load(engine))
+    said = call("evaluate", "smoke", "model=tiny", "limit=2", "benchmark=slake,vqa_rad", "repeats=2", "rule=strict")
+    assert len(starts) == 1
     record = json.loads((warm_home / "smoke" / "results" / "synthetic" / "tiny" / "evaluation.json").read_text())
     assert "tiny, rule strict" in said and record["rule"] == "regrade"
 
@@ -139,5 +145,5 @@ def test_a_recipe_of_ones_own_can_be_merged(home, tmp_path):
     own.write_text("from dataclasses import replace\nfrom medvlthinker.training.recipe import RECIPES\n"
                    "RECIPES['tiny-SFT_mine'] = replace(RECIPES['tiny-SFT_PMC'], name='tiny-SFT_mine')\n")
     cli_of = ("-m", "medvlthinker.app.cli", "merge", "smoke", "recipe=tiny-SFT_mine")  # a process: the recipe stays
-    says(python(*cli_of), "No recipe 'tiny-SFT_mine'")
+    says(python(*cli_of), "Unknown recipe tiny-SFT_mine")
     says(python(*cli_of, f"extend={own}"), "tiny-SFT_mine.training")

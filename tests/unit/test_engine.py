@@ -255,7 +255,7 @@ def test_vllm_gets_questions_for_each_answer_that_has_ended(monkeypatch):
 
 
 def test_an_unknown_dtype_is_a_sentence():
-    with pytest.raises(UserError, match="There is no 'float8' among "):
+    with pytest.raises(UserError, match="Unknown dtype float8; did you mean "):
         open_engine(EngineSettings(model="/nowhere", dtype="float8"))
 
 
