@@ -6,7 +6,7 @@
 __all__ = ['results_rows', 'model_metadata', 'model_card', 'write_card']
 
 # %% ../../nbs/app/73_cards.ipynb #0ca7bffd
-import dataclasses, re
+import re
 from importlib.resources import files
 from string import Template
 
@@ -20,20 +20,20 @@ from ..data.sample import Sample
 from ..evaluation.evaluate import recorded_sizes
 from ..generation.model import folder_name
 from ..results.tables import markdown_table
-from ..training.recipe import BASES, Recipe, chain
+from ..training.recipe import BASES, Recipe, training_stages
 
 # %% ../../nbs/app/73_cards.ipynb #87279abb
 def results_rows(
     evaluation: dict,  # evaluation.json, with the `date` of its record
 ) -> list[tuple]:
     "What was measured: a row for each test set, in percent, with n and 95 % interval."
-    how = [evaluation.get(key, "not recorded") for key in ("rule", "seed", "date")]
+    origin = [evaluation.get(key, "not recorded") for key in ("rule", "seed", "date")]
     sizes, rows = recorded_sizes(evaluation), []
     for name, (right, n) in evaluation.get("counts", {}).items():
         low, high = (100 * bound for bound in wilson(right, n, sizes.get(name)))
         source = evaluation.get("source") if name in BENCHMARKS else "own"
         rows.append((name, f"{100 * right / n:.1f}", right, n, f"{low:.1f} to {high:.1f}", source,
-                     *how))
+                     *origin))
     return rows
 
 # %% ../../nbs/app/73_cards.ipynb #9867c055
@@ -48,13 +48,13 @@ def model_metadata(recipe: Recipe):  # a huggingface_hub ModelCardData
     if recipe.size == "tiny":
         data.tags.append("machinery-test")
         return data
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base := chain(recipe)[0].init):  # else a folder
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base := training_stages(recipe)[0].init):  # else a folder
         data.base_model, data.base_model_relation = base, "finetune"
     if recipe.size == "3B":
         data.license, data.license_name = "other", "qwen-research"
         data.license_link = f"https://huggingface.co/{BASES['3B']}/blob/main/LICENSE"
     published = [(PUBLISHED | (PUBLISHED_REASONING if each.method == "SFT" else {}))
-                 .get(each.corpus) for each in chain(recipe)]
+                 .get(each.corpus) for each in training_stages(recipe)]
     data.datasets = [*dict.fromkeys(str(source.place) for source in published if source)]
     return data
 
@@ -75,8 +75,8 @@ def model_card(
 ) -> str:
     "The card of a model."
     stages = [f"- {each.name}: {each.method} of {each.init} on {each.corpus}, "
-              + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(each.how).items())
-              for each in chain(recipe)]
+              + ", ".join(f"{key} {value}" for key, value in vars(each.config).items())
+              for each in training_stages(recipe)]
     facts = [(key, (training or {}).get(key, "not recorded")) for key in _FACTS]
     rows = results_rows(evaluation or {})
     head = ("benchmark", "accuracy, %", "right", "n", "95 % interval", "source", "rule", "seed",

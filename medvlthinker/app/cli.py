@@ -31,11 +31,11 @@ def _options(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _show_results(profile: Profile) -> None:
     "Print the table of a run, and where the rest is; `UserError` for an edited table."
-    from medvlthinker.app.verify import check_file, recorded
+    from medvlthinker.app.verify import check_file, recorded_files
 
     workspace = Workspace(profile.name)
     if (table := workspace.results / "table.txt").is_file():
-        if check_file(table, workspace.root, recorded(workspace.root)).state == "changed":
+        if check_file(table, workspace.root, recorded_files(workspace.root)).state == "changed":
             raise UserError(f"{table} was changed after it was made; ./reproduce.sh results "
                             f"{profile.name} makes it again.")
         print(f"\n{table.read_text(encoding='utf-8')}")

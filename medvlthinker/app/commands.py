@@ -113,6 +113,14 @@ def rollout(words: Words = None) -> None:
                         f"{' and '.join(','.join(way) for way in ways)}.") from None
     ask_model(profile, model, samplings, kind)
 
+# %% ../../nbs/app/77_commands.ipynb #8a229d1b
+def _changes_text(changes) -> str:
+    "The table of `paired_changes` as text."
+    from medvlthinker.core.stats import p_text
+
+    p_values = {name: changes[name].map(p_text) for name in ("p", "holm")}
+    return changes.round(2).assign(**p_values).to_string()
+
 # %% ../../nbs/app/77_commands.ipynb #c78e0002
 def compare_models(words: list[str]) -> None:  # [profile] model=NAME with=NAME [rule=...]
     "How much more often one model is right than another, on the same questions."
@@ -139,14 +147,6 @@ def compare_models(words: list[str]) -> None:  # [profile] model=NAME with=NAME 
     print(f"{second} - {first}, percentage points, rule {rule}")
     print(_changes_text(paired_changes(table)))
 
-
-def _changes_text(changes) -> str:
-    "The table of `paired_changes` as text."
-    from medvlthinker.core.stats import p_text
-
-    p_values = {name: changes[name].map(p_text) for name in ("p", "holm")}
-    return changes.round(2).assign(**p_values).to_string()
-
 # %% ../../nbs/app/77_commands.ipynb #c78b24
 def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key=value ...]
     "Another rule over all stored greedy answers of a profile."
@@ -170,7 +170,7 @@ def compare_rules(words: list[str]) -> None:  # [profile] old=RULE new=RULE [key
     print(_changes_text(pd.concat(changes, names=["model"])))
     print(f"Every flip stands in {path}.")
 
-# %% ../../nbs/app/77_commands.ipynb #65f9bffd
+# %% ../../nbs/app/77_commands.ipynb #6ac925bb
 _ASKED = {"model", "models", "instruction", "max_tokens", "max_pixels", "limit", "benchmark",
           "data", "data_dir"}
 
@@ -186,7 +186,7 @@ def _read_sides(words: list[str]) -> tuple[str, str, tuple[Profile, Profile]]:
                         "with=NAME.")
     return model, rule, (profile, load_profile(profile.name, **overrides(profile) | changes))
 
-
+# %% ../../nbs/app/77_commands.ipynb #65f9bffd
 def _splitter(profile: Profile, model: str) -> Callable[[str], list]:
     "What cuts texts into the model's tokens, or into words where only a server has its tokenizer."
     from transformers import AutoTokenizer
@@ -272,6 +272,15 @@ def ablate(words: Words = None) -> None:
     print(ablation.ablation_table(effects).to_string())
     print(ablation.ablation_verdict(model, effects))
 
+# %% ../../nbs/app/77_commands.ipynb #0f5e6d2a
+def _read_recipe(words: list[str] | None, **own) -> tuple[Any, ...]:
+    "The profile, the recipe (recipe=NAME, init=MODEL), and the values of a command's own keys."
+    from medvlthinker.training.train import read_recipe
+
+    profile, name, init, *values = read_command(words, recipe="", init="", **own)
+    given = {key: value for key, value in {"recipe": name, "init": init}.items() if value}
+    return profile, read_recipe(given), *values
+
 # %% ../../nbs/app/77_commands.ipynb #feb2f2c9
 def train(words: Words = None) -> None:
     """Train one recipe (recipe=NAME), or go on with it after a kill.
@@ -293,15 +302,6 @@ def train(words: Words = None) -> None:
         return print(f"{recipe.name} is trained; the first machine makes the model.")
     write_card(recipe, profile)
     print(f"{recipe.name} is ready: {final}")
-
-
-def _read_recipe(words: list[str] | None, **own) -> tuple[Any, ...]:
-    "The profile, the recipe (recipe=NAME, init=MODEL), and the values of a command's own keys."
-    from medvlthinker.training.train import read_recipe
-
-    profile, name, init, *values = read_command(words, recipe="", init="", **own)
-    given = {key: value for key, value in {"recipe": name, "init": init}.items() if value}
-    return profile, read_recipe(given), *values
 
 # %% ../../nbs/app/77_commands.ipynb #c78a42
 def merge(words: Words = None) -> None:

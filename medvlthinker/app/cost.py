@@ -24,7 +24,7 @@ from ..generation.engine import check_nodes
 from ..generation.request import Sampling
 from ..training.memory import estimate, settings_that_fit
 from medvlthinker.training.recipe import (
-    RECIPES, ROWS, Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, steps_per_epoch,
+    RECIPES, ROWS, Recipe, TrainingSettings, max_checkpoints, nodes_of, steps_per_epoch,
     steps_to_train)
 from ..training.train import printed_command
 
@@ -85,6 +85,11 @@ class Cost:
         used = {work: PEAK * getattr(RATES[work], rate) / 100 for work in self.operations}
         return sum(number / used[work] for work, number in self.operations.items()) / 3600
 
+# %% ../../nbs/app/72_cost.ipynb #0cb1038b
+def _nodes(profile: Profile) -> int:
+    "Machines on which models answer."
+    return profile.nodes if profile.engine == "ray" and profile.nodes else 1
+
 # %% ../../nbs/app/72_cost.ipynb #c6900021
 def asking_cost(
     model: str,
@@ -107,11 +112,6 @@ def asking_cost(
     downloads = {model: 2 * numbers} if "/" in model else {}  # a recipe's model is trained here
     return Cost(gpus, {"answers": 2 * numbers * tokens}, downloads, 5 * tokens)
 
-
-def _nodes(profile: Profile) -> int:
-    "Machines on which models answer."
-    return profile.nodes if profile.engine == "ray" and profile.nodes else 1
-
 # %% ../../nbs/app/72_cost.ipynb #c69000a5
 def _rows(recipe: Recipe, profile: Profile) -> int:
     "Questions that a run trains on, 0 where they are not known or too few for a step."
@@ -119,7 +119,7 @@ def _rows(recipe: Recipe, profile: Profile) -> int:
         return 0
     rows, pool = ROWS[recipe.method, recipe.corpus][0], CORPORA[recipe.corpus].count
     rows = round(rows * min(1, profile.train_limit / pool)) if profile.train_limit else rows
-    return 0 if rows < recipe.how.batch else rows
+    return 0 if rows < recipe.config.batch else rows
 
 
 def _updates(recipe: Recipe, profile: Profile) -> int:
@@ -134,7 +134,7 @@ def _kept(recipe: Recipe, profile: Profile) -> int:
         return most
     if not (rows := _rows(recipe, profile)):
         return 2
-    own = recipe.how.save_every if isinstance(recipe.how, Grpo) else steps_per_epoch(recipe, rows)
+    own = recipe.config.save_every if recipe.method == "RL" else steps_per_epoch(recipe, rows)
     return max(2, math.ceil(_updates(recipe, profile) / (profile.save_every or own)))
 
 # %% ../../nbs/app/72_cost.ipynb #c6900026
@@ -150,13 +150,13 @@ def training_cost(recipe: Recipe, profile: Profile) -> Cost:
     gpus = profile.gpus * nodes_of(recipe, profile)
     numbers, rows = parameters_of(recipe.name), CORPORA.get(recipe.corpus)
     downloads = {recipe.init: 2 * numbers} if "/" in recipe.init and not profile.base else {}
-    questions, work = _updates(recipe, profile) * recipe.how.batch, dict[str, float]()
-    if rows and isinstance(recipe.how, Grpo):
-        answers = questions * recipe.how.rollouts
+    questions, work = _updates(recipe, profile) * recipe.config.batch, dict[str, float]()
+    if rows and recipe.method == "RL":
+        answers = questions * recipe.config.rollouts
         work = {"answers": 2 * numbers * answers * rows.answer,
                 "RL": 12 * numbers * answers * (rows.prompt + rows.answer)}
     elif rows:
-        idle = max(1, gpus / (recipe.how.batch // 2))  # more than one GPU for two rows wait
+        idle = max(1, gpus / (recipe.config.batch // 2))  # more than one GPU for two rows wait
         work = {"SFT": idle * 6 * numbers * questions * (rows.prompt + rows.chain)}
     return Cost(gpus, work, downloads, checkpoint_bytes(recipe, profile))
 

@@ -18,7 +18,7 @@ from ..core.files import UserError
 from ..data.readers import DataSettings
 from ..generation.model import folder_name
 from ..training import recipe as training
-from ..training.recipe import TrainingSettings, check_recipe, wanted
+from ..training.recipe import TrainingSettings, check_recipe, recipes_to_train
 
 # %% ../../nbs/app/70_profile.ipynb #a56f1203
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def steps(profile: Profile) -> list[Step]:
         from medvlthinker.data.corpora import has_corpora
 
         trains = has_corpora(profile)
-    recipes = wanted(profile.recipes) if trains else []
+    recipes = recipes_to_train(profile.recipes) if trains else []
     for recipe in recipes:
         check_recipe(recipe, Workspace(profile.name).root / "checkpoints", profile.base)
     names = [recipe.name for recipe in recipes]

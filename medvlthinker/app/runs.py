@@ -30,9 +30,9 @@ from ..generation.rollout import (
     Job, Rollout, generate_all, load_rollout, samples_fingerprint)
 from ..results.viewer import Viewer, read_entries
 from ..training.recipe import (
-    BASES, RECIPES, Recipe, check_recipe, wanted)
+    BASES, RECIPES, Recipe, check_recipe, recipes_to_train)
 
-# %% ../../nbs/app/71_runs.ipynb #347cb6fd
+# %% ../../nbs/app/71_runs.ipynb #93304f5b
 SETS = {sets.kind: sets for sets in (TEST_SETS, TRAINING_SETS)}
 
 
@@ -45,7 +45,7 @@ def _tell_left_out(path: Path) -> None:  # of the samples of a set
             print_once(f"{path.stem}: {reasons.total():,} rows of its source are left out, {n:,} "
                        f"of them: {sanitize(reason, 100)} (all: {rejected})")
 
-
+# %% ../../nbs/app/71_runs.ipynb #347cb6fd
 def question_sets(
     profile: Profile,
     kind: str = "benchmark",  # or `corpus`
@@ -244,7 +244,7 @@ def stored_records(
     name: str = "evaluation.json",  # or repeats.json, of several answers a question
 ) -> list[dict]:
     "The records of a profile's models and recipes; `UserError` where they are of other questions."
-    models = [*profile.models, *(recipe.name for recipe in wanted(profile.recipes))]
+    models = [*profile.models, *(recipe.name for recipe in recipes_to_train(profile.recipes))]
     workspace = Workspace(profile.name)
     records = read_records(workspace.results / profile.source, models, name)
     _refuse_mixed(records, workspace.root)

@@ -310,7 +310,7 @@ class Narrator(logging.Handler):
 
 # %% ../../nbs/app/75_workflow.ipynb #ee58f8fb
 def _made_otherwise(profile: Profile) -> list[str]:
-    "The notebooks that were executed by themselves, of which Snakemake knows nothing, for others."
+    "The notebooks that were executed alone, unseen by Snakemake, with other keys."
     keys, found = overrides(profile), []
     for step in steps(profile):
         record = read_json(record_path(notebook_file(step.name, profile)))
@@ -323,8 +323,8 @@ def _made_otherwise(profile: Profile) -> list[str]:
 # %% ../../nbs/app/75_workflow.ipynb #9a7a928d
 def _elsewhere(options: Sequence[str]) -> bool:
     "Do the steps run as jobs of a scheduler?"
-    named = re.search(r"(?:^| )(?:-e|--executor)[ =]?(\S+)", " ".join(options))
-    return bool(named and named[1] != "local")
+    executor = re.search(r"(?:^| )(?:-e|--executor)[ =]?(\S+)", " ".join(options))
+    return bool(executor and executor[1] != "local")
 
 
 def _snakemake_words(profile: Profile, options: Sequence[str]) -> list[str]:

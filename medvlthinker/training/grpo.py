@@ -52,20 +52,20 @@ def vllm_settings(
     never: list[int],  # tokens that are never drawn
 ) -> dict:
     "Who answers, as `trl.GRPOConfig` says it: on a CPU the model itself, on GPUs vLLM."
-    how = recipe.how
+    config = recipe.config
     if not settings.gpus:
-        same = {"num_return_sequences": how.rollouts} if processes(recipe, settings) == 1 else {}
+        same = {"num_return_sequences": config.rollouts} if processes(recipe, settings) == 1 else {}
         return {"generation_kwargs": {"suppress_tokens": never, **same}}
     if settings.max_pixels:
         raise UserError(f"max_pixels={settings.max_pixels} does not reach the vLLM that TRL "
                         "starts; leave it out, or use trainer=verl.")
-    together, share = settings.tensor_parallel or 1, processes(recipe, settings)
-    if share % together:
-        raise UserError(f"tensor_parallel={together} does not divide the {share} GPUs of "
+    tensor_parallel, share = settings.tensor_parallel or 1, processes(recipe, settings)
+    if share % tensor_parallel:
+        raise UserError(f"tensor_parallel={tensor_parallel} does not divide the {share} GPUs of "
                         f"{recipe.name}; take a number that does.")
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": together,
+    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": tensor_parallel,
             "vllm_gpu_memory_utilization": settings.gpu_memory_utilization or 0.3,
-            "vllm_max_model_length": how.max_prompt_length + how.max_response_length,
+            "vllm_max_model_length": config.max_prompt_length + config.max_response_length,
             "vllm_enable_sleep_mode": True,  # it gives its memory back while the model learns
             "vllm_importance_sampling_correction": False,
             "generation_kwargs": {"logit_bias": dict.fromkeys(never, -100.0)}}
@@ -76,18 +76,18 @@ def grpo_settings(
     processor,  # of the model
 ) -> dict:
     "The recipe in the words of `trl.GRPOConfig`."
-    how, updates = run.recipe.how, run.updates  # in one step
-    shared = shared_settings(run, how.save_every * updates)
+    config, updates = run.recipe.config, run.updates  # in one step
+    shared = shared_settings(run, config.save_every * updates)
     never = [processor.image_token_id, processor.video_token_id]
     steps = {"max_steps": run.steps * updates, "logging_steps": updates,
              "dataloader_num_workers": 0,  # it gives places only; see `train_grpo`
              "steps_per_generation": shared["gradient_accumulation_steps"] * updates,
-             "warmup_steps": how.warmup_steps * updates,
-             "lr_scheduler_type": "constant_with_warmup", "shuffle_dataset": how.shuffle}
-    answers = {"num_generations": how.rollouts, "temperature": how.temperature, "top_p": 1.0,
-               "top_k": 0, "max_completion_length": how.max_response_length}
-    loss = {"loss_type": "dapo", "scale_rewards": "group", "beta": how.kl_coef,
-            "epsilon": how.clip[0], "epsilon_high": how.clip[1]}
+             "warmup_steps": config.warmup_steps * updates,
+             "lr_scheduler_type": "constant_with_warmup", "shuffle_dataset": config.shuffle}
+    answers = {"num_generations": config.rollouts, "temperature": config.temperature, "top_p": 1.0,
+               "top_k": 0, "max_completion_length": config.max_response_length}
+    loss = {"loss_type": "dapo", "scale_rewards": "group", "beta": config.kl_coef,
+            "epsilon": config.clip[0], "epsilon_high": config.clip[1]}
     return {**shared, **steps, **answers, **loss,
             **vllm_settings(run.recipe, run.settings, never)}
 
@@ -297,14 +297,14 @@ def train_grpo(run: Run) -> Path:
     class Trainer(_SharedPrompts, _LateRows, GRPOTrainer): ...
 
     if run.has_ended:
-        return run.checkpoint(run.takes)
+        return run.checkpoint(run.model_step)
     _mend_trl()
     model, processor, lora = open_model(run)
     settings = on_one_gpu(GRPOConfig(**grpo_settings(run, processor)))
     rows, step = chats(run, grpo_chat), last_whole(run.folder) // run.updates
     trainer = Trainer(
         model=model, args=settings, train_dataset=Dataset.from_dict({"place": range(len(rows))}),
-        processing_class=processor, peft_config=lora, reward_funcs=rewards(run.recipe.how.rule),
+        processing_class=processor, peft_config=lora, reward_funcs=rewards(run.recipe.config.rule),
         callbacks=[curve_callback(run), whole_callback(run)])
     trainer.rows, trainer.passes = rows, step // steps_per_epoch(run.recipe, len(rows))
     if trainer.same > 1:
@@ -314,4 +314,4 @@ def train_grpo(run: Run) -> Path:
     if trainer.ref_model and keeps_image_features(run):
         cache_image_features(trainer.ref_model.model)
     run_trainer(run, trainer)
-    return run.checkpoint(run.takes)
+    return run.checkpoint(run.model_step)

@@ -26,7 +26,7 @@ from ..generation.model import (
     unloadable_error, weight_files)
 from .memory import LORA_TARGETS, Row
 from .recipe import (
-    Grpo, Recipe, TrainingSettings, nodes_of, processes, recomputes, rows_at_once, rows_of_update,
+    Recipe, TrainingSettings, nodes_of, processes, recomputes, rows_at_once, rows_of_update,
     starting_point, step_folders, steps_per_epoch, steps_to_train, training_folder, uses_verl)
 
 if TYPE_CHECKING:  # these take seconds to load
@@ -39,15 +39,15 @@ def survey_rows(
     context: int,  # tokens that the model can hold
 ) -> dict:  # rows, dropped: the places by reason, longest, with_images
     "Which rows cannot be trained on, and of the others how many have images and the longest."
-    how, table = recipe.how, lengths(samples, processor)
+    config, table = recipe.config, lengths(samples, processor)
     reason, tokens = table.problem, table.prompt_tokens
     if recipe.method == "RL":
-        most, answers = how.max_prompt_length, how.max_response_length
+        most, answers = config.max_prompt_length, config.max_response_length
     else:
         chains = [(each.answer_label, each.reasoning or "") for each in samples]
         targets = [sft_target(*chain) for chain in chains]
         answers = [len(ids) for ids in processor.tokenizer(targets, verbose=False)["input_ids"]]
-        most, tokens = min(context, how.max_length), tokens + answers
+        most, tokens = min(context, config.max_length), tokens + answers
         reason = reason.where([bool(text.strip()) for _, text in chains], "no chain of thought")
     reason = reason.mask((reason == "") & (tokens > most), f"longer than {most:,} tokens")
     lost = table[reason != ""].groupby(reason, sort=False)
@@ -102,7 +102,7 @@ def start_and_inputs(
     else:
         own = {"loss": "mean of row means", "trainer": "trl"}  # see `row_mean_loss`
     small = {"max_pixels": settings.max_pixels} if settings.max_pixels else {}
-    return start, {"recipe": recipe.name, **dataclasses.asdict(recipe.how), **own,
+    return start, {"recipe": recipe.name, **dataclasses.asdict(recipe.config), **own,
                    "start": model_fingerprint(start), "data": file_hash(data),
                    "seed": settings.seed, "max_steps": settings.max_steps,
                    "lora_rank": settings.lora_rank, "dtype": settings.dtype, **small}
@@ -147,7 +147,7 @@ class Run:
     images: bool  # whether any row has one
     longest: Row  # of all
     steps: int  # that are trained
-    takes: int  # the step whose checkpoint becomes the model
+    model_step: int  # the step whose checkpoint becomes the model
     folder: Path  # its own; named after `inputs`
     logs: Path  # of this recipe
     inputs: dict  # all that decides the outcome
@@ -160,8 +160,8 @@ class Run:
     @property
     def updates(self) -> int:
         "Updates in one step: a step of RL is several, and TRL counts updates."
-        how = self.recipe.how
-        return how.batch // how.mini_batch if isinstance(how, Grpo) else 1
+        config = self.recipe.config
+        return config.batch // config.mini_batch if self.recipe.method == "RL" else 1
 
     def checkpoint(self, step: int) -> Path:
         "Where the checkpoint of a step lies."
@@ -170,7 +170,8 @@ class Run:
     @property
     def has_ended(self) -> bool:
         "Are the last checkpoint and the one that becomes the model there, and whole?"
-        return all((self.checkpoint(step) / WHOLE).is_file() for step in (self.steps, self.takes))
+        return all((self.checkpoint(step) / WHOLE).is_file()
+                   for step in (self.steps, self.model_step))
 
 # %% ../../nbs/training/42_sft.ipynb #07330b58
 def plan(
@@ -192,10 +193,10 @@ def plan(
     _check_rows(recipe, settings, data, found, len(rows))
     if lost:
         show(f"{len(lost)} of {found['rows']} rows of {data.name} are left out: {_reasons(found)}.")
-    steps, takes = steps_to_train(recipe, len(rows), settings.max_steps)
+    steps, model_step = steps_to_train(recipe, len(rows), settings.max_steps)
     return Run(recipe, settings, start, Path(data), rows, found["dropped"],
-               found["with_images"] > 0, Row(*found["longest"]), steps, takes, folder, Path(logs),
-               inputs)
+               found["with_images"] > 0, Row(*found["longest"]), steps, model_step, folder,
+               Path(logs), inputs)
 
 # %% ../../nbs/training/42_sft.ipynb #b1e9ac50
 def chats(
@@ -248,12 +249,12 @@ def _adapters(rank: int):  # peft's LoraConfig
 def keeps_image_features(run: Run) -> bool:
     "Is this a run whose images are few and always look the same: on a CPU, with a frozen tower?"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return run.images and run.recipe.how.freeze_vision and not run.settings.gpus and alone
+    return run.images and run.recipe.config.freeze_vision and not run.settings.gpus and alone
 
 
 def _prepare_tower(model, run: Run) -> None:
     "Freeze the vision tower of a run that does not train it."
-    if run.settings.lora_rank or run.recipe.how.freeze_vision or not run.images:
+    if run.settings.lora_rank or run.recipe.config.freeze_vision or not run.images:
         model.visual.requires_grad_(False)
         model.visual._input_embed_layer = ""  # where no gradient is to begin
     if keeps_image_features(run):
@@ -343,7 +344,7 @@ def curve_callback(run: Run):  # a transformers TrainerCallback
 
     class Curves(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            self.began, self.told = time.monotonic(), 0.0
+            self.began, self.reported = time.monotonic(), 0.0
             self.first = state.global_step // run.updates
 
         def on_log(self, args, state, control, logs=None, **_):
@@ -354,11 +355,11 @@ def curve_callback(run: Run):  # a transformers TrainerCallback
             line = {"step": step, **found, "seconds": round(seconds, 1)}
             with open(run.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            if step % max(1, run.steps // 10) == 0 or seconds - self.told > 60:
-                self.told, left = seconds, seconds / (step - self.first) * (run.steps - step)
-                shown = ", ".join(f"{name} {line[name]:.3g}" for name in
+            if step % max(1, run.steps // 10) == 0 or seconds - self.reported > 60:
+                self.reported, left = seconds, seconds / (step - self.first) * (run.steps - step)
+                metrics = ", ".join(f"{name} {line[name]:.3g}" for name in
                                   ("reward", "loss", "length", "kl") if name in line)
-                print(f"{run.recipe.name}: step {step} of {run.steps}, {shown}, "
+                print(f"{run.recipe.name}: step {step} of {run.steps}, {metrics}, "
                       f"about {left:.0f} s left", flush=True)
 
     return Curves()
@@ -376,7 +377,7 @@ def remove_old_checkpoints(run: Run) -> None:
     "Leave the newest whole checkpoints, and the one that becomes the model."
     found = whole_checkpoints(run.folder)
     keep = run.settings.keep_checkpoints or len(found)
-    stay = {*sorted(found)[-keep:], run.takes * run.updates}
+    stay = {*sorted(found)[-keep:], run.model_step * run.updates}
     for update in found.keys() - stay:
         (found[update] / WHOLE).unlink()  # first: what a kill leaves of the rest is torn
         shutil.rmtree(found[update], ignore_errors=True)
@@ -392,7 +393,7 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
             state.save_steps = args.save_steps  # a checkpoint brings those of the start before
 
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == run.takes * run.updates:  # wherever `save_every` falls
+            if state.global_step == run.model_step * run.updates:  # wherever `save_every` falls
                 control.should_save = True
 
         def on_save(self, args, state, control, model=None, **_):
@@ -413,13 +414,13 @@ def whole_callback(run: Run):  # a transformers TrainerCallback
 # %% ../../nbs/training/42_sft.ipynb #921b3a68
 def shared_settings(run: Run, save_every: int) -> dict:
     "`SFTConfig` and `GRPOConfig` alike; saves after so many updates, if the settings do not say."
-    how, settings, gpu = run.recipe.how, run.settings, run.settings.gpus > 0
+    config, settings, gpu = run.recipe.config, run.settings, run.settings.gpus > 0
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", str(run.logs))  # else in the working folder
     size = rows_at_once(run.recipe, settings)
-    optimizer = {"learning_rate": how.learning_rate, "weight_decay": how.weight_decay,
-                 "adam_beta1": how.betas[0], "adam_beta2": how.betas[1],
-                 "max_grad_norm": how.max_grad_norm, "per_device_train_batch_size": size,
+    optimizer = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay,
+                 "adam_beta1": config.betas[0], "adam_beta2": config.betas[1],
+                 "max_grad_norm": config.max_grad_norm, "per_device_train_batch_size": size,
                  "gradient_accumulation_steps": rows_of_update(run.recipe, settings) // size}
     machine = {"use_cpu": not gpu, "bf16": gpu and settings.dtype == "bfloat16",
                "fp16": gpu and settings.dtype == "float16", "dataloader_pin_memory": gpu,
@@ -445,11 +446,11 @@ def token_losses(
     import torch
     from torch.utils.checkpoint import checkpoint as recompute
 
-    def some(part, wanted):
-        return torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none")
+    def losses(part, labels):
+        return torch.nn.functional.cross_entropy(part.float(), labels, reduction="none")
 
     parts = zip(logits.flatten(0, 1).split(chunk), targets.flatten().split(chunk))
-    found = [recompute(some, part, wanted, use_reentrant=False) for part, wanted in parts]
+    found = [recompute(losses, *part, use_reentrant=False) for part in parts]
     return torch.cat(found).view_as(targets)
 
 # %% ../../nbs/training/42_sft.ipynb #cb7d7966
@@ -469,7 +470,7 @@ def row_mean_loss(
 # %% ../../nbs/training/42_sft.ipynb #4b72163d
 def sft_settings(run: Run) -> dict:
     "The recipe in the words of `trl.SFTConfig`."
-    steps = {"max_steps": run.steps, "warmup_steps": round(run.recipe.how.warmup * run.steps),
+    steps = {"max_steps": run.steps, "warmup_steps": round(run.recipe.config.warmup * run.steps),
              "lr_scheduler_type": "cosine", "logging_steps": 1}
     loss = {"loss_type": "nll", "max_length": None, "packing": False, "completion_only_loss": True}
     return {**shared_settings(run, steps_per_epoch(run.recipe, len(run.rows))), **steps, **loss}
@@ -526,4 +527,4 @@ def train_sft(run: Run) -> Path:
             model=model, args=on_one_gpu(SFTConfig(**sft_settings(run))),
             train_dataset=chats(run, sft_chat), processing_class=processor, peft_config=lora,
             callbacks=[curve_callback(run), whole_callback(run)]))
-    return run.checkpoint(run.takes)
+    return run.checkpoint(run.model_step)

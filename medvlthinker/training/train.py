@@ -21,7 +21,7 @@ from . import verl, verl_cpu
 from .checkpoint import atomic_folder, merge_inputs, write_model
 from .memory import refuse_small_host, settings_that_fit
 from .recipe import (
-    Recipe, TrainingSettings, find, nodes_of, planned_start, processes, read_training,
+    Recipe, TrainingSettings, get_recipe, nodes_of, planned_start, processes, read_training,
     training_folder, training_words, uses_verl)
 from .grpo import train_grpo
 from .sft import (
@@ -35,7 +35,7 @@ def trl_command(
     recipe: Recipe, settings: TrainingSettings, data: Path, checkpoints: Path, logs: Path,
 ) -> list[str]:
     "A command that trains a recipe."
-    init = [f"init={recipe.init}"] if recipe.init != find(recipe.name).init else []
+    init = [f"init={recipe.init}"] if recipe.init != get_recipe(recipe.name).init else []
     return [sys.executable, "-m", "medvlthinker.training.train", f"recipe={recipe.name}", *init,
             f"data={data}", f"checkpoints={checkpoints}", f"logs={logs}",
             *training_words(settings)]
@@ -49,7 +49,7 @@ def read_recipe(
         raise UserError("Name a recipe: recipe=NAME.")
     if given.get("extend"):  # the recipe may stand in there
         load_plugin(given["extend"])
-    recipe = find(given.pop("recipe"))
+    recipe = get_recipe(given.pop("recipe"))
     return dataclasses.replace(recipe, init=given.pop("init", recipe.init))
 
 # %% ../../nbs/training/47_train.ipynb #ebc5f164
@@ -130,7 +130,7 @@ def _launch(run: Run, checkpoints: Path, show) -> Path:
     words = [python, "-m", "accelerate.commands.launch", "--config_file", str(config), *words]
     show("$ " + shlex.join(words))
     run_logged(words, config.with_suffix(".log"), show)
-    return run.checkpoint(run.takes)
+    return run.checkpoint(run.model_step)
 
 # %% ../../nbs/training/47_train.ipynb #613ca31e
 def _finish(
@@ -145,7 +145,7 @@ def _finish(
     curves = [run.metrics] if run.metrics.is_file() else []
     with write_record(final, run.inputs, curves) as record, atomic_folder(final) as part:
         record.update(
-            rows=len(run.rows), dropped=dropped, steps=run.steps, takes=run.takes,
+            rows=len(run.rows), dropped=dropped, steps=run.steps, takes=run.model_step,
             trainer=run.inputs["trainer"], seed=run.settings.seed, start=run.start,
             lora_rank=run.settings.lora_rank, data=run.data.name,
             merge=merge_inputs(taken, run.start))

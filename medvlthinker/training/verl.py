@@ -26,8 +26,8 @@ from ..generation.model import pixel_limits
 from ..generation.rollout import file_lock
 from ..generation.server import shrink
 from .recipe import (
-    ROWS, Grpo, Recipe, TrainingSettings, max_checkpoints, nodes_of, processes, rows_at_once,
-    step_folders, total_steps, uses_verl)
+    ROWS, GRPOSettings, Recipe, TrainingSettings, max_checkpoints, nodes_of, processes,
+    rows_at_once, step_folders, total_steps, uses_verl)
 from .sft import REWARD, Run, read_metrics
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def verl_row(
 # %% ../../nbs/training/44_verl.ipynb #a932aab2
 def training_file(data: Path, recipe: Recipe) -> Path:
     "Where verl's parquet of a recipe lies, whether it is there or not."
-    return data.parent / "verl" / f"{data.stem}-{recipe.how.max_prompt_length}.parquet"
+    return data.parent / "verl" / f"{data.stem}-{recipe.config.max_prompt_length}.parquet"
 
 # %% ../../nbs/training/44_verl.ipynb #2a231582
 def _columns() -> "datasets.Features":
@@ -109,18 +109,18 @@ def _under(part: str, values: dict) -> dict:
     return {f"{part}.{key}": value for key, value in values.items()}
 
 
-def _data(how: Grpo, data, seed: int) -> dict:
+def _data(config: GRPOSettings, data, seed: int) -> dict:
     "Settings of the data, the reward and the advantage."
     files = {"train_files": str(data), "val_files": str(data), "val_max_samples": 1,
-             "image_key": "images", "train_batch_size": how.batch, "shuffle": how.shuffle,
-             "max_prompt_length": how.max_prompt_length, "filter_overlong_prompts": False,
-             "max_response_length": how.max_response_length, "truncation": "error", "seed": seed}
+             "image_key": "images", "train_batch_size": config.batch, "shuffle": config.shuffle,
+             "max_prompt_length": config.max_prompt_length, "filter_overlong_prompts": False,
+             "max_response_length": config.max_response_length, "truncation": "error", "seed": seed}
     reward = {"custom_reward_function.path": str(REWARD),
               "custom_reward_function.name": "compute_score", "reward_manager.name": "naive"}
     advantage = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": True,
                  "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0}
     return {**_under("data", files), **_under("reward", reward),
-            "+reward.custom_reward_function.reward_kwargs.rule": how.rule,
+            "+reward.custom_reward_function.reward_kwargs.rule": config.rule,
             **_under("algorithm", advantage)}
 
 # %% ../../nbs/training/44_verl.ipynb #79be51e3
@@ -134,20 +134,21 @@ def _model(model: str, settings: TrainingSettings) -> dict:
     return {**_under(part, values), f"++{part}.override_config.attn_implementation": attention}
 
 # %% ../../nbs/training/44_verl.ipynb #a44317a0
-def _actor(how: Grpo, settings: TrainingSettings, micro: int) -> dict:
+def _actor(config: GRPOSettings, settings: TrainingSettings, micro: int) -> dict:
     "Settings of the model that learns and of its reference."
-    loss = {"use_kl_loss": how.kl_coef > 0, "kl_loss_coef": how.kl_coef, "entropy_coeff": 0,
-            "kl_loss_type": "low_var_kl", "clip_ratio": how.clip[0], "clip_ratio_low": how.clip[0],
-            "clip_ratio_high": how.clip[1], "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean",
+    loss = {"use_kl_loss": config.kl_coef > 0, "kl_loss_coef": config.kl_coef, "entropy_coeff": 0,
+            "kl_loss_type": "low_var_kl", "clip_ratio": config.clip[0],
+            "clip_ratio_low": config.clip[0], "clip_ratio_high": config.clip[1],
+            "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean",
             "policy_loss.loss_mode": "vanilla"}
-    steps = {"ppo_mini_batch_size": how.mini_batch, "ppo_micro_batch_size_per_gpu": micro,
+    steps = {"ppo_mini_batch_size": config.mini_batch, "ppo_micro_batch_size_per_gpu": micro,
              "use_dynamic_bsz": False, "ulysses_sequence_parallel_size": 1, "ppo_epochs": 1,
              "shuffle": False, "data_loader_seed": settings.seed}
-    optimizer = {"lr": how.learning_rate, "lr_scheduler_type": "constant",
-                 "lr_warmup_steps": how.warmup_steps, "weight_decay": how.weight_decay,
-                 "betas": list(how.betas), "clip_grad": how.max_grad_norm}
-    actor = {**loss, **steps, **_under("optim", optimizer), "grad_clip": how.max_grad_norm,
-             "strategy": "fsdp", "freeze_vision_tower": how.freeze_vision,
+    optimizer = {"lr": config.learning_rate, "lr_scheduler_type": "constant",
+                 "lr_warmup_steps": config.warmup_steps, "weight_decay": config.weight_decay,
+                 "betas": list(config.betas), "clip_grad": config.max_grad_norm}
+    actor = {**loss, **steps, **_under("optim", optimizer), "grad_clip": config.max_grad_norm,
+             "strategy": "fsdp", "freeze_vision_tower": config.freeze_vision,
              "fsdp_config.param_offload": False, "fsdp_config.optimizer_offload": False,
              "fsdp_config.model_dtype": "fp32",
              "checkpoint.save_contents": ["model", "optimizer", "extra"]}
@@ -161,16 +162,16 @@ def _actor(how: Grpo, settings: TrainingSettings, micro: int) -> dict:
             **_under(f"+{part}.actor", mixed), **_under(f"+{part}.ref", mixed)}
 
 # %% ../../nbs/training/44_verl.ipynb #659cfe09
-def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> dict:
+def _rollout(config: GRPOSettings, settings: TrainingSettings, gpus: int, micro: int) -> dict:
     "Settings of the engine that answers."
-    context = how.max_prompt_length + how.max_response_length
-    together = settings.tensor_parallel or math.gcd(how.tensor_parallel, gpus)
+    context = config.max_prompt_length + config.max_response_length
+    tensor_parallel = settings.tensor_parallel or math.gcd(config.tensor_parallel, gpus)
     return {
-        "n": how.rollouts, "temperature": how.temperature, "top_p": 1.0, "top_k": -1,
+        "n": config.rollouts, "temperature": config.temperature, "top_p": 1.0, "top_k": -1,
         "do_sample": True, "seed": settings.seed, "val_kwargs.do_sample": False,
         "val_kwargs.temperature": 0, "val_kwargs.n": 1,
         "name": "vllm", "dtype": settings.dtype, "max_model_len": context,
-        "tensor_model_parallel_size": together,
+        "tensor_model_parallel_size": tensor_parallel,
         "gpu_memory_utilization": settings.gpu_memory_utilization or 0.6,
         "max_num_batched_tokens": max(8192, context), "max_num_seqs": 1024,
         "enable_chunked_prefill": True, "enforce_eager": False, "free_cache_engine": True,
@@ -179,15 +180,15 @@ def _rollout(how: Grpo, settings: TrainingSettings, gpus: int, micro: int) -> di
 # %% ../../nbs/training/44_verl.ipynb #6fcb952a
 def _trainer(recipe: Recipe, settings: TrainingSettings, folder: Path) -> dict:
     "Settings of the run as a whole."
-    how, rows = recipe.how, ROWS.get(("RL", recipe.corpus))
+    config, rows = recipe.config, ROWS.get(("RL", recipe.corpus))
     whole = total_steps(recipe, rows[0]) if rows else math.inf  # of one's own corpus nobody knows
     stop = settings.max_steps or (recipe.published_step if recipe.published_step < whole else 0)
     return {"project_name": "medvlthinker", "experiment_name": recipe.name,
             "logger": ["console", "file", *filter(None, [settings.report_to])], "device": "cuda",
             "n_gpus_per_node": max(1, settings.gpus), "nnodes": nodes_of(recipe, settings),
-            "total_epochs": how.epochs, "total_training_steps": stop or None,
+            "total_epochs": config.epochs, "total_training_steps": stop or None,
             "critic_warmup": 0, "balance_batch": True, "resume_mode": "auto",
-            "save_freq": settings.save_every or how.save_every,
+            "save_freq": settings.save_every or config.save_every,
             "test_freq": -1, "val_before_train": False,
             "max_actor_ckpt_to_keep": max_checkpoints(recipe, settings) or None,
             "default_local_dir": str(folder)}
@@ -200,7 +201,7 @@ def verl_settings(
     folder,  # of the checkpoints on the way
 ) -> dict:  # verl's key -> value; `+` before a key that verl's file does not have
     "Every setting of a run of verl; `UserError` where the GPUs cannot share an update evenly."
-    how, gpus = recipe.how, processes(recipe, settings)
+    config, gpus = recipe.config, processes(recipe, settings)
     if settings.lora_rank:
         raise UserError(f"verl trains all weights here, and lora_rank={settings.lora_rank} asks "
                         "for adapters; leave it out, or use trainer=trl.")
@@ -209,10 +210,10 @@ def verl_settings(
     if nodes_of(recipe, settings) == 1:
         alone = {"+ray_kwargs.ray_init.address": "local",
                  "ray_kwargs.ray_init.num_cpus": 16 + 3 * gpus}
-    return {**_data(how, data, settings.seed),
+    return {**_data(config, data, settings.seed),
             **_under("+data.mm_processor_kwargs", pixels), **_model(model, settings),
-            **_actor(how, settings, micro),
-            **_under("actor_rollout_ref.rollout", _rollout(how, settings, gpus, micro)),
+            **_actor(config, settings, micro),
+            **_under("actor_rollout_ref.rollout", _rollout(config, settings, gpus, micro)),
             **_under("trainer", _trainer(recipe, settings, Path(folder).absolute())), **alone}
 
 # %% ../../nbs/training/44_verl.ipynb #fd9c8d16

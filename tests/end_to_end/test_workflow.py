@@ -18,7 +18,7 @@ from medvlthinker.app.cost import dry_run
 from medvlthinker.data.sample import SampleFile
 from medvlthinker.generation.engine import vllm_arguments
 from medvlthinker.generation.model import folder_name
-from medvlthinker.training.recipe import find
+from medvlthinker.training.recipe import get_recipe
 from medvlthinker.training.train import accelerate_config
 
 EVALUATE = ("-j", "2", "notebooks/4_evaluate-tiny.ipynb")  # as far as this step
@@ -220,7 +220,7 @@ def test_hardware_reaches_every_command_of_the_whole_paper(machine, home):
             assert f"nodes {keys.get('nodes', 1) if name[0] == '4' else 1}, GPUs a node {keys['gpus']}\n" in text
     for part in learnt:
         assert part in plans["3_train-3B-RL_m23k"], f"verl lacks {part}:\n{plans['3_train-3B-RL_m23k']}"
-    assert asked.items() <= vllm_arguments(paper, paper.tensor_parallel or 1).items() and shared.items() <= accelerate_config(find("3B-SFT_m23k"), paper).items()
+    assert asked.items() <= vllm_arguments(paper, paper.tensor_parallel or 1).items() and shared.items() <= accelerate_config(get_recipe("3B-SFT_m23k"), paper).items()
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 

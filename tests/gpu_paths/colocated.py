@@ -13,7 +13,7 @@ import torch
 import vllm.model_executor.layers.utils as layers
 from accelerate import PartialState
 from medvlthinker.training import grpo, sft
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -71,9 +71,9 @@ def train(folder: Path, lora_rank: int) -> None:
     grpo.run_trainer = lambda run, trainer: (trainers.append(trainer), run_trainer(run, trainer))
     if (gpus := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         shard_on_cpu()
-    state, recipe = PartialState(cpu=True), replace(find("tiny-RL_PMC"), gpus=gpus)
+    state, recipe = PartialState(cpu=True), replace(get_recipe("tiny-RL_PMC"), gpus=gpus)
     settings = TrainingSettings(gpus=gpus, engine="vllm", base=str(folder / "tiny"), max_steps=2, lora_rank=lora_rank, tensor_parallel=gpus, micro_batch=16, gradient_checkpointing="true")
-    recipe = replace(recipe, how=replace(recipe.how, warmup_steps=1))  # the first step moves nothing
+    recipe = replace(recipe, config=replace(recipe.config, warmup_steps=1))  # the first step moves nothing
     with state.main_process_first():
         run = sft.plan(recipe, settings, folder / "data.parquet", folder / "checkpoints", folder / "logs", lambda *_: None)
     grpo.train_grpo(run)

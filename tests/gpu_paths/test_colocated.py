@@ -8,7 +8,7 @@ import warm
 from conftest import ROOT, succeeded
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.train import accelerate_config
 
 pytestmark = pytest.mark.heavy
@@ -22,7 +22,7 @@ def trained(folder: Path, tiny: Path, processes: int, lora_rank: int, samples=No
     words = [WORKER, str(folder), str(lora_rank)]
     if processes > 1:
         config = folder / "accelerate.json"
-        config.write_text(json.dumps(accelerate_config(find("3B-RL_PMC"), TrainingSettings(gpus=processes, dtype="float32"))))
+        config.write_text(json.dumps(accelerate_config(get_recipe("3B-RL_PMC"), TrainingSettings(gpus=processes, dtype="float32"))))
         words = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0", *words]
     succeeded(warm.run(*words, cwd=ROOT, VLLM_CPU_KVCACHE_SPACE="1"))
     return json.loads((folder / "seen.json").read_text())

@@ -10,7 +10,7 @@ from conftest import ROOT, succeeded
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.sft import read_metrics
 from medvlthinker.training.train import accelerate_config
 from transformers import AutoModelForImageTextToText
@@ -52,7 +52,7 @@ def run(places: Path, name: str, cases: dict, processes: int) -> None:
     listed.write_text(json.dumps(list(cases.values())))
     words = [str(WORKER), str(listed)]
     if processes > 1:
-        config = accelerate_config(find("3B-SFT_m23k"), TrainingSettings(gpus=processes, dtype="float32"))
+        config = accelerate_config(get_recipe("3B-SFT_m23k"), TrainingSettings(gpus=processes, dtype="float32"))
         path = places / f"{name}.accelerate.json"
         path.write_text(json.dumps(config))
         words = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", "0", *words]

@@ -12,7 +12,7 @@ from conftest import ROOT
 from medvlthinker.core.files import UserError
 from medvlthinker.training.memory import (
     Row, activations, estimate, logits, plan_of, seen_memory, settings_that_fit, states)
-from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
+from medvlthinker.training.recipe import RECIPES, TrainingSettings, get_recipe
 from medvlthinker.training.sft import row_mean_loss
 from medvlthinker.training.train import _launch
 
@@ -24,8 +24,8 @@ PUBLISHED = [recipe for recipe in RECIPES.values() if recipe.size != "tiny"]
 def decided(name: str, settings: TrainingSettings, memory: float) -> tuple[TrainingSettings, float, str]:
     "The settings that fit, the GiB that they need, and what is said."
     said: list[str] = []
-    fits = settings_that_fit(find(name), settings, memory, show=said.append)
-    return fits, estimate(find(name), fits, memory), " ".join(said)
+    fits = settings_that_fit(get_recipe(name), settings, memory, show=said.append)
+    return fits, estimate(get_recipe(name), fits, memory), " ".join(said)
 
 
 # ---- the paper's hardware ----
@@ -38,7 +38,7 @@ def test_eight_gpus_of_80_gb_get_what_the_paper_had_or_the_largest_micro_batch_t
     if recipe.method == "SFT":  # one row at a time, and only the 32B computes its layers again
         assert (fits.micro_batch, fits.gradient_checkpointing, said) == (1, str(recipe.size == "32B").lower(), "")
         return
-    own = recipe.how.micro_batch
+    own = recipe.config.micro_batch
     assert fits.gradient_checkpointing == "true" and own % fits.micro_batch == 0
     assert fits.micro_batch == own or estimate(recipe, replace(fits, micro_batch=2 * fits.micro_batch), 79.6) > 0.95 * 79.6
     assert (fits.micro_batch == own) == (said == "") and (not said or "equal up to rounding" in said)
@@ -58,7 +58,7 @@ def test_mini_fits_a_card_of_24_gib_and_says_what_changed(name, share):
 
 def test_grpo_is_reckoned_at_the_longest_answer_and_not_at_300_tokens():
     "B4 of the audit: 32 answers at once need 74 GiB at 1,000 tokens, 200 at 4,096, and the first edition let them start."
-    at = lambda answer: estimate(find("3B-RL_m23k"), replace(MINI, micro_batch=32), 79.6, Row(2048, 0, answer))
+    at = lambda answer: estimate(get_recipe("3B-RL_m23k"), replace(MINI, micro_batch=32), 79.6, Row(2048, 0, answer))
     assert at(300) < 0.95 * 79.6 < at(1000) < at(4096) and at(4096) > 200
     fits, need, said = decided("3B-RL_m23k", MINI, 79.6)
     assert 2 <= fits.micro_batch <= 8 and need <= 0.95 * 79.6 and fits.gpu_memory_utilization == 0.0 and "micro_batch=32" in said
@@ -74,7 +74,7 @@ def test_grpo_is_reckoned_at_the_longest_answer_and_not_at_300_tokens():
     ("3B-SFT_m23k", {"lora_rank": 0}, 24.0, r"of a GPU's 24.0 GiB.*adapters \(lora_rank=32\) or a smaller model")])
 def test_settings_that_do_not_fit_are_refused_and_never_changed(name, more, memory, said):
     with pytest.raises(UserError, match=said):
-        settings_that_fit(find(name), replace(MINI, **more), memory)
+        settings_that_fit(get_recipe(name), replace(MINI, **more), memory)
     assert decided("3B-RL_m23k", replace(MINI, micro_batch=2), 79.6)[0].micro_batch == 2
 
 
@@ -91,7 +91,7 @@ def test_a_machine_that_cannot_hold_what_is_loaded_is_refused_before_anything_is
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=300e9))
     monkeypatch.setattr("medvlthinker.training.train.run_logged", lambda words, log, show: started.append(words))
     eight, started = replace(MINI, gpus=8, lora_rank=0), []
-    launch = lambda name, settings: _launch(SimpleNamespace(recipe=find(name), settings=settings, start="", data=tmp_path, logs=tmp_path, takes=1, checkpoint=str), tmp_path, print)
+    launch = lambda name, settings: _launch(SimpleNamespace(recipe=get_recipe(name), settings=settings, start="", data=tmp_path, logs=tmp_path, model_step=1, checkpoint=str), tmp_path, print)
     with pytest.raises(UserError, match=r"7B-RL_PMC on 8 GPUs .* 531 GB in all; this machine has 300 GB. Take fewer GPUs of each machine \(gpus\), or adapters"):
         launch("7B-RL_PMC", eight)
     assert not started
@@ -201,7 +201,7 @@ def reckoned(setting: str, folder: Path) -> float:
     given = {"micro_batch": 4, "gradient_checkpointing": "false", "lora_rank": 0} | SETTINGS[setting]
     method, short, answer = given.pop("method", "SFT"), given.pop("bfloat16", False), given.pop("answer", 448)
     settings = TrainingSettings(gpus=int(short), dtype="bfloat16" if short else "float32", **given)
-    plan = plan_of(find(f"3B-{method}_m23k"), settings, 64.0, Row(64, 0, answer), str(folder))
+    plan = plan_of(get_recipe(f"3B-{method}_m23k"), settings, 64.0, Row(64, 0, answer), str(folder))
     kept, again = activations(plan)
     return sum(states(plan).values()) + kept + max(logits(plan), again) - 1.5 * 2**30
 

@@ -8,7 +8,7 @@ import pytest
 import warm
 from conftest import ROOT, succeeded
 from medvlthinker.training.memory import SIZES, count_parameters, meta_model, model_config
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.train import accelerate_config
 
 LAYERS = {"3B": 36, "7B": 28, "32B": 64}
@@ -38,7 +38,7 @@ def test_adapters_stand_beside_the_seven_matrices_of_the_language_model_alone(si
 @pytest.mark.parametrize("size", SIZES)
 def test_the_layers_that_fsdp_wraps_are_classes_of_the_model_and_only_the_3b_ties_its_head(size):
     net = meta_model(size)
-    wrapped = accelerate_config(find(f"{size}-SFT_m23k"), TrainingSettings(gpus=8, dtype="bfloat16"))["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    wrapped = accelerate_config(get_recipe(f"{size}-SFT_m23k"), TrainingSettings(gpus=8, dtype="bfloat16"))["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
     modules = [type(module).__name__ for module in net.modules()]
     assert {name: modules.count(name) for name in wrapped} == {"Qwen2_5_VLDecoderLayer": LAYERS[size], "Qwen2_5_VLVisionBlock": 32}
     assert set(wrapped) == set(net._no_split_modules)  # by which the estimate counts what is gathered

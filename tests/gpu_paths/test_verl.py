@@ -16,7 +16,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.model import pixel_limits
 from medvlthinker.app.profile import load_profile
-from medvlthinker.training.recipe import RECIPES, TrainingSettings, find
+from medvlthinker.training.recipe import RECIPES, TrainingSettings, get_recipe
 from medvlthinker.training.sft import plan, read_metrics
 from medvlthinker.training import verl
 from medvlthinker.training.verl import complete_checkpoints, verl_overrides, verl_parquet, verl_row
@@ -31,13 +31,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from medvlthinker.app.profile import Workspace, load_profile
-from medvlthinker.training.recipe import find
+from medvlthinker.training.recipe import get_recipe
 from medvlthinker.training.train import train_here
 
 name, data, steps = sys.argv[1:]
-recipe, workspace = find(name), Workspace("smoke")
-how = replace(recipe.how, kl_coef=0.01, warmup_steps=0, save_every=1, keep=0)
-train_here(replace(recipe, how=how), load_profile("smoke", trainer="verl", max_steps=int(steps)),
+recipe, workspace = get_recipe(name), Workspace("smoke")
+config = replace(recipe.config, kl_coef=0.01, warmup_steps=0, save_every=1, keep=0)
+train_here(replace(recipe, config=config), load_profile("smoke", trainer="verl", max_steps=int(steps)),
            Path(data), workspace.checkpoints, workspace.logs / name)
 """
 
@@ -168,7 +168,7 @@ PADDED = {"actor_rollout_ref.model.use_remove_padding": False,
 
 
 def words(name: str) -> list[str]:
-    return verl_overrides(find(name), load_profile("paper"), "/models/start", "/data/train.parquet",
+    return verl_overrides(get_recipe(name), load_profile("paper"), "/models/start", "/data/train.parquet",
                      "/checkpoints/here")
 
 
@@ -255,8 +255,8 @@ def verl_dataset(path, model: Path, most: int, filtered: bool = False, pixels: d
 
 def written(samples, folder: Path, model: Path, most: int = 512, max_pixels: int = 0) -> Path:
     "verl's file of samples, as a run with this limit makes it."
-    recipe = find("tiny-RL_PMC")
-    recipe = replace(recipe, how=replace(recipe.how, max_prompt_length=most))
+    recipe = get_recipe("tiny-RL_PMC")
+    recipe = replace(recipe, config=replace(recipe.config, max_prompt_length=most))
     write_samples(samples, folder / f"{samples[0].dataset_name}.parquet")
     settings = TrainingSettings(base=str(model), max_rejected=len(samples), max_pixels=max_pixels)
     return verl_parquet(plan(recipe, settings, folder / f"{samples[0].dataset_name}.parquet", folder, folder / "logs"))

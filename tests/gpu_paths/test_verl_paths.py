@@ -23,13 +23,13 @@ from medvlthinker.core.files import UserError, record_path
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training import checkpoint, verl
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.sft import plan
 from medvlthinker.training.train import _finish, train_here
 from medvlthinker.training.verl_cpu import cpu_environment, cpu_overrides
 
 NODE = TrainingSettings(trainer="verl", gpus=8, dtype="bfloat16", tensor_parallel=0)
-TEXT, LARGE = find("3B-RL_m23k"), find("32B-RL_m23k")
+TEXT, LARGE = get_recipe("3B-RL_m23k"), get_recipe("32B-RL_m23k")
 no_verl = pytest.mark.skipif(not importlib.util.find_spec("verl"),
                              reason="verl is not installed; ./reproduce.sh setup full installs it")
 no_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"),
@@ -122,7 +122,7 @@ def test_a_run_ends_with_the_model_of_its_last_checkpoint(monkeypatch, tmp_path,
     monkeypatch.setattr(checkpoint, "_gather_verl", lambda place, folder, log: shutil.copytree(blank, folder, dirs_exist_ok=True) and None)
     write_samples(synthetic.corpus("pmc_vqa", 16), tmp_path / "pmc_vqa.parquet")
     settings = TrainingSettings(base=str(blank), trainer="verl", max_steps=2)
-    train = lambda: train_here(find("tiny-RL_PMC"), settings, tmp_path / "pmc_vqa.parquet", tmp_path, tmp_path / "logs", lambda line: None)
+    train = lambda: train_here(get_recipe("tiny-RL_PMC"), settings, tmp_path / "pmc_vqa.parquet", tmp_path, tmp_path / "logs", lambda line: None)
     final = train()
     assert (final / "model.safetensors").is_file() and json.loads(record_path(final).read_text())["merge"]["layout"] == "verl"
     assert train() == final and started == [(str(tmp_path / "verl" / "pmc_vqa-512.parquet"), "2")]
@@ -288,7 +288,7 @@ def test_a_job_shows_its_steps_and_gets_its_words_with_their_quotes(cluster):
 def test_a_checkpoint_of_other_gpus_is_refused_before_verl_starts(tmp_path):
     "verl would load the model for minutes, and then miss a file."
     pretend_checkpoint(tmp_path / "run" / "global_step_50", 8)
-    run = SimpleNamespace(recipe=find("7B-RL_PMC"), settings=replace(NODE, gpus=4), folder=tmp_path / "run", logs=tmp_path / "logs", steps=100)
+    run = SimpleNamespace(recipe=get_recipe("7B-RL_PMC"), settings=replace(NODE, gpus=4), folder=tmp_path / "run", logs=tmp_path / "logs", steps=100)
     with pytest.raises(UserError, match="global_step_50 was written by 8 GPUs, and only as many go on from it; this run has 4. Set gpus"):
         verl._start(run, [], {}, print)
     assert (tmp_path / "run" / "global_step_50" / "data.pt").exists() and not (tmp_path / "logs").exists()
@@ -478,8 +478,8 @@ def test_two_nodes_of_ray_train_two_steps(tmp_path, warm_tiny, monkeypatch):
               "--ray-client-server-port=25682", f"--temp-dir={folder}/ray")
         start("--address=127.0.0.1:25679", "--dashboard-agent-listen-port=25683")
         write_samples(synthetic.corpus("pmc_vqa", 40, 3), tmp_path / "pmc_vqa.parquet")
-        recipe = find("tiny-RL_PMC")
-        recipe = replace(recipe, how=replace(recipe.how, warmup_steps=0, save_every=1))
+        recipe = get_recipe("tiny-RL_PMC")
+        recipe = replace(recipe, config=replace(recipe.config, warmup_steps=0, save_every=1))
         settings = TrainingSettings(base=str(warm_tiny), trainer="verl", max_steps=2, nodes=2)
         run = plan(recipe, settings, tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs")
         more = [word for word in cpu_overrides() if "ray_init" not in word and "trainer.nnodes" not in word]

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from medvlthinker.training import sft
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -74,8 +74,8 @@ def train(case: Case) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = str(case.sharded).lower()
     if PartialState(cpu=True).num_processes > 1:  # what the case before left
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    recipe, folder = find("tiny-SFT_PMC"), Path(case.folder)
-    recipe = replace(recipe, how=replace(recipe.how, batch=4, freeze_vision=False, warmup=0.0))
+    recipe, folder = get_recipe("tiny-SFT_PMC"), Path(case.folder)
+    recipe = replace(recipe, config=replace(recipe.config, batch=4, freeze_vision=False, warmup=0.0))
     settings = TrainingSettings(base=case.model, max_steps=case.steps, keep_checkpoints=0, **case.settings)
     state = PartialState(cpu=True)
     with state.main_process_first():

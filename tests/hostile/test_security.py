@@ -19,7 +19,7 @@ from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.core.files import UserError, file_hash, record_path
 from medvlthinker.app.profile import Profile, Workspace, load_profile
 from medvlthinker.app.runs import training_places
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.data.sample import write_samples
 from servers import Handler, serving
 
@@ -133,7 +133,7 @@ def test_weights_that_are_a_program_do_not_run(traps, opened, home):
     pickled, request = place / "pickled", Request(synthetic.benchmark("pmc_vqa", 1)[0], 0, Sampling(max_tokens=4))
     ask = lambda **settings: list(open_engine(EngineSettings(model=str(pickled), **settings)).answer([request]))
     write_samples(synthetic.corpus("pmc_vqa", 8), place / "pmc_vqa.parquet")
-    trained = lambda name: sft.plan(find(name), TrainingSettings(base=str(pickled)), place / "pmc_vqa.parquet", place / "checkpoints", place / "logs")
+    trained = lambda name: sft.plan(get_recipe(name), TrainingSettings(base=str(pickled)), place / "pmc_vqa.parquet", place / "checkpoints", place / "logs")
     ways = {**{f"engine={name}": lambda name=name: ask(engine=name) for name in ("transformers", "vllm", "ray")},
             "copies": lambda: ask(data_parallel=2),
             **{recipe: lambda recipe=recipe: trained(recipe) for recipe in ("tiny-SFT_PMC", "tiny-RL_PMC")},
@@ -237,7 +237,7 @@ def test_nothing_of_ours_prints_the_environment(home, secrets, capsys):
     from medvlthinker.training import train
 
     workspace, paper = Workspace("smoke"), load_profile("paper", report_to="wandb")
-    for recipe in map(find, ("7B-SFT_m23k", "7B-RL_m23k")):
+    for recipe in map(get_recipe, ("7B-SFT_m23k", "7B-RL_m23k")):
         for trainer in ("trl", "verl"):
             print(train.printed_command(recipe, replace(paper, trainer=trainer), *training_places(recipe, paper)))
         (workspace.logs / f"{recipe.name}.json").write_text(json.dumps(train.accelerate_config(recipe, paper)))
@@ -279,7 +279,7 @@ def test_keys_in_a_file_are_read_and_not_run(tmp_path, encoding, line_end):
 
 def test_the_hash_of_the_reward_decides(blank, home, tmp_path, monkeypatch):
     "It stands among the inputs of a run, and one more byte makes another run, in a folder of its own."
-    file, recipe = ROOT / "medvlthinker" / "core" / "grade.py", find("tiny-RL_PMC")
+    file, recipe = ROOT / "medvlthinker" / "core" / "grade.py", get_recipe("tiny-RL_PMC")
     write_samples(synthetic.corpus("pmc_vqa", 8), tmp_path / "pmc_vqa.parquet")
     places = tmp_path / "pmc_vqa.parquet", tmp_path / "checkpoints", tmp_path / "logs"
     small = TrainingSettings(base=str(blank))
@@ -300,6 +300,6 @@ def test_what_serves_listens_here_only(tmp_path):
     opens = {path.stem for path in SOURCES if re.search(r"\w*HTTPServer\(|\.bind\(|create_server\(|start_server\(|\.listen\(", path.read_text(encoding="utf-8"))}
     assert not opens, "nothing in the package opens a port itself"
     for profile in (load_profile("smoke"), load_profile("mini", gpus=2)):
-        assert train.accelerate_config(find("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
+        assert train.accelerate_config(get_recipe("tiny-SFT_PMC"), profile)["main_process_ip"] == "127.0.0.1"
     here = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     assert verl.environment(tmp_path)[here] == "0" and here not in verl.environment(tmp_path, nodes=4)

@@ -16,7 +16,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.core.files import UserError
 from medvlthinker.data.sample import write_samples
 from medvlthinker.app.profile import Workspace, load_profile
-from medvlthinker.training.recipe import ROWS, TrainingSettings, find, total_steps
+from medvlthinker.training.recipe import ROWS, TrainingSettings, get_recipe, total_steps
 from medvlthinker.training.sft import WHOLE, last_whole, plan
 from medvlthinker.training.train import accelerate_config, curves
 from safetensors.numpy import load_file
@@ -95,7 +95,7 @@ def long(*_):  # in place of a training: a process that starts another
     inner = "from medvlthinker.core.commands import run_logged; import sys; run_logged([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(99)'], sys.argv[1])"
     run_logged([sys.executable, "-c", inner, sys.argv[-1] + ".2"], sys.argv[-1])
 
-train.train_here, train.read_words = long, lambda words: (recipe.find('tiny-SFT_PMC'), None, ())
+train.train_here, train.read_words = long, lambda words: (recipe.get_recipe('tiny-SFT_PMC'), None, ())
 commands._read_recipe = long
 """
 
@@ -117,7 +117,7 @@ def test_kill_ends_what_a_training_has_started(tmp_path, ends):
 
 def test_two_processes_share_a_run(ready):
     "The same rows, the same number of steps, one set of curves: two processes over gloo, started as accelerate starts GPUs."
-    config = {**accelerate_config(find("tiny-SFT_PMC"), TrainingSettings()), "num_processes": 2}
+    config = {**accelerate_config(get_recipe("tiny-SFT_PMC"), TrainingSettings()), "num_processes": 2}
     (path := ready / "accelerate.json").write_text(json.dumps(config))
     done = succeeded(warm.run("-m", "accelerate.commands.launch", "--config_file", path, *words("tiny-SFT_PMC", 4, ready), "micro_batch=8", cwd=ROOT))
     assert list(curves(ready / "logs").index) == [1, 2, 3, 4]
@@ -130,7 +130,7 @@ def test_two_processes_share_a_run(ready):
 def test_a_checkpoint_of_several_gpus_is_not_for_one(ready, recipe):
     from medvlthinker.training import grpo, sft
 
-    run = sft.plan(find(recipe), TrainingSettings(max_steps=2), ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs")
+    run = sft.plan(get_recipe(recipe), TrainingSettings(max_steps=2), ready / "pmc_vqa.parquet", ready / "smoke" / "checkpoints", ready / "logs")
     (run.folder / "checkpoint-1" / "pytorch_model_fsdp_0").mkdir(parents=True)
     (run.folder / "checkpoint-1" / WHOLE).write_text("{}")
     with pytest.raises(UserError, match="checkpoint-1 was written by several GPUs.* set gpus as it was, or remove"):
@@ -161,14 +161,14 @@ def test_adapters_become_a_model(ready):
 def test_the_small_gpu_run_has_the_steps_that_it_asks_for():
     "Of mini's questions the share is kept that the paper kept; RL then has all of its steps, and not a quarter."
     mini, share = load_profile("mini"), ROWS["RL", "m23k"][0] / ROWS["SFT", "m23k"][0]
-    assert total_steps(find("3B-RL_m23k"), int(share * mini.train_limit), mini.max_steps) == mini.max_steps == 20
+    assert total_steps(get_recipe("3B-RL_m23k"), int(share * mini.train_limit), mini.max_steps) == mini.max_steps == 20
 
 
 def test_rl_refuses_rows_that_it_cannot_use(ready):
     long = synthetic.corpus("pmc_vqa", 1)[0]
     write_samples([replace(long, question=long.question + " It is seen again." * 200)], ready / "long.parquet")
     with pytest.raises(UserError, match="1 of 1 rows of long.parquet cannot be trained on: 1 longer than 512 tokens.*max_rejected=1"):
-        plan(find("tiny-RL_PMC"), TrainingSettings(), ready / "long.parquet", ready / "smoke" / "checkpoints", ready / "logs")
+        plan(get_recipe("tiny-RL_PMC"), TrainingSettings(), ready / "long.parquet", ready / "smoke" / "checkpoints", ready / "logs")
 
 
 def test_what_a_trainer_says_last_is_the_sentence(ready):
@@ -179,11 +179,11 @@ def test_what_a_trainer_says_last_is_the_sentence(ready):
 import sys
 from pathlib import Path
 from medvlthinker.core.files import UserError
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 sys.executable = {str(Path(os.environ[warm.PLACE]) / "python")!r}  # by which it starts the process that trains
 from medvlthinker.training.train import train
 try:
-    train(find("tiny-RL_PMC"), TrainingSettings(), Path({str(data)!r}), Path({str(checkpoints)!r}), Path({str(logs)!r}))
+    train(get_recipe("tiny-RL_PMC"), TrainingSettings(), Path({str(data)!r}), Path({str(checkpoints)!r}), Path({str(logs)!r}))
 except UserError as error:
     print(error, {{"torch", "transformers", "trl"}} & set(sys.modules))
 """

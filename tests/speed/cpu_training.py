@@ -10,7 +10,7 @@ from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.generation.tiny_model import make_tiny_model
 from medvlthinker.training.grpo import grpo_chat, grpo_settings, rewards, train_grpo
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.sft import chats, plan
 from medvlthinker.training.train import train
 
@@ -40,7 +40,7 @@ def cpu_training(turns: int = 3):
         folder, data = Path(home), Path(home) / "pmc_vqa.parquet"
         write_samples(synthetic.corpus("pmc_vqa", 64), data)
         settings = TrainingSettings(base=str(make_tiny_model(folder / "base", show=quiet)), max_steps=4)
-        recipe, taken = find("tiny-RL_PMC"), []
+        recipe, taken = get_recipe("tiny-RL_PMC"), []
         for turn in range(turns + 1):
             acts = (train_grpo, train_plainly) if turn % 2 else (train_plainly, train_grpo)
             runs = {act: plan(recipe, settings, data, folder / f"{turn}-{act.__name__}",
@@ -52,4 +52,4 @@ def cpu_training(turns: int = 3):
         yield [each[train_grpo] / each[train_plainly] for each in taken[1:]]
         for name in ("tiny-RL_PMC", "tiny-SFT_PMC"):
             places = (data, folder / "models", folder / f"logs-{name}")
-            yield cpu_seconds(lambda: train(find(name), settings, *places, quiet))
+            yield cpu_seconds(lambda: train(get_recipe(name), settings, *places, quiet))

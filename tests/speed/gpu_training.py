@@ -17,7 +17,7 @@ from medvlthinker.generation.tiny_model import tiny_config, tiny_processor
 from medvlthinker.training.grpo import train_grpo
 from medvlthinker.training.memory import (
     count_parameters, estimate, model_config, settings_that_fit)
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.sft import plan, train_sft
 from medvlthinker.training.train import curves
 
@@ -71,9 +71,9 @@ def train(part: str, home: Path, machine: dict) -> tuple[float, float]:
     "Tokens a second of a training, and GiB of torch over those of the estimate."
     import torch
 
-    recipe, rows = find(part), drawn(11000 if machine["gpus"] else 200)  # about 7,300 tokens
+    recipe, rows = get_recipe(part), drawn(11000 if machine["gpus"] else 200)  # about 7,300 tokens
     recipe = replace(recipe, init=str(home / "model"), gpus=machine["gpus"],
-                     how=replace(recipe.how, **CHANGES[part]))
+                     config=replace(recipe.config, **CHANGES[part]))
     write_samples(rows, home / "rows.parquet")
     settings = TrainingSettings(**machine, max_steps=8)
     run = plan(recipe, settings, home / "rows.parquet", home, home / "logs")

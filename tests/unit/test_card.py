@@ -9,7 +9,7 @@ from medvlthinker.app.cards import model_card, write_card
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.core.files import record_path, write_record
 from medvlthinker.generation.tiny_model import make_tiny_model
-from medvlthinker.training.recipe import find
+from medvlthinker.training.recipe import get_recipe
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def made(home):
 
 
 def test_a_card_holds_what_was_measured_and_its_code_runs_where_it_stands(made, monkeypatch, capsys):
-    (folder, path), arguments = made, (find("tiny-RL_PMC"), load_profile("smoke"))
+    (folder, path), arguments = made, (get_recipe("tiny-RL_PMC"), load_profile("smoke"))
     write_card(*arguments)
     text = (folder / "README.md").read_text()
     assert "Not measured." in text and "| steps | 60 |" in text and "means nothing medical" in text
@@ -45,7 +45,7 @@ def test_a_card_holds_what_was_measured_and_its_code_runs_where_it_stands(made, 
 
 @pytest.mark.parametrize("init", ["Qwen/Qwen2.5-VL-3B-Instruct", "/data/my-base"])
 def test_a_card_names_its_base_model_and_the_licence_that_comes_with_it(init):
-    text = model_card(replace(find("3B-RL_m23k"), init=init))
+    text = model_card(replace(get_recipe("3B-RL_m23k"), init=init))
     data = ModelCard(text).data
     assert (data.base_model, data.license_name) == (init if init[0] != "/" else None, "qwen-research")
     assert f"RL of {init}" in text and "Not for clinical use" in text

@@ -12,13 +12,13 @@ from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.workflow import reasons, run_workflow
 from medvlthinker.core.files import UserError
 from medvlthinker.generation.request import Sampling
-from medvlthinker.training.recipe import find, wanted
+from medvlthinker.training.recipe import get_recipe, recipes_to_train
 
 
 def test_the_whole_paper_takes_what_another_estimate_says_within_a_factor_of_two():
     "GPU hours of an estimate that was made by hand, from step times: pass counts, four SFT, eight RL, the 32B."
     paper = load_profile("paper")
-    runs = wanted(paper.recipes)
+    runs = recipes_to_train(paper.recipes)
     kinds = {"SFT": [each for each in runs if each.method == "SFT"], "RL": [each for each in runs if each.method == "RL" and each.size != "32B"], "32B": [each for each in runs if each.size == "32B"]}
     assert [len(each) for each in kinds.values()] == [4, 8, 1]
     found = {kind: [cost.training_cost(each, paper) for each in recipes] for kind, recipes in kinds.items()}
@@ -30,13 +30,13 @@ def test_the_whole_paper_takes_what_another_estimate_says_within_a_factor_of_two
 
 def test_a_profile_s_limits_and_repeats_are_in_it():
     paper = load_profile("paper")
-    hours = lambda **keys: cost.training_cost(find("7B-RL_m23k"), load_profile("paper", **keys)).gpu_hours()
+    hours = lambda **keys: cost.training_cost(get_recipe("7B-RL_m23k"), load_profile("paper", **keys)).gpu_hours()
     assert hours(max_steps=32) == pytest.approx(hours() / 10)
     assert hours(train_limit=2346) < hours() / 8
     one, many = (cost.asking_cost("Qwen/Qwen2.5-VL-7B-Instruct", paper, [Sampling(n=n)]) for n in (1, 64))
     assert many.gpu_hours() == pytest.approx(64 * one.gpu_hours()) and many.downloads == one.downloads
-    assert cost.checkpoint_bytes(find("7B-RL_m23k"), load_profile("paper", lora_rank=32)) < 0.1 * cost.checkpoint_bytes(find("7B-RL_m23k"), paper)
-    wide, narrow = (cost.training_cost(find("7B-SFT_m23k"), load_profile("paper", gpus=gpus)) for gpus in (32, 8))
+    assert cost.checkpoint_bytes(get_recipe("7B-RL_m23k"), load_profile("paper", lora_rank=32)) < 0.1 * cost.checkpoint_bytes(get_recipe("7B-RL_m23k"), paper)
+    wide, narrow = (cost.training_cost(get_recipe("7B-SFT_m23k"), load_profile("paper", gpus=gpus)) for gpus in (32, 8))
     assert wide.gpu_hours() / 32 == pytest.approx(narrow.gpu_hours() / 8), "16 rows an update do not feed 32 GPUs"
 
 
@@ -58,7 +58,7 @@ def disk_of(free: int):
 def test_a_disk_that_is_too_small_is_said_at_the_start(home, monkeypatch):
     "And what is there already needs no more room."
     monkeypatch.setattr(shutil, "disk_usage", disk_of(10**12))
-    profile, recipe = load_profile("paper", nodes=1), find("3B-RL_m23k")  # else the nodes of 32B are missed first
+    profile, recipe = load_profile("paper", nodes=1), get_recipe("3B-RL_m23k")  # else the nodes of 32B are missed first
     with pytest.raises(UserError, match=r"The models and checkpoints of paper need about 2,\d{3} GB more, and 1,000 GB are free in .*paper; make room") as said:
         run_workflow(profile)
     assert "\n" not in str(said.value) and not list(home.rglob("*.ipynb"))

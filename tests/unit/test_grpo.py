@@ -9,7 +9,7 @@ import torch
 from medvlthinker.data import synthetic
 from medvlthinker.data.sample import write_samples
 from medvlthinker.training.grpo import grpo_chat, read_once, skip_empty_images, train_grpo
-from medvlthinker.training.recipe import TrainingSettings, find
+from medvlthinker.training.recipe import TrainingSettings, get_recipe
 from medvlthinker.training.sft import plan, read_metrics
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLModel
 
@@ -74,8 +74,8 @@ def test_a_corpus_with_and_without_images(blank, tmp_path, monkeypatch, first, a
     images, texts = synthetic.corpus("pmc_vqa", 4), synthetic.corpus("m23k", 8)
     mixed = images[:2] + texts + images[2:] if first == "image" else texts[:2] + images + texts[2:]
     write_samples(mixed, tmp_path / "mixed.parquet")
-    recipe = find("tiny-RL_PMC")
-    recipe = replace(recipe, how=replace(recipe.how, shuffle=False, batch=4, mini_batch=2, micro_batch=2))
+    recipe = get_recipe("tiny-RL_PMC")
+    recipe = replace(recipe, config=replace(recipe.config, shuffle=False, batch=4, mini_batch=2, micro_batch=2))
     settings = TrainingSettings(base=str(blank), max_steps=3, gradient_checkpointing=again)
     asked, learnt, forward = [], [], Qwen2_5_VLModel.forward
 
@@ -100,8 +100,8 @@ def test_a_corpus_with_and_without_images(blank, tmp_path, monkeypatch, first, a
 
 def test_what_a_base_recommends_changes_no_answer_and_stops_no_saving(blank, tmp_path):
     write_samples(synthetic.corpus("pmc_vqa", 4), tmp_path / "data.parquet")
-    recipe, curves = find("tiny-RL_PMC"), []
-    recipe = replace(recipe, how=replace(recipe.how, batch=4, mini_batch=4, micro_batch=4))
+    recipe, curves = get_recipe("tiny-RL_PMC"), []
+    recipe = replace(recipe, config=replace(recipe.config, batch=4, mini_batch=4, micro_batch=4))
     for name, given in (("plain", {}), ("odd", {"no_repeat_ngram_size": 1, "num_beams": 3, "min_p": 0.9})):
         base = Path(shutil.copytree(blank, tmp_path / name))
         known = json.loads((base / "generation_config.json").read_text())

@@ -155,7 +155,7 @@ def corpus(tmp_path) -> tuple[Path, Path, Path]:
 
 def test_answering_and_training_refuse_a_model_that_is_not_whole(blank, home, tmp_path, corpus):
     from medvlthinker.training import sft
-    from medvlthinker.training.recipe import TrainingSettings, find
+    from medvlthinker.training.recipe import TrainingSettings, get_recipe
 
     torn = copied(blank, tmp_path, dropped(r"\.layers\.1\."))
     asked = [Request(sample, 0, Sampling()) for sample in synthetic.benchmark("pmc_vqa", 1)]
@@ -163,8 +163,8 @@ def test_answering_and_training_refuse_a_model_that_is_not_whole(blank, home, tm
         next(open_engine(EngineSettings(model=str(torn))).answer(asked))
     for name in ("tiny-SFT_PMC", "tiny-RL_PMC"):
         with pytest.raises(UserError, match="12 missing"):
-            sft.plan(find(name), TrainingSettings(base=str(torn)), *corpus)
-    run = sft.plan(find("tiny-SFT_PMC"), TrainingSettings(base=str(blank)), *corpus)
+            sft.plan(get_recipe(name), TrainingSettings(base=str(torn)), *corpus)
+    run = sft.plan(get_recipe("tiny-SFT_PMC"), TrainingSettings(base=str(blank)), *corpus)
     with pytest.raises(UserError, match="12 missing"):
         sft.open_model(replace(run, start=str(torn)))
 
@@ -244,10 +244,10 @@ def test_a_few_changed_matrices_in_a_large_file_are_another_model(tmp_path):
 
 def test_a_torn_chat_template_is_one_sentence_in_training(blank, tmp_path, corpus):
     from medvlthinker.training import sft
-    from medvlthinker.training.recipe import TrainingSettings, find
+    from medvlthinker.training.recipe import TrainingSettings, get_recipe
 
     folder = copied(blank, tmp_path)
-    run = sft.plan(find("tiny-SFT_PMC"), TrainingSettings(base=str(folder)), *corpus)
+    run = sft.plan(get_recipe("tiny-SFT_PMC"), TrainingSettings(base=str(folder)), *corpus)
     template = (folder / "chat_template.jinja").read_text()
     for length, said in ((42, "leaves out what is asked"), (300, "TemplateSyntaxError")):
         (folder / "chat_template.jinja").write_text(template[:length])
@@ -351,9 +351,9 @@ def test_max_pixels_means_the_same_in_preflight(blank):
 
 def test_max_pixels_means_the_same_in_training(blank, corpus):
     from medvlthinker.training import grpo, sft, verl
-    from medvlthinker.training.recipe import TrainingSettings, find
+    from medvlthinker.training.recipe import TrainingSettings, get_recipe
 
-    recipe, small = find("tiny-RL_PMC"), TrainingSettings(base=str(blank), max_pixels=3136)
+    recipe, small = get_recipe("tiny-RL_PMC"), TrainingSettings(base=str(blank), max_pixels=3136)
     run, plain = (sft.plan(recipe, settings, *corpus) for settings in (small, replace(small, max_pixels=0)))
     assert run.inputs["max_pixels"] == 3136 and run.folder != plain.folder and "max_pixels" not in plain.inputs
     _, processor, _ = sft.open_model(run)

@@ -11,7 +11,7 @@ import pytest
 from medvlthinker.app import cli
 from medvlthinker.app.profile import Workspace, load_profile
 from medvlthinker.app.runs import rollouts
-from medvlthinker.app.verify import check_run, recorded, run_files, trace
+from medvlthinker.app.verify import check_run, recorded_files, run_files, trace
 from medvlthinker.core.files import UserError, file_hash, write_record
 from medvlthinker.data.benchmarks import LOCAL
 from medvlthinker.data.readers import write_csv
@@ -75,7 +75,7 @@ def flipped(path: Path, rng: random.Random):
 
 def test_a_flipped_bit_is_found_in_every_file(finished):
     "In each file that is on record, all at once; and in some of the records, one at a time."
-    rng, known = random.Random(0), recorded(finished)
+    rng, known = random.Random(0), recorded_files(finished)
     plain = [finished / name for name in known if (finished / name).stat().st_size]
     records = [path for path in run_files(finished) if path not in {finished / name for name in known}]
     with contextlib.ExitStack() as stack:
