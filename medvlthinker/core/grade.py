@@ -113,7 +113,7 @@ def _normal(text: str) -> str:
     if len(text) > 2 * _REACH: text = _beginning(text) + "\n" + _beginning(text[::-1])[::-1]
     return text if text.isascii() else _SEAM.sub(" ", text.translate(_WIDE))
 
-# %% ../../nbs/core/02_grade.ipynb #bda5a3a5
+# %% ../../nbs/core/02_grade.ipynb #61f6e63d
 _THOUGHT = (r"(?:/|\|end_(?:of_)?|\|?(?:begin_of_|start_)?)(?:seed:)?(?:cot_)?(?:think(?:ing)?"
             r"|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]")
 _MARK = re.compile(rf"<(?!(?-i:/?think>))(?:{_THOUGHT}|unused9(?:4>(?:thought)?|5>)"
@@ -123,13 +123,14 @@ _OTHER_MARK = re.compile(rf"[\[◁]{_THOUGHT}", re.I)
 _CLOSES = re.compile("/|end|95|final", re.I)
 _TAG = re.compile(r"<(?!(?:image|img|picture|figure)[ _]?\d)[/|]*[a-z][^<>\n]{0,80}(?:>|\Z)", re.I)
 _TORN = re.compile(r"\b(?:answer|think)>", re.I)   # a tag without its first bracket
-
 _SAYS = re.compile(r"\w|<")
 
+# %% ../../nbs/core/02_grade.ipynb #bda5a3a5
 def _without_tags(text: str, by: str = "\n") -> str:
     "The text with a line end, or something else, in place of each tag."
     if "<" in text: text = _TAG.sub(by, text)
     return _TORN.sub(by, text) if ">" in text else text
+
 
 def _speech(text: str) -> str:
     "What is said outside closed thinking; all of the text where nothing is."
@@ -476,8 +477,8 @@ _BEFORE = re.compile(   # not B, rules out A and C, rather than B
     r"|(?:不选择?|不能选|不是|排除|并非|而非) *(?:选项)? *(?:[ⓐ-ⓩ][,和及或 ()]{0,3})+")
 _FACT = re.compile(   # behind a denial that is no verdict: B does not | cause fever
     r"(?:(?<=not)|(?<=n't)|(?<=never))(?! (?:(?:be|the|an|[a-z]|my|our|most|very) )*(?:correct"
-    r"|right|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match|explain"
-    r"|account|apply|consistent|compatible|support\w*)\b|[^\w\n]*(?:\n|\Z))")
+    r"|right|best|true|answer|likely|option|choice|appropriate|suitable|it|this|one|fit|match"
+    r"|explain|account|apply|consistent|compatible|support\w*)\b|[^\w\n]*(?:\n|\Z))")
 
 # %% ../../nbs/core/02_grade.ipynb #9a4e003a
 def _without_denied(marked: str) -> tuple[str, str]:  # all that is denied; what is judged wrong
@@ -553,11 +554,12 @@ def _opening(marked: str, names: _Names) -> set | None:
     prose = {n for n, labels in pieces if labels is None} - {pieces[0][0]}
     return _common(labels for n, labels in pieces if n not in prose)
 
-# %% ../../nbs/core/02_grade.ipynb #9a4e0044
+# %% ../../nbs/core/02_grade.ipynb #fae1c306
 _HEAD = re.compile(r"[^\wⒶ-ⓩ]{0,8}(?:\d+[.)]\s*)?(?:(?:option|choice) )?\(?([Ⓐ-ⓩ]|[a-z](?=\.))"
                    r"(?:[^\wⒶ-ⓩ]{0,2}?(?:[).:–—]|\s-\s)|(?<=(?:option|choice) [Ⓐ-Ⓩ])\s\w"
                    r"|(?-i:(?<=[ⓐ-ⓩ]))(?: ?\([Ⓐ-Ⓩ]\)|[\w '-]{0,40}\([^()\n]{1,40}\):))", re.I)
 _BARE = re.compile(rf"{_GAP}*(?:(?:option|choice) )?([Ⓐ-ⓩ]){_GAP}*", re.I)
+
 
 def _goes_on(heads: list[str], last: str) -> bool:
     "Whether a last name is the next item of a list: it is new, or follows the same one again."
@@ -565,6 +567,7 @@ def _goes_on(heads: list[str], last: str) -> bool:
     first = heads.index(last)
     return first > 0 and heads[first - 1] == heads[-1]
 
+# %% ../../nbs/core/02_grade.ipynb #9a4e0044
 def _items(lines: list[str], names: _Names) -> list[bool]:
     "Which marked lines are items of a list of options; the last one may be cut off."
     heads = [match and str(names.marks.get(match[1].lower(), match[1])).lower()

@@ -141,7 +141,7 @@ def similar_windows(
         found.setdefault(k // len(WINDOWS), WINDOWS[k % len(WINDOWS)])
     return dict(itertools.islice(found.items(), MOST_ALIGNED))
 
-# %% ../../nbs/data/17_overlap.ipynb #c95d2c81
+# %% ../../nbs/data/17_overlap.ipynb #f233420b
 def _standardized(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
     "Blurred grey values, each picture with mean 0 and deviation 1."
     from scipy.ndimage import gaussian_filter
@@ -151,7 +151,7 @@ def _standardized(pictures: list, blur: float) -> np.ndarray:  # n x 32 x 32
     values -= values.mean((1, 2), keepdims=True)
     return values / np.maximum(values.std((1, 2), keepdims=True), 1e-6)
 
-
+# %% ../../nbs/data/17_overlap.ipynb #c95d2c81
 def align_windows(target, thumbs: list, starts: Sequence) -> np.ndarray:  # n windows x 4 edges
     "The window of each thumbnail that shows what the target, from `crop`, shows, if it shows it."
     windows, along = np.array(starts, float), (np.arange(32) + 0.5) / 32
@@ -335,11 +335,11 @@ def side_by_side(pairs, corpora: dict[str, Iterable], tests: dict[str, Iterable]
     cells = {}
     for side, sets in (("train", corpora), ("test", tests)):
         for name, samples in sets.items():
-            wanted = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
+            indices = set(first.loc[first[f"{side}_name"] == name, f"{side}_index"])
             if isinstance(samples, SampleFile):
-                samples = samples.select(wanted)
+                samples = samples.select(indices)
             cells |= {(side, name, number): _cell(sample, f"{side} {name} {number}")
-                      for sample in samples if (number := sample.dataset_index) in wanted}
+                      for sample in samples if (number := sample.dataset_index) in indices}
     rows = [f"<tr><td>{pair.level}<br>{pair.similarity:.2f}</td>"
             f"{cells['train', pair.train_name, pair.train_index]}"
             f"{cells['test', pair.test_name, pair.test_index]}</tr>" for pair in first.itertuples()]

@@ -65,7 +65,7 @@ def csv_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
             else:
                 yield where, row
 
-# %% ../../nbs/data/13_readers.ipynb #624a23ea
+# %% ../../nbs/data/13_readers.ipynb #778d0dd0
 def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
     name = "/".join(Path(path).parts[-2:])
     with open_parquet(path) as file:
@@ -75,7 +75,7 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict]]:
 
 _READERS = {".jsonl": json_lines, ".json": json_list, ".csv": csv_rows, ".parquet": _parquet_rows}
 
-
+# %% ../../nbs/data/13_readers.ipynb #624a23ea
 def read_rows(path) -> Iterator[tuple[str, dict | InvalidRow]]:
     "Each row of a file with its place; `UserError` where the file as a whole is no use."
     if not (read := _READERS.get(Path(path).suffix.lower())):
@@ -107,7 +107,7 @@ def _from_folder(folder: Path, name: str) -> bytes:
         raise ValueError(f"{name} is not in {folder.name}/")
     return Path(path).read_bytes()
 
-# %% ../../nbs/data/13_readers.ipynb #8c46b675
+# %% ../../nbs/data/13_readers.ipynb #6b759287
 def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: str) -> bytes:
     "The bytes of the one member that ends in a name; ValueError where there is none."
     fitting = [member for member in members if f"/{member}".endswith(f"/{name}")]
@@ -121,7 +121,7 @@ def _from_zip(archive: zipfile.ZipFile, members: list[str], place: Path, name: s
     except Exception as error:  # zipfile and its decompressors raise nearly everything
         raise ValueError(f"{name} cannot be read from {place.name} ({error})") from None
 
-
+# %% ../../nbs/data/13_readers.ipynb #8c46b675
 def image_reader(place: Path) -> Callable[[str], bytes]:
     "From an image's name to its bytes, in a folder or a zip; ValueError where there is none."
     if place.is_dir():
@@ -277,13 +277,13 @@ class DataSettings:
         return "local" if self.data_dir else self.data
 
 # %% ../../nbs/data/13_readers.ipynb #38544012
-def parallel_map(function: Callable, items: Iterable, threads=2, ahead=128) -> Iterator:
-    "The results of a function in the order of the items, by threads; at most `ahead` wait."
+def parallel_map(function: Callable, items: Iterable, threads=2, prefetch=128) -> Iterator:
+    "The results of a function in the order of the items, by threads; at most `prefetch` wait."
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
+            if len(waiting) >= prefetch:
                 yield waiting.popleft().result()
         yield from (each.result() for each in waiting)
 

@@ -192,7 +192,7 @@ def image_bytes(value, read: Callable | None = None) -> bytes:
         raise ValueError(f"the data holds only the path {value!r} of it, which is not followed")
     return read(value)
 
-# %% ../../nbs/data/10_sample.ipynb #c8d7e6f5
+# %% ../../nbs/data/10_sample.ipynb #3bedfd95
 _FIELDS = ("question", "options", "answer_label", "answer", "reasoning", "dataset_name",
            "dataset_index", "hash", "misc")
 
@@ -212,7 +212,7 @@ def _field(name: str, value):
         raise ValueError(f"{value!r:.60} is no {word}")
     return value or "" if name == "dataset_name" else value
 
-
+# %% ../../nbs/data/10_sample.ipynb #c8d7e6f5
 def _images(values, read: Callable | None) -> tuple[bytes, ...]:
     values = () if values is None else values
     if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):

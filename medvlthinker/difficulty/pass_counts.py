@@ -140,7 +140,7 @@ def _kept_rows(samples: Path, chosen: "pd.DataFrame", spare):  # a file to write
     "The chosen questions as a pyarrow table that lies in a file, in the order of the samples."
     import pyarrow, pyarrow.compute, pyarrow.ipc
 
-    wanted = pyarrow.array(chosen.dataset_index)
+    indices = pyarrow.array(chosen.dataset_index)
     with open_parquet(samples) as source:
         fields = [field for field in source.schema_arrow if field.name not in _COUNTS]
         schema = pyarrow.schema(fields, source.schema_arrow.metadata)
@@ -148,7 +148,7 @@ def _kept_rows(samples: Path, chosen: "pd.DataFrame", spare):  # a file to write
     def batches() -> Iterator:  # what fails in writing them is no fault of the samples
         with open_parquet(samples) as source:
             for batch in source.iter_batches(256, columns=schema.names):
-                yield batch.filter(pyarrow.compute.is_in(batch["dataset_index"], wanted))
+                yield batch.filter(pyarrow.compute.is_in(batch["dataset_index"], indices))
 
     with pyarrow.ipc.new_file(spare, schema) as out:
         for batch in batches():

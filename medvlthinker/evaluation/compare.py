@@ -134,14 +134,14 @@ def config_difference(
     same_model: bool = True,  # False: their weights may differ
 ) -> str:
     "What keeps two rollouts from being compared, in words; empty where nothing does."
-    told = []
+    settings = []
     for rollout in (first, second):
         refused = {"temperature"}.intersection(rollout.record.get("dropped_parameters", ()))
-        told.append(vars(rollout.config) | dict.fromkeys(refused, "the server's own"))
-    served = "openai" in (side["engine"] for side in told)  # a server does not tell its weights
+        settings.append(vars(rollout.config) | dict.fromkeys(refused, "the server's own"))
+    served = "openai" in (side["engine"] for side in settings)  # a server does not tell its weights
     keys = [key for key in _MUST_AGREE if key != "weights" or (same_model and not served)]
     return ", ".join(f"{key} ({one} and {two})" for key in keys
-                     if (one := told[0][key]) != (two := told[1][key]))
+                     if (one := settings[0][key]) != (two := settings[1][key]))
 
 # %% ../../nbs/evaluation/51_compare.ipynb #cb13
 def check_questions(

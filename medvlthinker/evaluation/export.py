@@ -67,9 +67,9 @@ def _result(grades: "pd.DataFrame", rule: str) -> dict:
 def _head(samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame") -> dict:
     "An EvalLog without its samples."
     config, name, run = rollout.config, samples[0].dataset_name, rollout.config.fingerprint
-    told = {"temperature", "top_p", "max_tokens", "seed"}.difference(
+    keys = {"temperature", "top_p", "max_tokens", "seed"}.difference(
         rollout.record.get("dropped_parameters", ()))  # a server took its own
-    sampling = {key: getattr(config, key) for key in sorted(told)}
+    sampling = {key: getattr(config, key) for key in sorted(keys)}
     started, finished = (rollout.record[key] for key in ("started", "finished"))
     metrics = [{"name": f"inspect_ai/{each}", "options": {}} for each in ("accuracy", "stderr")]
     spec = {"eval_id": run, "run_id": run, "task_id": run, "task": name, "created": started,
@@ -83,13 +83,13 @@ def _head(samples: Sequence[Sample], rollout: Rollout, grades: "pd.DataFrame") -
     return {"version": 2, "status": "success", "eval": spec, "results": results, "stats": {
         "started_at": started, "completed_at": finished, "model_usage": usage}}
 
-# %% ../../nbs/evaluation/53_export.ipynb #ab70
+# %% ../../nbs/evaluation/53_export.ipynb #ebb6eeff
 def _to_json(value) -> str:
     "JSON that UTF-8 can hold."
     text = json.dumps(value, ensure_ascii=False)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-
+# %% ../../nbs/evaluation/53_export.ipynb #ab70
 def write_inspect_log(
     samples: Sequence[Sample],  # of one benchmark
     rollout: Rollout,

@@ -96,7 +96,7 @@ CONDITIONS: dict[str, Callable] = {
 
 # %% ../../nbs/evaluation/52_image_ablation.ipynb #9c3a6c41
 def ablation_answers(
-    asked: dict[str, dict],  # condition -> dataset_name -> samples and rollout; with `original`
+    conditions: dict[str, dict],  # name -> dataset_name -> samples and rollout; with `original`
     rule: str = "regrade",  # one of grade.RULES
 ) -> "pd.DataFrame":
     """A row for each question: dataset_name, dataset_index, image, guess (the chance to be right).
@@ -106,7 +106,7 @@ def ablation_answers(
     import pandas as pd
 
     keys, table = ["dataset_name", "dataset_index"], pd.DataFrame()
-    for condition, sets in asked.items():
+    for condition, sets in conditions.items():
         samples = [sample for part, _ in sets.values() for sample in part]
         parts = [grade_rollout(part, rollout, (rule,)) for part, rollout in sets.values()]
         grades = pd.concat(parts).astype(object)

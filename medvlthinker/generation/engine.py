@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VLLM_VARIABLES', 'ENGINES', 'FunctionEngine', 'ignored_settings', 'load_transformers', 'model_inputs', 'draw_answers',
-           'batches', 'TransformersEngine', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine', 'copies', 'start_ray',
-           'RayEngine', 'check_nodes', 'engine_version', 'Engine', 'open_engine']
+           'batches', 'TransformersEngine', 'vllm_arguments', 'set_vllm_variables', 'VllmEngine', 'data_parallel_size',
+           'start_ray', 'RayEngine', 'check_nodes', 'engine_version', 'Engine', 'open_engine']
 
 # %% ../../nbs/generation/24_engine.ipynb #e42a3696
 import contextlib, copy, importlib.metadata, itertools, json, os, queue, re, socket, threading
@@ -66,6 +66,12 @@ def _generation_config(folder) -> dict:
     except (ValueError, TypeError) as error:
         raise unloadable_error(folder, error) from None
 
+# %% ../../nbs/generation/24_engine.ipynb #4dcee0f8
+def _end_tokens(model) -> set[int]:
+    "The tokens that end an answer of this model."
+    ends = model.generation_config.eos_token_id
+    return {*ends} if isinstance(ends, list) else {ends}
+
 # %% ../../nbs/generation/24_engine.ipynb #34735cb7
 def load_transformers(folder, settings: EngineSettings) -> tuple:
     "The model in a folder and its processor; `UserError` where they do not load."
@@ -88,12 +94,6 @@ def load_transformers(folder, settings: EngineSettings) -> tuple:
     given |= {key: value for key, value in _generation_config(folder).items() if value}
     model.generation_config = GenerationConfig(**{key: given.get(key) for key in _STRUCTURE})
     return model.eval(), processor
-
-
-def _end_tokens(model) -> set[int]:
-    "The tokens that end an answer of this model."
-    ends = model.generation_config.eos_token_id
-    return {*ends} if isinstance(ends, list) else {ends}
 
 # %% ../../nbs/generation/24_engine.ipynb #3dd5c46e
 def model_inputs(requests: list[Request], processor):
@@ -219,9 +219,9 @@ class TransformersEngine:
             raise _refusal(batch, error) from None
         inputs = inputs.to(self.model.device)
         room = _room(batch[0], inputs["input_ids"].shape[1], self.settings.max_model_len)
-        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(max_new_tokens=room, do_sample=sampling.temperature > 0,
-                                  **(how if sampling.temperature else {}))
+                                  **(options if sampling.temperature else {}))
         torch.manual_seed(sampling.seed + batch[0].index // size)
         try:
             with torch.inference_mode():
@@ -264,7 +264,7 @@ VLLM_VARIABLES = {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"
 
 
 def set_vllm_variables() -> None:
-    "What vLLM reads of the environment, unless it is set: no reports, and no compiler of CUDA."
+    "Set vLLM's environment variables, unless the user did: no reports, no CUDA compiler."
     for name, value in VLLM_VARIABLES.items():
         os.environ.setdefault(name, value)
 
@@ -317,7 +317,7 @@ class VllmEngine:
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         "Each request with its completions, as soon as vLLM has finished it."
         ready = lambda request: (request, _vllm_prompt(request))
-        yield from self.answer_ready(parallel_map(ready, requests, threads=1, ahead=64))
+        yield from self.answer_ready(parallel_map(ready, requests, threads=1, prefetch=64))
 
     def answer_ready(
         self,
@@ -371,7 +371,7 @@ class VllmEngine:
 ENGINES: dict[str, Callable] = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 # %% ../../nbs/generation/24_engine.ipynb #2d9f9432
-def copies(
+def data_parallel_size(
     settings: Hardware,
     tensor_parallel: int = 1,  # GPUs that share one copy
 ) -> int:
@@ -393,8 +393,8 @@ def start_ray(settings: Hardware) -> None:
     # read again: vLLM imports Ray, which may have read the environment long before
     known.ENABLE_RAY_CLUSTER = known.env_bool(known.ENABLE_RAY_CLUSTERS_ENV_VAR, True)
 
-    wanted = max(settings.data_parallel, settings.gpus, os.cpu_count() or 1)  # one a worker
-    here = {} if address else {"num_cpus": wanted}
+    cpus = max(settings.data_parallel, settings.gpus, os.cpu_count() or 1)  # one a worker
+    here = {} if address else {"num_cpus": cpus}
     tries = 1 if address else 3  # Ray gives a start 30 s, which a busy machine may exceed
     while not ray.is_initialized():
         try:
@@ -413,13 +413,13 @@ def start_ray(settings: Hardware) -> None:
 
 # %% ../../nbs/generation/24_engine.ipynb #800970a0
 def _check_cluster(count: int, gpus: int) -> None:
-    "`UserError` where there is no room for so many copies: Ray would wait for it without an end."
+    "`UserError` where there is no room for so many copies; Ray would wait for ever."
     import ray
 
-    shown = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if gpus and (room := sum(each // gpus for each in shown)) < count:
+    found = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if gpus and (room := sum(each // gpus for each in found)) < count:
         raise UserError(f"{count} copies of the model on {gpus} GPUs each were asked for, and Ray "
-                        f"has room for {room} (GPUs of its nodes: {', '.join(map(str, shown))}); "
+                        f"has room for {room} (GPUs of its nodes: {', '.join(map(str, found))}); "
                         "lower gpus, nodes or data_parallel, or name a larger cluster "
                         "(ray_address).")
 
@@ -488,7 +488,7 @@ class RayEngine:
 
         shared = tensor_parallel_size(download_model(model, revision), settings)
         gpus = shared if settings.gpus else 0
-        count = copies(settings, shared)
+        count = data_parallel_size(settings, shared)
         _check_cluster(count, gpus)
         one = replace(settings, engine="vllm", data_parallel=1, nodes=1, tensor_parallel=shared,
                       gpus=gpus)
@@ -600,7 +600,8 @@ class Engine:
         if ignored := ignored_settings(folder):
             print(f"{self.model}: generation_config.json asks for {ignored}; not applied, all "
                   "sampling is given by the run.")
-        if settings.engine == "ray" or copies(settings, tensor_parallel_size(folder, settings)) > 1:
+        shared = tensor_parallel_size(folder, settings)
+        if settings.engine == "ray" or data_parallel_size(settings, shared) > 1:
             return RayEngine(settings, self.model, self.revision)
         return ENGINES[settings.engine](settings, folder)
 

@@ -171,8 +171,8 @@ def model_fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/generation/22_model.ipynb #f394425d
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-_UNWANTED = ["*/*", "consolidated*"]
+_ALLOW_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 
 def download_model(
@@ -189,7 +189,7 @@ def download_model(
     # a download of `main` notes its commit in the cache, where it is found without a network
     newest = resolve_revision(str(model))
     pinned = None if revision in ("", newest) else revision
-    patterns = {"allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+    patterns = {"allow_patterns": _ALLOW_PATTERNS, "ignore_patterns": _IGNORE_PATTERNS}
     try:
         return Path(snapshot_download(str(model), revision=pinned, **patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:

@@ -228,6 +228,10 @@ def _scan(path: Path, questions: int) -> tuple[dict[int, tuple[int, int, dict]],
             at += len(line)
     return places, not line.endswith(b"\n")
 
+# %% ../../nbs/generation/25_rollout.ipynb #24603dd4
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
 # %% ../../nbs/generation/25_rollout.ipynb #02efab17
 class _Writer:
     "A rollout that is being made; its folder is locked."
@@ -298,15 +302,11 @@ class _Writer:
 
     def _record(self, facts: dict | None = None) -> None:
         started = self.before.get("started") or _now()
-        asked = {"server": self.engine.server, "dropped_parameters": sorted(self.dropped)}
-        record = {**asdict(self.config), **asked, **environment_info(), "started": started,
+        server = {"server": self.engine.server, "dropped_parameters": sorted(self.dropped)}
+        record = {**asdict(self.config), **server, **environment_info(), "started": started,
                   **(facts or {"seconds": self.before.get("seconds", 0.0)})}
         with atomic_write(self.folder / "rollout.json") as file:
             file.write(record_text(record))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 # %% ../../nbs/generation/25_rollout.ipynb #f05a6e82
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ class _Progress:
         self.total, self.show = sum(len(writer.job.samples) for writer in writers), show
         self.there = self.total - sum(len(writer.owed) for writer in writers)
         self.asked = self.tokens = 0  # questions; tokens of their answers
-        self.began = self.said = time.monotonic()
+        self.began = self.reported = time.monotonic()
 
     def add(self, completions: list[Completion]) -> None:
         "One question more is answered."
@@ -333,8 +333,8 @@ class _Progress:
         self.asked += 1
         self.tokens += sum(completion.tokens for completion in completions)
         now, done = time.monotonic(), self.there + self.asked
-        if now - self.said > 5 or done == self.total:
-            seconds, self.said = now - self.began, now
+        if now - self.reported > 5 or done == self.total:
+            seconds, self.reported = now - self.began, now
             self.show(tqdm.format_meter(
                 done, self.total, seconds, ncols=80, unit=" questions", initial=self.there,
                 postfix=f"{self.tokens / max(1e-9, seconds):,.0f} tokens/s"))

@@ -408,6 +408,13 @@ async def _complete(engine: ServerEngine, client, request: Request, messages: li
               "rollout's record says so.")
     return read_answer(raw.http_response.extensions["body"])
 
+# %% ../../nbs/generation/23_server.ipynb #dcc8f2f1
+def _messages(request: Request, max_pixels: int) -> list[dict]:
+    "The question as the protocol wants it: images as data URIs, then the text."
+    images = [{"type": "image_url", "image_url": {"url": image_uri(data, max_pixels)}}
+              for data in request.sample.images]
+    return messages(request.sample, request.instruction, images)
+
 # %% ../../nbs/generation/23_server.ipynb #c888c0fd
 async def _ask(engine: ServerEngine, client, request: Request) -> list[Completion]:
     import openai
@@ -427,13 +434,6 @@ async def _ask(engine: ServerEngine, client, request: Request) -> list[Completio
         reason = _judge(engine, request, error, kept=bool(found))
         found += [Completion("", "failed", 0, reason)] * (n - len(found))
     return found[:n]
-
-
-def _messages(request: Request, max_pixels: int) -> list[dict]:
-    "The question as the protocol wants it: images as data URIs, then the text."
-    images = [{"type": "image_url", "image_url": {"url": image_uri(data, max_pixels)}}
-              for data in request.sample.images]
-    return messages(request.sample, request.instruction, images)
 
 # %% ../../nbs/generation/23_server.ipynb #6b0d93ce
 def _judge(engine: ServerEngine, request: Request, error: Exception, kept: bool) -> str:

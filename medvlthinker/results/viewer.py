@@ -81,7 +81,7 @@ def readings(
     return [{"rules": rules, "label": label, "answer": answer, "correct": correct}
             for (label, answer, correct), rules in groups.items()]
 
-# %% ../../nbs/results/64_viewer.ipynb #64a00007
+# %% ../../nbs/results/64_viewer.ipynb #5c678b4a
 PAIRS = {f"{one} / {two}": (one, two) for one, two in itertools.combinations(RULES, 2)}
 
 
@@ -89,7 +89,7 @@ def _any(names: Iterable[str]) -> tuple[str, ...]:
     "The names after the word any; nothing where there are none."
     return ("any", *names) if (names := tuple(names)) else ()
 
-
+# %% ../../nbs/results/64_viewer.ipynb #64a00007
 def _row(entry: Entry, model: str) -> dict:
     "What is known of a model's answers to one question, but for how others answered it."
     sample, completions = entry.sample, entry.answers[model]
@@ -199,7 +199,7 @@ class Viewer:
                 passes &= _matches(self.table[column], value)
         return self.table.loc[passes, "question"].tolist()
 
-# %% ../../nbs/results/64_viewer.ipynb #64a00019
+# %% ../../nbs/results/64_viewer.ipynb #ac8f1d0a
 def _asset(kind: str) -> str:
     "A file of nbs/assets, to which a link beside this module leads."
     path = files("medvlthinker.results").joinpath(f"viewer.{kind}")
@@ -216,7 +216,7 @@ def _count_right(sample: Sample, completions: list[dict]) -> int:
     key = sample.options, sample.answer_label, "regrade"
     return sum(grade(each["text"], *key).correct for each in completions)
 
-
+# %% ../../nbs/results/64_viewer.ipynb #64a00019
 @functools.cache
 def _template():
     "The macros of the template."
