@@ -187,7 +187,7 @@ class Workspace:
 
     def __init__(
         self,
-        profile: str = "smoke",  # the profile's name
+        profile: str = "smoke",
     ):
         given, settings = os.environ.get("MEDVLTHINKER_HOME"), settings_file().parent
         if (settings / "__init__.py").is_file():  # no checkout: the working folder takes the runs
