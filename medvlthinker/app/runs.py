@@ -143,7 +143,7 @@ def evaluation_samplings(
         has_curve = model != BASES["32B"]
     ways = [Sampling(max_tokens=profile.max_tokens)]
     if n := profile.repeats if has_curve else profile.repeats_others:
-        ways.append(  # as in the paper's runs of sixty-four
+        ways.append(  # as in the paper's sixty-four; of its runs of five no top_p is recorded
             Sampling(n, temperature=0.5, top_p=0.95, max_tokens=profile.max_tokens))
     return ways
 

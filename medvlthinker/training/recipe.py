@@ -60,7 +60,7 @@ class GRPOSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     tensor_parallel: int = 2  # GPUs that share one copy of the model while it answers
-    save_every: int = 50  # steps; the validation set is asked as often
+    save_every: int = 50  # steps; the paper asked its validation set as often, we do not
     keep: int = 0  # checkpoints that the paper kept; 0 for all. Here those stay that are needed
     freeze_vision: bool = False
 

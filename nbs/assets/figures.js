@@ -12,7 +12,7 @@
     const figure = JSON.parse(place.querySelector("script").textContent)
     const layout = { ...figure.layout, paper_bgcolor: clear, plot_bgcolor: clear, uirevision: "kept" }
     if (dark) layout.template = darkTemplate
-    Plotly.react(place.querySelector("div"), { ...figure, layout, config: { responsive: true, displaylogo: false } })
+    Plotly.react(place.querySelector("div"), { ...figure, layout, config: { responsive: true, displayModeBar: false } })
     place.dataset.drawn = dark ? "dark" : "light"
   }
   const near = new IntersectionObserver(seen => seen.forEach(({ isIntersecting, target }) => {
