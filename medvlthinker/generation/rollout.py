@@ -8,7 +8,6 @@ __all__ = ['samples_fingerprint', 'RolloutConfig', 'rollout_config', 'to_line', 
 
 # %% ../../nbs/generation/25_rollout.ipynb #a858233d
 import contextlib, dataclasses, datetime, hashlib, itertools, json, os, time, zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,10 +204,10 @@ def _finished(folder: Path) -> Rollout | None:
 # %% ../../nbs/generation/25_rollout.ipynb #690bf276
 def _endings(completions: list[dict]) -> dict[str, int]:
     "How many completions there are, and how many were cut, said nothing, or failed."
-    reasons = Counter(each["finish_reason"] for each in completions)
-    blank = sum(not each["text"].strip() for each in completions)
-    return {"completions": len(completions), "length": reasons["length"],
-            "empty": blank - reasons["failed"], "failed": reasons["failed"]}
+    reasons = [each["finish_reason"] for each in completions]
+    blank, failed = sum(not each["text"].strip() for each in completions), reasons.count("failed")
+    return {"completions": len(reasons), "length": reasons.count("length"),
+            "empty": blank - failed, "failed": failed}
 
 
 def _summary(questions: int, total: dict[str, int]) -> str:
@@ -284,16 +283,17 @@ class _Writer:
 
     def finish(self) -> str:
         "Put the lines in order, write the record, and say how the completions ended."
-        total, digest, size = Counter(), hashlib.sha256(), 0
+        digest, size = hashlib.sha256(), 0
         with atomic_write(self.path, "wb") as new:
             for index in range(len(self.job.samples)):
-                start, length, ends = self.places[index]
+                start, length, _ = self.places[index]
                 line = os.pread(self.file.fileno(), length, start)
                 if not _is_whole(line):
                     raise UserError(f"{self.path} was changed while it was written; run again.")
-                total.update(ends)
                 digest.update(line)
                 size += new.write(line)
+        ends = [ends for *_, ends in self.places.values()]
+        total = {key: sum(each[key] for each in ends) for key in _endings([])}
         seconds = self.before.get("seconds", 0) + time.monotonic() - self.clock
         self._record({
             "rows": len(self.places), **total, "seconds": round(seconds, 3), "bytes": size,
