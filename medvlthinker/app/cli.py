@@ -264,10 +264,9 @@ def _with_verb(words: list[str]) -> list[str]:
     "The words behind their verb, which is run for a profile alone; `UserError` for no verb."
     if not words or words[0].startswith("-") or words[0] in VERBS:
         return words
-    if words[0] in profile_names() or "=" in words[0]:
-        return ["run", *words]
-    check_names([words[0]], [*VERBS, *profile_names()], "verb or profile")
-    return words
+    if "=" not in words[0]:
+        check_names([words[0]], [*VERBS, *profile_names()], "verb or profile")
+    return ["run", *words]
 
 # %% ../../nbs/app/78_cli.ipynb #ca965c0f
 def main(words: list[str]) -> int:  # the exit code

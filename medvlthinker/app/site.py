@@ -101,8 +101,8 @@ def page_markdown(
                 text = re.sub("<(?!/?(?:details(?: open)?|summary)>)", "&lt;", text)
                 parts += ["::: output", text, ":::"]
             else:
-                html = f'<div class="output">{output_html(output)}</div>'
-                parts.append(code_fence(html, "{=html}"))
+                box = f'<div class="output">{output_html(output)}</div>'
+                parts.append(code_fence(box, "{=html}"))
     return "\n\n".join(part for part in parts if part)
 
 # %% ../../nbs/app/76_site.ipynb #2875dd7f
