@@ -905,6 +905,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._require_single': ( 'evaluation/evaluate.html#_require_single',
                                                                                                         'medvlthinker/evaluation/evaluate.py'),
+                                                  'medvlthinker.evaluation.evaluate._share_cut': ( 'evaluation/evaluate.html#_share_cut',
+                                                                                                   'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate._verdict': ( 'evaluation/evaluate.html#_verdict',
                                                                                                  'medvlthinker/evaluation/evaluate.py'),
                                                   'medvlthinker.evaluation.evaluate.accuracy': ( 'evaluation/evaluate.html#accuracy',

@@ -17,7 +17,7 @@ from ..core.files import atomic_write
 from ..core.stats import macro_average, wilson
 from ..data.benchmarks import BENCHMARKS
 from ..data.readers import escape_formula
-from ..evaluation.evaluate import recorded_sizes
+from ..evaluation.evaluate import CUT_SHARE, recorded_sizes
 from .published import (
     COLUMNS, SOURCE, TABLES, Published, find_row, published_rows)
 
@@ -142,11 +142,9 @@ def notes(table) -> list[str]:
 # %% ../../nbs/results/61_tables.ipynb #fcb52837
 def truncation_notes(records: Iterable[dict]) -> list[str]:
     "A sentence for each model of which more than 5 % of the answers were cut at max_tokens."
-    shares = {record["model"]: record.get("truncated", 0)
-              / max(1, sum(n for _, n in record["counts"].values())) for record in records}
-    return [f"{share:.0%} of the answers of {model} were cut at max_tokens and are graded as they "
-            "stand; run again with a larger max_tokens."
-            for model, share in shares.items() if share > 0.05]
+    return [f"{record['cut']:.0%} of the answers of {record['model']} were cut at max_tokens and "
+            "are graded as they stand; run again with a larger max_tokens."
+            for record in records if record.get("cut", 0) > CUT_SHARE]
 
 # %% ../../nbs/results/61_tables.ipynb #e0192383
 def number_text(

@@ -62,7 +62,7 @@ def test_a_record_says_how_the_model_was_asked_and_not_how_others_are(samples, t
     (record,) = read_records(folder, ["tiny", "llava/med"])
     assert {key: record[key] for key in ("model", "source", "rule", "instruction", "dialect", "seed", "engine", "dtype", "rollouts")} == {
         "model": "llava/med", "source": "hub", "rule": "strict", "instruction": "none", "dialect": "llava_med", "seed": 7, "engine": "vllm", "dtype": "bfloat16", "rollouts": {"pmc_vqa": "rollouts/ab"}}
-    assert record["counts"] == record["rules"]["strict"] == count_right(grades, "strict") and record["truncated"] == 0
+    assert record["counts"] == record["rules"]["strict"] == count_right(grades, "strict") and record["cut"] == 0
     manifest = json.loads((folder / "llava--med" / "evaluation.json.manifest.json").read_text())
     assert manifest["inputs"] == {"rollouts": {"pmc_vqa": "rollouts/ab"}, "answers": {"pmc_vqa": "ab"}, "rule": "strict"}
     assert "refused" not in record
