@@ -1,6 +1,7 @@
 """What the tests share: where the real data lies, and a home for runs that is not the user's."""
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -342,3 +343,13 @@ def key_opens(sample: Sample, as_text: bool = True) -> bool:
     "Is the sample's own answer right under every rule, as a letter and as a text?"
     texts = [f"<think> It is seen. </think>\n<answer> {words} </answer>" for words in (sample.answer_label, sample.answer)[:1 + as_text]]
     return all(grade(text, sample.options, sample.answer_label, rule).correct for text in texts for rule in RULES)
+
+
+def shown(nb) -> list[list[tuple]]:
+    "What each code cell of a notebook shows, without its pictures; text alone where there is nothing better."
+    cells = json.loads(json.dumps([cell["outputs"] for cell in nb["cells"] if cell["cell_type"] == "code"]))
+    for output in itertools.chain.from_iterable(cells):
+        data = output.get("data", {})
+        for kind in ("image/png", "image/jpeg", *["text/plain"] * (len(data) > 1)):
+            data.pop(kind, None)
+    return [[(output.get("name"), output.get("text"), output.get("data")) for output in each] for each in cells]

@@ -3,12 +3,11 @@
 import functools
 import base64
 import itertools
-import json
 import re
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, shown
 
 pytest.importorskip("plotly", reason="figures need plotly")
 
@@ -127,14 +126,6 @@ def test_a_picture_is_drawn_where_there_is_a_browser(tmp_path, chromium):
 STORED = [ROOT / "nbs" / "paper" / "5_results.ipynb", ROOT / "nbs" / "paper" / "6_audit.ipynb"]
 
 
-def outputs(nb):
-    "What a notebook shows, without its pictures."
-    cells = json.loads(json.dumps([cell["outputs"] for cell in nb["cells"] if cell["cell_type"] == "code"]))
-    for output in itertools.chain.from_iterable(cells):
-        output.get("data", {}).pop("image/png", None)
-    return [[(output.get("name"), output.get("text"), output.get("data")) for output in each] for each in cells]
-
-
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_outputs_are_small_and_belong_to_the_code_as_it_is(path):
     nbformat = pytest.importorskip("nbformat", reason="notebooks are not installed")
@@ -142,7 +133,7 @@ def test_stored_outputs_are_small_and_belong_to_the_code_as_it_is(path):
     assert len(text) < 1_000_000 and not re.search(r"/(tmp|root|home|Users)/", text) and str(ROOT) not in text
     pictures = [len(picture) for picture in re.findall(r'"image/png": "(.*)"', text)]
     assert pictures and max(pictures) < 200_000  # base64 of 150 kB
-    stored, now = outputs(nbformat.read(path, 4)), outputs(plots.with_outputs(path, draw=lambda figure: b""))
+    stored, now = shown(nbformat.read(path, 4)), shown(plots.with_outputs(path, draw=lambda figure: b""))
     assert stored == now, "store it anew: ./reproduce.sh docs --outputs NOTEBOOK"
 
 
