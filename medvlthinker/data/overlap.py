@@ -81,7 +81,7 @@ class QuestionIndex:
 
     def search(self, text: str) -> dict[int, float]:  # row -> similarity
         "The rows whose question is the same up to small edits."
-        near = self._lsh.query(self._minhash(text)) if text else []
+        near = sorted(self._lsh.query(self._minhash(text))) if text else []
         alike = {other: question_similarity(text, other) for other in near}
         same = [other for other in near if alike[other] >= SAME_QUESTION]
         return {row: alike[other] for other in same for row in self._rows[other]}

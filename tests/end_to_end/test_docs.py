@@ -40,7 +40,6 @@ CI = (ROOT / ".ci/run").read_text(encoding="utf-8")  # what it runs, word for wo
 
 ELSEWHERE = {  # what runs it in its place: how it begins -> a file, and what stands in it
     "./reproduce.sh": (".ci/run", "./reproduce.sh smoke limit=20 "),  # the same graph with fewer questions, steps and recipes
-    ".venv/bin/nbdev-test": ("tests/end_to_end/test_notebooks.py", "nbdev-test"),
     "./reproduce.sh docs --outputs nbs/core/01_stats.ipynb": ("tests/unit/test_figures.py", "plots.with_outputs(path"),
     "./reproduce.sh docs": ("tests/browser/test_site.py", "site.build("),
     "./reproduce.sh evaluate mini model=MODEL benchmark=vqa_rad": ("tests/end_to_end/test_workflow.py", '"-p", "benchmark", "vqa_rad", "-p", "data_dir", real_data'),
