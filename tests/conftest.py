@@ -346,10 +346,8 @@ def key_opens(sample: Sample, as_text: bool = True) -> bool:
 
 
 def shown(nb) -> list[list[tuple]]:
-    "What each code cell of a notebook shows, without its pictures; text alone where there is nothing better."
+    "What each code cell of a notebook shows, without its pictures."
     cells = json.loads(json.dumps([cell["outputs"] for cell in nb["cells"] if cell["cell_type"] == "code"]))
     for output in itertools.chain.from_iterable(cells):
-        data = output.get("data", {})
-        for kind in ("image/png", "image/jpeg", *["text/plain"] * (len(data) > 1)):
-            data.pop(kind, None)
+        output.get("data", {}).pop("image/png", None)
     return [[(output.get("name"), output.get("text"), output.get("data")) for output in each] for each in cells]

@@ -134,14 +134,15 @@ def recorded_sizes(record: dict) -> dict[str, float]:  # an evaluation.json
     "The effective sizes under the record's own rule; empty for a record that holds none."
     return record.get("effective", {}).get(record.get("rule"), {})
 
-# %% ../../nbs/evaluation/50_evaluate.ipynb #d5238ed7
-CUT_SHARE = 0.05  # where more answers than this were cut at max_tokens, it is said
+# %% ../../nbs/evaluation/50_evaluate.ipynb #8bc64b4a
+CUT_SHARE = 0.05  # where more answers than this were cut, it is said
 
 
 def _share_cut(grades: "pd.DataFrame") -> float:
+    "What part of the answers was cut at `max_tokens`."
     return float((grades["finish_reason"] == "length").mean())
 
-
+# %% ../../nbs/evaluation/50_evaluate.ipynb #d5238ed7
 def accuracy(
     grades: "pd.DataFrame",  # of `grade_rollout`; one answer a question
     rule: str = "regrade",
